@@ -1,0 +1,98 @@
+"""Output that is there whole or not at all: write beside, then rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrt.errors import UserError
+
+
+def _fsync_tree(root: Path) -> None:
+    for path in [root, *root.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_output_directory(path: Path, overwrite: bool) -> None:
+    """Refuse `path` as a new output directory unless it is absent, empty or `overwrite` is given.
+
+    Call it before long work, so that the refusal comes at the start.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; expected a directory to create")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path}: already exists and is not empty; name another or add --overwrite")
+
+
+@contextmanager
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a fresh directory beside `path`; it becomes `path` when the block ends without error.
+
+    On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched.
+
+    Raises:
+        UserError: `path` is a file, or a non-empty directory and `overwrite` is false.
+    """
+    check_output_directory(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_tree(partial)
+        replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; a missing file, bad JSON or another type is a `UserError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
