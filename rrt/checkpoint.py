@@ -1,0 +1,149 @@
+"""Our checkpoint directory: both configurations, every shared tensor once, where it came from.
+
+- config.json: format, format_version, dtype, model (ModelConfig), recursive (RecursiveConfig)
+- model.safetensors, or shards with an index over 5 GB; names as in `RecursiveTransformer.state_dict()`;
+  LoRA stacked on the loop axis: lora_a [B, R, K], lora_b [B, N, R]
+- tokenizer files, as the base published them
+- provenance.json: stage, parent and its hash, command, code version, data, metrics
+"""
+
+import hashlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrt.config import ModelConfig, RecursiveConfig, from_mapping, to_mapping
+from rrt.errors import UserError
+from rrt.files import atomic_directory, read_json, sha256_file, write_json
+from rrt.tensors import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name, parse_dtype
+from rrt.version import __version__
+
+FORMAT = "rrt"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What `config.json` says. `dtype` is the dtype of the stored tensors."""
+
+    model: ModelConfig
+    recursive: RecursiveConfig
+    dtype: torch.dtype
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dtype": dtype_name(self.dtype),
+            "model": to_mapping(self.model),
+            "recursive": to_mapping(self.recursive),
+        }
+
+
+def is_native(config_json: dict[str, Any]) -> bool:
+    """Whether a parsed `config.json` is ours rather than an HF one."""
+    return config_json.get("format") == FORMAT
+
+
+def read_checkpoint_config(path: Path) -> CheckpointConfig:
+    """Read our `config.json`. Raises `UserError` for another format version or any wrong field."""
+    data = read_json(path)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}")
+    unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursive"})
+    if unknown:
+        raise UserError(
+            f"{path}: unknown field '{unknown[0]}'; expected format, format_version, dtype, model, recursive"
+        )
+    for key, kind in (("dtype", str), ("model", dict), ("recursive", dict)):
+        if not isinstance(data.get(key), kind):
+            raise UserError(f"{path}: field '{key}': found {data.get(key)!r}; expected {kind.__name__}")
+    try:
+        dtype = parse_dtype(data["dtype"])
+        model = from_mapping(ModelConfig, data["model"], str(path), "model.")
+        recursive = from_mapping(RecursiveConfig, data["recursive"], str(path), "recursive.")
+        recursive.layers_per_loop(model)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return CheckpointConfig(model, recursive, dtype)
+
+
+class CheckpointWriter:
+    """The contents of a checkpoint directory while it is being written; see `write_checkpoint`."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, max_shard_bytes: int) -> None:
+        self.directory = directory
+        self.config = config
+        self.tensors = SafetensorsWriter(directory, max_shard_bytes)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Store one parameter, cast to the checkpoint's dtype."""
+        self.tensors.add(name, tensor.to(self.config.dtype))
+
+    def finish(self, provenance: dict[str, Any]) -> None:
+        self.tensors.finish()
+        write_json(self.directory / "config.json", self.config.to_json())
+        write_json(self.directory / "provenance.json", provenance)
+
+
+@contextmanager
+def write_checkpoint(
+    out: Path,
+    config: CheckpointConfig,
+    provenance: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Iterator[CheckpointWriter]:
+    """Write a checkpoint directory that appears at `out` only when complete.
+
+    The block adds the tensors, may copy tokenizer files into `writer.directory` and may add to `provenance`.
+    """
+    with atomic_directory(out, overwrite) as partial:
+        writer = CheckpointWriter(partial, config, max_shard_bytes)
+        yield writer
+        writer.finish(provenance)
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over the names and bytes of a checkpoint's configuration and weight files."""
+    digest = hashlib.sha256()
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
+    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """The package's version, with the git commit if it runs from a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{commit}"
+
+
+def make_provenance(stage: str, parent: Path | None, **details: Any) -> dict[str, Any]:
+    """Where a checkpoint comes from: stage, parent and its hash, command line, code version, time.
+
+    `details` (data, metrics, ...) are added as they are.
+    """
+    return {
+        "stage": stage,
+        "parent": None if parent is None else {"path": str(parent), "sha256": fingerprint(parent)},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "code_version": code_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **details,
+    }

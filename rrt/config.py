@@ -1,0 +1,232 @@
+"""The two configurations of a checkpoint: the base architecture and how it is looped.
+
+Both are frozen dataclasses read from JSON by :func:`from_mapping`, which refuses unknown keys and
+wrong types by name. The recipes of ``train/`` are read by the same function.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from rrt.errors import UserError
+
+T = TypeVar("T")
+
+Family = Literal["gemma", "llama", "gpt_neox"]
+Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
+NormInit = Literal["average", "choice", "zero"]
+LoraInit = Literal["svd", "zero", "joint"]
+LoraGroup = Literal["q", "kv", "out", "ffn"]
+
+
+def doc(text: str, **kwargs: Any) -> Any:
+    """A dataclass field with a one-line description, which commands print as ``--help``."""
+    return field(metadata={"doc": text}, **kwargs)
+
+
+def _type_name(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(kind))
+    if origin is tuple:
+        return f"a list of {_type_name(typing.get_args(kind)[0])}"
+    return str(getattr(kind, "__name__", kind))
+
+
+def _convert(value: Any, kind: Any, where: str, name: str) -> Any:
+    """`value` as type `kind`; JSON and TOML lists become tuples and integers may stand for floats."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _convert(value, option, where, name)
+            except UserError as error:
+                if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                    raise error
+    elif origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, args[0], where, f"{name}[{i}]") for i, item in enumerate(value))
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return from_mapping(typing.cast(type, kind), value, where, prefix=f"{name}.")
+        if isinstance(value, typing.cast(type, kind)):
+            return value
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: field '{name}': found {value!r}; expected {_type_name(kind)}")
+
+
+def from_mapping(cls: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:
+    """Build the dataclass `cls` from parsed JSON or TOML.
+
+    Args:
+        where: what to name in errors, usually the file's path.
+        prefix: dotted path of `data` inside the file, ending in a dot, for errors.
+
+    Raises:
+        UserError: an unknown key, a missing one, or a value of the wrong type or range.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        names = ", ".join(f"'{prefix}{name}'" for name in unknown)
+        raise UserError(f"{where}: unknown field {names}; expected one of: {', '.join(fields)}")
+    required = [
+        f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise UserError(f"{where}: missing field " + ", ".join(f"'{prefix}{name}'" for name in missing))
+    values = {k: _convert(v, hints[k], where, f"{prefix}{k}") for k, v in data.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def to_mapping(value: Any) -> dict[str, Any]:
+    """The JSON form of a configuration (nested dataclasses become objects, tuples lists)."""
+    return dataclasses.asdict(value)
+
+
+def _require_positive(config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise UserError(f"field '{name}': found {value}; expected a positive number")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base architecture: everything that an unlooped layer stack needs."""
+
+    family: Family = doc("architecture family, which decides the HF layout and the BOS rule")
+    vocab_size: int = doc("rows of the embedding")
+    hidden_size: int = doc("model width D")
+    num_layers: int = doc("depth L: how many layers a token passes at full depth")
+    num_heads: int = doc("query heads H")
+    num_kv_heads: int = doc("key/value heads H_kv; H for MHA, 1 for MQA")
+    head_dim: int = doc("width of one head D_h")
+    intermediate_size: int = doc("width of the feed-forward layer")
+    max_position_embeddings: int = doc("longest context the base was trained for, tokens")
+    activation: Literal["silu", "gelu_tanh", "gelu"] = doc("feed-forward nonlinearity; 'gelu' is the erf form")
+    gated_mlp: bool = doc("down(act(gate(x)) * up(x)) if true, down(act(up(x))) if false")
+    norm_type: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = doc("'rmsnorm_1p' multiplies by (1 + weight)")
+    norm_eps: float = doc("epsilon inside the norm's square root")
+    rope_theta: float = doc("base of the rotary frequencies")
+    rotary_fraction: float = doc("fraction of each head's dimensions that rotate")
+    use_bias: bool = doc("biases on every linear of attention and feed-forward")
+    parallel_residual: bool = doc("attention and feed-forward both read the layer's input")
+    tie_embeddings: bool = doc("the head is the embedding")
+    scale_embeddings: bool = doc("embeddings are multiplied by sqrt(hidden_size)")
+    bos_token_id: int | None = doc("begin-of-sequence token, if any", default=None)
+    eos_token_id: int | None = doc("end-of-sequence token, if any", default=None)
+    pad_token_id: int | None = doc("padding token, if any", default=None)
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+            + ("intermediate_size", "max_position_embeddings", "norm_eps", "rope_theta"),
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"field 'num_kv_heads': found {self.num_kv_heads}; expected a divisor of num_heads = {self.num_heads}"
+            )
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f"field 'rotary_fraction': found {self.rotary_fraction}; expected a number in (0, 1]")
+        if self.rotary_dim % 2:
+            raise UserError(
+                f"field 'rotary_fraction': {self.rotary_fraction} of head_dim {self.head_dim} is "
+                f"{self.rotary_dim} dimensions; expected an even number"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
+
+@dataclass(frozen=True)
+class LoraRanks:
+    """LoRA rank of each group of linears; 0 means none. A rank is capped at min(in, out)."""
+
+    q: int = doc("query projection", default=0)
+    kv: int = doc("key and value projections, each", default=0)
+    out: int = doc("attention output projection", default=0)
+    ffn: int = doc("feed-forward linears, each", default=0)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value < 0:
+                raise UserError(f"field 'lora_rank.{f.name}': found {value}; expected 0 (no LoRA) or more")
+
+    @classmethod
+    def uniform(cls, rank: int) -> "LoraRanks":
+        return cls(q=rank, kv=rank, out=rank, ffn=rank)
+
+    def __bool__(self) -> bool:
+        return any((self.q, self.kv, self.out, self.ffn))
+
+    def __str__(self) -> str:
+        if self.q == self.kv == self.out == self.ffn:
+            return str(self.q)
+        return f"q {self.q}, kv {self.kv}, out {self.out}, ffn {self.ffn}"
+
+
+@dataclass(frozen=True)
+class RecursiveConfig:
+    """How the layers are folded into one block of K = L/B shared layers and relaxed again (PAPER sections 2, 3).
+
+    The default is a vanilla model: one loop, nothing relaxed.
+    """
+
+    num_loops: int = doc("loops B over the shared block; 1 is a vanilla model", default=1)
+    sharing: Literal["cycle"] = doc("depth l uses shared layer l mod K", default="cycle")
+    init: Init = doc("how the shared block is made from the base's layers", default="stepwise")
+    norm_init: NormInit = doc("norm weights under init 'average': mean, one layer's, or zero", default="average")
+    lora_rank: LoraRanks = doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
+    lora_init: LoraInit = doc("LoRA from the SVD of what tying lost, or zero", default="svd")
+    untie_norms: bool = doc("norms and biases of the block's layers per depth", default=False)
+    prefix_length: int = doc("trainable prefix vectors per depth", default=0)
+    exit_loops: tuple[int, ...] = doc("loops (from 0) before the last that were trained to exit", default=())
+    head_lora_rank: int = doc("rank of the LoRA on the head for intermediate exits", default=0)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, ("num_loops",))
+        for name in ("prefix_length", "head_lora_rank"):
+            if getattr(self, name) < 0:
+                raise UserError(f"field '{name}': found {getattr(self, name)}; expected 0 or more")
+        for loop in self.exit_loops:
+            if not 0 <= loop < self.num_loops - 1:
+                raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")
+
+    @property
+    def is_relaxed(self) -> bool:
+        """Whether any parameter besides the norms and biases differs between depths."""
+        return bool(self.lora_rank) or self.prefix_length > 0
+
+    def layers_per_loop(self, model: ModelConfig) -> int:
+        """K = L/B. Raises `UserError` if B does not divide L."""
+        if model.num_layers % self.num_loops:
+            divisors = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+            raise UserError(
+                f"field 'num_loops': found {self.num_loops}, which does not divide the base's "
+                f"{model.num_layers} layers; expected one of {', '.join(map(str, divisors))}"
+            )
+        return model.num_layers // self.num_loops

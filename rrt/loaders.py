@@ -1,0 +1,186 @@
+"""Load models: HF directories of three families and our own checkpoints, through one interface.
+
+`open_source` finds what a directory holds and hands out parameters by our names, one at a time, straight
+from the files; `load_model` fills a model from it. Every key, shape and dtype is accounted for first.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rrt.checkpoint import is_native, read_checkpoint_config
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.files import read_json
+from rrt.hf import HEAD_KEY, KNOWN_EXTRAS, HFTensor, model_config_from_hf, tensor_table
+from rrt.model import RecursiveTransformer
+from rrt.tensors import TensorFiles, dtype_name
+
+log = logging.getLogger(__name__)
+
+
+def _check_tensors(files: TensorFiles, expected: dict[str, tuple[int, ...]], extras: set[str]) -> None:
+    """One `UserError` listing every missing, misshaped and unexpected tensor."""
+    problems = []
+    for key, shape in expected.items():
+        if key not in files:
+            problems.append(f"missing '{key}' {list(shape)}")
+        elif files.shape(key) != shape:
+            problems.append(
+                f"'{key}' in {files.file_name(key)}: found shape {list(files.shape(key))}, expected {list(shape)}"
+            )
+        elif not files.dtype(key).is_floating_point:
+            problems.append(f"'{key}': found dtype {dtype_name(files.dtype(key))}, expected a floating-point one")
+    problems += [
+        f"unexpected '{key}' {list(files.shape(key))}" for key in files if key not in expected | dict.fromkeys(extras)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{files.directory}: tensors do not match config.json: {'; '.join(problems[:8])}{more}")
+
+
+class Source:
+    """A checkpoint directory opened for reading, by the names of `RecursiveTransformer`'s parameters."""
+
+    directory: Path
+    model: ModelConfig
+    recursive: RecursiveConfig
+    dtype: torch.dtype
+    """The stored dtype (of the embedding, if they differ)."""
+
+    def get(self, name: str) -> Tensor:
+        """Parameter `name`, backed by the mapped file: copy what you keep, do not write to it."""
+        raise NotImplementedError
+
+
+class HFSource(Source):
+    """An HF directory of one of the three families, as a vanilla model."""
+
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
+        self.directory, self.model, self.recursive = directory, model, RecursiveConfig()
+        self._files = TensorFiles(directory)
+        table = tensor_table(model)
+        self._where: dict[str, tuple[HFTensor, int]] = {
+            target: (entry, part) for entry in table for part, target in enumerate(entry.targets)
+        }
+        extras = {key for key in self._files if key.endswith(KNOWN_EXTRAS[model.family])}
+        if extras:
+            endings = sorted({e for e in KNOWN_EXTRAS[model.family] if any(k.endswith(e) for k in extras)})
+            log.info("%s: skipped %d constant tensors (*%s)", directory, len(extras), ", *".join(endings))
+        head_key = HEAD_KEY[model.family]
+        tied_copy = model.tie_embeddings and head_key in self._files
+        _check_tensors(
+            self._files, {entry.key: entry.shape for entry in table}, extras | ({head_key} if tied_copy else set())
+        )
+        embed_key = self._where["embed"][0].key
+        if tied_copy and not torch.equal(self._files.get(head_key), self._files.get(embed_key)):
+            raise UserError(
+                f"{directory / self._files.file_name(head_key)}: '{head_key}' differs from '{embed_key}'; "
+                "expected them equal, as config.json says tie_word_embeddings"
+            )
+        self.dtype = self._files.dtype(embed_key)
+
+    def get(self, name: str) -> Tensor:
+        entry, part = self._where[name]
+        tensor = self._files.get(entry.key)
+        if len(entry.targets) == 1:
+            return tensor
+        heads, head_dim = self.model.num_heads, self.model.head_dim
+        per_head = tensor.unflatten(0, (heads, len(entry.targets), head_dim))
+        return per_head[:, part].flatten(0, 1)
+
+
+class NativeSource(Source):
+    """One of our own checkpoints."""
+
+    def __init__(self, directory: Path) -> None:
+        config = read_checkpoint_config(directory / "config.json")
+        self.directory, self.model, self.recursive = directory, config.model, config.recursive
+        self.dtype = config.dtype
+        self._files = TensorFiles(directory)
+        _check_tensors(self._files, parameter_shapes(config.model, config.recursive), set())
+
+    def get(self, name: str) -> Tensor:
+        return self._files.get(name)
+
+
+def meta_model(model: ModelConfig, recursive: RecursiveConfig) -> RecursiveTransformer:
+    """The model without memory, for names, shapes and counts."""
+    with torch.device("meta"):
+        return RecursiveTransformer(model, recursive)
+
+
+def parameter_shapes(model: ModelConfig, recursive: RecursiveConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape."""
+    return {name: tuple(p.shape) for name, p in meta_model(model, recursive).named_parameters()}
+
+
+def open_source(directory: str | Path) -> Source:
+    """Open an HF directory or one of our checkpoints, checking every tensor's name, shape and dtype.
+
+    Raises:
+        UserError: what is wrong, with the file, the field, what was found and what was expected.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected an HF model directory or a checkpoint")
+    path = directory / "config.json"
+    config = read_json(path)
+    if is_native(config):
+        return NativeSource(directory)
+    return HFSource(directory, model_config_from_hf(config, str(path)))
+
+
+def _keep_loops(source: Source, num_loops: int) -> tuple[ModelConfig, RecursiveConfig]:
+    """The configuration of the model that stops after the first `num_loops` loops."""
+    trained = source.recursive.num_loops
+    if not 1 <= num_loops <= trained:
+        hint = " (fold a vanilla model with python -m rrt.convert first)" if trained == 1 else ""
+        raise UserError(
+            f"num_loops: found {num_loops}; {source.directory} has {trained}: expected 1 to {trained}{hint}"
+        )
+    layers = source.recursive.layers_per_loop(source.model) * num_loops
+    exits = tuple(loop for loop in source.recursive.exit_loops if loop < num_loops - 1)
+    return (
+        dataclasses.replace(source.model, num_layers=layers),
+        dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=exits),
+    )
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    num_loops: int | None = None,
+) -> RecursiveTransformer:
+    """Load an HF directory or one of our checkpoints.
+
+    Tensors stream from the files, largest first, into parameters of the target dtype and device: peak
+    memory stays within 1.2 times the model's size there.
+
+    Args:
+        dtype: of the parameters; default as stored.
+        num_loops: run only this many of the checkpoint's loops (a static exit); default all.
+
+    Returns:
+        The model in eval mode; `model(input_ids)` ([batch, T] int64) gives logits [batch, T, V].
+
+    Raises:
+        UserError: the directory is not a usable checkpoint (see `open_source`), or `num_loops` is out of range.
+    """
+    source = open_source(directory)
+    config, recursive = _keep_loops(source, num_loops or source.recursive.num_loops)
+    model = meta_model(config, recursive)
+    parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
+    for name, meta in parameters:
+        stored = source.get(name)
+        if stored.shape != meta.shape:  # stacked over loops or depths, of which the first are kept
+            stored = stored[: meta.shape[0]] if stored.dim() == meta.dim() else stored[0]
+        value = torch.empty(meta.shape, dtype=dtype or source.dtype, device=device)
+        value.copy_(stored)
+        module_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module_name), leaf, nn.Parameter(value))
+    return model.eval()

@@ -1,0 +1,83 @@
+"""The linear layer of a looped block: one shared weight, one low-rank correction per loop (PAPER, Relaxation).
+
+Dimensions: N out, K in (of this linear), B loops, R rank, M rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rrt import ops
+
+
+class LoopLinear(nn.Module):
+    """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added as it is.
+
+    Parameters:
+        weight [N, K]; bias [N], or [B, N] if untied, or None; lora_a [B, R, K] and lora_b [B, N, R], or
+        None at rank 0. Memory is uninitialised: load a checkpoint or call `RecursiveTransformer.init_weights`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_loops: int = 1,
+        rank: int = 0,
+        bias: bool = False,
+        untie_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_loops = num_loops
+        self.rank = min(rank, in_features, out_features)
+        self.merge = False
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
+        self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
+        self.lora_a = nn.Parameter(torch.empty(num_loops, self.rank, in_features)) if self.rank else None
+        self.lora_b = nn.Parameter(torch.empty(num_loops, out_features, self.rank)) if self.rank else None
+
+    def loop_bias(self, loop: int) -> Tensor | None:
+        """The bias [N] that `loop` uses, or None."""
+        return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
+
+    def merged_weight(self, loop: int) -> Tensor:
+        """``W + B_l A_l`` [N, K], in the weight's dtype."""
+        if self.lora_a is None or self.lora_b is None:
+            return self.weight
+        return torch.addmm(self.weight, self.lora_b[loop], self.lora_a[loop])
+
+    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
+        """Apply the linear at `loop`.
+
+        Args:
+            x: [..., K]; [M, K] when `loop` is a tensor.
+            loop: one loop for all rows, computed merged (one GEMM with W + B_l A_l) or plain (three GEMMs)
+                as `self.merge` says; or an int32 tensor [M], one loop per row, by the native op.
+
+        Returns:
+            [..., N]
+        """
+        if isinstance(loop, Tensor):
+            return self._forward_rows(x, loop)
+        bias = self.loop_bias(loop)
+        if self.lora_a is None or self.lora_b is None:
+            return F.linear(x, self.weight, bias)
+        if self.merge:
+            return F.linear(x, self.merged_weight(loop), bias)
+        return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+
+    def _forward_rows(self, x: Tensor, loops: Tensor) -> Tensor:
+        tied_bias = self.bias if self.bias is not None and self.bias.dim() == 1 else None
+        lora_a = x.new_empty(self.num_loops, 0, self.in_features) if self.lora_a is None else self.lora_a
+        lora_b = x.new_empty(self.num_loops, self.out_features, 0) if self.lora_b is None else self.lora_b
+        y = ops.loop_lora_linear(x, self.weight, tied_bias, lora_a, lora_b, loops)
+        if self.bias is not None and tied_bias is None:
+            y = y + self.bias[loops.long()]
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, loops={self.num_loops}, rank={self.rank}"

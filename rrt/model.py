@@ -1,0 +1,338 @@
+"""Gemma, Llama and GPT-NeoX decoders, vanilla, recursive or relaxed, in one file.
+
+The whole method: `LoopedStack` holds K shared layers and runs them B times; each linear adds the LoRA of
+the loop it runs in (:class:`rrt.lora.LoopLinear`). A vanilla model is one loop over all its layers.
+
+Shapes, used across the package: batch sequences of T tokens, S keys, M rows, D model width, H query heads,
+H_kv key/value heads, D_h head width, L depth, B loops, K shared layers per loop, R LoRA rank, V vocabulary,
+P prefix length. `depth = loop * K + layer`.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.lora import LoopLinear
+
+
+class Cache(Protocol):
+    """What incremental decoding needs of a key/value cache; every depth keeps its own entries."""
+
+    length: int
+    """Positions held before this forward."""
+
+    def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [batch, H_kv, T, D_h] of `depth`; return all keys and values [batch, H_kv, S, D_h]."""
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """Called once per forward, after every depth has appended its `num_tokens` positions."""
+        ...
+
+
+class Norm(nn.Module):
+    """RMSNorm, Gemma's RMSNorm with (1 + weight), or LayerNorm; computed in fp32 (fp64 for fp64 input)."""
+
+    def __init__(self, config: ModelConfig, num_loops: int = 1) -> None:
+        super().__init__()
+        self.kind = config.norm_type
+        self.eps = config.norm_eps
+        shape = (config.hidden_size,) if num_loops == 1 else (num_loops, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape)) if self.kind == "layernorm" else None
+
+    def forward(self, x: Tensor, loop: int = 0) -> Tensor:
+        weight = self.weight if self.weight.dim() == 1 else self.weight[loop]
+        if self.kind == "layernorm":
+            bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.kind == "rmsnorm_1p":
+            return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+        return weight * normed.to(x.dtype)
+
+
+def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines [batch or 1, 1, T, rotary_dim] of `positions` [batch or 1, T]."""
+    exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse_frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
+    angles = positions[:, None, :, None].float() * inverse_frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `cos.shape[-1]` dimensions of each head of x [batch, heads, T, D_h]."""
+    rotary_dim = cos.shape[-1]
+    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+class Attention(nn.Module):
+    """Causal attention with separate q, k, v projections (MHA, GQA, MQA) and optional prefix vectors."""
+
+    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        ranks, width = recursive.lora_rank, config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+
+        def linear(inputs: int, outputs: int, rank: int) -> LoopLinear:
+            return _linear(config, recursive, inputs, outputs, rank)
+
+        self.q = linear(config.hidden_size, width, ranks.q)
+        self.k = linear(config.hidden_size, kv_width, ranks.kv)
+        self.v = linear(config.hidden_size, kv_width, ranks.kv)
+        self.out = linear(width, config.hidden_size, ranks.out)
+
+    def forward(
+        self,
+        x: Tensor,
+        loop: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        depth: int,
+        cache: Cache | None,
+        prefix: Tensor | None,
+    ) -> Tensor:
+        """x [batch, T, D] -> [batch, T, D]; `mask` bool [batch or 1, 1, T, P + S], or None for plain causal."""
+        q = self._split_heads(self.q(x, loop), self.config.num_heads)
+        k = self._split_heads(self.k(x, loop), self.config.num_kv_heads)
+        v = self._split_heads(self.v(x, loop), self.config.num_kv_heads)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.update(depth, k, v)
+        if prefix is not None:
+            # Prefix keys carry no position: every query sees them alike.
+            k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=2)
+            v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=2)
+        causal = mask is None and x.shape[1] > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return self.out(y.transpose(1, 2).flatten(2), loop)
+
+    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)
+
+    def _prefix_heads(self, x: Tensor, batch: int) -> Tensor:
+        return self._split_heads(x[None], self.config.num_kv_heads).expand(batch, -1, -1, -1)
+
+
+class MLP(nn.Module):
+    """GeGLU, SwiGLU (`gated_mlp`) or the plain two-matrix feed-forward."""
+
+    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        hidden, inner, rank = config.hidden_size, config.intermediate_size, recursive.lora_rank.ffn
+        self.gate = _linear(config, recursive, hidden, inner, rank) if config.gated_mlp else None
+        self.up = _linear(config, recursive, hidden, inner, rank)
+        self.down = _linear(config, recursive, inner, hidden, rank)
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        if self.gate is None:
+            return self.down(self._activate(self.up(x, loop)), loop)
+        return self.down(self._activate(self.gate(x, loop)) * self.up(x, loop), loop)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return F.silu(x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+class Layer(nn.Module):
+    """One shared decoder layer, sequential or with parallel residual."""
+
+    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+        super().__init__()
+        norm_loops = recursive.num_loops if recursive.untie_norms else 1
+        self.parallel_residual = config.parallel_residual
+        self.attn_norm = Norm(config, norm_loops)
+        self.attn = Attention(config, recursive)
+        self.mlp_norm = Norm(config, norm_loops)
+        self.mlp = MLP(config, recursive)
+
+    def forward(
+        self,
+        x: Tensor,
+        loop: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        depth: int,
+        cache: Cache | None,
+        prefix: Tensor | None,
+    ) -> Tensor:
+        attended = self.attn(self.attn_norm(x, loop), loop, rope, mask, depth, cache, prefix)
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.mlp_norm(x, loop), loop)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x, loop), loop)
+
+
+class LoopedStack(nn.Module):
+    """K shared layers run B times. Returns the hidden state after each loop, which is where exits are taken."""
+
+    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+        super().__init__()
+        self.num_loops = recursive.num_loops
+        self.layers = nn.ModuleList(Layer(config, recursive) for _ in range(recursive.layers_per_loop(config)))
+        shape = (config.num_layers, recursive.prefix_length, config.hidden_size)
+        self.prefix = nn.Parameter(torch.empty(shape)) if recursive.prefix_length else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        num_loops: int | None = None,
+    ) -> list[Tensor]:
+        """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all)."""
+        exits = []
+        for loop in range(num_loops or self.num_loops):
+            for index, layer in enumerate(self.layers):
+                depth = loop * len(self.layers) + index
+                prefix = None if self.prefix is None else self.prefix[depth]
+                x = layer(x, loop, rope, mask, depth, cache, prefix)
+            exits.append(x)
+        return exits
+
+
+class RecursiveTransformer(nn.Module):
+    """The language model. `forward(input_ids)` gives logits; see :func:`rrt.load_model` to get one.
+
+    Raises:
+        UserError: from the constructor, if `num_loops` does not divide `num_layers` or the checkpoint asks
+            for a feature that this version cannot run.
+    """
+
+    def __init__(self, config: ModelConfig, recursive: RecursiveConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.recursive = recursive = recursive or RecursiveConfig()
+        if recursive.head_lora_rank:
+            raise UserError(
+                f"field 'head_lora_rank': found {recursive.head_lora_rank}; this version only runs 0 (no LoRA on the head)"
+            )
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.stack = LoopedStack(config, recursive)
+        self.norm = Norm(config)
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        exit_loop: int | None = None,
+    ) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            input_ids: [batch, T] int64.
+            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too.
+            cache: keys and values of earlier positions; this call's are appended.
+            exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
+
+        Returns:
+            [batch, T, V] in the parameters' dtype.
+        """
+        last = self.recursive.num_loops - 1 if exit_loop is None else exit_loop
+        if not 0 <= last < self.recursive.num_loops:
+            raise UserError(f"exit_loop: found {exit_loop}; expected a loop in [0, {self.recursive.num_loops})")
+        exits = self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache, num_loops=last + 1)
+        return self.logits(exits[-1])
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        num_loops: int | None = None,
+    ) -> list[Tensor]:
+        """The states [batch, T, D] after each loop, before the final norm. Arguments as in `forward`."""
+        x = F.embedding(input_ids, self.embed)
+        if self.config.scale_embeddings:
+            # The factor is rounded to the model's dtype first, as the published Gemma code does.
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+        past = 0 if cache is None else cache.length
+        positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
+        rope = rope_cos_sin(self.config, positions, x.dtype)
+        exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return exits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [..., D] -> [..., V]."""
+        return F.linear(self.norm(hidden), self.embed if self.head is None else self.head)
+
+    def _positions_and_mask(
+        self, input_ids: Tensor, past: int, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions [batch or 1, T] and the attention mask, None where plain causal attention is meant."""
+        length, device = input_ids.shape[1], input_ids.device
+        prefix_length = self.recursive.prefix_length
+        queries = torch.arange(past, past + length, device=device)
+        if attention_mask is None:
+            positions = queries[None]
+            if prefix_length == 0 and (past == 0 or length == 1):
+                return positions, None
+        else:
+            expected = (input_ids.shape[0], past + length)
+            if tuple(attention_mask.shape) != expected:
+                raise UserError(f"attention_mask: found shape {tuple(attention_mask.shape)}; expected {expected}")
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        keys = torch.arange(past + length, device=device)
+        mask = (keys[None, :] <= queries[:, None])[None, None]
+        if attention_mask is not None:
+            # A padded query still sees itself: a row without any key would become NaN and spread.
+            own = (keys[None, :] == queries[:, None])[None, None]
+            mask = mask & attention_mask.bool()[:, None, None, :] | own
+        return positions, F.pad(mask, (prefix_length, 0), value=True)
+
+    def set_merge(self, merge: bool) -> None:
+        """Compute every LoRA merged into its weight (cheap when M is large) or as separate products."""
+        for module in self.modules():
+            if isinstance(module, LoopLinear):
+                module.merge = merge
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> None:
+        """Initialise for training from scratch: normal weights, identity norms, zero biases and LoRA B.
+
+        The two linears that write to the residual stream get ``std / sqrt(2 L)``.
+        """
+        generator = torch.Generator(device=self.embed.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf in ("bias", "lora_b"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(0.0 if self.config.norm_type == "rmsnorm_1p" else 1.0)
+            else:
+                residual = name.endswith((".out.weight", ".down.weight"))
+                scale = std / math.sqrt(2 * self.config.num_layers) if residual else std
+                parameter.normal_(0.0, scale, generator=generator)
+
+
+def _linear(config: ModelConfig, recursive: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:
+    return LoopLinear(
+        inputs,
+        outputs,
+        num_loops=recursive.num_loops,
+        rank=rank,
+        bias=config.use_bias,
+        untie_bias=recursive.untie_norms,
+    )
