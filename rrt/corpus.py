@@ -1,0 +1,259 @@
+"""Corpora: documents of text files, JSON lines (plain, gzip, zstd) and Python's standard library.
+
+Everything streams: one document, or one compressed block, is in memory at a time. A text file is one
+document; in JSON lines each line is an object whose field `text` (or another) is the document.
+``python-stdlib`` in place of a file name means the sources of the running interpreter's library, a
+corpus that every machine has; a fixed list of its packages is held out for evaluation.
+"""
+
+import glob
+import gzip
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from rrt.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+SPLITS = ("train", "heldout")
+
+TEXT_SUFFIXES = tuple(
+    ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js .ts .go .rs .sh".split()
+)
+LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+INPUT_HELP = (
+    f"text files ({TEXT_SUFFIXES[0]}, {TEXT_SUFFIXES[2]}, .py, ...: one file, one document), JSON lines "
+    f"({', '.join(LINES_SUFFIXES)}), or {PYTHON_STDLIB}"
+)
+
+# Held out: whole packages, so that no held-out file has a sibling in training; about a tenth of the bytes.
+STDLIB_HELDOUT = frozenset("concurrent email http json logging sqlite3 wsgiref".split())
+# Left out: tests and what distributions package apart or drop (so that corpora of different machines are
+# alike), and tables written as Python (character sets, help topics), which are data rather than text.
+STDLIB_LEFT_OUT = frozenset(
+    "test tests idle_test site-packages dist-packages __pycache__ idlelib tkinter turtledemo lib2to3 distutils "
+    "ensurepip encodings pydoc_data".split()
+)
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or the lines of a ``.jsonl`` file that begin in bytes [start, stop).
+
+    `size` is what reading it counts for in progress: bytes on disk.
+    """
+
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def documents(
+    inputs: str | Path | Sequence[str | Path], *, split: str = "train", text_field: str = "text"
+) -> Iterator[str]:
+    """The documents of globs, files or ``python-stdlib``, in order.
+
+    Only ``python-stdlib`` has a split of its own; of other inputs every document belongs to `split`.
+
+    Raises:
+        UserError: nothing matches, an unknown kind of file, or a file or line that cannot be read.
+    """
+    for path in find_files(inputs, split=split):
+        yield from read_documents(whole_file(path), text_field=text_field)
+
+
+def find_files(inputs: str | Path | Sequence[str | Path], *, split: str = "train") -> list[Path]:
+    """The files that `inputs` name: in the order given, sorted within a glob, each once."""
+    names = [inputs] if isinstance(inputs, str | Path) else inputs
+    found: dict[Path, None] = {}
+    for name in names:
+        matches = stdlib_files(split) if str(name) == PYTHON_STDLIB else _expand(str(name))
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def stdlib_files(split: str) -> list[Path]:
+    """The standard library's sources in ``"train"`` or ``"heldout"``, sorted by their path in it."""
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        generated = parts[0].startswith(("config-", "_sysconfigdata"))
+        if generated or not STDLIB_LEFT_OUT.isdisjoint(parts):
+            continue
+        if (parts[0] in STDLIB_HELDOUT) == (split == "heldout") and _is_utf8(path):
+            files.append(path)
+    if not files:
+        raise UserError(f"{root}: no Python sources; this interpreter has no standard library to read")
+    return files
+
+
+def whole_file(path: Path) -> Part:
+    """All of `path` as one part."""
+    return Part(path, 0, path.stat().st_size)
+
+
+def is_divisible(path: Path) -> bool:
+    """Whether parts of the file can be read without what precedes them."""
+    return path.name.endswith(".jsonl")
+
+
+def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
+    """The documents of one part; empty ones are left out.
+
+    Raises:
+        UserError: naming the file, and the line of a bad record.
+    """
+    name = part.path.name
+    if name.endswith(LINES_SUFFIXES):
+        yield from _read_lines(part, text_field)
+    elif name.endswith(TEXT_SUFFIXES):
+        text = _decode(part.path.read_bytes(), str(part.path)).removeprefix("\ufeff")
+        if text:
+            yield text
+    else:
+        raise UserError(f"{part.path}: unknown kind of file; expected {INPUT_HELP}")
+
+
+def _expand(pattern: str) -> list[Path]:
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in matches if path.is_file()]
+    if not files:
+        if matches:
+            raise UserError(f"{pattern}: is a directory; expected files, such as '{pattern}/**/*.jsonl'")
+        raise UserError(f"{pattern}: no file matches; expected {INPUT_HELP}")
+    for path in files:
+        if not path.name.endswith(LINES_SUFFIXES + TEXT_SUFFIXES):
+            raise UserError(f"{path}: unknown kind of file; expected {INPUT_HELP}")
+    return files
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _read_lines(part: Part, text_field: str) -> Iterator[str]:
+    lines: Iterable[bytes]
+    if is_divisible(part.path):
+        lines = _plain_lines(part)
+    else:
+        lines = _split_lines(_gzip_chunks(part.path) if part.path.suffix == ".gz" else _zstd_chunks(part.path))
+    for number, line in enumerate(lines):
+        if line.isspace() or not line:
+            continue
+        try:
+            text = _text_of(line, text_field)
+        except UserError as error:
+            raise UserError(f"{part.path}:{_lines_before(part) + number + 1}: {error}") from None
+        if text:
+            yield text
+
+
+def _text_of(line: bytes, text_field: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error}); expected an object with field {text_field!r}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"found a JSON {type(record).__name__}; expected an object with field {text_field!r}")
+    if text_field not in record:
+        found = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise UserError(f"no field {text_field!r} (fields found: {found}); name the one with the text")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"field {text_field!r} is a {type(text).__name__}; expected a string")
+    return text
+
+
+def _plain_lines(part: Part) -> Iterator[bytes]:
+    with part.path.open("rb") as stream:
+        if part.start > 0:
+            # A line belongs to the part in which it begins: skip the rest of one begun before.
+            stream.seek(part.start - 1)
+            stream.readline()
+        while stream.tell() < part.stop and (line := stream.readline()):
+            yield line
+
+
+def _lines_before(part: Part) -> int:
+    """Lines that begin before the part (read again only to tell where an error is)."""
+    if part.start == 0:
+        return 0
+    with part.path.open("rb") as stream:
+        count, left = 0, part.start - 1
+        while left > 0 and (chunk := stream.read(min(left, _CHUNK_BYTES))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count + 1
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for chunk in chunks:
+        head, *tail = chunk.split(b"\n")
+        rest.append(head)
+        if tail:
+            yield b"".join(rest)
+            yield from tail[:-1]
+            rest = [tail[-1]]
+    if last := b"".join(rest):
+        yield last
+
+
+def _gzip_chunks(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as stream:
+        try:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{path}: damaged or not a gzip file ({error})") from None
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        try:
+            yield from _zstd_frames(stream)
+        except zstandard.ZstdError as error:
+            raise UserError(f"{path}: damaged or not a zstd file ({error})") from None
+
+
+def _zstd_frames(stream: BinaryIO) -> Iterator[bytes]:
+    # By hand, not `stream_reader`: that one takes a file cut in the middle of a frame for its end.
+    context = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    data = b""
+    while data := data or stream.read(_CHUNK_BYTES // 8):
+        frame = frame or context.decompressobj()
+        yield frame.decompress(data)
+        data = b""
+        if frame.eof:
+            data, frame = frame.unused_data, None
+    if frame is not None:
+        raise zstandard.ZstdError("ends within a frame")
