@@ -1,0 +1,257 @@
+// Compiled once per instruction set: RRT_KERNELS names the table, RRT_TILE_COLS is what its registers hold.
+#include "loop_lora/cpu_kernels.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace rrt::loop_lora {
+namespace {
+
+// A vector of 64 bytes of any element; the compiler splits it where registers are shorter, so all
+// instruction sets add in the same order (they differ by fused multiply-add alone).
+using F32 = float __attribute__((vector_size(64)));
+using F64 = double __attribute__((vector_size(64)));
+using U32 = uint32_t __attribute__((vector_size(64)));
+using U16 = uint16_t __attribute__((vector_size(32)));
+
+template <class V, class T>
+inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+struct Float32 {
+  using Storage = float;
+  using Acc = float;
+  using Vec = F32;
+  static Vec widen(const Storage* from) { return load<Vec>(from); }
+  static Storage narrow(Acc value) { return value; }
+};
+
+struct Float64 {
+  using Storage = double;
+  using Acc = double;
+  using Vec = F64;
+  static Vec widen(const Storage* from) { return load<Vec>(from); }
+  static Storage narrow(Acc value) { return value; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  using Acc = float;
+  using Vec = F32;
+  static Vec widen(const Storage* from) {
+    return bit_cast<Vec>(__builtin_convertvector(load<U16>(from), U32) << 16);
+  }
+  static Storage narrow(Acc value) {
+    if (value != value) return 0x7fc0;
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    return static_cast<Storage>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  using Acc = float;
+  using Vec = F32;
+  static Vec widen(const Storage* from) {
+    const U32 half = __builtin_convertvector(load<U16>(from), U32);
+    const U32 sign = (half & 0x8000) << 16;
+    const U32 shifted = (half & 0x7fff) << 13;
+    // Exponents are biased by 15 here and by 127 there. Subnormals get an implicit one too many, which
+    // a subtraction takes off exactly; infinity and NaN keep the largest exponent.
+    const U32 normal = shifted + (112u << 23);
+    const U32 special = shifted + (224u << 23);
+    const F32 subnormal = bit_cast<F32>(shifted + (113u << 23)) - 0x1p-14f;
+    const U32 is_subnormal = (U32)(shifted < (1u << 23));
+    const U32 is_special = (U32)(shifted >= (31u << 23));
+    const U32 finite = (is_subnormal & bit_cast<U32>(subnormal)) | (~is_subnormal & normal);
+    return bit_cast<Vec>(sign | (is_special & special) | (~is_special & finite));
+  }
+  static Storage narrow(Acc value) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return 0x7e00;
+    if (magnitude >= 0x477ff000) return static_cast<Storage>(sign | 0x7c00);  // 65520 rounds to infinity
+    if (magnitude < 0x38800000) {  // below 2^-14: the spacing of floats in [0.5, 1) is that of subnormals
+      const float aligned = bit_cast<float>(magnitude) + 0.5f;
+      return static_cast<Storage>(sign | (bit_cast<uint32_t>(aligned) - 0x3f000000));
+    }
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    return static_cast<Storage>(sign | ((rounded - (112u << 23)) >> 13));
+  }
+};
+
+template <class D>
+constexpr int kLanes = sizeof(typename D::Vec) / sizeof(typename D::Acc);
+
+// Fixed tree, so that a sum does not depend on how columns and rows were tiled.
+template <class D>
+inline typename D::Acc sum_lanes(typename D::Vec v) {
+  typename D::Acc lane[kLanes<D>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int half = kLanes<D> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// out[c][r] = dot(w + c * w_stride, x + r * x_stride) over `size` columns; x has zeros up to a whole vector.
+template <class D, int COLS, int ROWS>
+inline void dot_tile(const typename D::Storage* w, int64_t w_stride, int64_t size, const typename D::Acc* x,
+                     int64_t x_stride, typename D::Acc (&out)[COLS][ROWS]) {
+  using Vec = typename D::Vec;
+  constexpr int lanes = kLanes<D>;
+  Vec acc[COLS][ROWS] = {};
+  int64_t k = 0;
+  for (; k + lanes <= size; k += lanes) {
+    Vec wv[COLS];
+    for (int c = 0; c < COLS; ++c) wv[c] = D::widen(w + c * w_stride + k);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec xv = load<Vec>(x + r * x_stride + k);
+      for (int c = 0; c < COLS; ++c) acc[c][r] += wv[c] * xv;
+    }
+  }
+  if (k < size) {
+    for (int c = 0; c < COLS; ++c) {
+      typename D::Storage rest[lanes] = {};
+      std::memcpy(rest, w + c * w_stride + k, (size - k) * sizeof(rest[0]));
+      const Vec wv = D::widen(rest);
+      for (int r = 0; r < ROWS; ++r) acc[c][r] += wv * load<Vec>(x + r * x_stride + k);
+    }
+  }
+  for (int c = 0; c < COLS; ++c) {
+    for (int r = 0; r < ROWS; ++r) out[c][r] = sum_lanes<D>(acc[c][r]);
+  }
+}
+
+template <class D>
+void pack(const CpuWork& work, int64_t begin, int64_t end) {
+  const Params& p = *work.params;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto* from = static_cast<const typename D::Storage*>(p.x) + work.order[i] * p.x_row_stride;
+    auto* to = static_cast<typename D::Acc*>(work.packed) + i * work.packed_stride;
+    constexpr int lanes = kLanes<D>;
+    for (int64_t k = 0; k < p.k; k += lanes) {
+      typename D::Storage chunk[lanes] = {};
+      std::memcpy(chunk, from + k, (p.k - k < lanes ? p.k - k : lanes) * sizeof(chunk[0]));
+      const typename D::Vec wide = D::widen(chunk);
+      std::memcpy(to + k, &wide, sizeof(wide));
+    }
+  }
+}
+
+template <class D, int COLS, int ROWS>
+void shrink_tile(const CpuWork& work, const RowTile& tile, int64_t rank, int64_t column) {
+  const Params& p = *work.params;
+  const auto* a = static_cast<const typename D::Storage*>(p.lora_a) + (tile.loop * p.total_rank + rank) * p.k;
+  const auto* x = static_cast<const typename D::Acc*>(work.packed) + tile.begin * work.packed_stride;
+  auto* t = static_cast<typename D::Acc*>(work.shrunk) + tile.begin * work.shrunk_stride + column;
+  typename D::Acc sums[COLS][ROWS];
+  dot_tile<D, COLS, ROWS>(a, p.k, p.k, x, work.packed_stride, sums);
+  for (int r = 0; r < ROWS; ++r) {
+    for (int c = 0; c < COLS; ++c) t[r * work.shrunk_stride + c] = sums[c][r];
+  }
+}
+
+template <class D, int COLS, int ROWS>
+void expand_tile(const CpuWork& work, const RowTile& tile, int64_t column, int64_t segment_index) {
+  using Acc = typename D::Acc;
+  const Params& p = *work.params;
+  const Segment& segment = work.segments[segment_index];
+  const auto* w = static_cast<const typename D::Storage*>(p.weight) + column * p.k;
+  const auto* b = static_cast<const typename D::Storage*>(p.lora_b) + (tile.loop * p.n + column) * p.b_stride;
+  const auto* x = static_cast<const Acc*>(work.packed) + tile.begin * work.packed_stride;
+  const auto* t =
+      static_cast<const Acc*>(work.shrunk) + tile.begin * work.shrunk_stride + work.shrunk_begin[segment_index];
+  Acc base[COLS][ROWS];
+  Acc lora[COLS][ROWS];
+  dot_tile<D, COLS, ROWS>(w, p.k, p.k, x, work.packed_stride, base);
+  dot_tile<D, COLS, ROWS>(b, p.b_stride, segment.rank, t, work.shrunk_stride, lora);
+  Acc bias[COLS] = {};
+  if (p.bias != nullptr) {
+    typename D::Storage chunk[kLanes<D>] = {};
+    std::memcpy(chunk, static_cast<const typename D::Storage*>(p.bias) + column, COLS * sizeof(chunk[0]));
+    const typename D::Vec wide = D::widen(chunk);
+    std::memcpy(bias, &wide, sizeof(bias));
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    auto* y = static_cast<typename D::Storage*>(p.y) + work.order[tile.begin + r] * p.n + column;
+    for (int c = 0; c < COLS; ++c) y[c] = D::narrow(base[c][r] + bias[c] + lora[c][r]);
+  }
+}
+
+template <class D, int COLS>
+void shrink_columns(const CpuWork& work, int64_t rank, int64_t column) {
+  for (int64_t i = 0; i < work.num_tiles; ++i) {
+    const RowTile& tile = work.tiles[i];
+    switch (tile.rows) {
+      case 1: shrink_tile<D, COLS, 1>(work, tile, rank, column); break;
+      case 2: shrink_tile<D, COLS, 2>(work, tile, rank, column); break;
+      case 3: shrink_tile<D, COLS, 3>(work, tile, rank, column); break;
+      default: shrink_tile<D, COLS, 4>(work, tile, rank, column);
+    }
+  }
+}
+
+template <class D, int COLS>
+void expand_columns(const CpuWork& work, int64_t column, int64_t segment) {
+  for (int64_t i = 0; i < work.num_tiles; ++i) {
+    const RowTile& tile = work.tiles[i];
+    switch (tile.rows) {
+      case 1: expand_tile<D, COLS, 1>(work, tile, column, segment); break;
+      case 2: expand_tile<D, COLS, 2>(work, tile, column, segment); break;
+      case 3: expand_tile<D, COLS, 3>(work, tile, column, segment); break;
+      default: expand_tile<D, COLS, 4>(work, tile, column, segment);
+    }
+  }
+}
+static_assert(kTileRows == 4);
+
+// Calls f(first, last, segment) for the part of [begin, end) in each segment; `start` and `size` name its range.
+template <class F>
+inline void for_each_segment(const CpuWork& work, int64_t Segment::*start, int64_t Segment::*size,
+                             int64_t begin, int64_t end, F f) {
+  for (int64_t s = 0; s < work.num_segments; ++s) {
+    const int64_t first = work.segments[s].*start;
+    const int64_t last = first + work.segments[s].*size;
+    f(begin > first ? begin : first, end < last ? end : last, s);
+  }
+}
+
+template <class D>
+void shrink(const CpuWork& work, int64_t begin, int64_t end) {
+  for_each_segment(work, &Segment::rank_begin, &Segment::rank, begin, end, [&](int64_t i, int64_t last, int64_t s) {
+    const int64_t shift = work.shrunk_begin[s] - work.segments[s].rank_begin;
+    for (; i + RRT_TILE_COLS <= last; i += RRT_TILE_COLS) shrink_columns<D, RRT_TILE_COLS>(work, i, i + shift);
+    for (; i < last; ++i) shrink_columns<D, 1>(work, i, i + shift);
+  });
+}
+
+template <class D>
+void expand(const CpuWork& work, int64_t begin, int64_t end) {
+  for_each_segment(work, &Segment::out_begin, &Segment::out_size, begin, end, [&](int64_t i, int64_t last, int64_t s) {
+    for (; i + RRT_TILE_COLS <= last; i += RRT_TILE_COLS) expand_columns<D, RRT_TILE_COLS>(work, i, s);
+    for (; i < last; ++i) expand_columns<D, 1>(work, i, s);
+  });
+}
+
+}  // namespace
+
+const CpuKernels RRT_KERNELS = {
+    {pack<Float32>, pack<Float64>, pack<BFloat16>, pack<Float16>},
+    {shrink<Float32>, shrink<Float64>, shrink<BFloat16>, shrink<Float16>},
+    {expand<Float32>, expand<Float64>, expand<BFloat16>, expand<Float16>},
+};
+
+}  // namespace rrt::loop_lora

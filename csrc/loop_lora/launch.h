@@ -1,0 +1,47 @@
+// What the host side (ops.cpp) calls: raw pointers and sizes, nothing of torch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "loop_lora/plan.h"
+
+namespace rrt::loop_lora {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Output rows [out_begin, out_begin + out_size) of the weight have adapters of their own: rows
+// [rank_begin, rank_begin + rank) of lora_a and the first `rank` columns of lora_b.
+struct Segment {
+  int64_t out_begin;
+  int64_t out_size;
+  int64_t rank_begin;
+  int64_t rank;
+};
+
+// y[m] = weight x[m] + bias + lora_b[l(m)] lora_a[l(m)] x[m]; every tensor of one dtype and, but for x,
+// contiguous. The caller has checked shapes and loops.
+struct Params {
+  Dtype dtype;
+  int64_t m, n, k;
+  int64_t num_loops;
+  int64_t total_rank;   // R of lora_a [num_loops, R, k]: the sum of the segments' ranks
+  int64_t b_stride;     // columns of lora_b [num_loops, n, b_stride]: the largest of the segments' ranks
+  int64_t x_row_stride; // elements from one row of x to the next; columns are adjacent
+  const void* x;
+  const void* weight;
+  const void* bias;  // null: none
+  const void* lora_a;
+  const void* lora_b;
+  void* y;  // [m, n], contiguous
+  std::vector<Segment> segments;  // in order, covering [0, n) and [0, total_rank)
+};
+
+// Calls body(begin, end, context) over disjoint ranges that cover [begin, end), possibly in parallel.
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain_size,
+                             void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+// The result of a row depends on that row and its loop alone: bitwise the same in any batch.
+void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for);
+
+}  // namespace rrt::loop_lora

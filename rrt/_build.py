@@ -1,0 +1,187 @@
+"""The native library: loading it, telling what it is, and registering operators with or without it."""
+
+import ctypes
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REBUILD = "RRT_WITH_NATIVE=1 pip install --no-build-isolation --no-deps -e ."
+
+_PACKAGE = Path(__file__).resolve().parent
+_LIBRARY = _PACKAGE / "_native.so"
+_FAILED_NOTE = _PACKAGE / "_native_failed.txt"
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What native code this process runs. Fields of the library are None or empty where there is none."""
+
+    library: str | None
+    """Path of the loaded native library; None if the PyTorch reference runs."""
+    reason: str | None
+    """Why no library is loaded, in one line."""
+    rebuild: str
+    """The command, from a checkout of the repository, that builds the library for this environment."""
+    stale: bool
+    """The library was built from other sources than the checkout around it now has."""
+    torch: str
+    """Version of torch in this process."""
+    torch_at_build: str | None
+    rrt_at_build: str | None
+    compiler: str | None
+    cpu_isas: tuple[str, ...]
+    """Instruction sets compiled in, of "baseline", "avx2", "avx512"."""
+    cpu_isa: str | None
+    """The one in use: the widest that the CPU has, or that RRT_CPU_ISA lowers it to."""
+    cuda: bool
+    """CUDA sources were compiled in."""
+    cuda_archs: tuple[str, ...]
+    """For example ("sm_80", "sm_90a")."""
+    nvcc: str | None
+
+
+@dataclass(frozen=True)
+class _Native:
+    handle: ctypes.CDLL | None
+    reason: str | None
+
+
+def _reason_for_no_library() -> str:
+    if _FAILED_NOTE.is_file():
+        return f"not built when rrt was installed: {_FAILED_NOTE.read_text(encoding='utf-8').strip()}"
+    return f"{_LIBRARY} does not exist: rrt was not installed, only found"
+
+
+@cache
+def load_native() -> _Native:
+    """Load the library once. Any failure is kept as a reason, for an import must not fail on it."""
+    if os.environ.get("RRT_NATIVE") == "0":
+        return _Native(None, "switched off by RRT_NATIVE=0")
+    if not _LIBRARY.is_file():
+        return _Native(None, _reason_for_no_library())
+    try:
+        torch.ops.load_library(_LIBRARY)
+        handle = ctypes.CDLL(str(_LIBRARY))
+        handle.rrt_build_info.restype = ctypes.c_char_p
+        handle.rrt_cpu_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        return _Native(None, f"{_LIBRARY} does not load with torch {torch.__version__}: {cause}")
+    if _is_stale(_library_facts(handle)):
+        warnings.warn(
+            f"rrt: {_LIBRARY.name} was built from other sources than csrc/ has now; rebuild: {REBUILD}", stacklevel=2
+        )
+    return _Native(handle, None)
+
+
+def _library_facts(handle: ctypes.CDLL) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(handle.rrt_build_info())
+    return facts
+
+
+def _source_digest(root: Path) -> str | None:
+    """As CMakeLists.txt computes it over the native sources; None outside a checkout."""
+    if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
+        return None
+    names = ["CMakeLists.txt"]
+    for path in (root / "csrc").rglob("*"):
+        name = path.relative_to(root).as_posix()
+        if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".in") and not name.startswith("csrc/tests/"):
+            names.append(name)
+    digest = ""
+    for name in sorted(names):
+        file_digest = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        digest = hashlib.sha256(f"{digest}{name}{file_digest}".encode()).hexdigest()
+    return digest
+
+
+def _is_stale(facts: dict[str, Any]) -> bool:
+    now = _source_digest(_PACKAGE.parent)
+    return now is not None and now != facts["source_digest"]
+
+
+def build_info() -> BuildInfo:
+    """What was built and what is in use; touches no GPU."""
+    native = load_native()
+    facts = _library_facts(native.handle) if native.handle is not None else {}
+    return BuildInfo(
+        library=str(_LIBRARY) if native.handle is not None else None,
+        reason=native.reason,
+        rebuild=REBUILD,
+        stale=native.handle is not None and _is_stale(facts),
+        torch=str(torch.__version__),
+        torch_at_build=facts.get("torch"),
+        rrt_at_build=facts.get("version"),
+        compiler=facts.get("compiler"),
+        cpu_isas=tuple(facts.get("cpu_isas", ())),
+        cpu_isa=native.handle.rrt_cpu_isa().decode() if native.handle is not None else None,
+        cuda=facts.get("cuda", False),
+        cuda_archs=tuple(facts.get("cuda_archs", ())),
+        nvcc=facts.get("nvcc") or None,
+    )
+
+
+class _CudaVersions(ctypes.Structure):
+    _fields_ = [("runtime", ctypes.c_int), ("driver", ctypes.c_int)]  # noqa: RUF012  (ctypes reads the list)
+
+
+def cuda_versions() -> tuple[int, int] | None:
+    """(runtime linked in, newest the driver supports; 0 without a driver), as 13000 for 13.0. None without CUDA."""
+    handle = load_native().handle
+    if handle is None or not build_info().cuda:
+        return None
+    versions = _CudaVersions()
+    handle.rrt_cuda_info(ctypes.byref(versions))
+    return versions.runtime, versions.driver
+
+
+def cuda_image(device: int) -> int | None:
+    """Architecture (80, 90) of the compiled code that GPU `device` runs, or minus the CUDA error if none fits.
+
+    None without CUDA in the build. Opens a CUDA context on the device.
+    """
+    handle = load_native().handle
+    if handle is None or not build_info().cuda:
+        return None
+    return int(handle.rrt_cuda_image(device))
+
+
+@cache
+def _warn_reference_runs(op: str, device: str) -> None:
+    native = load_native()
+    why = native.reason or f"{_LIBRARY.name} has no {device} kernel of {op}"
+    warnings.warn(f"rrt: the PyTorch reference of the native operators runs: {why}. To build them: {REBUILD}",
+                  stacklevel=2)
+
+
+_fragment = torch.library.Library("rrt", "FRAGMENT")
+
+
+def register_op(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give the operator `rrt::<schema>` a fake kernel and, wherever the library has no kernel, `reference`.
+
+    The operator is defined here if the library did not define it. The first call of a reference in the
+    operator's place warns, once per operator and device type.
+    """
+    name = schema.partition("(")[0]
+    load_native()
+    if not hasattr(torch.ops.rrt, name):
+        _fragment.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def reference_kernel(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        _warn_reference_runs(name, device)
+        return reference(*args)
+
+    # Native kernels are registered per backend, which comes before this key.
+    _fragment.impl(name, reference_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rrt::{name}", fake, lib=_fragment)
