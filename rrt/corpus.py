@@ -112,6 +112,11 @@ def is_divisible(path: Path) -> bool:
     return path.name.endswith(".jsonl")
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether the file's text is several times its size on disk."""
+    return path.suffix in (".gz", ".zst")
+
+
 def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
     """The documents of one part; empty ones are left out.
 

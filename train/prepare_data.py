@@ -1,0 +1,417 @@
+"""Tokenise a corpus into token shards.
+
+    python train/prepare_data.py --input python-stdlib --tokenizer runs/out/tokenizer --out runs/out/data
+    python train/prepare_data.py --input 'slimpajama/train/*/*.jsonl.zst' \\
+        --heldout-input 'slimpajama/test/*/*.jsonl.zst' --tokenizer gemma-2b --out data/slimpajama-gemma
+
+The corpus is cut into units (groups of small files, byte ranges of large .jsonl files) that worker
+processes tokenise side by side. A finished unit stays in `<out>.partial`, under a name that says which
+bytes and which tokenizer made it; so the same command goes on after an interruption, a corrected
+input repeats no more than its own units, and the output does not depend on workers or interruptions.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from rrt.cli import human_bytes, human_count, run_command
+from rrt.corpus import (
+    INPUT_HELP,
+    PYTHON_STDLIB,
+    Part,
+    find_files,
+    is_compressed,
+    is_divisible,
+    read_documents,
+    whole_file,
+)
+from rrt.errors import UserError
+from rrt.files import atomic_directory, check_output_directory
+from rrt.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, open_shards, token_dtype
+from rrt.tokenizer import Tokenizer, load_tokenizer
+
+UNIT_FORMAT = 1  # change it when the documents of a unit would come out otherwise
+SMALLEST_UNIT, LARGEST_UNIT = 1 << 20, 1 << 26
+BATCH_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker does at a time, of one split; `name` is the same for the same work."""
+
+    split: str
+    parts: tuple[Part, ...]
+    name: str
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What workers share."""
+
+    units: list[Unit]
+    tokenizer: Tokenizer
+    text_field: str
+    directory: Path
+
+    def tokens_path(self, unit: Unit) -> Path:
+        return self.directory / f"{unit.name}.bin"
+
+    def documents_path(self, unit: Unit) -> Path:
+        """Per document its tokens and text bytes [documents, 2] int64; there only once the unit is whole."""
+        return self.directory / f"{unit.name}.npy"
+
+
+def prepare_data(
+    inputs: Sequence[str],
+    tokenizer_directory: Path,
+    out: Path,
+    *,
+    heldout_inputs: Sequence[str] = (),
+    workers: int = 1,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    text_field: str = "text",
+    overwrite: bool = False,
+) -> None:
+    """Tokenise `inputs` into the shard directory `out`; the command's options, in order."""
+    started = time.perf_counter()
+    for option, value in (("--workers", workers), ("--shard-tokens", shard_tokens)):
+        if value < 1:
+            raise UserError(f"{option} is {value}; expected at least 1")
+    check_output_directory(out, overwrite)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    files = find_splits(inputs, heldout_inputs)
+    settings = [UNIT_FORMAT, tokenizer.sha256, document_bos(tokenizer), tokenizer.eos_id, text_field]
+    units = make_units(files, settings)
+    print(
+        f"tokenizer {tokenizer_directory}: {tokenizer.vocab_size} ids, written as {token_dtype(tokenizer.vocab_size)}"
+    )
+    for split, paths in files.items():
+        size = sum(unit.size for unit in units if unit.split == split)
+        print(f"{split}: {len(paths)} files, {human_bytes(size)}")
+    source: dict[str, Any] = {"inputs": list(inputs), "heldout_inputs": list(heldout_inputs), "text_field": text_field}
+    if PYTHON_STDLIB in inputs:
+        source["python"] = platform.python_version()
+
+    partial = out.with_name(f"{out.name}.partial")
+    with locked_directory(partial):
+        job = Job(units, tokenizer, text_field, partial)
+        finished = keep_finished(job)
+        workers = min(workers, len(units) - len(finished))
+        print(f"{len(units) - len(finished)} units on {workers} worker processes, into {out}", flush=True)
+        try:
+            tokenise(job, finished, workers)
+            write_shards(job, out, shard_tokens, source, overwrite)
+        except BaseException as error:
+            kept = sum(job.documents_path(unit).exists() for unit in units)
+            if kept == 0 or isinstance(error, EmptyCorpusError):
+                shutil.rmtree(partial)
+                raise
+            note = f"{kept} of {len(units)} units are finished and kept in {partial}: run the command again to go on"
+            if isinstance(error, UserError):
+                raise UserError(f"{error} ({note})") from None
+            print(note, file=sys.stderr)
+            raise
+        shutil.rmtree(partial)
+    print_summary(out, files, time.perf_counter() - started)
+
+
+class EmptyCorpusError(UserError):
+    """There is nothing to tokenise, so nothing to keep either."""
+
+
+def find_splits(inputs: Sequence[str], heldout_inputs: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each split; a file that is held out is not trained on."""
+    stdlib = [PYTHON_STDLIB] if PYTHON_STDLIB in inputs else []
+    heldout = find_files([*stdlib, *heldout_inputs], split="heldout")
+    held_out = {path.resolve() for path in heldout}
+    train = [path for path in find_files(inputs, split="train") if path.resolve() not in held_out]
+    if not train:
+        raise UserError("--input: every file is held out by --heldout-input; expected others to train on")
+    return {"train": train, "heldout": heldout} if heldout else {"train": train}
+
+
+def make_units(files: dict[str, list[Path]], settings: list[Any]) -> list[Unit]:
+    """Cut the corpus into units of similar work, in order. Depends on the files alone, not on the workers."""
+    wholes = {split: [whole_file(path) for path in paths] for split, paths in files.items()}
+    total = sum(part.size for parts in wholes.values() for part in parts)
+    # A power of two, so that a corrected file seldom moves the borders of the others' units.
+    unit_bytes = min(max(1 << (total // 4096).bit_length(), SMALLEST_UNIT), LARGEST_UNIT)
+    units = []
+    for split, parts in wholes.items():
+        group: list[Part] = []
+        weight = 0
+        for part in (piece for whole in parts for piece in cut(whole, unit_bytes)):
+            cost = part.size * (4 if is_compressed(part.path) else 1)
+            if group and weight + cost > unit_bytes:
+                units.append(make_unit(split, group, settings))
+                group, weight = [], 0
+            group.append(part)
+            weight += cost
+        if group:
+            units.append(make_unit(split, group, settings))
+    return units
+
+
+def cut(part: Part, unit_bytes: int) -> Iterator[Part]:
+    """`part` in ranges of `unit_bytes`, if its kind of file can be read from the middle."""
+    if not is_divisible(part.path):
+        yield part
+        return
+    for start in range(0, part.stop, unit_bytes):
+        yield Part(part.path, start, min(start + unit_bytes, part.stop))
+
+
+def make_unit(split: str, parts: list[Part], settings: list[Any]) -> Unit:
+    """A unit, named after everything that decides its tokens (a file's content by its time and size)."""
+    identity: list[Any] = [settings]
+    for part in parts:
+        status = part.path.stat()
+        identity.append([str(part.path.absolute()), status.st_size, status.st_mtime_ns, part.start, part.stop])
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return Unit(split, tuple(parts), f"unit-{digest[:32]}")
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Create `path` and keep other processes of this command out of it."""
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another prepare_data.py is writing here; wait for it or name another --out"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def keep_finished(job: Job) -> set[str]:
+    """Names of the units that an earlier run finished; everything else it left is removed."""
+    itemsize = token_dtype(job.tokenizer.vocab_size).itemsize
+    finished: set[str] = set()
+    for unit in job.units:
+        with suppress(OSError, ValueError):
+            tokens = int(np.load(job.documents_path(unit))[:, 0].sum())
+            if job.tokens_path(unit).stat().st_size == tokens * itemsize:
+                finished.add(unit.name)
+    earlier = list(job.directory.iterdir())
+    for path in earlier:
+        if path.stem not in finished or path.suffix not in (".bin", ".npy"):
+            path.unlink()
+    if finished:
+        print(f"continuing an interrupted run: {len(finished)} of {len(job.units)} units were finished")
+    elif earlier:
+        print(f"starting anew: {job.directory} holds an interrupted run of other inputs or options")
+    return finished
+
+
+def tokenise(job: Job, finished: set[str], workers: int) -> None:
+    """Do the units that are not finished in worker processes, with a progress bar over bytes."""
+    todo = [index for index, unit in enumerate(job.units) if unit.name not in finished]
+    total = sum(unit.size for unit in job.units)
+    with worker_pool(job, workers) as connections, progress_bar(total) as bar:
+        bar.update(total - sum(job.units[index].size for index in todo))
+        queue = iter(todo)
+        busy: dict[Connection, int] = {}
+        for connection, index in zip(connections, queue, strict=False):
+            connection.send(index)
+            busy[connection] = index
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                index = busy.pop(ready)
+                try:
+                    failure = ready.recv()
+                except EOFError:
+                    raise UserError("a worker process was killed; was memory short? use fewer --workers") from None
+                if failure is not None:
+                    raise failure
+                bar.update(job.units[index].size)
+                if (index := next(queue, -1)) >= 0:
+                    ready.send(index)
+                    busy[ready] = index
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator["tqdm[Any]"]:
+    """Bytes done of `total` with time left; sparse where the output is no terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval, smoothing=0.05, desc="tokenising") as bar:
+        yield bar
+
+
+@contextmanager
+def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
+    """Start workers and yield a connection to each; they end with the block, however it ends.
+
+    They are forked before any thread exists, and share the loaded tokenizer's memory.
+    """
+    context = multiprocessing.get_context("fork")
+    processes, connections = [], []
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(job, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        connections.append(ours)
+    try:
+        yield connections
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def work(job: Job, connection: Connection) -> None:
+    """A worker: receive the index of a unit, do it, answer with None or the error; until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is all the parallelism there is
+    with suppress(EOFError, ConnectionError):
+        while True:
+            unit = job.units[connection.recv()]
+            failure: Exception | None = None
+            try:
+                write_unit(job, unit)
+            except (UserError, OSError) as error:
+                failure = error
+            except Exception:
+                failure = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+            connection.send(failure)
+
+
+def write_unit(job: Job, unit: Unit) -> None:
+    """Tokenise one unit into its two files, the second of which says that both are whole."""
+    dtype = token_dtype(job.tokenizer.vocab_size)
+    rows: list[tuple[int, int]] = []
+    unfinished = job.directory / f"{unit.name}.{os.getpid()}"
+    with unfinished.open("wb") as stream:
+        texts = (text for part in unit.parts for text in read_documents(part, text_field=job.text_field))
+        for batch in batches(texts):
+            documents = job.tokenizer.encode_documents(batch)
+            for document, text in zip(documents, batch, strict=True):
+                np.array(document, dtype).tofile(stream)
+                rows.append((len(document), len(text.encode("utf-8", "replace"))))
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(job.tokens_path(unit))
+    with unfinished.open("wb") as stream:
+        np.save(stream, np.array(rows, np.int64).reshape(-1, 2))
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(job.documents_path(unit))
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about `BATCH_CHARACTERS`."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any], overwrite: bool) -> None:
+    """Join the units into shards; `out` appears when all of it is there."""
+    dtype = token_dtype(job.tokenizer.vocab_size)
+    documents = dict.fromkeys((unit.split for unit in job.units), 0)
+    with atomic_directory(out, overwrite) as directory, ShardWriter(directory, job.tokenizer, shard_tokens) as writer:
+        for unit in job.units:
+            rows: npt.NDArray[np.int64] = np.load(job.documents_path(unit))
+            documents[unit.split] += len(rows)
+            if len(rows):
+                tokens = np.memmap(job.tokens_path(unit), dtype, mode="r")
+                writer.append(unit.split, tokens, lengths=rows[:, 0], text_bytes=rows[:, 1])
+        for split, count in documents.items():
+            if count == 0:
+                raise EmptyCorpusError(f"the {split} files hold no document that is not empty; expected at least one")
+        writer.finish(source)
+
+
+def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> None:
+    """The table at the end."""
+    print(f"\n{'split':<8} {'shards':>6} {'documents':>11} {'tokens':>10} {'text':>11} {'bytes/token':>11}")
+    text_bytes = 0
+    for split in files:
+        shards = open_shards(out, split)
+        text_bytes += shards.text_bytes
+        print(
+            f"{split:<8} {len(shards.shards):>6} {shards.num_documents:>11,} {human_count(shards.num_tokens):>10} "
+            f"{human_bytes(shards.text_bytes):>11} {shards.text_bytes / shards.num_tokens:>11.2f}"
+        )
+    print(f"wrote {out} in {seconds:.1f} s ({text_bytes / seconds / 1e6:.1f} MB of text per second)")
+
+
+def main() -> None:
+    """The command; see the head of this file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
+    parser.add_argument("--heldout-input", nargs="+", default=[], metavar="GLOB", help="files of the held-out split")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="checkpoint or tokenizer directory"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: cores)"
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=DEFAULT_SHARD_TOKENS,
+        metavar="N",
+        help=f"most tokens in a shard (default: {DEFAULT_SHARD_TOKENS:,})",
+    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON field of the text (default: text)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    arguments = parser.parse_args()
+    prepare_data(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.out,
+        heldout_inputs=arguments.heldout_input,
+        workers=arguments.workers,
+        shard_tokens=arguments.shard_tokens,
+        text_field=arguments.text_field,
+        overwrite=arguments.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
