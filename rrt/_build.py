@@ -131,7 +131,7 @@ def build_info() -> BuildInfo:
 
 
 class _CudaVersions(ctypes.Structure):
-    _fields_ = [("runtime", ctypes.c_int), ("driver", ctypes.c_int)]  # noqa: RUF012  (ctypes reads the list)
+    _fields_ = [("runtime", ctypes.c_int), ("driver", ctypes.c_int)]
 
 
 def cuda_versions() -> tuple[int, int] | None:
@@ -159,8 +159,9 @@ def cuda_image(device: int) -> int | None:
 def _warn_reference_runs(op: str, device: str) -> None:
     native = load_native()
     why = native.reason or f"{_LIBRARY.name} has no {device} kernel of {op}"
-    warnings.warn(f"rrt: the PyTorch reference of the native operators runs: {why}. To build them: {REBUILD}",
-                  stacklevel=2)
+    warnings.warn(
+        f"rrt: the PyTorch reference of the native operators runs: {why}. To build them: {REBUILD}", stacklevel=2
+    )
 
 
 _fragment = torch.library.Library("rrt", "FRAGMENT")

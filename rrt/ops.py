@@ -30,7 +30,7 @@ def loop_lora_linear(
     segment_out: Sequence[int] = (),
     segment_rank: Sequence[int] = (),
 ) -> Tensor:
-    """``y[i] = W x[i] + b + B[l] A[l] x[i]`` with ``l = loops[i]``: one linear for rows of many loops (PAPER section 2).
+    """``y[i] = W x[i] + b + B[l] A[l] x[i]`` with ``l = loops[i]``: one relaxed linear for rows of many loops.
 
     Args:
         x: [M, K] float32, float64, bfloat16 or float16. Rows may lie at any stride; other layouts are copied.
@@ -69,7 +69,7 @@ def loop_lora_linear_reference(
     segment_out: Sequence[int] = (),
     segment_rank: Sequence[int] = (),
 ) -> Tensor:
-    """`loop_lora_linear` in plain PyTorch on any device: same arguments, same errors, each product rounded to x's dtype."""
+    """`loop_lora_linear` in plain PyTorch, on any device: same arguments and errors; rounds after each product."""
     _check_arguments(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
     num_loops = lora_a.shape[0]
     outside = ((loops < 0) | (loops >= num_loops)).nonzero()

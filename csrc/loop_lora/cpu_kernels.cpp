@@ -1,4 +1,5 @@
-// Compiled once per instruction set: RRT_KERNELS names the table, RRT_TILE_COLS is what its registers hold.
+// Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size,
+// RRT_TILE_COLS the columns of accumulators that its registers hold.
 #include "loop_lora/cpu_kernels.h"
 
 #include <cstdint>
@@ -7,12 +8,18 @@
 namespace rrt::loop_lora {
 namespace {
 
-// A vector of 64 bytes of any element; the compiler splits it where registers are shorter, so all
-// instruction sets add in the same order (they differ by fused multiply-add alone).
-using F32 = float __attribute__((vector_size(64)));
-using F64 = double __attribute__((vector_size(64)));
-using U32 = uint32_t __attribute__((vector_size(64)));
-using U16 = uint16_t __attribute__((vector_size(32)));
+template <class T, int BYTES = RRT_VECTOR_BYTES>
+struct Register {
+  typedef T Type __attribute__((vector_size(BYTES)));
+};
+using F32 = Register<float>::Type;
+using F64 = Register<double>::Type;
+using U32 = Register<uint32_t>::Type;
+using U16 = Register<uint16_t, RRT_VECTOR_BYTES / 2>::Type;
+
+// As many registers as make 64 bytes: so all instruction sets add in the same order, and differ by fused
+// multiply-add alone.
+constexpr int kParts = 64 / RRT_VECTOR_BYTES;
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -93,13 +100,21 @@ struct Float16 {
 };
 
 template <class D>
-constexpr int kLanes = sizeof(typename D::Vec) / sizeof(typename D::Acc);
+constexpr int kPartLanes = sizeof(typename D::Vec) / sizeof(typename D::Acc);
+template <class D>
+constexpr int kLanes = kParts * kPartLanes<D>;
+
+template <class D>
+inline typename D::Acc widen_one(const typename D::Storage* from) {
+  const typename D::Storage padded[kPartLanes<D>] = {*from};
+  return D::widen(padded)[0];
+}
 
 // Fixed tree, so that a sum does not depend on how columns and rows were tiled.
 template <class D>
-inline typename D::Acc sum_lanes(typename D::Vec v) {
+inline typename D::Acc sum_lanes(const typename D::Vec (&v)[kParts]) {
   typename D::Acc lane[kLanes<D>];
-  std::memcpy(lane, &v, sizeof(v));
+  std::memcpy(lane, v, sizeof(v));
   for (int half = kLanes<D> / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   }
@@ -107,28 +122,36 @@ inline typename D::Acc sum_lanes(typename D::Vec v) {
 }
 
 // out[c][r] = dot(w + c * w_stride, x + r * x_stride) over `size` columns; x has zeros up to a whole vector.
+// acc[c][r] += w[c] * x[r], over 64 bytes of accumulators each.
+template <class D, int COLS, int ROWS>
+inline void multiply_add(const typename D::Storage* w, int64_t w_stride, const typename D::Acc* x, int64_t x_stride,
+                         typename D::Vec (&acc)[COLS][ROWS][kParts]) {
+  using Vec = typename D::Vec;
+  for (int part = 0; part < kParts; ++part) {
+    const int lane = part * kPartLanes<D>;
+    Vec wv[COLS];
+    for (int c = 0; c < COLS; ++c) wv[c] = D::widen(w + c * w_stride + lane);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec xv = load<Vec>(x + r * x_stride + lane);
+      for (int c = 0; c < COLS; ++c) acc[c][r][part] += wv[c] * xv;
+    }
+  }
+}
+
+// out[c][r] = dot(w + c * w_stride, x + r * x_stride) over `size` columns; x has zeros up to a whole vector.
 template <class D, int COLS, int ROWS>
 inline void dot_tile(const typename D::Storage* w, int64_t w_stride, int64_t size, const typename D::Acc* x,
                      int64_t x_stride, typename D::Acc (&out)[COLS][ROWS]) {
-  using Vec = typename D::Vec;
   constexpr int lanes = kLanes<D>;
-  Vec acc[COLS][ROWS] = {};
+  typename D::Vec acc[COLS][ROWS][kParts] = {};
   int64_t k = 0;
   for (; k + lanes <= size; k += lanes) {
-    Vec wv[COLS];
-    for (int c = 0; c < COLS; ++c) wv[c] = D::widen(w + c * w_stride + k);
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec xv = load<Vec>(x + r * x_stride + k);
-      for (int c = 0; c < COLS; ++c) acc[c][r] += wv[c] * xv;
-    }
+    multiply_add<D, COLS, ROWS>(w + k, w_stride, x + k, x_stride, acc);
   }
   if (k < size) {
-    for (int c = 0; c < COLS; ++c) {
-      typename D::Storage rest[lanes] = {};
-      std::memcpy(rest, w + c * w_stride + k, (size - k) * sizeof(rest[0]));
-      const Vec wv = D::widen(rest);
-      for (int r = 0; r < ROWS; ++r) acc[c][r] += wv * load<Vec>(x + r * x_stride + k);
-    }
+    typename D::Storage rest[COLS][lanes] = {};
+    for (int c = 0; c < COLS; ++c) std::memcpy(rest[c], w + c * w_stride + k, (size - k) * sizeof(rest[c][0]));
+    multiply_add<D, COLS, ROWS>(rest[0], lanes, x + k, x_stride, acc);
   }
   for (int c = 0; c < COLS; ++c) {
     for (int r = 0; r < ROWS; ++r) out[c][r] = sum_lanes<D>(acc[c][r]);
@@ -141,7 +164,7 @@ void pack(const CpuWork& work, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const auto* from = static_cast<const typename D::Storage*>(p.x) + work.order[i] * p.x_row_stride;
     auto* to = static_cast<typename D::Acc*>(work.packed) + i * work.packed_stride;
-    constexpr int lanes = kLanes<D>;
+    constexpr int lanes = kPartLanes<D>;
     for (int64_t k = 0; k < p.k; k += lanes) {
       typename D::Storage chunk[lanes] = {};
       std::memcpy(chunk, from + k, (p.k - k < lanes ? p.k - k : lanes) * sizeof(chunk[0]));
@@ -180,10 +203,7 @@ void expand_tile(const CpuWork& work, const RowTile& tile, int64_t column, int64
   dot_tile<D, COLS, ROWS>(b, p.b_stride, segment.rank, t, work.shrunk_stride, lora);
   Acc bias[COLS] = {};
   if (p.bias != nullptr) {
-    typename D::Storage chunk[kLanes<D>] = {};
-    std::memcpy(chunk, static_cast<const typename D::Storage*>(p.bias) + column, COLS * sizeof(chunk[0]));
-    const typename D::Vec wide = D::widen(chunk);
-    std::memcpy(bias, &wide, sizeof(bias));
+    for (int c = 0; c < COLS; ++c) bias[c] = widen_one<D>(static_cast<const typename D::Storage*>(p.bias) + column + c);
   }
   for (int r = 0; r < ROWS; ++r) {
     auto* y = static_cast<typename D::Storage*>(p.y) + work.order[tile.begin + r] * p.n + column;

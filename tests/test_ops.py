@@ -1,0 +1,306 @@
+"""loop_lora_linear: native kernel and reference against a row-by-row float64 oracle."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rrt.ops import build_info, loop_lora_linear, loop_lora_linear_reference
+
+BOTH = pytest.mark.parametrize("op", [loop_lora_linear, loop_lora_linear_reference], ids=["op", "reference"])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# A few roundings of the dtype, relative to the norm of what the terms' magnitudes add up to.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    k: int
+    n: int
+    rank: int
+    num_loops: int = 2
+    bias: bool = False
+    segment_out: tuple[int, ...] = ()
+    segment_rank: tuple[int, ...] = ()
+
+
+CASES = [
+    Case(1, 16, 8, 4),
+    Case(5, 33, 19, 7, num_loops=3, bias=True),
+    Case(13, 64, 40, 16, num_loops=3),
+    Case(4, 20, 6, 0, bias=True),
+    Case(0, 16, 8, 4),
+    Case(3, 1, 1, 1),
+    Case(9, 48, 24, 0, bias=True, segment_out=(16, 4, 4), segment_rank=(5, 4, 4)),
+    Case(6, 31, 23, 0, num_loops=3, segment_out=(9, 7, 7), segment_rank=(3, 0, 18)),
+    Case(2, 300, 130, 33, num_loops=1),
+]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    a_rank = sum(case.segment_rank) or case.rank
+    b_rank = max(case.segment_rank, default=case.rank)
+    return {
+        "x": normal(case.m, case.k),
+        "weight": normal(case.n, case.k),
+        "bias": normal(case.n) if case.bias else None,
+        "lora_a": normal(case.num_loops, a_rank, case.k),
+        "lora_b": normal(case.num_loops, case.n, b_rank),
+        "loops": torch.randint(case.num_loops, (case.m,), generator=generator, dtype=torch.int32),
+        "segment_out": case.segment_out,
+        "segment_rank": case.segment_rank,
+    }
+
+
+def oracle(inputs: dict[str, Any]) -> Tensor:
+    """The definition, one output at a time, in float64."""
+    x, weight, a, b = (inputs[name].double() for name in ("x", "weight", "lora_a", "lora_b"))
+    outs = inputs["segment_out"] or (weight.shape[0],)
+    ranks = inputs["segment_rank"] or (a.shape[1],)
+    rows = []
+    for row, loop in zip(x, inputs["loops"].tolist(), strict=True):
+        y = weight @ row + (inputs["bias"].double() if inputs["bias"] is not None else 0)
+        out_begin = rank_begin = 0
+        for out, rank in zip(outs, ranks, strict=True):
+            b_part = b[loop, out_begin : out_begin + out, :rank]
+            y[out_begin : out_begin + out] += b_part @ (a[loop, rank_begin : rank_begin + rank] @ row)
+            out_begin += out
+            rank_begin += rank
+        rows.append(y)
+    return torch.stack(rows) if rows else torch.empty(0, weight.shape[0], dtype=torch.float64)
+
+
+def assert_matches_oracle(actual: Tensor, inputs: dict[str, Any]) -> None:
+    expected = oracle(inputs)
+    magnitudes = {
+        name: value.abs() if isinstance(value, Tensor) and name != "loops" else value for name, value in inputs.items()
+    }
+    dtype = inputs["x"].dtype
+    assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
+    error = (actual.double() - expected).norm()
+    assert error <= TOLERANCE[dtype] * oracle(magnitudes).norm()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None:
+    inputs = make_inputs(case, dtype)
+    assert_matches_oracle(op(**inputs), inputs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(0, 12),
+    k=st.integers(1, 70),
+    outs_and_ranks=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=4),
+    num_loops=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+)
+def test_matches_the_definition_for_any_shape(
+    m: int, k: int, outs_and_ranks: list[tuple[int, int]], num_loops: int, seed: int
+) -> None:
+    outs, ranks = zip(*outs_and_ranks, strict=True)
+    case = Case(m, k, sum(outs), 0, num_loops, seed % 2 == 0, outs, ranks)
+    inputs = make_inputs(case, torch.float64, seed)
+    assert_matches_oracle(loop_lora_linear(**inputs), inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_bitwise_the_same_in_any_batch(dtype: torch.dtype) -> None:
+    case = Case(23, 100, 37, 0, 3, True, (20, 17), (9, 21))
+    inputs = make_inputs(case, dtype)
+    whole = loop_lora_linear(**inputs)
+    for rows in ([0], [7], [3, 4], [22, 0, 11], list(range(22, -1, -1)), [5] * 9):
+        part = loop_lora_linear(**{**inputs, "x": inputs["x"][rows], "loops": inputs["loops"][rows]})
+        assert torch.equal(part, whole[rows]), rows
+
+
+@needs_native
+def test_the_number_of_threads_changes_no_bit() -> None:
+    inputs = make_inputs(Case(6, 700, 301, 40, 2), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = loop_lora_linear(**inputs)
+        torch.set_num_threads(3)
+        assert torch.equal(loop_lora_linear(**inputs), single)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_survives_and_sums_round_to_nearest_even(dtype: torch.dtype) -> None:
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    inputs = make_inputs(Case(2**16, 1, 3, 0, bias=True), dtype)
+    inputs["weight"] = torch.ones(3, 1, dtype=dtype)
+    inputs["bias"] = torch.tensor([0, 1.0, 3e-5], dtype=dtype)
+    inputs["x"] = values.unsqueeze(1)
+    expected = (inputs["x"].float() + inputs["bias"].float()).to(dtype)
+    torch.testing.assert_close(loop_lora_linear(**inputs), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@BOTH
+def test_other_loops_adapters_are_never_read(op: Any) -> None:
+    inputs = make_inputs(Case(5, 24, 10, 6, num_loops=3), torch.float32)
+    inputs["loops"].fill_(1)
+    expected = op(**inputs)
+    for name in ("lora_a", "lora_b"):
+        inputs[name][0] = float("nan")
+        inputs[name][2] = float("inf")
+    assert torch.equal(op(**inputs), expected)
+
+
+@BOTH
+def test_columns_of_lora_b_beyond_a_segments_rank_are_never_read(op: Any) -> None:
+    inputs = make_inputs(Case(5, 24, 10, 0, 2, segment_out=(6, 4), segment_rank=(3, 17)), torch.float32)
+    expected = op(**inputs)
+    inputs["lora_b"][:, :6, 3:] = float("nan")
+    assert torch.equal(op(**inputs), expected)
+
+
+@BOTH
+def test_x_and_loops_of_any_strides_are_accepted(op: Any) -> None:
+    inputs = make_inputs(Case(6, 18, 7, 4), torch.float32)
+    expected = op(**inputs)
+    wide = torch.full((6, 40), float("nan"))
+    wide[:, 3:21] = inputs["x"]
+    every_other = torch.zeros(12, dtype=torch.int32)
+    every_other[::2] = inputs["loops"]
+    for x in (wide[:, 3:21], inputs["x"].T.contiguous().T):
+        torch.testing.assert_close(op(**{**inputs, "x": x, "loops": every_other[::2]}), expected)
+    same_rows = op(**{**inputs, "x": inputs["x"][:1].expand(6, 18), "loops": inputs["loops"][:1].expand(6)})
+    torch.testing.assert_close(same_rows, expected[:1].expand(6, 7))
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"x": torch.zeros(4, 8, dtype=torch.int32)},
+        "x: found dtype int32; expected float32, float64, bfloat16 or float16",
+    ),
+    ({"weight": torch.zeros(6, 8, dtype=torch.half)}, "weight: found dtype float16; expected float32"),
+    ({"bias": torch.zeros(6, dtype=torch.bfloat16)}, "bias: found dtype bfloat16; expected float32"),
+    ({"loops": torch.zeros(4, dtype=torch.int64)}, "loops: found dtype int64; expected int32"),
+    ({"x": torch.zeros(4, 2, 8)}, "x: found shape [4, 2, 8]; expected [M, K]"),
+    ({"weight": torch.zeros(6, 9)}, "weight: found shape [6, 9]; expected [N, 8]"),
+    ({"bias": torch.zeros(5)}, "bias: found shape [5]; expected [6]"),
+    ({"lora_a": torch.zeros(2, 3, 7)}, "lora_a: found shape [2, 3, 7]; expected [loops, R, 8]"),
+    ({"lora_b": torch.zeros(1, 6, 3)}, "lora_b: found shape [1, 6, 3]; expected [2, 6, R]"),
+    ({"lora_b": torch.zeros(2, 6, 4)}, "lora_b: found rank 4; expected 3 as in lora_a"),
+    ({"loops": torch.zeros(3, dtype=torch.int32)}, "loops: found shape [3]; expected [4]"),
+    ({"loops": torch.tensor([0, 1, 2, 0]).int()}, "loops[2]: found 2; expected a loop in [0, 2)"),
+    ({"loops": torch.tensor([0, -1, 9, 0]).int()}, "loops[1]: found -1; expected a loop in [0, 2)"),
+    (
+        {"weight": torch.zeros(8, 6).T},
+        "weight: found strides [1, 6]; expected a contiguous tensor (call .contiguous() once, when loading)",
+    ),
+    ({"segment_out": [6]}, "segment_rank: found 0 entries; expected 1 as in segment_out"),
+    (
+        {"segment_out": [4, 1], "segment_rank": [1, 2]},
+        "segment_out: found [4, 1]; expected a sum of 6, the weight's rows",
+    ),
+    ({"segment_out": [7, -1], "segment_rank": [1, 2]}, "segment_out: found [7, -1]; expected no negative entry"),
+    ({"segment_out": [5, 1], "segment_rank": [4, -1]}, "segment_rank: found [4, -1]; expected no negative entry"),
+    ({"segment_out": [5, 1], "segment_rank": [1, 1]}, "lora_a: found rank 3; expected 2, the sum of segment_rank"),
+    (
+        {"segment_out": [5, 1], "segment_rank": [1, 2]},
+        "lora_b: found rank 3; expected 2, the largest of segment_rank",
+    ),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("mistake", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_bad_argument_is_named_with_what_was_found_and_expected(
+    mistake: dict[str, Any], message: str, op: Any
+) -> None:
+    inputs = {**make_inputs(Case(4, 8, 6, 3), torch.float32), **mistake}
+    with pytest.raises(RuntimeError) as error:
+        op(**inputs)
+    assert str(error.value).splitlines()[0] == f"rrt::loop_lora_linear: {message}"
+
+
+GRAD_CASES = [Case(5, 4, 3, 2, 2, bias=True), Case(4, 3, 5, 0, 3, segment_out=(3, 2), segment_rank=(1, 2))]
+
+
+def differentiable(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    inputs = make_inputs(case, dtype)
+    return tuple(
+        value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs.values()
+    )
+
+
+@pytest.mark.parametrize("case", GRAD_CASES, ids=str)
+def test_gradients_match_finite_differences(case: Case) -> None:
+    # lora_b's columns beyond a segment's rank have zero gradient, which finite differences confirm.
+    assert torch.autograd.gradcheck(loop_lora_linear, differentiable(case))
+    assert torch.autograd.gradgradcheck(loop_lora_linear, differentiable(case))
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_each_gradient_comes_alone_too(wanted: int) -> None:
+    arguments = differentiable(GRAD_CASES[0])
+    everything = torch.autograd.grad(loop_lora_linear(*arguments).square().sum(), arguments[:5])
+    alone = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    alone[wanted].requires_grad_()
+    (gradient,) = torch.autograd.grad(loop_lora_linear(*alone).square().sum(), [alone[wanted]])
+    torch.testing.assert_close(gradient, everything[wanted])
+
+
+@pytest.mark.parametrize("case", [GRAD_CASES[0], GRAD_CASES[1], replace(GRAD_CASES[0], m=0)], ids=str)
+def test_registration_passes_opcheck(case: Case) -> None:
+    torch.library.opcheck(torch.ops.rrt.loop_lora_linear.default, differentiable(case, torch.float32))
+
+
+def test_the_fake_kernel_refuses_what_the_kernels_refuse() -> None:
+    inputs = make_inputs(Case(4, 8, 6, 3), torch.float32)
+    meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    assert loop_lora_linear(**meta).shape == (4, 6)
+    with pytest.raises(RuntimeError, match=r"weight: found shape \[6, 9\]; expected \[N, 8\]"):
+        loop_lora_linear(**{**meta, "weight": torch.zeros(6, 9, device="meta")})
+
+
+def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("isa", [isa for isa in build_info().cpu_isas if isa != build_info().cpu_isa])
+def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
+    if "RRT_CPU_ISA" in os.environ:
+        pytest.skip("already the inner run")
+    result = run_this_file("bitwise or 16_bit or (the_definition and not reference)", RRT_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
+    if os.environ.get("RRT_NATIVE") == "0":
+        pytest.skip("already the inner run")
+    result = run_this_file("any_shape or named or finite or opcheck", RRT_NATIVE="0")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("switched off by RRT_NATIVE=0") == 1, "expected exactly one warning"
