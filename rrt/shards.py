@@ -226,7 +226,7 @@ class ShardWriter:
             files = self._files(split)
             room = self._shard_tokens - files.tokens
             stop = int(np.searchsorted(ends, written + room, side="right"))
-            if stop == first and files.tokens > 0:
+            if stop <= first and files.tokens > 0:
                 self._close(split)
                 continue
             stop = max(stop, first + 1)
