@@ -280,11 +280,11 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
     processes, connections = [], []
     for _ in range(workers):
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(job, theirs), daemon=True)
+        connections.append(ours)
+        process = context.Process(target=work, args=(job, theirs, connections), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
-        connections.append(ours)
     try:
         yield connections
     finally:
@@ -294,8 +294,10 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
             process.join()
 
 
-def work(job: Job, connection: Connection) -> None:
+def work(job: Job, connection: Connection, parents: list[Connection]) -> None:
     """A worker: receive the index of a unit, do it, answer with None or the error; until the parent ends."""
+    for parent in parents:
+        parent.close()  # copies that came with the fork; kept open they would hide the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is all the parallelism there is
