@@ -138,11 +138,8 @@ class ModelConfig:
     pad_token_id: int | None = doc("padding token, if any", default=None)
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-            + ("intermediate_size", "max_position_embeddings", "norm_eps", "rope_theta"),
-        )
+        sizes = "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size"
+        _require_positive(self, (*sizes.split(), "max_position_embeddings", "norm_eps", "rope_theta"))
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"field 'num_kv_heads': found {self.num_kv_heads}; expected a divisor of num_heads = {self.num_heads}"

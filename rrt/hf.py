@@ -17,16 +17,23 @@ ARCHITECTURES: dict[Family, str] = {
 
 # Keys that do not change what a forward pass computes.
 _INERT_KEYS = frozenset(
-    ["architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "classifier_dropout", "is_decoder", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "pretraining_tp", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_return_sequences", "attn_implementation", "_attn_implementation_autoset", "task_specific_params", "tokenizer_class", "finetuning_task", "length_penalty", "repetition_penalty", "num_beams", "num_beam_groups", "diversity_penalty"]
+    """architectures model_type transformers_version _name_or_path torch_dtype dtype use_cache initializer_range
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id classifier_dropout is_decoder id2label label2id
+    problem_type output_attentions output_hidden_states return_dict chunk_size_feed_forward pretraining_tp max_length
+    min_length do_sample temperature top_p top_k num_return_sequences attn_implementation
+    _attn_implementation_autoset task_specific_params tokenizer_class finetuning_task length_penalty
+    repetition_penalty num_beams num_beam_groups diversity_penalty""".split()
 )
 _COMMON_KEYS = frozenset(
-    ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "head_dim", "rope_theta"]
+    """vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
+    max_position_embeddings tie_word_embeddings rope_parameters head_dim rope_theta""".split()
 )
 _FAMILY_KEYS: dict[Family, frozenset[str]] = {
-    "gemma": frozenset(["num_key_value_heads", "rms_norm_eps", "hidden_activation"]),
-    "llama": frozenset(["num_key_value_heads", "rms_norm_eps"]),
+    "gemma": frozenset(("num_key_value_heads", "rms_norm_eps", "hidden_activation")),
+    "llama": frozenset(("num_key_value_heads", "rms_norm_eps")),
     "gpt_neox": frozenset(
-        ["layer_norm_eps", "rotary_pct", "rotary_emb_base", "use_parallel_residual", "attention_bias", "partial_rotary_factor"]
+        """layer_norm_eps rotary_pct rotary_emb_base use_parallel_residual attention_bias
+        partial_rotary_factor""".split()
     ),
 }
 # Features that exist but are not implemented here; at these values they are off.

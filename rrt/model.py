@@ -221,7 +221,8 @@ class RecursiveTransformer(nn.Module):
         self.recursive = recursive = recursive or RecursiveConfig()
         if recursive.head_lora_rank:
             raise UserError(
-                f"field 'head_lora_rank': found {recursive.head_lora_rank}; this version only runs 0 (no LoRA on the head)"
+                f"field 'head_lora_rank': found {recursive.head_lora_rank}; "
+                "expected 0: this version cannot run a LoRA on the head"
             )
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.stack = LoopedStack(config, recursive)

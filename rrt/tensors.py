@@ -205,7 +205,7 @@ class SafetensorsWriter:
         if len(self._shards) == 1:
             self._shard_path(0).rename(self.directory / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, keys in enumerate(self._shards):
             name = f"model-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._shard_path(index).rename(self.directory / name)

@@ -1,0 +1,264 @@
+"""The hand-written model against transformers on random weights, and against itself."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+import rrt
+from rrt.config import LoraRanks, RecursiveConfig
+from rrt.hf import model_config_from_hf
+from rrt.kv_cache import ContiguousCache
+from rrt.loaders import load_model
+from rrt.model import RecursiveTransformer
+
+# Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
+# heads, partial rotary, sequential NeoX, other rotary bases.
+VARIANTS = {
+    "gemma-mqa": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24)),
+    "gemma-mha-untied": (
+        "Gemma",
+        dict(num_attention_heads=3, num_key_value_heads=3, head_dim=40, tie_word_embeddings=False),
+    ),
+    "llama-gqa": ("Llama", dict(num_attention_heads=6, num_key_value_heads=2, head_dim=10)),
+    "llama-mha-tied-theta": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        ),
+    ),
+    "neox-parallel": ("GPTNeoX", dict(num_attention_heads=4)),
+    "neox-sequential": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=3,
+            hidden_size=60,
+            use_parallel_residual=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "neox-full-rotary-tied": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        ),
+    ),
+}
+
+
+def make_hf(name, seed=0, **overrides):
+    """A random transformers model whose norms, biases and logits are far from their initial values."""
+    kind, options = VARIANTS[name]
+    sizes = dict(vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **overrides})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.08 if parameter.dim() > 1 else 0.3))
+    return model
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours loaded from its directory), fp32."""
+    hf = make_hf(request.param)
+    directory = tmp_path_factory.mktemp(request.param)
+    hf.save_pretrained(directory)
+    return hf, load_model(directory, torch.float32)
+
+
+def relative_error(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 255, 700])
+def test_logits_equal_transformers(pair, length):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (2, length), generator=torch.Generator().manual_seed(length))
+    assert relative_error(ours(input_ids), hf(input_ids).logits) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 4, 1], [11, 1]])
+def test_incremental_decoding_equals_transformers_full_forward(pair, chunks):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (3, sum(chunks)), generator=torch.Generator().manual_seed(1))
+    cache = ContiguousCache(ours.config, batch_size=3, max_length=sum(chunks))
+    logits = torch.cat([ours(part, cache=cache) for part in input_ids.split(chunks, dim=1)], dim=1)
+    assert relative_error(logits, hf(input_ids).logits) <= 2e-5
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_transformers_and_the_unpadded_rows(pair):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    mask[2, :19] = 0
+    ours_logits, hf_logits = ours(input_ids, attention_mask=mask), hf(input_ids, attention_mask=mask).logits
+    assert ours_logits.isfinite().all()
+    assert relative_error(ours_logits[mask.bool()], hf_logits[mask.bool()]) <= 2e-5
+    assert relative_error(ours_logits[1, 7:], ours(input_ids[1:2, 7:])[0]) <= 2e-5
+
+
+@torch.no_grad()
+def test_left_padded_incremental_decoding_equals_the_full_forward(pair):
+    _, ours = pair
+    input_ids = torch.randint(0, 151, (2, 15), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 15, dtype=torch.bool)
+    mask[0, :6] = False
+    cache = ContiguousCache(ours.config, batch_size=2, max_length=15)
+    parts, seen = [], 0
+    for part in input_ids.split([10, 1, 3, 1], dim=1):
+        seen += part.shape[1]
+        parts.append(ours(part, attention_mask=mask[:, :seen], cache=cache))
+    logits = torch.cat(parts, dim=1)
+    assert relative_error(logits[mask], ours(input_ids, attention_mask=mask)[mask]) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
+    hf = make_hf(name)
+    hf.save_pretrained(tmp_path)
+    input_ids = torch.randint(0, 151, (2, 100), generator=torch.Generator().manual_seed(4)).to(device)
+    hf = hf.to(device)
+    exact = hf(input_ids).logits
+    theirs = hf.to(torch.bfloat16)(input_ids).logits.float()
+    ours = load_model(tmp_path, torch.bfloat16, device)(input_ids)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def recursive_model(name="llama-gqa", seed=0, **recursive):
+    """A recursive or relaxed model in fp64 with random parameters everywhere, LoRA B and norms included."""
+    config = model_config_from_hf(make_hf(name).config.to_dict() | {"architectures": None}, "test")
+    model = RecursiveTransformer(config, RecursiveConfig(**recursive)).double().eval()
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+RELAXED = {
+    "recursive": dict(num_loops=2),
+    "relaxed": dict(num_loops=2, lora_rank=LoraRanks(q=3, kv=5, out=0, ffn=7)),
+    "untied": dict(num_loops=4, lora_rank=LoraRanks.uniform(2), untie_norms=True),
+    "prefix": dict(num_loops=2, prefix_length=3),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, recursive):
+    model = recursive_model(name, **recursive)
+    input_ids = torch.randint(0, 151, (2, 13), generator=torch.Generator().manual_seed(5))
+    cache = ContiguousCache(model.config, batch_size=2, max_length=13, dtype=torch.float64)
+    logits = torch.cat([model(part, cache=cache) for part in input_ids.split([6, 1, 4, 1, 1], dim=1)], dim=1)
+    assert relative_error(logits, model(input_ids)) <= 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
+    model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True)
+    vanilla = RecursiveTransformer(model.config).double().eval()
+    for key, parameter in vanilla.named_parameters():
+        if not key.startswith("stack.layers."):
+            parameter.copy_(model.get_parameter(key))
+            continue
+        depth, rest = key.removeprefix("stack.layers.").split(".", 1)
+        loop, layer = divmod(int(depth), len(model.stack.layers))
+        shared = model.get_parameter(f"stack.layers.{layer}.{rest}")
+        if "norm" in rest or rest.endswith("bias"):
+            parameter.copy_(shared[loop])
+        else:
+            module = model.get_submodule(f"stack.layers.{layer}.{rest.removesuffix('.weight')}")
+            parameter.copy_(module.weight + module.lora_b[loop] @ module.lora_a[loop])
+    input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(6))
+    assert relative_error(model(input_ids), vanilla(input_ids)) <= 1e-12
+
+
+def test_merged_and_plain_lora_give_the_same_logits_and_gradients():
+    results = []
+    for merge in (False, True):
+        model = recursive_model("neox-parallel", num_loops=2, lora_rank=LoraRanks.uniform(4))
+        model.set_merge(merge)
+        input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(7))
+        logits = model(input_ids)
+        logits.square().mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, plain_grads), (merged, merged_grads) = results
+    assert relative_error(merged, plain) <= 1e-12
+    for name, gradient in plain_grads.items():
+        assert relative_error(merged_grads[name], gradient) <= 1e-10, name
+
+
+@torch.no_grad()
+def test_prefix_vectors_change_every_position_and_see_no_later_token():
+    model = recursive_model(num_loops=2, prefix_length=3)
+    input_ids = torch.randint(0, 151, (1, 8), generator=torch.Generator().manual_seed(8))
+    before = model(input_ids)
+    model.stack.prefix.add_(0.5)
+    assert (model(input_ids) - before).abs().amax(-1).min() > 1e-6
+    changed = input_ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 151
+    assert torch.equal(model(changed)[:, :-1], model(input_ids)[:, :-1])
+
+
+@torch.no_grad()
+def test_exit_loop_runs_fewer_loops_and_equals_the_hidden_state_through_norm_and_head():
+    model = recursive_model(num_loops=4, lora_rank=LoraRanks.uniform(2))
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    calls = []
+    model.stack.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    exits = model.hidden_states(input_ids)
+    assert len(exits) == 4 and len(calls) == 4
+    calls.clear()
+    assert torch.equal(model(input_ids, exit_loop=1), model.logits(exits[1]))
+    assert len(calls) == 2
+    with pytest.raises(rrt.UserError, match=r"exit_loop: found 4; expected a loop in \[0, 4\)"):
+        model(input_ids, exit_loop=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+def test_linears_give_each_row_its_own_loop(recursive):
+    model = recursive_model("neox-parallel", **recursive)
+    loops = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    for linear in (model.stack.layers[0].attn.k, model.stack.layers[0].mlp.up):
+        expected = torch.stack([linear(row, int(loop)) for row, loop in zip(x, loops, strict=True)])
+        assert relative_error(linear(x, loops), expected) <= 1e-12
+
+
+def test_num_loops_must_divide_the_layers():
+    config = model_config_from_hf(make_hf("llama-gqa").config.to_dict(), "test")
+    with pytest.raises(rrt.UserError, match="'num_loops': found 3.*4 layers; expected one of 1, 2, 4"):
+        RecursiveTransformer(config, RecursiveConfig(num_loops=3))
+
+
+def test_wrong_attention_mask_shape_and_full_cache_are_refused():
+    model = recursive_model(num_loops=2)
+    input_ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(rrt.UserError, match=r"attention_mask: found shape \(1, 3\); expected \(1, 4\)"):
+        model(input_ids, attention_mask=torch.ones(1, 3))
+    with pytest.raises(rrt.UserError, match="cache: position 4 does not fit"):
+        model(input_ids, cache=ContiguousCache(model.config, 1, max_length=3, dtype=torch.float64))
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RecursiveConfig().num_loops = 2
