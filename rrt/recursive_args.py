@@ -1,0 +1,57 @@
+"""The command-line flags that describe a recursive model, shared by the commands that take them."""
+
+import argparse
+
+import torch
+
+from rrt.config import LoraRanks
+from rrt.tensors import parse_dtype
+
+LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
+_DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
+    """``--lora-rank`` and its overrides per group of linears; read them with `lora_ranks`."""
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="rank of the LoRA that each depth adds to every linear of attention and feed-forward; 0 is none; "
+        "capped at min(in, out) of each linear (default: 0)",
+    )
+    for group, linears in LORA_GROUPS.items():
+        parser.add_argument(
+            f"--lora-rank-{group}",
+            type=int,
+            metavar="R",
+            help=f"rank of the {linears} projections instead of --lora-rank",
+        )
+
+
+def lora_ranks(arguments: argparse.Namespace) -> LoraRanks:
+    """The ranks that the flags of `add_lora_rank_flags` say. Raises `UserError` for a negative one."""
+    ranks = {group: getattr(arguments, f"lora_rank_{group}") for group in LORA_GROUPS}
+    return LoraRanks(**{group: arguments.lora_rank if rank is None else rank for group, rank in ranks.items()})
+
+
+def add_untie_norms_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--untie-norms",
+        action="store_true",
+        help="keep norms and biases per depth, exactly the base's; with it a LoRA of full rank "
+        "reproduces the base model",
+    )
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """``--dtype``; read it with `chosen_dtype`."""
+    parser.add_argument(
+        "--dtype", choices=_DTYPE_CHOICES, default="auto", help=f"{purpose}; auto: as stored (default: auto)"
+    )
+
+
+def chosen_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
+    """What ``--dtype`` says; None for auto."""
+    return None if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
