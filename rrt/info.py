@@ -1,0 +1,139 @@
+"""What this installation is and runs on: versions, native library, devices.
+
+    python -m rrt.info
+    python -m rrt.info --json
+
+For bug reports, and for the records that benchmarks keep beside their numbers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrt._build import build_info, cuda_image, cuda_versions
+from rrt.cli import human_bytes, run_command
+from rrt.version import __version__
+
+_PACKAGES = ("numpy", "safetensors", "tokenizers", "sentencepiece")
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def collect_info() -> dict[str, Any]:
+    """Everything the command prints, ready for JSON: keys versions, native, cpu, gpus and cuda.
+
+    Asks each visible GPU which compiled image it runs, which opens a CUDA context on it.
+    """
+    return {
+        "versions": _versions(),
+        "native": asdict(build_info()),
+        "cpu": _cpu(),
+        "cuda": _cuda(),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "rrt": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _cpu() -> dict[str, Any]:
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip().lower()] = value.strip()
+    flags = set(fields.get("flags", fields.get("features", "")).split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "torch_threads": torch.get_num_threads(),
+        "flags": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    """CUDA's versions as torch and as our library see them; None where either was built without CUDA."""
+    versions = cuda_versions()
+    return {
+        "torch": torch.version.cuda,
+        "library_runtime": _cuda_version_text(versions[0]) if versions else None,
+        "driver_supports": _cuda_version_text(versions[1]) if versions else None,
+    }
+
+
+def _cuda_version_text(version: int) -> str | None:
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    image = cuda_image(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "runs_image": f"sm_{image}" if image is not None and image > 0 else None,
+    }
+
+
+def _print_text(info: dict[str, Any]) -> None:
+    versions, native, cpu, cuda = info["versions"], info["native"], info["cpu"], info["cuda"]
+    print("  ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
+    if native["library"] is None:
+        print(f"native operators: none, the PyTorch reference runs ({native['reason']})")
+        print(f"  to build them: {native['rebuild']}")
+    else:
+        print(f"native operators: {native['library']}")
+        print(f"  built by {native['compiler']} for torch {native['torch_at_build']}")
+        print(f"  CPU: {native['cpu_isa']} in use, of {', '.join(native['cpu_isas'])}")
+        archs = ", ".join(native["cuda_archs"])
+        print(f"  CUDA: {f'{archs} by nvcc ' + native['nvcc'] if native['cuda'] else 'not compiled in'}")
+        if native["stale"]:
+            print(f"  STALE: csrc/ has changed since; rebuild: {native['rebuild']}")
+    print(f"cpu: {cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
+    print(f"  {' '.join(cpu['flags'])}")
+    print("cuda: " + ", ".join(f"{name.replace('_', ' ')} {version or 'none'}" for name, version in cuda.items()))
+    for index, gpu in enumerate(info["gpus"]):
+        image = gpu["runs_image"] or "no image of this build"
+        memory = human_bytes(gpu["memory_bytes"])
+        print(f"gpu {index}: {gpu['name']}, {memory}, {gpu['multiprocessors']} multiprocessors, runs {image}")
+    if not info["gpus"]:
+        print("gpu: none visible")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rrt.info", description="Versions, native library and devices.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    arguments = parser.parse_args()
+    info = collect_info()
+    if arguments.json:
+        json.dump(info, sys.stdout, indent=2)
+        print()
+    else:
+        _print_text(info)
+
+
+if __name__ == "__main__":
+    run_command(main)
