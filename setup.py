@@ -131,7 +131,9 @@ class BuildNative(build_ext):
                 shutil.copy2(built, placed)
 
     def build_with_cmake(self, cmake: str, options: list[str], library: Path) -> None:
-        key = hashlib.sha256("\n".join(options[2:]).encode()).hexdigest()[:8]
+        # CMake never forgets a compiler, so other compilers mean another build directory.
+        compilers = [os.environ.get("CXX", ""), os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
+        key = hashlib.sha256("\n".join(options[2:] + compilers).encode()).hexdigest()[:8]
         build = ROOT / "build" / f"native-{key}"
         configure = [cmake, "-S", str(ROOT), "-B", str(build), *options]
         if self.debug:
