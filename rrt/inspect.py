@@ -131,7 +131,9 @@ def sizes_table(sizes: Sizes) -> str:
     ]
     for kind in ("embedding", "shared", "lora", "prefix", "norm", "non_embedding", "total"):
         count = getattr(sizes, f"{kind}_params")
-        rows.append((f"{kind.replace('_', '-').replace('lora', 'LoRA')} parameters", f"{human_count(count):>9}  {count:,}"))
+        rows.append(
+            (f"{kind.replace('_', '-').replace('lora', 'LoRA')} parameters", f"{human_count(count):>9}  {count:,}")
+        )
     rows += [
         (f"parameters in {dtype_name(sizes.dtype)}", human_bytes(sizes.bytes)),
         ("K/V cache per token", human_bytes(sizes.kv_bytes_per_token)),

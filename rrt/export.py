@@ -1,0 +1,180 @@
+"""Unroll a checkpoint into an ordinary Hugging Face directory that any tool for Gemma, Llama or GPT-NeoX runs.
+
+    python -m rrt.export --checkpoint runs/out/relaxed --out runs/out/unrolled
+
+Depth l gets the weight W' + B_l A_l and its own copy of the norms and biases, so the exported model is as
+large as the base. A vanilla checkpoint keeps its tensors bit for bit.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rrt.checkpoint import make_provenance
+from rrt.cli import human_bytes, human_count, run_command
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.files import atomic_directory, write_json
+from rrt.hf import ARCHITECTURES, HFTensor, model_config_to_hf, tensor_table
+from rrt.inspect import Sizes, model_sizes
+from rrt.loaders import Source, open_source, parameter_shapes
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.rewrite import check_output, tokenizer_of
+from rrt.tensors import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name
+from rrt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that is known before the first tensor is read; made by `plan_export`."""
+
+    source: Source
+    out: Path
+    dtype: torch.dtype
+    overwrite: bool
+    after: Sizes
+    tokenizer: Tokenizer | None
+    notices: tuple[str, ...]
+
+
+def plan_export(
+    checkpoint: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> ExportPlan:
+    """Open the checkpoint and check everything that can be checked before work starts. Arguments as in `export`."""
+    checkpoint, out = Path(checkpoint), Path(out)
+    source = open_source(checkpoint)
+    if source.recursive.prefix_length:
+        raise UserError(
+            f"{checkpoint / 'config.json'}: field 'recursive.prefix_length': found {source.recursive.prefix_length}; "
+            "expected 0: the HF layout has no place for prefix vectors"
+        )
+    check_output(out, checkpoint, overwrite)
+    tokenizer = tokenizer_of(checkpoint, source.model.vocab_size)
+    notices = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
+    dtype = dtype or source.dtype
+    after = model_sizes(source.model, RecursiveConfig(), dtype)
+    return ExportPlan(source, out, dtype, overwrite, after, tokenizer, notices)
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write the unrolled HF directory `out`, whole or not at all.
+
+    Args:
+        checkpoint: one of our checkpoints, or an HF directory.
+        dtype: of the written tensors; default as stored. W' + B_l A_l is summed in fp32 and then cast.
+        progress: show a bar over the tensors on stderr.
+
+    Raises:
+        UserError: the checkpoint is unusable, has prefix vectors, or `out` exists.
+    """
+    run_export(plan_export(checkpoint, out, dtype=dtype, overwrite=overwrite), progress=progress)
+
+
+def run_export(plan: ExportPlan, *, progress: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Carry out a plan of `plan_export`."""
+    provenance = make_provenance("export", plan.source.directory)
+    with atomic_directory(plan.out, plan.overwrite) as directory:
+        writer = SafetensorsWriter(directory, max_shard_bytes)
+        for key, tensor in _unrolled(plan.source, plan.dtype, progress):
+            writer.add(key, tensor)
+        writer.finish()
+        write_json(directory / "config.json", model_config_to_hf(plan.source.model, dtype_name(plan.dtype)))
+        write_json(directory / "provenance.json", provenance)
+        if plan.tokenizer is not None:
+            plan.tokenizer.save(directory)
+
+
+def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tuple[str, Tensor]]:
+    shapes = parameter_shapes(source.model, source.recursive)
+    # Without a terminal the bar would fill a log file.
+    table = tqdm(tensor_table(source.model), unit="tensor", desc="exporting", disable=None if progress else True)
+    for entry in table:
+        parts = [_parameter(source, shapes, name).to(dtype) for name in entry.targets]
+        # A copy: shared tensors would otherwise be one memory under several keys, which safetensors refuses.
+        tensor = parts[0].clone() if len(parts) == 1 else _fused(source.model, entry, parts)
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{source.directory}: tensor '{entry.key}' is not finite in {dtype_name(dtype)}; "
+                "expected finite values: choose another --dtype"
+            )
+        yield entry.key, tensor
+
+
+def _fused(model: ModelConfig, entry: HFTensor, parts: list[Tensor]) -> Tensor:
+    """q, k, v [H * D_h, ...] as the one tensor [H * 3 * D_h, ...] that GPT-NeoX stores."""
+    per_head = [part.unflatten(0, (model.num_heads, model.head_dim)) for part in parts]
+    return torch.stack(per_head, dim=1).reshape(entry.shape)
+
+
+def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
+    """Parameter `name` of the vanilla model that computes the same as `source`."""
+    if not name.startswith("stack.layers."):
+        return source.get(name)
+    depth, rest = name.removeprefix("stack.layers.").split(".", 1)
+    loop, layer = divmod(int(depth), source.recursive.layers_per_loop(source.model))
+    shared_name = f"stack.layers.{layer}.{rest}"
+    shared = source.get(shared_name)
+    linear, _, leaf = shared_name.rpartition(".")
+    if "norm" in rest or leaf == "bias":
+        return shared[loop] if shared.dim() == 2 else shared
+    if f"{linear}.lora_a" not in shapes:
+        return shared
+    wide = torch.promote_types(shared.dtype, torch.float32)
+    lora_a, lora_b = (source.get(f"{linear}.{factor}")[loop].to(wide) for factor in ("lora_a", "lora_b"))
+    return torch.addmm(shared.to(wide), lora_b, lora_a)
+
+
+def describe_plan(plan: ExportPlan) -> str:
+    """What the command is about to do, for people."""
+    model, recursive = plan.source.model, plan.source.recursive
+    layers = recursive.layers_per_loop(model)
+    return "\n".join(
+        (
+            f"from  {plan.source.directory}: {recursive.num_loops} loops x {layers} layers, "
+            f"LoRA rank {recursive.lora_rank}",
+            f"to    {plan.out}: {ARCHITECTURES[model.family]}, {model.num_layers} layers, {_size(plan)}",
+            *(f"notice: {notice}" for notice in plan.notices),
+        )
+    )
+
+
+def _size(plan: ExportPlan) -> str:
+    return (
+        f"{human_count(plan.after.total_params)} parameters, {human_bytes(plan.after.bytes)} {dtype_name(plan.dtype)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m rrt.export``; see the head of this file."""
+    parser = argparse.ArgumentParser(prog="python -m rrt.export", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="one of our checkpoints, or an HF directory"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF directory to create")
+    add_dtype_flag(parser, "dtype of the written tensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    arguments = parser.parse_args(argv)
+    plan = plan_export(
+        arguments.checkpoint, arguments.out, dtype=chosen_dtype(arguments), overwrite=arguments.overwrite
+    )
+    print(describe_plan(plan), flush=True)
+    start = time.monotonic()
+    run_export(plan, progress=True)
+    print(f"wrote {plan.out} in {time.monotonic() - start:.1f} s: {_size(plan)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

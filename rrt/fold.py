@@ -1,0 +1,181 @@
+"""How L pretrained layers become K shared ones, and what each depth gets back as a LoRA (PAPER, Initialising).
+
+:class:`Folding` makes one tensor of the new model at a time from the base's files; it keeps none.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrt.config import Init, RecursiveConfig
+from rrt.errors import UserError
+from rrt.loaders import Source
+from rrt.svd import truncated_svd
+from rrt.tensors import dtype_name
+
+_RANDOM_STD = 0.02
+
+
+def kept_depths(init: Init, num_layers: int, num_loops: int) -> tuple[int, ...]:
+    """The base layer, from 0, that each shared layer copies; for the inits that copy whole layers.
+
+    "stepwise" spaces them evenly from the first layer to the last; "stepwise-fixed-start" evenly from the
+    first, so that the last loop's final layer may go; "lower" takes the first K.
+    """
+    shared = num_layers // num_loops
+    if init == "stepwise":
+        return tuple(round(i * (num_layers - 1) / (shared - 1)) if shared > 1 else 0 for i in range(shared))
+    if init == "stepwise-fixed-start":
+        return tuple(i * num_loops for i in range(shared))
+    assert init == "lower", init
+    return tuple(range(shared))
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator for one tensor: what it draws depends on nothing that was drawn before."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What tying cost one linear and what its LoRA gives back, per loop.
+
+    Attributes:
+        name: of the linear, such as ``stack.layers.0.attn.q``.
+        rank: of its LoRA after the cap.
+        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero.
+        energy_kept: ||B A||^2 / ||W_l - W'||^2 at initialisation; None where W_l equals W'.
+    """
+
+    name: str
+    rank: int
+    tying_loss: tuple[float, ...]
+    energy_kept: tuple[float | None, ...]
+
+    @property
+    def mean_tying_loss(self) -> float:
+        return sum(self.tying_loss) / len(self.tying_loss)
+
+    @property
+    def mean_energy_kept(self) -> float | None:
+        """Over the loops that lost anything; None if none did."""
+        kept = [energy for energy in self.energy_kept if energy is not None]
+        return sum(kept) / len(kept) if kept else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "tying_loss": self.tying_loss,
+            "energy_kept": self.energy_kept,
+            "mean_tying_loss": self.mean_tying_loss,
+            "mean_energy_kept": self.mean_energy_kept,
+        }
+
+
+class Folding:
+    """The shared block and LoRAs that `recursive` makes of a vanilla `source`, tensor by tensor.
+
+    Every tensor comes in `dtype`. Names are those of a layer's parameters: ``attn.q.weight``.
+    """
+
+    def __init__(self, source: Source, recursive: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
+        self.source, self.recursive, self.dtype, self.seed = source, recursive, dtype, seed
+        self.layers_per_loop = recursive.layers_per_loop(source.model)
+        self._kept: tuple[int, ...] = ()
+        if recursive.init not in ("average", "random"):
+            self._kept = kept_depths(recursive.init, source.model.num_layers, recursive.num_loops)
+
+    def unlooped(self, name: str) -> Tensor:
+        """A parameter outside the block (embedding, final norm, head), unchanged."""
+        return self._stored(self._read(name), name)
+
+    def shared(self, layer: int, name: str) -> Tensor:
+        """The tied parameter `name` of shared layer `layer`."""
+        target = f"stack.layers.{layer}.{name}"
+        return self._stored(self._shared(layer, name, target), target)
+
+    def untied(self, layer: int, name: str) -> Tensor:
+        """A norm or bias per loop, as the base has it: [B, ...]."""
+        per_loop = [self._base(layer, loop, name) for loop in range(self.recursive.num_loops)]
+        return self._stored(torch.stack(per_loop), f"stack.layers.{layer}.{name}")
+
+    def lora(self, layer: int, linear: str, shared: Tensor, rank: int) -> tuple[Tensor, Tensor, MatrixReport]:
+        """LoRA of one linear at all loops, for the tied weight W' as stored.
+
+        Args:
+            linear: such as ``attn.q``.
+            shared: W' [N, K].
+            rank: R, at most min(N, K); 0 only measures what tying lost.
+
+        Returns:
+            A [B, R, K], B [B, N, R] and the report.
+        """
+        name = f"stack.layers.{layer}.{linear}"
+        factors_a, factors_b, losses, kept = [], [], [], []
+        for loop in range(self.recursive.num_loops):
+            weight = self._base(layer, loop, f"{linear}.weight")
+            generator = seeded_generator(self.seed, f"{name}.lora.{loop}")
+            # Equal as stored: what only the cast to a narrower dtype lost is no residual to learn from.
+            tied = torch.equal(weight.to(self.dtype), shared)
+            wide = weight.double()
+            residual = wide - shared.double()
+            energy = 0.0 if tied else residual.square().sum().item()
+            losses.append(energy / (wide.square().sum().item() or energy) if energy else 0.0)
+            if tied or self.recursive.lora_init == "zero" or rank == 0:
+                lora_a = torch.randn(rank, shared.shape[1], generator=generator) / math.sqrt(shared.shape[1])
+                lora_b = torch.zeros(shared.shape[0], rank)
+            else:
+                lora_a, lora_b = truncated_svd(residual, rank, generator)
+            # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
+            kept.append(lora_b.square().sum().item() / energy if energy else None)
+            factors_a.append(self._stored(lora_a, f"{name}.lora_a"))
+            factors_b.append(self._stored(lora_b, f"{name}.lora_b"))
+        report = MatrixReport(name, rank, tuple(losses), tuple(kept))
+        return torch.stack(factors_a), torch.stack(factors_b), report
+
+    def _shared(self, layer: int, name: str, target: str) -> Tensor:
+        init, is_norm = self.recursive.init, "norm" in name
+        if init == "random":
+            return self._random(layer, name, target)
+        if init != "average":
+            return self._read(f"stack.layers.{self._kept[layer]}.{name}")
+        if is_norm and self.recursive.norm_init == "choice":
+            return self._base(layer, 0, name)
+        if is_norm and self.recursive.norm_init == "zero":
+            return torch.zeros_like(self._base(layer, 0, name))
+        total = self._base(layer, 0, name).double()
+        for loop in range(1, self.recursive.num_loops):
+            total += self._base(layer, loop, name)
+        return total / self.recursive.num_loops
+
+    def _random(self, layer: int, name: str, target: str) -> Tensor:
+        shape = self._base(layer, 0, name).shape
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if "norm" in name:
+            return torch.full(shape, 0.0 if self.source.model.norm_type == "rmsnorm_1p" else 1.0)
+        return torch.randn(shape, generator=seeded_generator(self.seed, target)) * _RANDOM_STD
+
+    def _base(self, layer: int, loop: int, name: str) -> Tensor:
+        return self._read(f"stack.layers.{loop * self.layers_per_loop + layer}.{name}")
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.source.get(name)
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.source.directory}: tensor '{name}': found NaN or infinity; expected finite values")
+        return tensor
+
+    def _stored(self, tensor: Tensor, name: str) -> Tensor:
+        stored = tensor.to(self.dtype)
+        if not stored.isfinite().all():
+            raise UserError(
+                f"{self.source.directory}: tensor '{name}': found {tensor.abs().max().item():.3g}; expected at most "
+                f"{torch.finfo(self.dtype).max:.3g} for {dtype_name(self.dtype)}: choose another --dtype"
+            )
+        return stored
