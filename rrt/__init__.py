@@ -1,12 +1,17 @@
-"""Relaxed Recursive Transformers: fold a pretrained LLM into one looped block, relax it, uptrain it, serve it."""
+"""Relaxed Recursive Transformers: fold a pretrained LLM into one looped block, relax, uptrain and serve it."""
 
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from rrt.errors import UserError
-from rrt.loaders import load_model, open_source
-from rrt.model import RecursiveTransformer
-from rrt.ops import build_info
-from rrt.tokenizer import load_tokenizer
 from rrt.version import __version__
+
+if TYPE_CHECKING:
+    from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+    from rrt.loaders import load_model, open_source
+    from rrt.model import RecursiveTransformer
+    from rrt.ops import build_info
+    from rrt.tokenizer import load_tokenizer
 
 __all__ = [
     "LoraRanks",
@@ -20,3 +25,21 @@ __all__ = [
     "load_tokenizer",
     "open_source",
 ]
+
+_MODULES = {
+    "LoraRanks": "config",
+    "ModelConfig": "config",
+    "RecursiveConfig": "config",
+    "RecursiveTransformer": "model",
+    "build_info": "ops",
+    "load_model": "loaders",
+    "load_tokenizer": "tokenizer",
+    "open_source": "loaders",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: commands that work on text alone start without torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rrt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rrt.{_MODULES[name]}"), name)

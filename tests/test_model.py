@@ -21,7 +21,7 @@ VARIANTS = {
         "Gemma",
         dict(num_attention_heads=3, num_key_value_heads=3, head_dim=40, tie_word_embeddings=False),
     ),
-    "llama-gqa": ("Llama", dict(num_attention_heads=6, num_key_value_heads=2, head_dim=10)),
+    "llama-gqa": ("Llama", dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, head_dim=14)),
     "llama-mha-tied-theta": (
         "Llama",
         dict(
@@ -55,7 +55,9 @@ VARIANTS = {
 def make_hf(name, seed=0, **overrides):
     """A random transformers model whose norms, biases and logits are far from their initial values."""
     kind, options = VARIANTS[name]
-    sizes = dict(vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024)
+    sizes = dict(
+        vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024
+    )
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **overrides})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -1,0 +1,58 @@
+"""Training windows out of token shards, in an order that depends on the seed alone."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rrt.errors import UserError
+from rrt.shards import TokenShards
+
+
+class Windows:
+    """Windows of `seq_len + 1` tokens (inputs and their next tokens), shuffled anew every epoch.
+
+    Windows of one shard overlap by one token, so that each token but the first is a target once. The k-th
+    sample of a run is a function of (seed, k): resuming needs only a count, and the order is the same
+    for any number of processes.
+
+    Raises:
+        UserError: the shards hold no full window.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, seed: int) -> None:
+        self.shards = shards
+        self.seq_len = seq_len
+        self.seed = seed
+        counts = [max(0, (len(shard.tokens) - 1) // seq_len) for shard in shards.shards]
+        self._first_window = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        if not len(self):
+            raise UserError(
+                f"{shards.directory}: split '{shards.split}' has {shards.num_tokens} tokens; "
+                f"expected at least data.seq_len + 1 = {seq_len + 1} in one shard"
+            )
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Windows in one epoch."""
+        return int(self._first_window[-1])
+
+    def window(self, index: int) -> np.ndarray:
+        """Tokens [seq_len + 1] of one window, in the shards' own order."""
+        shard = int(np.searchsorted(self._first_window, index, side="right")) - 1
+        start = int(index - self._first_window[shard]) * self.seq_len
+        return self.shards.shards[shard].tokens[start : start + self.seq_len + 1]
+
+    def sample(self, position: int) -> np.ndarray:
+        """Tokens [seq_len + 1] of the `position`-th sample of the run."""
+        epoch, place = divmod(position, len(self))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
+            self._epoch = epoch
+        return self.window(int(self._order[place]))
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64."""
+        rows = np.stack([self.sample(position) for position in range(first, first + count)]).astype(np.int64)
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1], tokens[:, 1:]

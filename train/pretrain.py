@@ -1,0 +1,88 @@
+"""Train from scratch: torchrun --nproc-per-node 8 train/pretrain.py --model.config gemma-2b --model.num_layers 9 ...
+
+Small, on a laptop without a GPU:
+
+    torchrun --nproc-per-node 2 train/pretrain.py --model.config runs/demo_base.json \
+        --model.tokenizer runs/out/demo/tokenizer --data.path runs/out/demo/data --data.seq_len 256 \
+        --run.out runs/out/base --run.tokens 65536 --run.batch_tokens 8192
+
+For the paper's reduced-size baseline (the base's shape with K layers, no loop), for a looped model without a
+base, and where no base can be downloaded.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import run_command
+from rrt.config import ModelConfig, RecursiveConfig, doc
+from rrt.errors import UserError
+from rrt.files import read_json
+from rrt.hf import model_config_from_hf
+from rrt.loaders import open_source
+from rrt.model import RecursiveTransformer
+from rrt.presets import PRESETS, preset
+from rrt.tokenizer import load_tokenizer
+from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.recipe import DataConfig, OptimConfig, RunConfig, read_recipe
+from train.trainer import Start, Trainer
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """The model to train."""
+
+    config: str = doc("its shape: a preset such as gemma-2b, an HF config.json, or a model directory")
+    tokenizer: str = doc("directory of the tokenizer that made the data")
+    num_layers: int | None = doc("layers, if not as many as `config` says", default=None)
+    num_loops: int = doc("loops over a block of num_layers / num_loops shared layers", default=1)
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    model: ArchitectureConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+
+
+def read_architecture(config: str) -> ModelConfig:
+    """The shape named by `config`: a preset, an HF config.json, or a directory that holds a model."""
+    path = Path(config)
+    if path.is_dir():
+        return open_source(path).model
+    if path.is_file():
+        return model_config_from_hf(read_json(path), config)
+    if config in PRESETS:
+        return preset(config)
+    raise UserError(
+        f"field 'model.config': found {config!r}; expected a config.json, a model directory or one of "
+        f"{', '.join(PRESETS)}"
+    )
+
+
+def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
+    """Draw the weights and check that the model, the data and the recipe fit together."""
+    config = read_architecture(recipe.model.config)
+    if recipe.model.num_layers is not None:
+        config = replace(config, num_layers=recipe.model.num_layers)
+    tokenizer = load_tokenizer(recipe.model.tokenizer)
+    config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    recursive = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
+    # Drawn whole by every process in one order, so that the start is the same for any number of processes.
+    model = RecursiveTransformer(config, recursive)
+    model.init_weights(recipe.run.seed)
+    return Trainer(recipe, Start("pretrain", config, recursive, tokenizer, model.get_parameter, None), group)
+
+
+@only_main_reports_errors
+def main() -> None:
+    recipe = read_recipe(PretrainRecipe, __doc__ or "")
+    with processes(recipe.run.device) as group:
+        agree(lambda: make_trainer(recipe, group)).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,367 @@
+"""The trainer: one loop for uptraining and for training from scratch, on any number of processes."""
+
+import dataclasses
+import json
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
+
+from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.cli import human_bytes, human_count
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.files import atomic_write, read_json
+from rrt.loaders import meta_model
+from rrt.shards import open_shards
+from rrt.tensors import parse_dtype
+from rrt.tokenizer import Tokenizer, check_vocab
+from train.data import Windows
+from train.distributed import Processes, fill_parameters, full_parameters, set_last_micro_batch, shard_model
+from train.losses import next_token_loss
+from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
+
+STATE_FILE = "trainer.json"
+
+
+class Recipe(Protocol):
+    """The tables that every training recipe has."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model that training begins with."""
+
+    stage: str
+    """What `provenance.json` calls this training."""
+    model: ModelConfig
+    recursive: RecursiveConfig
+    tokenizer: Tokenizer
+    get: Callable[[str], Tensor]
+    """Initial value of a parameter by name."""
+    parent: Path | None
+    """The checkpoint that the parameters come from."""
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    floor = optim.min_lr_ratio
+    return optim.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def accumulation(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per process and optimizer step.
+
+    Raises:
+        UserError: `run.batch_tokens` is not a whole number of them.
+    """
+    tokens = recipe.run.micro_batch * recipe.data.seq_len * world_size
+    if recipe.run.batch_tokens % tokens:
+        raise UserError(
+            f"field 'run.batch_tokens': found {recipe.run.batch_tokens}; expected a multiple of {tokens} = "
+            f"run.micro_batch {recipe.run.micro_batch} x data.seq_len {recipe.data.seq_len} x {world_size} processes"
+        )
+    return recipe.run.batch_tokens // tokens
+
+
+def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters; norms and biases are not decayed."""
+    plain = [p for name, p in model.named_parameters() if "norm" in name or name.endswith("bias")]
+    plain_ids = {id(p) for p in plain}
+    decayed = [p for p in model.parameters() if id(p) not in plain_ids]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=betas, eps=optim.eps)
+
+
+def step_directories(out: Path) -> list[tuple[int, Path]]:
+    """Complete resumable checkpoints of a run, oldest first. They get their name when they are complete."""
+    found = [(path.name.removeprefix("step-"), path) for path in out.glob("step-*") if path.is_dir()]
+    return sorted((int(number), path) for number, path in found if number.isdigit())
+
+
+class Trainer:
+    """One training run. Construction checks everything that can be checked; `run` trains.
+
+    Raises:
+        UserError: the recipe, the data, the tokenizer and the model do not fit together, or `run.out` holds a
+            run that this one cannot continue.
+    """
+
+    def __init__(self, recipe: Recipe, start: Start, processes: Processes) -> None:
+        self.recipe, self.start, self.processes = recipe, start, processes
+        self.out = Path(recipe.run.out)
+        self.steps = recipe.run.steps
+        self.accumulation = accumulation(recipe, processes.world_size)
+        check_vocab(start.tokenizer, start.model.vocab_size, "the model")
+        shards = open_shards(recipe.data.path, recipe.data.split)
+        shards.check_tokenizer(start.tokenizer)
+        self.windows = Windows(shards, recipe.data.seq_len, recipe.run.seed)
+        if recipe.data.seq_len > start.model.max_position_embeddings:
+            raise UserError(
+                f"field 'data.seq_len': found {recipe.data.seq_len}; expected at most the model's "
+                f"max_position_embeddings = {start.model.max_position_embeddings}"
+            )
+        self._check_out()
+        self.step = 0
+
+    def run(self) -> None:
+        """Train to the end, resuming from the newest checkpoint of `run.out`; write `final/`."""
+        self._prepare_out()
+        self._build()
+        self._resume()
+        self._describe()
+        with _Metrics(self.out, self.step, enabled=self.processes.is_main) as metrics:
+            self._loop(metrics)
+        if self.step_saved != self.step:
+            self._save_step()
+        self._save_final()
+
+    def _build(self) -> None:
+        run, device = self.recipe.run, self.processes.device
+        self.model = meta_model(self.start.model, self.start.recursive).float().train()
+        self.model.set_merge(run.lora == "merged")
+        shard_model(self.model, self.processes.mesh, torch.bfloat16 if run.dtype == "bf16" else None)
+        self.model.to_empty(device=device)
+        self.optimizer = make_optimizer(self.model, self.recipe.optim)
+
+    def _loop(self, metrics: "_Metrics") -> None:
+        run, tokens_per_step = self.recipe.run, self.recipe.run.batch_tokens
+        first, began, window_began, window_first = self.step, time.perf_counter(), time.perf_counter(), self.step
+        while self.step < self.steps:
+            rate = learning_rate(self.recipe.optim, self.step, self.steps)
+            loss, grad_norm = self._train_step(rate)
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise UserError(
+                    f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; expected finite numbers: "
+                    f"the weights of the last checkpoint in {self.out} are intact, lower optim.lr and resume"
+                )
+            self.step += 1
+            record: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.step * tokens_per_step,
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": grad_norm,
+            }
+            if self.step % run.log_every == 0 or self.step == self.steps:
+                now = time.perf_counter()
+                speed = (self.step - window_first) * tokens_per_step / (now - window_began)
+                window_began, window_first = now, self.step
+                eta = (now - began) / (self.step - first) * (self.steps - self.step)
+                record["tokens_per_second"] = speed
+                record["memory_bytes"] = _memory_bytes(self.processes.device)
+                self._print(_progress_line(record, self.steps, eta))
+            metrics.write(record)
+            if run.save_every and self.step % run.save_every == 0:
+                self._save_step()
+
+    def _train_step(self, rate: float) -> tuple[float, float]:
+        """One optimizer step. Returns the mean loss over all processes (nats per token) and the gradient norm."""
+        run, processes = self.recipe.run, self.processes
+        total = torch.zeros((), dtype=torch.float64)
+        for micro in range(self.accumulation):
+            set_last_micro_batch(self.model, micro == self.accumulation - 1)
+            place = (self.step * self.accumulation + micro) * processes.world_size + processes.rank
+            inputs, targets = self.windows.batch(place * run.micro_batch, run.micro_batch)
+            inputs, targets = inputs.to(processes.device), targets.to(processes.device)
+            loss = next_token_loss(self.model(inputs), targets) / self.accumulation
+            loss.backward()
+            total += loss.detach().double().cpu()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = total.to(processes.device)
+        dist.all_reduce(total)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return total.item() / processes.world_size, norm.item()
+
+    def _check_out(self) -> None:
+        """Refuse a directory that is not an earlier part of this same run."""
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; expected a directory")
+        if self.recipe.run.overwrite or not self.out.is_dir() or not any(self.out.iterdir()):
+            return
+        if (self.out / "final").exists():
+            raise UserError(f"{self.out}: holds a finished run; name another run.out or add --run.overwrite true")
+        saved = step_directories(self.out)
+        if not saved:
+            if (self.out / "metrics.jsonl").is_file():
+                return  # a run that was interrupted before its first checkpoint
+            raise UserError(f"{self.out}: not empty and not a training run; name another run.out")
+        state = read_json(saved[-1][1] / STATE_FILE)
+        for name, found in self._identity().items():
+            if state["identity"].get(name) != found:
+                raise UserError(
+                    f"{saved[-1][1] / STATE_FILE}: field '{name}': found {state['identity'].get(name)!r}, this run has "
+                    f"{found!r}; resume with the same, name another run.out or add --run.overwrite true"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between the parts of one run, as JSON."""
+        identity = {
+            "stage": self.start.stage,
+            "model": dataclasses.asdict(self.start.model),
+            "recursive": dataclasses.asdict(self.start.recursive),
+            "data.seq_len": self.recipe.data.seq_len,
+            "data.tokens": self.windows.shards.num_tokens,
+            "run.batch_tokens": self.recipe.run.batch_tokens,
+            "run.tokens": self.recipe.run.tokens,
+            "run.seed": self.recipe.run.seed,
+        }
+        return dict(json.loads(json.dumps(identity)))
+
+    def _prepare_out(self) -> None:
+        if self.processes.is_main:
+            if self.recipe.run.overwrite and self.out.is_dir():
+                shutil.rmtree(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            for leftover in self.out.glob(".step-*"):
+                shutil.rmtree(leftover)
+            atomic_write(self.out / "recipe.toml", to_toml(self.recipe))
+        dist.barrier()
+
+    def _resume(self) -> None:
+        saved = step_directories(self.out)
+        self.step_saved = -1
+        if not saved:
+            fill_parameters(self.model, self.start.get)
+            return
+        self.step, directory = saved[-1]
+        self.step_saved = self.step
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+        set_state_dict(self.model, self.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        self._print(f"resuming from {directory}")
+
+    def _save_step(self) -> None:
+        """Write `step-N` under a hidden name and rename it when every process is done."""
+        target = self.out / f"step-{self.step}"
+        partial = self.out / f".{target.name}"
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        if self.processes.is_main:
+            atomic_write(partial / STATE_FILE, json.dumps({"step": self.step, "identity": self._identity()}, indent=2))
+            partial.rename(target)
+            for _, old in step_directories(self.out)[: -self.recipe.run.keep]:
+                shutil.rmtree(old)
+        self.step_saved = self.step
+        dist.barrier()
+
+    def _save_final(self) -> None:
+        """Gather the parameters into an ordinary checkpoint directory, `final/`."""
+        config = CheckpointConfig(self.start.model, self.start.recursive, parse_dtype(self.recipe.run.save_dtype))
+        target = self.out / "final"
+        if self.processes.is_main:
+            tokens = self.step * self.recipe.run.batch_tokens
+            provenance = make_provenance(
+                self.start.stage, self.start.parent, data=self.recipe.data.path, tokens=tokens, steps=self.step
+            )
+            with write_checkpoint(target, config, provenance) as writer:
+                for name, tensor in full_parameters(self.model):
+                    writer.add(name, tensor)
+                self.start.tokenizer.save(writer.directory)
+        else:
+            for _ in full_parameters(self.model):
+                pass
+        dist.barrier()
+        self._print(f"wrote {target}")
+
+    def _describe(self) -> None:
+        """Say what is about to happen: sizes, tokens, memory."""
+        run, world = self.recipe.run, self.processes.world_size
+        count = sum(p.numel() for p in self.model.parameters())
+        block = sum(p.numel() for p in self.model.stack.parameters())
+        width = 2 if run.dtype == "bf16" else 4
+        # fp32 weights, gradients and two moments are sharded; gathered weights and, while micro-batches
+        # accumulate, unreduced gradients are not.
+        memory = count * 16 / world + count * width + (count * 4 if self.accumulation > 1 else 0)
+        vocab_bytes = run.micro_batch * self.recipe.data.seq_len * self.start.model.vocab_size * (8 + width)
+        epochs = self.steps * run.batch_tokens / (len(self.windows) * self.recipe.data.seq_len)
+        model, recursive = self.start.model, self.start.recursive
+        self._print(
+            f"{self.start.stage}: {model.family}, {model.num_layers} layers as {recursive.num_loops} loop(s) of "
+            f"{recursive.layers_per_loop(model)}, LoRA rank {recursive.lora_rank}, {human_count(count)} parameters "
+            f"({human_count(block)} in the block)\n"
+            f"data: {self.recipe.data.path} [{self.recipe.data.split}], {human_count(self.windows.shards.num_tokens)} "
+            f"tokens, {epochs:.2f} epochs\n"
+            f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
+            f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
+            f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
+            f"memory per process: about {human_bytes(memory)} for weights, gradients and optimizer, "
+            f"{human_bytes(vocab_bytes)} for logits, and activations"
+        )
+
+    def _print(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
+
+
+class _Metrics:
+    """`metrics.jsonl` (every step) and TensorBoard, both cut back to `step` when a run resumes."""
+
+    def __init__(self, out: Path, step: int, enabled: bool) -> None:
+        self._stream = None
+        if not enabled:
+            return
+        path = out / "metrics.jsonl"
+        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        atomic_write(path, "".join(f"{line}\n" for line in kept))
+        self._stream = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(out / "tb", purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._stream is None:
+            return
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+        for key in record.keys() - {"step"}:
+            self._board.add_scalar(f"train/{key}", record[key], record["step"])
+
+    def __enter__(self) -> "_Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._board.close()
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process on its device: allocated on CUDA, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _progress_line(record: dict[str, Any], steps: int, eta_seconds: float) -> str:
+    hours, rest = divmod(round(eta_seconds), 3600)
+    return (
+        f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"grad norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
+        f"mem {human_bytes(record['memory_bytes'])}  ETA {hours}:{rest // 60:02d}:{rest % 60:02d}"
+    )

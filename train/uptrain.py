@@ -1,0 +1,59 @@
+"""Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma_b2_average_r512.toml
+
+Small, on a laptop without a GPU (`make demo` does this and more):
+
+    torchrun --nproc-per-node 2 train/uptrain.py --checkpoint.path runs/out/demo/recursive \
+        --data.path runs/out/demo/data --data.seq_len 256 --run.out runs/out/uptrained \
+        --run.tokens 65536 --run.batch_tokens 8192
+
+All parameters train: the shared block, every LoRA, norms, embedding and head (PAPER, Uptraining). Running the
+same command again continues from the newest `step-N/` in `run.out`. It also runs without torchrun, alone.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import run_command
+from rrt.config import doc
+from rrt.loaders import open_source
+from rrt.tokenizer import load_tokenizer
+from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.recipe import DataConfig, OptimConfig, RunConfig, read_recipe
+from train.trainer import Start, Trainer
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The model to uptrain."""
+
+    path: str = doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
+
+
+@dataclass(frozen=True)
+class UptrainRecipe:
+    checkpoint: CheckpointConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+
+
+def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
+    """Open the checkpoint and check that it, the data and the recipe fit together."""
+    path = Path(recipe.checkpoint.path)
+    source = open_source(path)
+    start = Start("uptrain", source.model, source.recursive, load_tokenizer(path), source.get, path)
+    return Trainer(recipe, start, group)
+
+
+@only_main_reports_errors
+def main() -> None:
+    recipe = read_recipe(UptrainRecipe, __doc__ or "")
+    with processes(recipe.run.device) as group:
+        agree(lambda: make_trainer(recipe, group)).run()
+
+
+if __name__ == "__main__":
+    run_command(main)
