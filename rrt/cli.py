@@ -11,32 +11,44 @@ from rrt.errors import UserError
 EXIT_USER_ERROR = 2
 
 
-def _raise_exit(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main` as a command: bad input ends with one line on stderr and exit code 2.
 
     SIGTERM is turned into `SystemExit`, so that half-written output is cleaned up as on Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _raise_exit)
+    received: list[int] = []
+
+    def stop(signum: int, _frame: FrameType | None) -> NoReturn:
+        received.append(signum)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        if received:
+            # Asked before anything else: what the signal raised inside a native library comes out of it
+            # as an error of the library's own (safetensors: ValueError).
+            _fail("interrupted", 128 + received[0])
+        if isinstance(error, UserError):
+            _fail(f"error: {error}", EXIT_USER_ERROR)
+        if isinstance(error, OSError) and (error.filename is not None or error.strerror is not None):
+            place = f"{error.filename}: " if error.filename is not None else ""
+            _fail(f"error: {place}{error.strerror or error}", EXIT_USER_ERROR)
+        if isinstance(error, KeyboardInterrupt):
+            _fail("interrupted", 128 + signal.SIGINT)
+        raise
     sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def human_count(count: float) -> str:

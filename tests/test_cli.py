@@ -1,0 +1,69 @@
+"""What every command does with bad input and signals."""
+
+import os
+import signal
+
+import pytest
+
+from rrt.cli import run_command
+from rrt.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """The test process's signal handlers are as before afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def outcome(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_success_exits_zero_and_says_nothing(capsys):
+    assert outcome(lambda: None, capsys) == (0, "")
+
+
+def test_user_errors_and_missing_files_are_one_line_and_exit_two(capsys, tmp_path):
+    def bad_input():
+        raise UserError("field 'x': found 1; expected 2")
+
+    assert outcome(bad_input, capsys) == (2, "error: field 'x': found 1; expected 2\n")
+    assert outcome(lambda: (tmp_path / "absent").read_text(), capsys) == (
+        2,
+        f"error: {tmp_path / 'absent'}: No such file or directory\n",
+    )
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: print(1 / 0))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("swallow", [False, True])
+def test_a_signal_ends_the_command_even_where_a_library_turns_it_into_an_error(number, code, swallow, capsys):
+    cleaned = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            if swallow:
+                raise UserError("truncated file") from None
+            raise
+        finally:
+            cleaned.append(True)
+
+    assert outcome(main, capsys) == (code, "interrupted\n")
+    assert cleaned
+
+
+def test_an_ignored_interrupt_stays_ignored(capsys):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert outcome(lambda: os.kill(os.getpid(), signal.SIGINT), capsys) == (0, "")
