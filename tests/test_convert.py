@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from models_util import FAMILIES, make_hf_model
+from safetensors.torch import load_file, save_file
 from tokenizers_util import make_sentencepiece_tokenizer
 
 from rrt.cli import run_command
@@ -268,8 +269,6 @@ def test_where_a_layer_was_kept_a_is_gaussian_and_b_zero_matrix_by_matrix(bases,
 def test_one_equal_matrix_among_different_ones_is_recognised(bases, tmp_path):
     """Equality is decided per matrix, not per layer."""
     base_dir = tmp_path / "base"
-    from safetensors.torch import load_file, save_file
-
     base_dir.mkdir()
     weights = load_file(bases["llama"] / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].clone()
@@ -356,8 +355,6 @@ def test_dtype_is_the_bases_unless_asked_and_values_that_do_not_fit_are_refused(
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     assert torch.equal(new["embed"], base["embed"].float())
 
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(base_dir / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     save_file(weights, base_dir / "model.safetensors")
@@ -382,8 +379,6 @@ def test_base_layout_does_not_matter(bases, layout, tmp_path):
         other = make_hf_model(tmp_path / "base", "gpt_neox", max_shard_size="100KB")
         assert len(list(other.glob("*.safetensors"))) > 1
     else:
-        from safetensors.torch import load_file
-
         other = tmp_path / "base"
         other.mkdir()
         torch.save(load_file(bases["gpt_neox"] / "model.safetensors"), other / "pytorch_model.bin")
