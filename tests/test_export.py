@@ -180,9 +180,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
 
 def test_a_stopped_command_leaves_nothing_behind(tmp_path):
     base = make_hf_model(tmp_path / "base", "llama", num_layers=8, hidden_size=512, intermediate_size=2048)
-    convert(
-        base, tmp_path / "relaxed", RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(512), lora_init="zero")
-    )
+    convert(base, tmp_path / "recursive", RecursiveConfig(num_loops=2))
     command = [sys.executable, "-m", "rrt.export", "--checkpoint", tmp_path / "recursive", "--out", tmp_path / "out"]
     process = subprocess.Popen(
         list(map(str, command)),
