@@ -11,9 +11,9 @@ from rrt.shards import TokenShards
 class Windows:
     """Windows of `seq_len + 1` tokens (inputs and their next tokens), shuffled anew every epoch.
 
-    Windows of one shard overlap by one token, so that each token but the first is a target once. The k-th
-    sample of a run is a function of (seed, k): resuming needs only a count, and the order is the same
-    for any number of processes.
+    Windows of one shard overlap by one token, so that in an epoch each token but the first is a target once;
+    what is left at a shard's end and fills no window is not used. The k-th sample of a run is a function of
+    (seed, k): resuming needs only a count, and the order is the same for any number of processes.
 
     Raises:
         UserError: the shards hold no full window.
@@ -27,8 +27,8 @@ class Windows:
         self._first_window = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         if not len(self):
             raise UserError(
-                f"{shards.directory}: split '{shards.split}' has {shards.num_tokens} tokens; "
-                f"expected at least data.seq_len + 1 = {seq_len + 1} in one shard"
+                f"{shards.directory}: split '{shards.split}' has {shards.num_tokens} tokens in "
+                f"{len(shards.shards)} shard(s); expected at least data.seq_len + 1 = {seq_len + 1} in one of them"
             )
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -53,33 +54,39 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise UserError(f"run.device: found {found} GPUs; expected one for each process (local rank {local_rank})")
+        # Asked of all local processes, not of this one's rank, so that all of them end here together.
+        count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if count > gpus:
+            raise UserError(f"field 'run.device': found {gpus} GPU(s); expected one for each of {count} process(es)")
         torch.cuda.set_device(local_rank)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=target if kind == "cuda" else None)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
     try:
-        mesh = init_device_mesh(kind, (dist.get_world_size(),))
         yield Processes(dist.get_rank(), dist.get_world_size(), target, mesh)
-    finally:
+    except UserError:  # which all processes meet together; after any other one, leaving in order would hang
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Run `action` in every process; if it is a `UserError` in any, it is one in all, and the first reports it.
+    """Run `action` in every process; if it is bad input for any, it is a `UserError` in all.
 
-    Also a barrier: nobody returns before everybody has run `action`.
+    Bad input is a `UserError`, or the operating system's refusal of a file. Also a barrier: nobody returns
+    before everybody has run `action`.
     """
     result, message = None, None
     try:
         result = action()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     for found in messages:
@@ -103,7 +110,10 @@ def only_main_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _shard_dim(parameter: nn.Parameter, world_size: int) -> Shard:
-    """Shard along the first dimension that divides evenly; LoRA's first is only B loops long."""
+    """Shard along the first dimension that divides evenly: LoRA's first is only B loops long.
+
+    Where none does, along the first: FSDP pads no other.
+    """
     shape = parameter.shape
     even = [dim for dim in range(parameter.dim()) if shape[dim] % world_size == 0]
     return Shard(even[0] if even else 0)

@@ -1,18 +1,24 @@
-"""Train from scratch: torchrun --nproc-per-node 8 train/pretrain.py --model.config gemma-2b --model.num_layers 9 ...
+"""Train from scratch: torchrun --nproc-per-node 8 train/pretrain.py --recipe train/recipes/gemma_15b.toml \\
+    --model.config gemma-2b --model.num_layers 9 --model.tokenizer gemma-2b \\
+    --data.path data/slimpajama-gemma --run.out runs/out/reduced
 
 Small, on a laptop without a GPU:
 
-    torchrun --nproc-per-node 2 train/pretrain.py --model.config runs/demo_base.json \
-        --model.tokenizer runs/out/demo/tokenizer --data.path runs/out/demo/data --data.seq_len 256 \
-        --run.out runs/out/base --run.tokens 65536 --run.batch_tokens 8192
+    torchrun --nproc-per-node 2 train/pretrain.py --model.config runs/demo_base.json \\
+        --model.tokenizer runs/out/demo/tokenizer --data.path runs/out/demo/data --data.seq_len 256 \\
+        --optim.warmup_steps 2 --run.micro_batch 4 --run.tokens 65536 --run.batch_tokens 8192 \\
+        --run.out runs/out/demo/base
 
 For the paper's reduced-size baseline (the base's shape with K layers, no loop), for a looped model without a
 base, and where no base can be downloaded.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,10 +77,15 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     recursive = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
-    # Drawn whole by every process in one order, so that the start is the same for any number of processes.
-    model = RecursiveTransformer(config, recursive)
-    model.init_weights(recipe.run.seed)
-    return Trainer(recipe, Start("pretrain", config, recursive, tokenizer, model.get_parameter, None), group)
+    recursive.layers_per_loop(config)
+
+    def draw() -> Callable[[str], Tensor]:
+        # Whole, by every process, in one order: the start is the same for any number of processes.
+        model = RecursiveTransformer(config, recursive)
+        model.init_weights(recipe.run.seed)
+        return model.get_parameter
+
+    return Trainer(recipe, Start("pretrain", config, recursive, tokenizer, draw, None), group)
 
 
 @only_main_reports_errors

@@ -5,12 +5,13 @@ The dataclasses are the documentation: their field docs and defaults are what `-
 
 import argparse
 import dataclasses
+import math
 import tomllib
-import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from rrt.config import doc, from_mapping
 from rrt.errors import UserError
@@ -41,13 +42,14 @@ class OptimConfig:
     beta2: float = doc("decay of the second moment", default=0.95)
     eps: float = doc("added to the root of the second moment", default=1e-8)
     weight_decay: float = doc("decoupled decay of matrices; norms and biases have none", default=0.1)
-    grad_clip: float = doc("largest gradient norm; larger ones are scaled down to it", default=1.0)
+    grad_clip: float = doc("largest gradient norm; larger ones are scaled down to it; inf for none", default=1.0)
 
     def __post_init__(self) -> None:
-        _positive(self, "optim", "lr", "eps", "grad_clip")
-        for name in ("warmup_steps", "weight_decay", "min_lr_ratio"):
-            if getattr(self, name) < 0:
-                raise UserError(f"field 'optim.{name}': found {getattr(self, name)}; expected 0 or more")
+        _positive(self, "optim", "grad_clip")
+        _check(self, "optim", "a positive number", lambda value: 0 < value < math.inf, "lr", "eps")
+        _check(self, "optim", "0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay")
+        _check(self, "optim", "a number from 0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio")
+        _check(self, "optim", "a number from 0 to below 1", lambda value: 0 <= value < 1, "beta1", "beta2")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "run", "tokens", "batch_tokens", "micro_batch", "keep", "log_every")
-        if self.save_every < 0:
-            raise UserError(f"field 'run.save_every': found {self.save_every}; expected 0 or more")
+        _check(self, "run", "0 or more", lambda value: value >= 0, "seed", "save_every")
         if self.tokens < self.batch_tokens:
             raise UserError(
                 f"field 'run.tokens': found {self.tokens}; expected at least run.batch_tokens = {self.batch_tokens}"
@@ -85,74 +86,112 @@ class RunConfig:
         return self.tokens // self.batch_tokens
 
 
-def _positive(config: object, section: str, *names: str) -> None:
+def _check(config: object, table: str, expected: str, accept: Callable[[Any], bool], *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"field '{section}.{name}': found {getattr(config, name)}; expected a positive number")
+        if not accept(getattr(config, name)):
+            raise UserError(f"field '{table}.{name}': found {getattr(config, name)}; expected {expected}")
 
 
-def _sections(cls: type) -> dict[str, type]:
+def _positive(config: object, table: str, *names: str) -> None:
+    _check(config, table, "a positive number", lambda value: value > 0, *names)
+
+
+def _tables(cls: type) -> dict[str, type]:
+    """The dataclass of every table of a recipe, by the table's name."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def _parse_flag(text: str, kind: Any) -> Any:
     """A flag's text as a TOML value of type `kind`; strings need no quotes."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if str in options or any(typing.get_origin(option) is Literal for option in options):
+    if str in (kind, *typing.get_args(kind)) or _choices(kind):
         return text
-    if float in options or int in options:
-        try:
-            return tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
-            return text
-    return {"true": True, "false": False}.get(text, text)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # of a wrong type, and refused as that with its name
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = str(field.metadata["doc"]).replace("%", "%%")
-    if field.default is dataclasses.MISSING:
+    if _is_required(field):
         return f"{text} (required)"
-    return text if field.default is None else f"{text} (default {field.default})"
+    if field.default is None:
+        return text
+    return f"{text} (default {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help lists the flags")
+
+
+def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="TOML file with the tables below; flags override it"
+    )
+    for table, kind in _tables(cls).items():
+        group = parser.add_argument_group(f"[{table}] {(kind.__doc__ or '').splitlines()[0].rstrip('.')}")
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            choices = _choices(hints[field.name])
+            metavar = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+            group.add_argument(f"--{table}.{field.name}", metavar=metavar, help=_help(field))
+    return parser
+
+
+def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a recipe (TOML)") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from None
+    for table, content in parsed.items():
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: field '{table}': found {content!r}; expected a table [{table}]")
+    return parsed
 
 
 def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -> T:
-    """Parse the command line: `--recipe R.toml` and flags `--section.field value` that override it.
+    """Parse the command line: `--recipe R.toml` and flags `--table.field value` that override it.
 
     Args:
         cls: a dataclass whose fields are dataclasses, one per TOML table.
+        description: what `--help` says before the flags.
+        argv: instead of the command line's arguments.
 
     Raises:
         UserError: the recipe is not readable, or a field is unknown, missing, mistyped or out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", type=Path, help="TOML file with the tables below; flags override it")
-    for section, kind in _sections(cls).items():
-        group = parser.add_argument_group(f"[{section}] {(kind.__doc__ or '').splitlines()[0]}")
-        for field in dataclasses.fields(kind):
-            group.add_argument(f"--{section}.{field.name}", metavar=field.name.upper(), help=_help(field))
-    arguments = vars(parser.parse_args(argv))
-    path = arguments.pop("recipe")
-    values: dict[str, Any] = {section: {} for section in _sections(cls)}
-    if path is not None:
-        try:
-            parsed = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected a recipe (TOML)") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid TOML ({error})") from None
-        for section, table in parsed.items():
-            if not isinstance(table, dict):
-                raise UserError(f"{path}: field '{section}': found {table!r}; expected a table [{section}]")
-            values.setdefault(section, {}).update(table)
-    for name, text in arguments.items():
-        if text is not None:
-            section, key = name.split(".")
-            kind = typing.get_type_hints(_sections(cls)[section])[key]
-            values[section][key] = _parse_flag(text, kind)
-    return from_mapping(cls, values, str(path or "command line"))
+    arguments = vars(_make_parser(cls, description).parse_args(argv))
+    path: Path | None = arguments.pop("recipe")
+    flags = {name: text for name, text in arguments.items() if text is not None}
+    tables = _tables(cls)
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (_read_tables(path) if path else {})
+    for name, text in flags.items():
+        table, key = name.split(".")
+        values[table][key] = _parse_flag(text, typing.get_type_hints(tables[table])[key])
+    where = "command line" if path is None else f"{path} with flags" if flags else str(path)
+    missing = [
+        f"'{table}.{field.name}'"
+        for table, kind in tables.items()
+        for field in dataclasses.fields(kind)
+        if _is_required(field) and field.name not in values[table]
+    ]
+    if missing:
+        flag = missing[0].strip("'")
+        raise UserError(f"{where}: missing {', '.join(missing)}; give them in a --recipe or as --{flag} ...")
+    return from_mapping(cls, values, where)
 
 
 def to_toml(recipe: Any) -> str:
@@ -171,5 +210,13 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return '"' + "".join(map(_toml_character, value)) + '"'
     return repr(value)
+
+
+def _toml_character(character: str) -> str:
+    if character in '\\"':
+        return "\\" + character
+    if ord(character) < 0x20 or ord(character) == 0x7F:
+        return f"\\u{ord(character):04x}"
+    return character

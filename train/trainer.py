@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -28,10 +29,11 @@ from rrt.shards import open_shards
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
 from train.data import Windows
-from train.distributed import Processes, fill_parameters, full_parameters, set_last_micro_batch, shard_model
+from train.distributed import Processes, agree, fill_parameters, full_parameters, set_last_micro_batch, shard_model
 from train.losses import next_token_loss
 from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
 
+RECIPE_FILE = "recipe.toml"
 STATE_FILE = "trainer.json"
 
 
@@ -55,8 +57,8 @@ class Start:
     model: ModelConfig
     recursive: RecursiveConfig
     tokenizer: Tokenizer
-    get: Callable[[str], Tensor]
-    """Initial value of a parameter by name."""
+    open: Callable[[], Callable[[str], Tensor]]
+    """Called once, if no earlier part of the run is resumed, for what gives a parameter's initial value by name."""
     parent: Path | None
     """The checkpoint that the parameters come from."""
 
@@ -86,13 +88,13 @@ def accumulation(recipe: Recipe, world_size: int) -> int:
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; norms and biases are not decayed."""
-    plain = [p for name, p in model.named_parameters() if "norm" in name or name.endswith("bias")]
-    plain_ids = {id(p) for p in plain}
-    decayed = [p for p in model.parameters() if id(p) not in plain_ids]
+    """AdamW over all parameters; norms and biases, which have two dimensions if untied, are not decayed."""
+    plain: list[torch.nn.Parameter] = []
+    decayed: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    betas = (optim.beta1, optim.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def step_directories(out: Path) -> list[tuple[int, Path]]:
@@ -128,7 +130,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, resuming from the newest checkpoint of `run.out`; write `final/`."""
-        self._prepare_out()
+        agree(self._prepare_out)
         self._build()
         self._resume()
         self._describe()
@@ -180,7 +182,7 @@ class Trainer:
     def _train_step(self, rate: float) -> tuple[float, float]:
         """One optimizer step. Returns the mean loss over all processes (nats per token) and the gradient norm."""
         run, processes = self.recipe.run, self.processes
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=processes.device)
         for micro in range(self.accumulation):
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
             place = (self.step * self.accumulation + micro) * processes.world_size + processes.rank
@@ -188,13 +190,12 @@ class Trainer:
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
             loss = next_token_loss(self.model(inputs), targets) / self.accumulation
             loss.backward()
-            total += loss.detach().double().cpu()
+            total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        total = total.to(processes.device)
         dist.all_reduce(total)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return total.item() / processes.world_size, norm.item()
@@ -203,22 +204,33 @@ class Trainer:
         """Refuse a directory that is not an earlier part of this same run."""
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; expected a directory")
-        if self.recipe.run.overwrite or not self.out.is_dir() or not any(self.out.iterdir()):
+        if not self.out.is_dir() or not any(self.out.iterdir()):
+            return
+        if not (self.out / RECIPE_FILE).is_file():
+            raise UserError(f"{self.out}: not empty and not a training run; name another run.out")
+        if self.recipe.run.overwrite:
+            self._check_inputs_outside()
             return
         if (self.out / "final").exists():
             raise UserError(f"{self.out}: holds a finished run; name another run.out or add --run.overwrite true")
         saved = step_directories(self.out)
         if not saved:
-            if (self.out / "metrics.jsonl").is_file():
-                return  # a run that was interrupted before its first checkpoint
-            raise UserError(f"{self.out}: not empty and not a training run; name another run.out")
-        state = read_json(saved[-1][1] / STATE_FILE)
-        for name, found in self._identity().items():
-            if state["identity"].get(name) != found:
+            return  # interrupted before its first checkpoint
+        path = saved[-1][1] / STATE_FILE
+        identity = read_json(path).get("identity", {})
+        for name, expected in self._identity().items():
+            if identity.get(name) != expected:
                 raise UserError(
-                    f"{saved[-1][1] / STATE_FILE}: field '{name}': found {state['identity'].get(name)!r}, this run has "
-                    f"{found!r}; resume with the same, name another run.out or add --run.overwrite true"
+                    f"{path}: field '{name}': found {identity.get(name)!r}, this run has {expected!r}; "
+                    "resume with the same, name another run.out or add --run.overwrite true"
                 )
+
+    def _check_inputs_outside(self) -> None:
+        """Refuse to overwrite a directory that this run reads from."""
+        out = self.out.resolve()
+        for source in (self.start.parent, Path(self.recipe.data.path)):
+            if source is not None and source.resolve().is_relative_to(out):
+                raise UserError(f"{source}: lies in run.out, which --run.overwrite would delete; name another run.out")
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between the parts of one run, as JSON."""
@@ -235,26 +247,34 @@ class Trainer:
         return dict(json.loads(json.dumps(identity)))
 
     def _prepare_out(self) -> None:
-        if self.processes.is_main:
-            if self.recipe.run.overwrite and self.out.is_dir():
-                shutil.rmtree(self.out)
-            self.out.mkdir(parents=True, exist_ok=True)
-            for leftover in self.out.glob(".step-*"):
+        if not self.processes.is_main:
+            return
+        if self.recipe.run.overwrite and self.out.is_dir():
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for pattern in (".step-*", ".final.*"):
+            for leftover in self.out.glob(pattern):
                 shutil.rmtree(leftover)
-            atomic_write(self.out / "recipe.toml", to_toml(self.recipe))
-        dist.barrier()
+        recipe: Any = self.recipe
+        # Running it again must resume, not delete.
+        again = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
+        atomic_write(self.out / RECIPE_FILE, to_toml(again))
 
     def _resume(self) -> None:
         saved = step_directories(self.out)
         self.step_saved = -1
         if not saved:
-            fill_parameters(self.model, self.start.get)
+            fill_parameters(self.model, self.start.open())
             return
         self.step, directory = saved[-1]
         self.step_saved = self.step
+        # The optimizer's settings are the recipe's, which may have changed, not the checkpoint's.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
         set_state_dict(self.model, self.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         self._print(f"resuming from {directory}")
 
     def _save_step(self) -> None:
@@ -262,12 +282,13 @@ class Trainer:
         target = self.out / f"step-{self.step}"
         partial = self.out / f".{target.name}"
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
         if self.processes.is_main:
             atomic_write(partial / STATE_FILE, json.dumps({"step": self.step, "identity": self._identity()}, indent=2))
             partial.rename(target)
             for _, old in step_directories(self.out)[: -self.recipe.run.keep]:
-                shutil.rmtree(old)
+                # Under a hidden name first: a half-deleted one must not look complete.
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
         self.step_saved = self.step
         dist.barrier()
 
@@ -311,6 +332,7 @@ class Trainer:
             f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
             f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
+            f"{_warmup_note(self.recipe.optim, self.steps)}"
             f"memory per process: about {human_bytes(memory)} for weights, gradients and optimizer, "
             f"{human_bytes(vocab_bytes)} for logits, and activations"
         )
@@ -349,6 +371,12 @@ class _Metrics:
         if self._stream is not None:
             self._stream.close()
             self._board.close()
+
+
+def _warmup_note(optim: OptimConfig, steps: int) -> str:
+    if optim.warmup_steps < steps:
+        return ""
+    return f"note: the warm-up of {optim.warmup_steps} steps does not end in {steps}; set --optim.warmup_steps\n"
 
 
 def _memory_bytes(device: torch.device) -> int:

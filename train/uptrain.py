@@ -1,10 +1,11 @@
-"""Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma_b2_average_r512.toml
+"""Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma_15b.toml \\
+    --checkpoint.path runs/out/relaxed --data.path data/slimpajama-gemma --run.out runs/out/uptrained
 
 Small, on a laptop without a GPU (`make demo` does this and more):
 
-    torchrun --nproc-per-node 2 train/uptrain.py --checkpoint.path runs/out/demo/recursive \
-        --data.path runs/out/demo/data --data.seq_len 256 --run.out runs/out/uptrained \
-        --run.tokens 65536 --run.batch_tokens 8192
+    torchrun --nproc-per-node 2 train/uptrain.py --checkpoint.path runs/out/demo/recursive \\
+        --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
+        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/uptrained
 
 All parameters train: the shared block, every LoRA, norms, embedding and head (PAPER, Uptraining). Running the
 same command again continues from the newest `step-N/` in `run.out`. It also runs without torchrun, alone.
@@ -44,7 +45,7 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
-    start = Start("uptrain", source.model, source.recursive, load_tokenizer(path), source.get, path)
+    start = Start("uptrain", source.model, source.recursive, load_tokenizer(path), lambda: source.get, path)
     return Trainer(recipe, start, group)
 
 
