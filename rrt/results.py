@@ -1,0 +1,33 @@
+"""JSON results of evaluations and benchmarks: what was run, on what, with which code."""
+
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrt.checkpoint import code_version
+from rrt.files import write_json
+
+
+def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Command line, code version, torch version, device and time."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "code_version": code_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_result(path: Path, values: dict[str, Any], device: torch.device | str = "cpu") -> None:
+    """Write `values` after the header, atomically."""
+    write_json(path, {**result_header(device), **values})

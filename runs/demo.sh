@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The whole path on a laptop, without network or GPU: make demo
+#
+# Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
+# uptrains it plain and relaxed, and measures everything on packages that training never saw.
+# Results: runs/out/demo/{report.md,curves.png,*.json}. From the environment, for a shorter or another run:
+#   OUT, BASE_TOKENS, UPTRAIN_TOKENS, RANK, PROCESSES, DTYPE (bf16 | fp32)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+
+OUT=${OUT:-runs/out/demo}
+BASE_TOKENS=${BASE_TOKENS:-2457600}
+UPTRAIN_TOKENS=${UPTRAIN_TOKENS:-819200}
+RANK=${RANK:-16}
+PROCESSES=${PROCESSES:-2}
+# bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
+DTYPE=${DTYPE:-$(python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')}
+
+rm -rf "$OUT"
+mkdir -p "$OUT"
+began=$SECONDS
+step() { printf '\n=== %s (%d s)\n' "$1" $((SECONDS - began)); }
+train() { # command, output directory, tokens, learning rate, further flags
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node "$PROCESSES" "train/$1.py" --data.path "$OUT/data" --data.seq_len 256 \
+        --run.out "$OUT/$2" --run.tokens "$3" --optim.lr "$4" --run.batch_tokens 4096 --run.micro_batch $((16 / PROCESSES)) \
+        --run.dtype "$DTYPE" --run.lora plain --run.save_every 0 --run.log_every 20 --optim.warmup_steps 20 "${@:5}"
+}
+measure() { # name, checkpoint
+    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --json "$OUT/$1.json"
+}
+
+step "tokenizer and corpus: the standard library of this Python"
+python -m rrt.tokenizer train --input python-stdlib --vocab-size 512 --out "$OUT/tokenizer"
+python train/prepare_data.py --input python-stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/data"
+python eval/bigram.py --train "$OUT/data" --data "$OUT/data" --json "$OUT/bigram.json"
+
+step "base: a Llama of 6 layers, trained from scratch"
+train pretrain base "$BASE_TOKENS" 1e-2 --model.config runs/demo_base.json --model.tokenizer "$OUT/tokenizer"
+measure base "$OUT/base/final"
+
+step "reduced-size baseline: 3 layers, no loop, trained from scratch on the tokens of base and uptraining"
+train pretrain reduced $((BASE_TOKENS + UPTRAIN_TOKENS)) 1e-2 \
+    --model.config runs/demo_base.json --model.num_layers 3 --model.tokenizer "$OUT/tokenizer"
+measure reduced "$OUT/reduced/final"
+
+step "recursive: 3 shared layers run twice, initialised stepwise"
+python -m rrt.convert --base "$OUT/base/final" --out "$OUT/recursive" --num-loops 2 --init stepwise
+measure recursive-before "$OUT/recursive"
+train uptrain recursive-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/recursive"
+measure recursive-after "$OUT/recursive-uptrained/final"
+
+step "relaxed: averaged layers and a LoRA of rank $RANK per depth, from the SVD"
+python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$RANK"
+measure relaxed-before "$OUT/relaxed"
+train uptrain relaxed-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/relaxed"
+measure relaxed-after "$OUT/relaxed-uptrained/final"
+
+step "export: the relaxed model as an ordinary HF Llama of 6 layers"
+python -m rrt.export --checkpoint "$OUT/relaxed-uptrained/final" --out "$OUT/relaxed-hf"
+
+step "report"
+python runs/demo_report.py "$OUT"
+printf '\nDone in %d s. Table: %s/report.md  curves: %s/curves.png\n' $((SECONDS - began)) "$OUT" "$OUT"

@@ -1,0 +1,117 @@
+"""Table and loss curves of a finished demo: python runs/demo_report.py runs/out/demo
+
+Every number comes from the JSON files that the demo's steps wrote there.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import human_count, run_command
+from rrt.errors import UserError
+from rrt.files import atomic_write, read_json
+from rrt.inspect import model_sizes
+from rrt.loaders import open_source
+from rrt.results import write_result
+
+# (title, training run, result before uptraining, result at the end)
+MODELS = (
+    ("base", "base", None, "base"),
+    ("reduced-size", "reduced", None, "reduced"),
+    ("recursive (stepwise)", "recursive-uptrained", "recursive-before", "recursive-after"),
+    ("relaxed (average + SVD)", "relaxed-uptrained", "relaxed-before", "relaxed-after"),
+)
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """One row per model: sizes, tokens, training speed and perplexities."""
+    rows = []
+    for title, run, before, after in MODELS:
+        source = open_source(out / run / "final")
+        sizes = model_sizes(source.model, source.recursive, source.dtype)
+        records = read_curve(out / run / "metrics.jsonl")
+        speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+        rows.append(
+            {
+                "model": title,
+                "non_embedding_params": sizes.non_embedding_params,
+                "lora_params": sizes.lora_params,
+                "tokens": records[-1]["tokens"],
+                "median_tokens_per_second": statistics.median(speeds),
+                "perplexity_before": None if before is None else read_json(out / f"{before}.json")["perplexity"],
+                "perplexity": read_json(out / f"{after}.json")["perplexity"],
+            }
+        )
+    return rows
+
+
+def make_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| model | non-embedding parameters | of these LoRA | tokens | perplexity before | after | over base |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before = "" if row["perplexity_before"] is None else f"{row['perplexity_before']:.2f}"
+        lines.append(
+            f"| {row['model']} | {human_count(row['non_embedding_params'])} | {human_count(row['lora_params'])} "
+            f"| {human_count(row['tokens'])} | {before} | {row['perplexity']:.2f} "
+            f"| {row['perplexity'] / rows[0]['perplexity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_curves(out: Path, path: Path) -> None:
+    """Training loss of every run over the tokens it trained on, averaged over ten steps."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for title, run, _, _ in MODELS:
+        records = read_curve(out / run / "metrics.jsonl")
+        groups = [records[i : i + 10] for i in range(0, len(records), 10)]
+        tokens = [group[-1]["tokens"] / 1e6 for group in groups]
+        axes.plot(tokens, [sum(r["loss"] for r in group) / len(group) for group in groups], label=title)
+    axes.set_xlabel("tokens (millions)")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.set_title("From scratch: base, reduced-size. Uptrained from the base: recursive, relaxed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise UserError(f"arguments: found {len(sys.argv) - 1}; expected the demo's output directory")
+    out = Path(sys.argv[1])
+    rows = read_rows(out)
+    base, bigram = rows[0]["perplexity"], read_json(out / "bigram.json")["perplexity"]
+    text = (
+        f"{make_table(rows)}\n\nHeld-out packages of the standard library. A bigram model has {bigram:.2f}; "
+        f"half of it is {bigram / 2:.2f}.\n"
+    )
+    atomic_write(out / "report.md", text)
+    write_result(out / "report.json", {"bigram_perplexity": bigram, "models": rows})
+    plot_curves(out, out / "curves.png")
+    print(text)
+    if base > bigram / 2:
+        raise UserError(
+            f"{out / 'base.json'}: field 'perplexity': found {base:.2f}; expected below half the bigram model's "
+            f"({bigram / 2:.2f}): the base is not trained enough to compare with, raise BASE_TOKENS"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
