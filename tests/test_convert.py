@@ -195,13 +195,8 @@ def test_svd_is_optimal_at_every_rank_with_orthonormal_rows(name):
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_svd_beyond_the_residuals_rank_gives_zero_columns_and_random_unit_rows(shape):
     generator = torch.Generator().manual_seed(1)
-    residual = (torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)).double()
-    # Of exact rank 4 even in fp64: products of small integers.
-    residual = (residual * 8).round()
-    exact_rank = int(torch.linalg.matrix_rank(residual))
-    residual[4:] = 0
-    exact_rank = int(torch.linalg.matrix_rank(residual))
-    assert exact_rank == 4
+    residual = torch.zeros(shape, dtype=torch.float64)
+    residual[:4] = torch.randn(4, shape[1], generator=generator).double()
     factors = [truncated_svd(residual, 9, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
     for lora_a, lora_b in factors:
         torch.testing.assert_close(lora_b @ lora_a, residual)
