@@ -91,6 +91,16 @@ def block_loss(model: RecursiveTransformer, tokens: Tensor, exit_loop: int | Non
     return float(torch.stack(sums).sum())
 
 
+def pick_device(name: str) -> torch.device:
+    """`name` as a device that is there; "auto" is CUDA where available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: found {name!r}; expected one that is there ({error})".splitlines()[0]) from None
+
+
 def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
     """Measure; returns the result and the device it ran on."""
     source = open_source(arguments.checkpoint)
@@ -98,7 +108,12 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
     longest = source.model.max_position_embeddings
     context = min(2048, longest) if arguments.context is None else arguments.context
-    for flag, value, largest in (("--context", context, longest), ("--batch-size", arguments.batch_size, None)):
+    limits = (
+        ("--context", context, longest),
+        ("--batch-size", arguments.batch_size, None),
+        ("--max-tokens", 1 if arguments.max_tokens is None else arguments.max_tokens, None),
+    )
+    for flag, value, largest in limits:
         if value < 1 or (largest is not None and value > largest):
             limit = "" if largest is None else f", at most max_position_embeddings = {largest}"
             raise UserError(f"{flag}: found {value}; expected a positive number{limit}")
@@ -112,9 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
     else:
         pieces, total = text_pieces(arguments.data, arguments.text_field, tokenizer), None
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.device != "auto":
-        device = torch.device(arguments.device)
+    device = pick_device(arguments.device)
     dtype = source.dtype if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model = load_model(arguments.checkpoint, dtype, device)
     model.set_merge(True)
@@ -128,12 +141,16 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
             yield tokens
 
     head_rows = max(1, 2**26 // source.model.vocab_size)  # logits of 256 MiB in fp32
+    if arguments.max_tokens is not None:
+        total = arguments.max_tokens if total is None else min(total, arguments.max_tokens)
     with tqdm(total=total, unit="tok", unit_scale=True, desc="perplexity", disable=None) as bar:
         for tokens in batches(stream(), context, arguments.batch_size):
             loss += block_loss(model, tokens.to(device), arguments.exit_loop, head_rows)
             count += tokens[:, 1:].numel()
             bar.update(tokens[:, 1:].numel())
             bar.set_postfix(ppl=f"{math.exp(min(loss / count, 700)):.3f}")
+            if arguments.max_tokens is not None and count >= arguments.max_tokens:
+                break
     if count == 0:
         raise UserError(f"{arguments.data}: found no text; expected at least two tokens")
     return {
@@ -145,10 +162,10 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
         "context": context,
         "dtype": dtype_name(dtype),
         "tokens": count,
-        "text_bytes": text_bytes,
         "loss": loss / count,
         "perplexity": math.exp(min(loss / count, 700)),
-        "bits_per_byte": loss / math.log(2) / text_bytes,
+        # Of whole documents only: a limit in tokens cuts one, whose bytes are not known.
+        "bits_per_byte": None if arguments.max_tokens is not None else loss / math.log(2) / text_bytes,
         "tokens_per_second": count / (time.perf_counter() - began),
     }, device
 
@@ -166,6 +183,7 @@ def main() -> None:
         "--context", type=int, metavar="T", help="block length, tokens (default 2048 or the model's maximum)"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward (default 8)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after the batch that reaches N tokens")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPE_NAMES), help="default: as stored")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
@@ -173,9 +191,10 @@ def main() -> None:
     result, device = evaluate(arguments)
     if arguments.json is not None:
         write_result(arguments.json, result, device)
+    bits = "" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f} bits/byte  "
     print(
         f"{result['checkpoint']}: perplexity {result['perplexity']:.4f}  loss {result['loss']:.5f} nats/token  "
-        f"{result['bits_per_byte']:.4f} bits/byte  ({result['tokens']:,} tokens, context {result['context']}, "
+        f"{bits}({result['tokens']:,} tokens, context {result['context']}, "
         f"exit after loop {result['exit_loop']} of 0..{result['num_loops'] - 1}, "
         f"{result['tokens_per_second']:,.0f} tok/s)"
     )

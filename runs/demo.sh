@@ -4,14 +4,14 @@
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
 # uptrains it plain and relaxed, and measures everything on packages that training never saw.
 # Results: runs/out/demo/{report.md,curves.png,*.json}. From the environment, for a shorter or another run:
-#   OUT, BASE_TOKENS, UPTRAIN_TOKENS, RANK, PROCESSES, DTYPE (bf16 | fp32)
+#   OUT, BASE_TOKENS, UPTRAIN_TOKENS, EVAL_TOKENS (default: all), RANK, PROCESSES, DTYPE (bf16 | fp32)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 OUT=${OUT:-runs/out/demo}
-BASE_TOKENS=${BASE_TOKENS:-2457600}
-UPTRAIN_TOKENS=${UPTRAIN_TOKENS:-819200}
+BASE_TOKENS=${BASE_TOKENS:-1966080}
+UPTRAIN_TOKENS=${UPTRAIN_TOKENS:-655360}
 RANK=${RANK:-16}
 PROCESSES=${PROCESSES:-2}
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
@@ -27,7 +27,8 @@ train() { # command, output directory, tokens, learning rate, further flags
         --run.dtype "$DTYPE" --run.lora plain --run.save_every 0 --run.log_every 20 --optim.warmup_steps 20 "${@:5}"
 }
 measure() { # name, checkpoint
-    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --json "$OUT/$1.json"
+    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --dtype "$DTYPE" \
+        ${EVAL_TOKENS:+--max-tokens "$EVAL_TOKENS"} --json "$OUT/$1.json"
 }
 
 step "tokenizer and corpus: the standard library of this Python"

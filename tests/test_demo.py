@@ -1,0 +1,44 @@
+"""The demo, shortened: every command of the README's main path, through torchrun with two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.timeout(900)
+def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_path):
+    settings = {
+        "OUT": str(tmp_path / "demo"),
+        "BASE_TOKENS": "40960",
+        "UPTRAIN_TOKENS": "16384",
+        "EVAL_TOKENS": "8192",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "runs" / "demo.sh")], env={**os.environ, **settings}, capture_output=True, text=True
+    )
+    out = tmp_path / "demo"
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "raise BASE_TOKENS" in done.stderr.splitlines()[-1]
+
+    report = json.loads((out / "report.json").read_text())
+    models = {row["model"].split()[0]: row for row in report["models"]}
+    assert [row["tokens"] for row in models.values()] == [40960, 57344, 16384, 16384]
+    assert models["base"]["non_embedding_params"] > models["relaxed"]["non_embedding_params"]
+    assert models["relaxed"]["lora_params"] > 0 == models["recursive"]["lora_params"]
+    for name in ("recursive", "relaxed"):
+        assert models[name]["perplexity"] < models[name]["perplexity_before"]
+    # Averaging loses what the LoRA partly gives back; the table shows every number of the report.
+    table = (out / "report.md").read_text()
+    assert all(f"{row['perplexity']:.2f}" in table for row in models.values())
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out / "relaxed-hf")
+    assert exported.config.num_hidden_layers == 6
