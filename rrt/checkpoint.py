@@ -57,12 +57,12 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     """Read our `config.json`. Raises `UserError` for another format version or any wrong field."""
     data = read_json(path)
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
         raise UserError(f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}")
     unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursive"})
     if unknown:
         raise UserError(
-            f"{path}: unknown field '{unknown[0]}'; expected format, format_version, dtype, model, recursive"
+            f"{path}: unknown field {unknown[0]!r}; expected format, format_version, dtype, model, recursive"
         )
     for key, kind in (("dtype", str), ("model", dict), ("recursive", dict)):
         if not isinstance(data.get(key), kind):

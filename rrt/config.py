@@ -5,6 +5,7 @@ wrong types by name. The recipes of ``train/`` are read by the same function.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def from_mapping(cls: type[T], data: dict[str, Any], where: str, prefix: str = "
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        names = ", ".join(f"'{prefix}{name}'" for name in unknown)
+        names = ", ".join(repr(prefix + name) for name in unknown)
         raise UserError(f"{where}: unknown field {names}; expected one of: {', '.join(fields)}")
     required = [
         f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -106,7 +107,7 @@ def to_mapping(value: Any) -> dict[str, Any]:
 def _require_positive(config: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise UserError(f"field '{name}': found {value}; expected a positive number")
 
 

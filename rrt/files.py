@@ -39,24 +39,30 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched.
 
     Raises:
-        UserError: `path` is a file, or a non-empty directory and `overwrite` is false.
+        UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end.
     """
     check_output_directory(path, overwrite)
+    # A link to a directory stays one: what it points to is replaced.
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         _fsync_tree(partial)
-        replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+        check_output_directory(path, overwrite)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -75,12 +81,14 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; a missing file, bad JSON or another type is a `UserError`."""
+    """The JSON object in `path`; an unreadable file, bad JSON or another type is a `UserError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}; expected an object")

@@ -3,7 +3,9 @@
 Nothing here reads tensors; :mod:`rrt.loaders` and :mod:`rrt.export` do, by these tables.
 """
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rrt.config import Family, ModelConfig
@@ -15,22 +17,27 @@ ARCHITECTURES: dict[Family, str] = {
     "gpt_neox": "GPTNeoXForCausalLM",
 }
 
-# Keys that do not change what a forward pass computes.
+# Keys that do not change what a forward pass computes: bookkeeping, training, classification heads, and the
+# generation settings that transformers before version 5 kept in this file.
 _INERT_KEYS = frozenset(
     """architectures model_type transformers_version _name_or_path torch_dtype dtype use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id classifier_dropout is_decoder id2label label2id
-    problem_type output_attentions output_hidden_states return_dict chunk_size_feed_forward pretraining_tp max_length
-    min_length do_sample temperature top_p top_k num_return_sequences attn_implementation
-    _attn_implementation_autoset task_specific_params tokenizer_class finetuning_task length_penalty
-    repetition_penalty num_beams num_beam_groups diversity_penalty""".split()
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id classifier_dropout
+    is_decoder id2label label2id num_labels problem_type output_attentions output_hidden_states return_dict
+    use_return_dict chunk_size_feed_forward pretraining_tp gradient_checkpointing attn_implementation
+    _attn_implementation _attn_implementation_autoset task_specific_params tokenizer_class finetuning_task prefix
+    use_bfloat16 tf_legacy_loss cross_attention_hidden_size max_length min_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""".split()
 )
 _COMMON_KEYS = frozenset(
     """vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-    max_position_embeddings tie_word_embeddings rope_parameters head_dim rope_theta""".split()
+    max_position_embeddings tie_word_embeddings rope_parameters rope_theta""".split()
 )
 _FAMILY_KEYS: dict[Family, frozenset[str]] = {
-    "gemma": frozenset(("num_key_value_heads", "rms_norm_eps", "hidden_activation")),
-    "llama": frozenset(("num_key_value_heads", "rms_norm_eps")),
+    "gemma": frozenset(("num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_activation")),
+    "llama": frozenset(("num_key_value_heads", "head_dim", "rms_norm_eps")),
     "gpt_neox": frozenset(
         """layer_norm_eps rotary_pct rotary_emb_base use_parallel_residual attention_bias
         partial_rotary_factor""".split()
@@ -38,13 +45,16 @@ _FAMILY_KEYS: dict[Family, frozenset[str]] = {
 }
 # Features that exist but are not implemented here; at these values they are off.
 _OFF_VALUES: dict[str, tuple[Any, ...]] = {
-    "rope_scaling": (None,),
+    "rope_scaling": ({"type": "default"}, {"rope_type": "default"}, None),
+    "partial_rotary_factor": (None, 1.0),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
-    "attention_dropout": (None, 0, 0.0),
-    "hidden_dropout": (None, 0, 0.0),
+    "attention_dropout": (None, 0),
+    "hidden_dropout": (None, 0),
+    "attention_probs_dropout_prob": (None, 0),
+    "hidden_dropout_prob": (None, 0),
     "use_bidirectional_attention": (None, False),
     "quantization_config": (None,),
     "final_logit_softcapping": (None,),
@@ -61,25 +71,49 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Where a field of ModelConfig has another name in config.json.
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "rotary_fraction": "rotary_pct",
+}
 
 
 class _HFConfig:
     """Typed access to a parsed HF `config.json`; every failure names the file and the field."""
 
-    def __init__(self, data: dict[str, Any], where: str) -> None:
-        self.data, self.where = data, where
+    def __init__(self, data: dict[str, Any], where: str, prefix: str = "") -> None:
+        self.data, self.where, self.prefix = data, where, prefix
 
     def fail(self, key: str, found: object, expected: str) -> UserError:
-        return UserError(f"{self.where}: field '{key}': found {found!r}; expected {expected}")
+        shown = json.dumps(found, default=repr)
+        return UserError(f"{self.where}: field '{self.prefix}{key}': found {shown}; expected {expected}")
 
     def number(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.data.get(key)
         value = default if value is None else value
+        expected = "a number" if kind is float else "an integer"
         if value is None:
-            raise UserError(f"{self.where}: missing field '{key}'; expected {kind.__name__}")
+            raise UserError(f"{self.where}: missing field '{self.prefix}{key}'; expected {expected}")
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise self.fail(key, value, kind.__name__)
+            raise self.fail(key, value, expected)
         return kind(value)
+
+    def choice(self, key: str, values: dict[str, str], default: str) -> str:
+        """What the table `values` says for the name at `key`."""
+        value = self.data.get(key)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in values:
+            raise self.fail(key, value, f"one of {', '.join(values)}")
+        return values[value]
+
+    def object(self, key: str) -> "_HFConfig":
+        """The JSON object at `key`, empty if it is absent."""
+        value = self.data.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.fail(key, value, "an object")
+        return _HFConfig(value or {}, self.where, f"{self.prefix}{key}.")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.data.get(key)
@@ -105,21 +139,23 @@ def model_config_from_hf(data: dict[str, Any], where: str) -> ModelConfig:
 
     Raises:
         UserError: another architecture, a feature not implemented here (rope scaling, sliding windows,
-            biases in Llama, ...), or a key that is not known, each by name: nothing is ignored silently.
+            biases in Llama, ...), a key that is not known, or two places that contradict each other, each by
+            name: nothing is ignored silently.
     """
     hf = _HFConfig(data, where)
-    families: dict[Any, Family] = {"gemma": "gemma", "llama": "llama", "gpt_neox": "gpt_neox"}
-    family = families.get(data.get("model_type"))
+    family = next((family for family in ARCHITECTURES if family == data.get("model_type")), None)
     if family is None:
-        raise hf.fail("model_type", data.get("model_type"), "gemma, llama or gpt_neox")
+        raise hf.fail("model_type", data.get("model_type"), ", ".join(ARCHITECTURES))
     architectures = data.get("architectures")
-    if architectures and ARCHITECTURES[family] not in architectures:
-        raise hf.fail("architectures", architectures, ARCHITECTURES[family])
+    if architectures and (not isinstance(architectures, list) or ARCHITECTURES[family] not in architectures):
+        raise hf.fail("architectures", architectures, json.dumps([ARCHITECTURES[family]]))
     _refuse_unimplemented(hf, family)
 
     heads = hf.number("num_attention_heads", int)
     hidden_size = hf.number("hidden_size", int)
-    if "head_dim" not in data and heads > 0 and hidden_size % heads:
+    # Gemma's heads may be of any width; the others' divide the model's, even where head_dim is written out.
+    is_free = family == "gemma" and data.get("head_dim") is not None
+    if not is_free and heads > 0 and hidden_size % heads:
         raise hf.fail("num_attention_heads", heads, f"a divisor of hidden_size = {hidden_size}")
     theta, fraction = _rope(hf, family)
     is_neox = family == "gpt_neox"
@@ -152,7 +188,10 @@ def model_config_from_hf(data: dict[str, Any], where: str) -> ModelConfig:
     try:
         return ModelConfig(**config)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        message = str(error)
+    for ours, theirs in (*_HF_NAMES.items(), ("norm_eps", "layer_norm_eps" if is_neox else "rms_norm_eps")):
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+    raise UserError(f"{where}: {message}")
 
 
 def _refuse_unimplemented(hf: _HFConfig, family: Family) -> None:
@@ -162,53 +201,60 @@ def _refuse_unimplemented(hf: _HFConfig, family: Family) -> None:
             continue
         if key not in _OFF_VALUES:
             raise UserError(
-                f"{hf.where}: field '{key}': not known to this version; expected a config.json of "
+                f"{hf.where}: field {key!r}: not known to this version; expected a config.json of "
                 f"{ARCHITECTURES[family]} (if the field does not change the model, delete it)"
             )
         if value not in _OFF_VALUES[key]:
-            raise hf.fail(key, value, f"{_OFF_VALUES[key][-1]!r}: this feature is not implemented for {family}")
+            off = json.dumps(_OFF_VALUES[key][-1])
+            raise hf.fail(key, value, f"{off}: this feature is not implemented for {family}")
     if family == "gpt_neox" and hf.data.get("attention_bias") is False:
         raise hf.fail("attention_bias", False, "true for gpt_neox")
 
 
 def _rope(hf: _HFConfig, family: Family) -> tuple[float, float]:
     """(rope_theta, rotary_fraction) from the top level (old) or `rope_parameters` (current)."""
-    rope = hf.data.get("rope_parameters")
-    if rope is not None and not isinstance(rope, dict):
-        raise hf.fail("rope_parameters", rope, "an object")
-    nested = _HFConfig(dict(rope or {}), f"{hf.where}: rope_parameters")
-    if nested.data.get("rope_type", nested.data.get("type", "default")) != "default":
-        raise nested.fail("rope_type", nested.data.get("rope_type", nested.data.get("type")), "'default'")
-    extra = sorted(set(nested.data) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-    if extra:
-        raise nested.fail(extra[0], nested.data[extra[0]], "no such field: not implemented")
-    old_theta = hf.number("rotary_emb_base" if family == "gpt_neox" else "rope_theta", float, 10000.0)
-    if family != "gpt_neox":
-        if nested.data.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise nested.fail("partial_rotary_factor", nested.data["partial_rotary_factor"], f"1.0 for {family}")
-        return nested.number("rope_theta", float, old_theta), 1.0
-    old_fraction = hf.number("rotary_pct", float, hf.number("partial_rotary_factor", float, 0.25))
-    return (
-        nested.number("rope_theta", float, hf.number("rope_theta", float, old_theta)),
-        nested.number("partial_rotary_factor", float, old_fraction),
-    )
+    nested = hf.object("rope_parameters")
+    for key, value in nested.data.items():
+        if key in ("rope_type", "type"):
+            if value not in ("default", None):
+                raise nested.fail(key, value, '"default": rope scaling is not implemented')
+        elif key not in ("rope_theta", "partial_rotary_factor"):
+            raise nested.fail(key, value, "no such field: rope scaling is not implemented")
+    theta = _agreed(10000.0, (hf, "rope_theta"), (hf, "rotary_emb_base"), (nested, "rope_theta"))
+    factor = (nested, "partial_rotary_factor")
+    if family == "gpt_neox":
+        return theta, _agreed(0.25, (hf, "rotary_pct"), (hf, "partial_rotary_factor"), factor)
+    if (fraction := _agreed(1.0, factor)) != 1.0:
+        raise nested.fail("partial_rotary_factor", fraction, f"1.0 for {family}")
+    return theta, fraction
+
+
+def _agreed(default: float, *places: tuple[_HFConfig, str]) -> float:
+    """The one number that is written in any of several places; different ones are refused."""
+    written = [(place, key) for place, key in places if place.data.get(key) is not None]
+    values = [place.number(key, float) for place, key in written]
+    for (place, key), value in zip(written[1:], values[1:], strict=True):
+        if value != values[0]:
+            first_place, first_key = written[0]
+            raise place.fail(key, value, f"{values[0]}, as in '{first_place.prefix}{first_key}'")
+    return values[0] if values else default
 
 
 def _activation(hf: _HFConfig, family: Family) -> str:
     if family == "gemma":
-        # Published Gemma configs say "gelu" in hidden_act and mean the tanh form; hidden_activation wins if set.
-        name = hf.data.get("hidden_activation") or hf.data.get("hidden_act") or "gelu_pytorch_tanh"
-        if name not in ("gelu", "gelu_pytorch_tanh"):
-            raise hf.fail("hidden_activation", name, "'gelu_pytorch_tanh'")
-        return "gelu_tanh"
-    name = hf.data.get("hidden_act") or {"llama": "silu", "gpt_neox": "gelu"}[family]
-    if name not in _ACTIVATIONS:
-        raise hf.fail("hidden_act", name, f"one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+        # Published Gemma configs say "gelu" in hidden_act and mean the tanh form. Versions of transformers
+        # disagree on what "gelu" in hidden_activation means.
+        hf.choice("hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh"}, default="gelu_pytorch_tanh")
+        return hf.choice("hidden_act", {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}, default="gelu")
+    return hf.choice("hidden_act", _ACTIVATIONS, default="silu" if family == "llama" else "gelu")
 
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """An HF `config.json` for an unrolled model, readable by old and current transformers."""
+    """An HF `config.json` for an unrolled model, readable by old and current transformers.
+
+    Raises:
+        UserError: the family's `config.json` cannot say what `config` says (a Llama with biases, ...).
+    """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     activation = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
     data: dict[str, Any] = {
@@ -246,7 +292,14 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if config.family == "gemma":
         data["hidden_activation"] = activation
-    return data | {"rope_parameters": rope}
+    data["rope_parameters"] = rope
+    where = f"config.json of {ARCHITECTURES[config.family]}"
+    read_back = model_config_from_hf(data, where)
+    for field in fields(config):
+        ours, theirs = getattr(config, field.name), getattr(read_back, field.name)
+        if ours != theirs:
+            raise UserError(f"{where}: field '{field.name}': found {ours!r}; expected {theirs!r} for this family")
+    return data
 
 
 @dataclass(frozen=True)
@@ -288,13 +341,25 @@ _EMBED: dict[Family, str] = {
     "gpt_neox": "gpt_neox.embed_in",
 }
 _FINAL_NORM: dict[Family, str] = {"gemma": "model.norm", "llama": "model.norm", "gpt_neox": "gpt_neox.final_layer_norm"}
-HEAD_KEY: dict[Family, str] = {"gemma": "lm_head.weight", "llama": "lm_head.weight", "gpt_neox": "embed_out.weight"}
-# Constants that old checkpoints carry along; they hold nothing that was learnt. Matched at the end of a key.
-KNOWN_EXTRAS: dict[Family, tuple[str, ...]] = {
-    "gemma": (".rotary_emb.inv_freq",),
-    "llama": (".rotary_emb.inv_freq",),
-    "gpt_neox": (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+# As published first. A state_dict of transformers from version 5 calls GPT-NeoX's head as it calls the others'.
+HEAD_KEYS: dict[Family, tuple[str, ...]] = {
+    "gemma": ("lm_head.weight",),
+    "llama": ("lm_head.weight",),
+    "gpt_neox": ("embed_out.weight", "lm_head.weight"),
 }
+# Constants of a layer that old checkpoints carry along; they hold nothing that was learnt.
+_LAYER_CONSTANTS: dict[Family, tuple[str, ...]] = {
+    "gemma": ("self_attn.rotary_emb.inv_freq",),
+    "llama": ("self_attn.rotary_emb.inv_freq",),
+    "gpt_neox": ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+}
+
+
+def constant_keys(config: ModelConfig) -> dict[str, str]:
+    """Keys that a checkpoint may hold besides `tensor_table`'s, to be skipped: key -> its name within a layer."""
+    prefix = _LAYER_PREFIX[config.family]
+    names = _LAYER_CONSTANTS[config.family]
+    return {f"{prefix}.{depth}.{name}": name for depth in range(config.num_layers) for name in names}
 
 
 def tensor_table(config: ModelConfig) -> list[HFTensor]:
@@ -329,5 +394,5 @@ def tensor_table(config: ModelConfig) -> list[HFTensor]:
     for leaf in ("weight", "bias") if has_norm_bias else ("weight",):
         table.append(HFTensor(f"{_FINAL_NORM[config.family]}.{leaf}", (width,), (f"norm.{leaf}",)))
     if not config.tie_embeddings:
-        table.append(HFTensor(HEAD_KEY[config.family], (config.vocab_size, width), ("head",)))
+        table.append(HFTensor(HEAD_KEYS[config.family][0], (config.vocab_size, width), ("head",)))
     return table

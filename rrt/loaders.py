@@ -15,31 +15,45 @@ from rrt.checkpoint import is_native, read_checkpoint_config
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.files import read_json
-from rrt.hf import HEAD_KEY, KNOWN_EXTRAS, HFTensor, model_config_from_hf, tensor_table
+from rrt.hf import HEAD_KEYS, HFTensor, constant_keys, model_config_from_hf, tensor_table
 from rrt.model import RecursiveTransformer
-from rrt.tensors import TensorFiles, dtype_name
+from rrt.tensors import PARAMETER_DTYPES, TensorFiles, dtype_name
 
 log = logging.getLogger(__name__)
 
 
-def _check_tensors(files: TensorFiles, expected: dict[str, tuple[int, ...]], extras: set[str]) -> None:
-    """One `UserError` listing every missing, misshaped and unexpected tensor."""
+def _check_tensors(
+    files: TensorFiles,
+    expected: dict[str, tuple[int, ...]],
+    skipped: set[str] | frozenset[str] = frozenset(),
+    dtypes: frozenset[torch.dtype] = PARAMETER_DTYPES,
+) -> None:
+    """One `UserError` listing every tensor that is missing, misshaped, of another dtype or unexpected."""
     problems = []
     for key, shape in expected.items():
         if key not in files:
-            problems.append(f"missing '{key}' {list(shape)}")
+            problems.append(f"{key!r}: missing, expected shape {list(shape)}")
         elif files.shape(key) != shape:
-            problems.append(
-                f"'{key}' in {files.file_name(key)}: found shape {list(files.shape(key))}, expected {list(shape)}"
-            )
-        elif not files.dtype(key).is_floating_point:
-            problems.append(f"'{key}': found dtype {dtype_name(files.dtype(key))}, expected a floating-point one")
+            problems.append(f"{_place(files, key)}: found shape {list(files.shape(key))}, expected {list(shape)}")
+        elif files.dtype(key) not in dtypes:
+            names = " or ".join(sorted(map(dtype_name, dtypes)))
+            problems.append(f"{_place(files, key)}: found dtype {dtype_name(files.dtype(key))}, expected {names}")
     problems += [
-        f"unexpected '{key}' {list(files.shape(key))}" for key in files if key not in expected | dict.fromkeys(extras)
+        f"{_place(files, key)}: found shape {list(files.shape(key))}, expected no such tensor"
+        for key in files
+        if key not in expected and key not in skipped
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{files.directory}: tensors do not match config.json: {'; '.join(problems[:8])}{more}")
+        raise UserError(f"{files.path}: tensors do not match config.json: {'; '.join(problems[:8])}{more}")
+
+
+def _place(files: TensorFiles, key: str) -> str:
+    return repr(key) if files.file(key) == files.path else f"{key!r} in {files.file(key).name}"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 class Source:
@@ -62,23 +76,28 @@ class HFSource(Source):
     def __init__(self, directory: Path, model: ModelConfig) -> None:
         self.directory, self.model, self.recursive = directory, model, RecursiveConfig()
         self._files = TensorFiles(directory)
-        table = tensor_table(model)
+        head_keys = HEAD_KEYS[model.family]
+        head_key = next((key for key in head_keys if key in self._files), head_keys[0])
+        table = [
+            dataclasses.replace(entry, key=head_key) if entry.targets == ("head",) else entry
+            for entry in tensor_table(model)
+        ]
         self._where: dict[str, tuple[HFTensor, int]] = {
             target: (entry, part) for entry in table for part, target in enumerate(entry.targets)
         }
-        extras = {key for key in self._files if key.endswith(KNOWN_EXTRAS[model.family])}
-        if extras:
-            endings = sorted({e for e in KNOWN_EXTRAS[model.family] if any(k.endswith(e) for k in extras)})
-            log.info("%s: skipped %d constant tensors (*%s)", directory, len(extras), ", *".join(endings))
-        head_key = HEAD_KEY[model.family]
-        tied_copy = model.tie_embeddings and head_key in self._files
-        _check_tensors(
-            self._files, {entry.key: entry.shape for entry in table}, extras | ({head_key} if tied_copy else set())
-        )
+        constants = {key: name for key, name in constant_keys(model).items() if key in self._files}
+        if constants:
+            names = ", ".join(sorted(set(constants.values())))
+            log.info("%s: skipped %d constant tensors (%s of each layer)", self._files.path, len(constants), names)
         embed_key = self._where["embed"][0].key
-        if tied_copy and not torch.equal(self._files.get(head_key), self._files.get(embed_key)):
+        expected = {entry.key: entry.shape for entry in table}
+        tied_copy = model.tie_embeddings and head_key in self._files
+        if tied_copy:
+            expected[head_key] = expected[embed_key]
+        _check_tensors(self._files, expected, skipped=set(constants))
+        if tied_copy and not _equal(self._files.get(head_key), self._files.get(embed_key)):
             raise UserError(
-                f"{directory / self._files.file_name(head_key)}: '{head_key}' differs from '{embed_key}'; "
+                f"{self._files.file(head_key)}: '{head_key}' differs from '{embed_key}'; "
                 "expected them equal, as config.json says tie_word_embeddings"
             )
         self.dtype = self._files.dtype(embed_key)
@@ -101,7 +120,8 @@ class NativeSource(Source):
         self.directory, self.model, self.recursive = directory, config.model, config.recursive
         self.dtype = config.dtype
         self._files = TensorFiles(directory)
-        _check_tensors(self._files, parameter_shapes(config.model, config.recursive), set())
+        shapes = parameter_shapes(config.model, config.recursive)
+        _check_tensors(self._files, shapes, dtypes=frozenset((config.dtype,)))
 
     def get(self, name: str) -> Tensor:
         return self._files.get(name)
@@ -126,7 +146,8 @@ def open_source(directory: str | Path) -> Source:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected an HF model directory or a checkpoint")
+        found = "is a file" if directory.exists() else "no such directory"
+        raise UserError(f"{directory}: {found}; expected an HF model directory or a checkpoint")
     path = directory / "config.json"
     config = read_json(path)
     if is_native(config):
@@ -159,7 +180,7 @@ def load_model(
     """Load an HF directory or one of our checkpoints.
 
     Tensors stream from the files, largest first, into parameters of the target dtype and device: peak
-    memory stays within 1.2 times the model's size there.
+    memory stays within 1.2 times the model's size there (but pickles from before torch 1.6 are read whole).
 
     Args:
         dtype: of the parameters; default as stored.
@@ -172,7 +193,7 @@ def load_model(
         UserError: the directory is not a usable checkpoint (see `open_source`), or `num_loops` is out of range.
     """
     source = open_source(directory)
-    config, recursive = _keep_loops(source, num_loops or source.recursive.num_loops)
+    config, recursive = _keep_loops(source, source.recursive.num_loops if num_loops is None else num_loops)
     model = meta_model(config, recursive)
     parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
     for name, meta in parameters:

@@ -27,12 +27,22 @@ _DTYPES = {
     "fp16": torch.float16,
 }
 DTYPE_NAMES = tuple(_DTYPES)
+# Only the first four hold parameters; the others are read where a tensor is to be skipped or refused by name.
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+PARAMETER_DTYPES = frozenset(_DTYPES.values())
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -51,9 +61,12 @@ class TensorFiles:
     """The tensors of a checkpoint directory by key, read from disk one at a time.
 
     Found, in this order: `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`,
-    `pytorch_model.bin.index.json`. Files are mapped, and mapped anew for every tensor (pickles: every
-    256 MB), so that pages read once do not stay in this process's memory. Pickles are loaded with
-    ``weights_only=True``. Pickles in torch's format from before 1.6 cannot be mapped and are read whole.
+    `pytorch_model.bin.index.json`. Files are mapped, and mapped anew for every tensor (pickles: each time a
+    32nd of the file was read), so that pages read once do not stay in this process's memory. Pickles are loaded
+    with ``weights_only=True``. Pickles in torch's format from before 1.6 cannot be mapped and are read whole.
+
+    Attributes:
+        path: the file found, of shards the index.
 
     Raises:
         UserError: no such files, a shard missing, truncated or not readable, a key that the index places
@@ -61,42 +74,42 @@ class TensorFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
         self._file: dict[str, Path] = {}
-        self._open_pickle: tuple[Path, dict[str, Tensor]] | None = None
+        self._open_pickle: tuple[Path | None, dict[str, Tensor]] = (None, {})
         self._pickle_bytes_read = 0
-        paths, index = self._find(directory)
+        self.path, paths, index = self._find(directory)
         for path in paths:
             for key, shape, dtype in (
                 _safetensors_header(path) if path.suffix == ".safetensors" else _pickle_header(path)
             ):
                 if key in self._file:
-                    raise UserError(f"{path}: tensor '{key}' is also in {self._file[key].name}")
+                    raise UserError(f"{path}: tensor {key!r} is also in {self._file[key].name}")
                 self._file[key], self._shape[key], self._dtype[key] = path, shape, dtype
         for key, file_name in index.items():
             if key not in self._file or self._file[key].name != file_name:
-                raise UserError(f"{directory / file_name}: tensor '{key}' is missing; the index places it there")
+                raise UserError(f"{directory / file_name}: tensor {key!r} is missing; {self.path.name} places it there")
 
     @staticmethod
-    def _find(directory: Path) -> tuple[list[Path], dict[str, str]]:
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; expected a checkpoint directory")
+    def _find(directory: Path) -> tuple[Path, list[Path], dict[str, str]]:
+        """The file found, the files that hold tensors, and the index (empty for a single file)."""
         for single in ("model.safetensors", "pytorch_model.bin"):
             path = directory / single
             if path.is_file():
-                return [path], {}
+                return path, [path], {}
             index_path = directory / f"{single}.index.json"
             if index_path.is_file():
                 index = read_json(index_path).get("weight_map")
                 if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
                     raise UserError(f"{index_path}: field 'weight_map': expected an object of file names")
-                paths = [directory / name for name in sorted(set(index.values()))]
-                for shard in paths:
-                    if not shard.is_file():
-                        raise UserError(f"{shard}: no such file; {index_path.name} names it")
-                return paths, index
+                names = sorted(set(index.values()))
+                for name in names:
+                    if Path(name).name != name:
+                        raise UserError(f"{index_path}: field 'weight_map': found {name!r}; expected a plain file name")
+                    if not (directory / name).is_file():
+                        raise UserError(f"{directory / name}: no such file; {index_path.name} names it")
+                return index_path, [directory / name for name in names], index
         raise UserError(
             f"{directory}: no weights; expected model.safetensors, model.safetensors.index.json, "
             "pytorch_model.bin or pytorch_model.bin.index.json"
@@ -108,9 +121,9 @@ class TensorFiles:
     def __contains__(self, key: str) -> bool:
         return key in self._file
 
-    def file_name(self, key: str) -> str:
+    def file(self, key: str) -> Path:
         """The file that holds `key`."""
-        return self._file[key].name
+        return self._file[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._shape[key]
@@ -125,8 +138,8 @@ class TensorFiles:
             with safe_open(path, framework="pt") as stream:
                 tensor: Tensor = stream.get_tensor(key)
             return tensor
-        if self._open_pickle is None or self._open_pickle[0] != path or self._pickle_bytes_read > 256 * 2**20:
-            self._open_pickle = None
+        if self._open_pickle[0] != path or self._pickle_bytes_read > path.stat().st_size // 32:
+            self._open_pickle = (None, {})
             self._open_pickle = (path, _load_pickle(path, "cpu"))
             self._pickle_bytes_read = 0
         tensor = self._open_pickle[1][key]
@@ -142,7 +155,7 @@ def _safetensors_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torc
                 dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise UserError(
-                        f"{path}: tensor '{key}': found dtype {part.get_dtype()}; "
+                        f"{path}: tensor {key!r}: found dtype {part.get_dtype()}; "
                         f"expected one of {', '.join(_SAFETENSORS_DTYPES)}"
                     )
                 yield key, tuple(part.get_shape()), dtype
@@ -153,20 +166,25 @@ def _safetensors_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torc
 def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         value: Any = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: refused: expected a pickle of tensors only ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged or truncated PyTorch file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: refused: expected a pickle of tensors only ({_first_line(error)})") from None
+    except Exception as error:  # A damaged pickle is a program gone astray: it can fail in any way.
+        raise UserError(f"{path}: damaged or truncated PyTorch file ({_first_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a pickled {type(value).__name__}; expected a dict of tensors")
     return value
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _pickle_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     for key, tensor in _load_pickle(path, "meta").items():
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: '{key}': found {type(tensor).__name__}; expected a tensor")
+            raise UserError(f"{path}: {key!r}: found {type(tensor).__name__}; expected a tensor")
         yield key, tuple(tensor.shape), tensor.dtype
 
 
