@@ -5,6 +5,7 @@ end of the backward: each weight is gathered once a step however often it is use
 times fewer bytes than the layers of its full-size parent.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def agree(action: Callable[[], T]) -> T:
 def only_main_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
     """For errors that all processes meet alike: the first prints them, all end with the same exit code."""
 
+    @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()

@@ -1,0 +1,281 @@
+"""Sharded models on two gloo processes against one process, in double precision."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from processes_util import run_on_two
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.model import RecursiveTransformer
+from train.distributed import (
+    agree,
+    fill_parameters,
+    full_parameters,
+    processes,
+    set_last_micro_batch,
+    shard_model,
+)
+from train.losses import next_token_loss
+
+GEMMA = ModelConfig(
+    family="gemma",
+    vocab_size=62,
+    hidden_size=16,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=6,
+    intermediate_size=20,
+    max_position_embeddings=64,
+    activation="gelu_tanh",
+    gated_mlp=True,
+    norm_type="rmsnorm_1p",
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    rotary_fraction=1.0,
+    use_bias=False,
+    parallel_residual=False,
+    tie_embeddings=True,
+    scale_embeddings=True,
+)
+NEOX = dataclasses.replace(
+    GEMMA,
+    family="gpt_neox",
+    num_kv_heads=4,
+    head_dim=8,
+    activation="gelu",
+    gated_mlp=False,
+    norm_type="layernorm",
+    rotary_fraction=0.25,
+    use_bias=True,
+    parallel_residual=True,
+    tie_embeddings=False,
+    scale_embeddings=False,
+)
+ODD = dataclasses.replace(GEMMA, vocab_size=61, hidden_size=15, num_heads=3, intermediate_size=21)
+RANKS = LoraRanks.uniform(4)
+MODELS = {
+    "vanilla, tied head": (GEMMA, RecursiveConfig()),
+    "vanilla, untied head": (NEOX, RecursiveConfig()),
+    "recursive": (GEMMA, RecursiveConfig(num_loops=2)),
+    "relaxed": (GEMMA, RecursiveConfig(num_loops=2, lora_rank=RANKS)),
+    "relaxed, three loops": (GEMMA, RecursiveConfig(num_loops=3, lora_rank=LoraRanks(q=2, ffn=6))),
+    "relaxed, untied norms and biases": (NEOX, RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True)),
+    "prefix": (GEMMA, RecursiveConfig(num_loops=2, prefix_length=3)),
+    "odd shapes": (ODD, RecursiveConfig(num_loops=3, lora_rank=LoraRanks.uniform(5), untie_norms=True)),
+}
+SEQUENCES, LENGTH = 12, 7
+
+
+def build(name: str) -> RecursiveTransformer:
+    """A model whose every parameter is random, so that every one has a gradient."""
+    model = RecursiveTransformer(*MODELS[name]).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    return model
+
+
+def build_sharded(name: str, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype | None) -> RecursiveTransformer:
+    start = build(name)
+    model = build(name) if dtype is None else build(name).float()
+    model.set_merge(True)
+    shard_model(model, mesh, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    fill_parameters(model, start.get_parameter)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 61, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def backward(model: RecursiveTransformer, rank: int, accumulation: int) -> float:
+    """Backward over this one of two processes' share of `batch()`; the mean loss of its share."""
+    inputs, targets = (part.chunk(2)[rank].chunk(accumulation) for part in batch())
+    total = 0.0
+    for micro in range(accumulation):
+        set_last_micro_batch(model, micro == accumulation - 1)
+        loss = next_token_loss(model(inputs[micro]), targets[micro]) / accumulation
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
+def sharded_gradients(name: str, dtype: torch.dtype | None = None) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """Gradients by parameter, and this process's loss, at accumulation 1, 2 and 3."""
+    with processes("cpu") as group:
+        model = build_sharded(name, group.mesh, dtype)
+        gradients, losses = [], []
+        for accumulation in (1, 2, 3):
+            losses.append(backward(model, group.rank, accumulation))
+            gradients.append({key: whole(parameter.grad) for key, parameter in model.named_parameters()})
+            model.zero_grad()
+        return gradients, losses
+
+
+def single_gradients(name: str) -> tuple[dict[str, Tensor], float]:
+    model = build(name)
+    inputs, targets = batch()
+    loss = next_token_loss(model(inputs), targets)
+    loss.backward()
+    return {
+        key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None
+    }, loss.item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_two_processes_are_those_of_one(name: str) -> None:
+    expected, expected_loss = single_gradients(name)
+    (gradients, losses), (_, other_losses) = run_on_two(sharded_gradients, name)
+    for accumulation in range(3):
+        assert (losses[accumulation] + other_losses[accumulation]) / 2 == pytest.approx(expected_loss, abs=1e-12)
+        assert gradients[accumulation].keys() == expected.keys()
+        for key, gradient in gradients[accumulation].items():
+            assert expected[key].abs().max() > 1e-9, key
+            torch.testing.assert_close(
+                gradient, expected[key], rtol=0, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+def test_bf16_computes_near_and_reduces_in_fp32() -> None:
+    expected, expected_loss = single_gradients("relaxed")
+    (gradients, losses), (_, other_losses) = run_on_two(sharded_gradients, "relaxed", torch.bfloat16)
+    for accumulation in range(3):
+        assert (losses[accumulation] + other_losses[accumulation]) / 2 == pytest.approx(expected_loss, rel=0.02)
+        for key, gradient in gradients[accumulation].items():
+            assert gradient.dtype == torch.float32
+            similarity = torch.cosine_similarity(gradient.double().flatten(), expected[key].flatten(), dim=0)
+            assert similarity > 0.97, key
+    assert not torch.equal(gradients[0]["embed"].bfloat16().float(), gradients[0]["embed"])
+
+
+def collectives_per_step(name: str, accumulation: int) -> Counter[str]:
+    with processes("cpu") as group:
+        model = build_sharded(name, group.mesh, None)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            backward(model, group.rank, accumulation)
+        return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_gathers_and_reduces_each_unit_once(accumulation: int) -> None:
+    counts, _ = run_on_two(collectives_per_step, "relaxed, three loops", accumulation)
+    # Two units, the looped stack and the root, for however many loops and micro-batches.
+    assert counts == {"c10d::_allgather_base_": 2, "c10d::_reduce_scatter_base_": 2}
+
+
+def placements(name: str) -> dict[str, tuple[tuple[int, ...], int]]:
+    with processes("cpu") as group:
+        found = {}
+        for key, parameter in build_sharded(name, group.mesh, None).named_parameters():
+            assert isinstance(parameter, DTensor)
+            (placement,) = parameter.placements
+            assert isinstance(placement, Shard)
+            found[key] = (tuple(parameter.shape), placement.dim)
+        return found
+
+
+def test_tensors_with_an_odd_number_of_loops_are_sharded_on_an_even_dimension() -> None:
+    found, _ = run_on_two(placements, "relaxed, three loops")
+    loras = {key: value for key, value in found.items() if "lora" in key}
+    assert loras
+    for key, (shape, dim) in found.items():
+        assert shape[dim] % 2 == 0, key
+    assert {dim for _, dim in loras.values()} == {1}
+
+
+def round_trip(name: str) -> dict[str, Tensor]:
+    with processes("cpu") as group:
+        return dict(full_parameters(build_sharded(name, group.mesh, None)))
+
+
+@pytest.mark.parametrize("name", ["relaxed, three loops", "odd shapes"])
+def test_parameters_are_filled_and_gathered_exactly(name: str) -> None:
+    for gathered in run_on_two(round_trip, name):
+        for key, parameter in build(name).named_parameters():
+            assert torch.equal(gathered[key], parameter), key
+
+
+def disagree(kind: type[Exception], path: Path) -> None:
+    with processes("cpu") as group:
+
+        def action() -> None:
+            if group.rank == 1:
+                raise kind("only here") if kind is UserError else kind(28, "No space left on device", str(path))
+
+        agree(action)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(UserError, "only here"), (OSError, "/some/file: No space left on device")]
+)
+def test_what_one_process_cannot_do_is_the_same_error_in_all(kind: type[Exception], message: str) -> None:
+    for result in run_on_two(disagree, kind, Path("/some/file")):
+        assert isinstance(result, UserError)
+        assert str(result) == message
+
+
+def rank_after_agreement() -> int:
+    with processes("cpu") as group:
+        return agree(lambda: group.rank)
+
+
+def test_agreement_gives_each_process_its_own_result() -> None:
+    assert run_on_two(rank_after_agreement) == (0, 1)
+
+
+def test_without_torchrun_the_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with processes("cpu") as group:
+        assert (group.rank, group.world_size, group.device.type) == (0, 1, "cpu")
+        model = build_sharded("relaxed", group.mesh, None)
+        assert dict(full_parameters(model)).keys() == dict(build("relaxed").named_parameters()).keys()
+
+
+def ask_for_cuda() -> None:
+    with processes("cuda"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
+def test_too_few_gpus_are_the_same_error_in_every_process() -> None:
+    for result in run_on_two(ask_for_cuda):
+        assert isinstance(result, UserError)
+        assert str(result) == (
+            f"field 'run.device': found {torch.cuda.device_count()} GPU(s); expected one for each of 2 process(es)"
+        )
+
+
+@pytest.mark.gpu
+def test_bf16_loss_on_cuda_is_that_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        with processes(device) as group:
+            start = build("relaxed")
+            model = build("relaxed").float().to(group.device)
+            model.set_merge(True)
+            shard_model(model, group.mesh, torch.bfloat16)
+            fill_parameters(model, start.get_parameter)
+            inputs, targets = (part.to(group.device) for part in batch())
+            loss = next_token_loss(model(inputs), targets)
+            loss.backward()
+            losses[device] = loss.item()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.01)

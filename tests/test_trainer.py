@@ -1,0 +1,605 @@
+"""The training commands from end to end on a tiny model, and the trainer's parts."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes_util import run_on_two
+from tokenizers_util import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
+from torch.distributed.checkpoint.state_dict_loader import load
+
+import rrt
+from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.model import RecursiveTransformer
+from rrt.shards import ShardWriter, open_shards
+from rrt.tokenizer import load_tokenizer
+from train import pretrain, uptrain
+from train.data import Windows
+from train.distributed import agree, processes
+from train.losses import next_token_loss
+from train.recipe import OptimConfig, read_recipe
+from train.trainer import Trainer, learning_rate, make_optimizer, step_directories
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, LENGTH, BATCH = 420, 32, 8
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_position_embeddings=64,
+    activation="silu",
+    gated_mlp=True,
+    norm_type="rmsnorm",
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rotary_fraction=1.0,
+    use_bias=False,
+    parallel_residual=False,
+    tie_embeddings=True,
+    scale_embeddings=False,
+)
+RELAXED = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(3), untie_norms=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that these runs are compared with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sentencepiece_tokenizer(tmp_path_factory.mktemp("tokenizer"), "llama", VOCAB)
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    loaded = load_tokenizer(tokenizer)
+    with ShardWriter(directory, loaded) as writer:
+        for text in training_texts():
+            ids = loaded.encode_document(text)
+            writer.append("train", ids, [len(ids)], [len(text.encode())])
+        writer.finish({})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "relaxed"
+    model = RecursiveTransformer(LLAMA, RELAXED)
+    model.init_weights(0)
+    with write_checkpoint(
+        directory, CheckpointConfig(LLAMA, RELAXED, torch.float32), make_provenance("convert", None)
+    ) as writer:
+        for name, parameter in model.named_parameters():
+            writer.add(name, parameter)
+        load_tokenizer(tokenizer).save(writer.directory)
+    return directory
+
+
+Flags = Callable[..., list[str]]
+Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint: Path, data: Path) -> Flags:
+    """Flags of an uptraining of `steps` steps; keywords with `__` for the dot override them."""
+
+    def make(out: Path, steps: int = 8, **overrides: Any) -> list[str]:
+        values = {
+            "checkpoint.path": checkpoint,
+            "data.path": data,
+            "data.seq_len": LENGTH,
+            "optim.lr": 5e-3,
+            "optim.warmup_steps": 2,
+            "run.out": out,
+            "run.tokens": steps * BATCH * LENGTH,
+            "run.batch_tokens": BATCH * LENGTH,
+            "run.micro_batch": 2,
+            "run.dtype": "fp32",
+            "run.device": "cpu",
+        }
+        values |= {name.replace("__", "."): value for name, value in overrides.items()}
+        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+    return make
+
+
+def train(argv: list[str], command: Any = uptrain) -> Trainer:
+    """The command's work in this process, or together with another one."""
+    recipe = read_recipe(getattr(command, f"{command.__name__.rpartition('.')[2].capitalize()}Recipe"), "", argv)
+    with processes(recipe.run.device) as group:
+        trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
+        trainer.run()
+        return trainer
+
+
+def uptrain_here(argv: list[str]) -> None:
+    train(argv)
+
+
+def pretrain_here(argv: list[str]) -> None:
+    train(argv, pretrain)
+
+
+def uptrain_until(step: int, argv: list[str]) -> None:
+    """An uptraining that ends before it has taken `step + 1` steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Trainer._train_step
+
+        def take(self: Trainer, rate: float) -> tuple[float, float]:
+            if self.step == step:
+                raise UserError("interrupted here")
+            return whole(self, rate)
+
+        patch.setattr(Trainer, "_train_step", take)
+        with pytest.raises(UserError, match="interrupted here"):
+            train(argv)
+
+
+def uptrain_in_double(argv: list[str]) -> dict[str, torch.Tensor]:
+    """The weights after training with parameters in double precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecursiveTransformer, "float", RecursiveTransformer.double)
+        weights: dict[str, torch.Tensor] = {}
+        save_final = Trainer._save_final
+
+        def keep(self: Trainer) -> None:
+            for name, parameter in self.model.named_parameters():
+                weights[name] = parameter.full_tensor().detach()  # type: ignore[attr-defined]
+            save_final(self)
+
+        patch.setattr(Trainer, "_save_final", keep)
+        train(argv)
+        return weights
+
+
+def run_script(
+    argv: list[str], processes: int = 0, script: str = "uptrain.py", **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command_line(argv, processes, script), capture_output=True, text=True, timeout=200, env=script_env(**variables)
+    )
+
+
+def command_line(argv: list[str], processes: int, script: str = "uptrain.py") -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    return [sys.executable, *torchrun, str(ROOT / "train" / script), *argv]
+
+
+def script_env(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    records = metrics(out)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def steps_kept(out: Path) -> list[int]:
+    return [step for step, _ in step_directories(out)]
+
+
+@pytest.fixture(scope="module")
+def torchrun_run(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished uptraining by two processes under torchrun, and what it printed."""
+    out = tmp_path_factory.mktemp("torchrun") / "run"
+    return out, run_script(flags(out, steps=24, run__save_every=5, run__log_every=6), processes=2)
+
+
+def test_torchrun_trains_and_prints_nothing_alarming(
+    torchrun_run: Finished,
+) -> None:
+    out, result = torchrun_run
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("uptrain: llama, 4 layers as 2 loop(s) of 2, LoRA rank 3")
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["6/24", "12/24", "18/24", "24/24"]
+    assert lines[-1] == f"wrote {out / 'final'}"
+
+
+def test_the_loss_falls_and_every_step_is_recorded_once(
+    torchrun_run: Finished,
+) -> None:
+    out, _ = torchrun_run
+    found = losses(out)
+    assert len(found) == 24
+    assert found[-1] < found[0] - 0.7
+    assert {"step", "tokens", "loss", "lr", "grad_norm"} <= metrics(out)[0].keys()
+    assert metrics(out)[23]["tokens"] == 24 * BATCH * LENGTH
+    assert list((out / "tb").glob("events.out.tfevents.*"))
+
+
+def test_the_last_checkpoints_are_kept(torchrun_run: Finished) -> None:
+    out, _ = torchrun_run
+    assert steps_kept(out) == [20, 24]
+    assert not list(out.glob(".*"))
+
+
+def test_the_final_checkpoint_is_the_last_training_state(torchrun_run: Finished, data: Path, checkpoint: Path) -> None:
+    out, _ = torchrun_run
+    model = rrt.load_model(out / "final")
+    stored = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only this process
+        load({"model": stored}, checkpoint_id=out / "step-24", no_dist=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(stored[name], parameter), name
+    inputs, targets = Windows(open_shards(data, "train"), LENGTH, seed=0).batch(24 * BATCH, BATCH)
+    with torch.no_grad():
+        trained, untrained = (next_token_loss(m(inputs), targets) for m in (model, rrt.load_model(checkpoint)))
+    assert trained == pytest.approx(losses(out)[-1], abs=0.5)
+    assert trained < untrained - 0.7
+    provenance = json.loads((out / "final" / "provenance.json").read_text())
+    assert provenance["stage"] == "uptrain"
+    assert provenance["steps"] == 24
+    assert load_tokenizer(out / "final").sha256 == load_tokenizer(checkpoint).sha256
+
+
+def test_the_recipe_left_behind_runs_again_and_gives_the_same(torchrun_run: Finished, tmp_path: Path) -> None:
+    out, _ = torchrun_run
+    run_on_two(uptrain_here, ["--recipe", str(out / "recipe.toml"), "--run.out", str(tmp_path / "again")])
+    assert losses(tmp_path / "again") == losses(out)
+
+
+def test_without_torchrun_a_run_killed_at_any_time_goes_on_as_if_it_had_not_been(flags: Flags, tmp_path: Path) -> None:
+    settings = dict(steps=40, run__save_every=10, run__micro_batch=4)
+    uptrain_here(flags(tmp_path / "whole", **settings))
+    out = tmp_path / "killed"
+    argv = flags(out, **settings)
+    with subprocess.Popen(command_line(argv, 0), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        process.kill()
+    assert not (out / "final").exists()
+    (out / ".step-99").mkdir()
+    (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
+    shutil.copytree(out, tmp_path / "two")
+
+    result = run_script(argv)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"resuming from {out}/step-" in result.stdout
+    assert losses(out) == losses(tmp_path / "whole")
+    assert not list(out.glob(".*"))
+
+    run_on_two(uptrain_here, flags(tmp_path / "two", **settings))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+
+
+def wait_for_checkpoint(out: Path, process: "subprocess.Popen[Any]") -> None:
+    end = time.monotonic() + 100
+    while not steps_kept(out):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                child = int(path.parent.name)
+                found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
+    assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
+    out = tmp_path / "killed"
+    argv = flags(out, 60, run__save_every=5)
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+    assert not (out / "final").exists()
+    result = run_script(argv, processes=2)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_two_processes_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
+    run_on_two(uptrain_here, flags(tmp_path / "whole", run__save_every=3))
+    argv = flags(tmp_path / "parts", run__save_every=3)
+    run_on_two(uptrain_until, 5, argv)
+    assert steps_kept(tmp_path / "parts") == [3]
+    run_on_two(uptrain_here, argv)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_the_number_of_processes_and_the_accumulation_do_not_change_the_weights(
+    micro_batch: int, flags: Flags, tmp_path: Path
+) -> None:
+    alone = uptrain_in_double(flags(tmp_path / "one", steps=3, run__micro_batch=8))
+    together, _ = run_on_two(uptrain_in_double, flags(tmp_path / "two", steps=3, run__micro_batch=micro_batch))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-12)
+    for name, expected in alone.items():
+        assert expected.dtype == torch.float64
+        torch.testing.assert_close(
+            together[name], expected, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_bf16_trains(flags: Flags, tmp_path: Path) -> None:
+    uptrain_here(flags(tmp_path / "fp32", steps=12))
+    uptrain_here(flags(tmp_path / "bf16", steps=12, run__dtype="bf16", run__save_dtype="bfloat16"))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), abs=0.05)
+    assert rrt.load_model(tmp_path / "bf16" / "final").embed.dtype == torch.bfloat16
+
+
+def test_merged_and_plain_lora_train_alike(flags: Flags, tmp_path: Path) -> None:
+    uptrain_here(flags(tmp_path / "merged", steps=4))
+    uptrain_here(flags(tmp_path / "plain", steps=4, run__lora="plain"))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "merged"), abs=1e-4)
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(flags: Flags, tmp_path: Path) -> None:
+    argv = flags(tmp_path / "run", steps=4)
+    uptrain_until(2, argv)
+    assert len(losses(tmp_path / "run")) == 2
+    uptrain_here(argv)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_finished_run_is_refused_and_overwritten_on_request(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    uptrain_here(flags(out, steps=2))
+    before = losses(out)
+    with pytest.raises(UserError, match="holds a finished run"):
+        uptrain_here(flags(out, steps=2))
+    assert losses(out) == before
+    uptrain_here(flags(out, steps=3, run__overwrite="true"))
+    assert len(losses(out)) == 3
+    with pytest.raises(UserError, match="holds a finished run"):  # what it left behind does not delete it
+        uptrain_here(["--recipe", str(out / "recipe.toml")])
+
+
+def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
+    flags: Flags, tmp_path: Path, checkpoint: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not a training run"):
+        uptrain_here(flags(tmp_path / "thesis", run__overwrite="true"))
+    assert (tmp_path / "thesis" / "text").exists()
+    out = tmp_path / "run"
+    uptrain_here(flags(out, steps=2))
+    with pytest.raises(UserError, match=r"lies in run\.out"):
+        uptrain_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
+    assert (out / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"run__seed": 1}, "run.seed"), ({"data__seq_len": 16}, "data.seq_len"), ({"steps": 9}, "run.tokens")],
+)
+def test_another_run_in_the_same_directory_is_refused(
+    change: dict[str, Any], field: str, flags: Flags, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    uptrain_until(5, flags(out, run__save_every=4))
+    with pytest.raises(UserError, match=f"trainer.json: field '{field}': found .*, this run has"):
+        uptrain_here(flags(out, **change))
+    assert steps_kept(out) == [4]
+
+
+def test_a_resumed_run_takes_the_optimizer_settings_of_its_recipe(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    uptrain_until(5, flags(out, run__save_every=4))
+    trainer = train(flags(out, optim__weight_decay=0.3, optim__beta2=0.9))
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
+
+
+def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    uptrain_until(3, flags(out, run__save_every=2))
+    with pytest.raises(UserError, match=r"step \d: loss .*, gradient norm .*; expected finite numbers"):
+        uptrain_here(flags(out, optim__lr=1e30))
+    assert steps_kept(out) == [2]
+    assert not (out / "final").exists()
+    uptrain_here(flags(out))
+    assert len(losses(out)) == 8
+
+
+@pytest.fixture(scope="module")
+def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides that make each kind of bad input, with what the message says."""
+    other = make_bpe_tokenizer(tmp_path_factory.mktemp("neox"), vocab_size=VOCAB)
+    foreign = tmp_path_factory.mktemp("foreign")
+    with ShardWriter(foreign, load_tokenizer(other)) as writer:
+        writer.append("train", [1] * 100, [100], [100])
+        writer.finish({})
+    return {
+        "no shards": ({"data__path": data / "none"}, "no meta.json; expected a directory written by"),
+        "no split": ({"data__split": "test"}, "no split 'test'; it has train"),
+        "another tokenizer's shards": ({"data__path": foreign}, "made with the tokenizer of sha256"),
+        "indivisible batch": (
+            {"run__batch_tokens": BATCH * LENGTH + 1, "run__tokens": 1000},
+            "field 'run.batch_tokens'",
+        ),
+        "context too long": ({"data__seq_len": 128, "run__tokens": 1024}, "max_position_embeddings = 64"),
+        "no checkpoint": (
+            {"checkpoint__path": checkpoint / "none"},
+            "no such directory; expected an HF model directory",
+        ),
+        "no warm-up": ({"optim__warmup_steps": -1}, "field 'optim.warmup_steps': found -1; expected 0 or more"),
+        "a file in the way": ({"run__out": data / "meta.json"}, "is a file; expected a directory"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no shards",
+        "no split",
+        "another tokenizer's shards",
+        "indivisible batch",
+        "context too long",
+        "no checkpoint",
+        "no warm-up",
+        "a file in the way",
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    kind: str, bad_input: dict[str, Any], flags: Flags, tmp_path: Path
+) -> None:
+    overrides, message = bad_input[kind]
+    overrides = {"run__micro_batch": 1, **overrides}
+    with pytest.raises(UserError) as caught:
+        uptrain_here(flags(tmp_path / "deep" / "out", **overrides))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_ends_with_one_line_and_exit_code_2(flags: Flags, tmp_path: Path) -> None:
+    result = run_script(flags(tmp_path / "out", run__device="cuda"))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "error: field 'run.device': found 0 GPU(s); expected one for each of 1 process(es)\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_of_torchrun_reports_the_error(flags: Flags, tmp_path: Path) -> None:
+    result = run_script(flags(tmp_path / "out", data__path=tmp_path / "none"), processes=2)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: {tmp_path / 'none'}: no meta.json; expected a directory written by train/prepare_data.py"
+    ]
+    assert 'uptrain.py", line' not in result.stderr  # no traceback of ours
+    assert not (tmp_path / "out").exists()
+
+
+def pretrain_flags(out: Path, tokenizer: Path, data: Path, **overrides: Any) -> list[str]:
+    values = {
+        "model.config": ROOT / "runs" / "demo_base.json",
+        "model.tokenizer": tokenizer,
+        "model.num_layers": 2,
+        "data.path": data,
+        "data.seq_len": 16,
+        "run.out": out,
+        "run.tokens": 3 * 64,
+        "run.batch_tokens": 64,
+        "run.micro_batch": 1,
+        "run.dtype": "fp32",
+        "run.device": "cpu",
+    }
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def test_pretraining_starts_alike_on_any_number_of_processes(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    pretrain_here(pretrain_flags(tmp_path / "one", tokenizer, data, model__num_loops=2))
+    run_on_two(pretrain_here, pretrain_flags(tmp_path / "two", tokenizer, data, model__num_loops=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    model = rrt.load_model(tmp_path / "two" / "final")
+    assert (model.config.num_layers, model.recursive.num_loops, len(model.stack.layers)) == (2, 2, 1)
+    assert model.config.eos_token_id == load_tokenizer(tokenizer).eos_id
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"model__config": "gemma-3b"},
+            "found 'gemma-3b'; expected a config.json, a model directory or one of gemma-2b",
+        ),
+        ({"model__num_layers": 0}, "field 'num_layers': found 0; expected a positive number"),
+        ({"model__num_loops": 3}, "does not divide the base's 2 layers"),
+    ],
+)
+def test_a_shape_that_cannot_be_trained_is_refused(
+    overrides: dict[str, Any], message: str, tokenizer: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        pretrain_here(pretrain_flags(tmp_path / "out", tokenizer, data, **overrides))
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    assert [learning_rate(optim, step, 14) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(optim, 9, 14) == pytest.approx(0.55)
+    assert learning_rate(optim, 14, 14) == pytest.approx(0.1)
+    rates = [learning_rate(optim, step, 14) for step in range(4, 15)]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(replace(optim, warmup_steps=0), 0, 1) == 1.0
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    config = replace(LLAMA, family="gpt_neox", norm_type="layernorm", use_bias=True, num_kv_heads=4)
+    recursive = replace(RELAXED, prefix_length=2)
+    model = RecursiveTransformer(config, recursive)
+    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.2))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+    undecayed = {
+        name.removeprefix("stack.layers.0.") for name in names if names[name] == 0.0 and "layers.1" not in name
+    }
+    assert undecayed == {
+        *(f"{norm}.{part}" for norm in ("attn_norm", "mlp_norm", "norm") for part in ("weight", "bias")),
+        *(f"attn.{linear}.bias" for linear in ("q", "k", "v", "out")),
+        *(f"mlp.{linear}.bias" for linear in ("gate", "up", "down")),
+    }
+    assert {value for name, value in names.items() if value} == {0.2}
+    assert {"embed", "stack.prefix", "stack.layers.0.mlp.up.lora_b"} <= {name for name in names if names[name]}
+
+
+@pytest.mark.gpu
+def test_uptraining_on_a_gpu(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, steps=24, run__device="cuda", run__dtype="bf16", run__save_every=10)
+    result = run_script(argv, processes=1)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    found = losses(out)
+    assert len(found) == 24
+    assert found[-1] < found[0] - 0.7
+    model = rrt.load_model(out / "final", device="cuda")
+    inputs = torch.arange(LENGTH, device="cuda")[None]
+    assert model(inputs).isfinite().all()
+    uptrain_here(flags(tmp_path / "cpu", steps=24, run__dtype="bf16"))
+    assert found == pytest.approx(losses(tmp_path / "cpu"), abs=0.1)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_resumes(flags: Flags, tmp_path: Path) -> None:
+    settings = dict(run__device="cuda", run__dtype="bf16", run__save_every=4)
+    with environment(CUBLAS_WORKSPACE_CONFIG=":4096:8"):
+        uptrain_here(flags(tmp_path / "whole", **settings))
+        uptrain_until(5, flags(tmp_path / "parts", **settings))
+        uptrain_here(flags(tmp_path / "parts", **settings))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-2)
