@@ -115,9 +115,10 @@ def _parse_flag(text: str, kind: Any) -> Any:
     if str in (kind, *typing.get_args(kind)) or _choices(kind):
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text  # of a wrong type, and refused as that with its name
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
