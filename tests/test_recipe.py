@@ -173,7 +173,7 @@ def test_help_shows_every_field_with_its_default_or_that_it_is_required(
             elif field.default is not None:
                 assert line.lower().endswith(f"(default {str(field.default).lower()})")
     assert lines.keys() == {"--recipe"}
-    assert "--run.dtype {bf16,fp32} " in text
+    assert "--run.dtype {bf16,fp32}\n" in text
 
 
 @dataclass(frozen=True)
