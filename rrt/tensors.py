@@ -166,12 +166,10 @@ def _safetensors_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torc
 def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         value: Any = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused: expected a pickle of tensors only ({_first_line(error)})") from None
     except Exception as error:  # A damaged pickle is a program gone astray: it can fail in any way.
-        raise UserError(f"{path}: damaged or truncated PyTorch file ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read, or damaged or truncated ({_first_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a pickled {type(value).__name__}; expected a dict of tensors")
     return value

@@ -1,0 +1,130 @@
+"""Output that is there whole or not at all, and JSON that is read or refused in one line."""
+
+import pytest
+
+from rrt.errors import UserError
+from rrt.files import atomic_directory, atomic_write, read_json, sha256_file, write_json
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def old(tmp_path):
+    """An output directory from an earlier run."""
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "old.txt").write_text("old")
+    return directory
+
+
+def test_a_directory_appears_when_complete_with_its_parents(tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    with atomic_directory(out) as partial:
+        (partial / "new.txt").write_text("new")
+        assert not out.exists() and partial.parent == out.parent
+    assert names(out) == ["new.txt"] and names(out.parent) == ["out"]
+
+
+def test_an_empty_directory_is_filled_and_a_full_one_refused(tmp_path, old):
+    (tmp_path / "empty").mkdir()
+    with atomic_directory(tmp_path / "empty") as partial:
+        (partial / "new.txt").write_text("new")
+    assert names(tmp_path / "empty") == ["new.txt"]
+    with (
+        pytest.raises(UserError, match=r"out: already exists and is not empty; .* add --overwrite"),
+        atomic_directory(old),
+    ):
+        pytest.fail("work began")
+    assert names(old) == ["old.txt"] and names(tmp_path) == ["empty", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_is_refused(tmp_path, overwrite):
+    (tmp_path / "out").write_text("file")
+    with pytest.raises(UserError, match="out: is a file"), atomic_directory(tmp_path / "out", overwrite):
+        pytest.fail("work began")
+    assert (tmp_path / "out").read_text() == "file"
+
+
+def test_overwrite_swaps_the_whole_directory_at_the_end(tmp_path, old):
+    with atomic_directory(old, overwrite=True) as partial:
+        (partial / "new.txt").write_text("new")
+        assert names(old) == ["old.txt"]
+    assert names(old) == ["new.txt"] and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_behind_and_keeps_the_old(tmp_path, old, error):
+    for out, overwrite in ((old, True), (tmp_path / "fresh", False)):
+        with pytest.raises(error), atomic_directory(out, overwrite) as partial:
+            (partial / "half.txt").write_text("half")
+            raise error
+    assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
+
+
+def test_an_interrupt_between_the_two_renames_puts_the_old_back(tmp_path, old, monkeypatch):
+    rename = type(old).rename
+
+    def interrupted(path, target):
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(type(old), "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(old, overwrite=True) as partial:
+        (partial / "new.txt").write_text("new")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced_unasked(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="out: already exists"), atomic_directory(out) as partial:
+        (partial / "ours.txt").write_text("ours")
+        out.mkdir()
+        (out / "theirs.txt").write_text("theirs")
+    assert names(tmp_path) == ["out"] and names(out) == ["theirs.txt"]
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path, old):
+    (tmp_path / "link").symlink_to(old)
+    with atomic_directory(tmp_path / "link", overwrite=True) as partial:
+        (partial / "new.txt").write_text("new")
+    assert (tmp_path / "link").is_symlink() and names(old) == ["new.txt"]
+    assert names(tmp_path) == ["link", "out"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "sub" / "x.txt"
+    atomic_write(path, "größe")
+    assert path.read_text(encoding="utf-8") == "größe"
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write(path, "half \ud800")
+    assert path.read_text(encoding="utf-8") == "größe" and names(path.parent) == ["x.txt"]
+
+
+def test_json_goes_round_and_bad_json_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, "ö", None]})
+    assert read_json(path) == {"a": [1, "ö", None]}
+    for content, message in (
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1]", "found a JSON list; expected an object"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"x.json: {message}") as error:
+            read_json(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="absent: no such file"):
+        read_json(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
