@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import peft
 import pytest
 import torch
 import transformers
@@ -10,7 +11,7 @@ import rrt
 from rrt.config import LoraRanks, RecursiveConfig
 from rrt.hf import model_config_from_hf
 from rrt.kv_cache import ContiguousCache
-from rrt.loaders import load_model
+from rrt.loaders import load_model, open_source
 from rrt.model import RecursiveTransformer
 
 # Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
@@ -248,7 +249,7 @@ def test_linears_give_each_row_its_own_loop(recursive):
 
 def test_num_loops_must_divide_the_layers():
     config = model_config_from_hf(make_hf("llama-gqa").config.to_dict(), "test")
-    with pytest.raises(rrt.UserError, match="'num_loops': found 3.*4 layers; expected one of 1, 2, 4"):
+    with pytest.raises(rrt.UserError, match=r"'num_loops': found 3.*4 layers; expected one of 1, 2, 4"):
         RecursiveTransformer(config, RecursiveConfig(num_loops=3))
 
 
@@ -264,3 +265,33 @@ def test_wrong_attention_mask_shape_and_full_cache_are_refused():
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RecursiveConfig().num_loops = 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa"])
+def test_lora_equals_peft_without_scaling(name, tmp_path):
+    """An oracle for the adapters that knows nothing of ours: peft with alpha = rank, which makes its scale 1."""
+    hf = make_hf(name)
+    hf.save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    model = RecursiveTransformer(source.model, RecursiveConfig(lora_rank=LoraRanks.uniform(3))).eval()
+    generator = torch.Generator().manual_seed(11)
+    for key, parameter in model.named_parameters():
+        is_lora = key.endswith(("lora_a", "lora_b"))
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) if is_lora else source.get(key))
+    targets = {"attn.q": "self_attn.q_proj", "attn.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
+    for layer in model.stack.layers:
+        for linear in ("attn.k", "attn.v", "mlp.gate", "mlp.up"):
+            layer.get_submodule(linear).lora_b.zero_()
+    modules = [target.rpartition(".")[2] for target in targets.values()]
+    adapted = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=3, target_modules=modules)).eval()
+    for depth, layer in enumerate(model.stack.layers):
+        for ours, theirs in targets.items():
+            module = adapted.get_submodule(f"base_model.model.model.layers.{depth}.{theirs}")
+            module.lora_A["default"].weight.copy_(layer.get_submodule(ours).lora_a[0])
+            module.lora_B["default"].weight.copy_(layer.get_submodule(ours).lora_b[0])
+    input_ids = torch.randint(0, 151, (2, 21), generator=generator)
+    expected = adapted(input_ids).logits
+    assert relative_error(model(input_ids), expected) <= 2e-5
+    with adapted.disable_adapter():
+        assert relative_error(adapted(input_ids).logits, expected) > 1e-2
