@@ -212,7 +212,7 @@ def steps_kept(out: Path) -> list[int]:
 def torchrun_run(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished uptraining by two processes under torchrun, and what it printed."""
     out = tmp_path_factory.mktemp("torchrun") / "run"
-    return out, run_script(flags(out, steps=24, run__save_every=5, run__log_every=6), processes=2)
+    return out, run_script(flags(out, steps=24, run__save_every=8, run__micro_batch=4, run__log_every=6), processes=2)
 
 
 def test_torchrun_trains_and_prints_nothing_alarming(
@@ -241,7 +241,7 @@ def test_the_loss_falls_and_every_step_is_recorded_once(
 
 def test_the_last_checkpoints_are_kept(torchrun_run: Finished) -> None:
     out, _ = torchrun_run
-    assert steps_kept(out) == [20, 24]
+    assert steps_kept(out) == [16, 24]
     assert not list(out.glob(".*"))
 
 
@@ -356,7 +356,7 @@ def train_plainly(checkpoint: Path, data: Path, optim: OptimConfig, steps: int) 
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, found
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 2)])
 def test_weights_and_losses_are_those_of_a_plain_loop(
     processes: int, micro_batch: int, flags: Flags, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
