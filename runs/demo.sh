@@ -40,8 +40,8 @@ step "base: a Llama of 6 layers, trained from scratch"
 train pretrain base "$BASE_TOKENS" 1e-2 --model.config runs/demo_base.json --model.tokenizer "$OUT/tokenizer"
 measure base "$OUT/base/final"
 
-step "reduced-size baseline: 3 layers, no loop, trained from scratch on the tokens of base and uptraining"
-train pretrain reduced $((BASE_TOKENS + UPTRAIN_TOKENS)) 1e-2 \
+step "reduced-size baseline: 3 layers, no loop, from scratch on as many tokens as uptraining gets"
+train pretrain reduced "$UPTRAIN_TOKENS" 1e-2 \
     --model.config runs/demo_base.json --model.num_layers 3 --model.tokenizer "$OUT/tokenizer"
 measure reduced "$OUT/reduced/final"
 
