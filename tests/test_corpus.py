@@ -61,7 +61,7 @@ def test_files_come_in_the_order_given_sorted_within_a_glob_each_once(tmp_path: 
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["z.md", "a.txt", "b.txt", "sub/c.txt"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 40), max_size=30), step=st.integers(1, 90), newline=st.booleans())
 def test_byte_ranges_of_any_length_cover_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], step: int, newline: bool

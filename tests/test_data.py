@@ -23,7 +23,7 @@ def make_shards(*lengths: int) -> TokenShards:
     return TokenShards(Path("data"), "train", shards, 10_000, None, 0, "")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=4),
     seq_len=st.integers(1, 20),

@@ -104,7 +104,7 @@ def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None
     assert_matches_oracle(op(**inputs), inputs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     m=st.integers(0, 12),
     k=st.integers(1, 70),

@@ -47,7 +47,7 @@ def test_documents_come_back_as_they_were_written(directory: Path) -> None:
     assert (heldout.num_documents, heldout.num_tokens, heldout.text_bytes) == (1, 3, 11)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     batches=st.lists(st.lists(st.lists(st.integers(0, 419), min_size=1, max_size=12), max_size=6), max_size=5),
     shard_tokens=st.integers(1, 30),

@@ -85,14 +85,14 @@ def test_decoding_gives_the_text_back(loaded: dict[str, Tokenizer], kind: str, t
     assert tokenizer.decode(tokenizer.encode_document(text)) == text
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(text=any_text)
 def test_decoding_gives_any_text_back(loaded: dict[str, Tokenizer], text: str) -> None:
     for kind, tokenizer in loaded.items():
         assert tokenizer.decode(tokenizer.encode(text)) == text, kind
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(text=any_text | st.text(alphabet=" \n\tab<s>/_.", max_size=60))
 def test_the_two_published_files_of_one_tokenizer_give_the_same_ids(loaded: dict[str, Tokenizer], text: str) -> None:
     for family in ("gemma", "llama"):
