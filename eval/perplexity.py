@@ -5,7 +5,8 @@ tokenizer) or over text (.txt, .py, ...), .jsonl, .jsonl.zst and .jsonl.gz files
 
 The documents, each with the BOS and EOS that training gives it, are joined into one stream and cut into blocks of
 `--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in
-its block. The last block may be shorter.
+its block. The last block may be shorter. For families that have BOS (Gemma, Llama) every block begins with it, in
+place of the token before the block's first target, as in training; `--bos no` keeps that token.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from rrt.corpus import documents
 from rrt.errors import UserError
 from rrt.loaders import load_model, open_source
 from rrt.model import RecursiveTransformer
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
 from rrt.results import write_result
 from rrt.shards import open_shards
-from rrt.tensors import DTYPE_NAMES, dtype_name, parse_dtype
+from rrt.tensors import dtype_name
 from rrt.tokenizer import Tokenizer, check_vocab, load_tokenizer
 
 Pieces = Iterable[tuple[np.ndarray, int]]
@@ -51,7 +53,7 @@ def text_pieces(path: str, text_field: str, tokenizer: Tokenizer) -> Pieces:
     texts_left = documents(path, split="heldout", text_field=text_field)
     while texts := list(itertools.islice(texts_left, 64)):
         for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            yield np.asarray(ids), len(text.encode())
+            yield np.asarray(ids), len(text.encode("utf-8", "replace"))
 
 
 def blocks(stream: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
@@ -78,17 +80,29 @@ def batches(stream: Iterable[np.ndarray], context: int, batch_size: int) -> Iter
 
 
 @torch.no_grad()
-def block_loss(model: RecursiveTransformer, tokens: Tensor, exit_loop: int | None, head_rows: int) -> float:
+def block_loss(
+    model: RecursiveTransformer, tokens: Tensor, exit_loop: int | None, head_rows: int, bos_id: int | None
+) -> float:
     """Summed negative log-likelihood (nats) of `tokens[:, 1:]` [batch, T + 1] given what precedes in each row.
+
+    `bos_id`, if any, takes the place of each row's first token.
 
     The head runs on `head_rows` positions at a time: logits of a whole batch would not fit with a large vocabulary.
     """
     num_loops = None if exit_loop is None else exit_loop + 1
-    hidden = model.hidden_states(tokens[:, :-1], num_loops=num_loops)[-1].flatten(0, 1)
+    inputs = tokens[:, :-1].clone()
+    if bos_id is not None:
+        inputs[:, 0] = bos_id
+    hidden = model.hidden_states(inputs, num_loops=num_loops)[-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     parts = zip(hidden.split(head_rows), targets.split(head_rows), strict=True)
     sums = [F.cross_entropy(model.logits(h).float(), t, reduction="sum").double() for h, t in parts]
     return float(torch.stack(sums).sum())
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def pick_device(name: str) -> torch.device:
@@ -127,8 +141,13 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
     else:
         pieces, total = text_pieces(arguments.data, arguments.text_field, tokenizer), None
 
+    bos_id = tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
+    if arguments.bos == "yes" and bos_id is None:
+        raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
+        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
     device = pick_device(arguments.device)
-    dtype = source.dtype if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    dtype = chosen_dtype(arguments) or source.dtype
     model = load_model(arguments.checkpoint, dtype, device)
     model.set_merge(True)
 
@@ -145,10 +164,15 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
         total = arguments.max_tokens if total is None else min(total, arguments.max_tokens)
     with tqdm(total=total, unit="tok", unit_scale=True, desc="perplexity", disable=None) as bar:
         for tokens in batches(stream(), context, arguments.batch_size):
-            loss += block_loss(model, tokens.to(device), arguments.exit_loop, head_rows)
+            loss += block_loss(model, tokens.to(device), arguments.exit_loop, head_rows, bos_id)
             count += tokens[:, 1:].numel()
             bar.update(tokens[:, 1:].numel())
-            bar.set_postfix(ppl=f"{math.exp(min(loss / count, 700)):.3f}")
+            if not loss < math.inf:
+                raise UserError(
+                    f"{arguments.checkpoint}: the loss is {loss} after {count:,} tokens in {dtype_name(dtype)}; "
+                    "expected a finite number: try --dtype float32 or bfloat16"
+                )
+            bar.set_postfix(ppl=f"{_perplexity(loss / count):.3f}")
             if arguments.max_tokens is not None and count >= arguments.max_tokens:
                 break
     if count == 0:
@@ -160,10 +184,11 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.devic
         "exit_loop": source.recursive.num_loops - 1 if arguments.exit_loop is None else arguments.exit_loop,
         "num_loops": source.recursive.num_loops,
         "context": context,
+        "bos": bos_id is not None,
         "dtype": dtype_name(dtype),
         "tokens": count,
         "loss": loss / count,
-        "perplexity": math.exp(min(loss / count, 700)),
+        "perplexity": _perplexity(loss / count),
         # Of whole documents only: a limit in tokens cuts one, whose bytes are not known.
         "bits_per_byte": None if arguments.max_tokens is not None else loss / math.log(2) / text_bytes,
         "tokens_per_second": count / (time.perf_counter() - began),
@@ -184,13 +209,14 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward (default 8)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after the batch that reaches N tokens")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPE_NAMES), help="default: as stored")
+    parser.add_argument(
+        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin blocks with BOS (default auto: by family)"
+    )
+    add_dtype_flag(parser, "dtype to compute in")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
     arguments = parser.parse_args()
     result, device = evaluate(arguments)
-    if arguments.json is not None:
-        write_result(arguments.json, result, device)
     bits = "" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f} bits/byte  "
     print(
         f"{result['checkpoint']}: perplexity {result['perplexity']:.4f}  loss {result['loss']:.5f} nats/token  "
@@ -198,6 +224,8 @@ def main() -> None:
         f"exit after loop {result['exit_loop']} of 0..{result['num_loops'] - 1}, "
         f"{result['tokens_per_second']:,.0f} tok/s)"
     )
+    if arguments.json is not None:
+        write_result(arguments.json, result, device)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class CheckpointConfig:
         }
 
 
-def is_native(config_json: dict[str, Any]) -> bool:
+def is_checkpoint(config_json: dict[str, Any]) -> bool:
     """Whether a parsed `config.json` is ours rather than an HF one."""
     return config_json.get("format") == FORMAT
 

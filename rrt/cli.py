@@ -14,7 +14,7 @@ EXIT_USER_ERROR = 2
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main` as a command: bad input ends with one line on stderr and exit code 2.
 
-    SIGTERM is turned into `SystemExit`, so that half-written output is cleaned up as on Ctrl-C.
+    SIGTERM and SIGHUP are turned into `SystemExit`, so that half-written output is cleaned up as on Ctrl-C.
     """
     received: list[int] = []
 
@@ -24,7 +24,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise KeyboardInterrupt
         raise SystemExit(128 + signum)
 
-    signal.signal(signal.SIGTERM, stop)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(name, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
     try:

@@ -5,7 +5,6 @@ wrong types by name. The recipes of ``train/`` are read by the same function.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +13,9 @@ from typing import Any, Literal, TypeVar
 from rrt.errors import UserError
 
 T = TypeVar("T")
+
+# No real size comes near it, and sizes beyond it overflow in torch.
+_LARGEST = 2**40
 
 Family = Literal["gemma", "llama", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
@@ -107,8 +109,8 @@ def to_mapping(value: Any) -> dict[str, Any]:
 def _require_positive(config: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"field '{name}': found {value}; expected a positive number")
+        if not 0 < value < _LARGEST:
+            raise UserError(f"field '{name}': found {value}; expected a positive number below {_LARGEST:.0e}")
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,10 @@ class RecursiveConfig:
     def __post_init__(self) -> None:
         _require_positive(self, ("num_loops",))
         for name in ("prefix_length", "head_lora_rank"):
-            if getattr(self, name) < 0:
-                raise UserError(f"field '{name}': found {getattr(self, name)}; expected 0 or more")
+            if not 0 <= getattr(self, name) < _LARGEST:
+                raise UserError(
+                    f"field '{name}': found {getattr(self, name)}; expected 0 or more, below {_LARGEST:.0e}"
+                )
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")

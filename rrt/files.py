@@ -1,5 +1,6 @@
 """Output that is there whole or not at all: write beside, then rename."""
 
+import glob
 import hashlib
 import json
 import os
@@ -32,6 +33,24 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: already exists and is not empty; name another or add --overwrite")
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left beside `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh directory beside `path`; it becomes `path` when the block ends without error.
@@ -47,7 +66,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_leftovers(path)
     partial.mkdir()
     try:
         yield partial

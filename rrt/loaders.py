@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rrt.checkpoint import is_native, read_checkpoint_config
+from rrt.checkpoint import is_checkpoint, read_checkpoint_config
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.files import read_json
@@ -101,6 +101,12 @@ class HFSource(Source):
                 "expected them equal, as config.json says tie_word_embeddings"
             )
         self.dtype = self._files.dtype(embed_key)
+        others = sorted({dtype_name(self._files.dtype(key)) for key in expected} - {dtype_name(self.dtype)})
+        if others:
+            log.warning(
+                "%s: tensors of %s beside %s, which is taken for all unless another dtype is asked for",
+                self._files.path, ", ".join(others), dtype_name(self.dtype),
+            )  # fmt: skip
 
     def get(self, name: str) -> Tensor:
         entry, part = self._where[name]
@@ -112,7 +118,7 @@ class HFSource(Source):
         return per_head[:, part].flatten(0, 1)
 
 
-class NativeSource(Source):
+class CheckpointSource(Source):
     """One of our own checkpoints."""
 
     def __init__(self, directory: Path) -> None:
@@ -150,8 +156,8 @@ def open_source(directory: str | Path) -> Source:
         raise UserError(f"{directory}: {found}; expected an HF model directory or a checkpoint")
     path = directory / "config.json"
     config = read_json(path)
-    if is_native(config):
-        return NativeSource(directory)
+    if is_checkpoint(config):
+        return CheckpointSource(directory)
     return HFSource(directory, model_config_from_hf(config, str(path)))
 
 

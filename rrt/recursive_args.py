@@ -5,10 +5,9 @@ import argparse
 import torch
 
 from rrt.config import LoraRanks
-from rrt.tensors import parse_dtype
+from rrt.tensors import DTYPE_NAMES, parse_dtype
 
 LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
-_DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +47,7 @@ def add_untie_norms_flag(parser: argparse.ArgumentParser) -> None:
 def add_dtype_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
     """``--dtype``; read it with `chosen_dtype`."""
     parser.add_argument(
-        "--dtype", choices=_DTYPE_CHOICES, default="auto", help=f"{purpose}; auto: as stored (default: auto)"
+        "--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help=f"{purpose}; auto: as stored (default: auto)"
     )
 
 

@@ -5,11 +5,10 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rrt.errors import UserError
@@ -42,6 +41,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 PARAMETER_DTYPES = frozenset(_DTYPES.values())
 
 
@@ -138,7 +138,8 @@ class TensorFiles:
             with safe_open(path, framework="pt") as stream:
                 tensor: Tensor = stream.get_tensor(key)
             return tensor
-        if self._open_pickle[0] != path or self._pickle_bytes_read > path.stat().st_size // 32:
+        stale = zipfile.is_zipfile(path) and self._pickle_bytes_read > path.stat().st_size // 32
+        if self._open_pickle[0] != path or stale:
             self._open_pickle = (None, {})
             self._open_pickle = (path, _load_pickle(path, "cpu"))
             self._pickle_bytes_read = 0
@@ -189,35 +190,62 @@ def _pickle_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dty
 class SafetensorsWriter:
     """Write `model.safetensors`, or shards with an index once `max_shard_bytes` is exceeded.
 
-    Tensors are buffered up to one shard, so memory stays below `max_shard_bytes` plus one tensor.
+    Each tensor goes to its file at once, so memory holds one. The header, which the format puts first, is
+    written last into space kept for it (padded with blanks, as the format allows).
     Call `add` per tensor and `finish` once.
     """
+
+    HEADER_BYTES = 2**18
 
     def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
         self.total_bytes = 0
-        self._buffer: dict[str, Tensor] = {}
-        self._buffer_bytes = 0
+        self._file: BinaryIO | None = None
+        self._header: dict[str, Any] = {}
+        self._header_size = 0
+        self._shard_bytes = 0
         self._shards: list[list[str]] = []
 
     def add(self, key: str, tensor: Tensor) -> None:
-        if self._buffer and self._buffer_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        self._buffer[key] = tensor.detach().cpu().contiguous()
-        self._buffer_bytes += tensor.nbytes
+        entry = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        entry_size = len(json.dumps({key: entry})) + 64  # and its offsets
+        full = self._shard_bytes + tensor.nbytes > self.max_shard_bytes
+        if self._file is not None and (full or self._header_size + entry_size > self.HEADER_BYTES):
+            self._close_shard()
+        if self._file is None:
+            self._open_shard()
+        assert self._file is not None
+        # Viewed as bytes: numpy has no bfloat16.
+        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(self._file)
+        end = self._shard_bytes + tensor.nbytes
+        self._header[key] = {**entry, "data_offsets": [self._shard_bytes, end]}
+        self._header_size += entry_size
+        self._shard_bytes = end
         self.total_bytes += tensor.nbytes
 
     def _shard_path(self, index: int) -> Path:
         return self.directory / f"shard-{index}.safetensors"
 
-    def _flush(self) -> None:
-        save_file(self._buffer, self._shard_path(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._buffer))
-        self._buffer, self._buffer_bytes = {}, 0
+    def _open_shard(self) -> None:
+        self._file = self._shard_path(len(self._shards)).open("wb")
+        self._file.seek(8 + self.HEADER_BYTES)
+        self._header = {"__metadata__": {"format": "pt"}}
+        self._header_size = len(json.dumps(self._header))
+        self._shard_bytes = 0
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.write(self.HEADER_BYTES.to_bytes(8, "little"))
+        self._file.write(json.dumps(self._header).encode("ascii").ljust(self.HEADER_BYTES))
+        self._file.close()
+        self._shards.append([key for key in self._header if key != "__metadata__"])
+        self._file = None
 
     def finish(self) -> None:
-        self._flush()
+        if self._file is not None:
+            self._close_shard()
         if len(self._shards) == 1:
             self._shard_path(0).rename(self.directory / "model.safetensors")
             return

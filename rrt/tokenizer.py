@@ -321,6 +321,8 @@ class _Settings:
         config = self._read("config.json")
         ours = config.get("format") == "rrt"
         self._config: dict[str, Any] = config.get("model", {}) if ours else config
+        if not isinstance(self._config, dict):
+            raise UserError(f"{directory / 'config.json'}: field 'model': found {self._config!r}; expected an object")
         self._family = self._config.get("family" if ours else "model_type")
         self._tokenizer_config = self._read("tokenizer_config.json")
         self._special_tokens_map = self._read("special_tokens_map.json")

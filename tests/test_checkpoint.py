@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from rrt.checkpoint import (
     CheckpointConfig,
     fingerprint,
-    is_native,
+    is_checkpoint,
     make_provenance,
     read_checkpoint_config,
     write_checkpoint,
@@ -93,7 +93,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(checkpoint):
     config = read_checkpoint_config(checkpoint / "config.json")
     assert config == CheckpointConfig(MODEL, EVERYTHING, torch.float32)
     data = json.loads((checkpoint / "config.json").read_text())
-    assert is_native(data) and data["format_version"] == 1 and not is_native({"model_type": "llama"})
+    assert is_checkpoint(data) and data["format_version"] == 1 and not is_checkpoint({"model_type": "llama"})
     model, loaded = random_model(), load_model(checkpoint)
     assert not loaded.training
     for (name, expected), (found_name, found) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):

@@ -1,5 +1,6 @@
 """Training windows over real shard files of known tokens."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_a_window_that_just_fits_is_used() -> None:
     assert len(Windows(make_shards(8, 9, 17), 8, 0)) == 3
     with pytest.raises(UserError, match="data: split 'train' has 8 tokens in 1 shard"):
         Windows(make_shards(8), 8, 0)
+
+
+def test_windows_begin_with_bos_where_documents_do() -> None:
+    shards = dataclasses.replace(make_shards(41), bos_id=7)
+    inputs, targets = Windows(shards, 4, 0).batch(0, 10)
+    assert inputs[:, 0].tolist() == [7] * 10
+    assert torch.equal(targets[:, 1:], inputs[:, 1:] + 1) and sorted(targets.flatten().tolist()) == list(range(1, 41))
 
 
 def test_epochs_are_shuffled_anew() -> None:

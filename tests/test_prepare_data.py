@@ -159,7 +159,12 @@ def test_another_tokenizer_or_option_starts_anew(
     interrupted: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_sentencepiece_tokenizer(tmp_path / "gemma", "gemma")
-    prepare_data([f"{corpus}/*"], other, interrupted)
+    (tmp_path / "out.partial" / "notes.txt").write_text("not ours")
+    with pytest.raises(UserError, match="finished units of other inputs or options"):
+        prepare_data([f"{corpus}/*"], other, interrupted)
+    assert len(list(tmp_path.glob("out.partial/unit-*.npy"))) >= 4
+    assert (tmp_path / "out.partial" / "notes.txt").exists()
+    prepare_data([f"{corpus}/*"], other, interrupted, overwrite=True)
     assert "starting anew" in capsys.readouterr().out
     open_shards(interrupted, "train").check_tokenizer(load_tokenizer(other))
 

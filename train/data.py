@@ -52,7 +52,14 @@ class Windows:
         return self.window(int(self._order[place]))
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64."""
+        """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64.
+
+        Where documents begin with BOS so does every window, in place of its first input token.
+        """
         rows = np.stack([self.sample(position) for position in range(first, first + count)]).astype(np.int64)
         tokens = torch.from_numpy(rows)
-        return tokens[:, :-1], tokens[:, 1:]
+        inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
+        if self.shards.bos_id is not None:
+            # Models pretrained with BOS put much of their attention there: a window always begins with it.
+            inputs[:, 0] = self.shards.bos_id
+        return inputs, targets

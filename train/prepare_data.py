@@ -122,7 +122,7 @@ def prepare_data(
     partial = out.with_name(f"{out.name}.partial")
     with locked_directory(partial):
         job = Job(units, tokenizer, text_field, partial)
-        finished = keep_finished(job)
+        finished = keep_finished(job, overwrite)
         workers = min(workers, len(units) - len(finished))
         print(f"{len(units) - len(finished)} units on {workers} worker processes, into {out}", flush=True)
         try:
@@ -215,8 +215,12 @@ def locked_directory(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def keep_finished(job: Job) -> set[str]:
-    """Names of the units that an earlier run finished; everything else it left is removed."""
+def keep_finished(job: Job, overwrite: bool) -> set[str]:
+    """Names of the units that an earlier run finished; what else it left is removed.
+
+    Raises:
+        UserError: all finished units are of other inputs or options, and `overwrite` is false.
+    """
     itemsize = token_dtype(job.tokenizer.vocab_size).itemsize
     finished: set[str] = set()
     for unit in job.units:
@@ -224,7 +228,12 @@ def keep_finished(job: Job) -> set[str]:
             tokens = int(np.load(job.documents_path(unit))[:, 0].sum())
             if job.tokens_path(unit).stat().st_size == tokens * itemsize:
                 finished.add(unit.name)
-    earlier = list(job.directory.iterdir())
+    earlier = list(job.directory.glob("unit-*"))
+    if not finished and not overwrite and any(path.suffix == ".npy" for path in earlier):
+        raise UserError(
+            f"{job.directory}: holds finished units of other inputs or options; repeat that command to go on with it, "
+            "or add --overwrite to start anew"
+        )
     for path in earlier:
         if path.stem not in finished or path.suffix not in (".bin", ".npy"):
             path.unlink()

@@ -121,7 +121,6 @@ inline typename D::Acc sum_lanes(const typename D::Vec (&v)[kParts]) {
   return lane[0];
 }
 
-// out[c][r] = dot(w + c * w_stride, x + r * x_stride) over `size` columns; x has zeros up to a whole vector.
 // acc[c][r] += w[c] * x[r], over 64 bytes of accumulators each.
 template <class D, int COLS, int ROWS>
 inline void multiply_add(const typename D::Storage* w, int64_t w_stride, const typename D::Acc* x, int64_t x_stride,
