@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models_util import make_hf_model
+from safetensors.torch import load_file, save_file
 from tokenizers_util import make_bpe_tokenizer, training_texts
 
 from eval.bigram import DISCOUNT, bigram_loss
@@ -59,12 +60,15 @@ def shard_dir(model_dir, texts, tmp_path_factory):
 
 
 @torch.no_grad()
-def slow_loss(model, stream, context, exit_loop=None):
+def slow_loss(model, stream, context, exit_loop=None, bos_id=None):
     """Mean loss of stream[1:], each token from those before it in its block, one token at a time."""
     losses = []
     for target in range(1, len(stream)):
         start = (target - 1) // context * context
-        logits = model(stream[None, start:target], exit_loop=exit_loop)[0, -1]
+        inputs = stream[None, start:target].clone()
+        if bos_id is not None:
+            inputs[0, 0] = bos_id
+        logits = model(inputs, exit_loop=exit_loop)[0, -1]
         losses.append(F.cross_entropy(logits.double(), stream[target]))
     return torch.stack(losses).mean().item()
 
@@ -82,14 +86,15 @@ def test_blocks_predict_every_token_but_the_first_once(pieces):
 def test_perplexity_of_shards_equals_the_slow_way_under_any_batch_size(model_dir, shard_dir, texts, tmp_path):
     tokenizer = load_tokenizer(model_dir)
     stream = torch.tensor([token for ids in tokenizer.encode_documents(texts) for token in ids])
-    expected = slow_loss(load_model(model_dir), stream, context=33)
-    for batch_size in (1, 4, 100):
+    for batch_size, bos in ((1, "auto"), (4, "auto"), (100, "yes"), (4, "no")):
+        bos_id = None if bos == "no" else tokenizer.bos_id
+        expected = slow_loss(load_model(model_dir), stream, context=33, bos_id=bos_id)
         out = tmp_path / f"{batch_size}.json"
         done = run("perplexity.py", "--checkpoint", model_dir, "--data", shard_dir, "--context", 33,
-                   "--batch-size", batch_size, "--json", out)  # fmt: skip
+                   "--batch-size", batch_size, "--bos", bos, "--json", out)  # fmt: skip
         assert done.returncode == 0, done.stderr
         result = json.loads(out.read_text())
-        assert result["tokens"] == len(stream) - 1
+        assert result["tokens"] == len(stream) - 1 and result["bos"] == (bos != "no")
         assert result["loss"] == pytest.approx(expected, rel=1e-6)
         assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
         text_bytes = sum(len(text.encode()) for text in texts)
@@ -126,7 +131,8 @@ def test_exit_loop_measures_a_recursive_checkpoint_after_that_loop(model_dir, sh
         flags = ("--checkpoint", converted, "--data", shards, "--exit-loop", exit_loop, "--json", out)
         assert run("perplexity.py", *flags).returncode == 0
         losses.append(json.loads(out.read_text())["loss"])
-        assert losses[-1] == pytest.approx(slow_loss(load_model(converted), stream, 256, exit_loop), rel=1e-6)
+        expected = slow_loss(load_model(converted), stream, 256, exit_loop, load_tokenizer(converted).bos_id)
+        assert losses[-1] == pytest.approx(expected, rel=1e-6)
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -137,6 +143,11 @@ def test_bad_input_ends_with_one_line_and_no_result(model_dir, shard_dir, tmp_pa
     for file in load_tokenizer(tmp_path / "tok").files:
         shutil.copy(file, other)
     (tmp_path / "empty.txt").write_text("")
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     cases = [
         ((model_dir, shard_dir, "--exit-loop", 1), "--exit-loop: found 1"),
         ((model_dir, shard_dir, "--context", 100000), "--context: found 100000"),
@@ -144,6 +155,7 @@ def test_bad_input_ends_with_one_line_and_no_result(model_dir, shard_dir, tmp_pa
         ((model_dir, shard_dir, "--max-tokens", 0), "--max-tokens: found 0"),
         ((model_dir, shard_dir, "--device", "abacus"), "--device: found 'abacus'"),
         ((model_dir, shard_dir, "--split", "dev"), "no split 'dev'"),
+        ((broken, shard_dir), "expected a finite number"),
         ((other, shard_dir), "made with the tokenizer"),
         ((model_dir, tmp_path / "empty.txt"), "empty.txt"),
         ((tmp_path / "nowhere", shard_dir), "no such directory"),

@@ -28,6 +28,14 @@ from rrt.model import RecursiveTransformer
 T = TypeVar("T")
 
 
+class AgreedError(UserError):
+    """Bad input that every process knows of."""
+
+
+class LoneError(UserError):
+    """Bad input that one process met by itself."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among the others, and the device it computes on."""
@@ -69,9 +77,11 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), target, mesh)
-    except UserError:  # which all processes meet together; after any other one, leaving in order would hang
+    except AgreedError:
         dist.destroy_process_group()
         raise
+    except UserError as error:  # the others wait for this process: leaving the group in order would hang
+        raise LoneError(str(error)) from error
     dist.destroy_process_group()
 
 
@@ -92,19 +102,27 @@ def agree(action: Callable[[], T]) -> T:
     dist.all_gather_object(messages, message)
     for found in messages:
         if found is not None:
-            raise UserError(found)
+            raise AgreedError(found)
     return cast(T, result)
 
 
+def from_main(action: Callable[[], T]) -> T:
+    """What `action` gives the first process, in all of them; errors as in `agree`."""
+    result = agree(action if dist.get_rank() == 0 else lambda: None)
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
+
+
 def only_main_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """For errors that all processes meet alike: the first prints them, all end with the same exit code."""
+    """Errors that all processes meet alike are printed by the first; all end with the same exit code."""
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
-        except UserError:
-            if int(os.environ.get("RANK", "0")) == 0:
+        except UserError as error:
+            if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LoneError):
                 raise
             sys.exit(EXIT_USER_ERROR)
 

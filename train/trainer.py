@@ -1,6 +1,7 @@
 """The trainer: one loop for uptraining and for training from scratch, on any number of processes."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import resource
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -23,17 +25,28 @@ from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
 from rrt.cli import human_bytes, human_count
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
-from rrt.files import atomic_write, read_json
+from rrt.files import atomic_write, read_json, sha256_file
 from rrt.loaders import meta_model
-from rrt.shards import open_shards
+from rrt.lora import LoopLinear
+from rrt.shards import META_FILE, open_shards
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
 from train.data import Windows
-from train.distributed import Processes, agree, fill_parameters, full_parameters, set_last_micro_batch, shard_model
+from train.distributed import (
+    AgreedError,
+    Processes,
+    agree,
+    fill_parameters,
+    from_main,
+    full_parameters,
+    set_last_micro_batch,
+    shard_model,
+)
 from train.losses import next_token_loss
 from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
 
 RECIPE_FILE = "recipe.toml"
+LOCK_FILE = ".lock"
 STATE_FILE = "trainer.json"
 
 
@@ -125,12 +138,15 @@ class Trainer:
                 f"field 'data.seq_len': found {recipe.data.seq_len}; expected at most the model's "
                 f"max_position_embeddings = {start.model.max_position_embeddings}"
             )
+        if processes.is_main:
+            # Before training: the parent may be gone when it ends.
+            self.provenance = make_provenance(start.stage, start.parent, data=recipe.data.path)
         self._check_out()
         self.step = 0
 
     def run(self) -> None:
         """Train to the end, resuming from the newest checkpoint of `run.out`; write `final/`."""
-        agree(self._prepare_out)
+        self.resumed = from_main(self._prepare_out)
         self._build()
         self._resume()
         self._describe()
@@ -155,9 +171,10 @@ class Trainer:
             rate = learning_rate(self.recipe.optim, self.step, self.steps)
             loss, grad_norm = self._train_step(rate)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise UserError(
+                saved = f"from step {self.step_saved}" if self.step_saved > 0 else "from the start"
+                raise AgreedError(
                     f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; expected finite numbers: "
-                    f"the weights of the last checkpoint in {self.out} are intact, lower optim.lr and resume"
+                    f"lower optim.lr and run again, which continues {saved}"
                 )
             self.step += 1
             record: dict[str, Any] = {
@@ -178,6 +195,7 @@ class Trainer:
             metrics.write(record)
             if run.save_every and self.step % run.save_every == 0:
                 self._save_step()
+                window_began, window_first = time.perf_counter(), self.step
 
     def _train_step(self, rate: float) -> tuple[float, float]:
         """One optimizer step. Returns the mean loss over all processes (nats per token) and the gradient norm."""
@@ -201,7 +219,9 @@ class Trainer:
         return total.item() / processes.world_size, norm.item()
 
     def _check_out(self) -> None:
-        """Refuse a directory that is not an earlier part of this same run."""
+        """Refuse a directory that is not an earlier part of this same run. The first process looks for all."""
+        if not self.processes.is_main:
+            return
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; expected a directory")
         if not self.out.is_dir() or not any(self.out.iterdir()):
@@ -239,35 +259,42 @@ class Trainer:
             "model": dataclasses.asdict(self.start.model),
             "recursive": dataclasses.asdict(self.start.recursive),
             "data.seq_len": self.recipe.data.seq_len,
-            "data.tokens": self.windows.shards.num_tokens,
+            "data": sha256_file(Path(self.recipe.data.path) / META_FILE),
+            "parent": self.provenance["parent"] and self.provenance["parent"]["sha256"],
             "run.batch_tokens": self.recipe.run.batch_tokens,
             "run.tokens": self.recipe.run.tokens,
             "run.seed": self.recipe.run.seed,
         }
         return dict(json.loads(json.dumps(identity)))
 
-    def _prepare_out(self) -> None:
-        if not self.processes.is_main:
-            return
-        if self.recipe.run.overwrite and self.out.is_dir():
-            shutil.rmtree(self.out)
+    def _prepare_out(self) -> Path | None:
+        """Lock and clean `run.out`; returns the checkpoint to resume from, if any. For the first process."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for pattern in (".step-*", ".final.*"):
-            for leftover in self.out.glob(pattern):
-                shutil.rmtree(leftover)
+        self._lock = (self.out / LOCK_FILE).open("w")  # until this process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out}: another training run writes to it; expected none") from None
+        for pattern in ("*", ".*") if self.recipe.run.overwrite else (".step-*", ".final.*"):
+            for old in self.out.glob(pattern):
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != LOCK_FILE:
+                    old.unlink()
         recipe: Any = self.recipe
         # Running it again must resume, not delete.
         again = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
         atomic_write(self.out / RECIPE_FILE, to_toml(again))
+        saved = step_directories(self.out)
+        return saved[-1][1] if saved else None
 
     def _resume(self) -> None:
-        saved = step_directories(self.out)
         self.step_saved = -1
-        if not saved:
-            fill_parameters(self.model, self.start.open())
+        if self.resumed is None:
+            agree(lambda: fill_parameters(self.model, self.start.open()))
             return
-        self.step, directory = saved[-1]
-        self.step_saved = self.step
+        directory = self.resumed
+        self.step = self.step_saved = int(directory.name.removeprefix("step-"))
         # The optimizer's settings are the recipe's, which may have changed, not the checkpoint's.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
@@ -282,34 +309,44 @@ class Trainer:
         target = self.out / f"step-{self.step}"
         partial = self.out / f".{target.name}"
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-        if self.processes.is_main:
-            atomic_write(partial / STATE_FILE, json.dumps({"step": self.step, "identity": self._identity()}, indent=2))
+        try:
+            save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        except CheckpointException as error:  # raised in all processes, with what each of them met
+            if self.processes.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+            raise AgreedError(f"{target}: cannot be written ({causes}); earlier checkpoints are intact") from None
+
+        def complete() -> None:
+            state = {"step": self.step, "identity": self._identity()}
+            atomic_write(partial / STATE_FILE, json.dumps(state, indent=2))
             partial.rename(target)
             for _, old in step_directories(self.out)[: -self.recipe.run.keep]:
                 # Under a hidden name first: a half-deleted one must not look complete.
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+
+        from_main(complete)
         self.step_saved = self.step
-        dist.barrier()
 
     def _save_final(self) -> None:
-        """Gather the parameters into an ordinary checkpoint directory, `final/`."""
+        """Gather the parameters into an ordinary checkpoint directory, `final/`.
+
+        Gathered first and written then, when no process waits in a collective that could time out.
+        """
         config = CheckpointConfig(self.start.model, self.start.recursive, parse_dtype(self.recipe.run.save_dtype))
         target = self.out / "final"
+        gathered = {}
+        for name, tensor in full_parameters(self.model):
+            if self.processes.is_main:
+                gathered[name] = tensor.to("cpu", config.dtype)
+        dist.barrier()
         if self.processes.is_main:
-            tokens = self.step * self.recipe.run.batch_tokens
-            provenance = make_provenance(
-                self.start.stage, self.start.parent, data=self.recipe.data.path, tokens=tokens, steps=self.step
-            )
-            with write_checkpoint(target, config, provenance) as writer:
-                for name, tensor in full_parameters(self.model):
+            trained = {"tokens": self.step * self.recipe.run.batch_tokens, "steps": self.step}
+            with write_checkpoint(target, config, {**self.provenance, **trained}) as writer:
+                for name, tensor in gathered.items():
                     writer.add(name, tensor)
                 self.start.tokenizer.save(writer.directory)
-        else:
-            for _ in full_parameters(self.model):
-                pass
-        dist.barrier()
-        self._print(f"wrote {target}")
+            print(f"wrote {target}", flush=True)
 
     def _describe(self) -> None:
         """Say what is about to happen: sizes, tokens, memory."""
@@ -317,9 +354,12 @@ class Trainer:
         count = sum(p.numel() for p in self.model.parameters())
         block = sum(p.numel() for p in self.model.stack.parameters())
         width = 2 if run.dtype == "bf16" else 4
-        # fp32 weights, gradients and two moments are sharded; gathered weights and, while micro-batches
-        # accumulate, unreduced gradients are not.
-        memory = count * 16 / world + count * width + (count * 4 if self.accumulation > 1 else 0)
+        linears = [module for module in self.model.modules() if isinstance(module, LoopLinear) and module.rank]
+        merged = sum(linear.in_features * linear.out_features for linear in linears) if run.lora == "merged" else 0
+        # Sharded: fp32 weights, gradients and two moments. Whole: the gathered weights and their gradients, these
+        # again in fp32 while they accumulate and when they are reduced, and what backward needs of merged weights.
+        whole = count * 2 * width + block * 4 + (count * 4 if self.accumulation > 1 else 0)
+        memory = count * 16 / world + whole + merged * self.start.recursive.num_loops * width
         vocab_bytes = run.micro_batch * self.recipe.data.seq_len * self.start.model.vocab_size * (8 + width)
         epochs = self.steps * run.batch_tokens / (len(self.windows) * self.recipe.data.seq_len)
         model, recursive = self.start.model, self.start.recursive
