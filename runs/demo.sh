@@ -3,32 +3,39 @@
 #
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
 # uptrains it plain and relaxed, and measures everything on packages that training never saw.
-# Results: runs/out/demo/{report.md,curves.png,*.json}. From the environment, for a shorter or another run:
-#   OUT, BASE_TOKENS, UPTRAIN_TOKENS, EVAL_TOKENS (default: all), RANK, PROCESSES, DTYPE (bf16 | fp32)
+# Results: runs/out/demo/{report.md,report.json,curves.png,*.json}. From the environment, for another run: DEMO_OUT,
+# DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EVAL_TOKENS (default: all), DEMO_LORA_RANK, DEMO_PROCESSES,
+# DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
-OUT=${OUT:-runs/out/demo}
-BASE_TOKENS=${BASE_TOKENS:-1966080}
-UPTRAIN_TOKENS=${UPTRAIN_TOKENS:-655360}
-RANK=${RANK:-16}
-PROCESSES=${PROCESSES:-2}
+OUT=${DEMO_OUT:-runs/out/demo}
+BASE_TOKENS=${DEMO_BASE_TOKENS:-1966080}
+UPTRAIN_TOKENS=${DEMO_UPTRAIN_TOKENS:-655360}
+LORA_RANK=${DEMO_LORA_RANK:-16}
+PROCESSES=${DEMO_PROCESSES:-2}
+DEVICE=${DEMO_DEVICE:-cpu}
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
-DTYPE=${DTYPE:-$(python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')}
+DTYPE=${DEMO_DTYPE:-$(python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')}
 
+if [ -e "$OUT" ] && [ ! -e "$OUT/.demo" ]; then
+    echo "error: $OUT: exists and is not an earlier demo's; name another DEMO_OUT" >&2
+    exit 2
+fi
 rm -rf "$OUT"
 mkdir -p "$OUT"
+touch "$OUT/.demo"
 began=$SECONDS
 step() { printf '\n=== %s (%d s)\n' "$1" $((SECONDS - began)); }
 train() { # command, output directory, tokens, learning rate, further flags
     OMP_NUM_THREADS=1 torchrun --nproc-per-node "$PROCESSES" "train/$1.py" --data.path "$OUT/data" --data.seq_len 256 \
         --run.out "$OUT/$2" --run.tokens "$3" --optim.lr "$4" --run.batch_tokens 4096 --run.micro_batch $((16 / PROCESSES)) \
-        --run.dtype "$DTYPE" --run.lora plain --run.save_every 0 --run.log_every 20 --optim.warmup_steps 20 "${@:5}"
+        --run.device "$DEVICE" --run.dtype "$DTYPE" --run.lora plain --run.save_every 0 --run.log_every 20 --optim.warmup_steps 20 "${@:5}"
 }
 measure() { # name, checkpoint
-    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --dtype "$DTYPE" \
-        ${EVAL_TOKENS:+--max-tokens "$EVAL_TOKENS"} --json "$OUT/$1.json"
+    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --device "$DEVICE" --dtype "$DTYPE" \
+        ${DEMO_EVAL_TOKENS:+--max-tokens "$DEMO_EVAL_TOKENS"} --json "$OUT/$1.json"
 }
 
 step "tokenizer and corpus: the standard library of this Python"
@@ -51,8 +58,8 @@ measure recursive-before "$OUT/recursive"
 train uptrain recursive-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/recursive"
 measure recursive-after "$OUT/recursive-uptrained/final"
 
-step "relaxed: averaged layers and a LoRA of rank $RANK per depth, from the SVD"
-python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$RANK"
+step "relaxed: averaged layers and a LoRA of rank $LORA_RANK per depth, from the SVD"
+python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$LORA_RANK"
 measure relaxed-before "$OUT/relaxed"
 train uptrain relaxed-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/relaxed"
 measure relaxed-after "$OUT/relaxed-uptrained/final"

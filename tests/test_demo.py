@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.timeout(900)
 def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_path):
     settings = {
-        "OUT": str(tmp_path / "demo"),
-        "BASE_TOKENS": "40960",
-        "UPTRAIN_TOKENS": "16384",
-        "EVAL_TOKENS": "8192",
+        "DEMO_OUT": str(tmp_path / "demo"),
+        "DEMO_BASE_TOKENS": "40960",
+        "DEMO_UPTRAIN_TOKENS": "16384",
+        "DEMO_EVAL_TOKENS": "8192",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
@@ -35,10 +35,17 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
     assert models["relaxed"]["lora_params"] > 0 == models["recursive"]["lora_params"]
     for name in ("recursive", "relaxed"):
         assert models[name]["perplexity"] < models[name]["perplexity_before"]
-    # Averaging loses what the LoRA partly gives back; the table shows every number of the report.
     table = (out / "report.md").read_text()
     assert all(f"{row['perplexity']:.2f}" in table for row in models.values())
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    bigram = json.loads((out / "bigram.json").read_text())
+    bigram["perplexity"] = 2.01 * models["base"]["perplexity"]
+    (out / "bigram.json").write_text(json.dumps(bigram))
+    command = [sys.executable, str(ROOT / "runs" / "demo_report.py"), str(out)]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == (out / "report.md").read_text().strip()
 
     exported = transformers.AutoModelForCausalLM.from_pretrained(out / "relaxed-hf")
     assert exported.config.num_hidden_layers == 6

@@ -1,5 +1,9 @@
 """Output that is there whole or not at all, and JSON that is read or refused in one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from rrt.errors import UserError
@@ -128,3 +132,16 @@ def test_json_goes_round_and_bad_json_is_one_line(tmp_path):
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_a_killed_process_left_behind_goes_with_the_next_run_and_a_living_ones_stays(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".out.partial-{pid}").mkdir()
+        (tmp_path / f".out.partial-{pid}" / "weights").write_text("half")
+    (tmp_path / ".outer.partial-notes").mkdir()
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("whole")
+    left = [f".out.partial-{os.getppid()}", ".outer.partial-notes", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

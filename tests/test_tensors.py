@@ -217,3 +217,18 @@ def test_dtype_names():
     assert dtype_name(torch.float32) == "float32" and parse_dtype("float32") is torch.float32
     with pytest.raises(UserError, match=r"dtype: found 'int8'; expected one of float32, bfloat16"):
         parse_dtype("int8")
+
+
+def test_more_tensors_than_the_header_holds_go_to_another_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(SafetensorsWriter, "HEADER_BYTES", 2**10)
+    tensors = {f"layer.{number}": torch.randn(3, number % 5).to(torch.bfloat16) for number in range(40)}
+    tensors["scalar"] = torch.tensor(1.5)
+    writer = SafetensorsWriter(tmp_path)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    files = TensorFiles(tmp_path)
+    assert len({files.file(name) for name in files}) > 3
+    assert set(files) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(files.get(name), tensor) and files.dtype(name) == tensor.dtype

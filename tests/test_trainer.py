@@ -1,6 +1,7 @@
 """The training commands from end to end on a tiny model, and the trainer's parts."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import pretrain, uptrain
 from train.data import Windows
-from train.distributed import agree, processes
+from train.distributed import AgreedError, agree, processes
 from train.losses import next_token_loss
 from train.recipe import OptimConfig, read_recipe
 from train.trainer import Trainer, learning_rate, make_optimizer, step_directories
@@ -152,7 +153,7 @@ def uptrain_until(step: int, argv: list[str]) -> None:
 
         def take(self: Trainer, rate: float) -> tuple[float, float]:
             if self.step == step:
-                raise UserError("interrupted here")
+                raise AgreedError("interrupted here")
             return whole(self, rate)
 
         patch.setattr(Trainer, "_train_step", take)
@@ -270,7 +271,7 @@ def test_the_recipe_left_behind_runs_again_and_gives_the_same(torchrun_run: Fini
     assert losses(tmp_path / "again") == losses(out)
 
 
-def test_without_torchrun_a_run_killed_at_any_time_goes_on_as_if_it_had_not_been(flags: Flags, tmp_path: Path) -> None:
+def test_without_torchrun_a_run_killed_goes_on_as_if_it_had_not_been(flags: Flags, tmp_path: Path) -> None:
     settings = dict(steps=40, run__save_every=10, run__micro_batch=4)
     uptrain_here(flags(tmp_path / "whole", **settings))
     out = tmp_path / "killed"
@@ -419,6 +420,18 @@ def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
     with pytest.raises(UserError, match=r"lies in run\.out"):
         uptrain_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
     assert (out / "final").exists()
+
+
+def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    uptrain_until(3, flags(out, run__save_every=2))
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another training run writes to it"):
+        uptrain_here(flags(out, run__save_every=2))
+    assert steps_kept(out) == [2]
+    os.close(handle)
+    uptrain_here(flags(out, run__save_every=2))
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,8 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any], overwrite: bool) -> None:
     """Join the units into shards; `out` appears when all of it is there."""
+    size = sum(job.tokens_path(unit).stat().st_size for unit in job.units)
+    print(f"joining {len(job.units)} units, {human_bytes(size)} of tokens", flush=True)
     dtype = token_dtype(job.tokenizer.vocab_size)
     documents = dict.fromkeys((unit.split for unit in job.units), 0)
     with atomic_directory(out, overwrite) as directory, ShardWriter(directory, job.tokenizer, shard_tokens) as writer:

@@ -1,9 +1,11 @@
 """The trainer: one loop for uptraining and for training from scratch, on any number of processes."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -46,7 +48,6 @@ from train.losses import next_token_loss
 from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
 
 RECIPE_FILE = "recipe.toml"
-LOCK_FILE = ".lock"
 STATE_FILE = "trainer.json"
 
 
@@ -146,6 +147,10 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, resuming from the newest checkpoint of `run.out`; write `final/`."""
+        with contextlib.ExitStack() as self._cleanup:
+            self._run()
+
+    def _run(self) -> None:
         self.resumed = from_main(self._prepare_out)
         self._build()
         self._resume()
@@ -270,16 +275,17 @@ class Trainer:
     def _prepare_out(self) -> Path | None:
         """Lock and clean `run.out`; returns the checkpoint to resume from, if any. For the first process."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / LOCK_FILE).open("w")  # until this process ends
+        lock = os.open(self.out, os.O_RDONLY)
+        self._cleanup.callback(os.close, lock)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.out}: another training run writes to it; expected none") from None
         for pattern in ("*", ".*") if self.recipe.run.overwrite else (".step-*", ".final.*"):
             for old in self.out.glob(pattern):
                 if old.is_dir():
                     shutil.rmtree(old)
-                elif old.name != LOCK_FILE:
+                else:
                     old.unlink()
         recipe: Any = self.recipe
         # Running it again must resume, not delete.
