@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from rrt.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -242,6 +240,8 @@ def _gzip_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    import zstandard  # here, so that a machine without it can do all but read such files
+
     with path.open("rb") as stream:
         try:
             yield from _zstd_frames(stream)
@@ -250,6 +250,8 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_frames(stream: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
     # By hand, not `stream_reader`: that one takes a file cut in the middle of a frame for its end.
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None

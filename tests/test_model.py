@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import peft
 import pytest
 import torch
 import transformers
@@ -271,6 +270,7 @@ def test_configs_are_frozen():
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa"])
 def test_lora_equals_peft_without_scaling(name, tmp_path):
     """An oracle for the adapters that knows nothing of ours: peft with alpha = rank, which makes its scale 1."""
+    peft = pytest.importorskip("peft")
     hf = make_hf(name)
     hf.save_pretrained(tmp_path)
     source = open_source(tmp_path)
