@@ -34,7 +34,7 @@ def collect_info() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "native": asdict(build_info()),
-        "cpu": _cpu(),
+        "cpu": cpu_info(),
         "cuda": _cuda(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
     }
@@ -54,7 +54,8 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _cpu() -> dict[str, Any]:
+def cpu_info() -> dict[str, Any]:
+    """Model, cores, threads and the instruction sets that matter here."""
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -11,19 +11,22 @@ import torch
 
 from rrt.checkpoint import code_version
 from rrt.files import write_json
+from rrt.info import cpu_info
 
 
 def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Command line, code version, torch version, device and time."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cpu = cpu_info()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["model"]
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "code_version": code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
+        "cores": cpu["usable_cores"],
+        "threads": cpu["torch_threads"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,7 @@ import torch
 
 import rrt.info
 from rrt.ops import build_info
+from rrt.results import write_result
 from rrt.version import __version__
 
 
@@ -56,3 +57,11 @@ def test_the_gpu_runs_an_image_of_this_build() -> None:
     assert versions is not None and versions[1] >= 12000
     for gpu in rrt.info.collect_info()["gpus"]:
         assert gpu["runs_image"] is not None and gpu["runs_image"].split("_")[1][0] == gpu["capability"][0]
+
+
+def test_results_name_the_machine_and_the_code(tmp_path):
+    write_result(tmp_path / "result.json", {"loss": 1.5})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["loss"] == 1.5 and result["torch"] == torch.__version__
+    assert result["device"] == f"cpu: {rrt.info.cpu_info()['model']}" and result["cores"] >= 1
+    assert result["code_version"].startswith(__version__)
