@@ -1,6 +1,7 @@
 """The training commands from end to end on a tiny model, and the trainer's parts."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 from processes_util import run_on_two
 from tokenizers_util import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import rrt
@@ -420,6 +422,27 @@ def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
     with pytest.raises(UserError, match=r"lies in run\.out"):
         uptrain_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
     assert (out / "final").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    write = FileSystemWriter.write_data
+
+    def full_disk(self: FileSystemWriter, *arguments: Any) -> Any:
+        if "step-4" in str(self.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
+    with pytest.raises(
+        UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"
+    ):
+        uptrain_here(flags(out, run__save_every=2))
+    assert steps_kept(out) == [2] and not list(out.glob(".*"))
+    monkeypatch.undo()
+    uptrain_here(flags(out, run__save_every=2))
 
 
 def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
