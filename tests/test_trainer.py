@@ -436,9 +436,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
         return write(self, *arguments)
 
     monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
-    with pytest.raises(
-        UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"
-    ):
+    with pytest.raises(UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"):
         uptrain_here(flags(out, run__save_every=2))
     assert steps_kept(out) == [2] and not list(out.glob(".*"))
     monkeypatch.undo()
