@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,8 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed left beside `path`."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    """Remove what processes of this host that were killed left beside `path`."""
+    for leftover in path.parent.glob(glob.escape(f".{path.name}.partial-{socket.gethostname()}-") + "*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -64,7 +65,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     # A link to a directory stays one: what it points to is replaced.
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     _remove_leftovers(path)
     partial.mkdir()
@@ -76,12 +77,13 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             path.rename(replaced)
         partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not path.exists():
             replaced.rename(path)
+        elif not partial.exists():  # it was in place already
+            shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ DEVICE=${DEMO_DEVICE:-cpu}
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
 DTYPE=${DEMO_DTYPE:-$(python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')}
 
-if [ -e "$OUT" ] && [ ! -e "$OUT/.demo" ]; then
+if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/.demo" ]; then
     echo "error: $OUT: exists and is not an earlier demo's; name another DEMO_OUT" >&2
     exit 2
 fi

@@ -1,6 +1,7 @@
 """Output that is there whole or not at all, and JSON that is read or refused in one line."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -138,10 +139,11 @@ def test_what_a_killed_process_left_behind_goes_with_the_next_run_and_a_living_o
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getppid()):
-        (tmp_path / f".out.partial-{pid}").mkdir()
-        (tmp_path / f".out.partial-{pid}" / "weights").write_text("half")
+        leftover = tmp_path / f".out.partial-{socket.gethostname()}-{pid}"
+        leftover.mkdir()
+        (leftover / "weights").write_text("half")
     (tmp_path / ".outer.partial-notes").mkdir()
     with atomic_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("whole")
-    left = [f".out.partial-{os.getppid()}", ".outer.partial-notes", "out"]
+    left = [f".out.partial-{socket.gethostname()}-{os.getppid()}", ".outer.partial-notes", "out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -142,6 +142,7 @@ class Trainer:
         if processes.is_main:
             # Before training: the parent may be gone when it ends.
             self.provenance = make_provenance(start.stage, start.parent, data=recipe.data.path)
+            self.identity = self._identity()
         self._check_out()
         self.step = 0
 
@@ -243,7 +244,7 @@ class Trainer:
             return  # interrupted before its first checkpoint
         path = saved[-1][1] / STATE_FILE
         identity = read_json(path).get("identity", {})
-        for name, expected in self._identity().items():
+        for name, expected in self.identity.items():
             if identity.get(name) != expected:
                 raise UserError(
                     f"{path}: field '{name}': found {identity.get(name)!r}, this run has {expected!r}; "
@@ -264,6 +265,7 @@ class Trainer:
             "model": dataclasses.asdict(self.start.model),
             "recursive": dataclasses.asdict(self.start.recursive),
             "data.seq_len": self.recipe.data.seq_len,
+            "data.split": self.recipe.data.split,
             "data": sha256_file(Path(self.recipe.data.path) / META_FILE),
             "parent": self.provenance["parent"] and self.provenance["parent"]["sha256"],
             "run.batch_tokens": self.recipe.run.batch_tokens,
@@ -283,7 +285,7 @@ class Trainer:
             raise UserError(f"{self.out}: another training run writes to it; expected none") from None
         for pattern in ("*", ".*") if self.recipe.run.overwrite else (".step-*", ".final.*"):
             for old in self.out.glob(pattern):
-                if old.is_dir():
+                if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)
                 else:
                     old.unlink()
@@ -324,7 +326,7 @@ class Trainer:
             raise AgreedError(f"{target}: cannot be written ({causes}); earlier checkpoints are intact") from None
 
         def complete() -> None:
-            state = {"step": self.step, "identity": self._identity()}
+            state = {"step": self.step, "identity": self.identity}
             atomic_write(partial / STATE_FILE, json.dumps(state, indent=2))
             partial.rename(target)
             for _, old in step_directories(self.out)[: -self.recipe.run.keep]:
