@@ -6,6 +6,7 @@ from the files; `load_model` fills a model from it. Every key, shape and dtype i
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-class Source:
+class Source(ABC):
     """A checkpoint directory opened for reading, by the names of `RecursiveTransformer`'s parameters."""
 
     directory: Path
@@ -65,9 +66,10 @@ class Source:
     dtype: torch.dtype
     """The stored dtype (of the embedding, if they differ)."""
 
+    @abstractmethod
     def get(self, name: str) -> Tensor:
         """Parameter `name`, backed by the mapped file: copy what you keep, do not write to it."""
-        raise NotImplementedError
+        ...
 
 
 class HFSource(Source):
