@@ -39,7 +39,7 @@ class BuildInfo:
     rrt_at_build: str | None
     compiler: str | None
     cpu_isas: tuple[str, ...]
-    """Instruction sets compiled in, of "baseline", "avx2", "avx512"."""
+    """Instruction sets compiled in, of "baseline", "avx2", "avx512", "avx512_bf16"."""
     cpu_isa: str | None
     """The one in use: the widest that the CPU has, or that RRT_CPU_ISA lowers it to."""
     cuda: bool

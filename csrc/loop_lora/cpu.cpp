@@ -14,6 +14,7 @@ constexpr int64_t kGrainWork = 1 << 15;
 const CpuKernels& kernels_for_this_cpu() {
   switch (cpu_isa()) {
 #ifdef RRT_X86
+    case CpuIsa::kAvx512Bf16: return kAvx512Bf16Kernels;
     case CpuIsa::kAvx512: return kAvx512Kernels;
     case CpuIsa::kAvx2: return kAvx2Kernels;
 #endif

@@ -1,6 +1,4 @@
 // The CPU kernel's inner parts, compiled once per instruction set and chosen at run time (cpu.cpp).
-// The instruction-set files must not emit shared inline functions (std::vector's, say): the linker keeps
-// one copy of those, and a copy with AVX-512 in it would crash an older CPU. So all they see is plain data.
 #pragma once
 
 #include "loop_lora/launch.h"
@@ -36,6 +34,7 @@ extern const CpuKernels kBaselineKernels;
 #ifdef RRT_X86
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace rrt::loop_lora

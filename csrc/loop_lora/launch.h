@@ -4,11 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "dtype.h"
 #include "loop_lora/plan.h"
 
 namespace rrt::loop_lora {
-
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Output rows [out_begin, out_begin + out_size) of the weight have adapters of their own: rows
 // [rank_begin, rank_begin + rank) of lora_a and the first `rank` columns of lora_b.
@@ -36,10 +35,6 @@ struct Params {
   void* y;  // [m, n], contiguous
   std::vector<Segment> segments;  // in order, covering [0, n) and [0, total_rank)
 };
-
-// Calls body(begin, end, context) over disjoint ranges that cover [begin, end), possibly in parallel.
-using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain_size,
-                             void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 // The result of a row depends on that row and its loop alone: bitwise the same in any batch.
 void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for);

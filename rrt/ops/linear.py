@@ -1,23 +1,16 @@
-"""Native operators: their Python face, their reference in plain PyTorch, their gradients.
-
-Importing this module loads the native library if there is one; otherwise the reference runs under the same
-operator name, with one warning. `build_info()` tells which.
-
-M rows, K in, N out, R rank, one loop per row.
-"""
+"""`loop_lora_linear`: one relaxed linear for rows of many loops. M rows, K in, N out, R rank."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
 
-from rrt._build import BuildInfo, build_info, register_op
+from rrt._build import register_op
+from rrt.ops.checks import Checks
 
-__all__ = ["BuildInfo", "build_info", "loop_lora_linear", "loop_lora_linear_reference"]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_check = Checks("loop_lora_linear")
 
 
 def loop_lora_linear(
@@ -75,7 +68,7 @@ def loop_lora_linear_reference(
     outside = ((loops < 0) | (loops >= num_loops)).nonzero()
     if len(outside):
         row = int(outside[0])
-        _fail(f"loops[{row}]", int(loops[row]), f"a loop in [0, {num_loops})")
+        _check.fail(f"loops[{row}]", int(loops[row]), f"a loop in [0, {num_loops})")
     y = F.linear(x, weight, bias)
     for loop in range(num_loops):
         rows = (loops == loop).nonzero().squeeze(1)
@@ -101,20 +94,6 @@ def _segments(
     return segments
 
 
-def _fail(name: str, found: object, expected: str) -> NoReturn:
-    # The operators raise what PyTorch's own raise; csrc/ops.cpp says the same words.
-    raise RuntimeError(f"rrt::loop_lora_linear: {name}: found {found}; expected {expected}")
-
-
-def _check_shape(name: str, tensor: Tensor, *expected: str | int | SymInt) -> None:
-    """A string stands for a dimension that may be anything."""
-    shape = tensor.shape
-    if len(shape) != len(expected) or any(
-        not isinstance(want, str) and size != want for size, want in zip(shape, expected, strict=True)
-    ):
-        _fail(name, f"shape {list(shape)}", f"[{', '.join(str(size) for size in expected)}]")
-
-
 def _check_arguments(
     x: Tensor,
     weight: Tensor,
@@ -125,58 +104,45 @@ def _check_arguments(
     segment_out: Sequence[int],
     segment_rank: Sequence[int],
 ) -> None:
-    """What csrc/ops.cpp checks, in the same order, but for the loops' values."""
+    """What csrc/loop_lora/op.cpp checks, in the same order, but for the loops' values."""
     parameters = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     present = {name: tensor for name, tensor in parameters.items() if tensor is not None}
-    if x.dtype not in _DTYPES:
-        _fail("x", f"dtype {_name(x.dtype)}", "float32, float64, bfloat16 or float16")
+    _check.float_dtype("x", x)
     for name, tensor in present.items():
-        if tensor.dtype != x.dtype:
-            _fail(name, f"dtype {_name(tensor.dtype)}", _name(x.dtype))
-    if loops.dtype != torch.int32:
-        _fail("loops", f"dtype {_name(loops.dtype)}", "int32")
+        _check.dtype(name, tensor, x.dtype)
+    _check.dtype("loops", loops, torch.int32)
     for name, tensor in [*present.items(), ("loops", loops)]:
-        if tensor.device != x.device:
-            _fail(name, f"device {tensor.device}", f"x's, {x.device}")
-    _check_shape("x", x, "M", "K")
-    _check_shape("weight", weight, "N", x.shape[1])
+        _check.same_device(name, tensor, x, "x")
+    _check.shape("x", x, "M", "K")
+    _check.shape("weight", weight, "N", x.shape[1])
     if bias is not None:
-        _check_shape("bias", bias, weight.shape[0])
-    _check_shape("lora_a", lora_a, "loops", "R", x.shape[1])
-    _check_shape("lora_b", lora_b, lora_a.shape[0], weight.shape[0], "R")
-    _check_shape("loops", loops, x.shape[0])
+        _check.shape("bias", bias, weight.shape[0])
+    _check.shape("lora_a", lora_a, "loops", "R", x.shape[1])
+    _check.shape("lora_b", lora_b, lora_a.shape[0], weight.shape[0], "R")
+    _check.shape("loops", loops, x.shape[0])
     _check_segments(segment_out, segment_rank, weight.shape[0], lora_a.shape[1], lora_b.shape[2])
     for name, tensor in present.items():
-        if not tensor.is_contiguous():
-            _fail(
-                name,
-                f"strides {list(tensor.stride())}",
-                "a contiguous tensor (call .contiguous() once, when loading)",
-            )
+        _check.contiguous(name, tensor)
 
 
 def _check_segments(
     out: Sequence[int], rank: Sequence[int], n: int | SymInt, a_rank: int | SymInt, b_rank: int | SymInt
 ) -> None:
     if len(out) != len(rank):
-        _fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
+        _check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
     if not out:
         if a_rank != b_rank:
-            _fail("lora_b", f"rank {b_rank}", f"{a_rank} as in lora_a")
+            _check.fail("lora_b", f"rank {b_rank}", f"{a_rank} as in lora_a")
         return
     for name, values in (("segment_out", out), ("segment_rank", rank)):
         if min(values) < 0:
-            _fail(name, list(values), "no negative entry")
+            _check.fail(name, list(values), "no negative entry")
     if sum(out) != n:
-        _fail("segment_out", list(out), f"a sum of {n}, the weight's rows")
+        _check.fail("segment_out", list(out), f"a sum of {n}, the weight's rows")
     if sum(rank) != a_rank:
-        _fail("lora_a", f"rank {a_rank}", f"{sum(rank)}, the sum of segment_rank")
+        _check.fail("lora_a", f"rank {a_rank}", f"{sum(rank)}, the sum of segment_rank")
     if max(rank) != b_rank:
-        _fail("lora_b", f"rank {b_rank}", f"{max(rank)}, the largest of segment_rank")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        _check.fail("lora_b", f"rank {b_rank}", f"{max(rank)}, the largest of segment_rank")
 
 
 def _loop_lora_linear_fake(

@@ -1,0 +1,114 @@
+// rrt::loop_lora_linear on torch's stable ABI: schema, argument checks, host planning. The kernels lie behind
+// raw-pointer launch functions and know nothing of torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "loop_lora/launch.h"
+
+namespace rrt {
+namespace {
+
+constexpr Checks check{"loop_lora_linear"};
+
+std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, const std::vector<int64_t>& rank,
+                                               int64_t n, int64_t a_rank, int64_t b_rank) {
+  if (out.size() != rank.size()) {
+    check.fail("segment_rank: found ", rank.size(), " entries; expected ", out.size(), " as in segment_out");
+  }
+  if (out.empty()) {
+    if (a_rank != b_rank) check.fail("lora_b: found rank ", b_rank, "; expected ", a_rank, " as in lora_a");
+    return {{0, n, 0, a_rank}};
+  }
+  std::vector<loop_lora::Segment> segments;
+  int64_t out_begin = 0, rank_begin = 0, max_rank = 0;
+  for (size_t s = 0; s < out.size(); ++s) {
+    if (out[s] < 0) check.fail("segment_out: found ", ints_text(out), "; expected no negative entry");
+    if (rank[s] < 0) check.fail("segment_rank: found ", ints_text(rank), "; expected no negative entry");
+    segments.push_back({out_begin, out[s], rank_begin, rank[s]});
+    out_begin += out[s];
+    rank_begin += rank[s];
+    max_rank = std::max(max_rank, rank[s]);
+  }
+  if (out_begin != n) check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
+  if (rank_begin != a_rank) check.fail("lora_a: found rank ", a_rank, "; expected ", rank_begin, ", the sum of segment_rank");
+  if (max_rank != b_rank) check.fail("lora_b: found rank ", b_rank, "; expected ", max_rank, ", the largest of segment_rank");
+  return segments;
+}
+
+Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
+                            const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
+  const Dtype dtype = check.float_dtype("x", x);
+  check.dtype("weight", weight, x.scalar_type());
+  if (bias) check.dtype("bias", *bias, x.scalar_type());
+  check.dtype("lora_a", lora_a, x.scalar_type());
+  check.dtype("lora_b", lora_b, x.scalar_type());
+  check.dtype("loops", loops, ScalarType::Int);
+  check.same_device("weight", weight, x, "x");
+  if (bias) check.same_device("bias", *bias, x, "x");
+  check.same_device("lora_a", lora_a, x, "x");
+  check.same_device("lora_b", lora_b, x, "x");
+  check.same_device("loops", loops, x, "x");
+
+  check.shape("x", x, {{"M"}, {"K"}});
+  const int64_t m = x.size(0), k = x.size(1);
+  check.shape("weight", weight, {{"N"}, {"K", k}});
+  const int64_t n = weight.size(0);
+  if (bias) check.shape("bias", *bias, {{"N", n}});
+  check.shape("lora_a", lora_a, {{"loops"}, {"R"}, {"K", k}});
+  const int64_t num_loops = lora_a.size(0);
+  check.shape("lora_b", lora_b, {{"loops", num_loops}, {"N", n}, {"R"}});
+  check.shape("loops", loops, {{"M", m}});
+  auto segments = check_segments(segment_out, segment_rank, n, lora_a.size(1), lora_b.size(2));
+  check.contiguous("weight", weight);
+  if (bias) check.contiguous("bias", *bias);
+  check.contiguous("lora_a", lora_a);
+  check.contiguous("lora_b", lora_b);
+
+  const Tensor loops_dense = torch::stable::contiguous(loops);
+  const int32_t* loop_of_row = loops_dense.const_data_ptr<int32_t>();
+  const loop_lora::LoopGroups groups = loop_lora::group_rows_by_loop(loop_of_row, m, num_loops);
+  if (!groups.ok()) {
+    check.fail("loops[", groups.bad_row, "]: found ", loop_of_row[groups.bad_row], "; expected a loop in [0, ", num_loops,
+         ")");
+  }
+  const Tensor x_rows = k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  const int64_t y_size[] = {m, n};
+  Tensor y = torch::stable::new_empty(x, y_size);
+  loop_lora::Params params{};
+  params.dtype = dtype;
+  params.m = m;
+  params.n = n;
+  params.k = k;
+  params.num_loops = num_loops;
+  params.total_rank = lora_a.size(1);
+  params.b_stride = lora_b.size(2);
+  params.x_row_stride = x_rows.stride(0);
+  params.x = x_rows.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = bias ? bias->const_data_ptr() : nullptr;
+  params.lora_a = lora_a.const_data_ptr();
+  params.lora_b = lora_b.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  params.segments = std::move(segments);
+  loop_lora::run_cpu(params, groups, torch_parallel);
+  return y;
+}
+
+}  // namespace
+}  // namespace rrt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
+  library.def(
+      "loop_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor loops, "
+      "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
+  library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cpu));
+}

@@ -1,0 +1,10 @@
+"""Native operators: their Python face, their references in plain PyTorch, their gradients.
+
+Importing this package loads the native library if there is one; otherwise the references run under the same
+operator names, with one warning each. `build_info()` tells which.
+"""
+
+from rrt._build import BuildInfo, build_info
+from rrt.ops.linear import loop_lora_linear, loop_lora_linear_reference
+
+__all__ = ["BuildInfo", "build_info", "loop_lora_linear", "loop_lora_linear_reference"]
