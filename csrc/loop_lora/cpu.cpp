@@ -1,6 +1,7 @@
-// Y = W X + b + B_loop (A_loop X) on the CPU, in three sweeps: gather the rows by loop in the accumulation
-// type, shrink them by their loop's lora_a, then read every row of the weight once for all of them.
+// Y = W X + b + B_loop (A_loop X) on the CPU, in three sweeps over a block of rows: bring the rows into loop
+// order and operand form, shrink them by their loop's lora_a, then read every panel of the weight once for all.
 #include <algorithm>
+#include <memory>
 
 #include "cpu_isa.h"
 #include "loop_lora/cpu_kernels.h"
@@ -9,7 +10,7 @@ namespace rrt::loop_lora {
 namespace {
 
 // Multiply-adds that make a task worth a thread.
-constexpr int64_t kGrainWork = 1 << 15;
+constexpr int64_t kGrainWork = 1 << 16;
 
 const CpuKernels& kernels_for_this_cpu() {
   switch (cpu_isa()) {
@@ -22,12 +23,12 @@ const CpuKernels& kernels_for_this_cpu() {
   }
 }
 
-int64_t pad(int64_t size) { return (size + kPadLanes - 1) / kPadLanes * kPadLanes; }
-
-void sweep(ParallelFor parallel_for, CpuKernels::Range range, const CpuWork& work, int64_t size, int64_t cost) {
+template <class Work>
+void sweep(ParallelFor parallel_for, void (*range)(const Work&, int64_t, int64_t), const Work& work, int64_t size,
+           int64_t cost) {
   struct Context {
-    CpuKernels::Range range;
-    const CpuWork& work;
+    void (*range)(const Work&, int64_t, int64_t);
+    const Work& work;
   } context{range, work};
   const int64_t grain = std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, cost));
   parallel_for(
@@ -39,43 +40,73 @@ void sweep(ParallelFor parallel_for, CpuKernels::Range range, const CpuWork& wor
       &context);
 }
 
-template <class Acc>
-void run(const Params& p, const LoopGroups& groups, ParallelFor parallel_for) {
-  const std::vector<RowTile> tiles = tile_groups(groups, kTileRows);
-  std::vector<int64_t> shrunk_begin;
-  int64_t shrunk_stride = 0;
-  for (const Segment& segment : p.segments) {
-    shrunk_begin.push_back(shrunk_stride);
-    shrunk_stride += pad(segment.rank);
+// Memory that the thread keeps from call to call: fresh pages would cost more than filling them.
+class Scratch {
+ public:
+  char* reserve(int64_t bytes) {
+    constexpr int64_t kAlign = 64;
+    if (bytes > size_) {
+      size_ = 0;  // should the allocation fail
+      memory_.reset(new char[bytes + kAlign]);
+      size_ = bytes;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (kAlign - address % kAlign) % kAlign;
   }
-  std::vector<Acc> packed(p.m * pad(p.k));
-  std::vector<Acc> shrunk(p.m * shrunk_stride);
-  const CpuWork work{&p,
-                     groups.order.data(),
-                     tiles.data(),
-                     static_cast<int64_t>(tiles.size()),
-                     p.segments.data(),
-                     static_cast<int64_t>(p.segments.size()),
-                     packed.data(),
-                     pad(p.k),
-                     shrunk.data(),
-                     shrunk_stride,
-                     shrunk_begin.data()};
-  const CpuKernels& kernels = kernels_for_this_cpu();
-  const int dtype = static_cast<int>(p.dtype);
-  sweep(parallel_for, kernels.pack[dtype], work, p.m, p.k);
-  sweep(parallel_for, kernels.shrink[dtype], work, p.total_rank, p.m * p.k);
-  sweep(parallel_for, kernels.expand[dtype], work, p.n, p.m * p.k);
-}
+
+  void trim() {
+    constexpr int64_t kKeptBytes = int64_t{64} << 20;
+    if (size_ <= kKeptBytes) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  int64_t size_ = 0;
+};
 
 }  // namespace
 
-void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for) {
-  if (params.dtype == Dtype::kFloat64) {
-    run<double>(params, groups, parallel_for);
-  } else {
-    run<float>(params, groups, parallel_for);
+void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for) {
+  const CpuKernels& kernels = kernels_for_this_cpu();
+  const int dtype = static_cast<int>(p.dtype);
+  std::vector<int64_t> segment_chunk;
+  int64_t shrunk_chunks = 0;
+  for (const Segment& segment : p.segments) {
+    segment_chunk.push_back(shrunk_chunks);
+    shrunk_chunks += num_chunks(pack_steps(p.dtype, segment.rank));
   }
+  const int64_t x_chunks = num_chunks(pack_steps(p.dtype, p.k));
+  const int64_t chunk_bytes = std::min(p.m, kMaxBlockRows) * kChunk * kernels.operand_bytes[dtype];
+  thread_local Scratch scratch;
+  char* packed_x = scratch.reserve((x_chunks + shrunk_chunks) * chunk_bytes);
+  for (const RowBlock& block : plan_rows(groups, kernels.tile_rows, kMaxBlockRows)) {
+    const CpuWork work{&p,
+                       groups.order.data() + block.begin,
+                       block.rows,
+                       block.tiles.data(),
+                       static_cast<int64_t>(block.tiles.size()),
+                       block.pieces.data(),
+                       block.present.data(),
+                       static_cast<int64_t>(block.present.size()) - 1,
+                       p.segments.data(),
+                       static_cast<int64_t>(p.segments.size()),
+                       segment_chunk.data(),
+                       packed_x,
+                       packed_x + x_chunks * chunk_bytes};
+    const int64_t panel_cost = block.rows * p.k * kPanel;
+    sweep(parallel_for, kernels.pack_rows[dtype], work, block.rows, 4 * p.k);
+    sweep(parallel_for, kernels.shrink[dtype], work, work.num_present * num_panels(p.total_rank), panel_cost);
+    sweep(parallel_for, kernels.expand[dtype], work, num_panels(p.n), panel_cost);
+  }
+  scratch.trim();
+}
+
+void pack_cpu(Dtype dtype, const void* from, int64_t count, int64_t n, int64_t k, void* to, ParallelFor parallel_for) {
+  const PackWork work{from, n, k, to};
+  sweep(parallel_for, kernels_for_this_cpu().pack_panels[static_cast<int>(dtype)], work, count * num_panels(n),
+        kPanel * k);
 }
 
 }  // namespace rrt::loop_lora

@@ -5,29 +5,45 @@
 
 namespace rrt::loop_lora {
 
-// Buffers hold the accumulation type: double for float64, else float.
+// Sums run over chunks of kChunk steps (of columns, or of ranks), each from zero: so their order is the layer's.
+constexpr int64_t kChunk = 128;
+// Bounds the scratch memory; at this many rows, reading the weight once per block costs little.
+constexpr int64_t kMaxBlockRows = 192;
+
+static constexpr int64_t num_chunks(int64_t steps) { return (steps + kChunk - 1) / kChunk; }
+
+// One block of rows. Operands are what rows are multiplied as: see Operand in cpu_kernels.cpp.
 struct CpuWork {
   const Params* params;
-  const int64_t* order;  // rows of x sorted by loop
+  const int64_t* order;  // [rows]: the block's rows of x, sorted by loop
+  int64_t rows;
   const RowTile* tiles;
   int64_t num_tiles;
+  const RowPiece* pieces;
+  const int64_t* present;
+  int64_t num_present;
   const Segment* segments;
   int64_t num_segments;
-  void* packed;  // [m, packed_stride]: rows of x in `order`, zeros from column k on
-  int64_t packed_stride;
-  void* shrunk;  // [m, shrunk_stride]: lora_a x in `order`; a segment's from shrunk_begin[s] on, then zeros
-  int64_t shrunk_stride;
-  const int64_t* shrunk_begin;
+  const int64_t* segment_chunk;  // the first chunk of `shrunk` that is of segment s
+  void* packed_x;                // [chunks, rows, kChunk] operands: x in `order`, zeros beyond column k
+  void* shrunk;                  // [chunks, rows, kChunk] operands: lora_a x in `order`
 };
 
-constexpr int64_t kTileRows = 4;   // rows that share one load of a weight
-constexpr int64_t kPadLanes = 16;  // strides are multiples of it: no kernel's vector is longer
+// Weights as the kernel of pack_linear sees them; tasks are panels, matrix after matrix.
+struct PackWork {
+  const void* from;
+  int64_t n, k;
+  void* to;
+};
 
 struct CpuKernels {
   using Range = void (*)(const CpuWork& work, int64_t begin, int64_t end);
-  Range pack[4];    // over positions in `order`; all three are indexed by Dtype
-  Range shrink[4];  // over rows of lora_a, [0, total_rank)
-  Range expand[4];  // over rows of the weight, [0, n)
+  int64_t tile_rows;        // rows whose sums fit the registers
+  int64_t operand_bytes[4];  // of a step; this and the rest indexed by Dtype
+  Range pack_rows[4];       // over rows of the block
+  Range shrink[4];          // over present loops x panels of lora_a
+  Range expand[4];          // over panels of the weight
+  void (*pack_panels[4])(const PackWork& work, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kBaselineKernels;

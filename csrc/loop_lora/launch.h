@@ -1,4 +1,4 @@
-// What the host side (ops.cpp) calls: raw pointers and sizes, nothing of torch.
+// What the host side (op.cpp) calls: raw pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,15 @@
 #include "loop_lora/plan.h"
 
 namespace rrt::loop_lora {
+
+// The packed form of a matrix [N, K], for kernels that read every weight once: panels of kPanel outputs, each
+// [steps, kPanel, step] with step = 2 adjacent columns for bfloat16 (what a dot-product instruction takes),
+// else 1; steps = ceil(K / step). Missing outputs and columns are zeros.
+constexpr int64_t kPanel = 32;
+
+static constexpr int64_t pack_step(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 2 : 1; }
+static constexpr int64_t pack_steps(Dtype dtype, int64_t k) { return (k + pack_step(dtype) - 1) / pack_step(dtype); }
+static constexpr int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // Output rows [out_begin, out_begin + out_size) of the weight have adapters of their own: rows
 // [rank_begin, rank_begin + rank) of lora_a and the first `rank` columns of lora_b.
@@ -22,11 +31,13 @@ struct Segment {
 // contiguous. The caller has checked shapes and loops.
 struct Params {
   Dtype dtype;
+  bool packed;  // weight, lora_a and lora_b are in packed form, loop after loop
   int64_t m, n, k;
   int64_t num_loops;
-  int64_t total_rank;   // R of lora_a [num_loops, R, k]: the sum of the segments' ranks
-  int64_t b_stride;     // columns of lora_b [num_loops, n, b_stride]: the largest of the segments' ranks
-  int64_t x_row_stride; // elements from one row of x to the next; columns are adjacent
+  int64_t total_rank;        // R of lora_a [num_loops, R, k]: the sum of the segments' ranks
+  int64_t b_stride;          // columns of lora_b [num_loops, n, b_stride]: the largest of the segments' ranks
+  int64_t x_row_stride;      // elements from one row of x to the next; columns are adjacent
+  int64_t bias_loop_stride;  // elements from one loop's bias to the next: n, or 0 for one that all share
   const void* x;
   const void* weight;
   const void* bias;  // null: none
@@ -38,5 +49,8 @@ struct Params {
 
 // The result of a row depends on that row and its loop alone: bitwise the same in any batch.
 void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for);
+
+// `count` contiguous matrices [n, k] into their packed forms, one after the other.
+void pack_cpu(Dtype dtype, const void* from, int64_t count, int64_t n, int64_t k, void* to, ParallelFor parallel_for);
 
 }  // namespace rrt::loop_lora

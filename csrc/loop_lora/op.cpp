@@ -1,5 +1,5 @@
-// rrt::loop_lora_linear on torch's stable ABI: schema, argument checks, host planning. The kernels lie behind
-// raw-pointer launch functions and know nothing of torch.
+// rrt::loop_lora_linear and rrt::pack_linear on torch's stable ABI: schemas, argument checks, host planning. The
+// kernels lie behind raw-pointer launch functions and know nothing of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -40,6 +40,16 @@ std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, 
   return segments;
 }
 
+int64_t sum(const std::vector<int64_t>& values) {
+  int64_t total = 0;
+  for (int64_t value : values) total += value;
+  return total;
+}
+
+int64_t max(const std::vector<int64_t>& values) {
+  return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
+}
+
 Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
                             const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
@@ -57,14 +67,41 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
 
   check.shape("x", x, {{"M"}, {"K"}});
   const int64_t m = x.size(0), k = x.size(1);
-  check.shape("weight", weight, {{"N"}, {"K", k}});
-  const int64_t n = weight.size(0);
-  if (bias) check.shape("bias", *bias, {{"N", n}});
-  check.shape("lora_a", lora_a, {{"loops"}, {"R"}, {"K", k}});
+  const bool packed = weight.sizes().size() == 3;
+  if (packed && segment_out.empty()) {
+    check.fail("segment_out: found []; expected the packed weight's segments (one of all its rows, if there is one)");
+  }
+  const int64_t n = packed ? sum(segment_out) : weight.size(0);
+  const int64_t step = loop_lora::pack_step(dtype), steps = loop_lora::pack_steps(dtype, k);
+  const int64_t panel_step = loop_lora::kPanel * step;
+  if (packed) {
+    check.shape("weight", weight, {{"panels", loop_lora::num_panels(n)}, {"steps", steps}, {"values", panel_step}});
+  } else {
+    check.shape("weight", weight, {{"N"}, {"K", k}});
+  }
+  if (bias && bias->sizes().size() != 2) check.shape("bias", *bias, {{"N", n}});
+  int64_t total_rank = packed ? sum(segment_rank) : -1, b_stride = packed ? max(segment_rank) : -1;
+  if (packed) {
+    check.shape("lora_a", lora_a,
+                {{"loops"}, {"panels", loop_lora::num_panels(total_rank)}, {"steps", steps}, {"values", panel_step}});
+  } else {
+    check.shape("lora_a", lora_a, {{"loops"}, {"R"}, {"K", k}});
+    total_rank = lora_a.size(1);
+  }
   const int64_t num_loops = lora_a.size(0);
-  check.shape("lora_b", lora_b, {{"loops", num_loops}, {"N", n}, {"R"}});
+  if (bias && bias->sizes().size() == 2) check.shape("bias", *bias, {{"loops", num_loops}, {"N", n}});
+  if (packed) {
+    check.shape("lora_b", lora_b,
+                {{"loops", num_loops},
+                 {"panels", loop_lora::num_panels(n)},
+                 {"steps", loop_lora::pack_steps(dtype, b_stride)},
+                 {"values", panel_step}});
+  } else {
+    check.shape("lora_b", lora_b, {{"loops", num_loops}, {"N", n}, {"R"}});
+    b_stride = lora_b.size(2);
+  }
   check.shape("loops", loops, {{"M", m}});
-  auto segments = check_segments(segment_out, segment_rank, n, lora_a.size(1), lora_b.size(2));
+  auto segments = check_segments(segment_out, segment_rank, n, total_rank, b_stride);
   check.contiguous("weight", weight);
   if (bias) check.contiguous("bias", *bias);
   check.contiguous("lora_a", lora_a);
@@ -82,12 +119,14 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   Tensor y = torch::stable::new_empty(x, y_size);
   loop_lora::Params params{};
   params.dtype = dtype;
+  params.packed = packed;
   params.m = m;
   params.n = n;
   params.k = k;
   params.num_loops = num_loops;
-  params.total_rank = lora_a.size(1);
-  params.b_stride = lora_b.size(2);
+  params.total_rank = total_rank;
+  params.b_stride = b_stride;
+  params.bias_loop_stride = bias && bias->sizes().size() == 2 ? n : 0;
   params.x_row_stride = x_rows.stride(0);
   params.x = x_rows.const_data_ptr();
   params.weight = weight.const_data_ptr();
@@ -100,6 +139,21 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   return y;
 }
 
+Tensor pack_linear_cpu(const Tensor& weight) {
+  constexpr Checks check{"pack_linear"};
+  const Dtype dtype = check.float_dtype("weight", weight);
+  const bool stacked = weight.sizes().size() == 3;
+  if (!stacked) check.shape("weight", weight, {{"N"}, {"K"}});
+  check.contiguous("weight", weight);
+  const int64_t count = stacked ? weight.size(0) : 1, n = weight.size(-2), k = weight.size(-1);
+  std::vector<int64_t> size{loop_lora::num_panels(n), loop_lora::pack_steps(dtype, k),
+                            loop_lora::kPanel * loop_lora::pack_step(dtype)};
+  if (stacked) size.insert(size.begin(), count);
+  Tensor packed = torch::stable::new_empty(weight, size);
+  loop_lora::pack_cpu(dtype, weight.const_data_ptr(), count, n, k, packed.mutable_data_ptr(), torch_parallel);
+  return packed;
+}
+
 }  // namespace
 }  // namespace rrt
 
@@ -107,8 +161,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
       "loop_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor loops, "
       "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
+  library.def("pack_linear(Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
   library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cpu));
+  library.impl("pack_linear", TORCH_BOX(&rrt::pack_linear_cpu));
 }

@@ -1,4 +1,4 @@
-// Host planning of rrt::loop_lora_linear: which rows belong to which loop.
+// Host planning of rrt::loop_lora_linear: which rows belong to which loop, and how rows and outputs are tiled.
 // Pure C++17 over plain memory, so that kernels, host checks and tests share it.
 #pragma once
 
@@ -35,22 +35,55 @@ inline LoopGroups group_rows_by_loop(const int32_t* loops, int64_t num_rows, int
   return groups;
 }
 
-// At most `max_rows` consecutive entries of LoopGroups::order, all of one loop.
+// Consecutive entries of LoopGroups::order, counted from the start of their block.
 struct RowTile {
+  int64_t begin;
+  int64_t rows;
+};
+
+// The part of one tile that is of one loop.
+struct RowPiece {
   int64_t begin;
   int64_t rows;
   int64_t loop;
 };
 
-inline std::vector<RowTile> tile_groups(const LoopGroups& groups, int64_t max_rows) {
-  std::vector<RowTile> tiles;
-  for (int64_t loop = 0; loop + 1 < static_cast<int64_t>(groups.offsets.size()); ++loop) {
-    const int64_t end = groups.offsets[loop + 1];
-    for (int64_t begin = groups.offsets[loop]; begin < end; begin += max_rows) {
-      tiles.push_back({begin, std::min(max_rows, end - begin), loop});
+// How the rows [begin, begin + rows) of LoopGroups::order are computed.
+struct RowBlock {
+  int64_t begin;
+  int64_t rows;
+  std::vector<RowTile> tiles;     // of nearly equal size: they share the weight, whatever their loops
+  std::vector<RowPiece> pieces;   // sorted by loop
+  std::vector<int64_t> present;   // [present loops + 1]: pieces[present[i] : present[i + 1]] are of one loop
+};
+
+// Blocks of at most `block_rows` rows in tiles of at most `tile_rows`.
+inline std::vector<RowBlock> plan_rows(const LoopGroups& groups, int64_t tile_rows, int64_t block_rows) {
+  const int64_t total = static_cast<int64_t>(groups.order.size());
+  const int64_t num_loops = static_cast<int64_t>(groups.offsets.size()) - 1;
+  std::vector<RowBlock> blocks;
+  int64_t loop = 0;
+  for (int64_t begin = 0; begin < total; begin += block_rows) {
+    RowBlock block{begin, std::min(block_rows, total - begin), {}, {}, {}};
+    const int64_t num_tiles = (block.rows + tile_rows - 1) / tile_rows;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = block.rows * tile / num_tiles;
+      const int64_t last = block.rows * (tile + 1) / num_tiles;
+      block.tiles.push_back({first, last - first});
+      for (int64_t row = first; row < last;) {
+        while (loop < num_loops && groups.offsets[loop + 1] <= begin + row) ++loop;
+        const int64_t end = std::min(last, groups.offsets[loop + 1] - begin);
+        if (block.pieces.empty() || block.pieces.back().loop != loop) {
+          block.present.push_back(static_cast<int64_t>(block.pieces.size()));
+        }
+        block.pieces.push_back({row, end - row, loop});
+        row = end;
+      }
     }
+    block.present.push_back(static_cast<int64_t>(block.pieces.size()));
+    blocks.push_back(std::move(block));
   }
-  return tiles;
+  return blocks;
 }
 
 }  // namespace rrt::loop_lora

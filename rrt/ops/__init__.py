@@ -5,6 +5,13 @@ operator names, with one warning each. `build_info()` tells which.
 """
 
 from rrt._build import BuildInfo, build_info
-from rrt.ops.linear import loop_lora_linear, loop_lora_linear_reference
+from rrt.ops.linear import loop_lora_linear, loop_lora_linear_reference, pack_linear, pack_linear_reference
 
-__all__ = ["BuildInfo", "build_info", "loop_lora_linear", "loop_lora_linear_reference"]
+__all__ = [
+    "BuildInfo",
+    "build_info",
+    "loop_lora_linear",
+    "loop_lora_linear_reference",
+    "pack_linear",
+    "pack_linear_reference",
+]

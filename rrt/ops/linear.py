@@ -28,7 +28,7 @@ def loop_lora_linear(
     Args:
         x: [M, K] float32, float64, bfloat16 or float16. Rows may lie at any stride; other layouts are copied.
         weight: [N, K], contiguous like the other parameters, all of x's dtype and device.
-        bias: [N] or None.
+        bias: [N], or [loops, N] if every loop has its own, or None.
         lora_a: [loops, R, K]; R may be 0.
         lora_b: [loops, N, R].
         loops: int32 [M], in any order, each in [0, loops).
@@ -37,9 +37,14 @@ def loop_lora_linear(
             of lora_a [loops, sum(segment_rank), K], its B the first ``segment_rank[s]`` columns of those rows of
             lora_b [loops, N, max(segment_rank)] (the other columns are not read).
 
+    Weight, lora_a and lora_b may be given packed, all three, as `pack_linear` returns them: faster on a CPU, and
+    with one result. N and the ranks are then segment_out and segment_rank, which must be given ([N] and [R] if there
+    is one segment); columns of lora_b beyond a segment's rank must be finite; there are no gradients.
+
     Returns:
-        [M, N] of x's dtype. The native kernel accumulates in float32 (float64 for float64) and rounds once; a
-        row's result is bitwise the same whatever other rows are in the batch. The reference promises neither.
+        [M, N] of x's dtype. The native kernel accumulates in float32 (float64 for float64) and rounds once; on a CPU
+        with AVX512-BF16 it rounds A x to bfloat16 too, and takes subnormal bfloat16 numbers for zeros. A row's result
+        is bitwise the same whatever other rows are in the batch. The reference promises neither.
         Differentiable in x, weight, bias, lora_a and lora_b.
 
     Raises:
@@ -64,12 +69,19 @@ def loop_lora_linear_reference(
 ) -> Tensor:
     """`loop_lora_linear` in plain PyTorch, on any device: same arguments and errors; rounds after each product."""
     _check_arguments(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
+    if weight.dim() == 3:
+        n, k, total_rank = sum(segment_out), x.shape[1], sum(segment_rank)
+        weight, lora_a = _unpack(weight, n, k), _unpack(lora_a, total_rank, k)
+        lora_b = _unpack(lora_b, n, max(segment_rank))
     num_loops = lora_a.shape[0]
     outside = ((loops < 0) | (loops >= num_loops)).nonzero()
     if len(outside):
         row = int(outside[0])
         _check.fail(f"loops[{row}]", int(loops[row]), f"a loop in [0, {num_loops})")
-    y = F.linear(x, weight, bias)
+    tied_bias = None if bias is None or bias.dim() == 2 else bias
+    y = F.linear(x, weight, tied_bias)
+    if bias is not None and tied_bias is None:
+        y = y + bias[loops.long()]
     for loop in range(num_loops):
         rows = (loops == loop).nonzero().squeeze(1)
         for out, rank in _segments(weight.shape[0], lora_a.shape[1], segment_out, segment_rank):
@@ -77,6 +89,59 @@ def loop_lora_linear_reference(
             delta = F.linear(shrunk, lora_b[loop, out, : shrunk.shape[1]])
             y[:, out] = y[:, out].index_add(0, rows, delta)
     return y
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """A copy of a linear's weight (or lora_a, lora_b) in the order in which `loop_lora_linear` reads it on a CPU.
+
+    Args:
+        weight: [N, K], or a stack of matrices [loops, N, K], contiguous; float32, float64, bfloat16 or float16.
+
+    Returns:
+        [ceil(N / 32), steps, 32 * width] (after the loops, if any) of weight's dtype and device: panels of 32 outputs,
+        in each the columns in order, of each (bfloat16: of each two, width 2 and steps ceil(K / 2); else width 1 and
+        steps K) the 32 outputs side by side. Missing outputs and columns are zeros. The layout is that of a process,
+        not of a file: it may change.
+
+    Raises:
+        RuntimeError: another dtype, shape or stride.
+    """
+    packed: Tensor = torch.ops.rrt.pack_linear.default(weight)
+    return packed
+
+
+def pack_linear_reference(weight: Tensor) -> Tensor:
+    """`pack_linear` in plain PyTorch, on any device."""
+    size = _packed_size(weight)
+    width = size[-1] // _PANEL
+    n, k = weight.shape[-2:]
+    padded = F.pad(weight, (0, size[-2] * width - k, 0, size[-3] * _PANEL - n))
+    panels = padded.unflatten(-1, (size[-2], width)).unflatten(-3, (size[-3], _PANEL))
+    return panels.transpose(-3, -2).reshape(size).contiguous()
+
+
+def _unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    width = packed.shape[-1] // _PANEL
+    panels = packed.unflatten(-1, (_PANEL, width)).transpose(-3, -2)
+    return panels.flatten(-2).flatten(-3, -2)[..., :n, :k]
+
+
+_PANEL = 32  # csrc/loop_lora/launch.h
+
+
+def _packed_size(weight: Tensor) -> list[Any]:
+    check = Checks("pack_linear")
+    check.float_dtype("weight", weight)
+    if weight.dim() != 3:
+        check.shape("weight", weight, "N", "K")
+    check.contiguous("weight", weight)
+    n, k = weight.shape[-2:]
+    return [*weight.shape[:-2], *_panel_size(weight.dtype, n, k)]
+
+
+def _panel_size(dtype: torch.dtype, n: Any, k: Any) -> tuple[Any, Any, int]:
+    width = 2 if dtype == torch.bfloat16 else 1
+    return (n + _PANEL - 1) // _PANEL, (k + width - 1) // width, _PANEL * width
 
 
 def _segments(
@@ -114,13 +179,34 @@ def _check_arguments(
     for name, tensor in [*present.items(), ("loops", loops)]:
         _check.same_device(name, tensor, x, "x")
     _check.shape("x", x, "M", "K")
-    _check.shape("weight", weight, "N", x.shape[1])
-    if bias is not None:
-        _check.shape("bias", bias, weight.shape[0])
-    _check.shape("lora_a", lora_a, "loops", "R", x.shape[1])
-    _check.shape("lora_b", lora_b, lora_a.shape[0], weight.shape[0], "R")
+    k = x.shape[1]
+    n: Any
+    total_rank: Any
+    b_rank: Any
+    if packed := weight.dim() == 3:
+        if not segment_out:
+            _check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
+        n, total_rank, b_rank = sum(segment_out), sum(segment_rank), max(segment_rank, default=0)
+        _check.shape("weight", weight, *_panel_size(x.dtype, n, k))
+    else:
+        _check.shape("weight", weight, "N", k)
+        n = weight.shape[0]
+    if bias is not None and bias.dim() != 2:
+        _check.shape("bias", bias, n)
+    if packed:
+        _check.shape("lora_a", lora_a, "loops", *_panel_size(x.dtype, total_rank, k))
+    else:
+        _check.shape("lora_a", lora_a, "loops", "R", k)
+        total_rank = lora_a.shape[1]
+    if bias is not None and bias.dim() == 2:
+        _check.shape("bias", bias, lora_a.shape[0], n)
+    if packed:
+        _check.shape("lora_b", lora_b, lora_a.shape[0], *_panel_size(x.dtype, n, b_rank))
+    else:
+        _check.shape("lora_b", lora_b, lora_a.shape[0], n, "R")
+        b_rank = lora_b.shape[2]
     _check.shape("loops", loops, x.shape[0])
-    _check_segments(segment_out, segment_rank, weight.shape[0], lora_a.shape[1], lora_b.shape[2])
+    _check_segments(segment_out, segment_rank, n, total_rank, b_rank)
     for name, tensor in present.items():
         _check.contiguous(name, tensor)
 
@@ -156,11 +242,16 @@ def _loop_lora_linear_fake(
     segment_rank: Sequence[int] = (),
 ) -> Tensor:
     _check_arguments(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], sum(segment_out) if weight.dim() == 3 else weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, lora_a, lora_b, loops, ctx.segment_out, ctx.segment_rank = inputs
+    x, weight, bias, lora_a, lora_b, loops, ctx.segment_out, ctx.segment_rank = inputs
+    if weight.dim() == 3:
+        raise RuntimeError(
+            "rrt::loop_lora_linear: packed weights have no gradients; call it under torch.no_grad(), or unpacked"
+        )
+    ctx.bias_per_loop = bias is not None and bias.dim() == 2
     ctx.save_for_backward(x, weight, lora_a, lora_b, loops)
 
 
@@ -185,7 +276,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             if grad_b is not None:
                 grad_b[loop, out, :size] = grad_y.T @ F.linear(x, a)
     grad_weight = grad.T @ x if need_weight else None
-    grad_bias = grad.sum(0) if need_bias else None
+    grad_bias = None
+    if need_bias and ctx.bias_per_loop:
+        grad_bias = grad.new_zeros(lora_a.shape[0], grad.shape[1]).index_add(0, loops, grad)
+    elif need_bias:
+        grad_bias = grad.sum(0)
     return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
 
 
@@ -195,4 +290,5 @@ register_op(
     loop_lora_linear_reference,
     _loop_lora_linear_fake,
 )
+register_op("pack_linear(Tensor weight) -> Tensor", pack_linear_reference, lambda w: w.new_empty(_packed_size(w)))
 torch.library.register_autograd("rrt::loop_lora_linear", _backward, setup_context=_setup_context)
