@@ -5,11 +5,25 @@ operator names, with one warning each. `build_info()` tells which.
 """
 
 from rrt._build import BuildInfo, build_info
+from rrt.ops.kv import (
+    loop_kv_attention,
+    loop_kv_attention_reference,
+    loop_kv_prefill,
+    loop_kv_prefill_reference,
+    loop_kv_write,
+    loop_kv_write_reference,
+)
 from rrt.ops.linear import loop_lora_linear, loop_lora_linear_reference, pack_linear, pack_linear_reference
 
 __all__ = [
     "BuildInfo",
     "build_info",
+    "loop_kv_attention",
+    "loop_kv_attention_reference",
+    "loop_kv_prefill",
+    "loop_kv_prefill_reference",
+    "loop_kv_write",
+    "loop_kv_write_reference",
     "loop_lora_linear",
     "loop_lora_linear_reference",
     "pack_linear",
