@@ -1,4 +1,4 @@
-"""loop_lora_linear: native kernel and reference against a row-by-row float64 oracle."""
+"""loop_lora_linear and pack_linear: native kernels and references against a row-by-row float64 oracle."""
 
 import os
 import subprocess
@@ -13,9 +13,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rrt.ops import build_info, loop_lora_linear, loop_lora_linear_reference
+from rrt.ops import build_info, loop_lora_linear, loop_lora_linear_reference, pack_linear, pack_linear_reference
+
+
+def pack_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    weight, lora_a, lora_b = (inputs[name] for name in ("weight", "lora_a", "lora_b"))
+    return {
+        **inputs,
+        "weight": pack_linear(weight),
+        "lora_a": pack_linear(lora_a),
+        "lora_b": pack_linear(lora_b),
+        "segment_out": inputs["segment_out"] or (weight.shape[0],),
+        "segment_rank": inputs["segment_rank"] or (lora_a.shape[1],),
+    }
+
+
+def packed_op(**inputs: Any) -> Tensor:
+    return loop_lora_linear(**pack_arguments(inputs))
+
+
+def packed_reference(**inputs: Any) -> Tensor:
+    return loop_lora_linear_reference(**pack_arguments(inputs))
+
 
 BOTH = pytest.mark.parametrize("op", [loop_lora_linear, loop_lora_linear_reference], ids=["op", "reference"])
+NATIVE = pytest.mark.parametrize("op", [loop_lora_linear, packed_op], ids=["op", "packed"])
+ALL = pytest.mark.parametrize(
+    "op",
+    [loop_lora_linear, loop_lora_linear_reference, packed_op, packed_reference],
+    ids=["op", "reference", "packed", "packed_reference"],
+)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # A few roundings of the dtype, relative to the norm of what the terms' magnitudes add up to.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -29,7 +56,7 @@ class Case:
     n: int
     rank: int
     num_loops: int = 2
-    bias: bool = False
+    bias: bool | str = False  # or "loops": one per loop
     segment_out: tuple[int, ...] = ()
     segment_rank: tuple[int, ...] = ()
 
@@ -44,6 +71,12 @@ CASES = [
     Case(9, 48, 24, 0, bias=True, segment_out=(16, 4, 4), segment_rank=(5, 4, 4)),
     Case(6, 31, 23, 0, num_loops=3, segment_out=(9, 7, 7), segment_rank=(3, 0, 18)),
     Case(2, 300, 130, 33, num_loops=1),
+    Case(8, 130, 70, 12, num_loops=8, bias="loops"),
+    Case(14, 129, 33, 128, bias=True),
+    Case(25, 65, 96, 300, num_loops=2, bias="loops"),
+    Case(3, 40, 36, 1024, num_loops=3),
+    Case(7, 257, 100, 0, num_loops=2, segment_out=(64, 4, 32), segment_rank=(32, 8, 64)),
+    Case(401, 37, 45, 0, 3, bias=True, segment_out=(40, 5), segment_rank=(6, 3)),
 ]
 
 
@@ -58,7 +91,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]
     return {
         "x": normal(case.m, case.k),
         "weight": normal(case.n, case.k),
-        "bias": normal(case.n) if case.bias else None,
+        "bias": normal(*[case.num_loops] * (case.bias == "loops"), case.n) if case.bias else None,
         "lora_a": normal(case.num_loops, a_rank, case.k),
         "lora_b": normal(case.num_loops, case.n, b_rank),
         "loops": torch.randint(case.num_loops, (case.m,), generator=generator, dtype=torch.int32),
@@ -74,7 +107,9 @@ def oracle(inputs: dict[str, Any]) -> Tensor:
     ranks = inputs["segment_rank"] or (a.shape[1],)
     rows = []
     for row, loop in zip(x, inputs["loops"].tolist(), strict=True):
-        y = weight @ row + (inputs["bias"].double() if inputs["bias"] is not None else 0)
+        y = weight @ row
+        if inputs["bias"] is not None:
+            y += (inputs["bias"] if inputs["bias"].dim() == 1 else inputs["bias"][loop]).double()
         out_begin = rank_begin = 0
         for out, rank in zip(outs, ranks, strict=True):
             b_part = b[loop, out_begin : out_begin + out, :rank]
@@ -96,7 +131,7 @@ def assert_matches_oracle(actual: Tensor, inputs: dict[str, Any]) -> None:
     assert error <= TOLERANCE[dtype] * oracle(magnitudes).norm()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None:
@@ -110,37 +145,92 @@ def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None
     k=st.integers(1, 70),
     outs_and_ranks=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=4),
     num_loops=st.integers(1, 4),
+    bias=st.sampled_from([False, True, "loops"]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
 def test_matches_the_definition_for_any_shape(
-    m: int, k: int, outs_and_ranks: list[tuple[int, int]], num_loops: int, seed: int
+    m: int,
+    k: int,
+    outs_and_ranks: list[tuple[int, int]],
+    num_loops: int,
+    bias: bool | str,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     outs, ranks = zip(*outs_and_ranks, strict=True)
-    case = Case(m, k, sum(outs), 0, num_loops, seed % 2 == 0, outs, ranks)
-    inputs = make_inputs(case, torch.float64, seed)
+    inputs = make_inputs(Case(m, k, sum(outs), 0, num_loops, bias, outs, ranks), dtype, seed)
     assert_matches_oracle(loop_lora_linear(**inputs), inputs)
+    assert_matches_oracle(packed_op(**inputs), inputs)
+
+
+@ALL
+@pytest.mark.parametrize("loops", [[1] * 9, [2, 0, 1], list(range(8))], ids=str)
+def test_all_rows_of_one_loop_or_each_of_its_own(loops: list[int], op: Any) -> None:
+    inputs = make_inputs(Case(len(loops), 50, 21, 9, num_loops=8, bias=True), torch.float32)
+    inputs["loops"] = torch.tensor(loops, dtype=torch.int32)
+    assert_matches_oracle(op(**inputs), inputs)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_bitwise_the_same_in_any_batch(dtype: torch.dtype) -> None:
-    case = Case(23, 100, 37, 0, 3, True, (20, 17), (9, 21))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_and_unpacked_weights_give_the_same_bits(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    whole = loop_lora_linear(**inputs)
-    for rows in ([0], [7], [3, 4], [22, 0, 11], list(range(22, -1, -1)), [5] * 9):
-        part = loop_lora_linear(**{**inputs, "x": inputs["x"][rows], "loops": inputs["loops"][rows]})
+    assert torch.equal(packed_op(**inputs), loop_lora_linear(**inputs))
+
+
+@needs_native
+@NATIVE
+def test_every_output_is_written(op: Any) -> None:
+    inputs = make_inputs(Case(13, 64, 77, 5), torch.float32)
+    for _ in range(3):
+        # The allocator hands a freed block of this size out again.
+        torch.full((13, 77), float("nan"))
+        assert op(**inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (32, 8), (33, 7), (70, 131), (3, 40, 6), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_packing_puts_the_outputs_of_a_panel_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    packed = pack_linear(weight)
+    assert torch.equal(packed, pack_linear_reference(weight))
+    *_, n, k = shape
+    width = 2 if dtype == torch.bfloat16 else 1
+    assert packed.shape == (*shape[:-2], -(-n // 32), -(-k // width), 32 * width)
+    matrices, panels = (weight, packed) if weight.dim() == 3 else (weight[None], packed[None])
+    assert packed.count_nonzero() == weight.count_nonzero()
+    for i in range(0, n, 5):
+        for j in range(0, k, 3):
+            got = panels[:, i // 32, j // width, i % 32 * width + j % width]
+            assert torch.equal(got, matrices[:, i, j])
+
+
+@needs_native
+@NATIVE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_bitwise_the_same_in_any_batch(dtype: torch.dtype, op: Any) -> None:
+    case = Case(23, 300, 37, 0, 3, True, (20, 17), (9, 150))
+    inputs = make_inputs(case, dtype)
+    whole = op(**inputs)
+    for rows in ([0], [7], [3, 4], [22, 0, 11], list(range(22, -1, -1)), [5] * 9, [1, 22, 8] * 70):
+        part = op(**{**inputs, "x": inputs["x"][rows], "loops": inputs["loops"][rows]})
         assert torch.equal(part, whole[rows]), rows
 
 
 @needs_native
-def test_the_number_of_threads_changes_no_bit() -> None:
-    inputs = make_inputs(Case(6, 700, 301, 40, 2), torch.float32)
+@NATIVE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, op: Any) -> None:
+    inputs = make_inputs(Case(6, 700, 301, 40, 2), dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        single = loop_lora_linear(**inputs)
-        torch.set_num_threads(3)
-        assert torch.equal(loop_lora_linear(**inputs), single)
+        single = op(**inputs)
+        for several in (2, 4):
+            torch.set_num_threads(several)
+            assert torch.equal(op(**inputs), single)
     finally:
         torch.set_num_threads(threads)
 
@@ -153,11 +243,14 @@ def test_every_16_bit_value_survives_and_sums_round_to_nearest_even(dtype: torch
     inputs["weight"] = torch.ones(3, 1, dtype=dtype)
     inputs["bias"] = torch.tensor([0, 1.0, 3e-5], dtype=dtype)
     inputs["x"] = values.unsqueeze(1)
-    expected = (inputs["x"].float() + inputs["bias"].float()).to(dtype)
+    x = inputs["x"].float()
+    if dtype == torch.bfloat16 and build_info().cpu_isa == "avx512_bf16":
+        x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0.0, x)  # the instruction takes subnormals for zeros
+    expected = (x + inputs["bias"].float()).to(dtype)
     torch.testing.assert_close(loop_lora_linear(**inputs), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@BOTH
+@ALL
 def test_other_loops_adapters_are_never_read(op: Any) -> None:
     inputs = make_inputs(Case(5, 24, 10, 6, num_loops=3), torch.float32)
     inputs["loops"].fill_(1)
@@ -176,7 +269,7 @@ def test_columns_of_lora_b_beyond_a_segments_rank_are_never_read(op: Any) -> Non
     assert torch.equal(op(**inputs), expected)
 
 
-@BOTH
+@ALL
 def test_x_and_loops_of_any_strides_are_accepted(op: Any) -> None:
     inputs = make_inputs(Case(6, 18, 7, 4), torch.float32)
     expected = op(**inputs)
@@ -201,6 +294,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(4, 2, 8)}, "x: found shape [4, 2, 8]; expected [M, K]"),
     ({"weight": torch.zeros(6, 9)}, "weight: found shape [6, 9]; expected [N, 8]"),
     ({"bias": torch.zeros(5)}, "bias: found shape [5]; expected [6]"),
+    ({"bias": torch.zeros(3, 6)}, "bias: found shape [3, 6]; expected [2, 6]"),
     ({"lora_a": torch.zeros(2, 3, 7)}, "lora_a: found shape [2, 3, 7]; expected [loops, R, 8]"),
     ({"lora_b": torch.zeros(1, 6, 3)}, "lora_b: found shape [1, 6, 3]; expected [2, 6, R]"),
     ({"lora_b": torch.zeros(2, 6, 4)}, "lora_b: found rank 4; expected 3 as in lora_a"),
@@ -237,7 +331,63 @@ def test_a_bad_argument_is_named_with_what_was_found_and_expected(
     assert str(error.value).splitlines()[0] == f"rrt::loop_lora_linear: {message}"
 
 
-GRAD_CASES = [Case(5, 4, 3, 2, 2, bias=True), Case(4, 3, 5, 0, 3, segment_out=(3, 2), segment_rank=(1, 2))]
+PACKED_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"segment_out": [], "segment_rank": []},
+        "segment_out: found []; expected the packed weight's segments (one of all its rows, if there is one)",
+    ),
+    ({"segment_out": [33]}, "weight: found shape [1, 8, 32]; expected [2, 8, 32]"),
+    ({"x": torch.zeros(4, 7)}, "weight: found shape [1, 8, 32]; expected [1, 7, 32]"),
+    ({"lora_a": torch.zeros(2, 3, 8)}, "lora_a: found shape [2, 3, 8]; expected [loops, 1, 8, 32]"),
+    ({"lora_b": torch.zeros(2, 6, 3)}, "lora_b: found shape [2, 6, 3]; expected [2, 1, 3, 32]"),
+    ({"segment_rank": [4]}, "lora_b: found shape [2, 1, 3, 32]; expected [2, 1, 4, 32]"),
+    ({"segment_rank": [-3]}, "segment_rank: found [-3]; expected no negative entry"),
+    ({"segment_out": [6, 0]}, "segment_rank: found 1 entries; expected 2 as in segment_out"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("mistake", "message"), PACKED_MISTAKES, ids=[message for _, message in PACKED_MISTAKES])
+def test_a_bad_packed_argument_is_named_too(mistake: dict[str, Any], message: str, op: Any) -> None:
+    inputs = {**pack_arguments(make_inputs(Case(4, 8, 6, 3), torch.float32)), **mistake}
+    with pytest.raises(RuntimeError) as error:
+        op(**inputs)
+    assert str(error.value).splitlines()[0] == f"rrt::loop_lora_linear: {message}"
+
+
+@pytest.mark.parametrize("pack", [pack_linear, pack_linear_reference], ids=["op", "reference"])
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(4), "weight: found shape [4]; expected [N, K]"),
+        (torch.zeros(4, 4).int(), "weight: found dtype int32; expected float32, float64, bfloat16 or float16"),
+        (
+            torch.zeros(4, 3).T,
+            "weight: found strides [1, 3]; expected a contiguous tensor (call .contiguous() once, when loading)",
+        ),
+    ],
+    ids=["shape", "dtype", "strides"],
+)
+def test_what_cannot_be_packed_is_named(weight: Tensor, message: str, pack: Any) -> None:
+    with pytest.raises(RuntimeError) as error:
+        pack(weight)
+    assert str(error.value).splitlines()[0] == f"rrt::pack_linear: {message}"
+
+
+def test_packed_weights_refuse_gradients() -> None:
+    inputs = pack_arguments(make_inputs(Case(4, 8, 6, 3), torch.float32))
+    inputs["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="packed weights have no gradients; call it under"):
+        loop_lora_linear(**inputs)
+    with torch.no_grad():
+        loop_lora_linear(**inputs)
+
+
+GRAD_CASES = [
+    Case(5, 4, 3, 2, 2, bias=True),
+    Case(4, 3, 5, 0, 3, segment_out=(3, 2), segment_rank=(1, 2)),
+    Case(4, 3, 2, 1, 3, bias="loops"),
+]
 
 
 def differentiable(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
@@ -270,6 +420,13 @@ def test_registration_passes_opcheck(case: Case) -> None:
     torch.library.opcheck(torch.ops.rrt.loop_lora_linear.default, differentiable(case, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_registration_of_packed_weights_passes_opcheck(dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(4, 9, 40, 3, bias=True), dtype)
+    torch.library.opcheck(torch.ops.rrt.pack_linear.default, (inputs["lora_a"],))
+    torch.library.opcheck(torch.ops.rrt.loop_lora_linear.default, tuple(pack_arguments(inputs).values()))
+
+
 def test_the_fake_kernel_refuses_what_the_kernels_refuse() -> None:
     inputs = make_inputs(Case(4, 8, 6, 3), torch.float32)
     meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -294,7 +451,7 @@ def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     if "RRT_CPU_ISA" in os.environ:
         pytest.skip("already the inner run")
-    result = run_this_file("bitwise or 16_bit or (the_definition and not reference)", RRT_CPU_ISA=isa)
+    result = run_this_file("bitwise or same_bits or 16_bit or (the_definition and not reference)", RRT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout
 
 

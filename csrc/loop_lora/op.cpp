@@ -15,11 +15,24 @@ namespace {
 
 constexpr Checks check{"loop_lora_linear"};
 
-std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, const std::vector<int64_t>& rank,
-                                               int64_t n, int64_t a_rank, int64_t b_rank) {
+void check_segment_lists(const std::vector<int64_t>& out, const std::vector<int64_t>& rank, bool packed) {
+  if (packed && out.empty()) {
+    check.fail("segment_out: found []; expected the packed weight's segments (one of all its rows, if there is one)");
+  }
   if (out.size() != rank.size()) {
     check.fail("segment_rank: found ", rank.size(), " entries; expected ", out.size(), " as in segment_out");
   }
+  const auto negative = [](int64_t value) { return value < 0; };
+  if (std::any_of(out.begin(), out.end(), negative)) {
+    check.fail("segment_out: found ", ints_text(out), "; expected no negative entry");
+  }
+  if (std::any_of(rank.begin(), rank.end(), negative)) {
+    check.fail("segment_rank: found ", ints_text(rank), "; expected no negative entry");
+  }
+}
+
+std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, const std::vector<int64_t>& rank,
+                                               int64_t n, int64_t a_rank, int64_t b_rank) {
   if (out.empty()) {
     if (a_rank != b_rank) check.fail("lora_b: found rank ", b_rank, "; expected ", a_rank, " as in lora_a");
     return {{0, n, 0, a_rank}};
@@ -27,16 +40,18 @@ std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, 
   std::vector<loop_lora::Segment> segments;
   int64_t out_begin = 0, rank_begin = 0, max_rank = 0;
   for (size_t s = 0; s < out.size(); ++s) {
-    if (out[s] < 0) check.fail("segment_out: found ", ints_text(out), "; expected no negative entry");
-    if (rank[s] < 0) check.fail("segment_rank: found ", ints_text(rank), "; expected no negative entry");
     segments.push_back({out_begin, out[s], rank_begin, rank[s]});
     out_begin += out[s];
     rank_begin += rank[s];
     max_rank = std::max(max_rank, rank[s]);
   }
   if (out_begin != n) check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
-  if (rank_begin != a_rank) check.fail("lora_a: found rank ", a_rank, "; expected ", rank_begin, ", the sum of segment_rank");
-  if (max_rank != b_rank) check.fail("lora_b: found rank ", b_rank, "; expected ", max_rank, ", the largest of segment_rank");
+  if (rank_begin != a_rank) {
+    check.fail("lora_a: found rank ", a_rank, "; expected ", rank_begin, ", the sum of segment_rank");
+  }
+  if (max_rank != b_rank) {
+    check.fail("lora_b: found rank ", b_rank, "; expected ", max_rank, ", the largest of segment_rank");
+  }
   return segments;
 }
 
@@ -68,9 +83,7 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   check.shape("x", x, {{"M"}, {"K"}});
   const int64_t m = x.size(0), k = x.size(1);
   const bool packed = weight.sizes().size() == 3;
-  if (packed && segment_out.empty()) {
-    check.fail("segment_out: found []; expected the packed weight's segments (one of all its rows, if there is one)");
-  }
+  check_segment_lists(segment_out, segment_rank, packed);
   const int64_t n = packed ? sum(segment_out) : weight.size(0);
   const int64_t step = loop_lora::pack_step(dtype), steps = loop_lora::pack_steps(dtype, k);
   const int64_t panel_step = loop_lora::kPanel * step;

@@ -183,9 +183,9 @@ def _check_arguments(
     n: Any
     total_rank: Any
     b_rank: Any
-    if packed := weight.dim() == 3:
-        if not segment_out:
-            _check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
+    packed = weight.dim() == 3
+    _check_segment_lists(segment_out, segment_rank, packed)
+    if packed:
         n, total_rank, b_rank = sum(segment_out), sum(segment_rank), max(segment_rank, default=0)
         _check.shape("weight", weight, *_panel_size(x.dtype, n, k))
     else:
@@ -211,18 +211,23 @@ def _check_arguments(
         _check.contiguous(name, tensor)
 
 
+def _check_segment_lists(out: Sequence[int], rank: Sequence[int], packed: bool) -> None:
+    if packed and not out:
+        _check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
+    if len(out) != len(rank):
+        _check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
+    for name, values in (("segment_out", out), ("segment_rank", rank)):
+        if min(values, default=0) < 0:
+            _check.fail(name, list(values), "no negative entry")
+
+
 def _check_segments(
     out: Sequence[int], rank: Sequence[int], n: int | SymInt, a_rank: int | SymInt, b_rank: int | SymInt
 ) -> None:
-    if len(out) != len(rank):
-        _check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
     if not out:
         if a_rank != b_rank:
             _check.fail("lora_b", f"rank {b_rank}", f"{a_rank} as in lora_a")
         return
-    for name, values in (("segment_out", out), ("segment_rank", rank)):
-        if min(values) < 0:
-            _check.fail(name, list(values), "no negative entry")
     if sum(out) != n:
         _check.fail("segment_out", list(out), f"a sum of {n}, the weight's rows")
     if sum(rank) != a_rank:
