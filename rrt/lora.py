@@ -71,13 +71,9 @@ class LoopLinear(nn.Module):
         return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
 
     def _forward_rows(self, x: Tensor, loops: Tensor) -> Tensor:
-        tied_bias = self.bias if self.bias is not None and self.bias.dim() == 1 else None
         lora_a = x.new_empty(self.num_loops, 0, self.in_features) if self.lora_a is None else self.lora_a
         lora_b = x.new_empty(self.num_loops, self.out_features, 0) if self.lora_b is None else self.lora_b
-        y = ops.loop_lora_linear(x, self.weight, tied_bias, lora_a, lora_b, loops)
-        if self.bias is not None and tied_bias is None:
-            y = y + self.bias[loops.long()]
-        return y
+        return ops.loop_lora_linear(x, self.weight, self.bias, lora_a, lora_b, loops)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, loops={self.num_loops}, rank={self.rank}"

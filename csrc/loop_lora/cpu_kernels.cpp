@@ -142,6 +142,10 @@ inline void transpose(const T* from, int64_t stride, int64_t rows, int64_t colum
       const T* f = from + row * stride;
       int64_t column = 0;
       for (; column + kBlock <= columns; column += kBlock) {
+        if (column % 16 == 0) {
+          // Rows lie too far apart for the hardware to foresee the next chunk.
+          for (int i = 0; i < kBlock; ++i) __builtin_prefetch(f + i * stride + column + columns);
+        }
         const Block a = load<Block>(f + column), b = load<Block>(f + stride + column);
         const Block c = load<Block>(f + 2 * stride + column), d = load<Block>(f + 3 * stride + column);
         const Block ab0 = RRT_SHUFFLE4(a, b, 0, 4, 1, 5), ab1 = RRT_SHUFFLE4(a, b, 2, 6, 3, 7);
