@@ -1,0 +1,541 @@
+// Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size.
+//
+// Attention goes through the slots of a context in tiles of kTileSlots. A tile's keys and values are read once for
+// all queries and query heads of the task, and laid out for one micro-kernel (multiply_tile), which makes both
+// products: scores = Q K^T with K transposed, and out += P V. Between them is the running softmax.
+#include "kv_cache/cpu_kernels.h"
+#include "simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace rrt::kv_cache {
+namespace {
+
+using I32 = Register<int32_t>::Type;
+using U64 = Register<uint64_t>::Type;
+using U16Full = Register<uint16_t>::Type;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Shuffles of vectors of 2 to 32 lanes.
+template <int... I>
+struct Lanes {};
+template <int N>
+struct AllLanes;
+template <>
+struct AllLanes<2> {
+  using Type = Lanes<0, 1>;
+};
+template <>
+struct AllLanes<4> {
+  using Type = Lanes<0, 1, 2, 3>;
+};
+template <>
+struct AllLanes<8> {
+  using Type = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+};
+template <>
+struct AllLanes<16> {
+  using Type = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+};
+template <>
+struct AllLanes<32> {
+  using Type = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26,
+                     27, 28, 29, 30, 31>;
+};
+template <class V>
+constexpr int kNumLanes = sizeof(V) / sizeof(V{}[0]);
+
+// low: a0 b0 a1 b1 ... of the first halves; high: of the second halves.
+template <class V, int... I>
+inline void zip(V a, V b, V& low, V& high, Lanes<I...>) {
+  constexpr int n = sizeof...(I);
+#if defined(__clang__) || __GNUC__ >= 12
+  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
+  high = __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+#else
+  using Mask = decltype(a < b);
+  low = __builtin_shuffle(a, b, Mask{(I / 2 + I % 2 * n)...});
+  high = __builtin_shuffle(a, b, Mask{(n / 2 + I / 2 + I % 2 * n)...});
+#endif
+}
+
+template <class V>
+inline void zip(V a, V b, V& low, V& high) {
+  zip(a, b, low, high, typename AllLanes<kNumLanes<V>>::Type{});
+}
+
+// Perfect shuffles, as many as the lanes' number has bits, exchange rows and columns.
+template <class V>
+inline void transpose(V (&rows)[kNumLanes<V>]) {
+  constexpr int n = kNumLanes<V>;
+  for (int stage = 1; stage < n; stage *= 2) {
+    V next[n];
+    for (int i = 0; i < n / 2; ++i) zip(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+template <class V, class F>
+inline auto reduce_lanes(V v, F f) {
+  constexpr int n = kNumLanes<V>;
+  decltype(v[0] + v[0]) lane[n];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int half = n / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] = f(lane[i], lane[i + half]);
+  }
+  return lane[0];
+}
+
+// The operands of a product: units of kPair elements that are multiplied and added in one step. The left
+// operand's unit is the same for all lanes.
+template <class D>
+struct Operands {
+  using Unit = typename D::Acc;
+  using Vec = typename D::Vec;
+  static constexpr int kPair = 1;
+  static Vec load_units(const typename D::Storage* from) { return D::widen(from); }
+  static void multiply_add(Vec& acc, Unit a, Vec b) { acc += b * a; }
+  static void multiply_add_first(Vec& acc, Unit a, Vec b) { multiply_add(acc, a, b); }
+  static Unit narrow_unit(const typename D::Acc* from) { return *from; }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bfloat16, multiplied as such and added in float.
+template <>
+struct Operands<BFloat16> {
+  using Unit = uint32_t;
+  using Vec = U32;
+  static constexpr int kPair = 2;
+  static Vec load_units(const uint16_t* from) { return load<Vec>(from); }
+  static void multiply_add(F32& acc, Unit a, Vec b) {
+    acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  }
+  // Only the pairs' first elements.
+  static void multiply_add_first(F32& acc, Unit a, Vec b) { multiply_add(acc, a, b & 0xffff); }
+  static Unit narrow_unit(const float* from) {
+    return BFloat16::narrow(from[0]) | static_cast<uint32_t>(BFloat16::narrow(from[1])) << 16;
+  }
+};
+#endif
+
+template <class D>
+constexpr int kPair = Operands<D>::kPair;
+
+// out[r][c] (+)= sum over k of a[r][k] b[k][c], for R rows and C vectors of columns. `count` elements are `count /
+// kPair` units of k, and half a unit if it is odd. Every sum runs in the order of k, however it is tiled.
+template <class D, int R, int C, bool ADD>
+inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const typename Operands<D>::Unit* b,
+                          int64_t b_stride, int64_t count, typename D::Acc* out, int64_t out_stride) {
+  using Op = Operands<D>;
+  constexpr int lanes = kPartLanes<D>;
+  typename D::Vec acc[R][C] = {};
+  if (ADD) {
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) acc[r][c] = load<typename D::Vec>(out + r * out_stride + c * lanes);
+    }
+  }
+  int64_t k = 0;
+  for (; k < count / kPair<D>; ++k) {
+    typename Op::Vec bv[C];
+    for (int c = 0; c < C; ++c) bv[c] = load<typename Op::Vec>(b + k * b_stride + c * lanes);
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) Op::multiply_add(acc[r][c], a[r * a_stride + k], bv[c]);
+    }
+  }
+  if (kPair<D> == 2 && count % 2 == 1) {
+    for (int c = 0; c < C; ++c) {
+      const auto bv = load<typename Op::Vec>(b + k * b_stride + c * lanes);
+      for (int r = 0; r < R; ++r) Op::multiply_add_first(acc[r][c], a[r * a_stride + k], bv);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) std::memcpy(out + r * out_stride + c * lanes, &acc[r][c], sizeof(acc[r][c]));
+  }
+}
+
+template <class D, int R, int C, bool ADD>
+inline void multiply_columns(const typename Operands<D>::Unit* a, int64_t a_stride,
+                             const typename Operands<D>::Unit* b, int64_t b_stride, int64_t count,
+                             typename D::Acc* out, int64_t out_stride, int64_t columns) {
+  constexpr int width = C * kPartLanes<D>;
+  for (; columns >= width; columns -= width, b += width, out += width) {
+    multiply_tile<D, R, C, ADD>(a, a_stride, b, b_stride, count, out, out_stride);
+  }
+  if constexpr (C > 1) {
+    if (columns > 0) multiply_columns<D, R, C / 2, ADD>(a, a_stride, b, b_stride, count, out, out_stride, columns);
+  }
+}
+
+// Accumulators of a tile: half of the registers.
+constexpr int kTileVectors = RRT_VECTOR_BYTES == 64 ? 16 : 8;
+
+// `columns` is a multiple of a vector.
+template <class D, int R, bool ADD>
+void multiply_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const typename Operands<D>::Unit* b,
+                   int64_t b_stride, int64_t count, typename D::Acc* out, int64_t out_stride, int64_t rows,
+                   int64_t columns) {
+  for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride) {
+    multiply_columns<D, R, kTileVectors / R, ADD>(a, a_stride, b, b_stride, count, out, out_stride, columns);
+  }
+  if constexpr (R > 1) {
+    multiply_rows<D, R / 2, ADD>(a, a_stride, b, b_stride, count, out, out_stride, rows, columns);
+  }
+}
+constexpr int kMaxRows = kTileVectors / 2;
+
+// e^x for x <= 0 (or NaN), to about 1e-7; 0 below e^-86, where floats end.
+inline F32 exp_negative(F32 x) {
+  const F32 least = F32{} - 86.0f;
+  const F32 bounded = x < least ? least : x;
+  // Adding 1.5 * 2^23 rounds to an integer n, which is then in the low bits; e^x = 2^n e^r with |r| <= log(2) / 2.
+  const F32 shifted = bounded * 1.44269504f + 12582912.0f;
+  const F32 n = shifted - 12582912.0f;
+  const F32 r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  F32 p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const F32 scaled = bit_cast<F32>(bit_cast<U32>(p) + (bit_cast<U32>(shifted) << 23));
+  return x < least ? F32{} : scaled;
+}
+
+inline F64 exp_negative(F64 x) {
+  for (int i = 0; i < kNumLanes<F64>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class D>
+inline typename D::Acc exp_one(typename D::Acc x) {
+  return exp_negative(typename D::Vec{} + x)[0];
+}
+
+template <class Acc>
+constexpr Acc kLowest = sizeof(Acc) == 4 ? static_cast<Acc>(-__FLT_MAX__) : static_cast<Acc>(-__DBL_MAX__);
+
+// Turns the first rotary_dim of a head's elements.
+template <class Acc>
+void rotate(Acc* x, const Rope& rope, int64_t row) {
+  const Acc* cos = static_cast<const Acc*>(rope.cos_sin) + rope.positions[row] * rope.rotary_dim;
+  const int64_t half = rope.rotary_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const Acc first = x[i], second = x[half + i];
+    x[i] = first * cos[i] - second * cos[half + i];
+    x[half + i] = second * cos[i] + first * cos[half + i];
+  }
+}
+
+template <class D>
+void widen_row(const typename D::Storage* from, int64_t size, typename D::Acc* to) {
+  constexpr int lanes = kPartLanes<D>;
+  for (int64_t i = 0; i < size; i += lanes) {
+    typename D::Storage chunk[lanes] = {};
+    std::memcpy(chunk, from + i, smaller(size - i, lanes) * sizeof(chunk[0]));
+    const typename D::Vec wide = D::widen(chunk);
+    std::memcpy(to + i, &wide, smaller(size - i, lanes) * sizeof(to[0]));
+  }
+}
+
+template <class D>
+void write(const WriteParams& p, int64_t begin, int64_t end) {
+  using Storage = typename D::Storage;
+  const int64_t size = p.head_dim * sizeof(Storage);
+  for (int64_t row = begin; row < end; ++row) {
+    if (p.slots[row] < 0) continue;
+    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      const int64_t to = (p.slots[row] * p.num_kv_heads + head) * p.head_dim;
+      const auto* k = static_cast<const Storage*>(p.k) + row * p.k_row_stride + head * p.k_head_stride;
+      const auto* v = static_cast<const Storage*>(p.v) + row * p.v_row_stride + head * p.v_head_stride;
+      std::memcpy(static_cast<Storage*>(p.v_cache) + to, v, size);
+      auto* k_to = static_cast<Storage*>(p.k_cache) + to;
+      std::memcpy(k_to, k, size);
+      if (p.rope.positions == nullptr) continue;
+      const auto* cos = static_cast<const typename D::Acc*>(p.rope.cos_sin) + p.rope.positions[row] * p.rope.rotary_dim;
+      const int64_t half = p.rope.rotary_dim / 2;
+      for (int64_t i = 0; i < half; ++i) {
+        const auto first = widen_one<D>(k + i), second = widen_one<D>(k + half + i);
+        k_to[i] = D::narrow(first * cos[i] - second * cos[half + i]);
+        k_to[half + i] = D::narrow(second * cos[i] + first * cos[half + i]);
+      }
+    }
+  }
+}
+
+// Rows of a task: query by query, the query heads of one key/value head.
+template <class D>
+struct Attend {
+  using Storage = typename D::Storage;
+  using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+  using Op = Operands<D>;
+  using Unit = typename Op::Unit;
+  static constexpr int lanes = kPartLanes<D>;
+
+  const AttentionWork& work;
+  const AttentionParams& p;
+  const AttentionTask& task;
+  const int64_t kv_head;
+  const Scratch& scratch;
+  const int64_t group;
+  const int64_t dim;  // padded
+  const int64_t rows;
+
+  Attend(const AttentionWork& w, int64_t index, int64_t head, const Scratch& s)
+      : work(w),
+        p(*w.params),
+        task(w.tasks[index]),
+        kv_head(head),
+        scratch(s),
+        group(p.num_heads / p.num_kv_heads),
+        dim(w.padded_dim),
+        rows(task.num_queries * group) {}
+
+  // Slots that the row sees.
+  int64_t visible(int64_t row) const { return task.visible + row / group; }
+
+  void load_queries() const {
+    Acc* wide = static_cast<Acc*>(scratch.row);
+    for (int64_t i = p.head_dim; i < dim; ++i) wide[i] = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t query = task.first_query + row / group;
+      const int64_t head = kv_head * group + row % group;
+      const auto* q = static_cast<const Storage*>(p.q) + query * p.q_row_stride + head * p.q_head_stride;
+      widen_row<D>(q, p.head_dim, wide);
+      if (p.rope.positions != nullptr) rotate(wide, p.rope, query);
+      Unit* to = static_cast<Unit*>(scratch.q) + row * (dim / kPair<D>);
+      for (int64_t i = 0; i < dim; i += kPair<D>) to[i / kPair<D>] = Op::narrow_unit(wide + i);
+    }
+  }
+
+  // Where slots [begin, begin + count) lie in the caches; the last stands for the rest of the tile.
+  void find_slots(int64_t begin, int64_t count) const {
+    const int32_t* table = p.block_tables + task.sequence * p.table_stride;
+    int64_t page = begin / p.page_size, in_page = begin % p.page_size;
+    for (int64_t i = 0; i < kTileSlots; ++i) {
+      if (i >= count) {
+        scratch.offsets[i] = scratch.offsets[count - 1];
+        continue;
+      }
+      scratch.offsets[i] = ((table[page] * p.page_size + in_page) * p.num_kv_heads + kv_head) * p.head_dim;
+      if (++in_page == p.page_size) {
+        in_page = 0;
+        ++page;
+      }
+    }
+  }
+
+  static typename Op::Vec load_key_units(const Storage* from, int64_t left) {
+    constexpr int size = lanes * kPair<D>;
+    if (left >= size) return Op::load_units(from);
+    Storage chunk[size] = {};
+    std::memcpy(chunk, from, left * sizeof(chunk[0]));
+    return Op::load_units(chunk);
+  }
+
+  void stage_keys(int64_t count) const {
+    const auto* cache = static_cast<const Storage*>(p.k_cache);
+    Unit* to = static_cast<Unit*>(scratch.k);
+    for (int64_t slot = 0; slot < count; slot += lanes) {
+      for (int64_t i = 0; i < p.head_dim; i += lanes * kPair<D>) {
+        typename Op::Vec block[lanes];
+        for (int s = 0; s < lanes; ++s) {
+          block[s] = load_key_units(cache + scratch.offsets[slot + s] + i, p.head_dim - i);
+        }
+        transpose(block);
+        for (int u = 0; u < lanes; ++u) {
+          std::memcpy(to + (i / kPair<D> + u) * kTileSlots + slot, &block[u], sizeof(block[u]));
+        }
+      }
+    }
+  }
+
+  void stage_values(int64_t count) const {
+    const auto* cache = static_cast<const Storage*>(p.v_cache);
+    Unit* to = static_cast<Unit*>(scratch.v);
+    for (int64_t slot = 0; slot < count; slot += kPair<D>) {
+      for (int64_t i = 0; i < p.head_dim; i += lanes * kPair<D>) {
+        Unit* unit = to + slot / kPair<D> * dim + i;
+        const auto first = load_key_units(cache + scratch.offsets[slot] + i, p.head_dim - i);
+        if constexpr (kPair<D> == 1) {
+          std::memcpy(unit, &first, sizeof(first));
+        } else {
+          const auto second = load_key_units(cache + scratch.offsets[slot + 1] + i, p.head_dim - i);
+          U16Full pairs[2];
+          zip((U16Full)first, (U16Full)second, pairs[0], pairs[1]);
+          std::memcpy(unit, pairs, sizeof(pairs));
+        }
+      }
+    }
+  }
+
+  // One row's scores of `count` slots into probabilities, and its state with them.
+  void softmax(int64_t row, int64_t count, const SoftmaxState& state) const {
+    Acc* scores = static_cast<Acc*>(scratch.scores) + row * kTileSlots;
+    Unit* probabilities = static_cast<Unit*>(scratch.probabilities) + row * (kTileSlots / kPair<D>);
+    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    for (int64_t i = count; i < padded; ++i) scores[i] = -__builtin_inff();
+    Acc& max = static_cast<Acc*>(state.max)[row];
+    Acc& sum = static_cast<Acc*>(state.sum)[row];
+    Vec largest = Vec{} + max;
+    for (int64_t i = 0; i < padded; i += lanes) {
+      const Vec scaled = load<Vec>(scores + i) * static_cast<Acc>(p.scale);
+      std::memcpy(scores + i, &scaled, sizeof(scaled));
+      largest = scaled > largest ? scaled : largest;
+    }
+    const Acc new_max = reduce_lanes(largest, [](Acc a, Acc b) { return a > b ? a : b; });
+    Vec added = {};
+    for (int64_t i = 0; i < padded; i += lanes) {
+      const Vec probability = exp_negative(load<Vec>(scores + i) - new_max);
+      if constexpr (kPair<D> == 1) {
+        std::memcpy(probabilities + i, &probability, sizeof(probability));
+        added += probability;
+      } else {
+        added += narrow_probabilities(probability, probabilities + i / 2);
+      }
+    }
+    const Acc shrink = exp_one<D>(max - new_max);
+    if (max != new_max) {
+      Acc* out = static_cast<Acc*>(state.out) + row * dim;
+      for (int64_t i = 0; i < dim; ++i) out[i] *= shrink;
+    }
+    sum = sum * shrink + reduce_lanes(added, [](Acc a, Acc b) { return a + b; });
+    max = new_max;
+  }
+
+#ifdef __AVX512BF16__
+  // Rounds to bfloat16; returns what the sum has to count, the rounded values.
+  static F32 narrow_probabilities(F32 probability, uint32_t* to) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)probability);
+    std::memcpy(to, &narrow, sizeof(narrow));
+    return BFloat16::widen(reinterpret_cast<const uint16_t*>(to));
+  }
+#endif
+
+  // The slots [begin, end) of one piece of the context, for the rows that see any of them.
+  void attend_split(int64_t begin, int64_t end, const SoftmaxState& state) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      static_cast<Acc*>(state.max)[row] = kLowest<Acc>;
+      static_cast<Acc*>(state.sum)[row] = 0;
+    }
+    auto* out = static_cast<Acc*>(state.out);
+    for (int64_t i = 0; i < rows * dim; ++i) out[i] = 0;
+    end = smaller(end, visible(rows - 1));
+    for (; begin < end; begin += kTileSlots) {
+      attend_tile(begin, smaller(kTileSlots, end - begin), state);
+    }
+  }
+
+  void attend_tile(int64_t begin, int64_t count, const SoftmaxState& state) const {
+    const auto* q = static_cast<const Unit*>(scratch.q);
+    const auto* k = static_cast<const Unit*>(scratch.k);
+    const auto* v = static_cast<const Unit*>(scratch.v);
+    auto* scores = static_cast<Acc*>(scratch.scores);
+    const auto* probabilities = static_cast<const Unit*>(scratch.probabilities);
+    auto* out = static_cast<Acc*>(state.out);
+    const int64_t q_stride = dim / kPair<D>, p_stride = kTileSlots / kPair<D>;
+
+    find_slots(begin, count);
+    stage_keys(count);
+    int64_t first = begin < task.visible ? 0 : (begin - task.visible + 1) * group;  // row that sees a slot
+    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    multiply_rows<D, kMaxRows, false>(q + first * q_stride, q_stride, k, kTileSlots, p.head_dim,
+                                      scores + first * kTileSlots, kTileSlots, rows - first, padded);
+    for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
+    stage_values(count);
+    // Rows that see the same number of slots go together: a value that a row must not see is never multiplied.
+    while (first < rows) {
+      const int64_t seen = smaller(count, visible(first) - begin);
+      const int64_t end = seen == count ? rows : first + group;
+      multiply_rows<D, kMaxRows, true>(probabilities + first * p_stride, p_stride, v, dim, seen, out + first * dim,
+                                       dim, end - first, dim);
+      first = end;
+    }
+  }
+};
+
+// Adds row `from` of one state to row `to` of another: softmax over both their slots. `from` may have seen none.
+template <class D>
+void merge_row(const SoftmaxState& to_state, int64_t to, const SoftmaxState& from_state, int64_t from, int64_t dim) {
+  using Acc = typename D::Acc;
+  Acc& max = static_cast<Acc*>(to_state.max)[to];
+  Acc& sum = static_cast<Acc*>(to_state.sum)[to];
+  const Acc from_max = static_cast<const Acc*>(from_state.max)[from];
+  const Acc from_sum = static_cast<const Acc*>(from_state.sum)[from];
+  if (from_max == kLowest<Acc> && from_sum == 0) return;
+  const Acc new_max = from_max > max ? from_max : max;
+  const Acc shrink = exp_one<D>(max - new_max), from_shrink = exp_one<D>(from_max - new_max);
+  Acc* out = static_cast<Acc*>(to_state.out) + to * dim;
+  const Acc* from_out = static_cast<const Acc*>(from_state.out) + from * dim;
+  for (int64_t i = 0; i < dim; ++i) out[i] = out[i] * shrink + from_out[i] * from_shrink;
+  sum = sum * shrink + from_sum * from_shrink;
+  max = new_max;
+}
+
+// The results of a task's rows, from `first` on in the state.
+template <class D>
+void store_rows(const AttentionWork& work, int64_t first_query, int64_t num_queries, int64_t kv_head,
+                const SoftmaxState& state, int64_t first) {
+  using Acc = typename D::Acc;
+  const AttentionParams& p = *work.params;
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  for (int64_t row = 0; row < num_queries * group; ++row) {
+    const int64_t query = first_query + row / group, head = kv_head * group + row % group;
+    auto* to = static_cast<typename D::Storage*>(p.out) + (query * p.num_heads + head) * p.head_dim;
+    const Acc* from = static_cast<const Acc*>(state.out) + (first + row) * work.padded_dim;
+    const Acc sum = static_cast<const Acc*>(state.sum)[first + row];
+    for (int64_t i = 0; i < p.head_dim; ++i) to[i] = D::narrow(from[i] / sum);
+  }
+}
+
+template <class D>
+void attend(const AttentionWork& work, int64_t index, int64_t kv_head, const Scratch& scratch) {
+  using Acc = typename D::Acc;
+  const Attend<D> a(work, index, kv_head, scratch);
+  const AttentionTask& task = a.task;
+  a.load_queries();
+  if (task.partial >= 0) {
+    const int64_t first = task.partial * a.p.num_heads + kv_head * a.rows;
+    const SoftmaxState& all = work.partial;
+    a.attend_split(task.split_begin * kSplitSlots, task.split_end * kSplitSlots,
+                   {static_cast<Acc*>(all.max) + first, static_cast<Acc*>(all.sum) + first,
+                    static_cast<Acc*>(all.out) + first * a.dim});
+    return;
+  }
+  for (int64_t split = task.split_begin; split < task.split_end; ++split) {
+    const SoftmaxState& state = split == 0 ? scratch.total : scratch.split;
+    a.attend_split(split * kSplitSlots, (split + 1) * kSplitSlots, state);
+    if (split == 0) continue;
+    for (int64_t row = 0; row < a.rows; ++row) merge_row<D>(scratch.total, row, state, row, a.dim);
+  }
+  store_rows<D>(work, task.first_query, task.num_queries, kv_head, scratch.total, 0);
+}
+
+template <class D>
+void merge(const AttentionWork& work, int64_t index, int64_t kv_head) {
+  const AttentionParams& p = *work.params;
+  const MergeTask& task = work.merges[index];
+  const int64_t rows = task.num_queries * (p.num_heads / p.num_kv_heads);
+  const int64_t first = task.partial * p.num_heads + kv_head * rows;
+  for (int64_t split = 1; split < task.num_splits; ++split) {
+    const int64_t from = first + split * task.num_queries * p.num_heads;
+    for (int64_t row = 0; row < rows; ++row) {
+      merge_row<D>(work.partial, first + row, work.partial, from + row, work.padded_dim);
+    }
+  }
+  store_rows<D>(work, task.first_query, task.num_queries, kv_head, work.partial, first);
+}
+
+}  // namespace
+
+const CpuKernels RRT_KERNELS = {
+    {write<Float32>, write<Float64>, write<BFloat16>, write<Float16>},
+    {attend<Float32>, attend<Float64>, attend<BFloat16>, attend<Float16>},
+    {merge<Float32>, merge<Float64>, merge<BFloat16>, merge<Float16>},
+};
+
+}  // namespace rrt::kv_cache

@@ -1,0 +1,55 @@
+// The CPU kernels' inner parts, compiled once per instruction set and chosen at run time (cpu.cpp).
+#pragma once
+
+#include "kv_cache/launch.h"
+
+namespace rrt::kv_cache {
+
+// Buffers hold the accumulation type (double for float64, else float) where nothing else is said.
+
+// A softmax under way, per row: largest score, sum of exp(score - largest), and that sum over the values.
+struct SoftmaxState {
+  void* max;  // [rows]
+  void* sum;  // [rows]
+  void* out;  // [rows, padded_dim]
+};
+
+struct AttentionWork {
+  const AttentionParams* params;
+  const AttentionTask* tasks;
+  const MergeTask* merges;
+  int64_t padded_dim;    // head_dim up to a multiple of kPadDim
+  SoftmaxState partial;  // [num_partial * num_heads] rows: per task all queries of head 0, then of head 1, ...
+};
+
+// One thread's memory. The operands of products are as the instruction set wants them.
+struct Scratch {
+  int64_t* offsets;     // [kTileSlots]
+  void* row;            // [padded_dim]
+  void* q;              // [rows, padded_dim]
+  void* k;              // [padded_dim, kTileSlots]: transposed
+  void* v;              // [kTileSlots, padded_dim]
+  void* scores;         // [rows, kTileSlots]
+  void* probabilities;  // [rows, kTileSlots]
+  SoftmaxState split;   // of one piece of the context
+  SoftmaxState total;   // of all pieces so far
+};
+
+constexpr int64_t kPadDim = 32;     // no kernel's vector has more elements
+constexpr int64_t kTileSlots = 64;  // slots that are staged at a time; divides kSplitSlots
+
+struct CpuKernels {
+  // All are indexed by Dtype.
+  void (*write[4])(const WriteParams& params, int64_t begin, int64_t end);  // over rows
+  void (*attend[4])(const AttentionWork& work, int64_t task, int64_t kv_head, const Scratch& scratch);
+  void (*merge[4])(const AttentionWork& work, int64_t merge, int64_t kv_head);
+};
+
+extern const CpuKernels kBaselineKernels;
+#ifdef RRT_X86
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace rrt::kv_cache
