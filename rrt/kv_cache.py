@@ -1,10 +1,18 @@
-"""Keys and values of earlier positions, for incremental decoding of one batch."""
+"""Keys and values of earlier positions: contiguous for one batch, paged for many sequences at many loops."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rrt.config import ModelConfig
+from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
+from rrt.page_table import make_page_table
 
 
 class ContiguousCache:
@@ -44,3 +52,309 @@ class ContiguousCache:
 
     def advance(self, num_tokens: int) -> None:
         self.length += num_tokens
+
+
+def page_bytes(config: ModelConfig, recursive: RecursiveConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one page: `page_size` positions of all K shared layers, at one loop."""
+    heads = recursive.layers_per_loop(config) * page_size * config.num_kv_heads
+    return 2 * heads * config.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive positions of one sequence at one loop, prefilled together."""
+
+    sequence: int
+    loop: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one pass, in this order: kv-only rows, decode rows, prefill chunks.
+
+    A kv-only row writes the keys and values that its state has at each layer and stays as it is: so a token that
+    has left at an earlier loop is seen by later tokens. The loop of a row may be any; a chunk has one.
+    """
+
+    sequences: ArrayLike = ()
+    """int64 [N]: the sequence of each kv-only and decode row."""
+    loops: ArrayLike = ()
+    """int32 [N]"""
+    positions: ArrayLike = ()
+    """int32 [N]: the row writes this position, and attends to those up to it."""
+    num_kv_only: int = 0
+    """How many of the N rows are kv-only; they come first."""
+    chunks: Sequence[Chunk] = ()
+    """Prefill chunks; their rows follow the N rows. Neighbours at the same loop are computed together."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Tensors of the kv-only and decode rows of a pass: N rows, of which M decode."""
+
+    loops: Tensor
+    """int32 [N]"""
+    positions: Tensor
+    """int32 [N]"""
+    slot_mapping: Tensor
+    """int64 [N]"""
+    num_kv_only: int
+    block_tables: Tensor
+    """int32 [M, max_pages]"""
+    context_lens: Tensor
+    """int32 [M]"""
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Tensors of neighbouring chunks at one loop: T rows of S chunks."""
+
+    loop: int
+    positions: Tensor
+    """int32 [T]"""
+    slot_mapping: Tensor
+    """int64 [T]"""
+    block_tables: Tensor
+    """int32 [S, max_pages]"""
+    query_start: Tensor
+    """int32 [S + 1]"""
+    context_lens: Tensor
+    """int32 [S]"""
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """What a pass needs of the cache: the same for all of its layers."""
+
+    decode: DecodePlan
+    prefills: tuple[PrefillPlan, ...]
+
+
+class PagedCache:
+    """Keys and values in pages: every depth keeps its own, and sequences share what they have in common.
+
+    A page belongs to one loop of one sequence and holds `page_size` positions of all K layers of the block:
+    page p of layer i is ``k[i, p]``, of k and v [K, num_pages, page_size, H_kv, D_h]. The loops of a sequence grow
+    on their own: a token that leaves after the first loop appends nothing to the second.
+
+    Keys and values of prefix vectors (`RecursiveConfig.prefix_length`) are held once: every sequence begins as a
+    fork of them. They take the slots before position 0, and none of the lengths here count them.
+
+    Every method raises ValueError for a sequence that is not there, and a loop, length or position out of range.
+    Sequences are small integers, reused after `free`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        recursive: RecursiveConfig,
+        num_pages: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Raises `UserError` if num_pages or page_size is not positive, or the prefix does not fit."""
+        prefix_pages = recursive.num_loops * -(-recursive.prefix_length // max(page_size, 1))
+        for name, value, least in (("page_size", page_size, 1), ("num_pages", num_pages, max(prefix_pages, 1))):
+            if value < least:
+                raise UserError(f"cache: {name}: found {value}; expected at least {least}")
+        self.config = config
+        self.recursive = recursive
+        self.num_loops = recursive.num_loops
+        self.prefix_length = recursive.prefix_length
+        self.bytes_per_page = page_bytes(config, recursive, page_size, dtype)
+        layers = recursive.layers_per_loop(config)
+        shape = (layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self._table = make_page_table(num_pages, page_size)
+        self._prefix = [self._table.create() for _ in range(self.num_loops)]
+        for handle in self._prefix:
+            self._table.append(handle, self.prefix_length)
+        # [sequences, B]: the page table's handles; 0, which is none, where the sequence was freed.
+        self._handles = np.zeros((0, self.num_loops), dtype=np.int64)
+        self._free_sequences: list[int] = []
+
+    @classmethod
+    def from_budget(
+        cls,
+        config: ModelConfig,
+        recursive: RecursiveConfig,
+        num_bytes: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "PagedCache":
+        """A cache of as many pages as fit into `num_bytes` bytes. Raises `UserError` if too few do."""
+        each = page_bytes(config, recursive, max(page_size, 1), dtype)
+        if num_bytes < each:
+            raise UserError(f"cache: found a budget of {num_bytes} bytes; expected at least {each}, one page")
+        return cls(config, recursive, num_bytes // each, page_size, dtype, device)
+
+    @property
+    def num_pages(self) -> int:
+        return self._table.num_pages
+
+    @property
+    def page_size(self) -> int:
+        return self._table.page_size
+
+    @property
+    def num_free_pages(self) -> int:
+        return self._table.num_free_pages
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages held by sequences and by the prefix."""
+        return self._table.num_used_pages
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._handles) - len(self._free_sequences)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values, those of free pages too."""
+        return self.num_pages * self.bytes_per_page
+
+    @property
+    def num_used_bytes(self) -> int:
+        return self.num_used_pages * self.bytes_per_page
+
+    def pages_for(self, length: int) -> int:
+        """Pages that a new sequence takes to reach `length` positions at every loop."""
+        if length == 0:
+            return 0
+        shared = self.prefix_length // self.page_size
+        return self.num_loops * (-(-(self.prefix_length + length) // self.page_size) - shared)
+
+    def allocate(self) -> int:
+        """A new sequence of length 0 at every loop. It takes no page before its first append."""
+        return self._add([self._table.fork(handle) for handle in self._prefix])
+
+    def length(self, sequence: int, loop: int) -> int:
+        """Positions that the sequence holds at `loop`."""
+        return self._table.length(self._handle(sequence, loop)) - self.prefix_length
+
+    def append(self, sequence: int, count: int, loop: int | None = None) -> None:
+        """Make room for `count` more positions at `loop`, or at every loop. Raises as `append_rows` does."""
+        loops = range(self.num_loops) if loop is None else [loop]
+        self.append_rows([sequence] * len(loops), loops, [count] * len(loops))
+
+    def append_rows(self, sequences: ArrayLike, loops: ArrayLike, counts: ArrayLike) -> None:
+        """Make room for counts[i] more positions of sequences[i] at loops[i], all [M].
+
+        A page that is shared and partly filled is copied first, so what a pass has computed must have been written
+        before a fork.
+
+        Raises:
+            OutOfPages: too few pages are free; nothing has changed.
+        """
+        copies = self._table.append_many(self._handles_of(sequences, loops), np.asarray(counts, dtype=np.int32))
+        if copies:
+            sources, targets = torch.tensor(copies, device=self.k.device).unbind(1)
+            for pages in (self.k, self.v):
+                pages[:, targets] = pages[:, sources]
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that shares all pages of `sequence`; what either appends does not show in the other."""
+        return self._add([self._table.fork(self._handle(sequence, loop)) for loop in range(self.num_loops)])
+
+    def alias(self, sequence: int, loop: int, of_loop: int) -> None:
+        """`loop` gives up its pages and shares those of `of_loop`, as if both had the same keys and values."""
+        self._table.alias(self._handle(sequence, loop), self._handle(sequence, of_loop))
+
+    def truncate(self, sequence: int, length: int, loop: int | None = None) -> None:
+        """Drop the positions from `length` on, at `loop` or at every loop that has them."""
+        lengths = [self.length(sequence, each) for each in range(self.num_loops)]
+        most = max(lengths) if loop is None else self.length(sequence, loop)
+        if not 0 <= length <= most:
+            raise ValueError(f"length: found {length}; expected 0 to {most}, what the sequence holds")
+        for each in range(self.num_loops) if loop is None else [loop]:
+            kept = self.prefix_length + min(length, lengths[each])
+            self._table.truncate(self._handle(sequence, each), kept)
+
+    def free(self, sequence: int) -> None:
+        """Give up the sequence and its pages."""
+        for loop in range(self.num_loops):
+            self._table.free(self._handle(sequence, loop))
+        self._handles[sequence] = 0
+        self._free_sequences.append(sequence)
+
+    def plan(self, rows: Rows) -> PassPlan:
+        """The tensors of a pass over `rows`, whose positions have been appended."""
+        handles = self._handles_of(rows.sequences, rows.loops)
+        positions = np.array(rows.positions, dtype=np.int32)
+        if not 0 <= rows.num_kv_only <= len(handles):
+            raise ValueError(f"num_kv_only: found {rows.num_kv_only}; expected 0 to {len(handles)}, the rows")
+        slots = self._slots(handles, positions)
+        reading = slice(rows.num_kv_only, None)
+        decode = DecodePlan(
+            self._tensor(np.array(rows.loops, dtype=np.int32)),
+            self._tensor(positions),
+            self._tensor(slots),
+            rows.num_kv_only,
+            self._tensor(self._table.block_tables(handles[reading])),
+            self._tensor(positions[reading] + np.int32(self.prefix_length + 1)),
+        )
+        groups = groupby(rows.chunks, key=lambda chunk: chunk.loop)
+        return PassPlan(decode, tuple(self._plan_prefill(loop, list(chunks)) for loop, chunks in groups))
+
+    def prefix_slots(self, loop: int) -> Tensor:
+        """The slots int64 [P] of the prefix at `loop`, for whoever computes its keys and values."""
+        handles = np.full(self.prefix_length, self._prefix[loop])
+        return self._tensor(self._table.slots(handles, np.arange(self.prefix_length, dtype=np.int32)))
+
+    def check(self) -> None:
+        """Verify every invariant of the page accounting. Raises RuntimeError that names the broken one. For tests."""
+        self._table.check()
+        if self._table.num_sequences != (self.num_sequences + 1) * self.num_loops:
+            raise RuntimeError("the page table holds sequences that no sequence of the cache owns")
+
+    def _plan_prefill(self, loop: int, chunks: list[Chunk]) -> PrefillPlan:
+        lengths = np.array([chunk.length for chunk in chunks], dtype=np.int32)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        if lengths.min() < 0:
+            raise ValueError(f"chunk: found length {lengths.min()}; expected 0 or more")
+        handles = self._handles_of([chunk.sequence for chunk in chunks], [loop] * len(chunks))
+        query_start = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths)
+        return PrefillPlan(
+            loop,
+            self._tensor(positions),
+            self._tensor(self._slots(np.repeat(handles, lengths), positions)),
+            self._tensor(self._table.block_tables(handles)),
+            self._tensor(query_start),
+            self._tensor(starts + lengths + np.int32(self.prefix_length)),
+        )
+
+    def _slots(self, handles: NDArray[np.int64], positions: NDArray[np.int32]) -> NDArray[np.int64]:
+        if self.prefix_length and len(positions) and positions.min() < 0:
+            raise ValueError(f"positions: found {positions.min()}; expected 0 or more")
+        return self._table.slots(handles, positions + np.int32(self.prefix_length))
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.k.device)
+
+    def _add(self, handles: list[int]) -> int:
+        if not self._free_sequences:
+            first = len(self._handles)
+            self._handles = np.concatenate((self._handles, np.zeros((first + 16, self.num_loops), dtype=np.int64)))
+            self._free_sequences = list(range(len(self._handles) - 1, first - 1, -1))
+        sequence = self._free_sequences.pop()
+        self._handles[sequence] = handles
+        return sequence
+
+    def _handle(self, sequence: int, loop: int) -> int:
+        return int(self._handles_of([sequence], [loop])[0])
+
+    def _handles_of(self, sequences: ArrayLike, loops: ArrayLike) -> NDArray[np.int64]:
+        """Handles int64 [M] of virtual sequences; 0 for a freed one, which the page table refuses."""
+        rows, columns = np.asarray(sequences, dtype=np.int64), np.asarray(loops, dtype=np.int64)
+        for name, values, end in (("sequence", rows, len(self._handles)), ("loop", columns, self.num_loops)):
+            outside = (values < 0) | (values >= end)
+            if outside.any():
+                raise ValueError(f"{name}: found {values[outside][0]}; expected one in [0, {end})")
+        return self._handles[rows, columns]

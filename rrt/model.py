@@ -46,11 +46,15 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape)) if self.kind == "layernorm" else None
 
-    def forward(self, x: Tensor, loop: int = 0) -> Tensor:
+    def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
+        """x [..., D] -> [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
         weight = self.weight if self.weight.dim() == 1 else self.weight[loop]
         if self.kind == "layernorm":
             bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
-            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+            if weight.dim() == 1:
+                return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+            normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+            return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.kind == "rmsnorm_1p":
@@ -65,6 +69,17 @@ def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> 
     angles = positions[:, None, :, None].float() * inverse_frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope_table(config: ModelConfig, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The native operators' `cos_sin` [num_positions, rotary_dim]: cosines, then sines, of each angle.
+
+    The values are those of `rope_cos_sin`, rounded to the model's `dtype`, and held in fp32 (fp64 for fp64).
+    """
+    cos, sin = rope_cos_sin(config, torch.arange(num_positions, device=device)[None], dtype)
+    half = config.rotary_dim // 2
+    table = torch.cat((cos[0, 0, :, :half], sin[0, 0, :, :half]), dim=-1)
+    return table.to(torch.promote_types(dtype, torch.float32))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,10 +155,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
         if self.gate is None:
-            return self.down(self._activate(self.up(x, loop)), loop)
-        return self.down(self._activate(self.gate(x, loop)) * self.up(x, loop), loop)
+            return self.down(self.activate(self.up(x, loop)), loop)
+        return self.down(self.activate(self.gate(x, loop)) * self.up(x, loop), loop)
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def activate(self, x: Tensor) -> Tensor:
         if self.activation == "silu":
             return F.silu(x)
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
@@ -263,10 +278,7 @@ class RecursiveTransformer(nn.Module):
         num_loops: int | None = None,
     ) -> list[Tensor]:
         """The states [batch, T, D] after each loop, before the final norm. Arguments as in `forward`."""
-        x = F.embedding(input_ids, self.embed)
-        if self.config.scale_embeddings:
-            # The factor is rounded to the model's dtype first, as the published Gemma code does.
-            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+        x = self.embed_tokens(input_ids)
         past = 0 if cache is None else cache.length
         positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
         rope = rope_cos_sin(self.config, positions, x.dtype)
@@ -274,6 +286,14 @@ class RecursiveTransformer(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return exits
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """input_ids [...] -> what the first loop reads, [..., D]."""
+        x = F.embedding(input_ids, self.embed)
+        if self.config.scale_embeddings:
+            # The factor is rounded to the model's dtype first, as the published Gemma code does.
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [..., D] -> [..., V]."""
