@@ -1,0 +1,150 @@
+"""Attention over the paged cache as cases: decode rows and prefill chunks, against SDPA on gathered keys and values.
+
+Dimensions: M rows (S sequences of prefill), H query heads, H_kv key/value heads, D_h head width.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.linear_cases import check_agreement, normal
+from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
+from rrt import ops
+
+BASELINES = {
+    "sdpa": "scaled_dot_product_attention on keys and values that lie gathered, contiguous per head (not timed)",
+    "sdpa grouped": "the same, the query heads of a key/value head as its queries; decode with H > H_kv only",
+}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What is to be measured of attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    contexts: list[int]
+    rows: list[int]
+    """Decode rows per case, all of the same context."""
+    sequences: list[int]
+    """Sequences per prefill case."""
+    chunk: int
+    """New tokens per sequence of prefill, at the end of its context; at most the context."""
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
+    cache_bytes: int
+    budget_bytes: int
+
+    def cases(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
+        """Kind, rows or sequences, and context: the cases to run, and those that the memory is too small for."""
+        counts = [("decode", rows) for rows in self.rows] + [("prefill", count) for count in self.sequences]
+        cases = [(kind, count, context) for kind, count in counts for context in self.contexts]
+        # Held twice: in pages and gathered.
+        fits = [2 * self.kv_bytes(count, context) <= self.budget_bytes for _, count, context in cases]
+        kept = [case for case, ok in zip(cases, fits, strict=True) if ok]
+        return kept, [case for case, ok in zip(cases, fits, strict=True) if not ok]
+
+    def kv_bytes(self, count: int, context: int) -> int:
+        """Keys and values of all contexts, at one shared layer."""
+        return 2 * count * context * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def min_bytes(self, count: int, context: int, queries: int) -> int:
+        """Bytes that any exact kernel moves: every key and value once, queries and result once."""
+        ends = 2 * count * queries * self.num_heads * self.head_dim * self.dtype.itemsize
+        return self.kv_bytes(count, context) + ends
+
+    def flops(self, count: int, context: int, queries: int) -> int:
+        """Multiplications and additions of q k^T and p v over what each query may attend, softmax not counted."""
+        attended = queries * context - queries * (queries - 1) // 2
+        return 4 * count * self.num_heads * self.head_dim * attended
+
+
+def run_attention(plan: AttentionPlan, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
+    """Measure every case; yields a record each, without floors."""
+    for index, (kind, count, context) in enumerate(plan.cases()[0]):
+        if index % 8 == 0:
+            rates.probe()
+        yield _run_case(plan, timer, kind, count, context)
+
+
+def _run_case(plan: AttentionPlan, timer: Timer, kind: str, count: int, context: int) -> dict[str, Any]:
+    queries = 1 if kind == "decode" else min(plan.chunk, context)
+    kv_bytes = plan.kv_bytes(count, context)
+    copies = copies_beyond_cache(kv_bytes, 2 * kv_bytes, plan.cache_bytes, plan.budget_bytes)
+    variants = make_variants(plan, kind, count, context, queries, copies)
+    check_agreement({name: v.call(0) for name, v in variants.items()}, "sdpa", f"{kind} of {count} at {context}")
+    samples = timer.measure(variants, copies)
+    return {
+        "kind": kind,
+        "count": count,
+        "context": context,
+        "queries": queries,
+        "page_size": plan.page_size,
+        "bytes": plan.min_bytes(count, context, queries),
+        "flops": plan.flops(count, context, queries),
+        "copies": copies,
+        "rounds": len(samples["ours"]),
+        "seconds": {name: spread(values) for name, values in samples.items()},
+        "speedup": {name: speedup(samples, "ours", name) for name in samples if name != "ours"},
+    }
+
+
+def make_variants(
+    plan: AttentionPlan, kind: str, count: int, context: int, queries: int, copies: int
+) -> dict[str, Variant]:
+    """`ours` on pages in random order, SDPA on the same keys and values gathered; results [count * queries, H, D_h]."""
+    heads, kv_heads, dim, device = plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.device
+    pages_per_row = -(-context // plan.page_size)
+    num_pages = copies * count * pages_per_row
+    cache_shape = (num_pages, plan.page_size, kv_heads, dim)
+    k_cache, v_cache = (normal(cache_shape, 1, plan.dtype, device) for _ in range(2))
+    tables = torch.randperm(num_pages).to(device, torch.int32).view(copies, count, pages_per_row).unbind()
+
+    def gather(cache: Tensor) -> list[Tensor]:
+        """Per copy [count, H_kv, context, D_h]."""
+        rows = (cache[table.long()].flatten(1, 2)[:, :context] for table in tables)
+        return [row.transpose(1, 2).contiguous() for row in rows]
+
+    k, v = gather(k_cache), gather(v_cache)
+    q = normal((count * queries, heads, dim), 1, plan.dtype, device)
+    context_lens = torch.full((count,), context, dtype=torch.int32, device=device)
+    scale = 1 / math.sqrt(dim)
+    gqa = heads != kv_heads
+    q_heads = q.view(count, queries, heads, dim).transpose(1, 2)
+
+    if kind == "decode":
+        variants = {
+            "ours": Variant(lambda i: ops.loop_kv_attention(q, k_cache, v_cache, tables[i], context_lens, scale)),
+            "sdpa": Variant(
+                lambda i: F.scaled_dot_product_attention(q_heads, k[i], v[i], scale=scale, enable_gqa=gqa).reshape_as(q)
+            ),
+        }
+        if gqa:
+            grouped = q.view(count, kv_heads, heads // kv_heads, dim)
+            variants["sdpa grouped"] = Variant(
+                lambda i: F.scaled_dot_product_attention(grouped, k[i], v[i], scale=scale).reshape_as(q)
+            )
+        return variants
+
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device) * queries
+    own = torch.arange(context - queries, context, device=device)
+    # A chunk that is the whole context is plain causal, which SDPA runs without a mask.
+    mask = torch.arange(context, device=device) <= own[:, None] if queries < context else None
+
+    def sdpa(i: int) -> Tensor:
+        y = F.scaled_dot_product_attention(
+            q_heads, k[i], v[i], mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        )
+        return y.transpose(1, 2).reshape_as(q)
+
+    return {
+        "ours": Variant(lambda i: ops.loop_kv_prefill(q, k_cache, v_cache, tables[i], starts, context_lens, scale)),
+        "sdpa": Variant(sdpa),
+    }

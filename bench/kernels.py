@@ -1,0 +1,295 @@
+"""Native operators against PyTorch and against the machine's limits: python bench/kernels.py --preset gemma-2b
+
+The linears of one shared layer with rows of many loops mixed, attention over the paged cache, and what a call costs
+beside the arithmetic; every number against baselines measured in the same run, in alternating order, on weights that
+are not in the cache. A floor is what the case's bytes take at the best read bandwidth of the run, or its FLOPs at the
+best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once.
+
+    python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
+    python bench/kernels.py --quick --only overhead
+
+About 10 minutes on a CPU with the defaults, in proportion to --seconds-per-case; --quick: about a minute. Run nothing
+else beside it.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import attention_cases, linear_cases
+from bench.attention_cases import AttentionPlan, run_attention
+from bench.kernel_report import bars, print_attention, print_bars, print_linear, print_overhead
+from bench.linear_cases import LinearPlan, add_floors, layer_records, projections, run_linear
+from bench.overhead_cases import measure_call, measure_plan
+from bench.timing import Rates, Timer, free_memory_bytes, last_level_cache_bytes
+from rrt import ops
+from rrt.cli import human_bytes, run_command
+from rrt.config import ModelConfig
+from rrt.errors import UserError
+from rrt.files import read_json
+from rrt.hf import model_config_from_hf
+from rrt.presets import PRESETS, preset, preset_dtype
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.results import write_result
+from rrt.tensors import dtype_name
+
+SECTIONS = ("linear", "attention", "overhead")
+MAX_LOOPS = 8
+
+# What the flags default to: (full, --quick).
+DEFAULTS = {
+    "rows": ([1, 2, 4, 8, 16, 32, 64, 128], [1, 8]),
+    "ranks": ([0, 64, 128, 256, 512], [0, 64]),
+    "loops": ([1, 2, 3], [2]),
+    "contexts": ([128, 512, 2048, 8192, 32768], [128, 1024]),
+    "attention_rows": ([1, 8, 32], [8]),
+    "sequences": ([1, 4], [1]),
+    "seconds_per_case": (0.8, 0.05),
+}
+CUDA_ROWS = [8192]  # of the full run, besides: minutes per case on a CPU
+CHUNK = 256
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def numbers(flag: str, purpose: str) -> None:
+        full, quick = (" ".join(map(str, values)) for values in DEFAULTS[flag[2:].replace("-", "_")])
+        text = f"{purpose} (default {full}; with --quick {quick})"
+        parser.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
+
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    parser.add_argument("--preset", choices=PRESETS, default="gemma-2b", help="whose shapes (default gemma-2b)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="shapes of a HF config.json instead of a preset's")
+    add_dtype_flag(parser, "dtype of weights and inputs (with --config auto is float32)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also plot time over floor of the linears")
+    numbers("--rows", "rows M of the linears; 8192 too on cuda")
+    numbers("--ranks", "LoRA ranks, capped at min(in, out) of each adapter")
+    numbers("--loops", "how many loops the rows are mixed of")
+    numbers("--contexts", "context lengths of attention")
+    numbers("--attention-rows", "decode rows of attention")
+    numbers("--sequences", f"sequences of a prefill, each with a chunk of {CHUNK} tokens at the end of its context")
+    parser.add_argument("--page-size", type=int, default=32, metavar="N", help="positions per page (default 32)")
+    parser.add_argument("--only", choices=SECTIONS, help="only this section (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few cases, briefly: whether it runs, not how fast")
+    parser.add_argument(
+        "--seconds-per-case",
+        type=float,
+        metavar="S",
+        help="time to spend on the repetitions of one case, at least three rounds of all its variants "
+        f"(default {DEFAULTS['seconds_per_case'][0]}; with --quick {DEFAULTS['seconds_per_case'][1]} and two rounds)",
+    )
+    parser.add_argument("--unpacked", action="store_true", help="weights as checkpoints have them, not pack_linear's")
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="G", help="memory for copies of the weights (default half of what is free)"
+    )
+    parser.add_argument(
+        "--cache-mib", type=float, metavar="M", help="size of the last-level cache (default: what the system says)"
+    )
+    arguments = parser.parse_args()
+    for name, (full, quick) in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            cuda_rows = CUDA_ROWS if name == "rows" and arguments.device == "cuda" else []
+            setattr(arguments, name, quick if arguments.quick else [*full, *cuda_rows] if cuda_rows else full)
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    for name, least, most in (
+        ("rows", 1, 2**20),
+        ("ranks", 0, 2**20),
+        ("loops", 1, MAX_LOOPS),
+        ("contexts", 1, 2**24),
+        ("attention_rows", 1, 2**20),
+        ("sequences", 1, 2**20),
+    ):
+        values = sorted(set(getattr(arguments, name)))
+        setattr(arguments, name, values)
+        for value in values:
+            if not least <= value <= most:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: found {value}; expected a number in [{least}, {most}]")
+    if min(arguments.loops) > max(arguments.rows):
+        raise UserError(
+            f"--loops: found {arguments.loops} with --rows {arguments.rows}; expected at least as many rows as loops"
+        )
+    if arguments.page_size < 1:
+        raise UserError(f"--page-size: found {arguments.page_size}; expected a positive number")
+    for name in ("seconds_per_case", "memory_gib", "cache_mib"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    for flag, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UserError(f"{flag}: found {path}; expected a file in a directory that exists")
+    if arguments.plot is not None:
+        if arguments.only not in (None, "linear"):
+            raise UserError(f"--plot: found with --only {arguments.only}; expected --only linear or all sections")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError(
+                "--plot: matplotlib is not installed; expected it: pip install 'relaxed-recursive-transformers[plot]'"
+            )
+
+
+def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.dtype]:
+    """Name, shapes and dtype of what the flags ask for."""
+    if arguments.config is None:
+        return arguments.preset, preset(arguments.preset), chosen_dtype(arguments) or preset_dtype(arguments.preset)
+    config = model_config_from_hf(read_json(arguments.config), str(arguments.config))
+    return arguments.config.name, config, chosen_dtype(arguments) or torch.float32
+
+
+def native_facts() -> dict[str, Any]:
+    """What native code ran, without the place where it lies."""
+    facts = asdict(ops.build_info())
+    return {"loaded": facts.pop("library") is not None, **{name: facts[name] for name in facts if name != "rebuild"}}
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
+    """Measure; returns the result and the device it ran on."""
+    name, config, dtype = read_shapes(arguments)
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    cache_bytes, cache_known = last_level_cache_bytes(device)
+    if arguments.cache_mib is not None:
+        cache_bytes, cache_known = int(arguments.cache_mib * 2**20), True
+    budget = free_memory_bytes(device) // 2 if arguments.memory_gib is None else int(arguments.memory_gib * 2**30)
+
+    linear = LinearPlan(
+        projections=projections(config),
+        rows=arguments.rows,
+        ranks=arguments.ranks,
+        loops=arguments.loops,
+        dtype=dtype,
+        device=device,
+        pack=not arguments.unpacked,
+        cache_bytes=cache_bytes,
+        budget_bytes=budget,
+    )
+    attention = AttentionPlan(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        contexts=arguments.contexts,
+        rows=arguments.attention_rows,
+        sequences=arguments.sequences,
+        chunk=CHUNK,
+        page_size=arguments.page_size,
+        dtype=dtype,
+        device=device,
+        cache_bytes=cache_bytes,
+        budget_bytes=budget,
+    )
+    sections = (arguments.only,) if arguments.only else SECTIONS
+    attention_cases_to_run, left_out = attention.cases()
+    num_cases = linear.num_cases() * ("linear" in sections) + len(attention_cases_to_run) * ("attention" in sections)
+    native = native_facts()
+    # On CUDA a quick run needs as large a buffer: at 64 MiB a launch would count for much.
+    probe_bytes = max(4 * cache_bytes, 2**30 if device.type == "cuda" else 2**26)
+
+    print(f"{name} in {dtype_name(dtype)} on {device.type}, {torch.get_num_threads()} torch threads")
+    print(f"last-level cache {human_bytes(cache_bytes)}{'' if cache_known else ' (assumed: the system does not tell)'}")
+    if "linear" in sections:
+        copies = ", ".join(f"{p.name} {linear.copies(p)}" for p in linear.projections)
+        print(f"weights take up to {human_bytes(linear.needed_bytes())}; copies rotated: {copies}")
+        if warm := [p.name for p in linear.projections if not linear.is_cold(p)]:
+            print(f"NOTE: too little memory to rotate {', '.join(warm)} beyond the cache; see --memory-gib")
+    if native["loaded"]:
+        print(f"native operators: {native['cpu_isa']}{', STALE: rebuild them' if native['stale'] else ''}")
+    else:
+        print(f"native operators: none, ours is the PyTorch reference ({native['reason']})")
+    if "attention" in sections and not attention_cases_to_run:
+        raise UserError(f"--memory-gib: found {budget / 2**30:.2f}; no attention case fits: expected more")
+    if "attention" in sections and left_out:
+        cases = ", ".join(f"{kind} of {count} at {context}" for kind, count, context in left_out)
+        print(f"attention cases left out for want of memory: {cases}")
+    seconds = arguments.seconds_per_case
+    print(f"{num_cases} cases of {seconds} s or more: about {max(1, round(num_cases * seconds * 1.6 / 60))} min")
+
+    began = time.perf_counter()
+    min_rounds = 2 if arguments.quick else 3
+    timer = Timer(device, seconds, min_rounds)
+    rates = Rates(Timer(device, seconds, min_rounds), dtype, probe_bytes)
+    result: dict[str, Any] = {
+        "shapes": name,
+        "dtype": dtype_name(dtype),
+        "packed": linear.pack,
+        "cache_bytes": cache_bytes,
+        "cache_known": cache_known,
+        "native": native,
+        "seconds_per_case": seconds,
+    }
+    with tqdm(total=num_cases, unit="case", desc="kernels", disable=None, smoothing=0.05) as bar:
+        if "linear" in sections:
+            records = []
+            for record in run_linear(linear, timer, rates):
+                records.append(record)
+                bar.set_postfix_str(
+                    f"{record['projection']} M={record['rows']} r={record['rank']} loops={record['loops']}"
+                )
+                bar.update()
+            rates.probe()
+            result |= {"linear_variants": linear_cases.BASELINES, "linear": records}
+        if "attention" in sections:
+            records = []
+            for record in run_attention(attention, timer, rates):
+                records.append(record)
+                bar.set_postfix_str(f"{record['kind']} of {record['count']} at {record['context']}")
+                bar.update()
+            rates.probe()
+            result |= {
+                "attention_variants": attention_cases.BASELINES,
+                "attention": records,
+                "attention_left_out": left_out,
+            }
+    if "overhead" in sections:
+        samples = 10 if arguments.quick else 200
+        result["overhead"] = {"call": measure_call(device, linear.pack, samples), "plan": measure_plan(samples)}
+
+    if num_cases:
+        result |= {"rates": rates.summary(), "timing": timer.method}
+    for section in ("linear", "attention"):
+        add_floors(result.get(section, []), rates)
+    if "linear" in result:
+        result["layer"] = layer_records(result["linear"], len(linear.projections))
+    result["bars"] = bars(result) if device.type == "cpu" else []
+    result["elapsed_seconds"] = time.perf_counter() - began
+    return result, device
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    result, device = run(arguments)
+    # Written before anything is printed: a closed pipe must not cost the run.
+    if arguments.json is not None:
+        write_result(arguments.json, result, device)
+    if arguments.plot is not None:
+        from bench.plot_kernels import plot
+
+        plot(result, arguments.plot)
+    if "linear" in result:
+        print_linear(result["linear"], "Linears")
+        print_linear(result["layer"], "Whole layer: the sum of its projections")
+    if "attention" in result:
+        print_attention(result["attention"])
+    if "overhead" in result:
+        print_overhead(result["overhead"])
+    print_bars(result)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,235 @@
+"""What the benchmarks share: alternating runs on cold weights, and what the machine can do at best."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_ROUNDS = 200
+ASSUMED_CACHE_BYTES = 64 * 2**20
+"""Where the system does not tell the size of its last-level cache."""
+
+Samples = dict[str, list[float]]
+"""Seconds of one call, round by round, of each variant; entry i of every list is from the same round."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case."""
+
+    call: Callable[[int], Tensor]
+    """Given the index of the copy of the weights to read."""
+    copies_read: int = 1
+    """How many consecutive copies a call reads, modulo their number."""
+
+
+def copies_beyond_cache(read_bytes: int, held_bytes: int, cache_bytes: int, budget_bytes: int) -> int:
+    """How many copies of the weights to rotate through, so that none is still in the cache when its turn comes.
+
+    Between two uses of a copy all the others are read: 4 times the cache, unless the budget allows fewer (then at
+    least two).
+
+    Args:
+        read_bytes: what a call reads of a copy, at least.
+        held_bytes: what a copy takes in memory.
+    """
+    wanted = 1 + math.ceil(4 * cache_bytes / read_bytes)
+    return min(wanted, max(2, budget_bytes // held_bytes))
+
+
+class Timer:
+    """Measures variants of one case against each other: every round runs each once, then in the opposite order.
+
+    On a CPU a sample is one call. On CUDA it is a CUDA graph with one call per copy, divided by the number of calls;
+    if any variant cannot be captured, all later ones are launched one by one between two events instead.
+
+    Attributes:
+        method: how time was taken: "clock", "CUDA graphs" or "CUDA events".
+    """
+
+    def __init__(self, device: torch.device, seconds: float, min_rounds: int = 3) -> None:
+        self.device = device
+        self.seconds = seconds
+        self.min_rounds = min_rounds
+        self.method = "clock" if device.type == "cpu" else "CUDA graphs"
+
+    def measure(self, variants: dict[str, Variant], copies: int) -> Samples:
+        """Rounds until `seconds` are spent, at least `min_rounds`. Call each variant once before, as warm-up."""
+        runs = self._cpu_runs(variants, copies) if self.device.type == "cpu" else self._cuda_runs(variants, copies)
+        samples: Samples = {name: [] for name in runs}
+        began = time.perf_counter()
+        for rounds in range(1, MAX_ROUNDS + 1):
+            for name in runs if rounds % 2 else reversed(runs):
+                samples[name].append(runs[name]())
+            if rounds >= self.min_rounds and time.perf_counter() - began >= self.seconds:
+                break
+        return samples
+
+    def _cpu_runs(self, variants: dict[str, Variant], copies: int) -> dict[str, Callable[[], float]]:
+        turn = 0
+
+        def run(variant: Variant) -> float:
+            nonlocal turn
+            index, turn = turn, (turn + variant.copies_read) % copies
+            began = time.perf_counter()
+            result = variant.call(index)
+            seconds = time.perf_counter() - began
+            del result  # not while the clock runs
+            return seconds
+
+        return {name: lambda variant=variant: run(variant) for name, variant in variants.items()}
+
+    def _cuda_runs(self, variants: dict[str, Variant], copies: int) -> dict[str, Callable[[], float]]:
+        def chain(variant: Variant) -> None:
+            for turn in range(copies):
+                variant.call(turn * variant.copies_read % copies)
+
+        def timed(launch: Callable[[], object]) -> float:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            launch()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / copies
+
+        launches: dict[str, Callable[[], object]] = {}
+        torch.cuda.synchronize(self.device)
+        if self.method == "CUDA graphs":
+            try:
+                for name, variant in variants.items():
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        chain(variant)
+                    launches[name] = graph.replay
+            except RuntimeError:  # what the op does cannot be captured: it waits for the device
+                self.method = "CUDA events"
+                torch.cuda.synchronize(self.device)
+        if self.method == "CUDA events":
+            launches = {name: lambda variant=variant: chain(variant) for name, variant in variants.items()}
+        for launch in launches.values():
+            launch()
+        return {name: lambda launch=launch: timed(launch) for name, launch in launches.items()}
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles, seconds."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {"median": median, "lower_quartile": low, "upper_quartile": high}
+
+
+def speedup(samples: Samples, ours: str, other: str) -> float:
+    """How many times faster `ours` is than `other`: the median over the rounds, each of which ran both."""
+    return statistics.median(b / a for a, b in zip(samples[ours], samples[other], strict=True))
+
+
+@dataclass
+class Rates:
+    """The best read bandwidth (bytes/s) and matmul rate (FLOP/s) of the machine, from several ways to get at them.
+
+    `probe` is called several times in a run, for a machine is not the same all the time. A way's rate is its
+    median in one probe; the best probe counts, then the best way. `timer` is not that of the cases: what cannot be
+    captured in one need not be so in the other.
+    """
+
+    timer: Timer
+    dtype: torch.dtype
+    buffer_bytes: int
+    read: dict[str, float] = field(default_factory=dict)
+    matmul: dict[str, float] = field(default_factory=dict)
+
+    def probe(self) -> None:
+        for rates, ways in ((self.read, self._reads()), (self.matmul, self._matmuls())):
+            variants = {name: variant for name, (variant, _) in ways.items()}
+            for variant in variants.values():
+                variant.call(0)
+            for name, samples in self.timer.measure(variants, copies=1).items():
+                rates[name] = max(rates.get(name, 0.0), ways[name][1] / statistics.median(samples))
+
+    def _reads(self) -> dict[str, tuple[Variant, int]]:
+        """Ways to go through a buffer once, each with the bytes it moves. Ones, not zeros: those share one page."""
+        device, half = self.timer.device, self.buffer_bytes // 8
+        numbers = torch.ones(2 * half, device=device)
+        first, second = numbers[:half], numbers[half:]
+        ways = {
+            "sum, float32": (Variant(lambda _: numbers.sum()), numbers.nbytes),
+            "dot, float32": (Variant(lambda _: torch.dot(first, second)), numbers.nbytes),
+            # Written bytes count too: this is how peak bandwidth is usually quoted.
+            "copy": (Variant(lambda _: second.copy_(first)), numbers.nbytes),
+        }
+        for width in (2048, 16384):
+            rows = max(1, self.buffer_bytes // (width * self.dtype.itemsize))
+            weight = torch.ones(rows, width, device=device, dtype=self.dtype)
+            x = torch.ones(1, width, device=device, dtype=self.dtype)
+            call = Variant(lambda _, x=x, weight=weight: F.linear(x, weight))
+            ways[f"F.linear of one row, [{rows}, {width}]"] = (call, weight.nbytes)
+        return ways
+
+    def _matmuls(self) -> dict[str, tuple[Variant, int]]:
+        """Products of square matrices, each with its FLOPs."""
+        device, ways = self.timer.device, {}
+        for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
+            x = torch.ones(size, size, device=device, dtype=self.dtype)
+            call = Variant(lambda _, x=x: F.linear(x, x))
+            ways[f"F.linear of {size} rows, [{size}, {size}]"] = (call, 2 * size**3)
+        return ways
+
+    def best_read(self) -> tuple[str, float]:
+        return max(self.read.items(), key=lambda item: item[1])
+
+    def best_matmul(self) -> tuple[str, float]:
+        return max(self.matmul.items(), key=lambda item: item[1])
+
+    def floor(self, num_bytes: int, flops: int) -> tuple[float, str]:
+        """Seconds that `num_bytes` and `flops` take at the best rates, the larger, and which: "bytes" or "flops"."""
+        by_bytes, by_flops = num_bytes / self.best_read()[1], flops / self.best_matmul()[1]
+        return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
+
+    def summary(self) -> dict[str, object]:
+        read, matmul = self.best_read(), self.best_matmul()
+        return {
+            "read_bandwidth": {"way": read[0], "bytes_per_second": read[1], "all": self.read},
+            "matmul": {"way": matmul[0], "flops_per_second": matmul[1], "all": self.matmul},
+        }
+
+
+def last_level_cache_bytes(device: torch.device) -> tuple[int, bool]:
+    """Size of the last cache before memory, of all its instances that serve our cores; false if it is assumed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size, True
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    by_level: dict[int, dict[str, int]] = {}
+    for cpu in cpus:
+        for cache in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            try:
+                level, size, sharers = (
+                    (cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+                )
+                by_level.setdefault(int(level), {})[sharers] = int(size.removesuffix("K")) * 1024
+            except (OSError, ValueError):  # Some virtual machines leave out files.
+                continue
+    if not by_level:
+        return ASSUMED_CACHE_BYTES, False
+    return sum(by_level[max(by_level)].values()), True
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that a process may still take; 4 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such system, or no limit ("max")
+        pass
+    return min(limits, default=4 * 2**30)
