@@ -20,7 +20,7 @@ def _is_mixed(record: Record) -> bool:
 
 def _against(record: Record, *names: str) -> float:
     """Speed over the fastest of the baselines; at rank 0 all are base."""
-    speedups = record["speedup"]
+    speedups: dict[str, float] = record["speedup"]
     return min(speedups.get(name, speedups["base"]) for name in names)
 
 

@@ -46,15 +46,15 @@ SECTIONS = ("linear", "attention", "overhead")
 MAX_LOOPS = 8
 
 # What the flags default to: (full, --quick).
-DEFAULTS = {
+DEFAULTS: dict[str, tuple[list[int], list[int]]] = {
     "rows": ([1, 2, 4, 8, 16, 32, 64, 128], [1, 8]),
     "ranks": ([0, 64, 128, 256, 512], [0, 64]),
     "loops": ([1, 2, 3], [2]),
     "contexts": ([128, 512, 2048, 8192, 32768], [128, 1024]),
     "attention_rows": ([1, 8, 32], [8]),
     "sequences": ([1, 4], [1]),
-    "seconds_per_case": (0.8, 0.05),
 }
+SECONDS_PER_CASE, QUICK_SECONDS_PER_CASE = 0.8, 0.05
 CUDA_ROWS = [8192]  # of the full run, besides: minutes per case on a CPU
 CHUNK = 256
 
@@ -87,9 +87,11 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         metavar="S",
         help="time to spend on the repetitions of one case, at least three rounds of all its variants "
-        f"(default {DEFAULTS['seconds_per_case'][0]}; with --quick {DEFAULTS['seconds_per_case'][1]} and two rounds)",
+        f"(default {SECONDS_PER_CASE}; with --quick {QUICK_SECONDS_PER_CASE} and two rounds)",
     )
-    parser.add_argument("--unpacked", action="store_true", help="weights as checkpoints have them, not pack_linear's")
+    parser.add_argument(
+        "--unpacked", action="store_true", help="weights as checkpoints have them, not pack_linear's (on cuda always)"
+    )
     parser.add_argument(
         "--memory-gib", type=float, metavar="G", help="memory for copies of the weights (default half of what is free)"
     )
@@ -100,7 +102,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, (full, quick) in DEFAULTS.items():
         if getattr(arguments, name) is None:
             cuda_rows = CUDA_ROWS if name == "rows" and arguments.device == "cuda" else []
-            setattr(arguments, name, quick if arguments.quick else [*full, *cuda_rows] if cuda_rows else full)
+            setattr(arguments, name, quick if arguments.quick else [*full, *cuda_rows])
+    if arguments.seconds_per_case is None:
+        arguments.seconds_per_case = QUICK_SECONDS_PER_CASE if arguments.quick else SECONDS_PER_CASE
     check_arguments(arguments)
     return arguments
 
@@ -176,7 +180,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         loops=arguments.loops,
         dtype=dtype,
         device=device,
-        pack=not arguments.unpacked,
+        pack=device.type == "cpu" and not arguments.unpacked,
         cache_bytes=cache_bytes,
         budget_bytes=budget,
     )

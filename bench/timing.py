@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Timer:
             del result  # not while the clock runs
             return seconds
 
-        return {name: lambda variant=variant: run(variant) for name, variant in variants.items()}
+        return {name: partial(run, variant) for name, variant in variants.items()}
 
     def _cuda_runs(self, variants: dict[str, Variant], copies: int) -> dict[str, Callable[[], float]]:
         def chain(variant: Variant) -> None:
@@ -97,7 +98,8 @@ class Timer:
             launch()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / copies
+            milliseconds: float = begin.elapsed_time(end)
+            return milliseconds / 1e3 / copies
 
         launches: dict[str, Callable[[], object]] = {}
         torch.cuda.synchronize(self.device)
@@ -112,10 +114,10 @@ class Timer:
                 self.method = "CUDA events"
                 torch.cuda.synchronize(self.device)
         if self.method == "CUDA events":
-            launches = {name: lambda variant=variant: chain(variant) for name, variant in variants.items()}
+            launches = {name: partial(chain, variant) for name, variant in variants.items()}
         for launch in launches.values():
             launch()
-        return {name: lambda launch=launch: timed(launch) for name, launch in launches.items()}
+        return {name: partial(timed, launch) for name, launch in launches.items()}
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -127,6 +129,10 @@ def spread(samples: list[float]) -> dict[str, float]:
 def speedup(samples: Samples, ours: str, other: str) -> float:
     """How many times faster `ours` is than `other`: the median over the rounds, each of which ran both."""
     return statistics.median(b / a for a, b in zip(samples[ours], samples[other], strict=True))
+
+
+def _product(x: Tensor, weight: Tensor) -> Variant:
+    return Variant(lambda _: F.linear(x, weight))
 
 
 @dataclass
@@ -167,8 +173,7 @@ class Rates:
             rows = max(1, self.buffer_bytes // (width * self.dtype.itemsize))
             weight = torch.ones(rows, width, device=device, dtype=self.dtype)
             x = torch.ones(1, width, device=device, dtype=self.dtype)
-            call = Variant(lambda _, x=x, weight=weight: F.linear(x, weight))
-            ways[f"F.linear of one row, [{rows}, {width}]"] = (call, weight.nbytes)
+            ways[f"F.linear of one row, [{rows}, {width}]"] = (_product(x, weight), weight.nbytes)
         return ways
 
     def _matmuls(self) -> dict[str, tuple[Variant, int]]:
@@ -176,8 +181,7 @@ class Rates:
         device, ways = self.timer.device, {}
         for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
             x = torch.ones(size, size, device=device, dtype=self.dtype)
-            call = Variant(lambda _, x=x: F.linear(x, x))
-            ways[f"F.linear of {size} rows, [{size}, {size}]"] = (call, 2 * size**3)
+            ways[f"F.linear of {size} rows, [{size}, {size}]"] = (_product(x, x), 2 * size**3)
         return ways
 
     def best_read(self) -> tuple[str, float]:
