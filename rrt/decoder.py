@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rrt import ops
+from rrt._build import load_native
 from rrt.errors import UserError
 from rrt.kv_cache import DecodePlan, PagedCache, PassPlan, PrefillPlan
 from rrt.lora import LoopLinear
@@ -174,7 +175,7 @@ class _RowLinear:
         lora_b = weight.new_empty(1, weight.shape[0], 0) if lora_b is None else lora_b
         tensors = [tensor.detach() for tensor in (weight, lora_a, lora_b)]
         # Where the reference runs it would unpack them in every call.
-        if weight.device.type == "cpu" and ops.build_info().library is not None:
+        if weight.device.type == "cpu" and load_native().handle is not None:
             tensors = [ops.pack_linear(tensor) for tensor in tensors]
         self.weight, self.lora_a, self.lora_b = tensors
 
