@@ -73,6 +73,7 @@ class ThreadMemory {
  public:
   ThreadMemory(int64_t rows, int64_t padded_dim)
       : offsets_(arena_.reserve<int64_t>(kTileSlots)),
+        next_offsets_(arena_.reserve<int64_t>(kTileSlots)),
         row_(arena_.reserve<Acc>(padded_dim)),
         q_(arena_.reserve<Acc>(rows * padded_dim)),
         k_(arena_.reserve<Acc>(padded_dim * kTileSlots)),
@@ -84,13 +85,21 @@ class ThreadMemory {
     arena_.allocate();
   }
   Scratch scratch() const {
-    return {reinterpret_cast<int64_t*>(arena_.at(offsets_)), arena_.at(row_), arena_.at(q_), arena_.at(k_),
-            arena_.at(v_), arena_.at(scores_), arena_.at(probabilities_), split_.in(arena_), total_.in(arena_)};
+    return {reinterpret_cast<int64_t*>(arena_.at(offsets_)),
+            reinterpret_cast<int64_t*>(arena_.at(next_offsets_)),
+            arena_.at(row_),
+            arena_.at(q_),
+            arena_.at(k_),
+            arena_.at(v_),
+            arena_.at(scores_),
+            arena_.at(probabilities_),
+            split_.in(arena_),
+            total_.in(arena_)};
   }
 
  private:
   Arena arena_;
-  int64_t offsets_, row_, q_, k_, v_, scores_, probabilities_;
+  int64_t offsets_, next_offsets_, row_, q_, k_, v_, scores_, probabilities_;
   StateMemory<Acc> split_, total_;
 };
 

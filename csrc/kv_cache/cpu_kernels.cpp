@@ -1,8 +1,9 @@
 // Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size.
 //
-// Attention goes through the slots of a context in tiles of kTileSlots. A tile's keys and values are read once for
-// all queries and query heads of the task, and laid out for one micro-kernel (multiply_tile), which makes both
-// products: scores = Q K^T with K transposed, and out += P V. Between them is the running softmax.
+// Attention goes through the slots of a context in tiles of kTileSlots, which are read once for all queries and
+// query heads of the task: scores = Q K^T, the running softmax, out += P V. With many rows (prefill) a tile is first
+// laid out for multiply_tile, K transposed, so that both products broadcast from the left. With few (decode) that
+// would cost more than the products: they read the cache where it is, the first one as dot products.
 #include "kv_cache/cpu_kernels.h"
 #include "simd.h"
 
@@ -13,8 +14,6 @@
 namespace rrt::kv_cache {
 namespace {
 
-using I32 = Register<int32_t>::Type;
-using U64 = Register<uint64_t>::Type;
 using U16Full = Register<uint16_t>::Type;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -89,16 +88,28 @@ inline auto reduce_lanes(V v, F f) {
   return lane[0];
 }
 
-// The operands of a product: units of kPair elements that are multiplied and added in one step. The left
-// operand's unit is the same for all lanes.
+// Lane i of the result is the sum of v[i]'s lanes.
+template <class V>
+inline V sum_each(V (&v)[kNumLanes<V>]) {
+  for (int half = kNumLanes<V> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      V low, high;
+      zip(v[i], v[i + half], low, high);
+      v[i] = low + high;
+    }
+  }
+  return v[0];
+}
+
+// The operands of a product: units of kPair elements that are multiplied and added in one step.
 template <class D>
 struct Operands {
   using Unit = typename D::Acc;
   using Vec = typename D::Vec;
   static constexpr int kPair = 1;
   static Vec load_units(const typename D::Storage* from) { return D::widen(from); }
-  static void multiply_add(Vec& acc, Unit a, Vec b) { acc += b * a; }
-  static void multiply_add_first(Vec& acc, Unit a, Vec b) { multiply_add(acc, a, b); }
+  static Vec same(Unit unit) { return Vec{} + unit; }
+  static void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
   static Unit narrow_unit(const typename D::Acc* from) { return *from; }
 };
 
@@ -110,11 +121,10 @@ struct Operands<BFloat16> {
   using Vec = U32;
   static constexpr int kPair = 2;
   static Vec load_units(const uint16_t* from) { return load<Vec>(from); }
-  static void multiply_add(F32& acc, Unit a, Vec b) {
-    acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  static Vec same(Unit unit) { return Vec{} + unit; }
+  static void multiply_add(F32& acc, Vec a, Vec b) {
+    acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
-  // Only the pairs' first elements.
-  static void multiply_add_first(F32& acc, Unit a, Vec b) { multiply_add(acc, a, b & 0xffff); }
   static Unit narrow_unit(const float* from) {
     return BFloat16::narrow(from[0]) | static_cast<uint32_t>(BFloat16::narrow(from[1])) << 16;
   }
@@ -124,67 +134,186 @@ struct Operands<BFloat16> {
 template <class D>
 constexpr int kPair = Operands<D>::kPair;
 
-// out[r][c] (+)= sum over k of a[r][k] b[k][c], for R rows and C vectors of columns. `count` elements are `count /
-// kPair` units of k, and half a unit if it is odd. Every sum runs in the order of k, however it is tiled.
-template <class D, int R, int C, bool ADD>
-inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const typename Operands<D>::Unit* b,
-                          int64_t b_stride, int64_t count, typename D::Acc* out, int64_t out_stride) {
+// The right operand of a product, laid out by units: [units of k, stride].
+template <class D>
+struct Staged {
+  const typename Operands<D>::Unit* units;
+  int64_t stride;
+
+  template <int C>
+  void load_columns(int64_t k, int64_t column, typename Operands<D>::Vec (&to)[C]) const {
+    for (int c = 0; c < C; ++c) {
+      to[c] = load<typename Operands<D>::Vec>(units + k * stride + column + c * kPartLanes<D>);
+    }
+  }
+  Staged without_prefetch() const { return *this; }
+};
+
+// Where the slots of a tile lie in a cache, and those of the next tile, to be fetched meanwhile; null: none.
+struct TileRows {
+  const int64_t* offsets;
+  const int64_t* next;
+
+  TileRows from(int64_t slot) const { return {offsets + slot, next != nullptr ? next + slot : nullptr}; }
+  // Into the second-level cache: a tile is larger than the first.
+  template <class Storage>
+  void prefetch(const Storage* cache, int64_t slot, int64_t element) const {
+    if (next != nullptr) __builtin_prefetch(cache + next[slot] + element, 0, 2);
+  }
+};
+
+// The same, read where it lies in a cache; kPair slots make a row of units.
+template <class D>
+struct Direct {
+  const typename D::Storage* cache;
+  TileRows rows;
+
+  template <int C>
+  void load_columns(int64_t k, int64_t column, typename Operands<D>::Vec (&to)[C]) const {
+    constexpr int lanes = kPartLanes<D>;
+    if constexpr (kPair<D> == 1) {
+      for (int c = 0; c < C; ++c) {
+        to[c] = D::widen(cache + rows.offsets[k] + column + c * lanes);
+        rows.prefetch(cache, k, column + c * lanes);
+      }
+    } else {
+      static_assert(C % 2 == 0);
+      for (int c = 0; c < C; c += 2) {
+        U16Full pair[2], low, high;
+        for (int i = 0; i < 2; ++i) {
+          pair[i] = load<U16Full>(cache + rows.offsets[2 * k + i] + column + c * lanes);
+          rows.prefetch(cache, 2 * k + i, column + c * lanes);
+        }
+        zip(pair[0], pair[1], low, high);
+        to[c] = (typename Operands<D>::Vec)low;
+        to[c + 1] = (typename Operands<D>::Vec)high;
+      }
+    }
+  }
+  Direct without_prefetch() const { return {cache, {rows.offsets, nullptr}}; }
+};
+
+// out[r][c] (+)= sum over k of a[r][k] b[k][c], for R rows and C vectors of columns from `column` on. `count`
+// elements are `count / kPair` units of k, and the first half of one more if it is odd. Every sum runs in the order
+// of k, however it is tiled.
+template <class D, int R, int C, bool ADD, class B>
+inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
+                          typename D::Acc* out, int64_t out_stride, int64_t column) {
   using Op = Operands<D>;
   constexpr int lanes = kPartLanes<D>;
   typename D::Vec acc[R][C] = {};
   if (ADD) {
     for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) acc[r][c] = load<typename D::Vec>(out + r * out_stride + c * lanes);
+      for (int c = 0; c < C; ++c) acc[r][c] = load<typename D::Vec>(out + r * out_stride + column + c * lanes);
     }
   }
+  typename Op::Vec bv[C];
   int64_t k = 0;
   for (; k < count / kPair<D>; ++k) {
-    typename Op::Vec bv[C];
-    for (int c = 0; c < C; ++c) bv[c] = load<typename Op::Vec>(b + k * b_stride + c * lanes);
+    b.load_columns(k, column, bv);
     for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) Op::multiply_add(acc[r][c], a[r * a_stride + k], bv[c]);
+      const auto av = Op::same(a[r * a_stride + k]);
+      for (int c = 0; c < C; ++c) Op::multiply_add(acc[r][c], av, bv[c]);
     }
   }
-  if (kPair<D> == 2 && count % 2 == 1) {
-    for (int c = 0; c < C; ++c) {
-      const auto bv = load<typename Op::Vec>(b + k * b_stride + c * lanes);
-      for (int r = 0; r < R; ++r) Op::multiply_add_first(acc[r][c], a[r * a_stride + k], bv);
+  if constexpr (kPair<D> == 2) {
+    if (count % 2 == 1) {
+      b.load_columns(k, column, bv);
+      for (int r = 0; r < R; ++r) {
+        const auto av = Op::same(a[r * a_stride + k]);
+        for (int c = 0; c < C; ++c) Op::multiply_add(acc[r][c], av, bv[c] & 0xffff);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) std::memcpy(out + r * out_stride + c * lanes, &acc[r][c], sizeof(acc[r][c]));
+    for (int c = 0; c < C; ++c) {
+      std::memcpy(out + r * out_stride + column + c * lanes, &acc[r][c], sizeof(acc[r][c]));
+    }
   }
 }
 
-template <class D, int R, int C, bool ADD>
-inline void multiply_columns(const typename Operands<D>::Unit* a, int64_t a_stride,
-                             const typename Operands<D>::Unit* b, int64_t b_stride, int64_t count,
-                             typename D::Acc* out, int64_t out_stride, int64_t columns) {
+// `columns` is a multiple of kPair vectors.
+template <class D, int R, int C, bool ADD, class B>
+inline void multiply_columns(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
+                             typename D::Acc* out, int64_t out_stride, int64_t column, int64_t columns) {
   constexpr int width = C * kPartLanes<D>;
-  for (; columns >= width; columns -= width, b += width, out += width) {
-    multiply_tile<D, R, C, ADD>(a, a_stride, b, b_stride, count, out, out_stride);
+  for (; column + width <= columns; column += width) {
+    multiply_tile<D, R, C, ADD>(a, a_stride, b, count, out, out_stride, column);
   }
-  if constexpr (C > 1) {
-    if (columns > 0) multiply_columns<D, R, C / 2, ADD>(a, a_stride, b, b_stride, count, out, out_stride, columns);
+  if constexpr (C > kPair<D>) {
+    if (column < columns) {
+      multiply_columns<D, R, C / 2, ADD>(a, a_stride, b, count, out, out_stride, column, columns);
+    }
   }
 }
 
 // Accumulators of a tile: half of the registers.
 constexpr int kTileVectors = RRT_VECTOR_BYTES == 64 ? 16 : 8;
 
-// `columns` is a multiple of a vector.
-template <class D, int R, bool ADD>
-void multiply_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const typename Operands<D>::Unit* b,
-                   int64_t b_stride, int64_t count, typename D::Acc* out, int64_t out_stride, int64_t rows,
-                   int64_t columns) {
-  for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride) {
-    multiply_columns<D, R, kTileVectors / R, ADD>(a, a_stride, b, b_stride, count, out, out_stride, columns);
-  }
-  if constexpr (R > 1) {
-    multiply_rows<D, R / 2, ADD>(a, a_stride, b, b_stride, count, out, out_stride, rows, columns);
+template <class D, int R, bool ADD, class B>
+void multiply_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
+                   typename D::Acc* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  if (rows >= R) {
+    multiply_columns<D, R, kTileVectors / R, ADD>(a, a_stride, b, count, out, out_stride, 0, columns);
+    rows -= R;
+    a += R * a_stride;
+    out += R * out_stride;
+    const B again = b.without_prefetch();
+    for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride) {
+      multiply_columns<D, R, kTileVectors / R, ADD>(a, a_stride, again, count, out, out_stride, 0, columns);
+    }
+    if constexpr (R > 1) {
+      if (rows > 0) multiply_rows<D, R / 2, ADD>(a, a_stride, again, count, out, out_stride, rows, columns);
+    }
+  } else if constexpr (R > 1) {
+    multiply_rows<D, R / 2, ADD>(a, a_stride, b, count, out, out_stride, rows, columns);
   }
 }
 constexpr int kMaxRows = kTileVectors / 2;
+
+// out[r][s] = a[r] . key s, for R rows and as many slots from `slot` on as make one vector of results. A row has
+// `steps` vectors of units, with nothing left over.
+template <class D, int R>
+inline void dot_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache,
+                     const TileRows& tile, int64_t steps, typename D::Acc* out, int64_t out_stride) {
+  using Op = Operands<D>;
+  constexpr int lanes = kPartLanes<D>;
+  constexpr int slots = lanes / R;
+  constexpr int stream = slots < 4 ? slots : 4;  // rows of the cache that are read side by side
+  typename D::Vec acc[lanes] = {};
+  for (int first = 0; first < slots; first += stream) {
+    for (int64_t i = 0; i < steps; ++i) {
+      typename Op::Vec kv[stream];
+      for (int s = 0; s < stream; ++s) {
+        kv[s] = Op::load_units(cache + tile.offsets[first + s] + i * lanes * kPair<D>);
+        tile.prefetch(cache, first + s, i * lanes * kPair<D>);
+      }
+      for (int r = 0; r < R; ++r) {
+        const auto av = load<typename Op::Vec>(a + r * a_stride + i * lanes);
+        for (int s = 0; s < stream; ++s) Op::multiply_add(acc[r * slots + first + s], av, kv[s]);
+      }
+    }
+  }
+  const typename D::Vec sums = sum_each(acc);
+  typename D::Acc lane[lanes];
+  std::memcpy(lane, &sums, sizeof(sums));
+  for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride, lane + r * slots, slots * sizeof(lane[0]));
+}
+
+// A vector of slots at a time, so that a key is still near for the next rows.
+template <class D, int R>
+void dot_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache, TileRows tile,
+              int64_t steps, typename D::Acc* out, int64_t out_stride, int64_t rows) {
+  constexpr int lanes = kPartLanes<D>;
+  for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride, tile.next = nullptr) {
+    for (int s = 0; s < lanes; s += lanes / R) {
+      dot_tile<D, R>(a, a_stride, cache, tile.from(s), steps, out + s, out_stride);
+    }
+  }
+  if constexpr (R > 1) {
+    if (rows > 0) dot_rows<D, R / 2>(a, a_stride, cache, tile, steps, out, out_stride, rows);
+  }
+}
 
 // e^x for x <= 0 (or NaN), to about 1e-7; 0 below e^-86, where floats end.
 inline F32 exp_negative(F32 x) {
@@ -218,15 +347,16 @@ inline typename D::Acc exp_one(typename D::Acc x) {
 template <class Acc>
 constexpr Acc kLowest = sizeof(Acc) == 4 ? static_cast<Acc>(-__FLT_MAX__) : static_cast<Acc>(-__DBL_MAX__);
 
-// Turns the first rotary_dim of a head's elements.
-template <class Acc>
-void rotate(Acc* x, const Rope& rope, int64_t row) {
+// Rotates the first rotary_dim elements of a head, which read(i) gives and write(i, value) takes.
+template <class Acc, class Read, class Write>
+inline void rotate(const Rope& rope, int64_t row, Read read, Write write) {
   const Acc* cos = static_cast<const Acc*>(rope.cos_sin) + rope.positions[row] * rope.rotary_dim;
   const int64_t half = rope.rotary_dim / 2;
+  const Acc* sin = cos + half;
   for (int64_t i = 0; i < half; ++i) {
-    const Acc first = x[i], second = x[half + i];
-    x[i] = first * cos[i] - second * cos[half + i];
-    x[half + i] = second * cos[i] + first * cos[half + i];
+    const Acc first = read(i), second = read(half + i);
+    write(i, first * cos[i] - second * sin[i]);
+    write(half + i, second * cos[i] + first * sin[i]);
   }
 }
 
@@ -255,16 +385,15 @@ void write(const WriteParams& p, int64_t begin, int64_t end) {
       auto* k_to = static_cast<Storage*>(p.k_cache) + to;
       std::memcpy(k_to, k, size);
       if (p.rope.positions == nullptr) continue;
-      const auto* cos = static_cast<const typename D::Acc*>(p.rope.cos_sin) + p.rope.positions[row] * p.rope.rotary_dim;
-      const int64_t half = p.rope.rotary_dim / 2;
-      for (int64_t i = 0; i < half; ++i) {
-        const auto first = widen_one<D>(k + i), second = widen_one<D>(k + half + i);
-        k_to[i] = D::narrow(first * cos[i] - second * cos[half + i]);
-        k_to[half + i] = D::narrow(second * cos[i] + first * cos[half + i]);
-      }
+      rotate<typename D::Acc>(
+          p.rope, row, [&](int64_t i) { return widen_one<D>(k + i); },
+          [&](int64_t i, typename D::Acc value) { k_to[i] = D::narrow(value); });
     }
   }
 }
+
+// Up to so many rows, laying out a tile costs more than it saves.
+constexpr int64_t kMaxDirectRows = 16;
 
 // Rows of a task: query by query, the query heads of one key/value head.
 template <class D>
@@ -275,6 +404,7 @@ struct Attend {
   using Op = Operands<D>;
   using Unit = typename Op::Unit;
   static constexpr int lanes = kPartLanes<D>;
+  static constexpr int unit_lanes = lanes * kPair<D>;  // elements of a vector of units
 
   const AttentionWork& work;
   const AttentionParams& p;
@@ -284,6 +414,7 @@ struct Attend {
   const int64_t group;
   const int64_t dim;  // padded
   const int64_t rows;
+  const bool direct;  // the cache is read where it is
 
   Attend(const AttentionWork& w, int64_t index, int64_t head, const Scratch& s)
       : work(w),
@@ -293,7 +424,8 @@ struct Attend {
         scratch(s),
         group(p.num_heads / p.num_kv_heads),
         dim(w.padded_dim),
-        rows(task.num_queries * group) {}
+        rows(task.num_queries * group),
+        direct(rows <= kMaxDirectRows && p.head_dim % unit_lanes == 0) {}
 
   // Slots that the row sees.
   int64_t visible(int64_t row) const { return task.visible + row / group; }
@@ -306,30 +438,31 @@ struct Attend {
       const int64_t head = kv_head * group + row % group;
       const auto* q = static_cast<const Storage*>(p.q) + query * p.q_row_stride + head * p.q_head_stride;
       widen_row<D>(q, p.head_dim, wide);
-      if (p.rope.positions != nullptr) rotate(wide, p.rope, query);
+      if (p.rope.positions != nullptr) {
+        rotate<Acc>(
+            p.rope, query, [&](int64_t i) { return wide[i]; }, [&](int64_t i, Acc value) { wide[i] = value; });
+      }
       Unit* to = static_cast<Unit*>(scratch.q) + row * (dim / kPair<D>);
       for (int64_t i = 0; i < dim; i += kPair<D>) to[i / kPair<D>] = Op::narrow_unit(wide + i);
     }
   }
 
   // Where slots [begin, begin + count) lie in the caches; the last stands for the rest of the tile.
-  void find_slots(int64_t begin, int64_t count) const {
+  void find_slots(int64_t begin, int64_t count, int64_t* offsets) const {
     const int32_t* table = p.block_tables + task.sequence * p.table_stride;
     int64_t page = begin / p.page_size, in_page = begin % p.page_size;
-    for (int64_t i = 0; i < kTileSlots; ++i) {
-      if (i >= count) {
-        scratch.offsets[i] = scratch.offsets[count - 1];
-        continue;
-      }
-      scratch.offsets[i] = ((table[page] * p.page_size + in_page) * p.num_kv_heads + kv_head) * p.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      offsets[i] = ((table[page] * p.page_size + in_page) * p.num_kv_heads + kv_head) * p.head_dim;
       if (++in_page == p.page_size) {
         in_page = 0;
         ++page;
       }
     }
+    for (int64_t i = count; i < kTileSlots; ++i) offsets[i] = offsets[count - 1];
   }
 
-  static typename Op::Vec load_key_units(const Storage* from, int64_t left) {
+  // Zeros beyond the `left` elements that a head still has.
+  static typename Op::Vec load_units(const Storage* from, int64_t left) {
     constexpr int size = lanes * kPair<D>;
     if (left >= size) return Op::load_units(from);
     Storage chunk[size] = {};
@@ -337,14 +470,15 @@ struct Attend {
     return Op::load_units(chunk);
   }
 
-  void stage_keys(int64_t count) const {
+  void stage_keys(int64_t count, const TileRows& tile) const {
     const auto* cache = static_cast<const Storage*>(p.k_cache);
     Unit* to = static_cast<Unit*>(scratch.k);
     for (int64_t slot = 0; slot < count; slot += lanes) {
-      for (int64_t i = 0; i < p.head_dim; i += lanes * kPair<D>) {
+      for (int64_t i = 0; i < p.head_dim; i += unit_lanes) {
         typename Op::Vec block[lanes];
         for (int s = 0; s < lanes; ++s) {
-          block[s] = load_key_units(cache + scratch.offsets[slot + s] + i, p.head_dim - i);
+          block[s] = load_units(cache + tile.offsets[slot + s] + i, p.head_dim - i);
+          tile.prefetch(cache, slot + s, i);
         }
         transpose(block);
         for (int u = 0; u < lanes; ++u) {
@@ -354,21 +488,23 @@ struct Attend {
     }
   }
 
-  void stage_values(int64_t count) const {
+  void stage_values(int64_t count, const TileRows& tile) const {
     const auto* cache = static_cast<const Storage*>(p.v_cache);
     Unit* to = static_cast<Unit*>(scratch.v);
     for (int64_t slot = 0; slot < count; slot += kPair<D>) {
-      for (int64_t i = 0; i < p.head_dim; i += lanes * kPair<D>) {
-        Unit* unit = to + slot / kPair<D> * dim + i;
-        const auto first = load_key_units(cache + scratch.offsets[slot] + i, p.head_dim - i);
-        if constexpr (kPair<D> == 1) {
-          std::memcpy(unit, &first, sizeof(first));
-        } else {
-          const auto second = load_key_units(cache + scratch.offsets[slot + 1] + i, p.head_dim - i);
-          U16Full pairs[2];
-          zip((U16Full)first, (U16Full)second, pairs[0], pairs[1]);
-          std::memcpy(unit, pairs, sizeof(pairs));
+      for (int64_t i = 0; i < p.head_dim; i += unit_lanes) {
+        typename Op::Vec row[kPair<D>];
+        for (int s = 0; s < kPair<D>; ++s) {
+          row[s] = load_units(cache + tile.offsets[slot + s] + i, p.head_dim - i);
+          tile.prefetch(cache, slot + s, i);
         }
+        if constexpr (kPair<D> == 2) {
+          U16Full low, high;
+          zip((U16Full)row[0], (U16Full)row[1], low, high);
+          row[0] = (typename Op::Vec)low;
+          row[1] = (typename Op::Vec)high;
+        }
+        std::memcpy(to + slot / kPair<D> * dim + i, row, sizeof(row));
       }
     }
   }
@@ -425,34 +561,61 @@ struct Attend {
     auto* out = static_cast<Acc*>(state.out);
     for (int64_t i = 0; i < rows * dim; ++i) out[i] = 0;
     end = smaller(end, visible(rows - 1));
-    for (; begin < end; begin += kTileSlots) {
-      attend_tile(begin, smaller(kTileSlots, end - begin), state);
+    if (begin >= end) return;
+    int64_t *offsets = scratch.offsets, *next = scratch.next_offsets;
+    int64_t count = smaller(kTileSlots, end - begin);
+    find_slots(begin, count, offsets);
+    while (count > 0) {
+      const int64_t next_count = smaller(kTileSlots, end - begin - count);
+      if (next_count > 0) find_slots(begin + count, next_count, next);
+      attend_tile(begin, count, {offsets, next_count > 0 ? next : nullptr}, state);
+      int64_t* done = offsets;
+      offsets = next;
+      next = done;
+      begin += count;
+      count = next_count;
     }
   }
 
-  void attend_tile(int64_t begin, int64_t count, const SoftmaxState& state) const {
-    const auto* q = static_cast<const Unit*>(scratch.q);
-    const auto* k = static_cast<const Unit*>(scratch.k);
-    const auto* v = static_cast<const Unit*>(scratch.v);
-    auto* scores = static_cast<Acc*>(scratch.scores);
+  void attend_tile(int64_t begin, int64_t count, const TileRows& tile, const SoftmaxState& state) const {
+    const int64_t first = begin < task.visible ? 0 : (begin - task.visible + 1) * group;  // row that sees a slot
+    const int64_t q_stride = dim / kPair<D>;
+    const auto* q = static_cast<const Unit*>(scratch.q) + first * q_stride;
+    auto* scores = static_cast<Acc*>(scratch.scores) + first * kTileSlots;
+    if (direct) {
+      const auto* keys = static_cast<const Storage*>(p.k_cache);
+      for (int64_t slot = 0; slot < count; slot += lanes) {
+        dot_rows<D, lanes / 2>(q, q_stride, keys, tile.from(slot), p.head_dim / unit_lanes, scores + slot,
+                               kTileSlots, rows - first);
+      }
+    } else {
+      stage_keys(count, tile);
+      const Staged<D> keys{static_cast<const Unit*>(scratch.k), kTileSlots};
+      multiply_rows<D, kMaxRows, false>(q, q_stride, keys, p.head_dim, scores, kTileSlots, rows - first,
+                                        (count + unit_lanes - 1) / unit_lanes * unit_lanes);
+    }
+    for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
+    if (direct) {
+      add_values(Direct<D>{static_cast<const Storage*>(p.v_cache), tile}, p.head_dim, first, begin,
+                 count, state);
+    } else {
+      stage_values(count, tile);
+      add_values(Staged<D>{static_cast<const Unit*>(scratch.v), dim}, dim, first, begin, count, state);
+    }
+  }
+
+  // Rows that see the same number of slots go together: a value that a row must not see is never multiplied.
+  template <class B>
+  void add_values(const B& values, int64_t columns, int64_t first, int64_t begin, int64_t count,
+                  const SoftmaxState& state) const {
+    constexpr int64_t stride = kTileSlots / kPair<D>;
     const auto* probabilities = static_cast<const Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(state.out);
-    const int64_t q_stride = dim / kPair<D>, p_stride = kTileSlots / kPair<D>;
-
-    find_slots(begin, count);
-    stage_keys(count);
-    int64_t first = begin < task.visible ? 0 : (begin - task.visible + 1) * group;  // row that sees a slot
-    const int64_t padded = (count + lanes - 1) / lanes * lanes;
-    multiply_rows<D, kMaxRows, false>(q + first * q_stride, q_stride, k, kTileSlots, p.head_dim,
-                                      scores + first * kTileSlots, kTileSlots, rows - first, padded);
-    for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
-    stage_values(count);
-    // Rows that see the same number of slots go together: a value that a row must not see is never multiplied.
     while (first < rows) {
       const int64_t seen = smaller(count, visible(first) - begin);
       const int64_t end = seen == count ? rows : first + group;
-      multiply_rows<D, kMaxRows, true>(probabilities + first * p_stride, p_stride, v, dim, seen, out + first * dim,
-                                       dim, end - first, dim);
+      multiply_rows<D, kMaxRows, true>(probabilities + first * stride, stride, values, seen, out + first * dim, dim,
+                                       end - first, columns);
       first = end;
     }
   }
@@ -487,8 +650,8 @@ void store_rows(const AttentionWork& work, int64_t first_query, int64_t num_quer
     const int64_t query = first_query + row / group, head = kv_head * group + row % group;
     auto* to = static_cast<typename D::Storage*>(p.out) + (query * p.num_heads + head) * p.head_dim;
     const Acc* from = static_cast<const Acc*>(state.out) + (first + row) * work.padded_dim;
-    const Acc sum = static_cast<const Acc*>(state.sum)[first + row];
-    for (int64_t i = 0; i < p.head_dim; ++i) to[i] = D::narrow(from[i] / sum);
+    const Acc inverse = 1 / static_cast<const Acc*>(state.sum)[first + row];
+    for (int64_t i = 0; i < p.head_dim; ++i) to[i] = D::narrow(from[i] * inverse);
   }
 }
 

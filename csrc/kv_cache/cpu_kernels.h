@@ -24,7 +24,8 @@ struct AttentionWork {
 
 // One thread's memory. The operands of products are as the instruction set wants them.
 struct Scratch {
-  int64_t* offsets;     // [kTileSlots]
+  int64_t* offsets;       // [kTileSlots]
+  int64_t* next_offsets;  // [kTileSlots]
   void* row;            // [padded_dim]
   void* q;              // [rows, padded_dim]
   void* k;              // [padded_dim, kTileSlots]: transposed
