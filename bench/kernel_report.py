@@ -193,7 +193,7 @@ def print_bars(result: Record) -> None:
         print(f"best matmul rate {matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']})")
         print(f"time by {result['timing']}")
     if not result["bars"]:
-        print("goals are set for the CPU only")
+        print("no goals are set for what was measured: they are for float32 and bfloat16 on a CPU")
         return
     print("\nGoals")
     for bar in result["bars"]:

@@ -9,11 +9,12 @@ best matmul rate, whichever is longer; bytes are those of W, of A and B of the l
     python bench/kernels.py --quick --only overhead
 
 About 10 minutes on a CPU with the defaults, in proportion to --seconds-per-case; --quick: about a minute. Run nothing
-else beside it.
+else beside it: on a busy machine threads wait for each other, which takes longer and measures nothing.
 """
 
 import argparse
 import importlib.util
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -222,7 +223,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         cases = ", ".join(f"{kind} of {count} at {context}" for kind, count, context in left_out)
         print(f"attention cases left out for want of memory: {cases}")
     seconds = arguments.seconds_per_case
-    print(f"{num_cases} cases of {seconds} s or more: about {max(1, round(num_cases * seconds * 1.6 / 60))} min")
+    # Half a second more for what is made, warmed up and cannot be repeated less often.
+    minutes = num_cases * (seconds + 0.5) / 60
+    print(f"{num_cases} cases of {seconds} s or more: about {math.ceil(minutes)} min on an idle machine")
 
     began = time.perf_counter()
     min_rounds = 2 if arguments.quick else 3
