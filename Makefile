@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/bench/*') CMakeLists.txt setup.py
+SANITIZED := build/sanitized
 
-.PHONY: install demo test clean
+.PHONY: install demo test test-cpp clean
 
 install: $(STAMP)
 
@@ -20,11 +21,20 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 demo: install
 	bash runs/demo.sh
 
-test: install
+test: install test-cpp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
 
+# The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers.
+test-cpp: install
+	@if ! command -v "$${CXX:-c++}" > /dev/null; then echo "no C++ compiler: the C++ tests are left out"; exit 0; fi; \
+	set -ex; \
+	PATH="$$PWD/$(BIN):$$PATH"; \
+	cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING -DRRT_SANITIZE=address,undefined; \
+	cmake --build $(SANITIZED) -- --quiet; \
+	ctest --test-dir $(SANITIZED) --output-on-failure -j 2
+
 clean:
-	rm -rf $(VENV) build runs/out bench/out rrt/_native.so
+	rm -rf $(VENV) build runs/out bench/out rrt/_native.so rrt/_plan*.so

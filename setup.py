@@ -1,8 +1,8 @@
-"""Builds the native operators (rrt/_native.so) with CMake while the package is installed.
+"""Builds the native operators (rrt/_native.so) and the host planning (rrt._plan) with CMake at installation.
 
 Torch is found on disk and never imported, so the build works under pip's build isolation. Where torch, a
-compiler or CMake is missing the package installs without native operators and says so; a compilation that
-fails is an error. Environment:
+compiler or CMake is missing the package installs without native code and says so, and without rrt._plan where
+pybind11 or Python's headers are; a compilation that fails is an error. Environment:
 
     RRT_WITH_CUDA=auto|0|1   CUDA kernels: if nvcc is there (default), never, or demanded
     RRT_WITH_NATIVE=auto|0|1 native operators: if the tools are there (default), never, or demanded
@@ -25,12 +25,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SWITCH_VALUES = ("auto", "0", "1")
-FAILED_NOTE = "_native_failed.txt"  # read by rrt/_build.py
+# Read by rrt/_build.py: why there is no such module.
+FAILED_NOTES = {"rrt._native": "_native_failed.txt", "rrt._plan": "_plan_failed.txt"}
 MIN_TORCH, END_TORCH = (2, 11), (2, 14)
 
 
 class MissingTool(Exception):
-    """Why the native operators cannot be built here, and what would change that."""
+    """Why a module cannot be built here, and what would change that."""
 
 
 def switch(name: str) -> str:
@@ -81,6 +82,17 @@ def find_tool(what: str, names: list[str]) -> str:
     raise MissingTool(f"no {what} (looked for {', '.join(names)})")
 
 
+def find_pybind11() -> str:
+    """The folder of pybind11's CMake files."""
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise MissingTool(f"no headers of Python for {sys.executable}: install its development package")
+    try:
+        import pybind11
+    except ImportError:
+        raise MissingTool(f"no pybind11 for {sys.executable}: pip install pybind11") from None
+    return str(pybind11.get_cmake_dir())
+
+
 def configure_options(torch: Path) -> list[str]:
     compiler = os.environ.get("CXX")
     find_tool("C++ compiler", [compiler.split()[0]] if compiler else ["c++", "g++", "clang++"])
@@ -91,21 +103,26 @@ def configure_options(torch: Path) -> list[str]:
         f"-DCMAKE_MAKE_PROGRAM={make}",
         f"-DTORCH_DIR={torch}",
         f"-DRRT_WITH_CUDA={switch('RRT_WITH_CUDA')}",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+        "-DRRT_WITH_TORCH=1",
+        "-DRRT_WITH_TESTS=0",
     ]
 
 
 class BuildNative(build_ext):
-    """One library, built by CMake: not a Python extension module, so its name has no ABI tag."""
+    """Both modules, built by one run of CMake."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        # Not a Python extension module, so its name has no ABI tag.
+        if fullname == "rrt._native":
+            return os.path.join("rrt", "_native.so")
+        return str(super().get_ext_filename(fullname))
 
-    def build_extension(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        note = library.with_name(FAILED_NOTE)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (library, note):
-            stale.unlink(missing_ok=True)
+    def build_extensions(self) -> None:
+        folder = Path(self.get_ext_fullpath("rrt._native")).resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in placed_by_builds(folder):
+            stale.unlink()
         wanted = switch("RRT_WITH_NATIVE")
         demanded = "1" in (wanted, switch("RRT_WITH_CUDA"))
         try:
@@ -116,32 +133,39 @@ class BuildNative(build_ext):
         except MissingTool as missing:
             if demanded and wanted != "0":
                 sys.exit(f"error: cannot build the native operators: {missing}")
-            # pip shows this line with -v only; rrt.build_info() reads the note.
+            # pip shows this line with -v only; rrt.build_info() reads the notes.
             print(f"rrt: installing without native operators: {missing}", file=sys.stderr)
-            note.write_text(f"{missing}\n", encoding="utf-8")
+            for note in FAILED_NOTES.values():
+                (folder / note).write_text(f"{missing}\n", encoding="utf-8")
             return
-        self.build_with_cmake(cmake, options, library)
+        try:
+            plan_options = ["-DRRT_WITH_PYTHON=1", f"-Dpybind11_DIR={find_pybind11()}"]
+        except MissingTool as missing:
+            plan_options = ["-DRRT_WITH_PYTHON=0"]
+            print(f"rrt: installing without rrt._plan: {missing}", file=sys.stderr)
+            (folder / FAILED_NOTES["rrt._plan"]).write_text(f"{missing}\n", encoding="utf-8")
+        self.build_with_cmake(cmake, options, plan_options, folder)
 
     def copy_extensions_to_source(self) -> None:
-        """For in-place and editable builds: whichever of the two there is now, and no older other one."""
-        for name in ("_native.so", FAILED_NOTE):
-            built, placed = Path(self.build_lib) / "rrt" / name, ROOT / "rrt" / name
-            placed.unlink(missing_ok=True)
-            if built.exists():
-                shutil.copy2(built, placed)
+        """For in-place and editable builds: what there is now, and nothing older."""
+        for stale in placed_by_builds(ROOT / "rrt"):
+            stale.unlink()
+        for built in placed_by_builds(Path(self.build_lib) / "rrt"):
+            shutil.copy2(built, ROOT / "rrt")
 
-    def build_with_cmake(self, cmake: str, options: list[str], library: Path) -> None:
-        # CMake never forgets a compiler, so other compilers mean another build directory.
+    def build_with_cmake(self, cmake: str, options: list[str], plan_options: list[str], folder: Path) -> None:
+        # CMake never forgets a compiler, so other compilers mean another build directory. Not so for the paths
+        # of the build tools, which are new ones in every isolated build.
         compilers = [os.environ.get("CXX", ""), os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
         key = hashlib.sha256("\n".join(options[2:] + compilers).encode()).hexdigest()[:8]
         build = ROOT / "build" / f"native-{key}"
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), *options]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), *options, *plan_options]
         if self.debug:
             configure.append("-DCMAKE_BUILD_TYPE=Debug")
         steps = [
             configure,
             [cmake, "--build", str(build), "--parallel", str(self.parallel or os.cpu_count() or 1)],
-            [cmake, "--install", str(build), "--prefix", str(library.parent)],
+            [cmake, "--install", str(build), "--prefix", str(folder)],
         ]
         for step in steps:
             if subprocess.run(step, check=False).returncode != 0:
@@ -151,4 +175,13 @@ class BuildNative(build_ext):
                 )
 
 
-setup(ext_modules=[Extension("rrt._native", sources=[])], cmdclass={"build_ext": BuildNative})
+def placed_by_builds(folder: Path) -> list[Path]:
+    """The modules and notes that a build has left in `folder`."""
+    names = ["_native.so", f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}", *FAILED_NOTES.values()]
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in FAILED_NOTES],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,14 +1,18 @@
-"""The native library: loading it, telling what it is, and registering operators with or without it."""
+"""The native modules: loading them, telling what they are, and registering operators with or without them."""
 
 import ctypes
 import hashlib
+import importlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +22,10 @@ REBUILD = "RRT_WITH_NATIVE=1 pip install --no-build-isolation --no-deps -e ."
 
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "_native.so"
+_PLAN_MODULE = _PACKAGE / f"_plan{EXTENSION_SUFFIXES[0]}"
+# setup.py writes them: why a module was not built.
 _FAILED_NOTE = _PACKAGE / "_native_failed.txt"
+_PLAN_FAILED_NOTE = _PACKAGE / "_plan_failed.txt"
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class BuildInfo:
     cuda_archs: tuple[str, ...]
     """For example ("sm_80", "sm_90a")."""
     nvcc: str | None
+    plan: str | None
+    """Path of the loaded module rrt._plan (host planning); None if the Python equivalents run."""
+    plan_reason: str | None
+    """Why it is not loaded, in one line."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +66,86 @@ class _Native:
     reason: str | None
 
 
-def _reason_for_no_library() -> str:
-    if _FAILED_NOTE.is_file():
-        return f"not built when rrt was installed: {_FAILED_NOTE.read_text(encoding='utf-8').strip()}"
-    return f"{_LIBRARY} does not exist: rrt was not installed, only found"
+@dataclass(frozen=True)
+class _Plan:
+    module: ModuleType | None
+    reason: str | None
+
+
+_SWITCHED_OFF = "switched off by RRT_NATIVE=0"
+
+
+def _reason_for_none(path: Path, note: Path) -> str:
+    if note.is_file():
+        return f"not built when rrt was installed: {note.read_text(encoding='utf-8').strip()}"
+    return f"{path} does not exist: rrt was not installed, only found"
+
+
+def _warn_stale(name: str) -> None:
+    warnings.warn(f"rrt: {name} was built from other sources than csrc/ has now; rebuild: {REBUILD}", stacklevel=3)
 
 
 @cache
 def load_native() -> _Native:
     """Load the library once. Any failure is kept as a reason, for an import must not fail on it."""
     if os.environ.get("RRT_NATIVE") == "0":
-        return _Native(None, "switched off by RRT_NATIVE=0")
+        return _Native(None, _SWITCHED_OFF)
     if not _LIBRARY.is_file():
-        return _Native(None, _reason_for_no_library())
+        return _Native(None, _reason_for_none(_LIBRARY, _FAILED_NOTE))
     try:
         torch.ops.load_library(_LIBRARY)
         handle = ctypes.CDLL(str(_LIBRARY))
         handle.rrt_build_info.restype = ctypes.c_char_p
         handle.rrt_cpu_isa.restype = ctypes.c_char_p
     except (OSError, AttributeError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        return _Native(None, f"{_LIBRARY} does not load with torch {torch.__version__}: {cause}")
-    if _is_stale(_library_facts(handle)):
-        warnings.warn(
-            f"rrt: {_LIBRARY.name} was built from other sources than csrc/ has now; rebuild: {REBUILD}", stacklevel=2
-        )
+        # torch says that it could not; the loader, why.
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        return _Native(None, f"{_LIBRARY}{_built_for()} does not load with torch {torch.__version__}: {cause}")
+    if _is_stale(_library_facts(handle)["source_digest"]):
+        _warn_stale(_LIBRARY.name)
     return _Native(handle, None)
+
+
+def _built_for() -> str:
+    """What a library that does not load was built for, of the JSON of csrc/build_info.cpp.in in its bytes."""
+    content = _LIBRARY.read_bytes()
+    found = [re.search(rb'\n  "' + key + rb'": "([^"]*)"', content) for key in (b"torch", b"nvcc")]
+    torch_version, nvcc = (match[1].decode(errors="replace") if match else "" for match in found)
+    if not torch_version:
+        return ""
+    return f", built for torch {torch_version}{f' and CUDA {nvcc}' if nvcc else ''},"
+
+
+@cache
+def load_plan() -> _Plan:
+    """Import `rrt._plan` once. As with the library, a failure is kept as a reason."""
+    if os.environ.get("RRT_NATIVE") == "0":
+        return _Plan(None, _SWITCHED_OFF)
+    if not _PLAN_MODULE.is_file():
+        return _Plan(None, _reason_for_none(_PLAN_MODULE, _PLAN_FAILED_NOTE))
+    try:
+        module = importlib.import_module("rrt._plan")
+    except ImportError as error:
+        return _Plan(None, f"{_PLAN_MODULE} does not load: {str(error).strip().splitlines()[0]}")
+    if _is_stale(module.source_digest):
+        _warn_stale("rrt._plan")
+    return _Plan(module, None)
+
+
+@cache
+def warn_without_plan() -> None:
+    """Say once that Python plans in the place of `rrt._plan`, if it does."""
+    reason = load_plan().reason
+    if reason is not None:
+        warnings.warn(f"rrt: host planning runs in Python: {reason}. To build it: {REBUILD}", stacklevel=3)
 
 
 def _library_facts(handle: ctypes.CDLL) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(handle.rrt_build_info())
     return facts
+
+
+_DIGEST_SUFFIXES = (".h", ".cuh", ".cpp", ".cu", ".in")
 
 
 def _source_digest(root: Path) -> str | None:
@@ -95,7 +155,7 @@ def _source_digest(root: Path) -> str | None:
     names = ["CMakeLists.txt"]
     for path in (root / "csrc").rglob("*"):
         name = path.relative_to(root).as_posix()
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".in") and not name.startswith("csrc/tests/"):
+        if path.suffix in _DIGEST_SUFFIXES and not name.startswith(("csrc/tests/", "csrc/bench/")):
             names.append(name)
     digest = ""
     for name in sorted(names):
@@ -104,20 +164,20 @@ def _source_digest(root: Path) -> str | None:
     return digest
 
 
-def _is_stale(facts: dict[str, Any]) -> bool:
+def _is_stale(digest_at_build: str) -> bool:
     now = _source_digest(_PACKAGE.parent)
-    return now is not None and now != facts["source_digest"]
+    return now is not None and now != digest_at_build
 
 
 def build_info() -> BuildInfo:
     """What was built and what is in use; touches no GPU."""
-    native = load_native()
+    native, plan = load_native(), load_plan()
     facts = _library_facts(native.handle) if native.handle is not None else {}
     return BuildInfo(
         library=str(_LIBRARY) if native.handle is not None else None,
         reason=native.reason,
         rebuild=REBUILD,
-        stale=native.handle is not None and _is_stale(facts),
+        stale=native.handle is not None and _is_stale(facts["source_digest"]),
         torch=str(torch.__version__),
         torch_at_build=facts.get("torch"),
         rrt_at_build=facts.get("version"),
@@ -127,6 +187,8 @@ def build_info() -> BuildInfo:
         cuda=facts.get("cuda", False),
         cuda_archs=tuple(facts.get("cuda_archs", ())),
         nvcc=facts.get("nvcc") or None,
+        plan=plan.module.__file__ if plan.module is not None else None,
+        plan_reason=plan.reason,
     )
 
 

@@ -1,11 +1,13 @@
-"""The build, seen from outside: what it needs, what it says without it, what the library depends on."""
+"""The build, seen from outside: what it needs, what it says without it, what the modules depend on."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -13,20 +15,27 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from rrt._build import REBUILD, load_plan
 from rrt.ops import build_info
 from rrt.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TORCH = Path(torch.__file__).parent
+PLAN = load_plan().module
 needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+needs_plan = pytest.mark.skipif(PLAN is None, reason=f"no rrt._plan: {load_plan().reason}")
+needs_tools = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler on PATH"
+)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what building and importing need, without the library."""
+    """A copy of what building and importing need, without the modules."""
+    built = shutil.ignore_patterns("_native*", "_plan*.so", "_plan*.txt", "__pycache__")
     for name in ("csrc", "rrt"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -56,9 +65,14 @@ with warnings.catch_warnings(record=True) as caught:
     a = torch.ones(1, 1, 2)
     for _ in range(2):
         loop_lora_linear(torch.ones(1, 2), torch.ones(1, 2), None, a, a[..., :1], torch.zeros(1, dtype=torch.int32))
-ours = [str(w.message) for w in caught if str(w.message).startswith("rrt:")]
+    imports = len(caught)
+    from rrt.page_table import make_page_table
+    for _ in range(2):
+        make_page_table(1, 1)
+ours = [str(w.message) for w in caught[:imports] if str(w.message).startswith("rrt:")]
+of_plan = [str(w.message) for w in caught[imports:] if str(w.message).startswith("rrt:")]
 info = build_info()
-print(json.dumps({"reason": info.reason, "stale": info.stale, "warnings": ours}))
+print(json.dumps({"reason": info.reason, "stale": info.stale, "warnings": ours, "plan warnings": of_plan}))
 """
 
 
@@ -106,6 +120,7 @@ def test_without_torch_the_build_succeeds_and_says_so_in_one_line(checkout: Path
     facts = report(checkout)
     assert facts["reason"] == f"not built when rrt was installed: {line.partition('operators: ')[2]}"
     assert len(facts["warnings"]) == 1 and facts["reason"] in facts["warnings"][0]
+    assert facts["plan warnings"] == [f"rrt: host planning runs in Python: {facts['reason']}. To build it: {REBUILD}"]
 
 
 @pytest.mark.parametrize(("missing", "message"), [("CXX", "no C++ compiler"), ("PATH", "no C")])
@@ -119,6 +134,41 @@ def test_without_tools_the_build_succeeds_unless_demanded(checkout: Path, missin
         demanded = build(checkout, **environment, **{switch: "1"})
         assert demanded.returncode == 1
         assert f"error: cannot build the native operators: {message}" in demanded.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def tools_that_record(tmp_path: Path) -> dict[str, str]:
+    """An environment whose cmake writes down its arguments and builds nothing."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    cmake = folder / "cmake"
+    cmake.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n', encoding="utf-8")
+    cmake.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "RRT_TORCH_DIR": str(TORCH), "CALLS": str(folder / "calls")}
+
+
+@needs_tools
+def test_without_pybind11_the_operators_are_built_all_the_same(
+    checkout: Path, tools_that_record: dict[str, str]
+) -> None:
+    hidden = checkout / "hidden"
+    hidden.mkdir()
+    (hidden / "pybind11.py").write_text("raise ImportError\n", encoding="utf-8")
+    result = build(checkout, **tools_that_record, RRT_WITH_NATIVE="1", PYTHONPATH=str(hidden))
+    assert result.returncode == 0, result.stderr
+    missing = f"no pybind11 for {sys.executable}: pip install pybind11"
+    assert f"rrt: installing without rrt._plan: {missing}" in result.stderr.splitlines()
+    configure = Path(tools_that_record["CALLS"]).read_text(encoding="utf-8").splitlines()[0]
+    assert "-DRRT_WITH_TORCH=1" in configure and "-DRRT_WITH_PYTHON=0" in configure
+    reason = f"not built when rrt was installed: {missing}"
+    expected = f"rrt: host planning runs in Python: {reason}. To build it: {REBUILD}"
+    assert report(checkout)["plan warnings"] == [expected]
+
+    again = build(checkout, **tools_that_record)
+    assert again.returncode == 0
+    if importlib.util.find_spec("pybind11") is not None:
+        assert "-DRRT_WITH_PYTHON=1" in Path(tools_that_record["CALLS"]).read_text(encoding="utf-8")
+        assert not list((checkout / "rrt").glob("*.txt")), "the note of an earlier build is still there"
 
 
 def test_a_torch_out_of_range_is_named(checkout: Path) -> None:
@@ -136,11 +186,6 @@ def test_a_bad_switch_is_refused(checkout: Path) -> None:
     assert "error: RRT_WITH_CUDA: found 'yes'; expected one of auto, 0, 1" in result.stderr
 
 
-needs_tools = pytest.mark.skipif(
-    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler on PATH"
-)
-
-
 @needs_tools
 def test_cuda_demanded_without_nvcc_is_an_error_that_says_what_to_do(checkout: Path) -> None:
     result = build(checkout, RRT_WITH_CUDA="1", RRT_TORCH_DIR=str(TORCH), CUDACXX=str(checkout / "nvcc"))
@@ -148,13 +193,37 @@ def test_cuda_demanded_without_nvcc_is_an_error_that_says_what_to_do(checkout: P
     assert "RRT_WITH_CUDA=1 but no working nvcc was found" in " ".join(result.stderr.split())
 
 
-def test_a_library_that_does_not_load_breaks_no_import(checkout: Path) -> None:
+def test_modules_that_do_not_load_break_no_import(checkout: Path) -> None:
     library = checkout / "rrt" / "_native.so"
     library.write_bytes(b"not a library")
     facts = report(checkout)
     assert isinstance(facts["reason"], str)
     assert facts["reason"].startswith(f"{library} does not load with torch {torch.__version__}: ")
     assert len(facts["warnings"]) == 1 and "To build them: " in facts["warnings"][0]
+    plan = checkout / "rrt" / f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
+    plan.write_bytes(b"not a module")
+    (warning,) = report(checkout)["plan warnings"]
+    assert warning.startswith(f"rrt: host planning runs in Python: {plan} does not load: ")
+
+
+@needs_native
+def test_a_library_for_another_torch_names_both_versions_and_the_rebuild(checkout: Path) -> None:
+    content = Path(str(build_info().library)).read_bytes()
+    built_for, function = f'"torch": "{build_info().torch_at_build}"', "\0torch_library_impl\0"
+    for found, other in ((built_for, '"torch": "9.8"'), (function, "\0torch_library_v9_8\0")):
+        assert found.encode() in content
+        content = content.replace(found.encode(), other.ljust(len(found)).encode())
+    library = checkout / "rrt" / "_native.so"
+    library.write_bytes(content)
+    facts = report(checkout)
+    cuda = f" and CUDA {build_info().nvcc}" if build_info().cuda else ""
+    assert isinstance(facts["reason"], str)
+    assert facts["reason"].startswith(
+        f"{library}, built for torch 9.8{cuda}, does not load with torch {torch.__version__}: "
+    )
+    assert "torch_library_v9_8" in facts["reason"]
+    (warning,) = facts["warnings"]
+    assert facts["reason"] in warning and warning.endswith(f"To build them: {REBUILD}")
 
 
 @needs_native
@@ -162,13 +231,26 @@ def test_a_library_of_other_sources_is_reported_stale(checkout: Path) -> None:
     if build_info().stale:
         pytest.fail("the library here is stale: rebuild it")
     shutil.copy(ROOT / "rrt" / "_native.so", checkout / "rrt")
-    assert report(checkout) == {"reason": None, "stale": False, "warnings": []}
-    with (checkout / "csrc" / "ops.cpp").open("a", encoding="utf-8") as source:
-        source.write("// changed\n")
+    for folder in ("tests", "bench"):
+        (checkout / "csrc" / folder / "more.cpp").write_text("// not in the library\n", encoding="utf-8")
+    facts = report(checkout)
+    assert (facts["reason"], facts["stale"], facts["warnings"]) == (None, False, [])
+    (checkout / "csrc" / "more.cpp").write_text("// of the library\n", encoding="utf-8")
     facts = report(checkout)
     assert facts["stale"] is True and len(facts["warnings"]) == 1
     shutil.rmtree(checkout / "csrc")
     assert report(checkout)["stale"] is False, "an installed package has no sources to compare with"
+
+
+@needs_plan
+def test_a_plan_module_of_other_sources_is_reported_stale(checkout: Path) -> None:
+    assert PLAN is not None and PLAN.__file__ is not None
+    shutil.copy(PLAN.__file__, checkout / "rrt")
+    assert report(checkout)["plan warnings"] == []
+    with (checkout / "csrc" / "python" / "plan.cpp").open("a", encoding="utf-8") as source:
+        source.write("// changed\n")
+    (warning,) = report(checkout)["plan warnings"]
+    assert warning == f"rrt: rrt._plan was built from other sources than csrc/ has now; rebuild: {REBUILD}"
 
 
 @needs_native
@@ -191,4 +273,59 @@ def test_the_library_depends_on_torchs_c_interface_alone() -> None:
 def test_a_clean_checkout_builds_in_place_and_runs(checkout: Path) -> None:
     result = build(checkout, RRT_WITH_NATIVE="1", RRT_WITH_CUDA="0", RRT_TORCH_DIR=str(TORCH))
     assert result.returncode == 0, result.stderr
-    assert report(checkout) == {"reason": None, "stale": False, "warnings": []}
+    facts = report(checkout)
+    assert (facts["reason"], facts["stale"], facts["warnings"]) == (None, False, [])
+    if importlib.util.find_spec("pybind11") is not None:
+        assert facts["plan warnings"] == []
+
+
+def configure(checkout: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["cmake", "-S", ".", "-B", "configured", *options], cwd=checkout, capture_output=True, text=True, check=False
+    )
+
+
+NOTHING_ELSE = ("-DRRT_WITH_TORCH=0", "-DRRT_WITH_PYTHON=0", "-DRRT_WITH_CUDA=0")
+
+
+@needs_tools
+def test_cmake_alone_needs_neither_python_nor_torch(checkout: Path) -> None:
+    result = configure(checkout, *NOTHING_ELSE)
+    assert result.returncode == 0, result.stderr
+    assert "torch none, CUDA none, pybind11 none, tests 1, sanitizers none" in result.stdout
+    cache = (checkout / "configured" / "CMakeCache.txt").read_text(encoding="utf-8")
+    assert "Python" not in cache.replace("RRT_WITH_PYTHON", "").replace("_plan: auto (if Python", "")
+    listed = subprocess.run(
+        ["ctest", "--test-dir", "configured", "-N"], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("loop_lora_plan", "kv_cache_plan", "page_table", "cpu_isa", "loop_lora.baseline", "kv_cache.baseline"):
+        assert f": {name}\n" in listed
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-DRRT_WITH_TORCH=yes",), "RRT_WITH_TORCH: found 'yes'; expected one of auto, 0, 1"),
+        (("-DRRT_WITH_TESTS=auto",), "RRT_WITH_TESTS: found 'auto'; expected one of 0, 1"),
+        (
+            (*NOTHING_ELSE[1:], "-DRRT_WITH_TORCH=1", "-DTORCH_DIR=/nowhere"),
+            "no torch with a stable ABI at '/nowhere'; install torch>=2.11 or set -DTORCH_DIR=<site-packages>/torch",
+        ),
+        (
+            ("-DRRT_WITH_TORCH=0", "-DRRT_WITH_PYTHON=1", "-DPython3_EXECUTABLE=/nowhere"),
+            "RRT_WITH_PYTHON=1 but there is no Python with its headers",
+        ),
+        ((*NOTHING_ELSE, "-DRRT_SANITIZE=weather"), "RRT_SANITIZE: found 'weather', which"),
+        (
+            ("-DRRT_WITH_TORCH=1", "-DRRT_SANITIZE=address"),
+            "RRT_WITH_TORCH: found 1; expected auto or 0, since RRT_SANITIZE is for the torch-free parts",
+        ),
+    ],
+)
+def test_what_cmake_is_asked_for_and_cannot_do_is_an_error(
+    checkout: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = configure(checkout, *options)
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())

@@ -1,0 +1,203 @@
+// The CPU kernels of loop_lora_linear and pack_linear through launch.h, against sums in double.
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "kernels.h"
+#include "loop_lora/launch.h"
+
+using namespace rrt;
+using namespace rrt::loop_lora;
+using namespace rrt::tests;
+
+namespace {
+
+enum class Bias { kNone, kShared, kPerLoop };
+
+struct Shape {
+  int64_t m, n, k, num_loops;
+  std::vector<int64_t> segment_out, segment_rank;
+  Bias bias = Bias::kNone;
+  int64_t x_gap = 0;  // elements between the rows of x
+};
+
+// 200 rows make two blocks; sizes lie around the panels' 32, the chunks' 128 (steps) and the tiles' 5 and 12.
+const std::vector<Shape> kShapes = {
+    {0, 33, 17, 2, {33}, {3}},
+    {1, 1, 1, 1, {1}, {1}},
+    {1, 0, 5, 1, {0}, {2}},
+    {2, 5, 0, 2, {5}, {3}, Bias::kShared},
+    {3, 31, 127, 1, {31}, {0}, Bias::kShared},
+    {4, 33, 64, 3, {33}, {33}, Bias::kPerLoop, 1},
+    {5, 32, 128, 2, {32}, {32}, Bias::kNone, 3},
+    {6, 64, 129, 8, {64}, {1}, Bias::kPerLoop},
+    {12, 70, 257, 3, {41, 9, 20}, {5, 2, 0}, Bias::kShared, 2},
+    {13, 65, 255, 2, {1, 0, 64}, {7, 3, 40}, Bias::kPerLoop},
+    {17, 40, 40, 2, {40}, {260}},
+    {29, 96, 31, 4, {50, 46}, {129, 31}, Bias::kNone, 1},
+    {200, 35, 19, 3, {20, 15}, {4, 9}, Bias::kPerLoop},
+};
+
+int64_t packed_size(Dtype dtype, int64_t n, int64_t k) {
+  return num_panels(n) * kPanel * pack_steps(dtype, k) * pack_step(dtype);
+}
+
+Array pack(Dtype dtype, const Array& from, int64_t count, int64_t n, int64_t k) {
+  Array to(dtype, count * packed_size(dtype, n, k), Aligned::kFresh);
+  pack_cpu(dtype, from.data(), count, n, k, to.data(), run_threaded);
+  return to;
+}
+
+struct Problem {
+  Shape shape;
+  Dtype dtype;
+  int64_t total_rank = 0, b_stride = 0;
+  std::vector<int32_t> loops;
+  Array x, weight, bias, lora_a, lora_b, packed_weight, packed_a, packed_b;
+  std::vector<Segment> segments;
+
+  static int64_t sum(const std::vector<int64_t>& values) {
+    int64_t total = 0;
+    for (int64_t value : values) total += value;
+    return total;
+  }
+  static int64_t most(const std::vector<int64_t>& values) {
+    int64_t most = 0;
+    for (int64_t value : values) most = std::max(most, value);
+    return most;
+  }
+
+  Problem(const Shape& s, Dtype d, Random& random)
+      : shape(s),
+        dtype(d),
+        total_rank(sum(s.segment_rank)),
+        b_stride(most(s.segment_rank)),
+        x(d, s.m > 0 ? (s.m - 1) * (s.k + s.x_gap) + s.k : 0, random),
+        weight(d, s.n * s.k, random),
+        bias(d, s.bias == Bias::kPerLoop ? s.num_loops * s.n : s.n, random),
+        lora_a(d, s.num_loops * total_rank * s.k, random),
+        lora_b(d, s.num_loops * s.n * b_stride, random),
+        packed_weight(pack(d, weight, 1, s.n, s.k)),
+        packed_a(pack(d, lora_a, s.num_loops, total_rank, s.k)),
+        packed_b(pack(d, lora_b, s.num_loops, s.n, b_stride)) {
+    for (int64_t row = 0; row < s.m; ++row) loops.push_back(static_cast<int32_t>(between(random, 0, s.num_loops - 1)));
+    int64_t out = 0, rank = 0;
+    for (size_t i = 0; i < s.segment_out.size(); ++i) {
+      segments.push_back({out, s.segment_out[i], rank, s.segment_rank[i]});
+      out += s.segment_out[i];
+      rank += s.segment_rank[i];
+    }
+  }
+
+  // Rows [first, first + rows) as a batch of their own.
+  Array run(bool packed, ParallelFor parallel_for, int64_t first, int64_t rows) const {
+    const int64_t stride = shape.k + shape.x_gap;
+    Array y(dtype, rows * shape.n, Aligned::kFresh);
+    Params params{};
+    params.dtype = dtype;
+    params.packed = packed;
+    params.m = rows;
+    params.n = shape.n;
+    params.k = shape.k;
+    params.num_loops = shape.num_loops;
+    params.total_rank = total_rank;
+    params.b_stride = b_stride;
+    params.x_row_stride = stride;
+    params.bias_loop_stride = shape.bias == Bias::kPerLoop ? shape.n : 0;
+    params.x = x.at(first * stride);
+    params.weight = packed ? packed_weight.data() : weight.data();
+    params.bias = shape.bias == Bias::kNone ? nullptr : bias.data();
+    params.lora_a = packed ? packed_a.data() : lora_a.data();
+    params.lora_b = packed ? packed_b.data() : lora_b.data();
+    params.y = y.data();
+    params.segments = segments;
+    run_cpu(params, group_rows_by_loop(loops.data() + first, rows, shape.num_loops), parallel_for);
+    return y;
+  }
+
+  double expected(int64_t row, int64_t n) const {
+    const int64_t loop = loops[row], x_row = row * (shape.k + shape.x_gap);
+    const auto dot = [&](const Array& matrix, int64_t from) {
+      double sum = 0;
+      for (int64_t k = 0; k < shape.k; ++k) sum += x[x_row + k] * matrix[from + k];
+      return sum;
+    };
+    double y = dot(weight, n * shape.k);
+    if (shape.bias != Bias::kNone) y += bias[n + (shape.bias == Bias::kPerLoop ? loop * shape.n : 0)];
+    for (const Segment& segment : segments) {
+      if (n < segment.out_begin || n >= segment.out_begin + segment.out_size) continue;
+      for (int64_t r = 0; r < segment.rank; ++r) {
+        y += lora_b[(loop * shape.n + n) * b_stride + r] *
+             dot(lora_a, (loop * total_rank + segment.rank_begin + r) * shape.k);
+      }
+    }
+    return y;
+  }
+};
+
+void check_problem(const Problem& problem) {
+  const Shape& s = problem.shape;
+  const Array y = problem.run(false, run_threaded, 0, s.m);
+  RelativeError error;
+  for (int64_t row = 0; row < s.m; ++row) {
+    for (int64_t n = 0; n < s.n; ++n) error.add(y[row * s.n + n], problem.expected(row, n));
+  }
+  CHECK(error.below(2 * epsilon(problem.dtype)));
+
+  const Array packed = problem.run(true, run_threaded, 0, s.m);
+  CHECK(packed.same_bits(0, y, 0, s.m * s.n));
+  const Array serial = problem.run(false, run_serially, 0, s.m);
+  CHECK(serial.same_bits(0, y, 0, s.m * s.n));
+  for (int64_t row = 0; row < s.m; row += 1 + s.m / 20) {
+    const Array alone = problem.run(true, run_serially, row, 1);
+    CHECK(alone.same_bits(0, y, row * s.n, s.n));
+  }
+}
+
+void results_are_right_and_the_same_in_any_batch() {
+  Random random(1);
+  for (const Shape& shape : kShapes) {
+    for (Dtype dtype : kDtypes) {
+      const int before = failures;
+      check_problem(Problem(shape, dtype, random));
+      if (failures > before) {
+        std::cerr << "  m " << shape.m << " n " << shape.n << " k " << shape.k << " loops " << shape.num_loops
+                  << " dtype " << static_cast<int>(dtype) << '\n';
+      }
+    }
+  }
+}
+
+void packed_weights_lie_as_launch_h_says() {
+  Random random(2);
+  for (Dtype dtype : kDtypes) {
+    for (const auto& [count, n, k] : std::vector<std::array<int64_t, 3>>{
+             {1, 1, 1}, {2, 33, 7}, {3, 32, 16}, {1, 70, 131}, {2, 5, 300}, {2, 0, 5}, {2, 5, 0}}) {
+      const Array from(dtype, count * n * k, random);
+      const Array packed = pack(dtype, from, count, n, k);
+      const int64_t step = pack_step(dtype), steps = pack_steps(dtype, k);
+      int64_t index = 0;
+      for (int64_t matrix = 0; matrix < count; ++matrix) {
+        for (int64_t panel = 0; panel < num_panels(n); ++panel) {
+          for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t lane = 0; lane < kPanel; ++lane) {
+              for (int64_t i = 0; i < step; ++i) {
+                const int64_t out = panel * kPanel + lane, column = s * step + i;
+                const double expected = out < n && column < k ? from[(matrix * n + out) * k + column] : 0;
+                CHECK_EQ(packed[index++], expected);
+              }
+            }
+          }
+        }
+      }
+      CHECK_EQ(index, packed.size());
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  if (lacks_instruction_set()) return kSkipped;
+  return run(results_are_right_and_the_same_in_any_batch, packed_weights_lie_as_launch_h_says);
+}
