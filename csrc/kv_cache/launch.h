@@ -46,7 +46,7 @@ struct AttentionParams {
 
 void write_cpu(const WriteParams& params, ParallelFor parallel_for);
 
-// The result of a query depends on that query and its context alone: bitwise the same in any batch.
+// A sequence's results are bitwise the same whatever other sequences are in the batch.
 void attention_cpu(const AttentionParams& params, const AttentionPlan& plan, ParallelFor parallel_for);
 
 }  // namespace rrt::kv_cache

@@ -9,7 +9,7 @@
 namespace rrt::kv_cache {
 
 // A context is cut every kSplitSlots slots, whatever else is in the batch; each piece has a softmax of its own,
-// and pieces are merged in order. So a query's result depends on its own context alone, however tasks are dealt out.
+// and pieces are merged in order: the same numbers come out however tasks are dealt out.
 constexpr int64_t kSplitSlots = 256;
 // Rows (queries x query heads of one key/value head) that share one reading of keys and values.
 constexpr int64_t kTileRows = 64;
