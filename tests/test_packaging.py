@@ -280,9 +280,9 @@ def test_a_clean_checkout_builds_in_place_and_runs(checkout: Path) -> None:
 
 
 def configure(checkout: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["cmake", "-S", ".", "-B", "configured", *options], cwd=checkout, capture_output=True, text=True, check=False
-    )
+    # From another folder, as a build tool does when CMakeLists.txt has changed.
+    command = ["cmake", "-S", str(checkout), "-B", str(checkout / "configured"), *options]
+    return subprocess.run(command, cwd=checkout / "csrc", capture_output=True, text=True, check=False)
 
 
 NOTHING_ELSE = ("-DRRT_WITH_TORCH=0", "-DRRT_WITH_PYTHON=0", "-DRRT_WITH_CUDA=0")

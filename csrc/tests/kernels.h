@@ -73,10 +73,10 @@ inline void write_random(Random& random, Dtype dtype, char* to) {
   std::memcpy(to, &half, 2);
 }
 
-// `size` elements on the heap that end where the allocation does. They are aligned to one element and no more, as
-// a slice of a tensor may be, or as a fresh tensor is. NaN at first.
+// To one element and no more, as a slice of a tensor may be; or to what the allocator gives.
 enum class Aligned { kElement, kFresh };
 
+// `size` elements on the heap that end where the allocation does. NaN at first.
 class Array {
  public:
   Array(Dtype dtype, int64_t size, Aligned aligned = Aligned::kElement)

@@ -115,20 +115,22 @@ struct Problem {
     return y;
   }
 
-  double expected(int64_t row, int64_t n) const {
-    const int64_t loop = loops[row], x_row = row * (shape.k + shape.x_gap);
+  std::vector<double> expected(int64_t row) const {
+    const int64_t loop = loops[row];
     const auto dot = [&](const Array& matrix, int64_t from) {
       double sum = 0;
-      for (int64_t k = 0; k < shape.k; ++k) sum += x[x_row + k] * matrix[from + k];
+      for (int64_t k = 0; k < shape.k; ++k) sum += x[row * (shape.k + shape.x_gap) + k] * matrix[from + k];
       return sum;
     };
-    double y = dot(weight, n * shape.k);
-    if (shape.bias != Bias::kNone) y += bias[n + (shape.bias == Bias::kPerLoop ? loop * shape.n : 0)];
+    std::vector<double> shrunk, y;
+    for (int64_t r = 0; r < total_rank; ++r) shrunk.push_back(dot(lora_a, (loop * total_rank + r) * shape.k));
     for (const Segment& segment : segments) {
-      if (n < segment.out_begin || n >= segment.out_begin + segment.out_size) continue;
-      for (int64_t r = 0; r < segment.rank; ++r) {
-        y += lora_b[(loop * shape.n + n) * b_stride + r] *
-             dot(lora_a, (loop * total_rank + segment.rank_begin + r) * shape.k);
+      for (int64_t n = segment.out_begin; n < segment.out_begin + segment.out_size; ++n) {
+        y.push_back(dot(weight, n * shape.k));
+        if (shape.bias != Bias::kNone) y.back() += bias[n + (shape.bias == Bias::kPerLoop ? loop * shape.n : 0)];
+        for (int64_t r = 0; r < segment.rank; ++r) {
+          y.back() += lora_b[(loop * shape.n + n) * b_stride + r] * shrunk[segment.rank_begin + r];
+        }
       }
     }
     return y;
@@ -140,7 +142,8 @@ void check_problem(const Problem& problem) {
   const Array y = problem.run(false, run_threaded, 0, s.m);
   RelativeError error;
   for (int64_t row = 0; row < s.m; ++row) {
-    for (int64_t n = 0; n < s.n; ++n) error.add(y[row * s.n + n], problem.expected(row, n));
+    const std::vector<double> expected = problem.expected(row);
+    for (int64_t n = 0; n < s.n; ++n) error.add(y[row * s.n + n], expected[n]);
   }
   CHECK(error.below(2 * epsilon(problem.dtype)));
 
