@@ -8,6 +8,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if RRT_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
 
 // Lanes i, j, k, l (0-3: a's, 4-7: b's) of two vectors of four.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -27,10 +30,6 @@ using F32 = Register<float>::Type;
 using F64 = Register<double>::Type;
 using U32 = Register<uint32_t>::Type;
 using U16 = Register<uint16_t, RRT_VECTOR_BYTES / 2>::Type;
-
-// As many registers as make 64 bytes: so all instruction sets add in the same order, and differ by fused
-// multiply-add alone.
-constexpr int kParts = 64 / RRT_VECTOR_BYTES;
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -82,6 +81,12 @@ struct Float16 {
   using Acc = float;
   using Vec = F32;
   static Vec widen(const Storage* from) {
+#if RRT_VECTOR_BYTES == 64
+    // (the plain one makes GCC 12 warn of its own header)
+    return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load<U16>(from));
+#elif RRT_VECTOR_BYTES == 32
+    return (Vec)_mm256_cvtph_ps((__m128i)load<U16>(from));
+#else
     const U32 half = __builtin_convertvector(load<U16>(from), U32);
     const U32 sign = (half & 0x8000) << 16;
     const U32 shifted = (half & 0x7fff) << 13;
@@ -94,6 +99,7 @@ struct Float16 {
     const U32 is_special = (U32)(shifted >= (31u << 23));
     const U32 finite = (is_subnormal & bit_cast<U32>(subnormal)) | (~is_subnormal & normal);
     return bit_cast<Vec>(sign | (is_special & special) | (~is_special & finite));
+#endif
   }
   static Storage narrow(Acc value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
@@ -111,13 +117,11 @@ struct Float16 {
 };
 
 template <class D>
-constexpr int kPartLanes = sizeof(typename D::Vec) / sizeof(typename D::Acc);
-template <class D>
-constexpr int kLanes = kParts * kPartLanes<D>;
+constexpr int kLanes = sizeof(typename D::Vec) / sizeof(typename D::Acc);
 
 template <class D>
 inline typename D::Acc widen_one(const typename D::Storage* from) {
-  const typename D::Storage padded[kPartLanes<D>] = {*from};
+  const typename D::Storage padded[kLanes<D>] = {*from};
   return D::widen(padded)[0];
 }
 

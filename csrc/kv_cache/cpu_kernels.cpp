@@ -59,7 +59,7 @@ inline void rotate(const Rope& rope, int64_t row, Read read, Write write) {
 
 template <class D>
 void widen_row(const typename D::Storage* from, int64_t size, typename D::Acc* to) {
-  constexpr int lanes = kPartLanes<D>;
+  constexpr int lanes = kLanes<D>;
   for (int64_t i = 0; i < size; i += lanes) {
     typename D::Storage chunk[lanes] = {};
     std::memcpy(chunk, from + i, smaller(size - i, lanes) * sizeof(chunk[0]));
@@ -100,7 +100,7 @@ struct Attend {
   using Vec = typename D::Vec;
   using Op = Operands<D>;
   using Unit = typename Op::Unit;
-  static constexpr int lanes = kPartLanes<D>;
+  static constexpr int lanes = kLanes<D>;
   static constexpr int unit_lanes = lanes * kPair<D>;  // elements of a vector of units
 
   const AttentionWork& work;

@@ -138,7 +138,7 @@ struct Staged {
   template <int C>
   void load_columns(int64_t k, int64_t column, typename Operands<D>::Vec (&to)[C]) const {
     for (int c = 0; c < C; ++c) {
-      to[c] = load<typename Operands<D>::Vec>(units + k * stride + column + c * kPartLanes<D>);
+      to[c] = load<typename Operands<D>::Vec>(units + k * stride + column + c * kLanes<D>);
     }
   }
   Staged without_prefetch() const { return *this; }
@@ -165,7 +165,7 @@ struct Direct {
 
   template <int C>
   void load_columns(int64_t k, int64_t column, typename Operands<D>::Vec (&to)[C]) const {
-    constexpr int lanes = kPartLanes<D>;
+    constexpr int lanes = kLanes<D>;
     if constexpr (kPair<D> == 1) {
       for (int c = 0; c < C; ++c) {
         to[c] = D::widen(cache + rows.offsets[k] + column + c * lanes);
@@ -195,7 +195,7 @@ template <class D, int R, int C, bool ADD, class B>
 inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
                           typename D::Acc* out, int64_t out_stride, int64_t column) {
   using Op = Operands<D>;
-  constexpr int lanes = kPartLanes<D>;
+  constexpr int lanes = kLanes<D>;
   typename D::Vec acc[R][C] = {};
   if (ADD) {
     for (int r = 0; r < R; ++r) {
@@ -231,7 +231,7 @@ inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride,
 template <class D, int R, int C, bool ADD, class B>
 inline void multiply_columns(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
                              typename D::Acc* out, int64_t out_stride, int64_t column, int64_t columns) {
-  constexpr int width = C * kPartLanes<D>;
+  constexpr int width = C * kLanes<D>;
   for (; column + width <= columns; column += width) {
     multiply_tile<D, R, C, ADD>(a, a_stride, b, count, out, out_stride, column);
   }
@@ -272,7 +272,7 @@ template <class D, int R>
 inline void dot_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache,
                      const TileRows& tile, int64_t steps, typename D::Acc* out, int64_t out_stride) {
   using Op = Operands<D>;
-  constexpr int lanes = kPartLanes<D>;
+  constexpr int lanes = kLanes<D>;
   constexpr int slots = lanes / R;
   constexpr int stream = slots < 4 ? slots : 4;  // rows of the cache that are read side by side
   typename D::Vec acc[lanes] = {};
@@ -299,7 +299,7 @@ inline void dot_tile(const typename Operands<D>::Unit* a, int64_t a_stride, cons
 template <class D, int R>
 void dot_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache, TileRows tile,
               int64_t steps, typename D::Acc* out, int64_t out_stride, int64_t rows) {
-  constexpr int lanes = kPartLanes<D>;
+  constexpr int lanes = kLanes<D>;
   for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride, tile.next = nullptr) {
     for (int s = 0; s < lanes; s += lanes / R) {
       dot_tile<D, R>(a, a_stride, cache, tile.from(s), steps, out + s, out_stride);
