@@ -82,9 +82,10 @@ class Array {
   Array(Dtype dtype, int64_t size, Aligned aligned = Aligned::kElement)
       : dtype_(dtype),
         size_(size),
-        first_(aligned == Aligned::kElement ? 1 : 0),
-        memory_(new char[(size + first_) * size_of(dtype)]) {
-    std::memset(memory_.get(), 0xff, (size + first_) * size_of(dtype));
+        element_size_(size_of(dtype)),
+        memory_(new char[(size + (aligned == Aligned::kElement ? 1 : 0)) * element_size_]),
+        data_(memory_.get() + (aligned == Aligned::kElement ? element_size_ : 0)) {
+    std::memset(data_, 0xff, size * element_size_);
   }
   Array(Dtype dtype, int64_t size, Random& random) : Array(dtype, size) {
     for (int64_t i = 0; i < size; ++i) write_random(random, dtype, at(i));
@@ -94,16 +95,17 @@ class Array {
   const void* data() const { return at(0); }
   int64_t size() const { return size_; }
   double operator[](int64_t i) const { return read(dtype_, at(i)); }
-  char* at(int64_t i) const { return memory_.get() + (first_ + i) * size_of(dtype_); }
+  char* at(int64_t i) const { return data_ + i * element_size_; }
   bool same_bits(int64_t i, const Array& other, int64_t j, int64_t count) const {
-    return std::memcmp(at(i), other.at(j), count * size_of(dtype_)) == 0;
+    return std::memcmp(at(i), other.at(j), count * element_size_) == 0;
   }
 
  private:
   Dtype dtype_;
   int64_t size_;
-  int64_t first_;
+  int64_t element_size_;
   std::unique_ptr<char[]> memory_;
+  char* data_;
 };
 
 // sqrt(sum of squared differences / sum of squares): NaN, so above any bound, if a result is missing.

@@ -219,18 +219,17 @@ class Attention {
     const int64_t dim = batch_.head_dim, kv_head = head / (batch_.heads / batch_.kv_heads);
     std::vector<double> q(dim), scores(visible), out(dim, 0);
     for (int64_t d = 0; d < dim; ++d) q[d] = rotation_.turned(q_, query * q_stride_ + head * dim, query, d);
-    const auto element = [&](int64_t slot, int64_t d) {
-      return (slot_of(s, slot) * batch_.kv_heads + kv_head) * dim + d;
-    };
     double largest = -std::numeric_limits<double>::infinity(), sum = 0;
     for (int64_t slot = 0; slot < visible; ++slot) {
-      for (int64_t d = 0; d < dim; ++d) scores[slot] += q[d] * k_cache_[element(slot, d)];
+      const int64_t begin = (slot_of(s, slot) * batch_.kv_heads + kv_head) * dim;
+      for (int64_t d = 0; d < dim; ++d) scores[slot] += q[d] * k_cache_[begin + d];
       largest = std::max(largest, scores[slot] *= scale());
     }
     for (int64_t slot = 0; slot < visible; ++slot) {
       const double weight = std::exp(scores[slot] - largest);
       sum += weight;
-      for (int64_t d = 0; d < dim; ++d) out[d] += weight * v_cache_[element(slot, d)];
+      const int64_t begin = (slot_of(s, slot) * batch_.kv_heads + kv_head) * dim;
+      for (int64_t d = 0; d < dim; ++d) out[d] += weight * v_cache_[begin + d];
     }
     for (double& value : out) value /= visible > 0 ? sum : 1;
     return out;
