@@ -5,28 +5,16 @@ them; a shared page that is partly filled is copied before it is appended to. Fu
 hence never copied.
 """
 
-import importlib
-import os
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rrt._build import load_plan, warn_without_plan
+
 _MAX = 2**31 - 1
-
-
-def _load_native() -> Any:
-    """The module `rrt._plan`, or None where it was not built (or RRT_NATIVE=0 switches it off)."""
-    if os.environ.get("RRT_NATIVE") == "0":
-        return None
-    try:
-        return importlib.import_module("rrt._plan")
-    except ImportError:
-        return None
-
-
-_native = _load_native()
+_native = load_plan().module
 
 
 class _OutOfPages(RuntimeError):
@@ -37,7 +25,12 @@ OutOfPages: type[RuntimeError] = _OutOfPages if _native is None else _native.Out
 
 
 def make_page_table(num_pages: int, page_size: int) -> "PageTable":
-    """A `PageTable`: the native one of csrc/kv_cache/page_table.h if it was built, else the Python class."""
+    """The native page table of csrc/kv_cache/page_table.h; where it was not built, the Python one and one warning.
+
+    Raises:
+        ValueError: a number below 1 or above 2**31 - 1.
+    """
+    warn_without_plan()
     table: PageTable = (PageTable if _native is None else _native.PageTable)(num_pages, page_size)
     return table
 

@@ -1,7 +1,9 @@
 """Page accounting: the Python class, and the native one where it was built, against a model without pages."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import rrt.page_table
 from rrt.page_table import OutOfPages, PageTable, make_page_table
 
+ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS = {"python": PageTable}
 if rrt.page_table._native is not None:
     IMPLEMENTATIONS["native"] = rrt.page_table._native.PageTable
@@ -295,9 +298,24 @@ def test_check_finds_a_broken_account():
         table.check()
 
 
-def test_the_python_class_runs_where_native_code_is_switched_off():
-    code = "import rrt.page_table as p; assert type(p.make_page_table(2, 2)) is p.PageTable; assert p._native is None"
-    subprocess.run([sys.executable, "-c", code], env={"RRT_NATIVE": "0"}, check=True, timeout=60)
+def test_the_python_class_runs_where_native_code_is_switched_off_and_says_so_once():
+    code = (
+        "import rrt.page_table as p; assert type(p.make_page_table(2, 2)) is p.PageTable\n"
+        "table = p.make_page_table(1, 1)\n"
+        "try: table.append(table.create(), 2)\n"
+        "except p.OutOfPages: print('out of pages')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env={**os.environ, "RRT_NATIVE": "0"},
+        cwd=ROOT,
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "out of pages\n"
+    assert done.stderr.count("host planning runs in Python: switched off by RRT_NATIVE=0") == 1
 
 
 @pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="rrt._plan was not built")

@@ -156,12 +156,13 @@ inline void transpose(const T* from, int64_t stride, int64_t rows, int64_t colum
         for (int i = 0; i < kBlock; ++i) std::memcpy(to + (column + i) * kPanel + row, &out[i], sizeof(Block));
       }
       for (; column < columns; ++column) {
-        for (int i = 0; i < kBlock; ++i) to[column * kPanel + row + i] = f[i * stride + column];
+        for (int i = 0; i < kBlock; ++i) to[column * kPanel + row + i] = load<T>(f + i * stride + column);
       }
     }
   }
   for (; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) to[column * kPanel + row] = from[row * stride + column];
+    const T* f = from + row * stride;
+    for (int64_t column = 0; column < columns; ++column) to[column * kPanel + row] = load<T>(f + column);
   }
   for (; row < kPanel; ++row) {
     for (int64_t column = 0; column < columns; ++column) to[column * kPanel + row] = 0;
