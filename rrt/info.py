@@ -111,6 +111,7 @@ def _print_text(info: dict[str, Any]) -> None:
         print(f"  CPU: {native['cpu_isa']} in use, of {', '.join(native['cpu_isas'])}")
         archs = ", ".join(native["cuda_archs"])
         print(f"  CUDA: {f'{archs} by nvcc ' + native['nvcc'] if native['cuda'] else 'not compiled in'}")
+        print(f"  host planning: {native['plan'] or 'in Python: ' + native['plan_reason']}")
         if native["stale"]:
             print(f"  STALE: csrc/ has changed since; rebuild: {native['rebuild']}")
     print(f"cpu: {cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
