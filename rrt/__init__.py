@@ -8,14 +8,18 @@ from rrt.version import __version__
 
 if TYPE_CHECKING:
     from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+    from rrt.decoder import Decoder
+    from rrt.kv_cache import PagedCache
     from rrt.loaders import load_model, open_source
     from rrt.model import RecursiveTransformer
     from rrt.ops import build_info
     from rrt.tokenizer import load_tokenizer
 
 __all__ = [
+    "Decoder",
     "LoraRanks",
     "ModelConfig",
+    "PagedCache",
     "RecursiveConfig",
     "RecursiveTransformer",
     "UserError",
@@ -27,8 +31,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Decoder": "decoder",
     "LoraRanks": "config",
     "ModelConfig": "config",
+    "PagedCache": "kv_cache",
     "RecursiveConfig": "config",
     "RecursiveTransformer": "model",
     "build_info": "ops",
