@@ -91,11 +91,26 @@ struct Product<BFloat16> {
 template <class D>
 using Operand = typename Product<D>::Operand;
 
-// c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs. Meanwhile 64 bytes per step from
-// `ahead` on are brought to the cache, so that memory is not idle while several tiles of rows use one chunk.
+// What a product brings to the cache meanwhile: `stride` bytes further per step.
+struct Ahead {
+  const char* from;
+  int64_t stride;
+};
+
+template <class D>
+constexpr int64_t kStepBytes = kPanel * Product<D>::kStep * sizeof(typename D::Storage);
+
+// Of a stream of weights that is used once: the hardware's own prefetching ends at every page.
+template <class D>
+inline Ahead ahead_of_stream(const typename D::Storage* w) {
+  constexpr int64_t kDistance = 1024;
+  return {reinterpret_cast<const char*>(w) + kDistance, kStepBytes<D>};
+}
+
+// c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs.
 template <class D, int ROWS>
 void multiply_panel(const typename D::Storage* w, int64_t steps, const Operand<D>* x, typename D::Acc* c,
-                    const char* ahead, int64_t x_rows) {
+                    Ahead ahead, int64_t x_rows) {
   using P = Product<D>;
   constexpr int kWidth = kVectors * P::kLanes;
   const Operand<D>* next_x = x + x_rows * kChunk;
@@ -104,7 +119,8 @@ void multiply_panel(const typename D::Storage* w, int64_t steps, const Operand<D
     typename D::Vec acc[ROWS][kVectors] = {};
     const typename D::Storage* from = w + n * P::kStep;
     for (int64_t step = 0; step < steps; ++step) {
-      __builtin_prefetch(ahead + step * 64);
+      __builtin_prefetch(ahead.from + step * ahead.stride);
+      if (kStepBytes<D> > 64) __builtin_prefetch(ahead.from + step * ahead.stride + 64);
       __builtin_prefetch(reinterpret_cast<const char*>(next_x) + step * ROWS * sizeof(Operand<D>));
       P::template multiply<ROWS>(from + step * kPanel * P::kStep, x + step, acc);
     }
@@ -120,7 +136,7 @@ void multiply_panel(const typename D::Storage* w, int64_t steps, const Operand<D
 
 template <class D, int ROWS = RRT_TILE_ROWS>
 inline void multiply_rows(int64_t rows, const typename D::Storage* w, int64_t steps, const Operand<D>* x,
-                          typename D::Acc* c, const char* ahead, int64_t x_rows) {
+                          typename D::Acc* c, Ahead ahead, int64_t x_rows) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       multiply_panel<D, ROWS>(w, steps, x, c, ahead, x_rows);
@@ -235,9 +251,6 @@ class Panel {
 };
 
 template <class D>
-constexpr int64_t kChunkBytes = kChunk * Panel<D>::kStepSize * sizeof(typename D::Storage);
-
-template <class D>
 inline int64_t matrix_size(const Params& p, int64_t n, int64_t k) {
   constexpr int64_t kStep = Product<D>::kStep;
   return p.packed ? (n + kPanel - 1) / kPanel * kPanel * ((k + kStep - 1) / kStep * kStep) : n * k;
@@ -304,7 +317,7 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, piece->begin),
-                         sums + (piece->begin - row_begin) * kPanel, nullptr, work.rows);
+                         sums + (piece->begin - row_begin) * kPanel, ahead_of_stream<D>(w), work.rows);
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {
@@ -344,7 +357,7 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk),
                          operands<D>(work.shrunk, work, work.segment_chunk[segment_index] + chunk, piece->begin),
-                         to + piece->begin * kPanel, nullptr, work.rows);
+                         to + piece->begin * kPanel, ahead_of_stream<D>(w), work.rows);
       }
     }
   }
@@ -389,9 +402,12 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (int64_t i = 0; i < work.num_tiles; ++i) {
         const RowTile& tile = work.tiles[i];
-        // One tile alone streams the weight, which the hardware foresees better.
-        const char* ahead = reinterpret_cast<const char*>(w);
-        if (work.num_tiles > 1) ahead += (work.num_tiles + i) * kChunkBytes<D> / work.num_tiles;
+        Ahead ahead = ahead_of_stream<D>(w);
+        // Several tiles use a chunk: each brings its share of the next, or memory would rest after the first.
+        if (work.num_tiles > 1) {
+          const int64_t chunk_bytes = kChunk * kStepBytes<D>;
+          ahead = {reinterpret_cast<const char*>(w) + (work.num_tiles + i) * chunk_bytes / work.num_tiles, 64};
+        }
         multiply_rows<D>(tile.rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, tile.begin),
                          sums + tile.begin * kPanel, ahead, work.rows);
       }
