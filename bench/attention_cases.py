@@ -46,8 +46,8 @@ class AttentionPlan:
         """Kind, rows or sequences, and context: the cases to run, and those that the memory is too small for."""
         counts = [("decode", rows) for rows in self.rows] + [("prefill", count) for count in self.sequences]
         cases = [(kind, count, context) for kind, count in counts for context in self.contexts]
-        # Held twice: in pages and gathered.
-        fits = [2 * self.kv_bytes(count, context) <= self.budget_bytes for _, count, context in cases]
+        # Two copies at least, each held twice: in pages and gathered.
+        fits = [4 * self.kv_bytes(count, context) <= self.budget_bytes for _, count, context in cases]
         kept = [case for case, ok in zip(cases, fits, strict=True) if ok]
         return kept, [case for case, ok in zip(cases, fits, strict=True) if not ok]
 

@@ -160,6 +160,7 @@ def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.
 def native_facts() -> dict[str, Any]:
     """What native code ran, without the place where it lies."""
     facts = asdict(ops.build_info())
+    facts["plan"] = facts["plan"] is not None
     return {"loaded": facts.pop("library") is not None, **{name: facts[name] for name in facts if name != "rebuild"}}
 
 
@@ -267,10 +268,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         samples = 10 if arguments.quick else 200
         result["overhead"] = {"call": measure_call(device, linear.pack, samples), "plan": measure_plan(samples)}
 
+    add_floors([*result.get("linear", []), *result.get("attention", [])], rates)
     if num_cases:
         result |= {"rates": rates.summary(), "timing": timer.method}
-    for section in ("linear", "attention"):
-        add_floors(result.get(section, []), rates)
     if "linear" in result:
         result["layer"] = layer_records(result["linear"], len(linear.projections))
     result["bars"] = bars(result) if device.type == "cpu" else []

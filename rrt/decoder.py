@@ -29,8 +29,9 @@ class Decoder:
             x = decoder.block(x, cache.plan(rows_at(loop)))
         logits = decoder.logits(x)
 
-    Takes the model's weights as they are now: a copy of them, on the CPU packed for few rows; after a change of the
-    model make another decoder. Writes the keys and values of the model's prefix vectors into the cache.
+    Decode rows use the weights as they are now, on the CPU packed for few rows; prefill, norms and embedding use the
+    model itself. So leave the model as it is while a decoder lives, and after a change make another. Writes the keys
+    and values of the model's prefix vectors into the cache.
     """
 
     @torch.no_grad()
@@ -50,7 +51,9 @@ class Decoder:
                 raise UserError(f"cache: found {name} {found}; expected the model's, {expected}")
         self.model = model
         self.cache = cache
-        self.max_positions = max_positions or model.config.max_position_embeddings
+        self.max_positions = model.config.max_position_embeddings if max_positions is None else max_positions
+        if self.max_positions < 1:
+            raise UserError(f"max_positions: found {self.max_positions}; expected at least 1")
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [_DecodeLayer(layer) for layer in _layers(model)]
@@ -59,10 +62,10 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [M] -> the rows [M, D] that enter loop 0."""
-        with torch.no_grad():
+        with torch.inference_mode():
             return self.model.embed_tokens(tokens)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def block(self, x: Tensor, plan: PassPlan) -> Tensor:
         """One pass: every row goes through the K layers at its own loop.
 
@@ -87,7 +90,7 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: [M, D] -> [M, V], each row for itself."""
-        with torch.no_grad():
+        with torch.inference_mode():
             loops = torch.zeros(len(x), dtype=torch.int32, device=x.device)
             return self._head(self.model.norm(x), loops)
 
@@ -146,6 +149,10 @@ class Decoder:
         prefix = self.model.stack.prefix
         if prefix is None:
             return
+        if self.cache.num_sequences:
+            raise UserError(
+                f"cache: found {self.cache.num_sequences} sequences; expected none before the prefix is written"
+            )
         heads = (self.model.config.num_kv_heads, self.model.config.head_dim)
         layers = _layers(self.model)
         for depth, vectors in enumerate(prefix):

@@ -173,7 +173,7 @@ class PagedCache:
         self._prefix = [self._table.create() for _ in range(self.num_loops)]
         for handle in self._prefix:
             self._table.append(handle, self.prefix_length)
-        # [sequences, B]: the page table's handles; 0, which is none, where the sequence was freed.
+        # [sequences, B]: the page table's handles; 0, which is none, where there is no sequence.
         self._handles = np.zeros((0, self.num_loops), dtype=np.int64)
         self._free_sequences: list[int] = []
 
@@ -252,7 +252,9 @@ class PagedCache:
         Raises:
             OutOfPages: too few pages are free; nothing has changed.
         """
-        copies = self._table.append_many(self._handles_of(sequences, loops), np.asarray(counts, dtype=np.int32))
+        copies = self._table.append_many(
+            self._handles_of(sequences, loops), _integers("counts", counts).astype(np.int32)
+        )
         if copies:
             sources, targets = torch.tensor(copies, device=self.k.device).unbind(1)
             for pages in (self.k, self.v):
@@ -263,8 +265,15 @@ class PagedCache:
         return self._add([self._table.fork(self._handle(sequence, loop)) for loop in range(self.num_loops)])
 
     def alias(self, sequence: int, loop: int, of_loop: int) -> None:
-        """`loop` gives up its pages and shares those of `of_loop`, as if both had the same keys and values."""
-        self._table.alias(self._handle(sequence, loop), self._handle(sequence, of_loop))
+        """`loop` gives up its pages and shares those of `of_loop`, as if both had the same keys and values.
+
+        Raises:
+            UserError: the cache holds prefix vectors, which lie in the pages and differ from loop to loop.
+        """
+        handle, source = self._handle(sequence, loop), self._handle(sequence, of_loop)
+        if self.prefix_length:
+            raise UserError(f"cache: alias: found prefix_length {self.prefix_length}; expected 0")
+        self._table.alias(handle, source)
 
     def truncate(self, sequence: int, length: int, loop: int | None = None) -> None:
         """Drop the positions from `length` on, at `loop` or at every loop that has them."""
@@ -284,9 +293,15 @@ class PagedCache:
         self._free_sequences.append(sequence)
 
     def plan(self, rows: Rows) -> PassPlan:
-        """The tensors of a pass over `rows`, whose positions have been appended."""
+        """The tensors of a pass over `rows`, whose positions have been appended.
+
+        A pass writes keys and values, so positions in shared pages are refused: what was written before a fork or an
+        alias stays. To write there again, truncate and append.
+        """
         handles = self._handles_of(rows.sequences, rows.loops)
-        positions = np.array(rows.positions, dtype=np.int32)
+        positions = np.array(_integers("positions", rows.positions), dtype=np.int32)
+        if len(positions) != len(handles):
+            raise ValueError(f"positions: found {len(positions)}; expected {len(handles)}, one for each row")
         if not 0 <= rows.num_kv_only <= len(handles):
             raise ValueError(f"num_kv_only: found {rows.num_kv_only}; expected 0 to {len(handles)}, the rows")
         slots = self._slots(handles, positions)
@@ -316,8 +331,13 @@ class PagedCache:
     def _plan_prefill(self, loop: int, chunks: list[Chunk]) -> PrefillPlan:
         lengths = np.array([chunk.length for chunk in chunks], dtype=np.int32)
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
-        if lengths.min() < 0:
-            raise ValueError(f"chunk: found length {lengths.min()}; expected 0 or more")
+        for chunk in chunks:
+            held = self.length(chunk.sequence, chunk.loop)
+            if not 0 <= chunk.start <= chunk.start + chunk.length <= held:
+                raise ValueError(
+                    f"chunk: found start {chunk.start} and length {chunk.length}; expected them within the {held} "
+                    "positions that the sequence holds"
+                )
         handles = self._handles_of([chunk.sequence for chunk in chunks], [loop] * len(chunks))
         query_start = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
         positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths)
@@ -351,10 +371,24 @@ class PagedCache:
         return int(self._handles_of([sequence], [loop])[0])
 
     def _handles_of(self, sequences: ArrayLike, loops: ArrayLike) -> NDArray[np.int64]:
-        """Handles int64 [M] of virtual sequences; 0 for a freed one, which the page table refuses."""
-        rows, columns = np.asarray(sequences, dtype=np.int64), np.asarray(loops, dtype=np.int64)
+        """Handles int64 [M] of virtual sequences."""
+        rows, columns = _integers("sequences", sequences), _integers("loops", loops)
+        if len(rows) != len(columns):
+            raise ValueError(f"loops: found {len(columns)}; expected {len(rows)}, one for each sequence")
         for name, values, end in (("sequence", rows, len(self._handles)), ("loop", columns, self.num_loops)):
             outside = (values < 0) | (values >= end)
             if outside.any():
                 raise ValueError(f"{name}: found {values[outside][0]}; expected one in [0, {end})")
-        return self._handles[rows, columns]
+        handles = self._handles[rows, columns]
+        if not handles.all():
+            raise ValueError(f"sequence: found {rows[handles == 0][0]}; expected one that is allocated")
+        return handles
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: found {array.dtype} {list(array.shape)}; expected integers [M]")
+    if array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
+        raise ValueError(f"{name}: found {array.max()}; expected numbers of 32 bits")
+    return array.astype(np.int64)

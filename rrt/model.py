@@ -53,8 +53,9 @@ class Norm(nn.Module):
             bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
             if weight.dim() == 1:
                 return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-            normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-            return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps) * weight.to(wide.dtype)
+            return (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.kind == "rmsnorm_1p":

@@ -165,15 +165,21 @@ class PageTable:
         del self._sequences[handle]
 
     def slots(self, handles: ArrayLike, positions: ArrayLike) -> NDArray[np.int64]:
-        """Slots `page * page_size + offset`, int64 [M], of positions int32 [M] of sequences int64 [M]."""
+        """Slots `page * page_size + offset`, int64 [M], of positions int32 [M] of sequences int64 [M], to be written.
+
+        Positions in a shared page are refused: a write would show in the other sequences. Truncate and append instead.
+        """
         rows, places = _rows(handles, positions, "positions")
         slots = np.empty(len(rows), dtype=np.int64)
         for i, (handle, position) in enumerate(zip(rows, places, strict=True)):
             sequence = self._at(handle)
             if not 0 <= position < sequence.length:
                 _invalid(f"positions[{i}]", position, f"a position in [0, {sequence.length}), what the sequence holds")
-            page, offset = divmod(position, self.page_size)
-            slots[i] = sequence.pages[page] * self.page_size + offset
+            column, offset = divmod(position, self.page_size)
+            page = sequence.pages[column]
+            if self._refcounts[page] > 1:
+                _invalid(f"positions[{i}]", position, "one in a page that no other sequence shares")
+            slots[i] = page * self.page_size + offset
         return slots
 
     def block_tables(self, handles: ArrayLike) -> NDArray[np.int32]:

@@ -217,8 +217,8 @@ def test_attention_bytes_and_flops_by_hand():
 
 
 def test_attention_leaves_out_what_does_not_fit():
-    # Twice 2 x 3 x 100 positions x 2 heads x 16 x 8 bytes for decode.
-    plan = attention_plan(contexts=[5, 100], sequences=[1], budget_bytes=2 * 2 * 3 * 100 * 256 - 1)
+    # Four times 2 x 3 x 100 positions x 2 heads x 16 x 8 bytes for decode.
+    plan = attention_plan(contexts=[5, 100], sequences=[1], budget_bytes=4 * 2 * 3 * 100 * 256 - 1)
     kept, left_out = plan.cases()
     assert left_out == [("decode", 3, 100)] and len(kept) == 3
 

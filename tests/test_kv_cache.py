@@ -43,9 +43,8 @@ def read(cache, sequence, loop):
     length = cache.length(sequence, loop)
     if length == 0:
         return []
-    plan = cache.plan(Rows([sequence], [loop], [length - 1])).decode
-    assert plan.context_lens.tolist() == [cache.prefix_length + length]
-    pages = plan.block_tables[0].long()
+    [table] = cache._table.block_tables([cache._handle(sequence, loop)])
+    pages = torch.from_numpy(table).long()
     first = cache.k[0, pages].flatten(0, 1)[cache.prefix_length :][:length]
     for layer in range(K):
         for held, sign in ((cache.k, 1), (cache.v, -1)):
@@ -263,7 +262,7 @@ def test_freed_sequences_are_refused_and_their_numbers_used_again():
     assert len(set(sequences)) == cache.num_sequences == 40
     cache.free(sequences[7])
     for call in (cache.fork, cache.free, lambda s: cache.append(s, 1), lambda s: cache.length(s, 0)):
-        with pytest.raises(ValueError, match="handle: found 0; expected a sequence that was created and not freed"):
+        with pytest.raises(ValueError, match=f"sequence: found {sequences[7]}; expected one that is allocated"):
             call(sequences[7])
     assert cache.allocate() == sequences[7]
     assert cache.length(sequences[7], 0) == 0
@@ -298,3 +297,49 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=message):
             call()
     cache.check()
+
+
+def test_a_pass_never_writes_into_shared_pages():
+    cache = make_cache()
+    first = cache.allocate()
+    cache.append(first, 6)
+    second = cache.fork(first)
+    for rows in (Rows([first], [0], [2]), Rows([second], [0], [2]), Rows(chunks=[Chunk(second, 0, 1, 3)])):
+        with pytest.raises(ValueError, match="expected one in a page that no other sequence shares"):
+            cache.plan(rows)
+    cache.truncate(second, 2)
+    cache.append(second, 1)
+    cache.plan(Rows([second], [0], [2]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (dict(sequences=[0.9], loops=[0], positions=[0]), "sequences: found float64"),
+        (dict(sequences=[0], loops=[0], positions=[1.7]), "positions: found float64"),
+        (dict(sequences=[0, 0], loops=[0], positions=[0, 0]), "loops: found 1; expected 2, one for each sequence"),
+        (dict(sequences=[0], loops=[0], positions=[0, 1]), "positions: found 2; expected 1, one for each row"),
+        (dict(sequences=[0], loops=[0], positions=[2**31]), "positions: found 2147483648; expected numbers of 32 bits"),
+        (dict(chunks=[Chunk(0, 0, 100, 0)]), "chunk: found start 100 and length 0; expected them within the 6"),
+        (dict(chunks=[Chunk(0, 0, -5, 5)]), "chunk: found start -5 and length 5"),
+        (dict(chunks=[Chunk(0, 0, 2, -1)]), "chunk: found start 2 and length -1"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(rows, message):
+    cache = make_cache()
+    assert cache.allocate() == 0
+    cache.append(0, 6)
+    with pytest.raises(ValueError, match=message):
+        cache.plan(Rows(**rows))
+
+
+def test_counts_are_whole_numbers():
+    cache = make_cache()
+    with pytest.raises(ValueError, match="counts: found float64"):
+        cache.append(cache.allocate(), 1.9)
+
+
+def test_alias_is_refused_where_loops_have_prefixes_of_their_own():
+    cache = make_cache(prefix_length=3)
+    with pytest.raises(UserError, match="cache: alias: found prefix_length 3; expected 0"):
+        cache.alias(cache.allocate(), 1, 0)

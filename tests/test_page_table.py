@@ -165,9 +165,15 @@ class Machine(RuleBasedStateMachine):
             handles = [handles[i] for handles in self.handles]
             assert [table.length(handle) for handle in handles] == [len(content) for content in self.contents]
             for handle, content in zip(handles, self.contents, strict=True):
-                slots = table.slots([handle] * len(content), range(len(content)))
+                pages, size = table.pages(handle), self.page_size
+                assert [self.memory[i][pages[p // size] * size + p % size] for p in range(len(content))] == content
+                own = [p for p in range(len(content)) if table.refcount(pages[p // size]) == 1]
+                slots = table.slots([handle] * len(own), own)
                 assert slots.dtype == np.int64
-                assert [self.memory[i][slot] for slot in slots] == content
+                assert slots.tolist() == [pages[p // size] * size + p % size for p in own]
+                for p in {*range(len(content))} - {*own}:
+                    with pytest.raises(ValueError, match=f"found {p}; expected one in a page that no other sequence"):
+                        table.slots([handle], [p])
             tables = table.block_tables(handles)
             assert tables.dtype == np.int32
             pages = [list(table.pages(handle)) for handle in handles]

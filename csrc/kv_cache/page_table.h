@@ -140,7 +140,8 @@ class PageTable {
     free_sequences_.push_back(static_cast<int32_t>(handle & kIndexMask));
   }
 
-  // out[i] = the slot page * page_size + offset of positions[i] of the sequence handles[i].
+  // out[i] = the slot page * page_size + offset of positions[i] of the sequence handles[i], to be written: positions
+  // in a shared page are refused.
   void slots(const int64_t* handles, const int32_t* positions, int64_t size, int64_t* out) const {
     for (int64_t i = 0; i < size; ++i) {
       const Sequence& sequence = at(handles[i]);
@@ -149,8 +150,11 @@ class PageTable {
         throw_invalid("positions[" + std::to_string(i) + "]", position,
                       "a position in [0, " + std::to_string(sequence.length) + "), what the sequence holds");
       }
-      const int64_t page = position / page_size_;
-      out[i] = position + (sequence.pages[page] - page) * page_size_;
+      const int64_t column = position / page_size_, page = sequence.pages[column];
+      if (refcounts_[page] > 1) {
+        throw_invalid("positions[" + std::to_string(i) + "]", position, "one in a page that no other sequence shares");
+      }
+      out[i] = position + (page - column) * page_size_;
     }
   }
 

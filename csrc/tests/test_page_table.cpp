@@ -1,6 +1,5 @@
 // Random operations against a dumb model: a sequence is the list of tokens that were written to its positions.
 #include <map>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -94,11 +93,19 @@ class Machine {
       handles.push_back(handle);
       CHECK_EQ(table_.length(handle), static_cast<int64_t>(tokens.size()));
       for (int32_t page : table_.pages(handle)) ++holders[page];
-      std::vector<int64_t> same(tokens.size(), handle), slots(tokens.size());
-      std::vector<int32_t> positions(tokens.size());
-      std::iota(positions.begin(), positions.end(), 0);
-      table_.slots(same.data(), positions.data(), same.size(), slots.data());
-      for (size_t i = 0; i < tokens.size(); ++i) CHECK_EQ(memory_[slots[i]], tokens[i]);
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        const int64_t page = table_.pages(handle)[i / table_.page_size()];
+        CHECK_EQ(memory_[page * table_.page_size() + i % table_.page_size()], tokens[i]);
+        // To be written is what nobody else reads.
+        const auto position = static_cast<int32_t>(i);
+        int64_t slot;
+        if (table_.refcount(page) > 1) {
+          CHECK_THROWS(table_.slots(&handle, &position, 1, &slot), std::invalid_argument);
+        } else {
+          table_.slots(&handle, &position, 1, &slot);
+          CHECK_EQ(slot / table_.page_size(), page);
+        }
+      }
     }
     int64_t used = 0;
     for (int64_t page = 0; page < table_.num_pages(); ++page) {
