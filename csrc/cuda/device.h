@@ -1,0 +1,107 @@
+// The few things that kernel bodies do to the hardware, one function each. A body that uses nothing else also
+// compiles as host C++, where csrc/tests/emulation/device.h gives these functions a block of emulated threads:
+// so the same source is checked, lane by lane, on a machine without a GPU.
+//
+// Pointers called `shared` point into dynamic shared memory and are read and written through load_shared and
+// store_shared alone; global memory that should be counted is read through load_global and copy_async.
+#pragma once
+
+#ifndef __CUDACC__
+#include "tests/emulation/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define RRT_DEVICE __device__ __forceinline__
+
+namespace rrt::device {
+
+struct alignas(16) Vector {  // 16 bytes: what one thread moves at once
+  uint32_t word[4];
+};
+
+struct Index {
+  int x, y, z;
+};
+
+RRT_DEVICE int thread_index() { return threadIdx.x; }
+RRT_DEVICE Index block_index() { return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)}; }
+
+RRT_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+template <class T>
+RRT_DEVICE T load_shared(const T* shared) {
+  return *shared;
+}
+template <class T>
+RRT_DEVICE void store_shared(T* shared, T value) {
+  *shared = value;
+}
+template <class T>
+RRT_DEVICE T load_global(const T* global) {
+  return *global;
+}
+template <class T>
+RRT_DEVICE void store_global(T* global, T value) {
+  *global = value;
+}
+
+// 16 bytes from global to shared memory, or zeros if not `valid`; there once copy_wait says so, for this thread.
+RRT_DEVICE void copy_async(Vector* shared, const void* global, bool valid) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+               : "memory");
+}
+RRT_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the newest `GROUPS` groups of this thread have arrived.
+template <int GROUPS>
+RRT_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+RRT_DEVICE void block_barrier() { __syncthreads(); }
+
+// Programmatic dependent launch: nothing that the kernel before it wrote may be read before dependency_wait.
+RRT_DEVICE void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+RRT_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+struct BFloat16 {
+  using Storage = __nv_bfloat16;
+  static RRT_DEVICE float widen(Storage value) { return __bfloat162float(value); }
+  static RRT_DEVICE Storage narrow(float value) { return __float2bfloat16_rn(value); }
+  // d += a b, a [16, 16] and b [16, 8] spread over the lanes of a warp as PTX's m16n8k16 has them.
+  static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+struct Float16 {
+  using Storage = __half;
+  static RRT_DEVICE float widen(Storage value) { return __half2float(value); }
+  static RRT_DEVICE Storage narrow(float value) { return __float2half_rn(value); }
+  static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+}  // namespace rrt::device
+#endif

@@ -1,0 +1,148 @@
+// The functions of csrc/cuda/device.h for a block of emulated threads. Every thread is a fiber that runs until it
+// must wait for others; the order in which fibers run is shuffled with a seed. What is checked while it runs:
+//
+//   races       two threads touch a byte of shared memory, one of them writing, without a barrier between
+//   async copies  a byte is read before the copy that brings it was waited for, or by another thread before a barrier
+//   dependence  global memory that the kernel before writes is read before dependency_wait
+//   bounds      shared memory beyond what was asked for; global memory outside the registered regions
+//   deadlocks   a barrier or warp-wide operation that not every thread reaches
+//
+// A violation ends the launch with a report; bytes read from each registered region are counted.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#define RRT_DEVICE inline
+
+namespace rrt::device {
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+struct Index {
+  int x, y, z;
+};
+
+}  // namespace rrt::device
+
+namespace rrt::emulation {
+
+struct Region {
+  std::string name;
+  const char* begin;
+  int64_t size;
+  bool writable = false;
+  bool dependent = false;   // written by the kernel before: not to be read before dependency_wait
+  int64_t bytes_read = 0;   // by load_global and copy_async, every time
+  int64_t bytes_written = 0;
+};
+
+// Faults that the emulation commits in the body's place, to show that they are noticed.
+enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kWrongLaneMap };
+
+struct Report {
+  std::string violation;  // empty: none
+  std::vector<Region> regions;
+
+  int64_t bytes_read(const std::string& name) const;
+};
+
+struct Launch {
+  device::Index grid;
+  int threads;
+  int shared_bytes;
+  uint64_t seed;
+  std::vector<Region> regions;
+  Sabotage sabotage = Sabotage::kNone;
+};
+
+// Runs `body` in every thread of every block, blocks one after the other.
+Report run(const Launch& launch, const std::function<void()>& body);
+
+// What the functions below do; they know the running thread.
+int thread_index();
+device::Index block_index();
+char* shared_memory();
+void touch_shared(const void* address, int64_t size, bool write);
+void touch_global(const void* address, int64_t size, bool write);
+void copy_async(void* shared, const void* global, int64_t size, bool valid);
+void copy_commit();
+void copy_wait(int groups);
+void block_barrier();
+void launch_dependents();
+void dependency_wait();
+void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
+
+float widen_bfloat16(uint16_t value);
+float widen_float16(uint16_t value);
+uint16_t narrow_bfloat16(float value);
+uint16_t narrow_float16(float value);
+
+}  // namespace rrt::emulation
+
+namespace rrt::device {
+
+inline int thread_index() { return emulation::thread_index(); }
+inline Index block_index() { return emulation::block_index(); }
+inline char* shared_memory() { return emulation::shared_memory(); }
+
+template <class T>
+T load_shared(const T* shared) {
+  emulation::touch_shared(shared, sizeof(T), false);
+  return *shared;
+}
+template <class T>
+void store_shared(T* shared, T value) {
+  emulation::touch_shared(shared, sizeof(T), true);
+  *shared = value;
+}
+template <class T>
+T load_global(const T* global) {
+  emulation::touch_global(global, sizeof(T), false);
+  return *global;
+}
+template <class T>
+void store_global(T* global, T value) {
+  emulation::touch_global(global, sizeof(T), true);
+  *global = value;
+}
+
+inline void copy_async(Vector* shared, const void* global, bool valid) {
+  emulation::copy_async(shared, global, sizeof(Vector), valid);
+}
+inline void copy_commit() { emulation::copy_commit(); }
+template <int GROUPS>
+void copy_wait() {
+  emulation::copy_wait(GROUPS);
+}
+inline void block_barrier() { emulation::block_barrier(); }
+inline void dependency_wait() { emulation::dependency_wait(); }
+inline void launch_dependents() { emulation::launch_dependents(); }
+
+struct BFloat16 {
+  struct Storage {
+    uint16_t bits;
+  };
+  static float widen(Storage value) { return emulation::widen_bfloat16(value.bits); }
+  static Storage narrow(float value) { return {emulation::narrow_bfloat16(value)}; }
+  static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulation::matrix_multiply(d, a, b, emulation::widen_bfloat16);
+  }
+};
+
+struct Float16 {
+  struct Storage {
+    uint16_t bits;
+  };
+  static float widen(Storage value) { return emulation::widen_float16(value.bits); }
+  static Storage narrow(float value) { return {emulation::narrow_float16(value)}; }
+  static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulation::matrix_multiply(d, a, b, emulation::widen_float16);
+  }
+};
+
+}  // namespace rrt::device
