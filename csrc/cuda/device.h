@@ -68,6 +68,9 @@ RRT_DEVICE void copy_wait() {
 
 RRT_DEVICE void block_barrier() { __syncthreads(); }
 
+// The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
+RRT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
 // Programmatic dependent launch: nothing that the kernel before it wrote may be read before dependency_wait.
 RRT_DEVICE void dependency_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -79,6 +82,12 @@ RRT_DEVICE void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+struct Float32 {
+  using Storage = float;
+  static RRT_DEVICE float widen(Storage value) { return value; }
+  static RRT_DEVICE Storage narrow(float value) { return value; }
+};
 
 struct BFloat16 {
   using Storage = __nv_bfloat16;

@@ -9,6 +9,9 @@
 // into a ring in shared memory that is its own (no barrier), and they are its fragments of two mmas.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #include "cuda/device.h"
 
 namespace rrt::loop_lora {
@@ -18,7 +21,7 @@ namespace rrt::loop_lora {
 struct DecodeArgs {
   const void* x;           // [m, k], rows at x_stride
   int64_t x_stride;
-  const int32_t* loops;    // [m], each in [0, num_loops)
+  const int32_t* loops;    // [m]; a row outside [0, num_loops) gets NaN: finding it on the host would wait
   const void* weight;      // [n, k]
   const void* bias;        // [n], or [num_loops, n] at bias_loop_stride n; null: none
   int64_t bias_loop_stride;
@@ -108,9 +111,12 @@ struct Stream {
 };
 
 // Bit l: some token of [begin, begin + count) is of loop l. The same in every thread.
-RRT_DEVICE uint32_t loops_present(const int32_t* loops, int begin, int count) {
+RRT_DEVICE uint32_t loops_present(const int32_t* loops, int begin, int count, int num_loops) {
   uint32_t mask = 0;
-  for (int i = 0; i < count; ++i) mask |= 1u << device::load_global(loops + begin + i);
+  for (int i = 0; i < count; ++i) {
+    const int loop = device::load_global(loops + begin + i);
+    if (0 <= loop && loop < num_loops) mask |= 1u << loop;
+  }
   return mask;
 }
 
@@ -125,7 +131,7 @@ RRT_DEVICE void decode_body(const DecodeArgs& args) {
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   const int row_begin = block.x * kRows, token_begin = block.z * TOKENS;
   const int tokens = args.m - token_begin < TOKENS ? args.m - token_begin : TOKENS;
-  const uint32_t present = loops_present(args.loops, token_begin, tokens);
+  const uint32_t present = loops_present(args.loops, token_begin, tokens, args.num_loops);
   if constexpr (SHRINK) {
     device::launch_dependents();
     if ((present >> block.y & 1) == 0) return;
@@ -217,12 +223,13 @@ RRT_DEVICE void decode_body(const DecodeArgs& args) {
                    (static_cast<int64_t>(block.y) * args.padded_m + token_begin + token) * args.total_rank;
       device::store_global(t + row_begin + row, Half::narrow(loop == block.y ? sum : 0.0f));
     } else {
-      if (args.bias != nullptr) {
+      const bool valid = 0 <= loop && loop < args.num_loops;
+      if (valid && args.bias != nullptr) {
         sum += Half::widen(device::load_global(static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride +
                                                row_begin + row));
       }
       Storage* y = static_cast<Storage*>(args.y) + static_cast<int64_t>(token_begin + token) * args.n;
-      device::store_global(y + row_begin + row, Half::narrow(sum));
+      device::store_global(y + row_begin + row, Half::narrow(valid ? sum : NAN));
     }
   }
 }

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "loop_lora/cuda_decode.h"
+#include "loop_lora/cuda_plain.h"
 
 using namespace rrt;
 using namespace rrt::loop_lora;
@@ -41,6 +41,7 @@ struct Problem {
   std::vector<int32_t> loops;
   // Aligned to 16 by the allocator, as torch aligns.
   std::vector<Storage> x, weight, bias, lora_a, lora_b, shrunk, y;
+  std::vector<float> plain_shrunk;
 
   Problem(const Shape& s, uint64_t seed) : shape(s), padded_m((s.m + 7) / 8 * 8) {
     for (int rank : s.segment_rank) {
@@ -59,8 +60,8 @@ struct Problem {
     fill(lora_a, int64_t{s.num_loops} * total_rank * s.k);
     fill(lora_b, int64_t{s.num_loops} * s.n * b_stride);
     for (int i = 0; i < s.m; ++i) loops.push_back(static_cast<int32_t>(random() % s.num_loops));
-    shrunk.assign(int64_t{s.num_loops} * padded_m * total_rank, Storage{0x7fff});  // NaN
-    y.assign(int64_t{s.m} * s.n, Storage{0x7fff});
+    shrunk.assign(int64_t{s.num_loops} * padded_m * total_rank, Half::narrow(NAN));
+    y.assign(int64_t{s.m} * s.n, Half::narrow(NAN));
   }
 
   DecodeArgs args() {
@@ -192,6 +193,38 @@ const std::vector<Shape> kShapes = {
     {37, 64, 128, 4, {64}, {40}, false, 1},
 };
 
+template <class Number>
+void test_plain(const char* name, double tolerance) {
+  std::vector<Shape> shapes = kShapes;
+  shapes.push_back({11, 37, 45, 3, {30, 7}, {5, 3}, true, 3});
+  for (const Shape& shape : shapes) {
+    Problem<Number> problem(shape, 7);
+    problem.plain_shrunk.assign(problem.shrunk.size(), NAN);
+    DecodeArgs args = problem.args();
+    args.shrunk = problem.plain_shrunk.data();
+    const auto regions = [&](bool shrink) {
+      std::vector<emulation::Region> all = problem.regions(shrink);
+      all[6] = Problem<Number>::region("shrunk", problem.plain_shrunk, shrink, !shrink);
+      return all;
+    };
+    const int token_tiles = (args.m + kPlainTokens - 1) / kPlainTokens;
+    emulation::Report report;
+    if (args.total_rank > 0) {
+      report = emulation::run({{(args.total_rank + kWarps - 1) / kWarps, args.num_loops, token_tiles}, kThreads, 0, 1,
+                               regions(true)},
+                              [&] { plain_body<Number, true>(args); });
+    }
+    if (report.violation.empty()) {
+      report = emulation::run({{(args.n + kWarps - 1) / kWarps, 1, token_tiles}, kThreads, 0, 1, regions(false)},
+                              [&] { plain_body<Number, false>(args); });
+    }
+    EXPECT(report.violation.empty(), "%s m=%d n=%d k=%d: %s", name, shape.m, shape.n, shape.k, report.violation.c_str());
+    if (!report.violation.empty()) continue;
+    const double error = relative_error(problem);
+    EXPECT(error < tolerance, "%s m=%d n=%d k=%d: relative error %g", name, shape.m, shape.n, shape.k, error);
+  }
+}
+
 template <class Half, int TILES, int TOKENS, int STAGES>
 void test_instance(const char* name, double tolerance) {
   for (const Shape& shape : kShapes) {
@@ -272,6 +305,9 @@ int main() {
   test_instance<device::BFloat16, 4, 64, 3>("bf16 4x64", 4e-3);
   test_instance<device::Float16, 1, 8, 4>("fp16 1x8", 5e-4);
   test_instance<device::Float16, 4, 64, 3>("fp16 4x64", 5e-4);
+  test_plain<device::Float32>("fp32 plain", 1e-6);
+  test_plain<device::BFloat16>("bf16 plain", 4e-3);
+  test_plain<device::Float16>("fp16 plain", 5e-4);
   test_row_independence<device::BFloat16>();
   test_row_independence<device::Float16>();
   test_faults_are_noticed();

@@ -272,6 +272,22 @@ void block_barrier() {
   while (m.epoch == phase) m.yield();
 }
 
+float shuffle_xor(float value, int mask) {
+  Machine& m = *machine;
+  const int lane = m.current % kLanes;
+  Warp& warp = m.warps[m.current / kLanes];
+  const int64_t phase = warp.phase;
+  m.progress++;
+  // A slot per parity: the fastest lane may be one operation ahead of the slowest's reading.
+  warp.d[lane][phase % 2] = value;
+  if (++warp.arrived == kLanes) {
+    warp.arrived = 0;
+    warp.phase++;
+  }
+  while (warp.phase == phase) m.yield();
+  return warp.d[lane ^ mask][phase % 2];
+}
+
 void launch_dependents() {}
 void dependency_wait() {
   if (machine->launch->sabotage != Sabotage::kSkipDependencyWait) machine->thread().dependency_met = true;

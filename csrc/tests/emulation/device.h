@@ -73,6 +73,7 @@ void copy_async(void* shared, const void* global, int64_t size, bool valid);
 void copy_commit();
 void copy_wait(int groups);
 void block_barrier();
+float shuffle_xor(float value, int mask);
 void launch_dependents();
 void dependency_wait();
 void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
@@ -120,8 +121,15 @@ void copy_wait() {
   emulation::copy_wait(GROUPS);
 }
 inline void block_barrier() { emulation::block_barrier(); }
+inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
 inline void dependency_wait() { emulation::dependency_wait(); }
 inline void launch_dependents() { emulation::launch_dependents(); }
+
+struct Float32 {
+  using Storage = float;
+  static float widen(Storage value) { return value; }
+  static Storage narrow(float value) { return value; }
+};
 
 struct BFloat16 {
   struct Storage {

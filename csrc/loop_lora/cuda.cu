@@ -1,0 +1,171 @@
+// Launches of rrt::loop_lora_linear on CUDA: shrink, then expand, chained by programmatic dependent launch where the
+// device has it (RRT_PDL=0 turns that off). The choice of kernel depends on the layer's shape, that of a tile also on
+// the number of rows, which changes no bit.
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "loop_lora/cuda_launch.h"
+#include "loop_lora/cuda_plain.h"
+
+namespace rrt::loop_lora {
+namespace {
+
+template <class Half, int TILES, int TOKENS, int STAGES, bool SHRINK>
+__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ DecodeArgs args) {
+  decode_body<Half, TILES, TOKENS, STAGES, SHRINK>(args);
+}
+
+template <class Number, bool SHRINK>
+__global__ void __launch_bounds__(kThreads) plain_kernel(const __grid_constant__ DecodeArgs args) {
+  plain_body<Number, SHRINK>(args);
+}
+
+bool wants_dependent_launch() {
+  static const bool wanted = [] {
+    const char* asked = std::getenv("RRT_PDL");
+    return asked == nullptr || std::strcmp(asked, "0") != 0;
+  }();
+  return wanted;
+}
+
+bool has_dependent_launch() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+cudaError_t launch(void (*kernel)(DecodeArgs), const DecodeArgs& args, dim3 grid, int shared, bool dependent,
+                   cudaStream_t stream) {
+  if (shared > 48 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+unsigned tiles_of(int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); }
+
+// Shrink and expand. `rank_kernel` covers `rank_rows` ranks per block, `kernel` `rows` outputs.
+cudaError_t launch_both(void (*rank_kernel)(DecodeArgs), int rank_rows, int rank_shared, void (*kernel)(DecodeArgs),
+                        int rows, int shared, int tokens, const DecodeArgs& args, cudaStream_t stream) {
+  const unsigned token_tiles = tiles_of(args.m, tokens);
+  if (args.total_rank > 0) {
+    const dim3 grid(tiles_of(args.total_rank, rank_rows), args.num_loops, token_tiles);
+    const cudaError_t error = launch(rank_kernel, args, grid, rank_shared, false, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const bool dependent = args.total_rank > 0 && wants_dependent_launch() && has_dependent_launch();
+  return launch(kernel, args, dim3(tiles_of(args.n, rows), 1, token_tiles), shared, dependent, stream);
+}
+
+template <class Half, int TILES, int TOKENS, int STAGES, int RANK_STAGES>
+cudaError_t launch_decode(const DecodeArgs& args, cudaStream_t stream) {
+  return launch_both(decode_kernel<Half, 1, TOKENS, RANK_STAGES, true>, 16,
+                     decode_shared_bytes<1, TOKENS, RANK_STAGES>(), decode_kernel<Half, TILES, TOKENS, STAGES, false>,
+                     16 * TILES, decode_shared_bytes<TILES, TOKENS, STAGES>(), TOKENS, args, stream);
+}
+
+// Few outputs want small tiles, so that every multiprocessor has some.
+template <class Half>
+cudaError_t launch_decode_of(const DecodeArgs& args, bool wide, cudaStream_t stream) {
+  if (wide) {
+    if (args.m <= 8) return launch_decode<Half, 4, 8, 4, 8>(args, stream);
+    if (args.m <= 16) return launch_decode<Half, 4, 16, 4, 8>(args, stream);
+    if (args.m <= 32) return launch_decode<Half, 4, 32, 4, 6>(args, stream);
+    return launch_decode<Half, 4, 64, 3, 4>(args, stream);
+  }
+  if (args.m <= 8) return launch_decode<Half, 1, 8, 8, 8>(args, stream);
+  if (args.m <= 16) return launch_decode<Half, 1, 16, 8, 8>(args, stream);
+  if (args.m <= 32) return launch_decode<Half, 1, 32, 6, 6>(args, stream);
+  return launch_decode<Half, 1, 64, 4, 4>(args, stream);
+}
+
+template <class Number>
+cudaError_t launch_plain(const DecodeArgs& args, cudaStream_t stream) {
+  return launch_both(plain_kernel<Number, true>, kWarps, 0, plain_kernel<Number, false>, kWarps, 0, kPlainTokens, args,
+                     stream);
+}
+
+// Both a multiple of 8 elements, and so are the rows of every matrix and the segments' ranks.
+bool fits_decode(const Params& p) {
+  bool fits = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  fits = fits && p.k % 8 == 0 && p.x_row_stride % 8 == 0 && p.total_rank % 8 == 0 && p.b_stride % 8 == 0;
+  fits = fits && aligned(p.x) && aligned(p.weight) && aligned(p.lora_a) && aligned(p.lora_b);
+  for (const Segment& segment : p.segments) {
+    fits = fits && segment.rank % 8 == 0 && segment.rank_begin % 8 == 0 && segment.out_begin % 16 == 0;
+  }
+  return fits && p.num_loops <= kMaxLoops && p.segments.size() <= DecodeArgs::kMaxSegments;
+}
+
+bool fits_wide_tiles(const Params& p) {
+  bool fits = p.n >= 8192;
+  for (const Segment& segment : p.segments) fits = fits && segment.out_begin % 64 == 0;
+  return fits;
+}
+
+int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
+
+}  // namespace
+
+int64_t cuda_scratch_bytes(const Params& p) {
+  return p.num_loops * padded_rows(p) * p.total_rank * (fits_decode(p) ? 2 : 4);
+}
+
+const char* run_cuda(const CudaParams& call, void* raw_stream) {
+  const Params& p = *call.params;
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  if (p.m == 0 || p.n == 0) return nullptr;
+  DecodeArgs args{};
+  args.x = p.x;
+  args.x_stride = p.x_row_stride;
+  args.loops = call.loops;
+  args.weight = p.weight;
+  args.bias = p.bias;
+  args.bias_loop_stride = p.bias_loop_stride;
+  args.lora_a = p.lora_a;
+  args.lora_b = p.lora_b;
+  args.shrunk = call.shrunk;
+  args.y = p.y;
+  args.m = static_cast<int>(p.m);
+  args.n = static_cast<int>(p.n);
+  args.k = static_cast<int>(p.k);
+  args.num_loops = static_cast<int>(p.num_loops);
+  args.total_rank = static_cast<int>(p.total_rank);
+  args.b_stride = static_cast<int>(p.b_stride);
+  args.padded_m = static_cast<int>(padded_rows(p));
+  args.num_segments = static_cast<int>(p.segments.size());
+  for (int s = 0; s < args.num_segments; ++s) {
+    args.segment_out[s] = static_cast<int>(p.segments[s].out_begin);
+    args.segment_rank[s] = static_cast<int>(p.segments[s].rank_begin);
+    args.segment_size[s] = static_cast<int>(p.segments[s].rank);
+  }
+  cudaError_t error = cudaErrorInvalidValue;
+  const bool decode = fits_decode(p), wide = fits_wide_tiles(p);
+  switch (p.dtype) {
+    case Dtype::kFloat32: error = launch_plain<device::Float32>(args, stream); break;
+    case Dtype::kBFloat16:
+      error = decode ? launch_decode_of<device::BFloat16>(args, wide, stream) : launch_plain<device::BFloat16>(args, stream);
+      break;
+    case Dtype::kFloat16:
+      error = decode ? launch_decode_of<device::Float16>(args, wide, stream) : launch_plain<device::Float16>(args, stream);
+      break;
+    case Dtype::kFloat64: break;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace rrt::loop_lora

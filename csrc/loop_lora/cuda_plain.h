@@ -1,0 +1,83 @@
+// The plain kernel's body: fp32, and whatever the decode kernel's 16-byte loads do not fit. One warp per output, its
+// lanes along the columns; a weight is read once for kPlainTokens rows. Like the decode kernel's, a row's sums
+// have an order of their own, and shrink comes before expand.
+#pragma once
+
+#include "loop_lora/cuda_decode.h"
+
+namespace rrt::loop_lora {
+
+constexpr int kPlainTokens = 4;
+
+// The lanes' sums, added pairwise: the same in every lane.
+RRT_DEVICE float add_lanes(float sum) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += device::shuffle_xor(sum, mask);
+  return sum;
+}
+
+// SHRINK: block (ranks, loop, token tile) writes T in fp32; else block (outputs, 0, token tile) writes y.
+template <class Number, bool SHRINK>
+RRT_DEVICE void plain_body(const DecodeArgs& args) {
+  using Storage = typename Number::Storage;
+  const device::Index block = device::block_index();
+  const int lane = device::thread_index() % 32;
+  const int row = block.x * kWarps + device::thread_index() / 32;
+  const int token_begin = block.z * kPlainTokens;
+  const int tokens = args.m - token_begin < kPlainTokens ? args.m - token_begin : kPlainTokens;
+  if (SHRINK) {
+    device::launch_dependents();
+    if ((loops_present(args.loops, token_begin, tokens, args.num_loops) >> block.y & 1) == 0) return;
+  }
+  if (row >= (SHRINK ? args.total_rank : args.n)) return;
+
+  const Storage* x = static_cast<const Storage*>(args.x) + token_begin * args.x_stride;
+  const Storage* weight = SHRINK ? static_cast<const Storage*>(args.lora_a) +
+                                       (static_cast<int64_t>(block.y) * args.total_rank + row) * args.k
+                                 : static_cast<const Storage*>(args.weight) + static_cast<int64_t>(row) * args.k;
+  float sums[kPlainTokens] = {};
+  for (int column = lane; column < args.k; column += 32) {
+    const float w = Number::widen(device::load_global(weight + column));
+#pragma unroll
+    for (int token = 0; token < kPlainTokens; ++token) {
+      if (token < tokens) sums[token] += w * Number::widen(device::load_global(x + token * args.x_stride + column));
+    }
+  }
+  if (!SHRINK) device::dependency_wait();
+
+  int segment = 0;
+  while (!SHRINK && segment + 1 < args.num_segments && args.segment_out[segment + 1] <= row) ++segment;
+#pragma unroll
+  for (int token = 0; token < kPlainTokens; ++token) {
+    if (token >= tokens) break;
+    const int loop = device::load_global(args.loops + token_begin + token);
+    const bool valid = 0 <= loop && loop < args.num_loops;
+    if constexpr (SHRINK) {
+      const float sum = add_lanes(sums[token]);
+      float* t = static_cast<float*>(args.shrunk) +
+                 (static_cast<int64_t>(block.y) * args.padded_m + token_begin + token) * args.total_rank + row;
+      if (lane == 0 && loop == block.y) device::store_global(t, sum);
+    } else {
+      if (valid) {
+        const Storage* b = static_cast<const Storage*>(args.lora_b) +
+                           (static_cast<int64_t>(loop) * args.n + row) * args.b_stride;
+        const float* t = static_cast<const float*>(args.shrunk) +
+                         (static_cast<int64_t>(loop) * args.padded_m + token_begin + token) * args.total_rank +
+                         args.segment_rank[segment];
+        for (int r = lane; r < args.segment_size[segment]; r += 32) {
+          sums[token] += Number::widen(device::load_global(b + r)) * device::load_global(t + r);
+        }
+      }
+      float sum = add_lanes(sums[token]);
+      if (lane != 0) continue;
+      if (valid && args.bias != nullptr) {
+        sum += Number::widen(
+            device::load_global(static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride + row));
+      }
+      Storage* y = static_cast<Storage*>(args.y) + static_cast<int64_t>(token_begin + token) * args.n + row;
+      device::store_global(y, Number::narrow(valid ? sum : NAN));
+    }
+  }
+}
+
+}  // namespace rrt::loop_lora
