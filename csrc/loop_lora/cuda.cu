@@ -13,12 +13,12 @@ namespace rrt::loop_lora {
 namespace {
 
 template <class Half, int TILES, int TOKENS, int STAGES, bool SHRINK>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
   decode_body<Half, TILES, TOKENS, STAGES, SHRINK>(args);
 }
 
 template <class Number, bool SHRINK>
-__global__ void __launch_bounds__(kThreads) plain_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constant__ DecodeArgs args) {
   plain_body<Number, SHRINK>(args);
 }
 

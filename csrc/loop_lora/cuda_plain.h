@@ -7,7 +7,7 @@
 
 namespace rrt::loop_lora {
 
-constexpr int kPlainTokens = 4;
+constexpr int kPlainTokens = 8;
 
 // The lanes' sums, added pairwise: the same in every lane.
 RRT_DEVICE float add_lanes(float sum) {
