@@ -69,7 +69,10 @@ RRT_DEVICE void copy_wait() {
 RRT_DEVICE void block_barrier() { __syncthreads(); }
 
 // The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
-RRT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+template <class T>
+RRT_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 
 // Programmatic dependent launch: nothing that the kernel before it wrote may be read before dependency_wait.
 RRT_DEVICE void dependency_wait() {
@@ -85,12 +88,21 @@ RRT_DEVICE void launch_dependents() {
 
 struct Float32 {
   using Storage = float;
+  using Acc = float;
   static RRT_DEVICE float widen(Storage value) { return value; }
   static RRT_DEVICE Storage narrow(float value) { return value; }
 };
 
+struct Float64 {
+  using Storage = double;
+  using Acc = double;
+  static RRT_DEVICE double widen(Storage value) { return value; }
+  static RRT_DEVICE Storage narrow(double value) { return value; }
+};
+
 struct BFloat16 {
   using Storage = __nv_bfloat16;
+  using Acc = float;
   static RRT_DEVICE float widen(Storage value) { return __bfloat162float(value); }
   static RRT_DEVICE Storage narrow(float value) { return __float2bfloat16_rn(value); }
   // d += a b, a [16, 16] and b [16, 8] spread over the lanes of a warp as PTX's m16n8k16 has them.
@@ -103,6 +115,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = __half;
+  using Acc = float;
   static RRT_DEVICE float widen(Storage value) { return __half2float(value); }
   static RRT_DEVICE Storage narrow(float value) { return __float2half_rn(value); }
   static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -117,18 +117,35 @@ bool fits_wide_tiles(const Params& p) {
   return fits;
 }
 
+// Makes `device` current, and the one before it again at the end.
+struct DeviceGuard {
+  explicit DeviceGuard(int device) {
+    error = cudaGetDevice(&previous);
+    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous); }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+  int previous = 0;
+  cudaError_t error;
+};
+
 int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
 
 }  // namespace
 
 int64_t cuda_scratch_bytes(const Params& p) {
-  return p.num_loops * padded_rows(p) * p.total_rank * (fits_decode(p) ? 2 : 4);
+  const int64_t value_bytes = fits_decode(p) ? 2 : p.dtype == Dtype::kFloat64 ? 8 : 4;
+  // Of 16 bytes, so that any element size divides it.
+  return (p.num_loops * padded_rows(p) * p.total_rank * value_bytes + 15) / 16 * 16;
 }
 
-const char* run_cuda(const CudaParams& call, void* raw_stream) {
+const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   const Params& p = *call.params;
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   if (p.m == 0 || p.n == 0) return nullptr;
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   DecodeArgs args{};
   args.x = p.x;
   args.x_stride = p.x_row_stride;
@@ -163,7 +180,7 @@ const char* run_cuda(const CudaParams& call, void* raw_stream) {
     case Dtype::kFloat16:
       error = decode ? launch_decode_of<device::Float16>(args, wide, stream) : launch_plain<device::Float16>(args, stream);
       break;
-    case Dtype::kFloat64: break;
+    case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

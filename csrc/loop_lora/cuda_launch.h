@@ -14,7 +14,8 @@ struct CudaParams {
 
 int64_t cuda_scratch_bytes(const Params& params);
 
-// Queues the kernels on `stream` (a cudaStream_t): no allocation, no synchronisation. Returns null, or what failed.
-const char* run_cuda(const CudaParams& params, void* stream);
+// Queues the kernels on `stream` (a cudaStream_t) of `device`: no allocation, no synchronisation. Returns null, or
+// what failed.
+const char* run_cuda(const CudaParams& params, int device, void* stream);
 
 }  // namespace rrt::loop_lora

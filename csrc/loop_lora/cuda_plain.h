@@ -1,4 +1,4 @@
-// The plain kernel's body: fp32, and whatever the decode kernel's 16-byte loads do not fit. One warp per output, its
+// The plain kernel's body: fp32 and fp64, and whatever the decode kernel's 16-byte loads do not fit. One warp per output, its
 // lanes along the columns; a weight is read once for kPlainTokens rows. Like the decode kernel's, a row's sums
 // have an order of their own, and shrink comes before expand.
 #pragma once
@@ -10,16 +10,18 @@ namespace rrt::loop_lora {
 constexpr int kPlainTokens = 8;
 
 // The lanes' sums, added pairwise: the same in every lane.
-RRT_DEVICE float add_lanes(float sum) {
+template <class Acc>
+RRT_DEVICE Acc add_lanes(Acc sum) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += device::shuffle_xor(sum, mask);
   return sum;
 }
 
-// SHRINK: block (ranks, loop, token tile) writes T in fp32; else block (outputs, 0, token tile) writes y.
+// SHRINK: block (ranks, loop, token tile) writes T in the accumulation type; else block (outputs, 0, token tile) writes y.
 template <class Number, bool SHRINK>
 RRT_DEVICE void plain_body(const DecodeArgs& args) {
   using Storage = typename Number::Storage;
+  using Acc = typename Number::Acc;
   const device::Index block = device::block_index();
   const int lane = device::thread_index() % 32;
   const int row = block.x * kWarps + device::thread_index() / 32;
@@ -35,9 +37,9 @@ RRT_DEVICE void plain_body(const DecodeArgs& args) {
   const Storage* weight = SHRINK ? static_cast<const Storage*>(args.lora_a) +
                                        (static_cast<int64_t>(block.y) * args.total_rank + row) * args.k
                                  : static_cast<const Storage*>(args.weight) + static_cast<int64_t>(row) * args.k;
-  float sums[kPlainTokens] = {};
+  Acc sums[kPlainTokens] = {};
   for (int column = lane; column < args.k; column += 32) {
-    const float w = Number::widen(device::load_global(weight + column));
+    const Acc w = Number::widen(device::load_global(weight + column));
 #pragma unroll
     for (int token = 0; token < kPlainTokens; ++token) {
       if (token < tokens) sums[token] += w * Number::widen(device::load_global(x + token * args.x_stride + column));
@@ -53,29 +55,29 @@ RRT_DEVICE void plain_body(const DecodeArgs& args) {
     const int loop = device::load_global(args.loops + token_begin + token);
     const bool valid = 0 <= loop && loop < args.num_loops;
     if constexpr (SHRINK) {
-      const float sum = add_lanes(sums[token]);
-      float* t = static_cast<float*>(args.shrunk) +
+      const Acc sum = add_lanes(sums[token]);
+      Acc* t = static_cast<Acc*>(args.shrunk) +
                  (static_cast<int64_t>(block.y) * args.padded_m + token_begin + token) * args.total_rank + row;
       if (lane == 0 && loop == block.y) device::store_global(t, sum);
     } else {
       if (valid) {
         const Storage* b = static_cast<const Storage*>(args.lora_b) +
                            (static_cast<int64_t>(loop) * args.n + row) * args.b_stride;
-        const float* t = static_cast<const float*>(args.shrunk) +
+        const Acc* t = static_cast<const Acc*>(args.shrunk) +
                          (static_cast<int64_t>(loop) * args.padded_m + token_begin + token) * args.total_rank +
                          args.segment_rank[segment];
         for (int r = lane; r < args.segment_size[segment]; r += 32) {
           sums[token] += Number::widen(device::load_global(b + r)) * device::load_global(t + r);
         }
       }
-      float sum = add_lanes(sums[token]);
+      Acc sum = add_lanes(sums[token]);
       if (lane != 0) continue;
       if (valid && args.bias != nullptr) {
         sum += Number::widen(
             device::load_global(static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride + row));
       }
       Storage* y = static_cast<Storage*>(args.y) + static_cast<int64_t>(token_begin + token) * args.n + row;
-      device::store_global(y, Number::narrow(valid ? sum : NAN));
+      device::store_global(y, Number::narrow(valid ? sum : static_cast<Acc>(NAN)));
     }
   }
 }

@@ -8,7 +8,13 @@
 #include <vector>
 
 #include "checks.h"
+#include "loop_lora/cuda_launch.h"
 #include "loop_lora/launch.h"
+
+#ifdef RRT_CUDA
+// Torch's own header declares it for builds with CUDA alone; on a torch without CUDA the symbol is null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace rrt {
 namespace {
@@ -65,7 +71,13 @@ int64_t max(const std::vector<int64_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
-Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+// A checked call, but for the loops' values, and the tensors that it points into.
+struct Call {
+  loop_lora::Params params;
+  Tensor x, loops, y;
+};
+
+Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
                             const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
   const Dtype dtype = check.float_dtype("x", x);
@@ -120,17 +132,12 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   check.contiguous("lora_a", lora_a);
   check.contiguous("lora_b", lora_b);
 
-  const Tensor loops_dense = torch::stable::contiguous(loops);
-  const int32_t* loop_of_row = loops_dense.const_data_ptr<int32_t>();
-  const loop_lora::LoopGroups groups = loop_lora::group_rows_by_loop(loop_of_row, m, num_loops);
-  if (!groups.ok()) {
-    check.fail("loops[", groups.bad_row, "]: found ", loop_of_row[groups.bad_row], "; expected a loop in [0, ", num_loops,
-         ")");
-  }
-  const Tensor x_rows = k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
   const int64_t y_size[] = {m, n};
-  Tensor y = torch::stable::new_empty(x, y_size);
-  loop_lora::Params params{};
+  Call call{{},
+            k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x),
+            torch::stable::contiguous(loops),
+            torch::stable::new_empty(x, y_size)};
+  loop_lora::Params& params = call.params;
   params.dtype = dtype;
   params.packed = packed;
   params.m = m;
@@ -140,17 +147,50 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   params.total_rank = total_rank;
   params.b_stride = b_stride;
   params.bias_loop_stride = bias && bias->sizes().size() == 2 ? n : 0;
-  params.x_row_stride = x_rows.stride(0);
-  params.x = x_rows.const_data_ptr();
+  params.x_row_stride = call.x.stride(0);
+  params.x = call.x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.bias = bias ? bias->const_data_ptr() : nullptr;
   params.lora_a = lora_a.const_data_ptr();
   params.lora_b = lora_b.const_data_ptr();
-  params.y = y.mutable_data_ptr();
+  params.y = call.y.mutable_data_ptr();
   params.segments = std::move(segments);
-  loop_lora::run_cpu(params, groups, torch_parallel);
-  return y;
+  return call;
 }
+
+Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
+                            const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
+  const Call call = prepare(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank);
+  const int32_t* loop_of_row = call.loops.const_data_ptr<int32_t>();
+  const loop_lora::LoopGroups groups =
+      loop_lora::group_rows_by_loop(loop_of_row, call.params.m, call.params.num_loops);
+  if (!groups.ok()) {
+    check.fail("loops[", groups.bad_row, "]: found ", loop_of_row[groups.bad_row], "; expected a loop in [0, ",
+               call.params.num_loops, ")");
+  }
+  loop_lora::run_cpu(call.params, groups, torch_parallel);
+  return call.y;
+}
+
+#ifdef RRT_CUDA
+// The loops' values stay on the device: a row whose loop lies outside [0, num_loops) becomes NaN.
+Tensor loop_lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
+                             const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
+  const Call call = prepare(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank);
+  if (call.params.packed) check.fail("weight: found a packed one; expected [N, K]: packing is for CPUs");
+  const int64_t shrunk_size[] = {loop_lora::cuda_scratch_bytes(call.params) / static_cast<int64_t>(sizeof(int32_t))};
+  const Tensor shrunk = torch::stable::new_empty(call.loops, shrunk_size);
+  void* stream = nullptr;
+  const int32_t device = x.get_device_index();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error = loop_lora::run_cuda(
+      {&call.params, call.loops.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device, stream);
+  if (error != nullptr) check.fail("CUDA: ", error);
+  return call.y;
+}
+#endif
 
 Tensor pack_linear_cpu(const Tensor& weight) {
   constexpr Checks check{"pack_linear"};
@@ -181,3 +221,9 @@ STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
   library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cpu));
   library.impl("pack_linear", TORCH_BOX(&rrt::pack_linear_cpu));
 }
+
+#ifdef RRT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rrt, CUDA, library) {
+  library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cuda));
+}
+#endif

@@ -41,7 +41,7 @@ struct Problem {
   std::vector<int32_t> loops;
   // Aligned to 16 by the allocator, as torch aligns.
   std::vector<Storage> x, weight, bias, lora_a, lora_b, shrunk, y;
-  std::vector<float> plain_shrunk;
+  std::vector<typename Half::Acc> plain_shrunk;
 
   Problem(const Shape& s, uint64_t seed) : shape(s), padded_m((s.m + 7) / 8 * 8) {
     for (int rank : s.segment_rank) {
@@ -306,6 +306,7 @@ int main() {
   test_instance<device::Float16, 1, 8, 4>("fp16 1x8", 5e-4);
   test_instance<device::Float16, 4, 64, 3>("fp16 4x64", 5e-4);
   test_plain<device::Float32>("fp32 plain", 1e-6);
+  test_plain<device::Float64>("fp64 plain", 1e-6);  // the reference here rounds T to float
   test_plain<device::BFloat16>("bf16 plain", 4e-3);
   test_plain<device::Float16>("fp16 plain", 5e-4);
   test_row_independence<device::BFloat16>();

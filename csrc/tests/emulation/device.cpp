@@ -56,6 +56,7 @@ struct Warp {
   int64_t phase = 0;
   uint32_t a[kLanes][4], b[kLanes][2];
   float d[kLanes][4];
+  double shuffled[kLanes][2];
 };
 
 struct Machine {
@@ -272,20 +273,20 @@ void block_barrier() {
   while (m.epoch == phase) m.yield();
 }
 
-float shuffle_xor(float value, int mask) {
+double shuffle_xor(double value, int mask) {
   Machine& m = *machine;
   const int lane = m.current % kLanes;
   Warp& warp = m.warps[m.current / kLanes];
   const int64_t phase = warp.phase;
   m.progress++;
   // A slot per parity: the fastest lane may be one operation ahead of the slowest's reading.
-  warp.d[lane][phase % 2] = value;
+  warp.shuffled[lane][phase % 2] = value;
   if (++warp.arrived == kLanes) {
     warp.arrived = 0;
     warp.phase++;
   }
   while (warp.phase == phase) m.yield();
-  return warp.d[lane ^ mask][phase % 2];
+  return warp.shuffled[lane ^ mask][phase % 2];
 }
 
 void launch_dependents() {}

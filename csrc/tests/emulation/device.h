@@ -73,7 +73,7 @@ void copy_async(void* shared, const void* global, int64_t size, bool valid);
 void copy_commit();
 void copy_wait(int groups);
 void block_barrier();
-float shuffle_xor(float value, int mask);
+double shuffle_xor(double value, int mask);
 void launch_dependents();
 void dependency_wait();
 void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
@@ -121,20 +121,32 @@ void copy_wait() {
   emulation::copy_wait(GROUPS);
 }
 inline void block_barrier() { emulation::block_barrier(); }
-inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
+template <class T>
+T shuffle_xor(T value, int mask) {
+  return static_cast<T>(emulation::shuffle_xor(value, mask));
+}
 inline void dependency_wait() { emulation::dependency_wait(); }
 inline void launch_dependents() { emulation::launch_dependents(); }
 
 struct Float32 {
   using Storage = float;
+  using Acc = float;
   static float widen(Storage value) { return value; }
   static Storage narrow(float value) { return value; }
+};
+
+struct Float64 {
+  using Storage = double;
+  using Acc = double;
+  static double widen(Storage value) { return value; }
+  static Storage narrow(double value) { return value; }
 };
 
 struct BFloat16 {
   struct Storage {
     uint16_t bits;
   };
+  using Acc = float;
   static float widen(Storage value) { return emulation::widen_bfloat16(value.bits); }
   static Storage narrow(float value) { return {emulation::narrow_bfloat16(value)}; }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -146,6 +158,7 @@ struct Float16 {
   struct Storage {
     uint16_t bits;
   };
+  using Acc = float;
   static float widen(Storage value) { return emulation::widen_float16(value.bits); }
   static Storage narrow(float value) { return {emulation::narrow_float16(value)}; }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
