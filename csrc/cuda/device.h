@@ -68,10 +68,26 @@ RRT_DEVICE void copy_wait() {
 
 RRT_DEVICE void block_barrier() { __syncthreads(); }
 
+// The same among the lanes of a warp.
+RRT_DEVICE void warp_barrier() { __syncwarp(); }
+
 // The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
 template <class T>
 RRT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+RRT_DEVICE float exp2(float value) { return exp2f(value); }
+RRT_DEVICE double exp2(double value) { return ::exp2(value); }
+
+// Four matrices of 8 x 8 16-bit values; lane l points at row l % 8 of matrix l / 8. Of each matrix the lane gets the
+// values of rows lane % 4 * 2 (low) and the next (high) in column lane / 4.
+RRT_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
 }
 
 // Programmatic dependent launch: nothing that the kernel before it wrote may be read before dependency_wait.
@@ -105,6 +121,10 @@ struct BFloat16 {
   using Acc = float;
   static RRT_DEVICE float widen(Storage value) { return __bfloat162float(value); }
   static RRT_DEVICE Storage narrow(float value) { return __float2bfloat16_rn(value); }
+  static RRT_DEVICE uint32_t pair(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
   // d += a b, a [16, 16] and b [16, 8] spread over the lanes of a warp as PTX's m16n8k16 has them.
   static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -118,6 +138,10 @@ struct Float16 {
   using Acc = float;
   static RRT_DEVICE float widen(Storage value) { return __half2float(value); }
   static RRT_DEVICE Storage narrow(float value) { return __float2half_rn(value); }
+  static RRT_DEVICE uint32_t pair(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
   static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -27,12 +27,18 @@ template <class... Parts>
   throw Violation(text.str());
 }
 
-// The last accesses to one byte of shared memory. Accesses of two threads are ordered if a barrier of the block
-// lies between them.
-struct ByteHistory {
+// The last accesses to one byte of shared memory. Those of two threads are ordered if a barrier of the block, or of
+// the warp that both are in, lies between them. Epochs count barriers.
+struct Access {
   static constexpr int kNobody = -1, kSeveral = -2;
-  int writer = kNobody, reader = kNobody;
-  int64_t write_epoch = -1, read_epoch = -1;
+  int thread = kNobody;  // kSeveral: of `warp`, or of several warps if that is kSeveral too
+  int warp = kNobody;
+  int64_t epoch = -1, warp_epoch = -1;
+};
+
+struct ByteHistory {
+  static constexpr int kNobody = -1;
+  Access write, read;
   int arriving = kNobody;  // the thread whose copy_async to it has not been waited for
 };
 
@@ -54,6 +60,9 @@ struct Thread {
 struct Warp {
   int arrived = 0;
   int64_t phase = 0;
+  int64_t epoch = 0;  // barriers of the warp
+  const void* rows[kLanes];
+  uint32_t words[kLanes][4];
   uint32_t a[kLanes][4], b[kLanes][2];
   float d[kLanes][4];
   double shuffled[kLanes][2];
@@ -85,9 +94,17 @@ struct Machine {
     const int64_t offset = copy.shared - shared.data();
     for (int64_t i = offset; i < offset + copy.size; ++i) {
       history[i].arriving = ByteHistory::kNobody;
-      history[i].writer = current;
-      history[i].write_epoch = epoch;
+      history[i].write = access();
     }
+  }
+
+  Access access() const { return {current, current / kLanes, epoch, warps[current / kLanes].epoch}; }
+
+  // Whether an access of another thread may be at the same time as one of the running thread.
+  bool unordered(const Access& other) const {
+    const Access now = access();
+    if (other.epoch != now.epoch || other.thread == now.thread) return false;
+    return other.warp != now.warp || other.warp_epoch == now.warp_epoch;
   }
 };
 
@@ -203,16 +220,21 @@ void touch_shared(const void* address, int64_t size, bool write) {
     if (byte.arriving != ByteHistory::kNobody) {
       violate("shared byte ", i, " is touched before the copy of thread ", byte.arriving, " to it has been waited for");
     }
-    const bool others_write = byte.write_epoch == m.epoch && byte.writer != m.current;
-    const bool others_read = byte.read_epoch == m.epoch && byte.reader != m.current;
-    if (others_write) violate("race: shared byte ", i, " was written by thread ", byte.writer, " since the last barrier");
-    if (write && others_read) violate("race: shared byte ", i, " is written, and another thread read it since the last barrier");
+    if (m.unordered(byte.write)) {
+      violate("race: shared byte ", i, " was written by thread ", byte.write.thread, " since the last barrier");
+    }
+    if (write && m.unordered(byte.read)) {
+      violate("race: shared byte ", i, " is written, and another thread read it since the last barrier");
+    }
+    const Access now = m.access();
     if (write) {
-      byte.writer = m.current;
-      byte.write_epoch = m.epoch;
+      byte.write = now;
+    } else if (byte.read.epoch != now.epoch || byte.read.thread == now.thread) {
+      byte.read = now;
     } else {
-      byte.reader = byte.read_epoch == m.epoch && byte.reader != m.current ? ByteHistory::kSeveral : m.current;
-      byte.read_epoch = m.epoch;
+      byte.read.thread = Access::kSeveral;
+      if (byte.read.warp != now.warp) byte.read.warp = Access::kSeveral;
+      byte.read.warp_epoch = now.warp_epoch;
     }
   }
 }
@@ -271,6 +293,46 @@ void block_barrier() {
     m.epoch++;
   }
   while (m.epoch == phase) m.yield();
+}
+
+void warp_barrier() {
+  Machine& m = *machine;
+  if (m.launch->sabotage == Sabotage::kSkipWarpBarrier) return;
+  Warp& warp = m.warps[m.current / kLanes];
+  const int64_t phase = warp.phase;
+  m.progress++;
+  if (++warp.arrived == kLanes) {
+    warp.arrived = 0;
+    warp.phase++;
+    warp.epoch++;
+  }
+  while (warp.phase == phase) m.yield();
+}
+
+void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
+  Machine& m = *machine;
+  const int lane = m.current % kLanes;
+  Warp& warp = m.warps[m.current / kLanes];
+  touch_shared(shared_row, 16, false);
+  warp.rows[lane] = shared_row;
+  const int64_t phase = warp.phase;
+  m.progress++;
+  if (++warp.arrived == kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const char* row = static_cast<const char*>(warp.rows[8 * matrix + l % 4 * 2 + i]);
+          std::memcpy(&pair[i], row + l / 4 * 2, 2);
+        }
+        warp.words[l][matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+      }
+    }
+    warp.arrived = 0;
+    warp.phase++;
+  }
+  while (warp.phase == phase) m.yield();
+  std::memcpy(to, warp.words[lane], sizeof(to));
 }
 
 double shuffle_xor(double value, int mask) {

@@ -1,7 +1,8 @@
 // The functions of csrc/cuda/device.h for a block of emulated threads. Every thread is a fiber that runs until it
 // must wait for others; the order in which fibers run is shuffled with a seed. What is checked while it runs:
 //
-//   races       two threads touch a byte of shared memory, one of them writing, without a barrier between
+//   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
+//               or of the warp that both are in, between
 //   async copies  a byte is read before the copy that brings it was waited for, or by another thread before a barrier
 //   dependence  global memory that the kernel before writes is read before dependency_wait
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
@@ -10,6 +11,7 @@
 // A violation ends the launch with a report; bytes read from each registered region are counted.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -42,7 +44,7 @@ struct Region {
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
-enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kWrongLaneMap };
+enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kSkipWarpBarrier, kWrongLaneMap };
 
 struct Report {
   std::string violation;  // empty: none
@@ -74,6 +76,8 @@ void copy_commit();
 void copy_wait(int groups);
 void block_barrier();
 double shuffle_xor(double value, int mask);
+void warp_barrier();
+void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row);
 void launch_dependents();
 void dependency_wait();
 void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
@@ -121,6 +125,12 @@ void copy_wait() {
   emulation::copy_wait(GROUPS);
 }
 inline void block_barrier() { emulation::block_barrier(); }
+inline void warp_barrier() { emulation::warp_barrier(); }
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
+  emulation::load_matrices_transposed(to, shared_row);
+}
+inline float exp2(float value) { return std::exp2(value); }
+inline double exp2(double value) { return std::exp2(value); }
 template <class T>
 T shuffle_xor(T value, int mask) {
   return static_cast<T>(emulation::shuffle_xor(value, mask));
@@ -149,6 +159,9 @@ struct BFloat16 {
   using Acc = float;
   static float widen(Storage value) { return emulation::widen_bfloat16(value.bits); }
   static Storage narrow(float value) { return {emulation::narrow_bfloat16(value)}; }
+  static uint32_t pair(float low, float high) {
+    return emulation::narrow_bfloat16(low) | static_cast<uint32_t>(emulation::narrow_bfloat16(high)) << 16;
+  }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::matrix_multiply(d, a, b, emulation::widen_bfloat16);
   }
@@ -161,6 +174,9 @@ struct Float16 {
   using Acc = float;
   static float widen(Storage value) { return emulation::widen_float16(value.bits); }
   static Storage narrow(float value) { return {emulation::narrow_float16(value)}; }
+  static uint32_t pair(float low, float high) {
+    return emulation::narrow_float16(low) | static_cast<uint32_t>(emulation::narrow_float16(high)) << 16;
+  }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::matrix_multiply(d, a, b, emulation::widen_float16);
   }

@@ -1,0 +1,436 @@
+// Bodies of the CUDA kernels of loop_kv_attention and loop_kv_prefill for bfloat16 and float16.
+//
+// Up to 16 query rows that share a key/value head are the mma's M: in decode the query heads of one row, in prefill
+// also those of neighbouring tokens. A warp goes through the slots 16 at a time. Keys are multiplied as they lie: a
+// lane loads 16 adjacent bytes of a slot, which are its fragments of two mmas if queries are taken in the same
+// order. Values are brought to shared memory and read transposed.
+//
+// decode: a block is one piece of kSplitSlots slots of one row; its 4 warps share the slots, and their results are
+// merged in order; then combine_body merges the pieces. Both cuts are at fixed slots, so a row's bits are its own.
+// prefill: every warp has 16 query rows of its own and goes through all the slots that the last of them sees.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/device.h"
+
+namespace rrt::kv_cache {
+
+struct CudaRope {
+  const int32_t* positions;  // null: nothing is rotated
+  const void* cos_sin;       // [max_positions, rotary_dim] of float (double for float64)
+  int max_positions, rotary_dim;
+};
+
+struct CudaAttentionArgs {
+  const void* q;  // [queries, num_heads, head_dim]; a head's elements are adjacent
+  int64_t q_row_stride, q_head_stride;
+  const void* k_cache;  // [num_pages, page_size, num_kv_heads, head_dim]
+  const void* v_cache;
+  const int32_t* block_tables;  // [sequences, max_pages] at table_stride
+  int64_t table_stride;
+  const int32_t* query_start;   // null: decode
+  const int32_t* context_lens;
+  float scale;
+  CudaRope rope;
+  void* out;       // [queries, num_heads, head_dim]
+  float* partial;  // decode, if a context may have several pieces: [queries, num_heads, pieces, head_dim + 2]
+  int num_queries, num_sequences, num_heads, num_kv_heads, head_dim;
+  int num_pages, page_size, max_pages;
+  int pieces;  // that the block tables have room for
+};
+
+constexpr int kCudaSplitSlots = 256;
+constexpr int kTileRows = 16, kTileSlots = 16;
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr float kLog2E = 1.44269504088896341f;
+
+template <int HEAD_DIM, int STAGES>
+struct AttentionShared {
+  static constexpr int kBlocks = (HEAD_DIM + 31) / 32;      // of 32 elements: two mmas of keys
+  static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
+  static constexpr int kQueryStride = 32 * kBlocks + 32;    // elements; the rest keeps lanes on banks of their own
+  static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
+  static constexpr int kQueryBytes = kTileRows * kQueryStride * 2;
+  static constexpr int kKeyBytes = kKeyVectors * 32 * 16;
+  static constexpr int kStageBytes = kKeyBytes + kTileSlots * kValueStride * 2;
+  static constexpr int kWarpBytes = STAGES * kStageBytes;
+  static constexpr int kMergeBytes = kWarps * kTileRows * (HEAD_DIM + 2) * 4;
+  // Decode has one set of queries, prefill one per warp.
+  template <bool PREFILL>
+  static constexpr int bytes() {
+    const int work = (PREFILL ? kWarps : 1) * kQueryBytes + kWarps * kWarpBytes;
+    return work > kMergeBytes ? work : kMergeBytes;
+  }
+};
+
+// Which query rows a warp has: row j is head first_head + j of `token`, or in prefill flat row first + j of a chunk.
+struct QueryTile {
+  int sequence;
+  int token_begin;  // the chunk's first query
+  int first;        // flat row: (query of the chunk) * group + (head of the group)
+  int rows;
+  int group;        // query heads per key/value head
+  int kv_head;
+  int seen;         // slots that the chunk's query 0 sees
+
+  RRT_DEVICE int token(int row) const { return token_begin + (first + row) / group; }
+  RRT_DEVICE int head(int row) const { return kv_head * group + (first + row) % group; }
+  RRT_DEVICE int limit(int row) const { return seen + (first + row) / group; }
+};
+
+// The prefill tile of this number, tiles counted sequence by sequence; rows 0: there is none.
+RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, int kv_head) {
+  const int group = args.num_heads / args.num_kv_heads;
+  int begin = device::load_global(args.query_start);
+  for (int s = 0; s < args.num_sequences; ++s) {
+    const int end = device::load_global(args.query_start + s + 1);
+    const int rows = (end - begin) * group, tiles = (rows + kTileRows - 1) / kTileRows;
+    if (tile < tiles) {
+      const int first = tile * kTileRows;
+      const int here = rows - first < kTileRows ? rows - first : kTileRows;
+      return {s, begin, first, here, group, kv_head, device::load_global(args.context_lens + s) - (end - begin) + 1};
+    }
+    tile -= tiles;
+    begin = end;
+  }
+  return {0, 0, 0, 0, 1, kv_head, 0};
+}
+
+// A slot's keys or values; null if the block table leads nowhere.
+template <class Storage>
+RRT_DEVICE const Storage* find_slot(const CudaAttentionArgs& args, const void* cache, int sequence, int kv_head,
+                                    int slot) {
+  const int column = slot / args.page_size;
+  if (column >= args.max_pages) return nullptr;
+  const int page = device::load_global(args.block_tables + sequence * args.table_stride + column);
+  if (page < 0 || page >= args.num_pages) return nullptr;
+  const int64_t row = static_cast<int64_t>(page) * args.page_size + slot % args.page_size;
+  return static_cast<const Storage*>(cache) + (row * args.num_kv_heads + kv_head) * args.head_dim;
+}
+
+// Element `i` of a head, rotated by its row's angles. `element(j)` is the head's element j.
+template <class Acc, class Element>
+RRT_DEVICE Acc rotated(const CudaRope& rope, int row, int i, Element element) {
+  if (rope.positions == nullptr || i >= rope.rotary_dim) return element(i);
+  const int position = device::load_global(rope.positions + row);
+  if (position < 0 || position >= rope.max_positions) return static_cast<Acc>(NAN);
+  const int half = rope.rotary_dim / 2, angle = i % half;
+  const Acc* table = static_cast<const Acc*>(rope.cos_sin) + static_cast<int64_t>(position) * rope.rotary_dim;
+  const Acc cosine = device::load_global(table + angle), sine = device::load_global(table + half + angle);
+  return i < half ? element(i) * cosine - element(i + half) * sine : element(i) * cosine + element(i - half) * sine;
+}
+
+template <class Half, int HEAD_DIM, int STAGES>
+struct AttentionWarp {
+  using Storage = typename Half::Storage;
+  using Shared = AttentionShared<HEAD_DIM, STAGES>;
+  static constexpr int kColumnTiles = HEAD_DIM / 8;
+
+  const CudaAttentionArgs& args;
+  const QueryTile& tile;
+  Storage* queries;  // [kTileRows, kQueryStride]
+  char* stages;
+  int lane;
+
+  float sums[kColumnTiles][4];   // of weighted values, rows lane / 4 and that + 8
+  float largest[2], weights[2];  // per row: the largest score so far, the sum of weights relative to it
+
+  // Fills `queries` by `threads` threads, of which this is number `thread`; a barrier must follow.
+  RRT_DEVICE void load_queries(int thread, int threads) const {
+    for (int i = thread; i < kTileRows * Shared::kQueryStride; i += threads) {
+      const int row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
+      float value = 0;
+      if (row < tile.rows && column < HEAD_DIM) {
+        const Storage* head = static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
+                              tile.head(row) * args.q_head_stride;
+        value = rotated<float>(args.rope, tile.token(row), column,
+                               [&](int j) { return Half::widen(device::load_global(head + j)); });
+      }
+      device::store_shared(queries + i, Half::narrow(value));
+    }
+  }
+
+  RRT_DEVICE device::Vector* keys(int stage, int vector) const {
+    return reinterpret_cast<device::Vector*>(stages + stage * Shared::kStageBytes) + vector * 32 + lane;
+  }
+  RRT_DEVICE Storage* values(int stage, int slot) const {
+    return reinterpret_cast<Storage*>(stages + stage * Shared::kStageBytes + Shared::kKeyBytes) +
+           slot * Shared::kValueStride;
+  }
+
+  // Slots [first, first + kTileSlots), zeros from `end` on.
+  RRT_DEVICE void fetch(int stage, int first, int end) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int slot = first + 8 * i + lane / 4;
+      const Storage* k = slot < end ? find_slot<Storage>(args, args.k_cache, tile.sequence, tile.kv_head, slot) : nullptr;
+#pragma unroll
+      for (int block = 0; block < Shared::kBlocks; ++block) {
+        const int column = 32 * block + lane % 4 * 8;
+        const bool valid = k != nullptr && column < HEAD_DIM;
+        device::copy_async(keys(stage, i * Shared::kBlocks + block), valid ? k + column : args.k_cache, valid);
+      }
+    }
+    for (int i = lane; i < kTileSlots * kColumnTiles; i += 32) {
+      const int slot = first + i / kColumnTiles, column = i % kColumnTiles * 8;
+      const Storage* v = slot < end ? find_slot<Storage>(args, args.v_cache, tile.sequence, tile.kv_head, slot) : nullptr;
+      auto* to = reinterpret_cast<device::Vector*>(values(stage, i / kColumnTiles) + column);
+      device::copy_async(to, v != nullptr ? v + column : args.v_cache, v != nullptr);
+    }
+  }
+
+  RRT_DEVICE void multiply(int stage, int first) {
+    float scores[2][4] = {};  // slots 8 i + lane % 4 * 2 and the next; rows as in `sums`
+#pragma unroll
+    for (int block = 0; block < Shared::kBlocks; ++block) {
+      const int column = 32 * block + lane % 4 * 8;
+      const auto row = [&](int r) {
+        return device::load_shared(
+            reinterpret_cast<const device::Vector*>(queries + (lane / 4 + r) * Shared::kQueryStride + column));
+      };
+      const device::Vector top = row(0), bottom = row(8);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const device::Vector k = device::load_shared(keys(stage, i * Shared::kBlocks + block));
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const uint32_t a[4] = {top.word[2 * step], bottom.word[2 * step], top.word[2 * step + 1],
+                                 bottom.word[2 * step + 1]};
+          const uint32_t b[2] = {k.word[2 * step], k.word[2 * step + 1]};
+          Half::multiply(scores[i], a, b);
+        }
+      }
+    }
+
+    float new_largest[2] = {largest[0], largest[1]};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = lane / 4 + j / 2 * 8, slot = first + 8 * i + lane % 4 * 2 + j % 2;
+        float score = scores[i][j] * (args.scale * kLog2E);
+        if (row >= tile.rows || slot >= tile.limit(row)) {
+          score = -INFINITY;
+        } else if (find_slot<Storage>(args, args.k_cache, tile.sequence, tile.kv_head, slot) == nullptr) {
+          score = NAN;
+        }
+        scores[i][j] = score;
+        new_largest[j / 2] = fmaxf(new_largest[j / 2], score);
+      }
+    }
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) {
+        new_largest[half] = fmaxf(new_largest[half], device::shuffle_xor(new_largest[half], mask));
+      }
+      shrink[half] = device::exp2(largest[half] - new_largest[half]);
+      largest[half] = new_largest[half];
+      weights[half] *= shrink[half];
+    }
+    uint32_t a[4];  // the weights, as the left operand over 16 slots
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float low = device::exp2(scores[i][2 * half] - largest[half]);
+        const float high = device::exp2(scores[i][2 * half + 1] - largest[half]);
+        weights[half] += low + high;
+        a[2 * i + half] = Half::pair(low, high);
+      }
+    }
+#pragma unroll
+    for (int column = 0; column < kColumnTiles; column += 2) {
+      // Matrices of 8 slots x 8 columns: slots 0 and 8, then the same of the next 8 columns.
+      uint32_t b[4];
+      device::load_matrices_transposed(b, values(stage, lane % 16) + 8 * (column + lane / 16));
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
+        float(&sum)[4] = sums[column + next];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] *= shrink[j / 2];
+        const uint32_t pair[2] = {b[2 * next], b[2 * next + 1]};
+        Half::multiply(sum, a, pair);
+      }
+    }
+  }
+
+  // Tiles `turn0`, `turn0` + `stride`, ... of the slots [begin, end).
+  RRT_DEVICE void attend(int begin, int end, int turn0, int stride) {
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] = 0;
+    }
+    largest[0] = largest[1] = -1e30f;  // finite, so that a row of which nothing is seen yet makes no NaN
+    weights[0] = weights[1] = 0;
+    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kTileSlots; };
+    const auto fetch_turn = [&](int turn) {
+      if (slot_of(turn) < end) fetch(turn % STAGES, slot_of(turn), end);
+      device::copy_commit();
+    };
+#pragma unroll
+    for (int turn = 0; turn < STAGES - 1; ++turn) fetch_turn(turn);
+    for (int turn = 0; slot_of(turn) < end; ++turn) {
+      device::copy_wait<STAGES - 2>();
+      device::warp_barrier();  // every lane's copies are here, and the stage of the turn before has been read
+      fetch_turn(turn + STAGES - 1);
+      multiply(turn % STAGES, slot_of(turn));
+    }
+    device::copy_wait<0>();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) weights[half] += device::shuffle_xor(weights[half], mask);
+    }
+  }
+};
+
+// Block (row, kv head and tile of its query heads, piece).
+template <class Half, int HEAD_DIM, int STAGES>
+RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
+  using Storage = typename Half::Storage;
+  using Shared = AttentionShared<HEAD_DIM, STAGES>;
+  const device::Index block = device::block_index();
+  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  const int group = args.num_heads / args.num_kv_heads, tiles = (group + kTileRows - 1) / kTileRows;
+  const int first = block.y % tiles * kTileRows;
+  const int context = device::load_global(args.context_lens + block.x);
+  const int begin = block.z * kCudaSplitSlots;
+  if (begin >= context && !(context <= 0 && block.z == 0)) return;
+  const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
+  const QueryTile tile{block.x, block.x, first, group - first < kTileRows ? group - first : kTileRows,
+                       group,   block.y / tiles, context};
+
+  char* shared = device::shared_memory();
+  AttentionWarp<Half, HEAD_DIM, STAGES> attention{args,
+                                                  tile,
+                                                  reinterpret_cast<Storage*>(shared),
+                                                  shared + Shared::kQueryBytes + warp * Shared::kWarpBytes,
+                                                  lane,
+                                                  {},
+                                                  {},
+                                                  {}};
+  if (context > 0) attention.load_queries(thread, kThreads);
+  device::block_barrier();
+  attention.attend(begin, end, warp, kWarps);
+
+  // [warp, row, HEAD_DIM + 2]: sums, the largest score, the weights.
+  device::block_barrier();
+  float* merged = reinterpret_cast<float*>(shared);
+  constexpr int kStride = HEAD_DIM + 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* row = merged + (warp * kTileRows + lane / 4 + 8 * half) * kStride;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) device::store_shared(row + 8 * i + lane % 4 * 2 + j, attention.sums[i][2 * half + j]);
+    }
+    if (lane % 4 == 0) {
+      device::store_shared(row + HEAD_DIM, attention.largest[half]);
+      device::store_shared(row + HEAD_DIM + 1, attention.weights[half]);
+    }
+  }
+  device::block_barrier();
+  const bool whole = context <= kCudaSplitSlots;
+  for (int i = thread; i < tile.rows * HEAD_DIM; i += kThreads) {
+    const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+    const auto of = [&](int w, int c) { return device::load_shared(merged + (w * kTileRows + row) * kStride + c); };
+    float largest = of(0, HEAD_DIM);
+    for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, of(w, HEAD_DIM));
+    float sum = 0, weights = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = device::exp2(of(w, HEAD_DIM) - largest);
+      sum += factor * of(w, column);
+      weights += factor * of(w, HEAD_DIM + 1);
+    }
+    const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
+    if (whole) {
+      const float value = context > 0 ? sum / weights : 0.0f;
+      device::store_global(static_cast<Storage*>(args.out) + head * HEAD_DIM + column, Half::narrow(value));
+    } else {
+      float* to = args.partial + (head * args.pieces + block.z) * kStride;
+      device::store_global(to + column, sum);
+      if (column == 0) {
+        device::store_global(to + HEAD_DIM, largest);
+        device::store_global(to + HEAD_DIM + 1, weights);
+      }
+    }
+  }
+}
+
+// Block (row, head): merges the pieces of a long context, in order; a short one is done already.
+template <class Number>
+RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
+  using Acc = typename Number::Acc;
+  const device::Index block = device::block_index();
+  device::dependency_wait();
+  const int context = device::load_global(args.context_lens + block.x);
+  if (context <= kCudaSplitSlots) return;
+  const int pieces = (context + kCudaSplitSlots - 1) / kCudaSplitSlots;
+  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
+  const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
+  const auto of = [&](int piece, int column) {
+    return device::load_global(partial + static_cast<int64_t>(piece) * (args.head_dim + 2) + column);
+  };
+  for (int column = device::thread_index(); column < args.head_dim; column += kThreads) {
+    Acc largest = of(0, args.head_dim);
+    for (int piece = 1; piece < pieces; ++piece) {
+      const Acc other = of(piece, args.head_dim);
+      largest = other > largest ? other : largest;
+    }
+    Acc sum = 0, weights = 0;
+    for (int piece = 0; piece < pieces; ++piece) {
+      const Acc factor = device::exp2(of(piece, args.head_dim) - largest);
+      sum += factor * of(piece, column);
+      weights += factor * of(piece, args.head_dim + 1);
+    }
+    device::store_global(static_cast<typename Number::Storage*>(args.out) + head * args.head_dim + column,
+                         Number::narrow(sum / weights));
+  }
+}
+
+// Block (4 tiles, kv head): one tile per warp.
+template <class Half, int HEAD_DIM, int STAGES>
+RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
+  using Storage = typename Half::Storage;
+  using Shared = AttentionShared<HEAD_DIM, STAGES>;
+  const device::Index block = device::block_index();
+  const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
+  const QueryTile tile = find_prefill_tile(args, block.x * kWarps + warp, block.y);
+  if (tile.rows == 0) return;
+  char* shared = device::shared_memory();
+  AttentionWarp<Half, HEAD_DIM, STAGES> attention{
+      args,
+      tile,
+      reinterpret_cast<Storage*>(shared + warp * Shared::kQueryBytes),
+      shared + kWarps * Shared::kQueryBytes + warp * Shared::kWarpBytes,
+      lane,
+      {},
+      {},
+      {}};
+  attention.load_queries(lane, 32);
+  device::warp_barrier();
+  attention.attend(0, tile.limit(tile.rows - 1), 0, 1);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    if (row >= tile.rows) continue;
+    Storage* to = static_cast<Storage*>(args.out) +
+                  (static_cast<int64_t>(tile.token(row)) * args.num_heads + tile.head(row)) * HEAD_DIM;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        device::store_global(to + 8 * i + lane % 4 * 2 + j,
+                             Half::narrow(attention.sums[i][2 * half + j] / attention.weights[half]));
+      }
+    }
+  }
+}
+
+}  // namespace rrt::kv_cache

@@ -1,0 +1,106 @@
+// Bodies of the CUDA kernels of loop_kv_write, and of attention for what cuda_attention.h does not take: fp32 and
+// fp64, other head dims. There a warp has one query head and goes through its slots one by one.
+#pragma once
+
+#include "kv_cache/cuda_attention.h"
+
+namespace rrt::kv_cache {
+
+constexpr int kMaxLaneColumns = 16;  // of a head, per lane
+
+struct CudaWriteArgs {
+  const void* k;  // [m, num_kv_heads, head_dim]; a head's elements are adjacent
+  const void* v;
+  int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
+  void* k_cache;  // [num_slots, num_kv_heads, head_dim]
+  void* v_cache;
+  const int64_t* slots;  // [m]; one outside [0, num_slots) is skipped
+  int64_t num_slots;
+  CudaRope rope;
+  int num_kv_heads, head_dim;
+};
+
+// Block (row).
+template <class Number>
+RRT_DEVICE void write_body(const CudaWriteArgs& args) {
+  using Storage = typename Number::Storage;
+  using Acc = typename Number::Acc;
+  const int row = device::block_index().x;
+  const int64_t slot = device::load_global(args.slots + row);
+  if (slot < 0 || slot >= args.num_slots) return;
+  const int64_t to = slot * args.num_kv_heads * args.head_dim;
+  for (int i = device::thread_index(); i < args.num_kv_heads * args.head_dim; i += kThreads) {
+    const int head = i / args.head_dim, column = i % args.head_dim;
+    const Storage* k = static_cast<const Storage*>(args.k) + row * args.k_row_stride + head * args.k_head_stride;
+    const Storage* v = static_cast<const Storage*>(args.v) + row * args.v_row_stride + head * args.v_head_stride;
+    const Acc key = rotated<Acc>(args.rope, row, column, [&](int j) { return Number::widen(device::load_global(k + j)); });
+    device::store_global(static_cast<Storage*>(args.k_cache) + to + i, Number::narrow(key));
+    device::store_global(static_cast<Storage*>(args.v_cache) + to + i, device::load_global(v + column));
+  }
+}
+
+// Block (4 query heads of one after the other query): one per warp.
+template <class Number>
+RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
+  using Storage = typename Number::Storage;
+  using Acc = typename Number::Acc;
+  const int lane = device::thread_index() % 32;
+  const int64_t unit = static_cast<int64_t>(device::block_index().x) * kWarps + device::thread_index() / 32;
+  if (unit >= static_cast<int64_t>(args.num_queries) * args.num_heads) return;
+  const int query = static_cast<int>(unit / args.num_heads), head = static_cast<int>(unit % args.num_heads);
+  int sequence = query, limit;
+  if (args.query_start == nullptr) {
+    limit = device::load_global(args.context_lens + query);
+  } else {
+    sequence = 0;
+    while (device::load_global(args.query_start + sequence + 1) <= query) ++sequence;
+    limit = device::load_global(args.context_lens + sequence) -
+            (device::load_global(args.query_start + sequence + 1) - query) + 1;
+  }
+  const int kv_head = head / (args.num_heads / args.num_kv_heads);
+  const Storage* from = static_cast<const Storage*>(args.q) + query * args.q_row_stride + head * args.q_head_stride;
+  Acc q[kMaxLaneColumns], sums[kMaxLaneColumns];
+#pragma unroll
+  for (int i = 0; i < kMaxLaneColumns; ++i) {
+    const int column = lane + 32 * i;
+    q[i] = 0;
+    if (column < args.head_dim && limit > 0) {
+      q[i] = rotated<Acc>(args.rope, query, column, [&](int j) { return Number::widen(device::load_global(from + j)); });
+    }
+    sums[i] = 0;
+  }
+  Acc largest = static_cast<Acc>(-1e30), weights = 0;
+  for (int slot = 0; slot < limit; ++slot) {
+    const Storage* k = find_slot<Storage>(args, args.k_cache, sequence, kv_head, slot);
+    const Storage* v = find_slot<Storage>(args, args.v_cache, sequence, kv_head, slot);
+    Acc score = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxLaneColumns; ++i) {
+      const int column = lane + 32 * i;
+      if (k != nullptr && column < args.head_dim) score += q[i] * Number::widen(device::load_global(k + column));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) score += device::shuffle_xor(score, mask);
+    score = k == nullptr ? static_cast<Acc>(NAN) : score * (static_cast<Acc>(args.scale) * static_cast<Acc>(1.44269504088896340736));
+    const Acc next = score > largest ? score : largest;
+    const Acc shrink = device::exp2(largest - next), weight = device::exp2(score - next);
+    largest = next;
+    weights = weights * shrink + weight;
+#pragma unroll
+    for (int i = 0; i < kMaxLaneColumns; ++i) {
+      const int column = lane + 32 * i;
+      sums[i] *= shrink;
+      if (v != nullptr && column < args.head_dim) sums[i] += weight * Number::widen(device::load_global(v + column));
+    }
+  }
+  Storage* to = static_cast<Storage*>(args.out) + unit * args.head_dim;
+#pragma unroll
+  for (int i = 0; i < kMaxLaneColumns; ++i) {
+    const int column = lane + 32 * i;
+    if (column < args.head_dim) {
+      device::store_global(to + column, Number::narrow(limit > 0 ? sums[i] / weights : static_cast<Acc>(0)));
+    }
+  }
+}
+
+}  // namespace rrt::kv_cache
