@@ -32,7 +32,7 @@ struct CudaAttentionArgs {
   int64_t table_stride;
   const int32_t* query_start;   // null: decode
   const int32_t* context_lens;
-  float scale;
+  double scale;
   CudaRope rope;
   void* out;       // [queries, num_heads, head_dim]
   float* partial;  // decode, if a context may have several pieces: [queries, num_heads, pieces, head_dim + 2]
@@ -42,7 +42,7 @@ struct CudaAttentionArgs {
 };
 
 constexpr int kCudaSplitSlots = 256;
-constexpr int kTileRows = 16, kTileSlots = 16;
+constexpr int kMmaRows = 16, kMmaSlots = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -52,11 +52,11 @@ struct AttentionShared {
   static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
   static constexpr int kQueryStride = 32 * kBlocks + 32;    // elements; the rest keeps lanes on banks of their own
   static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
-  static constexpr int kQueryBytes = kTileRows * kQueryStride * 2;
+  static constexpr int kQueryBytes = kMmaRows * kQueryStride * 2;
   static constexpr int kKeyBytes = kKeyVectors * 32 * 16;
-  static constexpr int kStageBytes = kKeyBytes + kTileSlots * kValueStride * 2;
+  static constexpr int kStageBytes = kKeyBytes + kMmaSlots * kValueStride * 2;
   static constexpr int kWarpBytes = STAGES * kStageBytes;
-  static constexpr int kMergeBytes = kWarps * kTileRows * (HEAD_DIM + 2) * 4;
+  static constexpr int kMergeBytes = kWarps * kMmaRows * (HEAD_DIM + 2) * 4;
   // Decode has one set of queries, prefill one per warp.
   template <bool PREFILL>
   static constexpr int bytes() {
@@ -86,10 +86,10 @@ RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, 
   int begin = device::load_global(args.query_start);
   for (int s = 0; s < args.num_sequences; ++s) {
     const int end = device::load_global(args.query_start + s + 1);
-    const int rows = (end - begin) * group, tiles = (rows + kTileRows - 1) / kTileRows;
+    const int rows = (end - begin) * group, tiles = (rows + kMmaRows - 1) / kMmaRows;
     if (tile < tiles) {
-      const int first = tile * kTileRows;
-      const int here = rows - first < kTileRows ? rows - first : kTileRows;
+      const int first = tile * kMmaRows;
+      const int here = rows - first < kMmaRows ? rows - first : kMmaRows;
       return {s, begin, first, here, group, kv_head, device::load_global(args.context_lens + s) - (end - begin) + 1};
     }
     tile -= tiles;
@@ -130,7 +130,7 @@ struct AttentionWarp {
 
   const CudaAttentionArgs& args;
   const QueryTile& tile;
-  Storage* queries;  // [kTileRows, kQueryStride]
+  Storage* queries;  // [kMmaRows, kQueryStride]
   char* stages;
   int lane;
 
@@ -139,7 +139,7 @@ struct AttentionWarp {
 
   // Fills `queries` by `threads` threads, of which this is number `thread`; a barrier must follow.
   RRT_DEVICE void load_queries(int thread, int threads) const {
-    for (int i = thread; i < kTileRows * Shared::kQueryStride; i += threads) {
+    for (int i = thread; i < kMmaRows * Shared::kQueryStride; i += threads) {
       const int row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
       float value = 0;
       if (row < tile.rows && column < HEAD_DIM) {
@@ -160,7 +160,7 @@ struct AttentionWarp {
            slot * Shared::kValueStride;
   }
 
-  // Slots [first, first + kTileSlots), zeros from `end` on.
+  // Slots [first, first + kMmaSlots), zeros from `end` on.
   RRT_DEVICE void fetch(int stage, int first, int end) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -173,7 +173,7 @@ struct AttentionWarp {
         device::copy_async(keys(stage, i * Shared::kBlocks + block), valid ? k + column : args.k_cache, valid);
       }
     }
-    for (int i = lane; i < kTileSlots * kColumnTiles; i += 32) {
+    for (int i = lane; i < kMmaSlots * kColumnTiles; i += 32) {
       const int slot = first + i / kColumnTiles, column = i % kColumnTiles * 8;
       const Storage* v = slot < end ? find_slot<Storage>(args, args.v_cache, tile.sequence, tile.kv_head, slot) : nullptr;
       auto* to = reinterpret_cast<device::Vector*>(values(stage, i / kColumnTiles) + column);
@@ -210,7 +210,7 @@ struct AttentionWarp {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row = lane / 4 + j / 2 * 8, slot = first + 8 * i + lane % 4 * 2 + j % 2;
-        float score = scores[i][j] * (args.scale * kLog2E);
+        float score = scores[i][j] * (static_cast<float>(args.scale) * kLog2E);
         if (row >= tile.rows || slot >= tile.limit(row)) {
           score = -INFINITY;
         } else if (find_slot<Storage>(args, args.k_cache, tile.sequence, tile.kv_head, slot) == nullptr) {
@@ -267,7 +267,7 @@ struct AttentionWarp {
     }
     largest[0] = largest[1] = -1e30f;  // finite, so that a row of which nothing is seen yet makes no NaN
     weights[0] = weights[1] = 0;
-    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kTileSlots; };
+    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kMmaSlots; };
     const auto fetch_turn = [&](int turn) {
       if (slot_of(turn) < end) fetch(turn % STAGES, slot_of(turn), end);
       device::copy_commit();
@@ -296,13 +296,13 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   using Shared = AttentionShared<HEAD_DIM, STAGES>;
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
-  const int group = args.num_heads / args.num_kv_heads, tiles = (group + kTileRows - 1) / kTileRows;
-  const int first = block.y % tiles * kTileRows;
+  const int group = args.num_heads / args.num_kv_heads, tiles = (group + kMmaRows - 1) / kMmaRows;
+  const int first = block.y % tiles * kMmaRows;
   const int context = device::load_global(args.context_lens + block.x);
   const int begin = block.z * kCudaSplitSlots;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
   const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
-  const QueryTile tile{block.x, block.x, first, group - first < kTileRows ? group - first : kTileRows,
+  const QueryTile tile{block.x, block.x, first, group - first < kMmaRows ? group - first : kMmaRows,
                        group,   block.y / tiles, context};
 
   char* shared = device::shared_memory();
@@ -324,7 +324,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   constexpr int kStride = HEAD_DIM + 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float* row = merged + (warp * kTileRows + lane / 4 + 8 * half) * kStride;
+    float* row = merged + (warp * kMmaRows + lane / 4 + 8 * half) * kStride;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
 #pragma unroll
@@ -339,7 +339,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const bool whole = context <= kCudaSplitSlots;
   for (int i = thread; i < tile.rows * HEAD_DIM; i += kThreads) {
     const int row = i / HEAD_DIM, column = i % HEAD_DIM;
-    const auto of = [&](int w, int c) { return device::load_shared(merged + (w * kTileRows + row) * kStride + c); };
+    const auto of = [&](int w, int c) { return device::load_shared(merged + (w * kMmaRows + row) * kStride + c); };
     float largest = of(0, HEAD_DIM);
     for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, of(w, HEAD_DIM));
     float sum = 0, weights = 0;

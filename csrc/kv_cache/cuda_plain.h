@@ -81,7 +81,7 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) score += device::shuffle_xor(score, mask);
-    score = k == nullptr ? static_cast<Acc>(NAN) : score * (static_cast<Acc>(args.scale) * static_cast<Acc>(1.44269504088896340736));
+    score = k == nullptr ? static_cast<Acc>(NAN) : score * static_cast<Acc>(args.scale * 1.44269504088896340736);
     const Acc next = score > largest ? score : largest;
     const Acc shrink = device::exp2(largest - next), weight = device::exp2(score - next);
     largest = next;

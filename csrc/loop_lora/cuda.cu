@@ -1,11 +1,6 @@
-// Launches of rrt::loop_lora_linear on CUDA: shrink, then expand, chained by programmatic dependent launch where the
-// device has it (RRT_PDL=0 turns that off). The choice of kernel depends on the layer's shape, that of a tile also on
+// Launches of rrt::loop_lora_linear on CUDA: shrink, then expand, chained by programmatic dependent launch. The choice of kernel depends on the layer's shape, that of a tile also on
 // the number of rows, which changes no bit.
-#include <cuda_runtime.h>
-
-#include <cstdlib>
-#include <cstring>
-
+#include "cuda/launch.h"
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/cuda_plain.h"
 
@@ -22,53 +17,18 @@ __global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constan
   plain_body<Number, SHRINK>(args);
 }
 
-bool wants_dependent_launch() {
-  static const bool wanted = [] {
-    const char* asked = std::getenv("RRT_PDL");
-    return asked == nullptr || std::strcmp(asked, "0") != 0;
-  }();
-  return wanted;
-}
-
-bool has_dependent_launch() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-}
-
-cudaError_t launch(void (*kernel)(DecodeArgs), const DecodeArgs& args, dim3 grid, int shared, bool dependent,
-                   cudaStream_t stream) {
-  if (shared > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
-unsigned tiles_of(int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); }
-
 // Shrink and expand. `rank_kernel` covers `rank_rows` ranks per block, `kernel` `rows` outputs.
 cudaError_t launch_both(void (*rank_kernel)(DecodeArgs), int rank_rows, int rank_shared, void (*kernel)(DecodeArgs),
                         int rows, int shared, int tokens, const DecodeArgs& args, cudaStream_t stream) {
-  const unsigned token_tiles = tiles_of(args.m, tokens);
+  const unsigned token_tiles = cuda::ceil_div(args.m, tokens);
   if (args.total_rank > 0) {
-    const dim3 grid(tiles_of(args.total_rank, rank_rows), args.num_loops, token_tiles);
-    const cudaError_t error = launch(rank_kernel, args, grid, rank_shared, false, stream);
+    const dim3 grid(cuda::ceil_div(args.total_rank, rank_rows), args.num_loops, token_tiles);
+    const cudaError_t error = cuda::launch(rank_kernel, args, grid, kThreads, rank_shared, false, stream);
     if (error != cudaSuccess) return error;
   }
-  const bool dependent = args.total_rank > 0 && wants_dependent_launch() && has_dependent_launch();
-  return launch(kernel, args, dim3(tiles_of(args.n, rows), 1, token_tiles), shared, dependent, stream);
+  const bool dependent = args.total_rank > 0 && cuda::has_dependent_launch();
+  const dim3 grid(cuda::ceil_div(args.n, rows), 1, token_tiles);
+  return cuda::launch(kernel, args, grid, kThreads, shared, dependent, stream);
 }
 
 template <class Half, int TILES, int TOKENS, int STAGES, int RANK_STAGES>
@@ -117,19 +77,6 @@ bool fits_wide_tiles(const Params& p) {
   return fits;
 }
 
-// Makes `device` current, and the one before it again at the end.
-struct DeviceGuard {
-  explicit DeviceGuard(int device) {
-    error = cudaGetDevice(&previous);
-    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(previous); }
-  DeviceGuard(const DeviceGuard&) = delete;
-
-  int previous = 0;
-  cudaError_t error;
-};
-
 int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
 
 }  // namespace
@@ -144,8 +91,8 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   const Params& p = *call.params;
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   if (p.m == 0 || p.n == 0) return nullptr;
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
+  const cuda::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
   DecodeArgs args{};
   args.x = p.x;
   args.x_stride = p.x_row_stride;
@@ -182,7 +129,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
       break;
     case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return cuda::error_text(error);
 }
 
 }  // namespace rrt::loop_lora

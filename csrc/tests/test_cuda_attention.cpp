@@ -97,7 +97,7 @@ struct Problem {
     a.table_stride = max_pages;
     a.query_start = decode ? nullptr : query_start.data();
     a.context_lens = shape.contexts.data();
-    a.scale = 0.3f;
+    a.scale = 0.3;
     a.rope = rope();
     a.out = out.data();
     a.partial = reinterpret_cast<float*>(partial.data());
@@ -164,7 +164,7 @@ struct Problem {
             const int64_t from = at(s, slot) + int64_t{head / group} * shape.head_dim;
             double score = 0;
             for (int d = 0; d < shape.head_dim; ++d) score += turned[d] * Number::widen(k_cache[from + d]);
-            const double weight = std::exp(0.3f * score);
+            const double weight = std::exp(0.3 * score);
             weights += weight;
             for (int d = 0; d < shape.head_dim; ++d) sums[d] += weight * Number::widen(v_cache[from + d]);
           }
@@ -193,12 +193,12 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
   using Shared = AttentionShared<HEAD_DIM, STAGES>;
   const int group = args.num_heads / args.num_kv_heads;
   if (!problem.decode) {
-    const int tiles = args.num_queries * group / kTileRows + args.num_sequences;
+    const int tiles = args.num_queries * group / kMmaRows + args.num_sequences;
     return emulation::run({{(tiles + kWarps - 1) / kWarps, args.num_kv_heads, 1}, kThreads,
                            Shared::template bytes<true>(), seed, problem.regions(), sabotage},
                           [&] { prefill_attention_body<Half, HEAD_DIM, STAGES>(args); });
   }
-  const int heads = args.num_kv_heads * ((group + kTileRows - 1) / kTileRows);
+  const int heads = args.num_kv_heads * ((group + kMmaRows - 1) / kMmaRows);
   const emulation::Report report =
       emulation::run({{args.num_queries, heads, args.pieces}, kThreads, Shared::template bytes<false>(), seed,
                       problem.regions(), sabotage},
@@ -357,7 +357,7 @@ int main() {
   test_instance<device::Float16, 64, 4>("fp16 64", 1e-3);
   test_instance<device::Float16, 256, 3>("fp16 256", 1e-3);
   test_plain<device::Float32>("fp32 plain", 1e-5);
-  test_plain<device::Float64>("fp64 plain", 1e-7);
+  test_plain<device::Float64>("fp64 plain", 1e-12);
   test_plain<device::BFloat16>("bf16 plain", 6e-3);
   test_plain<device::Float16>("fp16 plain", 1e-3);
   test_write<device::Float32>("fp32 write");

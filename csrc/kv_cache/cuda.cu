@@ -1,0 +1,163 @@
+// Launches of the key/value operators on CUDA.
+#include "cuda/launch.h"
+#include "kv_cache/cuda_launch.h"
+#include "kv_cache/cuda_plain.h"
+
+namespace rrt::kv_cache {
+namespace {
+
+using cuda::launch;
+
+template <class Number>
+__global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ CudaWriteArgs args) {
+  write_body<Number>(args);
+}
+
+template <class Half, int HEAD_DIM, int STAGES>
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  decode_attention_body<Half, HEAD_DIM, STAGES>(args);
+}
+
+template <class Half, int HEAD_DIM, int STAGES>
+__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  prefill_attention_body<Half, HEAD_DIM, STAGES>(args);
+}
+
+template <class Number>
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  combine_body<Number>(args);
+}
+
+template <class Number>
+__global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  plain_attention_body<Number>(args);
+}
+
+template <class Half, int HEAD_DIM, int STAGES>
+cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream) {
+  using Shared = AttentionShared<HEAD_DIM, STAGES>;
+  const int group = args.num_heads / args.num_kv_heads;
+  if (args.query_start != nullptr) {
+    const unsigned tiles = args.num_queries * group / kMmaRows + args.num_sequences;
+    const dim3 grid(cuda::ceil_div(tiles, kWarps), args.num_kv_heads);
+    return launch(prefill_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads, Shared::template bytes<true>(), false,
+                  stream);
+  }
+  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::ceil_div(group, kMmaRows), args.pieces);
+  const cudaError_t error = launch(decode_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads,
+                                   Shared::template bytes<false>(), false, stream);
+  if (error != cudaSuccess || args.pieces == 1) return error;
+  return launch(combine_kernel<Half>, args, dim3(args.num_queries, args.num_heads), kThreads, 0,
+                cuda::has_dependent_launch(), stream);
+}
+
+template <class Number>
+cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
+  const dim3 grid(cuda::ceil_div(static_cast<int64_t>(args.num_queries) * args.num_heads, kWarps));
+  return launch(plain_kernel<Number>, args, grid, kThreads, 0, false, stream);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Only rows of keys and values are moved 16 bytes at a time.
+template <class Half>
+cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
+  if (aligned(args.k_cache) && aligned(args.v_cache)) {
+    switch (args.head_dim) {
+      case 64: return launch_attention<Half, 64, 4>(args, stream);
+      case 80: return launch_attention<Half, 80, 4>(args, stream);
+      case 128: return launch_attention<Half, 128, 4>(args, stream);
+      case 256: return launch_attention<Half, 256, 3>(args, stream);
+      default: break;
+    }
+  }
+  return launch_plain<Half>(args, stream);
+}
+
+CudaRope device_rope(const Rope& rope, int64_t max_positions) {
+  return {rope.positions, rope.cos_sin, static_cast<int>(max_positions), static_cast<int>(rope.rotary_dim)};
+}
+
+int64_t pieces_of(const CudaAttentionParams& p) {
+  return cuda::ceil_div(p.max_pages * p.params->page_size, kCudaSplitSlots);
+}
+
+}  // namespace
+
+int64_t cuda_scratch_bytes(const CudaAttentionParams& call) {
+  const AttentionParams& p = *call.params;
+  const int64_t pieces = pieces_of(call);
+  if (call.query_start != nullptr || pieces <= 1) return 0;
+  return p.num_queries * p.num_heads * pieces * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+const char* write_cuda(const CudaWriteParams& call, int device, void* raw_stream) {
+  const WriteParams& p = *call.params;
+  if (p.m == 0) return nullptr;
+  const cuda::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
+  CudaWriteArgs args{};
+  args.k = p.k;
+  args.v = p.v;
+  args.k_row_stride = p.k_row_stride;
+  args.k_head_stride = p.k_head_stride;
+  args.v_row_stride = p.v_row_stride;
+  args.v_head_stride = p.v_head_stride;
+  args.k_cache = p.k_cache;
+  args.v_cache = p.v_cache;
+  args.slots = p.slots;
+  args.num_slots = call.num_slots;
+  args.rope = device_rope(p.rope, call.max_positions);
+  args.num_kv_heads = static_cast<int>(p.num_kv_heads);
+  args.head_dim = static_cast<int>(p.head_dim);
+  void (*kernel)(CudaWriteArgs) = nullptr;
+  switch (p.dtype) {
+    case Dtype::kFloat32: kernel = write_kernel<device::Float32>; break;
+    case Dtype::kFloat64: kernel = write_kernel<device::Float64>; break;
+    case Dtype::kBFloat16: kernel = write_kernel<device::BFloat16>; break;
+    case Dtype::kFloat16: kernel = write_kernel<device::Float16>; break;
+  }
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  return cuda::error_text(launch(kernel, args, dim3(static_cast<unsigned>(p.m)), kThreads, 0, false, stream));
+}
+
+const char* attention_cuda(const CudaAttentionParams& call, int device, void* raw_stream) {
+  const AttentionParams& p = *call.params;
+  if (p.num_queries == 0) return nullptr;
+  const cuda::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
+  CudaAttentionArgs args{};
+  args.q = p.q;
+  args.q_row_stride = p.q_row_stride;
+  args.q_head_stride = p.q_head_stride;
+  args.k_cache = p.k_cache;
+  args.v_cache = p.v_cache;
+  args.block_tables = p.block_tables;
+  args.table_stride = p.table_stride;
+  args.query_start = call.query_start;
+  args.context_lens = call.context_lens;
+  args.scale = p.scale;
+  args.rope = device_rope(p.rope, call.max_positions);
+  args.out = p.out;
+  args.partial = static_cast<float*>(call.partial);
+  args.num_queries = static_cast<int>(p.num_queries);
+  args.num_sequences = static_cast<int>(call.num_sequences);
+  args.num_heads = static_cast<int>(p.num_heads);
+  args.num_kv_heads = static_cast<int>(p.num_kv_heads);
+  args.head_dim = static_cast<int>(p.head_dim);
+  args.num_pages = static_cast<int>(call.num_pages);
+  args.page_size = static_cast<int>(p.page_size);
+  args.max_pages = static_cast<int>(call.max_pages);
+  args.pieces = static_cast<int>(pieces_of(call));
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case Dtype::kFloat32: error = launch_plain<device::Float32>(args, stream); break;
+    case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
+    case Dtype::kBFloat16: error = launch_half<device::BFloat16>(args, stream); break;
+    case Dtype::kFloat16: error = launch_half<device::Float16>(args, stream); break;
+  }
+  return cuda::error_text(error);
+}
+
+}  // namespace rrt::kv_cache
