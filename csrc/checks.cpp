@@ -2,6 +2,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#ifdef RRT_CUDA
+// Torch's own header declares it for builds with CUDA alone; on a torch without CUDA the symbol is null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
 namespace rrt {
 
 std::string dtype_text(ScalarType dtype) {
@@ -61,6 +66,14 @@ void Checks::contiguous(const char* name, const Tensor& tensor) const {
   fail(name, ": found strides ", ints_text(tensor.strides()),
        "; expected a contiguous tensor (call .contiguous() once, when loading)");
 }
+
+#ifdef RRT_CUDA
+void* current_cuda_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+#endif
 
 void torch_parallel(int64_t begin, int64_t end, int64_t grain_size, void (*body)(int64_t, int64_t, void*),
                     void* context) {

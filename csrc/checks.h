@@ -54,6 +54,11 @@ struct Checks {
   void contiguous(const char* name, const Tensor& tensor) const;
 };
 
+#ifdef RRT_CUDA
+// The current stream (a cudaStream_t) of CUDA device `device`.
+void* current_cuda_stream(int32_t device);
+#endif
+
 // Calls body(begin, end, context) over disjoint ranges that cover [begin, end), on torch's threads.
 void torch_parallel(int64_t begin, int64_t end, int64_t grain_size, void (*body)(int64_t, int64_t, void*),
                     void* context);

@@ -8,6 +8,8 @@ namespace {
 
 using cuda::launch;
 
+constexpr int kMaxSharedBytes = 163 << 10;
+
 template <class Number>
 __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ CudaWriteArgs args) {
   write_body<Number>(args);
@@ -36,6 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constan
 template <class Half, int HEAD_DIM, int STAGES>
 cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream) {
   using Shared = AttentionShared<HEAD_DIM, STAGES>;
+  static_assert(Shared::template bytes<true>() <= kMaxSharedBytes, "an A100 has no more");
   const int group = args.num_heads / args.num_kv_heads;
   if (args.query_start != nullptr) {
     const unsigned tiles = args.num_queries * group / kMmaRows + args.num_sequences;
@@ -67,7 +70,7 @@ cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
       case 64: return launch_attention<Half, 64, 4>(args, stream);
       case 80: return launch_attention<Half, 80, 4>(args, stream);
       case 128: return launch_attention<Half, 128, 4>(args, stream);
-      case 256: return launch_attention<Half, 256, 3>(args, stream);
+      case 256: return launch_attention<Half, 256, 2>(args, stream);
       default: break;
     }
   }
@@ -123,7 +126,7 @@ const char* write_cuda(const CudaWriteParams& call, int device, void* raw_stream
 
 const char* attention_cuda(const CudaAttentionParams& call, int device, void* raw_stream) {
   const AttentionParams& p = *call.params;
-  if (p.num_queries == 0) return nullptr;
+  if (p.num_queries == 0 || p.num_heads == 0 || p.head_dim == 0) return nullptr;
   const cuda::DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
   CudaAttentionArgs args{};

@@ -50,7 +50,7 @@ template <int HEAD_DIM, int STAGES>
 struct AttentionShared {
   static constexpr int kBlocks = (HEAD_DIM + 31) / 32;      // of 32 elements: two mmas of keys
   static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
-  static constexpr int kQueryStride = 32 * kBlocks + 32;    // elements; the rest keeps lanes on banks of their own
+  static constexpr int kQueryStride = 32 * kBlocks + 8;     // elements; the rest spreads lanes over the banks
   static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
   static constexpr int kQueryBytes = kMmaRows * kQueryStride * 2;
   static constexpr int kKeyBytes = kKeyVectors * 32 * 16;

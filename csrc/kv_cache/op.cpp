@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "kv_cache/cuda_launch.h"
 #include "kv_cache/launch.h"
 
 namespace rrt {
@@ -79,8 +80,17 @@ Tensor with_dense_heads(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-void loop_kv_write_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping,
-                       const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+// A checked call, but for the values of slots and positions, and the tensors that it points into.
+struct WriteCall {
+  kv_cache::WriteParams params{};
+  int64_t num_slots;
+  Tensor k, v;
+  Indices<int64_t> slots;
+  CheckedRope rope;
+};
+
+WriteCall prepare_write(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache, const Tensor& slot_mapping,
+                        const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
   const Checks& check = write_check;
   const Dtype dtype = check.float_dtype("k", k);
   check.dtype("v", v, k.scalar_type());
@@ -96,38 +106,56 @@ void loop_kv_write_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor 
   check.shape("v", v, {{"M", m}, {"H_kv", num_kv_heads}, {"D_h", head_dim}});
   check_cache(check, k_cache, v_cache, num_kv_heads, head_dim);
   check.shape("slot_mapping", slot_mapping, {{"M", m}});
-  const CheckedRope rope = check_rope(check, positions, cos_sin, k, "k");
-
-  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
-  const Indices<int64_t> slots(slot_mapping);
-  const int64_t bad = kv_cache::find_bad_slot(slots.data, m, num_slots);
-  if (bad >= 0) {
-    check.fail("slot_mapping[", bad, "]: found ", slots.data[bad], "; expected a slot in [0, ", num_slots,
-               "), or -1 to skip the row");
-  }
-  rope.check_values(check, [&](int64_t row) { return slots.data[row] >= 0; });
-
-  const Tensor k_rows = with_dense_heads(k), v_rows = with_dense_heads(v);
-  kv_cache::WriteParams params{};
+  WriteCall call{{},
+                 k_cache.size(0) * k_cache.size(1),
+                 with_dense_heads(k),
+                 with_dense_heads(v),
+                 Indices<int64_t>(slot_mapping),
+                 check_rope(check, positions, cos_sin, k, "k")};
+  kv_cache::WriteParams& params = call.params;
   params.dtype = dtype;
   params.m = m;
   params.num_kv_heads = num_kv_heads;
   params.head_dim = head_dim;
-  params.k_row_stride = k_rows.stride(0);
-  params.k_head_stride = k_rows.stride(1);
-  params.v_row_stride = v_rows.stride(0);
-  params.v_head_stride = v_rows.stride(1);
-  params.k = k_rows.const_data_ptr();
-  params.v = v_rows.const_data_ptr();
+  params.k_row_stride = call.k.stride(0);
+  params.k_head_stride = call.k.stride(1);
+  params.v_row_stride = call.v.stride(0);
+  params.v_head_stride = call.v.stride(1);
+  params.k = call.k.const_data_ptr();
+  params.v = call.v.const_data_ptr();
   params.k_cache = k_cache.mutable_data_ptr();
   params.v_cache = v_cache.mutable_data_ptr();
-  params.slots = slots.data;
-  params.rope = rope.rope;
-  kv_cache::write_cpu(params, torch_parallel);
+  params.slots = call.slots.data;
+  params.rope = call.rope.rope;
+  return call;
 }
 
+void loop_kv_write_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping,
+                       const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+  const WriteCall call = prepare_write(k, v, k_cache, v_cache, slot_mapping, positions, cos_sin);
+  const int64_t bad = kv_cache::find_bad_slot(call.slots.data, call.params.m, call.num_slots);
+  if (bad >= 0) {
+    write_check.fail("slot_mapping[", bad, "]: found ", call.slots.data[bad], "; expected a slot in [0, ",
+                     call.num_slots, "), or -1 to skip the row");
+  }
+  call.rope.check_values(write_check, [&](int64_t row) { return call.slots.data[row] >= 0; });
+  kv_cache::write_cpu(call.params, torch_parallel);
+}
+
+// A checked call, but for the values of lengths, pages and positions, and the tensors that it points into.
+struct AttentionCall {
+  kv_cache::AttentionParams params{};
+  int64_t num_sequences, num_pages, max_pages;
+  Tensor q, block_tables, out;
+  std::optional<Indices<int32_t>> starts;
+  Indices<int32_t> contexts;
+  CheckedRope rope;
+
+  const int32_t* query_start() const { return starts ? starts->data : nullptr; }
+};
+
 // Decode has no query_start: a row is a sequence with one query.
-Tensor attention_cpu(const Checks& check, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+AttentionCall prepare_attention(const Checks& check, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      const Tensor& block_tables, const Tensor* query_start, const Tensor& context_lens, double scale,
                      const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
   const Dtype dtype = check.float_dtype("q", q);
@@ -152,50 +180,20 @@ Tensor attention_cpu(const Checks& check, const Tensor& q, const Tensor& k_cache
   const int64_t num_sequences = block_tables.size(0), max_pages = block_tables.size(1);
   if (query_start) check.shape("query_start", *query_start, {{"S + 1", num_sequences + 1}});
   check.shape("context_lens", context_lens, {{"S", num_sequences}});
-  const CheckedRope rope = check_rope(check, positions, cos_sin, q, "q");
-
-  std::optional<Indices<int32_t>> starts;
-  if (query_start) {
-    starts.emplace(*query_start);
-    const int64_t bad = kv_cache::find_bad_query_start(starts->data, num_sequences, num_queries);
-    if (bad >= 0) {
-      const int32_t found = starts->data[bad];
-      if (bad == 0) check.fail("query_start[0]: found ", found, "; expected 0");
-      if (found < starts->data[bad - 1]) {
-        check.fail("query_start[", bad, "]: found ", found, "; expected at least ", starts->data[bad - 1],
-                   ", the entry before");
-      }
-      check.fail("query_start[", bad, "]: found ", found, "; expected ", num_queries, ", the number of queries");
-    }
-  }
-  const int32_t* start = starts ? starts->data : nullptr;
-  const Indices<int32_t> contexts(context_lens);
-  const int64_t most = max_pages * page_size;
-  int64_t bad = kv_cache::find_bad_context(contexts.data, num_sequences, most);
-  if (bad >= 0) {
-    check.fail("context_lens[", bad, "]: found ", contexts.data[bad], "; expected a length in [0, ", most,
-               "], what block_tables hold");
-  }
-  bad = kv_cache::find_short_context(start, contexts.data, num_sequences);
-  if (bad >= 0) {
-    check.fail("context_lens[", bad, "]: found ", contexts.data[bad], "; expected at least ",
-               kv_cache::num_queries_of(start, contexts.data, bad), ", the queries of the sequence");
-  }
-  const Tensor tables =
-      max_pages <= 1 || block_tables.stride(1) == 1 ? block_tables : torch::stable::contiguous(block_tables);
-  const int32_t* table = tables.const_data_ptr<int32_t>();
-  const kv_cache::TableEntry entry = kv_cache::find_bad_page(table, tables.stride(0), start, contexts.data,
-                                                             num_sequences, page_size, num_pages);
-  if (entry.row >= 0) {
-    check.fail("block_tables[", entry.row, ", ", entry.column, "]: found ",
-               table[entry.row * tables.stride(0) + entry.column], "; expected a page in [0, ", num_pages, ")");
-  }
-  rope.check_values(check, [&](int64_t row) { return start != nullptr || contexts.data[row] > 0; });
-
-  const Tensor q_rows = with_dense_heads(q);
   const int64_t out_size[] = {num_queries, num_heads, head_dim};
-  Tensor out = torch::stable::new_empty(q, out_size);
-  kv_cache::AttentionParams params{};
+  AttentionCall call{
+      {},
+      num_sequences,
+      num_pages,
+      max_pages,
+      with_dense_heads(q),
+      max_pages <= 1 || block_tables.stride(1) == 1 ? block_tables : torch::stable::contiguous(block_tables),
+      torch::stable::new_empty(q, out_size),
+      std::nullopt,
+      Indices<int32_t>(context_lens),
+      check_rope(check, positions, cos_sin, q, "q")};
+  if (query_start) call.starts.emplace(*query_start);
+  kv_cache::AttentionParams& params = call.params;
   params.dtype = dtype;
   params.num_queries = num_queries;
   params.num_heads = num_heads;
@@ -203,34 +201,125 @@ Tensor attention_cpu(const Checks& check, const Tensor& q, const Tensor& k_cache
   params.head_dim = head_dim;
   params.page_size = page_size;
   params.scale = scale;
-  params.q_row_stride = q_rows.stride(0);
-  params.q_head_stride = q_rows.stride(1);
-  params.q = q_rows.const_data_ptr();
+  params.q_row_stride = call.q.stride(0);
+  params.q_head_stride = call.q.stride(1);
+  params.q = call.q.const_data_ptr();
   params.k_cache = k_cache.const_data_ptr();
   params.v_cache = v_cache.const_data_ptr();
-  params.block_tables = table;
-  params.table_stride = tables.stride(0);
-  params.rope = rope.rope;
-  params.out = out.mutable_data_ptr();
-  const int64_t group = num_kv_heads > 0 ? num_heads / num_kv_heads : 0;
-  kv_cache::attention_cpu(params, kv_cache::plan_attention(start, contexts.data, num_sequences, group),
-                          torch_parallel);
-  return out;
+  params.block_tables = call.block_tables.const_data_ptr<int32_t>();
+  params.table_stride = call.block_tables.stride(0);
+  params.rope = call.rope.rope;
+  params.out = call.out.mutable_data_ptr();
+  return call;
+}
+
+void check_attention_values(const Checks& check, const AttentionCall& call) {
+  const int32_t* start = call.query_start();
+  const int32_t* contexts = call.contexts.data;
+  if (start != nullptr) {
+    const int64_t bad = kv_cache::find_bad_query_start(start, call.num_sequences, call.params.num_queries);
+    if (bad == 0) check.fail("query_start[0]: found ", start[0], "; expected 0");
+    if (bad > 0 && start[bad] < start[bad - 1]) {
+      check.fail("query_start[", bad, "]: found ", start[bad], "; expected at least ", start[bad - 1],
+                 ", the entry before");
+    }
+    if (bad > 0) {
+      check.fail("query_start[", bad, "]: found ", start[bad], "; expected ", call.params.num_queries,
+                 ", the number of queries");
+    }
+  }
+  const int64_t most = call.max_pages * call.params.page_size;
+  int64_t bad = kv_cache::find_bad_context(contexts, call.num_sequences, most);
+  if (bad >= 0) {
+    check.fail("context_lens[", bad, "]: found ", contexts[bad], "; expected a length in [0, ", most,
+               "], what block_tables hold");
+  }
+  bad = kv_cache::find_short_context(start, contexts, call.num_sequences);
+  if (bad >= 0) {
+    check.fail("context_lens[", bad, "]: found ", contexts[bad], "; expected at least ",
+               kv_cache::num_queries_of(start, contexts, bad), ", the queries of the sequence");
+  }
+  const int32_t* tables = call.params.block_tables;
+  const int64_t stride = call.params.table_stride;
+  const kv_cache::TableEntry entry = kv_cache::find_bad_page(tables, stride, start, contexts, call.num_sequences,
+                                                             call.params.page_size, call.num_pages);
+  if (entry.row >= 0) {
+    check.fail("block_tables[", entry.row, ", ", entry.column, "]: found ", tables[entry.row * stride + entry.column],
+               "; expected a page in [0, ", call.num_pages, ")");
+  }
+  call.rope.check_values(check, [&](int64_t row) { return start != nullptr || contexts[row] > 0; });
+}
+
+Tensor attention_cpu(const Checks& check, const AttentionCall& call) {
+  check_attention_values(check, call);
+  const int64_t num_kv_heads = call.params.num_kv_heads;
+  const int64_t group = num_kv_heads > 0 ? call.params.num_heads / num_kv_heads : 0;
+  const auto plan = kv_cache::plan_attention(call.query_start(), call.contexts.data, call.num_sequences, group);
+  kv_cache::attention_cpu(call.params, plan, torch_parallel);
+  return call.out;
 }
 
 Tensor loop_kv_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                              const Tensor& block_tables, const Tensor& context_lens, double scale,
                              const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
-  return attention_cpu(attention_check, q, k_cache, v_cache, block_tables, nullptr, context_lens, scale, positions,
-                       cos_sin);
+  return attention_cpu(attention_check, prepare_attention(attention_check, q, k_cache, v_cache, block_tables, nullptr,
+                                                          context_lens, scale, positions, cos_sin));
 }
 
 Tensor loop_kv_prefill_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                            const Tensor& query_start, const Tensor& context_lens, double scale,
                            const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
-  return attention_cpu(prefill_check, q, k_cache, v_cache, block_tables, &query_start, context_lens, scale, positions,
-                       cos_sin);
+  return attention_cpu(prefill_check, prepare_attention(prefill_check, q, k_cache, v_cache, block_tables, &query_start,
+                                                        context_lens, scale, positions, cos_sin));
 }
+
+#ifdef RRT_CUDA
+// The values of slots, lengths, pages and positions stay on the device (see kv_cache/cuda_launch.h).
+void loop_kv_write_cuda(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping,
+                        const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+  const WriteCall call = prepare_write(k, v, k_cache, v_cache, slot_mapping, positions, cos_sin);
+  const int32_t device = k.get_device_index();
+  const char* error = kv_cache::write_cuda({&call.params, call.num_slots, call.rope.max_positions}, device,
+                                           current_cuda_stream(device));
+  if (error != nullptr) write_check.fail("CUDA: ", error);
+}
+
+Tensor attention_cuda(const Checks& check, const AttentionCall& call) {
+  if (call.params.head_dim > kv_cache::kCudaMaxHeadDim) {
+    check.fail("q: found head_dim ", call.params.head_dim, "; expected at most ", kv_cache::kCudaMaxHeadDim,
+               " on CUDA");
+  }
+  kv_cache::CudaAttentionParams params{&call.params,
+                                       call.query_start(),
+                                       call.contexts.data,
+                                       call.num_sequences,
+                                       call.num_pages,
+                                       call.max_pages,
+                                       call.rope.max_positions,
+                                       nullptr};
+  const int64_t scratch_size[] = {kv_cache::cuda_scratch_bytes(params) / static_cast<int64_t>(sizeof(int32_t))};
+  const Tensor scratch = torch::stable::new_empty(call.contexts.dense, scratch_size);
+  params.partial = scratch.mutable_data_ptr();
+  const int32_t device = call.q.get_device_index();
+  const char* error = kv_cache::attention_cuda(params, device, current_cuda_stream(device));
+  if (error != nullptr) check.fail("CUDA: ", error);
+  return call.out;
+}
+
+Tensor loop_kv_attention_cuda(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                              const Tensor& block_tables, const Tensor& context_lens, double scale,
+                              const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+  return attention_cuda(attention_check, prepare_attention(attention_check, q, k_cache, v_cache, block_tables, nullptr,
+                                                           context_lens, scale, positions, cos_sin));
+}
+
+Tensor loop_kv_prefill_cuda(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                            const Tensor& query_start, const Tensor& context_lens, double scale,
+                            const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+  return attention_cuda(prefill_check, prepare_attention(prefill_check, q, k_cache, v_cache, block_tables,
+                                                         &query_start, context_lens, scale, positions, cos_sin));
+}
+#endif
 
 }  // namespace
 }  // namespace rrt
@@ -252,3 +341,11 @@ STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
   library.impl("loop_kv_attention", TORCH_BOX(&rrt::loop_kv_attention_cpu));
   library.impl("loop_kv_prefill", TORCH_BOX(&rrt::loop_kv_prefill_cpu));
 }
+
+#ifdef RRT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rrt, CUDA, library) {
+  library.impl("loop_kv_write", TORCH_BOX(&rrt::loop_kv_write_cuda));
+  library.impl("loop_kv_attention", TORCH_BOX(&rrt::loop_kv_attention_cuda));
+  library.impl("loop_kv_prefill", TORCH_BOX(&rrt::loop_kv_prefill_cuda));
+}
+#endif

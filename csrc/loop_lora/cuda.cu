@@ -31,26 +31,37 @@ cudaError_t launch_both(void (*rank_kernel)(DecodeArgs), int rank_rows, int rank
   return cuda::launch(kernel, args, grid, kThreads, shared, dependent, stream);
 }
 
-template <class Half, int TILES, int TOKENS, int STAGES, int RANK_STAGES>
+template <int TOKENS>
+constexpr int kNarrowStages = 0;
+#define RRT_STAGES(TILES, TOKENS, STAGES) \
+  template <>                             \
+  constexpr int kNarrowStages<TOKENS> = STAGES;
+RRT_NARROW_TILES(RRT_STAGES)
+#undef RRT_STAGES
+
+template <class Half, int TILES, int TOKENS, int STAGES>
 cudaError_t launch_decode(const DecodeArgs& args, cudaStream_t stream) {
-  return launch_both(decode_kernel<Half, 1, TOKENS, RANK_STAGES, true>, 16,
-                     decode_shared_bytes<1, TOKENS, RANK_STAGES>(), decode_kernel<Half, TILES, TOKENS, STAGES, false>,
-                     16 * TILES, decode_shared_bytes<TILES, TOKENS, STAGES>(), TOKENS, args, stream);
+  constexpr int kRankStages = kNarrowStages<TOKENS>;
+  constexpr int kShared = decode_shared_bytes<TILES, TOKENS, STAGES>();
+  constexpr int kRankShared = decode_shared_bytes<1, TOKENS, kRankStages>();
+  static_assert(kShared <= 163 << 10 && kRankShared <= 163 << 10, "an A100 has no more");
+  return launch_both(decode_kernel<Half, 1, TOKENS, kRankStages, true>, 16, kRankShared,
+                     decode_kernel<Half, TILES, TOKENS, STAGES, false>, 16 * TILES, kShared, TOKENS, args, stream);
 }
 
-// Few outputs want small tiles, so that every multiprocessor has some.
+// The smallest tile that holds all tokens, or the largest.
 template <class Half>
 cudaError_t launch_decode_of(const DecodeArgs& args, bool wide, cudaStream_t stream) {
+  constexpr int kMaxTokens = 64;
+#define RRT_LAUNCH(TILES, TOKENS, STAGES) \
+  if (args.m <= TOKENS || TOKENS == kMaxTokens) return launch_decode<Half, TILES, TOKENS, STAGES>(args, stream);
   if (wide) {
-    if (args.m <= 8) return launch_decode<Half, 4, 8, 4, 8>(args, stream);
-    if (args.m <= 16) return launch_decode<Half, 4, 16, 4, 8>(args, stream);
-    if (args.m <= 32) return launch_decode<Half, 4, 32, 4, 6>(args, stream);
-    return launch_decode<Half, 4, 64, 3, 4>(args, stream);
+    RRT_WIDE_TILES(RRT_LAUNCH)
+  } else {
+    RRT_NARROW_TILES(RRT_LAUNCH)
   }
-  if (args.m <= 8) return launch_decode<Half, 1, 8, 8, 8>(args, stream);
-  if (args.m <= 16) return launch_decode<Half, 1, 16, 8, 8>(args, stream);
-  if (args.m <= 32) return launch_decode<Half, 1, 32, 6, 6>(args, stream);
-  return launch_decode<Half, 1, 64, 4, 4>(args, stream);
+#undef RRT_LAUNCH
+  return cudaErrorInvalidValue;
 }
 
 template <class Number>

@@ -47,6 +47,11 @@ constexpr int kBlockColumns = 32;   // columns of one turn of the stream
 constexpr int kVectorElements = 8;  // of 16 bits
 constexpr int kMaxLoops = 32;       // loops present are a mask
 
+// The instances: F(TILES, TOKENS, STAGES). Few outputs want small tiles, so that every multiprocessor has some; shrink
+// takes those too. Stages are as many as an A100's shared memory has room for.
+#define RRT_NARROW_TILES(F) F(1, 8, 8) F(1, 16, 8) F(1, 32, 6) F(1, 64, 4)
+#define RRT_WIDE_TILES(F) F(4, 8, 4) F(4, 16, 4) F(4, 32, 3) F(4, 64, 2)
+
 // Bytes of shared memory, of which the ring takes most; the sums of the warps reuse it.
 template <int TILES, int TOKENS, int STAGES>
 constexpr int decode_shared_bytes() {

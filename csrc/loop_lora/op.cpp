@@ -11,11 +11,6 @@
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/launch.h"
 
-#ifdef RRT_CUDA
-// Torch's own header declares it for builds with CUDA alone; on a torch without CUDA the symbol is null.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#endif
-
 namespace rrt {
 namespace {
 
@@ -182,11 +177,10 @@ Tensor loop_lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::o
   if (call.params.packed) check.fail("weight: found a packed one; expected [N, K]: packing is for CPUs");
   const int64_t shrunk_size[] = {loop_lora::cuda_scratch_bytes(call.params) / static_cast<int64_t>(sizeof(int32_t))};
   const Tensor shrunk = torch::stable::new_empty(call.loops, shrunk_size);
-  void* stream = nullptr;
   const int32_t device = x.get_device_index();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = loop_lora::run_cuda(
-      {&call.params, call.loops.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device, stream);
+  const char* error =
+      loop_lora::run_cuda({&call.params, call.loops.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device,
+                          current_cuda_stream(device));
   if (error != nullptr) check.fail("CUDA: ", error);
   return call.y;
 }
