@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/bench/*') CMakeLists.txt setup.py
 SANITIZED := build/sanitized
+EMULATED := build/emulated
 
 .PHONY: install demo test test-cpp clean
 
@@ -27,14 +28,18 @@ test: install test-cpp
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
 
-# The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers.
+# The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers; then the bodies of the
+# CUDA kernels, lane by lane on the CPU.
 test-cpp: install
 	@if ! command -v "$${CXX:-c++}" > /dev/null; then echo "no C++ compiler: the C++ tests are left out"; exit 0; fi; \
 	set -ex; \
 	PATH="$$PWD/$(BIN):$$PATH"; \
 	cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING -DRRT_SANITIZE=address,undefined; \
 	cmake --build $(SANITIZED) -- --quiet; \
-	ctest --test-dir $(SANITIZED) --output-on-failure -j 2
+	ctest --test-dir $(SANITIZED) --output-on-failure -j 2; \
+	cmake -S . -B $(EMULATED) -G Ninja --log-level=WARNING -DRRT_WITH_TORCH=0 -DRRT_WITH_PYTHON=0 -DRRT_WITH_CUDA=0; \
+	cmake --build $(EMULATED) --target test_cuda_decode test_cuda_attention -- --quiet; \
+	ctest --test-dir $(EMULATED) --output-on-failure -j 2 -L emulation
 
 clean:
 	rm -rf $(VENV) build runs/out bench/out rrt/_native.so rrt/_plan*.so
