@@ -1,5 +1,8 @@
 """`loop_kv_write`, `loop_kv_attention`, `loop_kv_prefill`: keys and values in pages, and attention over them.
 
+On CUDA the values of slots, pages, lengths and positions are not looked at, which would wait for the device: a bad
+slot is skipped, and a bad page or position makes its row NaN.
+
 Shapes: M rows (T queries of prefill), H query heads, H_kv key/value heads, D_h head width, S sequences. A cache
 is one shared layer's slice [num_pages, page_size, H_kv, D_h]; slot ``page * page_size + offset`` holds one
 position. A block table lists a row's pages in order of its positions; which loop a page belongs to is the

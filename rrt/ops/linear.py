@@ -37,19 +37,21 @@ def loop_lora_linear(
             of lora_a [loops, sum(segment_rank), K], its B the first ``segment_rank[s]`` columns of those rows of
             lora_b [loops, N, max(segment_rank)] (the other columns are not read).
 
-    Weight, lora_a and lora_b may be given packed, all three, as `pack_linear` returns them: faster on a CPU, and
-    with one result. N and the ranks are then segment_out and segment_rank, which must be given ([N] and [R] if there
-    is one segment); columns of lora_b beyond a segment's rank must be finite; there are no gradients.
+    On a CPU, weight, lora_a and lora_b may be given packed, all three, as `pack_linear` returns them: faster, and with
+    one result. N and the ranks are then segment_out and segment_rank, which must be given ([N] and [R] if there is one
+    segment); columns of lora_b beyond a segment's rank must be finite; there are no gradients.
 
     Returns:
-        [M, N] of x's dtype. The native kernel accumulates in float32 (float64 for float64) and rounds once; on a CPU
-        with AVX512-BF16 it rounds A x to bfloat16 too, and takes subnormal bfloat16 numbers for zeros. A row's result
-        is bitwise the same whatever other rows are in the batch. The reference promises neither.
+        [M, N] of x's dtype. The native kernels accumulate in float32 (float64 for float64) and round once, but for
+        A x, which is rounded to x's dtype where matrix instructions multiply it: bfloat16 on CPUs with AVX512-BF16
+        (which take subnormal numbers for zeros), bfloat16 and float16 on CUDA. A row's result is bitwise the same
+        whatever other rows are in the batch. The reference promises neither.
         Differentiable in x, weight, bias, lora_a and lora_b.
 
     Raises:
         RuntimeError: a dtype, device, shape, stride or loop that does not fit; the message names the argument,
-            what was found and what was expected.
+            what was found and what was expected. Loops on a CUDA device are not looked at, which would wait for it: a
+            row whose loop lies outside [0, loops) becomes NaN.
     """
     y: Tensor = torch.ops.rrt.loop_lora_linear.default(
         x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank
