@@ -31,7 +31,8 @@ test: install test-cpp
 # The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers; then the bodies of the
 # CUDA kernels, lane by lane on the CPU.
 test-cpp: install
-	@if ! command -v "$${CXX:-c++}" > /dev/null; then echo "no C++ compiler: the C++ tests are left out"; exit 0; fi; \
+	@for cxx in $${CXX:-c++ g++ clang++}; do found="$$found$$(command -v $$cxx)"; done; \
+	if [ -z "$$found" ]; then echo "no C++ compiler: the C++ tests are left out"; exit 0; fi; \
 	set -ex; \
 	PATH="$$PWD/$(BIN):$$PATH"; \
 	cmake -S . -B $(SANITIZED) -G Ninja --log-level=WARNING -DRRT_SANITIZE=address,undefined; \
@@ -42,4 +43,4 @@ test-cpp: install
 	ctest --test-dir $(EMULATED) --output-on-failure -j 2 -L emulation
 
 clean:
-	rm -rf $(VENV) build runs/out bench/out rrt/_native.so rrt/_plan*.so
+	rm -rf $(VENV) build runs/out bench/out rrt/_native.so rrt/_plan*.so rrt/_*_failed.txt

@@ -90,6 +90,8 @@ def find_pybind11() -> str:
         import pybind11
     except ImportError:
         raise MissingTool(f"no pybind11 for {sys.executable}: pip install pybind11") from None
+    if tuple(map(int, pybind11.__version__.split(".")[:2])) < (2, 12):
+        raise MissingTool(f"found pybind11 {pybind11.__version__}; expected at least 2.12")
     return str(pybind11.get_cmake_dir())
 
 
@@ -157,7 +159,7 @@ class BuildNative(build_ext):
         # CMake never forgets a compiler, so other compilers mean another build directory. Not so for the paths
         # of the build tools, which are new ones in every isolated build.
         compilers = [os.environ.get("CXX", ""), os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
-        key = hashlib.sha256("\n".join(options[2:] + compilers).encode()).hexdigest()[:8]
+        key = hashlib.sha256("\n".join(options[:1] + options[2:] + compilers).encode()).hexdigest()[:8]
         build = ROOT / "build" / f"native-{key}"
         configure = [cmake, "-S", str(ROOT), "-B", str(build), *options, *plan_options]
         if self.debug:

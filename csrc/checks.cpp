@@ -17,6 +17,12 @@ std::string dtype_text(ScalarType dtype) {
     case ScalarType::Half: return "float16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return torch::headeronly::toString(dtype);
   }
 }
@@ -46,7 +52,10 @@ void Checks::dtype(const char* name, const Tensor& tensor, ScalarType expected) 
 
 void Checks::same_device(const char* name, const Tensor& tensor, const Tensor& first, const char* first_name) const {
   if (tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index()) return;
-  fail(name, ": lies on another device than ", first_name, "; expected all tensors on one device");
+  const auto text = [](const Tensor& t) {
+    return t.is_cpu() ? std::string("cpu") : "cuda:" + std::to_string(t.get_device_index());
+  };
+  fail(name, ": found device ", text(tensor), "; expected ", first_name, "'s, ", text(first));
 }
 
 void Checks::shape(const char* name, const Tensor& tensor, const std::vector<Dim>& expected) const {

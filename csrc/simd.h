@@ -16,7 +16,7 @@
 #if defined(__clang__) || __GNUC__ >= 12
 #define RRT_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-#define RRT_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, decltype(a){i, j, k, l})
+#define RRT_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, decltype((a) < (b)){i, j, k, l})
 #endif
 
 namespace rrt {

@@ -217,10 +217,12 @@ def cuda_image(device: int) -> int | None:
     return int(handle.rrt_cuda_image(device))
 
 
-@cache
 def _warn_reference_runs(op: str, device: str) -> None:
-    native = load_native()
-    why = native.reason or f"{_LIBRARY.name} has no {device} kernel of {op}"
+    _warn_once(load_native().reason or f"{_LIBRARY.name} has no {device} kernel of {op}")
+
+
+@cache
+def _warn_once(why: str) -> None:
     warnings.warn(
         f"rrt: the PyTorch reference of the native operators runs: {why}. To build them: {REBUILD}", stacklevel=2
     )
@@ -233,7 +235,7 @@ def register_op(schema: str, reference: Callable[..., Any], fake: Callable[..., 
     """Give the operator `rrt::<schema>` a fake kernel and, wherever the library has no kernel, `reference`.
 
     The operator is defined here if the library did not define it. The first call of a reference in the
-    operator's place warns, once per operator and device type.
+    operator's place warns: once if there is no library, else once per operator and device type.
     """
     name = schema.partition("(")[0]
     load_native()

@@ -346,6 +346,19 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype, op
 
 
 @BOTH
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_the_scale_may_be_anything(case: Case, scale: float, ops: Ops) -> None:
+    for make, op, oracle in (
+        (decode_inputs, ops.attention, oracle_decode),
+        (prefill_inputs, ops.prefill, oracle_prefill),
+    ):
+        paged, inputs = make(case, torch.float32)
+        inputs["scale"] = scale
+        assert_close(op(**inputs), oracle(paged, inputs), torch.float32)
+
+
+@BOTH
 def test_a_context_of_zero_gives_zeros_and_reads_nothing(ops: Ops) -> None:
     _, inputs = decode_inputs(Case(4, 2, 24, 8, (9, 0, 0, 5), rotary_dim=8), torch.float32)
     inputs["q"][1:3] = float("nan")

@@ -291,6 +291,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.zeros(6, 8, dtype=torch.half)}, "weight: found dtype float16; expected float32"),
     ({"bias": torch.zeros(6, dtype=torch.bfloat16)}, "bias: found dtype bfloat16; expected float32"),
     ({"loops": torch.zeros(4, dtype=torch.int64)}, "loops: found dtype int64; expected int32"),
+    ({"loops": torch.zeros(4, dtype=torch.int16)}, "loops: found dtype int16; expected int32"),
+    ({"loops": torch.zeros(4, dtype=torch.bool)}, "loops: found dtype bool; expected int32"),
+    (
+        {"segment_out": [2**63 - 1, 2**63 - 1, 8], "segment_rank": [1, 1, 1]},
+        "segment_out: found [9223372036854775807, 9223372036854775807, 8]; expected no entry above 2147483647",
+    ),
     ({"x": torch.zeros(4, 2, 8)}, "x: found shape [4, 2, 8]; expected [M, K]"),
     ({"weight": torch.zeros(6, 9)}, "weight: found shape [6, 9]; expected [N, 8]"),
     ({"bias": torch.zeros(5)}, "bias: found shape [5]; expected [6]"),
@@ -403,6 +409,17 @@ def test_gradients_match_finite_differences(case: Case) -> None:
     # lora_b's columns beyond a segment's rank have zero gradient, which finite differences confirm.
     assert torch.autograd.gradcheck(loop_lora_linear, differentiable(case))
     assert torch.autograd.gradgradcheck(loop_lora_linear, differentiable(case))
+
+
+def test_one_loops_infinities_stay_out_of_the_others_gradients() -> None:
+    inputs = make_inputs(Case(6, 8, 5, 3, 2), torch.float64)
+    inputs["loops"] = torch.tensor([0, 1, 0, 1, 0, 0], dtype=torch.int32)
+    inputs["lora_a"][1] = torch.inf
+    inputs["x"][3] = torch.nan
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("x", "lora_a", "lora_b")}
+    loop_lora_linear(**{**inputs, **leaves}).sum().backward()
+    assert leaves["x"].grad[inputs["loops"] == 0].isfinite().all()
+    assert leaves["lora_a"].grad[0].isfinite().all() and leaves["lora_b"].grad[0].isfinite().all()
 
 
 @pytest.mark.parametrize("wanted", range(5))

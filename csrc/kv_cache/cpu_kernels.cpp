@@ -219,14 +219,19 @@ struct Attend {
     Acc* scores = static_cast<Acc*>(scratch.scores) + row * kTileSlots;
     Unit* probabilities = static_cast<Unit*>(scratch.probabilities) + row * (kTileSlots / kPair<D>);
     const int64_t padded = (count + lanes - 1) / lanes * lanes;
-    for (int64_t i = count; i < padded; ++i) scores[i] = -__builtin_inff();
+    for (int64_t i = count; i < padded; ++i) scores[i] = 0;
     Acc& max = static_cast<Acc*>(state.max)[row];
     Acc& sum = static_cast<Acc*>(state.sum)[row];
-    Vec largest = Vec{} + max;
     for (int64_t i = 0; i < padded; i += lanes) {
       const Vec scaled = load<Vec>(scores + i) * static_cast<Acc>(p.scale);
       std::memcpy(scores + i, &scaled, sizeof(scaled));
-      largest = scaled > largest ? scaled : largest;
+    }
+    // After the scaling, whatever the sign of the scale.
+    for (int64_t i = count; i < padded; ++i) scores[i] = -__builtin_inff();
+    Vec largest = Vec{} + max;
+    for (int64_t i = 0; i < padded; i += lanes) {
+      const Vec score = load<Vec>(scores + i);
+      largest = score > largest ? score : largest;
     }
     const Acc new_max = reduce_lanes(largest, [](Acc a, Acc b) { return a > b ? a : b; });
     Vec added = {};

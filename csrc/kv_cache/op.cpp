@@ -218,12 +218,12 @@ void check_attention_values(const Checks& check, const AttentionCall& call) {
   const int32_t* contexts = call.contexts.data;
   if (start != nullptr) {
     const int64_t bad = kv_cache::find_bad_query_start(start, call.num_sequences, call.params.num_queries);
-    if (bad == 0) check.fail("query_start[0]: found ", start[0], "; expected 0");
+    if (bad == 0 && start[0] != 0) check.fail("query_start[0]: found ", start[0], "; expected 0");
     if (bad > 0 && start[bad] < start[bad - 1]) {
       check.fail("query_start[", bad, "]: found ", start[bad], "; expected at least ", start[bad - 1],
                  ", the entry before");
     }
-    if (bad > 0) {
+    if (bad >= 0) {
       check.fail("query_start[", bad, "]: found ", start[bad], "; expected ", call.params.num_queries,
                  ", the number of queries");
     }

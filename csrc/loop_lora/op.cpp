@@ -23,6 +23,14 @@ void check_segment_lists(const std::vector<int64_t>& out, const std::vector<int6
   if (out.size() != rank.size()) {
     check.fail("segment_rank: found ", rank.size(), " entries; expected ", out.size(), " as in segment_out");
   }
+  // What is larger than any tensor would overflow the sums.
+  const auto huge = [](int64_t value) { return value > INT32_MAX; };
+  if (std::any_of(out.begin(), out.end(), huge)) {
+    check.fail("segment_out: found ", ints_text(out), "; expected no entry above ", INT32_MAX);
+  }
+  if (std::any_of(rank.begin(), rank.end(), huge)) {
+    check.fail("segment_rank: found ", ints_text(rank), "; expected no entry above ", INT32_MAX);
+  }
   const auto negative = [](int64_t value) { return value < 0; };
   if (std::any_of(out.begin(), out.end(), negative)) {
     check.fail("segment_out: found ", ints_text(out), "; expected no negative entry");

@@ -59,7 +59,7 @@ struct RowBlock {
 
 // Blocks of at most `block_rows` rows in tiles of at most `tile_rows`.
 inline std::vector<RowBlock> plan_rows(const LoopGroups& groups, int64_t tile_rows, int64_t block_rows) {
-  const int64_t total = static_cast<int64_t>(groups.order.size());
+  const int64_t total = groups.offsets.back();
   const int64_t num_loops = static_cast<int64_t>(groups.offsets.size()) - 1;
   std::vector<RowBlock> blocks;
   int64_t loop = 0;

@@ -61,6 +61,12 @@ class Integers {
       const std::string found = py::str(array.dtype());
       fail(name, found + " " + std::string(py::str(py::list(array.attr("shape")))), "integers [M]");
     }
+    if (kind == 'u' && array.dtype().itemsize() == 8 && array.size() > 0) {
+      const auto largest = array.attr("max")().cast<uint64_t>();
+      if (largest > static_cast<uint64_t>(std::numeric_limits<T>::max())) {
+        fail(name, std::to_string(largest), "an int32");
+      }
+    }
     const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
     if (!wide) throw py::error_already_set();
     array_ = Array(wide.size());
@@ -146,7 +152,6 @@ void define_loop_lora(py::module_& m) {
           last = offset;
         }
         if (groups.offsets.empty()) fail("offsets", "no entries", "num_loops + 1, as group_rows_by_loop returns");
-        groups.order.resize(last);  // plan_rows asks for its size alone
         return rrt::loop_lora::plan_rows(groups, tile_rows, block_rows);
       },
       "offsets"_a, "tile_rows"_a, "block_rows"_a);

@@ -32,7 +32,7 @@ std::string widest_of_this_cpu() {
     }
     return true;
   };
-  if (!have({"avx2", "fma"})) return "baseline";
+  if (!have({"avx2", "fma", "f16c"})) return "baseline";
   if (!have({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) return "avx2";
   return have({"avx512_bf16"}) ? "avx512_bf16" : "avx512";
 }

@@ -39,7 +39,7 @@ def loop_kv_write(
             adjacent are copied.
         k_cache, v_cache: [num_pages, page_size, H_kv, D_h], contiguous, of k's dtype; written in place.
         slot_mapping: int64 [M], each a slot in [0, num_pages * page_size), or -1 to skip the row (padding).
-            Of rows with the same slot, any one stays.
+            Slots must differ: what two rows write into one is unspecified.
         positions, cos_sin: int32 [M] and [max_positions, rotary_dim] float32 (float64 for float64 k), or both
             None. Row ``positions[i]`` of cos_sin holds the cosines, then the sines, of rotary_dim / 2 angles; the
             first rotary_dim elements of each key head are rotated by them in halves (rotary position embedding),

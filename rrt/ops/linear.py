@@ -218,7 +218,11 @@ def _check_segment_lists(out: Sequence[int], rank: Sequence[int], packed: bool) 
         _check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
     if len(out) != len(rank):
         _check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
-    for name, values in (("segment_out", out), ("segment_rank", rank)):
+    lists = (("segment_out", out), ("segment_rank", rank))
+    for name, values in lists:
+        if max(values, default=0) > 2**31 - 1:
+            _check.fail(name, list(values), f"no entry above {2**31 - 1}")
+    for name, values in lists:
         if min(values, default=0) < 0:
             _check.fail(name, list(values), "no negative entry")
 
@@ -263,7 +267,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients by the chain rule through T = A_l x. Rows are chosen by masks: their number is data, not shape."""
+    """Gradients by the chain rule through T = A_l x, each loop's over its own rows.
+
+    Rows are chosen by masks, for their number is data, not shape; and on both sides of a product, so that one loop's
+    infinities and NaN stay its own.
+    """
     x, weight, lora_a, lora_b, loops = ctx.saved_tensors
     need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     grad_x = grad @ weight if need_x else None
@@ -271,17 +279,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_b = torch.zeros_like(lora_b) if need_b else None
     segments = _segments(weight.shape[0], lora_a.shape[1], ctx.segment_out, ctx.segment_rank)
     for loop in range(lora_a.shape[0]):
-        grad_of_loop = torch.where((loops == loop).unsqueeze(1), grad, 0)
+        mine = (loops == loop).unsqueeze(1)
+        grad_of_loop, x_of_loop = torch.where(mine, grad, 0), torch.where(mine, x, 0)
         for out, rank in segments:
             size = rank.stop - rank.start
             grad_y, a, b = grad_of_loop[:, out], lora_a[loop, rank], lora_b[loop, out, :size]
             grad_t = grad_y @ b
             if grad_x is not None:
-                grad_x = grad_x + grad_t @ a
+                grad_x = grad_x + torch.where(mine, grad_t @ a, 0)
             if grad_a is not None:
-                grad_a[loop, rank] = grad_t.T @ x
+                grad_a[loop, rank] = torch.where(mine, grad_t, 0).T @ x_of_loop
             if grad_b is not None:
-                grad_b[loop, out, :size] = grad_y.T @ F.linear(x, a)
+                grad_b[loop, out, :size] = grad_y.T @ torch.where(mine, F.linear(x_of_loop, a), 0)
     grad_weight = grad.T @ x if need_weight else None
     grad_bias = None
     if need_bias and ctx.bias_per_loop:
