@@ -31,11 +31,12 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import pretrain, uptrain
+from train.checkpoints import step_directories
 from train.data import Windows
 from train.distributed import AgreedError, agree, processes
 from train.losses import next_token_loss
 from train.recipe import OptimConfig, read_recipe
-from train.trainer import Trainer, learning_rate, make_optimizer, step_directories
+from train.trainer import Trainer, learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, LENGTH, BATCH = 420, 32, 8

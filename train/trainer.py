@@ -16,10 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -33,6 +29,7 @@ from rrt.lora import LoopLinear
 from rrt.shards import META_FILE, open_shards
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
+from train.checkpoints import STATE_FILE, load_step, save_step, step_directories
 from train.data import Windows
 from train.distributed import (
     AgreedError,
@@ -48,7 +45,6 @@ from train.losses import next_token_loss
 from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
 
 RECIPE_FILE = "recipe.toml"
-STATE_FILE = "trainer.json"
 
 
 class Recipe(Protocol):
@@ -109,12 +105,6 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
         (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-
-
-def step_directories(out: Path) -> list[tuple[int, Path]]:
-    """Complete resumable checkpoints of a run, oldest first. They get their name when they are complete."""
-    found = [(path.name.removeprefix("step-"), path) for path in out.glob("step-*") if path.is_dir()]
-    return sorted((int(number), path) for number, path in found if number.isdigit())
 
 
 class Trainer:
@@ -301,39 +291,12 @@ class Trainer:
         if self.resumed is None:
             agree(lambda: fill_parameters(self.model, self.start.open()))
             return
-        directory = self.resumed
-        self.step = self.step_saved = int(directory.name.removeprefix("step-"))
-        # The optimizer's settings are the recipe's, which may have changed, not the checkpoint's.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
-        set_state_dict(self.model, self.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        self._print(f"resuming from {directory}")
+        self.step = self.step_saved = load_step(self.resumed, self.model, self.optimizer)
+        self._print(f"resuming from {self.resumed}")
 
     def _save_step(self) -> None:
-        """Write `step-N` under a hidden name and rename it when every process is done."""
-        target = self.out / f"step-{self.step}"
-        partial = self.out / f".{target.name}"
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        try:
-            save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-        except CheckpointException as error:  # raised in all processes, with what each of them met
-            if self.processes.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
-            raise AgreedError(f"{target}: cannot be written ({causes}); earlier checkpoints are intact") from None
-
-        def complete() -> None:
-            state = {"step": self.step, "identity": self.identity}
-            atomic_write(partial / STATE_FILE, json.dumps(state, indent=2))
-            partial.rename(target)
-            for _, old in step_directories(self.out)[: -self.recipe.run.keep]:
-                # Under a hidden name first: a half-deleted one must not look complete.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
-
-        from_main(complete)
+        state = {"step": self.step, "identity": self.identity} if self.processes.is_main else {}
+        save_step(self.out / f"step-{self.step}", self.model, self.optimizer, state, self.recipe.run.keep)
         self.step_saved = self.step
 
     def _save_final(self) -> None:
