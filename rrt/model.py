@@ -9,15 +9,20 @@ P prefix length. `depth = loop * K + layer`.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.lora import LoopLinear
+
+Checkpointing = Literal["none", "layer", "loop"]
+"""What keeps only its input in the forward of training, and is computed again in the backward."""
 
 
 class Cache(Protocol):
@@ -201,6 +206,7 @@ class LoopedStack(nn.Module):
         super().__init__()
         self.num_loops = recursive.num_loops
         self.layers = nn.ModuleList(Layer(config, recursive) for _ in range(recursive.layers_per_loop(config)))
+        self.checkpointing: Checkpointing = "none"
         shape = (config.num_layers, recursive.prefix_length, config.hidden_size)
         self.prefix = nn.Parameter(torch.empty(shape)) if recursive.prefix_length else None
 
@@ -215,12 +221,26 @@ class LoopedStack(nn.Module):
         """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all)."""
         exits = []
         for loop in range(num_loops or self.num_loops):
-            for index, layer in enumerate(self.layers):
-                depth = loop * len(self.layers) + index
-                prefix = None if self.prefix is None else self.prefix[depth]
-                x = layer(x, loop, rope, mask, depth, cache, prefix)
+            x = self._run("loop", self._run_loop, x, loop, rope, mask, cache)
             exits.append(x)
         return exits
+
+    def _run_loop(
+        self, x: Tensor, loop: int, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            depth = loop * len(self.layers) + index
+            prefix = None if self.prefix is None else self.prefix[depth]
+            x = self._run("layer", layer, x, loop, rope, mask, depth, cache, prefix)
+        return x
+
+    def _run(self, unit: Checkpointing, function: Callable[..., Tensor], *args: object) -> Tensor:
+        """`function(*args)`; if it is the unit of checkpointing, its backward computes its activations again."""
+        if self.checkpointing != unit or not torch.is_grad_enabled():
+            return function(*args)
+        # The re-entrant kind silently loses the parameters' gradients under FSDP. No dropout: no random state.
+        output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return output
 
 
 class RecursiveTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Two processes that run what a test hands them, in the environment that torchrun gives its own."""
+"""Processes that run what a test hands them, in the environment that torchrun gives its own."""
 
 import functools
 import multiprocessing
@@ -16,33 +16,38 @@ from rrt.errors import UserError
 TIMEOUT_SECONDS = 120.0
 
 
-def run_on_two(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-    """`function(*args)` in rank 0 and rank 1 at once; both results, which a `UserError` can be.
+def run_on_two(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    """`function(*args)` in rank 0 and rank 1 at once; both results."""
+    return run_on(2, function, *args)
+
+
+def run_on(count: int, function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    """`function(*args)` in ranks 0 to `count` - 1 at once; their results, which a `UserError` can be.
 
     The processes stay for the next call, so `function` has to leave the process group that it joins.
     """
-    return _pair().run(function, args)
+    return _group(count).run(function, args)
 
 
 @functools.cache
-def _pair() -> "_Pair":
-    return _Pair()
+def _group(count: int) -> "_Group":
+    return _Group(count)
 
 
-class _Pair:
-    def __init__(self) -> None:
+class _Group:
+    def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(2):
+        for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, count, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -52,23 +57,23 @@ class _Pair:
         for rank, pipe in enumerate(self.pipes):
             state, value = pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("failed", "no answer")
             if state == "failed":
-                for process in self.processes:  # the other one may wait for this one for ever
+                for process in self.processes:  # the others may wait for this one for ever
                     process.kill()
-                _pair.cache_clear()
+                _group.cache_clear()
                 raise AssertionError(f"rank {rank}: {value}")
             results.append(value)
-        return results[0], results[1]
+        return tuple(results)
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, count: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
             port, function, args = pipe.recv()
         except EOFError:
             return
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
             pipe.send(("done", function(*args)))
         except UserError as error:

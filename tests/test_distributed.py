@@ -2,18 +2,23 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from processes_util import run_on_two
+from processes_util import run_on
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from bench.traffic import Traffic
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model import Checkpointing, RecursiveTransformer
 from train.distributed import (
+    Processes,
+    Wrap,
     agree,
     fill_parameters,
     full_parameters,
@@ -83,11 +88,18 @@ def build(name: str) -> RecursiveTransformer:
     return model
 
 
-def build_sharded(name: str, mesh: torch.distributed.DeviceMesh, dtype: torch.dtype | None) -> RecursiveTransformer:
+def build_sharded(
+    name: str,
+    mesh: torch.distributed.DeviceMesh,
+    dtype: torch.dtype | None,
+    wrap: Wrap = "stack",
+    checkpointing: Checkpointing = "none",
+) -> RecursiveTransformer:
     start = build(name)
     model = build(name) if dtype is None else build(name).float()
     model.set_merge(True)
-    shard_model(model, mesh, dtype)
+    model.stack.checkpointing = checkpointing
+    shard_model(model, mesh, dtype, wrap)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -100,9 +112,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def backward(model: RecursiveTransformer, rank: int, accumulation: int) -> float:
-    """Backward over this one of two processes' share of `batch()`; the mean loss of its share."""
-    inputs, targets = (part.chunk(2)[rank].chunk(accumulation) for part in batch())
+def backward(model: RecursiveTransformer, group: Processes, accumulation: int) -> float:
+    """Backward over this process's share of `batch()`; the mean loss of its share."""
+    inputs, targets = (part.chunk(group.world_size)[group.rank].chunk(accumulation) for part in batch())
     total = 0.0
     for micro in range(accumulation):
         set_last_micro_batch(model, micro == accumulation - 1)
@@ -117,13 +129,20 @@ def whole(tensor: Tensor | None) -> Tensor:
     return tensor.full_tensor()
 
 
-def sharded_gradients(name: str, dtype: torch.dtype | None = None) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """Gradients by parameter, and this process's loss, at accumulation 1, 2 and 3."""
-    with processes("cpu") as group:
-        model = build_sharded(name, group.mesh, dtype)
+def sharded_gradients(
+    name: str,
+    dtype: torch.dtype | None = None,
+    wrap: Wrap = "stack",
+    checkpointing: Checkpointing = "none",
+    shard_size: int = 0,
+) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """Gradients by parameter, and this process's loss, at accumulation 1, 2 and 3 where these divide its share."""
+    with processes("cpu", shard_size) as group:
+        model = build_sharded(name, group.mesh, dtype, wrap, checkpointing)
         gradients, losses = [], []
-        for accumulation in (1, 2, 3):
-            losses.append(backward(model, group.rank, accumulation))
+        share = SEQUENCES // group.world_size
+        for accumulation in (count for count in (1, 2, 3) if share % count == 0):
+            losses.append(backward(model, group, accumulation))
             gradients.append({key: whole(parameter.grad) for key, parameter in model.named_parameters()})
             model.zero_grad()
         return gradients, losses
@@ -139,23 +158,52 @@ def single_gradients(name: str) -> tuple[dict[str, Tensor], float]:
     }, loss.item()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_two_processes_are_those_of_one(name: str) -> None:
+def assert_gradients_equal_those_of_one_process(name: str, results: Sequence[Any]) -> None:
     expected, expected_loss = single_gradients(name)
-    (gradients, losses), (_, other_losses) = run_on_two(sharded_gradients, name)
-    for accumulation in range(3):
-        assert (losses[accumulation] + other_losses[accumulation]) / 2 == pytest.approx(expected_loss, abs=1e-12)
-        assert gradients[accumulation].keys() == expected.keys()
-        for key, gradient in gradients[accumulation].items():
+    losses = [sum(parts) / len(parts) for parts in zip(*(losses for _, losses in results), strict=True)]
+    assert losses == pytest.approx([expected_loss] * len(losses), abs=1e-12)
+    for gradients in results[0][0]:
+        assert gradients.keys() == expected.keys()
+        for key, gradient in gradients.items():
             assert expected[key].abs().max() > 1e-9, key
             torch.testing.assert_close(
                 gradient, expected[key], rtol=0, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [*((name, "stack") for name in MODELS), *((name, "layer") for name in ("recursive", "prefix", "odd shapes"))],
+)
+def test_gradients_of_two_processes_are_those_of_one(name: str, wrap: Wrap) -> None:
+    assert_gradients_equal_those_of_one_process(name, run_on(2, sharded_gradients, name, None, wrap))
+
+
+@pytest.mark.parametrize("wrap", ["stack", "layer"])
+@pytest.mark.parametrize("checkpointing", ["layer", "loop"])
+def test_checkpointing_leaves_gradients_exact(checkpointing: Checkpointing, wrap: Wrap) -> None:
+    for name in ("relaxed, three loops", "prefix"):
+        results = run_on(2, sharded_gradients, name, None, wrap, checkpointing)
+        assert_gradients_equal_those_of_one_process(name, results)
+
+
+@pytest.mark.parametrize("wrap", ["stack", "layer"])
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_copies_of_the_shards_leave_gradients_exact(shard_size: int, wrap: Wrap) -> None:
+    results = run_on(2, sharded_gradients, "relaxed, three loops", None, wrap, "none", shard_size)
+    assert_gradients_equal_those_of_one_process("relaxed, three loops", results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["stack", "layer"])
+def test_two_copies_of_two_shards_leave_gradients_exact(wrap: Wrap) -> None:
+    results = run_on(4, sharded_gradients, "relaxed, three loops", None, wrap, "none", 2)
+    assert_gradients_equal_those_of_one_process("relaxed, three loops", results)
+
+
 def test_bf16_computes_near_and_reduces_in_fp32() -> None:
     expected, expected_loss = single_gradients("relaxed")
-    (gradients, losses), (_, other_losses) = run_on_two(sharded_gradients, "relaxed", torch.bfloat16)
+    (gradients, losses), (_, other_losses) = run_on(2, sharded_gradients, "relaxed", torch.bfloat16)
     for accumulation in range(3):
         assert (losses[accumulation] + other_losses[accumulation]) / 2 == pytest.approx(expected_loss, rel=0.02)
         for key, gradient in gradients[accumulation].items():
@@ -165,19 +213,29 @@ def test_bf16_computes_near_and_reduces_in_fp32() -> None:
     assert not torch.equal(gradients[0]["embed"].bfloat16().float(), gradients[0]["embed"])
 
 
-def collectives_per_step(name: str, accumulation: int) -> Counter[str]:
-    with processes("cpu") as group:
-        model = build_sharded(name, group.mesh, None)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            backward(model, group.rank, accumulation)
-        return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+def traffic_per_step(name: str, wrap: Wrap, accumulation: int, shard_size: int) -> tuple[Counter[str], Counter[str]]:
+    with processes("cpu", shard_size) as group:
+        model = build_sharded(name, group.mesh, torch.bfloat16, wrap)
+        with Traffic() as traffic:
+            backward(model, group, accumulation)
+        return traffic.counts, traffic.bytes
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_step_gathers_and_reduces_each_unit_once(accumulation: int) -> None:
-    counts, _ = run_on_two(collectives_per_step, "relaxed, three loops", accumulation)
-    # Two units, the looped stack and the root, for however many loops and micro-batches.
-    assert counts == {"c10d::_allgather_base_": 2, "c10d::_reduce_scatter_base_": 2}
+@pytest.mark.parametrize(("wrap", "units"), [("stack", 2), ("layer", 3)])
+def test_a_step_gathers_and_reduces_each_unit_once(wrap: Wrap, units: int, accumulation: int) -> None:
+    """The stack or its two layers, and the root, for however many loops and micro-batches."""
+    (counts, moved), _ = run_on(2, traffic_per_step, "relaxed, three loops", wrap, accumulation, 0)
+    assert counts == {"all-gather": units, "reduce-scatter": units}
+    parameters = sum(parameter.numel() for parameter in build("relaxed, three loops").parameters())
+    assert moved == {"all-gather": 2 * parameters, "reduce-scatter": 4 * parameters}
+
+
+def test_copies_of_the_shards_add_an_all_reduce_per_unit() -> None:
+    (counts, moved), _ = run_on(2, traffic_per_step, "relaxed, three loops", "stack", 3, 1)
+    parameters = sum(parameter.numel() for parameter in build("relaxed, three loops").parameters())
+    assert counts["all-reduce"] == 2
+    assert moved["all-reduce"] == 4 * parameters
 
 
 def placements(name: str) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -192,7 +250,7 @@ def placements(name: str) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def test_tensors_with_an_odd_number_of_loops_are_sharded_on_an_even_dimension() -> None:
-    found, _ = run_on_two(placements, "relaxed, three loops")
+    found, _ = run_on(2, placements, "relaxed, three loops")
     loras = {key: value for key, value in found.items() if "lora" in key}
     assert loras
     for key, (shape, dim) in found.items():
@@ -207,7 +265,7 @@ def round_trip(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["relaxed, three loops", "odd shapes"])
 def test_parameters_are_filled_and_gathered_exactly(name: str) -> None:
-    for gathered in run_on_two(round_trip, name):
+    for gathered in run_on(2, round_trip, name):
         for key, parameter in build(name).named_parameters():
             assert torch.equal(gathered[key], parameter), key
 
@@ -226,7 +284,7 @@ def disagree(kind: type[Exception], path: Path) -> None:
     ("kind", "message"), [(UserError, "only here"), (OSError, "/some/file: No space left on device")]
 )
 def test_what_one_process_cannot_do_is_the_same_error_in_all(kind: type[Exception], message: str) -> None:
-    for result in run_on_two(disagree, kind, Path("/some/file")):
+    for result in run_on(2, disagree, kind, Path("/some/file")):
         assert isinstance(result, UserError)
         assert str(result) == message
 
@@ -237,7 +295,7 @@ def rank_after_agreement() -> int:
 
 
 def test_agreement_gives_each_process_its_own_result() -> None:
-    assert run_on_two(rank_after_agreement) == (0, 1)
+    assert run_on(2, rank_after_agreement) == (0, 1)
 
 
 def test_without_torchrun_the_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +306,17 @@ def test_without_torchrun_the_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
         assert dict(full_parameters(model)).keys() == dict(build("relaxed").named_parameters()).keys()
 
 
+def join_in_shards_of_three() -> None:
+    with processes("cpu", 3):
+        pass
+
+
+def test_a_shard_size_that_does_not_divide_the_processes_is_refused() -> None:
+    for result in run_on(2, join_in_shards_of_three):
+        assert isinstance(result, UserError)
+        assert str(result) == "field 'run.shard_size': found 3; expected a divisor of 2 process(es)"
+
+
 def ask_for_cuda() -> None:
     with processes("cuda"):
         pass
@@ -255,7 +324,7 @@ def ask_for_cuda() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
 def test_too_few_gpus_are_the_same_error_in_every_process() -> None:
-    for result in run_on_two(ask_for_cuda):
+    for result in run_on(2, ask_for_cuda):
         assert isinstance(result, UserError)
         assert str(result) == (
             f"field 'run.device': found {torch.cuda.device_count()} GPU(s); expected one for each of 2 process(es)"

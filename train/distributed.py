@@ -1,8 +1,8 @@
 """Processes and sharding: how a looped model is wrapped by FSDP2, loaded into shards and gathered again.
 
-The looped stack is one FSDP unit that keeps its gathered weights from the first loop of the forward to the
-end of the backward: each weight is gathered once a step however often it is used, so the block moves B
-times fewer bytes than the layers of its full-size parent.
+A weight of the looped stack is gathered once a step, by the first loop of the forward, and its gradient is
+reduced once, when the backward has reached the first loop again: the block moves B times fewer bytes than the
+layers of its full-size parent. The stack is one FSDP unit; for large blocks, each of its layers is.
 """
 
 import functools
@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 
 T = TypeVar("T")
+Wrap = Literal["stack", "layer"]
 
 
 class AgreedError(UserError):
@@ -44,6 +46,7 @@ class Processes:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    """[processes] that share one copy of the parameters, or [copies, processes of a copy] (hybrid sharding)."""
 
     @property
     def is_main(self) -> bool:
@@ -51,14 +54,16 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one without it.
 
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where it is available.
+        shard_size: processes that share one copy of the parameters, neighbours by rank; 0 for all.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or more processes than GPUs were started.
+        UserError: CUDA was asked for and is not there, more processes than GPUs were started, or `shard_size`
+            does not divide their number.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -68,15 +73,19 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         if count > gpus:
             raise UserError(f"field 'run.device': found {gpus} GPU(s); expected one for each of {count} process(es)")
         torch.cuda.set_device(local_rank)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard_size and world_size % shard_size:
+        raise UserError(f"field 'run.shard_size': found {shard_size}; expected a divisor of {world_size} process(es)")
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=target if kind == "cuda" else None)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    hybrid = (world_size // shard_size, shard_size) if shard_size else None
+    mesh = init_device_mesh(kind, hybrid or (world_size,), mesh_dim_names=("copy", "shard") if hybrid else ("shard",))
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), target, mesh)
+        yield Processes(dist.get_rank(), world_size, target, mesh)
     except AgreedError:
         dist.destroy_process_group()
         raise
@@ -139,12 +148,20 @@ def _shard_dim(parameter: nn.Parameter, world_size: int) -> Shard:
     return Shard(even[0] if even else 0)
 
 
-def shard_model(model: RecursiveTransformer, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
-    """Wrap `model` in place: the looped stack as one unit, embedding, norm and head as the root's.
+def shard_model(
+    model: RecursiveTransformer, mesh: DeviceMesh, compute_dtype: torch.dtype | None, wrap: Wrap = "stack"
+) -> None:
+    """Wrap `model` in place: the looped stack or its layers as units, embedding, norm and head as the root's.
+
+    A step makes one all-gather and one reduce-scatter for each unit, whatever the loops and micro-batches, and with
+    a mesh of several copies one all-reduce of what was scattered.
 
     Args:
+        mesh: of one dimension, or two: the parameters are sharded over the last and replicated over the first.
         compute_dtype: dtype of weights and activations in forward and backward; gradients are reduced in
             fp32. None computes in the parameters' own dtype.
+        wrap: "stack" for the fewest collectives; "layer" lets them overlap with computation and needs
+            reduce-scatter buffers of a layer's size only.
     """
     policy = (
         MixedPrecisionPolicy()
@@ -153,10 +170,35 @@ def shard_model(model: RecursiveTransformer, mesh: DeviceMesh, compute_dtype: to
     )
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return _shard_dim(parameter, mesh.size())
+        return _shard_dim(parameter, mesh.size(-1))
 
-    fully_shard(model.stack, mesh=mesh, mp_policy=policy, reshard_after_forward=False, shard_placement_fn=placement)
-    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    def shard(module: nn.Module, **options: bool) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, **options)
+
+    # Kept after each forward: the next loop, or the backward, needs the same weights.
+    if wrap == "layer":
+        for layer in model.stack.layers:
+            shard(layer, reshard_after_forward=False)
+            layer.register_forward_hook(functools.partial(_finish_at_first_loop, model))
+    if wrap == "stack" or model.stack.prefix is not None:
+        shard(model.stack, reshard_after_forward=False)
+    shard(model)
+
+
+_in_last_micro_batch: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _finish_at_first_loop(model: nn.Module, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook: the layer's backward reduces and frees only in loop 0, the last that it comes to."""
+    finish = args[1] == 0 and _in_last_micro_batch.get(model, True)
+    if output.requires_grad:
+        output.register_hook(lambda _: _set_finish(layer, finish))
+
+
+def _set_finish(module: nn.Module, finish: bool) -> None:
+    assert isinstance(module, FSDPModule)
+    module.set_requires_gradient_sync(finish)
+    module.set_reshard_after_backward(finish)
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:
@@ -164,9 +206,8 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
 
     Freeing at the last is what makes the optimizer's new weights be gathered in the next step.
     """
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-    model.set_reshard_after_backward(last)
+    _in_last_micro_batch[model] = last
+    _set_finish(model, last)
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
 @only_main_reports_errors
 def main() -> None:
     recipe = read_recipe(PretrainRecipe, __doc__ or "")
-    with processes(recipe.run.device) as group:
+    with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()
 
 

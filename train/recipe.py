@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from rrt.config import doc, from_mapping
 from rrt.errors import UserError
+from rrt.model import Checkpointing
 
 T = TypeVar("T")
 
@@ -64,6 +65,16 @@ class RunConfig:
     lora: Literal["merged", "plain"] = doc(
         "compute LoRA merged into the weights, cheaper from about 2000 tokens a forward, or apart", default="merged"
     )
+    checkpointing: Checkpointing = doc(
+        "compute activations again in the backward, keeping only the input of each layer, or of each loop",
+        default="none",
+    )
+    wrap: Literal["stack", "layer"] = doc(
+        "unit of FSDP: the looped stack for the fewest collectives; its layers, for large blocks, overlap "
+        "communication and need smaller buffers",
+        default="stack",
+    )
+    shard_size: int = doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)
     device: Literal["auto", "cpu", "cuda"] = doc("'auto' takes CUDA where it is", default="auto")
     seed: int = doc("of the data order, and of the weights when training from scratch", default=0)
     save_every: int = doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
@@ -74,7 +85,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "run", "tokens", "batch_tokens", "micro_batch", "keep", "log_every")
-        _check(self, "run", "0 or more", lambda value: value >= 0, "seed", "save_every")
+        _check(self, "run", "0 or more", lambda value: value >= 0, "seed", "save_every", "shard_size")
         if self.tokens < self.batch_tokens:
             raise UserError(
                 f"field 'run.tokens': found {self.tokens}; expected at least run.batch_tokens = {self.batch_tokens}"

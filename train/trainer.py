@@ -156,7 +156,8 @@ class Trainer:
         run, device = self.recipe.run, self.processes.device
         self.model = meta_model(self.start.model, self.start.recursive).float().train()
         self.model.set_merge(run.lora == "merged")
-        shard_model(self.model, self.processes.mesh, torch.bfloat16 if run.dtype == "bf16" else None)
+        self.model.stack.checkpointing = run.checkpointing
+        shard_model(self.model, self.processes.mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
         self.model.to_empty(device=device)
         self.optimizer = make_optimizer(self.model, self.recipe.optim)
 

@@ -52,7 +52,7 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
 @only_main_reports_errors
 def main() -> None:
     recipe = read_recipe(UptrainRecipe, __doc__ or "")
-    with processes(recipe.run.device) as group:
+    with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()
 
 
