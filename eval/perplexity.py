@@ -1,24 +1,27 @@
-"""Token perplexity: python eval/perplexity.py --checkpoint runs/out/demo/base/final --data runs/out/demo/data
+"""Perplexity of every exit: python eval/perplexity.py --checkpoint runs/out/demo/base/final --data runs/out/demo/data
 
-Works on HF directories, vanilla, recursive and relaxed checkpoints, over token shards (of the model's own
-tokenizer) or over text (.txt, .py, ...), .jsonl, .jsonl.zst and .jsonl.gz files, which are tokenised on the way.
+Works on HF directories, vanilla, recursive and relaxed checkpoints, over token shards (of the model's own tokenizer)
+or over text (.txt, .py, ...), .jsonl, .jsonl.zst, .jsonl.gz and .parquet files, which are tokenised on the way. One
+pass over the data measures the exit after each loop, and each group of documents by itself (SlimPajama's subsets).
+With `torchrun --nproc-per-node N eval/perplexity.py ...` N processes share the work.
 
-The documents, each with the BOS and EOS that training gives it, are joined into one stream and cut into blocks of
-`--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in
-its block. The last block may be shorter. For families that have BOS (Gemma, Llama) every block begins with it, in
-place of the token before the block's first target, as in training; `--bos no` keeps that token.
+packed: the documents, each with the BOS and EOS that training gives it, are joined into one stream and cut into blocks
+of `--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in
+its block. For families that have BOS (Gemma, Llama) every block begins with it, in place of the token before the
+block's first target, as in training; `--bos no` keeps that token.
+document: each document by itself, in blocks of `--context`; its EOS is a target too.
+
+If the data turns out damaged midway, --json gets the figures up to there, with "complete": false.
 """
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,206 +29,216 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.stream import (
+    PAD,
+    Block,
+    Corpus,
+    Document,
+    add_stream_flags,
+    batches,
+    check_output_file,
+    check_positive,
+    chosen_bos,
+    chosen_context,
+    document_blocks,
+    make_batch,
+    packed_blocks,
+    read_exits,
+)
 from rrt.cli import run_command
-from rrt.corpus import documents
 from rrt.errors import UserError
 from rrt.loaders import load_model, open_source
-from rrt.model import RecursiveTransformer
+from rrt.processes import Replica, first_reports_errors, replicas
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
 from rrt.results import write_result
-from rrt.shards import open_shards
 from rrt.tensors import dtype_name
-from rrt.tokenizer import Tokenizer, check_vocab, load_tokenizer
-
-Pieces = Iterable[tuple[np.ndarray, int]]
-"""Consecutive pieces of a token stream, each with the bytes of text that it encodes."""
+from rrt.tokenizer import check_vocab, load_tokenizer
 
 
-def shard_pieces(directory: Path, split: str, tokenizer: Tokenizer) -> tuple[Pieces, int]:
-    """The stream of a split of token shards, and its length in tokens."""
-    shards = open_shards(directory, split)
-    shards.check_tokenizer(tokenizer)
-    return ((shard.tokens, shard.text_bytes) for shard in shards.shards), shards.num_tokens
+class Sums:
+    """Summed losses (nats, fp64) [E, G], targets [G] and bytes of text [G], for exits E and groups G."""
+
+    def __init__(self, num_exits: int) -> None:
+        self.loss = torch.zeros(num_exits, 0, dtype=torch.float64)
+        self.tokens = torch.zeros(0, dtype=torch.float64)
+        self.text_bytes = torch.zeros(0, dtype=torch.float64)
+
+    def make_room(self, num_groups: int) -> None:
+        more = num_groups - self.tokens.shape[0]
+        self.loss, self.tokens, self.text_bytes = (
+            F.pad(sums, (0, more)) for sums in (self.loss, self.tokens, self.text_bytes)
+        )
+
+    def add(self, losses: Tensor, groups: Tensor) -> None:
+        """Losses [E, N] of targets of the groups [N]."""
+        self.loss.index_add_(1, groups, losses.double().cpu())
+        self.tokens += torch.bincount(groups, minlength=self.tokens.shape[0])
+
+    def gather(self, replica: Replica) -> None:
+        """Add up what all processes scored. Each of them has read all of the text, and knows its bytes."""
+        self.loss, self.tokens = replica.sum(self.loss), replica.sum(self.tokens)
+
+    def figures(self, loops: range, group: int | None = None, *, with_bytes: bool = True) -> list[dict[str, Any]]:
+        """Of each exit: mean loss, perplexity, bits per byte (None without the bytes), of one group or of all."""
+        groups = slice(None) if group is None else slice(group, group + 1)
+        tokens, text_bytes = float(self.tokens[groups].sum()), float(self.text_bytes[groups].sum())
+        rows = []
+        for loop, loss in zip(loops, self.loss[:, groups].sum(1).tolist(), strict=True):
+            bits = loss / math.log(2) / text_bytes if with_bytes and text_bytes else None
+            mean = loss / tokens
+            rows.append({"loop": loop, "loss": mean, "perplexity": perplexity(mean), "bits_per_byte": bits})
+        return rows
 
 
-def text_pieces(path: str, text_field: str, tokenizer: Tokenizer) -> Pieces:
-    """The stream of text files, tokenised a batch of documents at a time."""
-    texts_left = documents(path, split="heldout", text_field=text_field)
-    while texts := list(itertools.islice(texts_left, 64)):
-        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            yield np.asarray(ids), len(text.encode("utf-8", "replace"))
+def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
-def blocks(stream: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
-    """Cut a stream into blocks of `context + 1` tokens that overlap by one; the last may be shorter."""
-    held = np.empty(0, dtype=np.int64)
-    for piece in stream:
-        start = 0
-        while start < len(piece):
-            room = context + 1 - len(held)
-            held = np.concatenate((held, piece[start : start + room].astype(np.int64)))
-            start += room
-            if len(held) == context + 1:
-                yield held
-                held = held[-1:]
-    if len(held) > 1:
-        yield held
-
-
-def batches(stream: Iterable[np.ndarray], context: int, batch_size: int) -> Iterator[Tensor]:
-    """Blocks stacked into [batch, context + 1]; a shorter last block comes alone."""
-    for _, group in itertools.groupby(blocks(stream, context), key=len):
-        while rows := list(itertools.islice(group, batch_size)):
-            yield torch.from_numpy(np.stack(rows))
-
-
-@torch.no_grad()
-def block_loss(
-    model: RecursiveTransformer, tokens: Tensor, exit_loop: int | None, head_rows: int, bos_id: int | None
-) -> float:
-    """Summed negative log-likelihood (nats) of `tokens[:, 1:]` [batch, T + 1] given what precedes in each row.
-
-    `bos_id`, if any, takes the place of each row's first token.
-
-    The head runs on `head_rows` positions at a time: logits of a whole batch would not fit with a large vocabulary.
-    """
-    num_loops = None if exit_loop is None else exit_loop + 1
-    inputs = tokens[:, :-1].clone()
-    if bos_id is not None:
-        inputs[:, 0] = bos_id
-    hidden = model.hidden_states(inputs, num_loops=num_loops)[-1].flatten(0, 1)
-    targets = tokens[:, 1:].flatten()
-    parts = zip(hidden.split(head_rows), targets.split(head_rows), strict=True)
-    sums = [F.cross_entropy(model.logits(h).float(), t, reduction="sum").double() for h, t in parts]
-    return float(torch.stack(sums).sum())
-
-
-def _perplexity(loss: float) -> float:
+def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def pick_device(name: str) -> torch.device:
-    """`name` as a device that is there; "auto" is CUDA where available."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: found {name!r}; expected one that is there ({error})".splitlines()[0]) from None
-
-
-def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Measure; returns the result and the device it ran on."""
+def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str, Any], UserError | None]:
+    """Measure; returns the result, and the error that ended it early, if any."""
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    longest = source.model.max_position_embeddings
-    context = min(2048, longest) if arguments.context is None else arguments.context
-    limits = (
-        ("--context", context, longest),
-        ("--batch-size", arguments.batch_size, None),
-        ("--max-tokens", 1 if arguments.max_tokens is None else arguments.max_tokens, None),
-    )
-    for flag, value, largest in limits:
-        if value < 1 or (largest is not None and value > largest):
-            limit = "" if largest is None else f", at most max_position_embeddings = {largest}"
-            raise UserError(f"{flag}: found {value}; expected a positive number{limit}")
-    if arguments.exit_loop is not None and not 0 <= arguments.exit_loop < source.recursive.num_loops:
-        raise UserError(
-            f"--exit-loop: found {arguments.exit_loop}; {arguments.checkpoint} has {source.recursive.num_loops} "
-            f"loop(s): expected 0 to {source.recursive.num_loops - 1}"
-        )
-    if Path(arguments.data).is_dir():
-        pieces, total = shard_pieces(Path(arguments.data), arguments.split, tokenizer)
-    else:
-        pieces, total = text_pieces(arguments.data, arguments.text_field, tokenizer), None
-
-    bos_id = tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
-    if arguments.bos == "yes" and bos_id is None:
-        raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
-    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
-        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
-    device = pick_device(arguments.device)
+    context = chosen_context(arguments, source.model.max_position_embeddings)
+    limit = math.inf
+    if arguments.max_tokens is not None:
+        check_positive("--max-tokens", arguments.max_tokens)
+        limit = arguments.max_tokens
+    num_loops = source.recursive.num_loops
+    loops = range(num_loops)
+    if arguments.exit_loop is not None:
+        if arguments.exit_loop not in loops:
+            raise UserError(
+                f"--exit-loop: found {arguments.exit_loop}; {arguments.checkpoint} has {num_loops} loop(s): "
+                f"expected 0 to {num_loops - 1}"
+            )
+        loops = range(arguments.exit_loop, arguments.exit_loop + 1)
+    corpus = Corpus(arguments.data, arguments.split, arguments.text_field, arguments.group_field, tokenizer)
+    bos_id = chosen_bos(arguments, tokenizer)
+    check_output_file("--json", arguments.json)
     dtype = chosen_dtype(arguments) or source.dtype
-    model = load_model(arguments.checkpoint, dtype, device)
+    model = load_model(arguments.checkpoint, dtype, replica.device)
     model.set_merge(True)
 
-    began, count, loss, text_bytes = time.perf_counter(), 0, 0.0, 0
+    sums, began, dealt = Sums(len(loops)), time.perf_counter(), 0
 
-    def stream() -> Iterator[np.ndarray]:
-        nonlocal text_bytes
-        for tokens, size in pieces:
-            text_bytes += size
-            yield tokens
+    def documents() -> Iterator[Document]:
+        for document in corpus.documents():
+            sums.make_room(len(corpus.groups))
+            sums.text_bytes[document.group] += document.text_bytes
+            yield document
 
-    head_rows = max(1, 2**26 // source.model.vocab_size)  # logits of 256 MiB in fp32
-    if arguments.max_tokens is not None:
-        total = arguments.max_tokens if total is None else min(total, arguments.max_tokens)
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="perplexity", disable=None) as bar:
-        for tokens in batches(stream(), context, arguments.batch_size):
-            loss += block_loss(model, tokens.to(device), arguments.exit_loop, head_rows, bos_id)
-            count += tokens[:, 1:].numel()
-            bar.update(tokens[:, 1:].numel())
-            if not loss < math.inf:
-                raise UserError(
-                    f"{arguments.checkpoint}: the loss is {loss} after {count:,} tokens in {dtype_name(dtype)}; "
-                    "expected a finite number: try --dtype float32 or bfloat16"
-                )
-            bar.set_postfix(ppl=f"{_perplexity(loss / count):.3f}")
-            if arguments.max_tokens is not None and count >= arguments.max_tokens:
-                break
+    def blocks() -> Iterator[Block]:
+        if arguments.mode == "packed":
+            return packed_blocks(documents(), context)
+        return document_blocks(documents(), context, bos_id)
+
+    stopped = None
+    with tqdm(unit="tok", unit_scale=True, desc="perplexity", disable=None if replica.is_main else True) as bar:
+        try:
+            # Every process reads all of the data and computes its share of the batches.
+            for index, dealt_blocks in enumerate(batches(blocks(), context, arguments.batch_size)):
+                dealt += sum(block.shape[1] - 1 for block in dealt_blocks)
+                if index % replica.count == replica.rank:
+                    batch = make_batch(dealt_blocks, bos_id)
+                    losses = read_exits(model, batch, loops, target_losses)
+                    sums.add(losses, batch.groups[batch.targets != PAD])
+                    if not losses.isfinite().all():
+                        break
+                    bar.set_postfix(ppl=f"{perplexity(float(sums.loss[-1].sum() / sums.tokens.sum())):.3f}")
+                bar.total = None if corpus.num_tokens is None else max(dealt, min(corpus.num_tokens, limit))
+                bar.update(dealt - bar.n)
+                if dealt >= limit:
+                    break
+        except UserError as error:
+            stopped = error
+    sums.gather(replica)
+    count = int(sums.tokens.sum())
     if count == 0:
-        raise UserError(f"{arguments.data}: found no text; expected at least two tokens")
+        raise stopped or UserError(f"{arguments.data}: found no text; expected at least two tokens")
+    if not sums.loss.isfinite().all():
+        raise UserError(
+            f"{arguments.checkpoint}: the loss is {float(sums.loss.sum())} after {count:,} tokens in "
+            f"{dtype_name(dtype)}; expected a finite number: try --dtype float32 or bfloat16"
+        )
+    # Of whole documents only: a limit in tokens, or an error, cuts one, whose bytes are not known.
+    with_bytes = stopped is None and arguments.max_tokens is None
+    exits = sums.figures(loops, with_bytes=with_bytes)
+    groups = {
+        name: {"tokens": int(sums.tokens[group]), "exits": sums.figures(loops, group, with_bytes=with_bytes)}
+        for group, name in enumerate(corpus.groups)
+        if sums.tokens[group] > 0
+    }
     return {
+        "kind": "perplexity",
         "checkpoint": str(arguments.checkpoint),
         "data": str(arguments.data),
         "split": arguments.split,
-        "exit_loop": source.recursive.num_loops - 1 if arguments.exit_loop is None else arguments.exit_loop,
-        "num_loops": source.recursive.num_loops,
+        "complete": stopped is None,
+        "mode": arguments.mode,
+        "num_loops": num_loops,
         "context": context,
         "bos": bos_id is not None,
         "dtype": dtype_name(dtype),
         "tokens": count,
-        "loss": loss / count,
-        "perplexity": _perplexity(loss / count),
-        # Of whole documents only: a limit in tokens cuts one, whose bytes are not known.
-        "bits_per_byte": None if arguments.max_tokens is not None else loss / math.log(2) / text_bytes,
+        "exits": exits,
+        "groups": groups if set(groups) != {""} else {},
+        "exit_loop": loops[-1],
+        **{name: exits[-1][name] for name in ("loss", "perplexity", "bits_per_byte")},
+        "processes": replica.count,
         "tokens_per_second": count / (time.perf_counter() - began),
-    }, device
+    }, stopped
 
 
+def print_table(result: dict[str, Any]) -> None:
+    """One line per exit, of everything and of each group."""
+    print(
+        f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['mode']}, context {result['context']}, "
+        f"{result['dtype']}, {result['tokens_per_second']:,.0f} tok/s"
+    )
+    everything = {"all": {"tokens": result["tokens"], "exits": result["exits"]}}
+    width = max(map(len, ("group", *result["groups"], "(none)")))
+    heads = (f"{'group':<{width}}", f"{'tokens':>12}", "exit after loop", f"{'perplexity':>12}")
+    print("  ".join((*heads, f"{'nats':>9}", "bits/byte")))
+    for name, group in (everything | result["groups"]).items():
+        for row in group["exits"]:
+            bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+            print(
+                f"{name or '(none)':<{width}}  {group['tokens']:>12,}  {row['loop']:>15}  {row['perplexity']:>12.4f}  "
+                f"{row['loss']:>9.5f}  {bits:>9}"
+            )
+
+
+@first_reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
-    parser.add_argument("--data", required=True, help="token shard directory, a text or JSON-lines file or glob")
-    parser.add_argument("--split", default="heldout", help="split of the shards (default heldout)")
-    parser.add_argument("--text-field", default="text", help="field of JSON lines that is the document (default text)")
+    add_stream_flags(parser)
     parser.add_argument(
-        "--exit-loop", type=int, metavar="N", help="exit after loop N, counted from 0 (default: the last loop)"
+        "--mode", choices=("packed", "document"), default="packed", help="see above (default packed, the paper's)"
     )
     parser.add_argument(
-        "--context", type=int, metavar="T", help="block length, tokens (default 2048 or the model's maximum)"
+        "--exit-loop", type=int, metavar="N", help="only the exit after loop N, counted from 0 (default: all loops)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward (default 8)")
+    parser.add_argument(
+        "--group-field", metavar="F", help="path to a record's group (default meta.redpajama_set_name where present)"
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after the batch that reaches N tokens")
-    parser.add_argument(
-        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin blocks with BOS (default auto: by family)"
-    )
     add_dtype_flag(parser, "dtype to compute in")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
     arguments = parser.parse_args()
-    result, device = evaluate(arguments)
-    bits = "" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f} bits/byte  "
-    print(
-        f"{result['checkpoint']}: perplexity {result['perplexity']:.4f}  loss {result['loss']:.5f} nats/token  "
-        f"{bits}({result['tokens']:,} tokens, context {result['context']}, "
-        f"exit after loop {result['exit_loop']} of 0..{result['num_loops'] - 1}, "
-        f"{result['tokens_per_second']:,.0f} tok/s)"
-    )
-    if arguments.json is not None:
-        write_result(arguments.json, result, device)
+    with replicas(arguments.device) as replica:
+        result, stopped = evaluate(arguments, replica)
+        if replica.is_main:
+            print_table(result)
+            if arguments.json is not None:
+                write_result(arguments.json, result, replica.device)
+    if stopped is not None:
+        raise stopped
 
 
 if __name__ == "__main__":

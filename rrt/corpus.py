@@ -1,7 +1,7 @@
-"""Corpora: documents of text files, JSON lines (plain, gzip, zstd) and Python's standard library.
+"""Corpora: documents of text files, JSON lines (plain, gzip, zstd), parquet and Python's standard library.
 
 Everything streams: one document, or one compressed block, is in memory at a time. A text file is one
-document; in JSON lines each line is an object whose field `text` (or another) is the document.
+document; a line of JSON lines, or a row of parquet, is a record whose field `text` (or another) is the document.
 ``python-stdlib`` in place of a file name means the sources of the running interpreter's library, a
 corpus that every machine has; a fixed list of its packages is held out for evaluation.
 """
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rrt.errors import UserError
 
@@ -25,9 +25,10 @@ TEXT_SUFFIXES = tuple(
     ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js .ts .go .rs .sh".split()
 )
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIX = ".parquet"
 INPUT_HELP = (
     f"text files ({TEXT_SUFFIXES[0]}, {TEXT_SUFFIXES[2]}, .py, ...: one file, one document), JSON lines "
-    f"({', '.join(LINES_SUFFIXES)}), or {PYTHON_STDLIB}"
+    f"({', '.join(LINES_SUFFIXES)}), {PARQUET_SUFFIX}, or {PYTHON_STDLIB}"
 )
 
 # Held out: whole packages, so that no held-out file has a sibling in training; about a tenth of the bytes.
@@ -40,6 +41,7 @@ STDLIB_LEFT_OUT = frozenset(
 )
 
 _CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ def documents(
     """
     for path in find_files(inputs, split=split):
         yield from read_documents(whole_file(path), text_field=text_field)
+
+
+def grouped_documents(path: Path, group_field: str, *, text_field: str = "text") -> Iterator[tuple[str, str | None]]:
+    """The documents of a file, each with what its record says in `group_field`, or None where that is absent.
+
+    Args:
+        group_field: a path into the record, such as ``meta.redpajama_set_name``; an object on the way may be a
+            string of JSON.
+    """
+    for text, record in _read_records(whole_file(path), text_field, group_field):
+        yield text, _look_up(record, group_field)
 
 
 def find_files(inputs: str | Path | Sequence[str | Path], *, split: str = "train") -> list[Path]:
@@ -112,24 +125,46 @@ def is_divisible(path: Path) -> bool:
 
 def is_compressed(path: Path) -> bool:
     """Whether the file's text is several times its size on disk."""
-    return path.suffix in (".gz", ".zst")
+    return path.suffix in (".gz", ".zst", PARQUET_SUFFIX)
 
 
 def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
     """The documents of one part; empty ones are left out.
 
     Raises:
-        UserError: naming the file, and the line of a bad record.
+        UserError: naming the file, and the line or row of a bad record.
     """
+    for text, _ in _read_records(part, text_field):
+        yield text
+
+
+def _read_records(part: Part, text_field: str, group_field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Documents with their records; of parquet only the columns of the two fields are read."""
     name = part.path.name
     if name.endswith(LINES_SUFFIXES):
         yield from _read_lines(part, text_field)
+    elif name.endswith(PARQUET_SUFFIX):
+        yield from _read_parquet(part.path, text_field, group_field.partition(".")[0])
     elif name.endswith(TEXT_SUFFIXES):
         text = _decode(part.path.read_bytes(), str(part.path)).removeprefix("\ufeff")
         if text:
-            yield text
+            yield text, {}
     else:
         raise UserError(f"{part.path}: unknown kind of file; expected {INPUT_HELP}")
+
+
+def _look_up(record: dict[str, Any], field: str) -> str | None:
+    value: Any = record
+    for name in field.split("."):
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, dict) or name not in value:
+            return None
+        value = value[name]
+    return None if value is None else str(value)
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -140,7 +175,7 @@ def _expand(pattern: str) -> list[Path]:
             raise UserError(f"{pattern}: is a directory; expected files, such as '{pattern}/**/*.jsonl'")
         raise UserError(f"{pattern}: no file matches; expected {INPUT_HELP}")
     for path in files:
-        if not path.name.endswith(LINES_SUFFIXES + TEXT_SUFFIXES):
+        if not path.name.endswith((*LINES_SUFFIXES, *TEXT_SUFFIXES, PARQUET_SUFFIX)):
             raise UserError(f"{path}: unknown kind of file; expected {INPUT_HELP}")
     return files
 
@@ -160,7 +195,7 @@ def _decode(data: bytes, place: str) -> str:
         raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _read_lines(part: Part, text_field: str) -> Iterator[str]:
+def _read_lines(part: Part, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     lines: Iterable[bytes]
     if is_divisible(part.path):
         lines = _plain_lines(part)
@@ -170,14 +205,45 @@ def _read_lines(part: Part, text_field: str) -> Iterator[str]:
         if line.isspace() or not line:
             continue
         try:
-            text = _text_of(line, text_field)
+            record = _record_of(line, text_field)
+            text = _text_of(record, text_field)
         except UserError as error:
             raise UserError(f"{part.path}:{_lines_before(part) + number + 1}: {error}") from None
         if text:
-            yield text
+            yield text, record
 
 
-def _text_of(line: bytes, text_field: str) -> str:
+def _read_parquet(path: Path, text_field: str, group_column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow; install it with: pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [name for name in {text_field, group_column} if name in file.schema_arrow.names]
+            if text_field not in columns:
+                raise UserError(f"{path}: {_no_field(text_field, file.schema_arrow.names)}")
+            row = 0
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    try:
+                        text = _text_of(record, text_field)
+                    except UserError as error:
+                        raise UserError(f"{path}: row {row}: {error}") from None
+                    if text:
+                        yield text, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _no_field(field: str, names: Iterable[str]) -> str:
+    found = ", ".join(map(repr, list(names)[:8])) or "none"
+    return f"no field {field!r} (fields found: {found}); name the one with the text"
+
+
+def _record_of(line: bytes, text_field: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -186,9 +252,12 @@ def _text_of(line: bytes, text_field: str) -> str:
         raise UserError(f"not valid JSON ({error}); expected an object with field {text_field!r}") from None
     if not isinstance(record, dict):
         raise UserError(f"found a JSON {type(record).__name__}; expected an object with field {text_field!r}")
+    return record
+
+
+def _text_of(record: dict[str, Any], text_field: str) -> str:
     if text_field not in record:
-        found = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise UserError(f"no field {text_field!r} (fields found: {found}); name the one with the text")
+        raise UserError(_no_field(text_field, record))
     text = record[text_field]
     if not isinstance(text, str):
         raise UserError(f"field {text_field!r} is a {type(text).__name__}; expected a string")

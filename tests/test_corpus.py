@@ -1,15 +1,27 @@
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rrt import corpus
-from rrt.corpus import STDLIB_HELDOUT, Part, documents, find_files, read_documents, stdlib_files, whole_file
+from rrt.corpus import (
+    STDLIB_HELDOUT,
+    Part,
+    documents,
+    find_files,
+    grouped_documents,
+    read_documents,
+    stdlib_files,
+    whole_file,
+)
 from rrt.errors import UserError
 
 
@@ -39,6 +51,44 @@ def test_a_text_file_is_one_document_with_its_line_ends(tmp_path: Path, name: st
 def test_json_lines_give_their_documents(tmp_path: Path, name: str) -> None:
     texts = ["one", "two\nlines é", "", "x" * 3_000_000, "last"]
     assert list(documents(write_lines(tmp_path / name, texts))) == [text for text in texts if text]
+
+
+def test_parquet_gives_its_documents_and_their_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = ["one", "two\nlines é", "", "last"]
+    meta = [{"set": "web"}, {"set": "books"}, {"set": "web"}, {"set": None}]
+    table = pyarrow.table({"id": [1, 2, 3, 4], "text": texts, "meta": meta})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    assert list(documents(path)) == ["one", "two\nlines é", "last"]
+    expected = [("one", "web"), ("two\nlines é", "books"), ("last", None)]
+    assert list(grouped_documents(path, "meta.set")) == expected
+    assert [group for _, group in grouped_documents(path, "absent.field")] == [None] * 3
+
+
+def test_parquet_that_cannot_be_read_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: no field 'text' \(fields found: 'content'\)"):
+        list(documents(path))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: field 'text' is a NoneType"):
+        list(documents(path))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.parquet: damaged or not a parquet file \([^\n]*\)$"):
+        list(documents(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a\.parquet: reading parquet needs pyarrow"):
+        list(documents(path))
+
+
+@pytest.mark.parametrize(
+    ("meta", "group"),
+    [({"set": "web"}, "web"), ('{"set": "web"}', "web"), ("web", None), ({"set": None}, None), ({}, None), ([1], None)],
+)
+def test_a_group_is_a_path_into_the_record_or_a_string_of_json(tmp_path: Path, meta: object, group: str | None) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x", "meta": meta}) + "\n" + json.dumps({"text": "y"}) + "\n")
+    assert list(grouped_documents(path, "meta.set")) == [("x", group), ("y", None)]
 
 
 def test_a_last_line_without_newline_and_blank_lines_are_read(tmp_path: Path) -> None:
@@ -137,13 +187,13 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
     [
         ("nothing-*.txt", "no file matches"),
         ("folder", "is a directory"),
-        ("table.parquet", "unknown kind of file; expected text files"),
+        ("table.arrow", "unknown kind of file; expected text files"),
         ("latin.txt", "not UTF-8 text"),
     ],
 )
 def test_what_is_no_corpus_is_refused_in_one_line(tmp_path: Path, pattern: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "table.arrow").write_bytes(b"ARROW1")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:
         list(documents(f"{tmp_path}/{pattern}"))

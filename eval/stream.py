@@ -1,0 +1,249 @@
+"""What evaluations read: documents of a corpus as tokens, cut into blocks, batched, and scored at every exit.
+
+A token belongs to the group of its document (SlimPajama's subset, for instance), so that one pass over a corpus gives
+figures of each group. Shapes: b rows, T positions, N targets (positions that have one), E exits, V vocabulary.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rrt.corpus import find_files, grouped_documents, is_compressed
+from rrt.errors import UserError
+from rrt.model import RecursiveTransformer
+from rrt.shards import open_shards
+from rrt.tokenizer import Tokenizer
+
+Block = npt.NDArray[np.int64]
+"""[2, n + 1]: tokens, of which all but the first are targets, and the group of each."""
+
+DEFAULT_GROUP_FIELD = "meta.redpajama_set_name"
+PAD = -1
+"""Marks positions without a target."""
+
+_COMPRESSION = 3
+"""Bytes of text in a byte of a compressed file, for the estimate of how much is left."""
+_TEXTS_AT_ONCE = 64
+_LOGITS_AT_ONCE = 2**26
+"""Logits held at a time, 256 MiB in fp32: those of a batch would not fit with a large vocabulary."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens [n] with BOS and EOS as training has them; the text's UTF-8 bytes; the index of its group."""
+
+    tokens: npt.NDArray[np.integer]
+    text_bytes: int
+    group: int = 0
+
+
+class Corpus:
+    """The documents of a token-shard directory, or of files that are tokenised on the way.
+
+    Attributes:
+        groups: names of the groups met so far; "" for documents without one.
+        num_tokens: tokens in all; of files an estimate, None until the first documents were read.
+    """
+
+    def __init__(self, data: str, split: str, text_field: str, group_field: str | None, tokenizer: Tokenizer) -> None:
+        self.groups: list[str] = []
+        self.num_tokens: int | None = None
+        self._tokenizer = tokenizer
+        self._text_field, self._group_field = text_field, group_field
+        self._shards = open_shards(data, split) if Path(data).is_dir() else None
+        if self._shards is None:
+            self._files = find_files(data, split="heldout")
+            return
+        self._shards.check_tokenizer(tokenizer)
+        self.num_tokens = self._shards.num_tokens
+        if group_field is not None:
+            raise UserError(f"--group-field: found {group_field!r} with token shards, which have none; expected files")
+
+    def documents(self) -> Iterator[Document]:
+        """All documents in order. Of shards only the bytes of all documents are known: the first brings them.
+
+        Raises:
+            UserError: a file or record that cannot be read, or `group_field` was asked for and no record has it.
+        """
+        if self._shards is None:
+            yield from self._tokenised()
+            return
+        self.groups.append("")
+        for shard in self._shards.shards:
+            for index in range(len(shard.starts)):
+                yield Document(shard.document(index), 0 if index else shard.text_bytes)
+
+    def _tokenised(self) -> Iterator[Document]:
+        size = sum(path.stat().st_size * (_COMPRESSION if is_compressed(path) else 1) for path in self._files)
+        field = self._group_field or DEFAULT_GROUP_FIELD
+        records = (
+            record for path in self._files for record in grouped_documents(path, field, text_field=self._text_field)
+        )
+        while batch := list(itertools.islice(records, _TEXTS_AT_ONCE)):
+            sizes = [len(text.encode("utf-8", "replace")) for text, _ in batch]
+            encoded = self._tokenizer.encode_documents([text for text, _ in batch])
+            if self.num_tokens is None:
+                self.num_tokens = max(1, round(size * sum(map(len, encoded)) / sum(sizes)))
+            for ids, text_bytes, (_, group) in zip(encoded, sizes, batch, strict=True):
+                yield Document(np.asarray(ids), text_bytes, self._index(group or ""))
+        if self._group_field is not None and self.groups == [""]:
+            raise UserError(f"--group-field: no document has {self._group_field!r}; expected a field of the records")
+
+    def _index(self, group: str) -> int:
+        if group not in self.groups:
+            self.groups.append(group)
+        return self.groups.index(group)
+
+
+def packed_blocks(documents: Iterable[Document], context: int) -> Iterator[Block]:
+    """Blocks of `context` targets of the stream of all documents; they overlap by one token, the last may be shorter.
+
+    Every token of the stream but the first is a target once.
+    """
+    held: Block = np.empty((2, 0), dtype=np.int64)
+    for document in documents:
+        piece = np.stack((document.tokens.astype(np.int64), np.full(len(document.tokens), document.group)))
+        start = 0
+        while start < piece.shape[1]:
+            room = context + 1 - held.shape[1]
+            held = np.concatenate((held, piece[:, start : start + room]), axis=1)
+            start += room
+            if held.shape[1] == context + 1:
+                yield held
+                held = held[:, -1:]
+    if held.shape[1] > 1:
+        yield held
+
+
+def document_blocks(documents: Iterable[Document], context: int, bos_id: int | None) -> Iterator[Block]:
+    """Blocks of at most `context` targets of each document by itself.
+
+    With `bos_id` every token of the text is a target; without it the first is not, as nothing precedes it.
+    """
+    for document in documents:
+        tokens = document.tokens
+        if bos_id is not None and tokens[0] != bos_id:
+            tokens = np.concatenate(([bos_id], tokens))
+        yield from packed_blocks([Document(tokens, 0, document.group)], context)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks padded to one length: inputs, targets and groups int64 [b, T]; targets are `PAD` where there is none."""
+
+    inputs: Tensor
+    targets: Tensor
+    groups: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != PAD).sum())
+
+
+def make_batch(blocks: list[Block], bos_id: int | None) -> Batch:
+    """One batch of blocks; `bos_id`, if any, takes the place of each block's first token."""
+    shape = (len(blocks), max(block.shape[1] for block in blocks) - 1)
+    inputs, targets, groups = (np.full(shape, fill, dtype=np.int64) for fill in (0, PAD, 0))
+    for row, block in enumerate(blocks):
+        length = block.shape[1] - 1
+        inputs[row, :length], targets[row, :length], groups[row, :length] = block[0, :-1], block[0, 1:], block[1, 1:]
+    if bos_id is not None:
+        inputs[:, 0] = bos_id
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(groups))
+
+
+def batches(blocks: Iterable[Block], context: int, batch_size: int) -> Iterator[list[Block]]:
+    """Blocks in lists of at most `batch_size * context` positions, padding included.
+
+    Blocks of unlike lengths are sorted within a window of 16 batches, so that little of that is padding.
+    """
+    left = iter(blocks)
+    while window := list(itertools.islice(left, 16 * batch_size)):
+        window.sort(key=lambda block: -block.shape[1])
+        while window:
+            rows = max(1, batch_size * context // (window[0].shape[1] - 1))
+            yield window[:rows]
+            window = window[rows:]
+
+
+@torch.inference_mode()
+def read_exits(
+    model: RecursiveTransformer, batch: Batch, loops: range, read: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What `read` makes of the logits of each exit, at the positions that have a target.
+
+    The head runs on a few positions at a time, whose logits alone exist.
+
+    Args:
+        loops: exits to read; the loops after the last of them do not run.
+        read: logits [n, V] in fp32 (fp64 for an fp64 model) and targets int64 [n] -> [n] or [n, ...].
+
+    Returns:
+        [E, N] or [E, N, ...], positions row by row.
+    """
+    device = model.embed.device
+    targets = batch.targets.to(device)
+    has_target = targets != PAD
+    chosen = targets[has_target]
+    wide = torch.promote_types(model.embed.dtype, torch.float32)
+    rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    states = model.hidden_states(batch.inputs.to(device), num_loops=loops[-1] + 1)
+    exits = []
+    for loop in loops:
+        parts = zip(states[loop][has_target].split(rows), chosen.split(rows), strict=True)
+        exits.append(torch.cat([read(model.logits(part).to(wide), wanted) for part, wanted in parts]))
+    return torch.stack(exits)
+
+
+def add_stream_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is read and how."""
+    parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
+    parser.add_argument("--data", required=True, help="token shard directory, or files (a name or a glob)")
+    parser.add_argument("--split", default="heldout", help="split of the shards (default heldout)")
+    parser.add_argument("--text-field", default="text", help="field of a record that is the document (default text)")
+    parser.add_argument(
+        "--context", type=int, metavar="T", help="most positions of a block (default 2048 or the model's maximum)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="blocks of --context positions per forward (default 8)"
+    )
+    parser.add_argument(
+        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin blocks with BOS (default auto: by family)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
+
+
+def chosen_context(arguments: argparse.Namespace, longest: int) -> int:
+    """`--context`, at most `longest`, after a look at `--batch-size`."""
+    context: int = min(2048, longest) if arguments.context is None else arguments.context
+    if not 0 < context <= longest:
+        raise UserError(
+            f"--context: found {context}; expected a positive number, at most max_position_embeddings = {longest}"
+        )
+    check_positive("--batch-size", arguments.batch_size)
+    return context
+
+
+def check_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{flag}: found {value}; expected a positive number")
+
+
+def chosen_bos(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
+    """The token that takes the first place of each block, or None."""
+    if arguments.bos == "yes" and tokenizer.bos_id is None:
+        raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
+    return tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
+
+
+def check_output_file(flag: str, path: Path | None) -> None:
+    """Refuse an output file that could not be written, before long work."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{flag}: found {path}; expected a file in a directory that exists")
