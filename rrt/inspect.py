@@ -41,6 +41,7 @@ class Sizes:
         kv_bytes_per_token: keys and values of one position at all depths, in `dtype`.
         flops_per_token: matrix products (2 per multiply-add) of one token's forward pass at full depth that
             attends to `context` positions; LoRA as products of their own (plain) or merged into the weights.
+        merge_flops: of merging the LoRAs of all depths into their weights, once.
     """
 
     model: ModelConfig
@@ -57,6 +58,7 @@ class Sizes:
     bytes: int
     kv_bytes_per_token: int
     flops_per_token: dict[str, int]
+    merge_flops: int
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -93,6 +95,7 @@ def model_sizes(
         flops_per_token={
             form: _flops_per_token(meta, context, merged=form == "merged") for form in ("plain", "merged")
         },
+        merge_flops=2 * recursive.num_loops * sum(linear.rank * linear.weight.numel() for linear in _linears(meta)),
     )
 
 
@@ -108,9 +111,13 @@ def _kind(name: str, parameter: torch.nn.Parameter) -> str:
     return "norm" if "norm" in name or is_untied_bias else "shared"
 
 
+def _linears(model: RecursiveTransformer) -> list[LoopLinear]:
+    return [module for module in model.stack.modules() if isinstance(module, LoopLinear)]
+
+
 def _flops_per_token(model: RecursiveTransformer, context: int, *, merged: bool) -> int:
     config = model.config
-    linears = [module for module in model.stack.modules() if isinstance(module, LoopLinear)]
+    linears = _linears(model)
     multiplies = sum(linear.weight.numel() for linear in linears)
     if not merged:
         multiplies += sum(linear.rank * (linear.in_features + linear.out_features) for linear in linears)

@@ -1,5 +1,7 @@
 """Token shards: tokenised documents on disk, memory-mapped by training and evaluation.
 
+    python -m rrt.shards data/train-00000.bin --start 4096 --count 2049 --tokenizer models/gemma-2b   # show the text
+
 A directory holds `meta.json` and, per split ("train", "heldout"), files `<split>-00000.bin` with token
 ids and `<split>-00000.idx` with the index of each document's first token in its `.bin`. Everything is
 little-endian: ids uint16 where the vocabulary fits, else uint32; starts uint64. A document lies in one
@@ -10,7 +12,8 @@ begin with one, else null, `eos_id`), and `splits`: a list of shards each with `
 `documents` and `text_bytes`, the UTF-8 bytes of the text that the tokens encode (for bits per byte).
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from rrt.cli import run_command
 from rrt.corpus import SPLITS
 from rrt.errors import UserError
 from rrt.files import read_json, write_json
-from rrt.tokenizer import Tokenizer
+from rrt.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "rrt-tokens"
 VERSION = 1
@@ -296,3 +300,43 @@ class _ShardFiles:
         self._tokens_file.close()
         self._starts_file.close()
         return ShardMeta(self._path.name, self.tokens, self._documents, self._text_bytes)
+
+
+def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
+    """The text of tokens `start` to `start + count` of the shard file `path`, document by document.
+
+    Raises:
+        UserError: not a shard of a directory that `prepare_data.py` wrote, or tokens that it does not have, or
+            another tokenizer's.
+    """
+    shards = open_shards(path.parent, path.name.rpartition("-")[0])
+    shards.check_tokenizer(tokenizer)
+    shard = next((shard for shard in shards.shards if shard.path == path), None)
+    if shard is None:
+        raise UserError(f"{path}: not one of the shards in {path.parent / META_FILE}")
+    stop = start + count
+    if not 0 <= start < stop <= len(shard.tokens):
+        raise UserError(f"{path}: found tokens {start} to {stop}; expected some of 0 to {len(shard.tokens)}")
+    first = int(np.searchsorted(shard.starts, start, side="right")) - 1
+    last = int(np.searchsorted(shard.starts, stop, side="left"))
+    pieces = []
+    for document in range(first, last):
+        begins, ends = int(shard.starts[document]), int(shard.starts[document]) + len(shard.document(document))
+        shown = shard.tokens[max(start, begins) : min(stop, ends)]
+        pieces.append(f"--- document {document}, tokens {begins} to {ends}\n{tokenizer.decode(shown.tolist())}")
+    return "\n".join(pieces)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m rrt.shards``; see the head of this file."""
+    parser = argparse.ArgumentParser(prog="python -m rrt.shards", description="Show the text of a shard's tokens.")
+    parser.add_argument("shard", type=Path, help="a .bin file of a shard directory")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first token (default: 0)")
+    parser.add_argument("--count", type=int, default=2048, metavar="N", help="tokens (default: 2048)")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="what made the shards")
+    arguments = parser.parse_args(argv)
+    print(show_text(arguments.shard, arguments.start, arguments.count, load_tokenizer(arguments.tokenizer)))
+
+
+if __name__ == "__main__":
+    run_command(main)

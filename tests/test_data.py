@@ -83,3 +83,11 @@ def test_a_sample_depends_on_its_place_alone() -> None:
     windows = Windows(make_shards(101, 55), 4, 3)
     for start in (96, 3, 40, 0):  # in any order, within and across epochs
         assert torch.equal(windows.batch(start, 7)[0], whole[start : start + 7])
+
+
+def test_the_place_of_a_sample_is_where_its_tokens_lie() -> None:
+    windows = Windows(make_shards(35, 3, 52), seq_len=8, seed=1)
+    for position in range(2 * len(windows)):
+        path, _, start, _, count = windows.place(position).split()
+        tokens = windows.sample(position)
+        assert (tokens[0], len(tokens)) == (1000 * int(path.removesuffix(".bin")) + int(start), int(count))

@@ -104,6 +104,8 @@ def test_a_flag_is_a_toml_value_and_a_string_needs_no_quotes(flag: str, text: st
             {"optim__min_lr_ratio": "2"},
             "command line: field 'optim.min_lr_ratio': found 2.0; expected a number from 0 to 1",
         ),
+        ({"guard__loss_spike": "1"}, "command line: field 'guard.loss_spike': found 1.0; expected a number above 1"),
+        ({"guard__window": "0"}, "command line: field 'guard.window': found 0; expected a positive number"),
         ({"optim__warmup_steps": "-1"}, "command line: field 'optim.warmup_steps': found -1; expected 0 or more"),
         ({"optim__warmup": "1"}, "command line: unrecognized arguments: --optim.warmup 1; --help lists the flags"),
     ],
@@ -116,7 +118,7 @@ def test_a_wrong_flag_is_named_with_what_was_found_and_expected(changes: dict[st
     ("text", "message"),
     [
         ("[optim]\nrate = 1\n", "unknown field 'optim.rate'; expected one of: lr, warmup_steps"),
-        ("[optimizer]\nlr = 1\n", "unknown field 'optimizer'; expected one of: checkpoint, data, optim, run"),
+        ("[optimizer]\nlr = 1\n", "unknown field 'optimizer'; expected one of: checkpoint, data, optim, run, guard"),
         ('[optim]\nlr = "high"\n', "field 'optim.lr': found 'high'; expected float"),
         ("[optim]\nlr = [1]\n", "field 'optim.lr': found [1]; expected float"),
         ("[optim]\nlr = -1\n", "field 'optim.lr': found -1.0; expected a positive number"),

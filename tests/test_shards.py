@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers_util import make_bpe_tokenizer, training_texts
 
 from rrt.errors import UserError
-from rrt.shards import ShardWriter, open_shards, token_dtype
+from rrt.shards import ShardWriter, main, open_shards, token_dtype
 from rrt.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 
@@ -151,3 +151,38 @@ def test_a_damaged_directory_is_refused_in_one_line(directory: Path, name: str) 
     with pytest.raises(UserError, match=message) as caught:
         open_shards(directory, "train")
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+def test_the_command_shows_the_text_of_any_tokens_by_document(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["def first(): pass", "second = 2", "third"]
+    documents = [tokenizer.encode_document(text) for text in texts]
+    for name in ("data", "tokenizer"):
+        (tmp_path / name).mkdir()
+    tokenizer.save(tmp_path / "tokenizer")
+    path = write(tmp_path / "data", tokenizer, [documents]) / "train-00000.bin"
+    first, second, third = map(len, documents)
+
+    def show(start: int, count: int) -> str:
+        main([str(path), "--start", str(start), "--count", str(count), "--tokenizer", str(tmp_path / "tokenizer")])
+        return capsys.readouterr().out
+
+    whole = show(0, first + second + third)
+    assert whole.splitlines() == [
+        f"--- document 0, tokens 0 to {first}",
+        texts[0],
+        f"--- document 1, tokens {first} to {first + second}",
+        texts[1],
+        f"--- document 2, tokens {first + second} to {first + second + third}",
+        texts[2],
+    ]
+    assert show(first, second).splitlines() == whole.splitlines()[2:4]
+    cut = show(1, first).splitlines()
+    assert cut[0] == whole.splitlines()[0] and cut[1] == tokenizer.decode(documents[0][1:])
+    assert cut[3] == tokenizer.decode(documents[1][:1])
+    for start, count in ((-1, 2), (0, 0), (0, first + second + third + 1)):
+        with pytest.raises(UserError, match=r"train-00000.bin: found tokens .*; expected some of 0 to"):
+            show(start, count)
+    with pytest.raises(UserError, match=r"train-00001.bin: not one of the shards in .*meta.json"):
+        main([str(path.with_name("train-00001.bin")), "--tokenizer", str(tmp_path / "tokenizer")])

@@ -34,6 +34,7 @@ from train import pretrain, uptrain
 from train.checkpoints import step_directories
 from train.data import Windows
 from train.distributed import AgreedError, agree, processes
+from train.flops import training_flops_per_token
 from train.losses import next_token_loss
 from train.recipe import OptimConfig, read_recipe
 from train.trainer import Trainer, learning_rate, make_optimizer
@@ -154,7 +155,7 @@ def uptrain_until(step: int, argv: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         whole = Trainer._train_step
 
-        def take(self: Trainer, rate: float) -> tuple[float, float]:
+        def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
             if self.step == step:
                 raise AgreedError("interrupted here")
             return whole(self, rate)
@@ -489,6 +490,88 @@ def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Fla
     assert len(losses(out)) == 8
 
 
+def uptrain_with_a_poisoned_step(step: int, argv: list[str]) -> tuple[list[int], str | None]:
+    """An uptraining in which one micro-batch of the second process gives NaN in `step`.
+
+    Returns the optimizer's step counts and the error, if any.
+    """
+    whole_step, embed = Trainer._train_step, RecursiveTransformer.embed_tokens
+    poisoned = False
+
+    def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+        nonlocal poisoned
+        poisoned = self.step + 1 == step and self.processes.rank == 1
+        return whole_step(self, rate)
+
+    def embed_tokens(self: RecursiveTransformer, input_ids: torch.Tensor) -> torch.Tensor:
+        nonlocal poisoned
+        factor, poisoned = (float("nan") if poisoned else 1.0), False
+        return embed(self, input_ids) * factor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", take)
+        patch.setattr(RecursiveTransformer, "embed_tokens", embed_tokens)
+        try:
+            trainer = train(argv)
+        except UserError as error:
+            return [], str(error)
+    return [int(state["step"]) for state in trainer.optimizer.state.values()], None
+
+
+def test_a_bad_step_is_skipped_by_all_processes_and_leaves_the_optimizer_alone(flags: Flags, tmp_path: Path) -> None:
+    argv = flags(tmp_path / "run", steps=6, guard__on_bad_step="skip")
+    for updates, error in run_on_two(uptrain_with_a_poisoned_step, 4, argv):
+        assert error is None and set(updates) == {5}
+    records = metrics(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["loss"] is None for record in records] == [record["step"] == 4 for record in records]
+    assert ["fault" in record for record in records] == [record["step"] == 4 for record in records]
+    model = rrt.load_model(tmp_path / "run" / "final")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, steps=6, run__save_every=2)
+    (_, error), other = run_on_two(uptrain_with_a_poisoned_step, 4, argv)
+    assert other == ([], error) and error is not None
+    # Step 4 sees samples 24 to 31; the second process's first micro-batch of two is the third and fourth of them.
+    assert error.startswith("step 4: loss nan, gradient norm nan; expected finite numbers; the highest loss is in ")
+    assert "in samples 26 to 27, which python -m rrt.shards shows: " in error
+    assert error.endswith("run again, which continues from step 2")
+    windows = Windows(open_shards(data, "train"), LENGTH, seed=0)
+    shown = windows.place(26)
+    assert f"shows: {shown}, " in error
+    path, _, start, _, count = shown.split()
+    tokens = open_shards(data, "train").shards[0].tokens[int(start) : int(start) + int(count)]
+    assert path == str(data / "train-00000.bin")
+    assert (tokens == windows.sample(26)).all()
+    assert metrics(out)[-1]["fault"] in error
+    assert run_on_two(uptrain_here, argv) == (None, None)
+    assert len(losses(out)) == 6
+
+
+def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
+    trainer = train(flags(tmp_path / "whole", run__save_every=3))
+    uptrain_until(5, flags(tmp_path / "parts", run__save_every=3))
+    resumed = train(flags(tmp_path / "parts", run__save_every=3))
+    assert len(trainer.guard.state_dict()["recent"]["loss"]) == 8
+    assert resumed.guard.state_dict() == trainer.guard.state_dict()
+
+
+def test_a_progress_line_shows_the_share_of_the_peak_that_was_asked_for(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uptrain_here(flags(tmp_path / "run", steps=2, run__log_every=1, run__peak_flops=1e12))
+    record = metrics(tmp_path / "run")[-1]
+    assert 0 < record["mfu"] < 1
+    assert record["mfu"] / record["tokens_per_second"] == pytest.approx(
+        training_flops_per_token(LLAMA, RELAXED, LENGTH, merged_over=2 * LENGTH) / 1e12
+    )
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2/2"))
+    assert f"MFU {record['mfu']:.1%}" in line and "ETA 0:00:00" in line and "grad norm" in line
+
+
 @pytest.fixture(scope="module")
 def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Overrides that make each kind of bad input, with what the message says."""
@@ -510,6 +593,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
             {"checkpoint__path": checkpoint / "none"},
             "no such directory; expected an HF model directory",
         ),
+        "no wandb": ({"run__wandb": "project"}, "field 'run.wandb': the wandb package cannot be imported ("),
         "no warm-up": ({"optim__warmup_steps": -1}, "field 'optim.warmup_steps': found -1; expected 0 or more"),
         "a file in the way": ({"run__out": data / "meta.json"}, "is a file; expected a directory"),
     }
@@ -524,6 +608,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
         "indivisible batch",
         "context too long",
         "no checkpoint",
+        "no wandb",
         "no warm-up",
         "a file in the way",
     ],

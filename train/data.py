@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rrt.errors import UserError
-from rrt.shards import TokenShards
+from rrt.shards import Shard, TokenShards
 
 
 class Windows:
@@ -39,17 +39,29 @@ class Windows:
 
     def window(self, index: int) -> np.ndarray:
         """Tokens [seq_len + 1] of one window, in the shards' own order."""
-        shard = int(np.searchsorted(self._first_window, index, side="right")) - 1
-        start = int(index - self._first_window[shard]) * self.seq_len
-        return self.shards.shards[shard].tokens[start : start + self.seq_len + 1]
+        shard, start = self._locate(index)
+        return shard.tokens[start : start + self.seq_len + 1]
 
     def sample(self, position: int) -> np.ndarray:
         """Tokens [seq_len + 1] of the `position`-th sample of the run."""
+        return self.window(self._index(position))
+
+    def place(self, position: int) -> str:
+        """Where the `position`-th sample of the run lies, as arguments of ``python -m rrt.shards``."""
+        shard, start = self._locate(self._index(position))
+        return f"{shard.path} --start {start} --count {self.seq_len + 1}"
+
+    def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self))
         if epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
             self._epoch = epoch
-        return self.window(int(self._order[place]))
+        return int(self._order[place])
+
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        """A window's shard and first token in it."""
+        shard = int(np.searchsorted(self._first_window, index, side="right")) - 1
+        return self.shards.shards[shard], int(index - self._first_window[shard]) * self.seq_len
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64.

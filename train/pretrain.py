@@ -32,7 +32,7 @@ from rrt.model import RecursiveTransformer
 from rrt.presets import PRESETS, preset
 from rrt.tokenizer import load_tokenizer
 from train.distributed import Processes, agree, only_main_reports_errors, processes
-from train.recipe import DataConfig, OptimConfig, RunConfig, read_recipe
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_recipe
 from train.trainer import Start, Trainer
 
 
@@ -52,6 +52,7 @@ class PretrainRecipe:
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
+    guard: GuardConfig
 
 
 def read_architecture(config: str) -> ModelConfig:

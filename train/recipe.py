@@ -54,6 +54,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What to do about a bad step: a loss or gradient norm that is not finite, or spikes."""
+
+    on_bad_step: Literal["stop", "skip"] = doc(
+        "'stop' the run before the weights change, or 'skip' the step: weights and optimizer stay as they were, "
+        "its data counts as seen",
+        default="stop",
+    )
+    loss_spike: float = doc("a loss above this multiple of the recent median is a spike; inf for none", default=2.0)
+    grad_spike: float = doc("the same of the gradient norm before clipping", default=math.inf)
+    window: int = doc("good steps that the median is over; nothing is a spike before half of them", default=64)
+    max_skips: int = doc("bad steps in a row that may be skipped; one more stops the run", default=10)
+
+    def __post_init__(self) -> None:
+        _check(self, "guard", "a number above 1", lambda value: value > 1, "loss_spike", "grad_spike")
+        _positive(self, "guard", "window", "max_skips")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How much to train, in which pieces, and what to leave behind."""
 
@@ -80,11 +99,15 @@ class RunConfig:
     save_every: int = doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
     keep: int = doc("how many resumable checkpoints to keep", default=2)
     log_every: int = doc("optimizer steps between progress lines; metrics.jsonl has every step", default=10)
+    wandb: str | None = doc("also log to this W&B project; needs the wandb package", default=None)
+    peak_flops: float | None = doc("FLOP/s of one device for MFU; default by the GPU's name, in bf16", default=None)
     save_dtype: Literal["float32", "bfloat16", "float16"] = doc("dtype of final/", default="float32")
     overwrite: bool = doc("delete an earlier run in `out` instead of resuming it", default=False)
 
     def __post_init__(self) -> None:
         _positive(self, "run", "tokens", "batch_tokens", "micro_batch", "keep", "log_every")
+        if self.peak_flops is not None:
+            _positive(self, "run", "peak_flops")
         _check(self, "run", "0 or more", lambda value: value >= 0, "seed", "save_every", "shard_size")
         if self.tokens < self.batch_tokens:
             raise UserError(

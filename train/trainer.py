@@ -6,9 +6,7 @@ import fcntl
 import json
 import math
 import os
-import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
 
 from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
 from rrt.cli import human_bytes, human_count
@@ -41,8 +38,11 @@ from train.distributed import (
     set_last_micro_batch,
     shard_model,
 )
+from train.flops import peak_flops, training_flops_per_token
+from train.guard import Guard
 from train.losses import next_token_loss
-from train.recipe import DataConfig, OptimConfig, RunConfig, to_toml
+from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
 
 RECIPE_FILE = "recipe.toml"
 
@@ -56,6 +56,8 @@ class Recipe(Protocol):
     def optim(self) -> OptimConfig: ...
     @property
     def run(self) -> RunConfig: ...
+    @property
+    def guard(self) -> GuardConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,9 @@ class Trainer:
             self.provenance = make_provenance(start.stage, start.parent, data=recipe.data.path)
             self.identity = self._identity()
         self._check_out()
+        if recipe.run.wandb is not None:
+            import_wandb()
+        self.guard = Guard(recipe.guard)
         self.step = 0
 
     def run(self) -> None:
@@ -146,8 +151,7 @@ class Trainer:
         self._build()
         self._resume()
         self._describe()
-        with _Metrics(self.out, self.step, enabled=self.processes.is_main) as metrics:
-            self._loop(metrics)
+        self._loop()
         if self.step_saved != self.step:
             self._save_step()
         self._save_final()
@@ -161,59 +165,112 @@ class Trainer:
         self.model.to_empty(device=device)
         self.optimizer = make_optimizer(self.model, self.recipe.optim)
 
-    def _loop(self, metrics: "_Metrics") -> None:
-        run, tokens_per_step = self.recipe.run, self.recipe.run.batch_tokens
-        first, began, window_began, window_first = self.step, time.perf_counter(), time.perf_counter(), self.step
+    def _loop(self) -> None:
+        run = self.recipe.run
+        meter, write = self._meter(), self._open_metrics()
         while self.step < self.steps:
             rate = learning_rate(self.recipe.optim, self.step, self.steps)
-            loss, grad_norm = self._train_step(rate)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                saved = f"from step {self.step_saved}" if self.step_saved > 0 else "from the start"
-                raise AgreedError(
-                    f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; expected finite numbers: "
-                    f"lower optim.lr and run again, which continues {saved}"
-                )
+            loss, grad_norm, fault = self._train_step(rate)
             self.step += 1
             record: dict[str, Any] = {
                 "step": self.step,
-                "tokens": self.step * tokens_per_step,
+                "tokens": self.step * run.batch_tokens,
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": grad_norm,
             }
+            if fault is not None:
+                record["fault"] = fault
             if self.step % run.log_every == 0 or self.step == self.steps:
-                now = time.perf_counter()
-                speed = (self.step - window_first) * tokens_per_step / (now - window_began)
-                window_began, window_first = now, self.step
-                eta = (now - began) / (self.step - first) * (self.steps - self.step)
-                record["tokens_per_second"] = speed
-                record["memory_bytes"] = _memory_bytes(self.processes.device)
-                self._print(_progress_line(record, self.steps, eta))
-            metrics.write(record)
+                record |= meter.read(self.step)
+                record["memory_bytes"] = memory_bytes(self.processes.device)
+                self._print(progress_line(record, self.steps))
+            write(record)
+            if fault is not None:
+                self._stop_or_skip(fault)
             if run.save_every and self.step % run.save_every == 0:
                 self._save_step()
-                window_began, window_first = time.perf_counter(), self.step
+                meter.restart(self.step)
 
-    def _train_step(self, rate: float) -> tuple[float, float]:
-        """One optimizer step. Returns the mean loss over all processes (nats per token) and the gradient norm."""
+    def _train_step(self, rate: float) -> tuple[float, float, str | None]:
+        """One optimizer step, left out if the guard finds fault with it.
+
+        Returns:
+            The mean loss over all processes (nats per token), the gradient norm and the fault.
+        """
         run, processes = self.recipe.run, self.processes
-        total = torch.zeros((), dtype=torch.float64, device=processes.device)
+        losses = torch.zeros(self.accumulation, dtype=torch.float64, device=processes.device)
         for micro in range(self.accumulation):
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
-            place = (self.step * self.accumulation + micro) * processes.world_size + processes.rank
-            inputs, targets = self.windows.batch(place * run.micro_batch, run.micro_batch)
+            inputs, targets = self.windows.batch(self._first_sample(micro, processes.rank), run.micro_batch)
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
             loss = next_token_loss(self.model(inputs), targets) / self.accumulation
             loss.backward()
-            total += loss.detach()
+            losses[micro] = loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        dist.all_reduce(total)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return total.item() / processes.world_size, norm.item()
+        total = losses.sum()
+        dist.all_reduce(total)
+        mean, grad_norm = total.item() / processes.world_size, norm.item()
+        # The same numbers in all processes, so all step or none does.
+        fault = self.guard.fault(mean, grad_norm)
+        if fault is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        else:
+            fault = f"{fault}; {self._worst_samples(losses)}"
+        self.optimizer.zero_grad(set_to_none=True)
+        return mean, grad_norm, fault
+
+    def _first_sample(self, micro: int, rank: int) -> int:
+        """Position in the run's data of the first sample of one micro-batch of the current step."""
+        place = (self.step * self.accumulation + micro) * self.processes.world_size + rank
+        return place * self.recipe.run.micro_batch
+
+    def _worst_samples(self, losses: Tensor) -> str:
+        """The samples of the micro-batch with the highest loss, and where they lie. A collective."""
+        gathered = [torch.empty_like(losses) for _ in range(self.processes.world_size)]
+        dist.all_gather(gathered, losses)
+        everywhere = torch.stack(gathered).nan_to_num(nan=math.inf)
+        rank, micro = divmod(int(everywhere.argmax()), self.accumulation)
+        first = self._first_sample(micro, rank)
+        samples = range(first, first + self.recipe.run.micro_batch)
+        places = ", ".join(self.windows.place(sample) for sample in samples)
+        found = f"samples {samples[0]} to {samples[-1]}"
+        return f"the highest loss is in {found}, which python -m rrt.shards shows: {places}"
+
+    def _stop_or_skip(self, fault: str) -> None:
+        message = f"step {self.step}: {fault}"
+        if not self.guard.must_stop:
+            self._print(f"skipped {message}")
+            return
+        saved = f"from step {self.step_saved}" if self.step_saved > 0 else "from the start"
+        remedy = "lower optim.lr, or skip such steps with --guard.on_bad_step skip, and run again"
+        raise AgreedError(f"{message}; {remedy}, which continues {saved}")
+
+    def _meter(self) -> Meter:
+        run, device, start = self.recipe.run, self.processes.device, self.start
+        flops = training_flops_per_token(
+            start.model,
+            start.recursive,
+            self.recipe.data.seq_len,
+            merged_over=run.micro_batch * self.recipe.data.seq_len if run.lora == "merged" else None,
+        )
+        peak = run.peak_flops
+        if peak is None and device.type == "cuda" and run.dtype == "bf16":
+            peak = peak_flops(torch.cuda.get_device_name(device))
+        whole_peak = None if peak is None else peak * self.processes.world_size
+        return Meter(self.step, self.steps, run.batch_tokens, flops, whole_peak)
+
+    def _open_metrics(self) -> Callable[[dict[str, Any]], None]:
+        """What takes a step's record; it does nothing but in the first process."""
+        if not self.processes.is_main:
+            return lambda record: None
+        recipe: Any = self.recipe
+        writer = MetricsWriter(self.out, self.step, self.recipe.run.wandb, dataclasses.asdict(recipe))
+        self._cleanup.callback(writer.close)
+        return writer.write
 
     def _check_out(self) -> None:
         """Refuse a directory that is not an earlier part of this same run. The first process looks for all."""
@@ -293,10 +350,12 @@ class Trainer:
             agree(lambda: fill_parameters(self.model, self.start.open()))
             return
         self.step = self.step_saved = load_step(self.resumed, self.model, self.optimizer)
+        self.guard.load_state_dict(read_json(self.resumed / STATE_FILE)["guard"])
         self._print(f"resuming from {self.resumed}")
 
     def _save_step(self) -> None:
         state = {"step": self.step, "identity": self.identity} if self.processes.is_main else {}
+        state["guard"] = self.guard.state_dict()
         save_step(self.out / f"step-{self.step}", self.model, self.optimizer, state, self.recipe.run.keep)
         self.step_saved = self.step
 
@@ -354,54 +413,7 @@ class Trainer:
             print(text, flush=True)
 
 
-class _Metrics:
-    """`metrics.jsonl` (every step) and TensorBoard, both cut back to `step` when a run resumes."""
-
-    def __init__(self, out: Path, step: int, enabled: bool) -> None:
-        self._stream = None
-        if not enabled:
-            return
-        path = out / "metrics.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        atomic_write(path, "".join(f"{line}\n" for line in kept))
-        self._stream = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(out / "tb", purge_step=step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self._stream is None:
-            return
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
-        for key in record.keys() - {"step"}:
-            self._board.add_scalar(f"train/{key}", record[key], record["step"])
-
-    def __enter__(self) -> "_Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._board.close()
-
-
 def _warmup_note(optim: OptimConfig, steps: int) -> str:
     if optim.warmup_steps < steps:
         return ""
     return f"note: the warm-up of {optim.warmup_steps} steps does not end in {steps}; set --optim.warmup_steps\n"
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process on its device: allocated on CUDA, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _progress_line(record: dict[str, Any], steps: int, eta_seconds: float) -> str:
-    hours, rest = divmod(round(eta_seconds), 3600)
-    return (
-        f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-        f"grad norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
-        f"mem {human_bytes(record['memory_bytes'])}  ETA {hours}:{rest // 60:02d}:{rest % 60:02d}"
-    )

@@ -22,7 +22,7 @@ from rrt.config import doc
 from rrt.loaders import open_source
 from rrt.tokenizer import load_tokenizer
 from train.distributed import Processes, agree, only_main_reports_errors, processes
-from train.recipe import DataConfig, OptimConfig, RunConfig, read_recipe
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_recipe
 from train.trainer import Start, Trainer
 
 
@@ -39,6 +39,7 @@ class UptrainRecipe:
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
+    guard: GuardConfig
 
 
 def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:

@@ -1,0 +1,82 @@
+"""FLOPs of training, and the table of devices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rrt.config import LoraRanks, RecursiveConfig
+from rrt.model import RecursiveTransformer
+from rrt.presets import preset
+from train.flops import peak_flops, training_flops_per_token
+
+TINY = replace(preset("pythia-160m"), vocab_size=96, hidden_size=48, num_layers=4, num_heads=3, num_kv_heads=3,
+               head_dim=16, intermediate_size=80)  # fmt: skip
+
+
+def measured_flops(recursive: RecursiveConfig, batch: int, seq_len: int, merge: bool) -> float:
+    """What PyTorch counts in one forward and backward, per token, without attention: it knows not every kernel's."""
+    model = RecursiveTransformer(TINY, recursive)
+    model.init_weights(0)
+    model.set_merge(merge)
+    tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for op, count in counts.items() if "attention" not in str(op)) / (batch * seq_len)
+
+
+def attention_flops(seq_len: int) -> float:
+    """By hand, forward and backward, of scores and weighted sums: causal, (seq_len + 1) / 2 positions."""
+    return 3 * 2 * 2 * TINY.num_layers * TINY.num_heads * TINY.head_dim * ((seq_len + 1) // 2)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(("loops", "rank"), [(1, 0), (2, 0), (2, 5), (4, 16)])
+def test_the_count_is_pytorchs_own_of_the_model_that_runs(loops: int, rank: int, merge: bool) -> None:
+    recursive = RecursiveConfig(num_loops=loops, lora_rank=LoraRanks.uniform(rank))
+    batch, seq_len = 2, 33
+    counted = measured_flops(recursive, batch, seq_len, merge)
+    expected = training_flops_per_token(TINY, recursive, seq_len, merged_over=batch * seq_len if merge else None)
+    assert counted == pytest.approx(expected - attention_flops(seq_len), rel=1e-9)
+
+
+def test_looping_saves_parameters_but_no_work() -> None:
+    vanilla = training_flops_per_token(TINY, RecursiveConfig(), 64)
+    assert training_flops_per_token(TINY, RecursiveConfig(num_loops=2), 64) == vanilla
+
+
+def test_every_exit_adds_a_head_and_a_teacher_its_forward() -> None:
+    recursive = RecursiveConfig(num_loops=2)
+    one = training_flops_per_token(TINY, recursive, 64)
+    two = training_flops_per_token(TINY, recursive, 64, num_exits=2)
+    assert two - one == 3 * 2 * TINY.vocab_size * TINY.hidden_size
+    taught = training_flops_per_token(TINY, recursive, 64, teacher=TINY)
+    assert taught == pytest.approx(one * 4 / 3)
+
+
+def test_gemma_takes_about_six_flops_per_parameter_and_token() -> None:
+    flops = training_flops_per_token(preset("gemma-2b"), RecursiveConfig(), 2048)
+    assert flops == pytest.approx(6 * 2.506e9, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_the_peak_of_a_device_is_found_by_its_name(name: str, teraflops: float) -> None:
+    assert peak_flops(name) == teraflops * 1e12
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert peak_flops("Tesla K80") is None

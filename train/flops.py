@@ -1,0 +1,63 @@
+"""Floating-point work of training a looped model, and what devices can do: the two sides of MFU.
+
+MFU, model FLOPs utilisation, is tokens per second x FLOPs per token / peak FLOP/s of all devices. The FLOPs are
+those that the method needs, with LoRA in the form that computes it; what the backward pass computes again to save
+memory does not count.
+"""
+
+import torch
+
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.inspect import model_sizes
+
+# Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a GPU by its name, the first in the table; None for one that it does not have."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
+def training_flops_per_token(
+    model: ModelConfig,
+    recursive: RecursiveConfig,
+    seq_len: int,
+    *,
+    merged_over: int | None = None,
+    num_exits: int = 1,
+    teacher: ModelConfig | None = None,
+) -> float:
+    """Matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
+
+    Counted are the shared block at every loop, causal attention to (seq_len + 1) / 2 positions, and the head once per
+    exit; the backward pass counts twice the forward. The embedding's look-up counts nothing.
+
+    Args:
+        merged_over: tokens of the micro-batch for which W + B A is made once; None for LoRA as products of their own.
+        num_exits: exits whose logits the loss needs, the last loop's included.
+        teacher: of a distillation, whose forward pass is added.
+    """
+    context = (seq_len + 1) // 2
+    sizes = model_sizes(model, recursive, torch.float32, context)
+    if merged_over is None:
+        forward = float(sizes.flops_per_token["plain"])
+    else:
+        forward = sizes.flops_per_token["merged"] + sizes.merge_flops / merged_over
+    forward += (num_exits - 1) * 2 * model.vocab_size * model.hidden_size
+    taught = 0
+    if teacher is not None:
+        taught = model_sizes(teacher, RecursiveConfig(), torch.float32, context).flops_per_token["plain"]
+    return 3 * forward + taught

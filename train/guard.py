@@ -1,0 +1,59 @@
+"""Steps that must not reach the weights: a loss or gradient norm that is not finite, or far above the recent ones."""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from train.recipe import GuardConfig
+
+
+class Guard:
+    """Judges steps by the recent ones. Every process must ask about the same numbers, and then has the same answer."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self._recent = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
+        self._skipped_in_a_row = 0
+
+    def fault(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step, in words; None if nothing is, and then the step counts as a recent one."""
+        found = {"loss": loss, "gradient norm": grad_norm}
+        fault = self._not_finite(found) or self._spike(found)
+        if fault is None:
+            self._skipped_in_a_row = 0
+            for name, recent in self._recent.items():
+                recent.append(found[name])
+        else:
+            self._skipped_in_a_row += 1
+        return fault
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the fault that was found last ends the run."""
+        return self.config.on_bad_step == "stop" or self._skipped_in_a_row > self.config.max_skips
+
+    def _not_finite(self, found: dict[str, float]) -> str | None:
+        if all(map(math.isfinite, found.values())):
+            return None
+        return ", ".join(f"{name} {value}" for name, value in found.items()) + "; expected finite numbers"
+
+    def _spike(self, found: dict[str, float]) -> str | None:
+        for name, limit in (("loss", self.config.loss_spike), ("gradient norm", self.config.grad_spike)):
+            recent = self._recent[name]
+            if 2 * len(recent) >= self.config.window and found[name] > limit * (median := statistics.median(recent)):
+                return f"{name} {found[name]:.4g}; expected at most {limit:g} x the recent median {median:.4g}"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON, which restores exactly."""
+        return {
+            "recent": {name: list(recent) for name, recent in self._recent.items()},
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, recent in self._recent.items():
+            recent.clear()
+            recent.extend(state["recent"][name])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
