@@ -1,0 +1,95 @@
+"""Confidence against agreement, and thresholds from it: pure functions of recorded trajectories.
+
+A token exits after the first loop whose confidence is at least that loop's threshold, else after the last.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.trajectories import Trajectories
+from rrt.exit_thresholds import Calibration
+
+BINS = 20
+
+
+def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
+    """How often `loop` agrees with the last, by its confidence: bins of equal width that are not empty."""
+    confidence = found.confidence[loop]
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    sums = [np.bincount(bins, weights=values, minlength=BINS) for values in (confidence, found.top_tokens_agree[loop])]
+    return [
+        {"tokens": int(count), "confidence": mean_confidence / count, "agreement": agreement / count}
+        for count, mean_confidence, agreement in zip(counts, *sums, strict=True)
+        if count
+    ]
+
+
+def exits_at(found: Trajectories, thresholds: Sequence[float | None]) -> npt.NDArray[np.int64]:
+    """The loop [N] at which each token exits."""
+    exits = np.full(found.num_tokens, found.num_loops - 1)
+    for loop in reversed(range(found.num_loops - 1)):
+        threshold = thresholds[loop]
+        if threshold is not None:
+            # Both in fp32, the precision of what was recorded.
+            exits[found.confidence[loop] >= np.float32(threshold)] = loop
+    return exits
+
+
+def outcome(found: Trajectories, thresholds: Sequence[float | None]) -> dict[str, Any]:
+    """What exits at these thresholds give: shares of tokens, loops per token, loss in nats per token.
+
+    `agreement` is of all tokens, `early_agreement` of those that exit early (None if there are none).
+    """
+    exits = exits_at(found, thresholds)
+    tokens = np.arange(found.num_tokens)
+    agree = found.top_tokens_agree[exits, tokens]
+    early = exits < found.num_loops - 1
+    return {
+        "early": float(early.mean()),
+        "agreement": float(agree.mean()),
+        "early_agreement": float(agree[early].mean()) if early.any() else None,
+        "mean_loops": float(exits.mean()) + 1,
+        "loss": float(found.loss[exits, tokens].mean(dtype=np.float64)),
+    }
+
+
+def threshold_curve(found: Trajectories, thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    """`outcome` of one threshold for all loops, for each of `thresholds`."""
+    curve = []
+    for threshold in thresholds:
+        row = outcome(found, [threshold] * (found.num_loops - 1))
+        curve.append({"threshold": threshold, **row, "perplexity": float(np.exp(row["loss"]))})
+    return curve
+
+
+def fit_thresholds(found: Trajectories, agreement: float) -> tuple[float | None, ...]:
+    """For each loop before the last the lowest threshold at which its exits agree with the last loop that often.
+
+    Of a later loop only the tokens count that did not exit before. None where no threshold reaches `agreement`.
+    """
+    thresholds: list[float | None] = []
+    left = np.ones(found.num_tokens, dtype=bool)
+    for loop in range(found.num_loops - 1):
+        confidence, agree = found.confidence[loop][left], found.top_tokens_agree[loop][left]
+        order = np.argsort(-confidence, kind="stable")
+        ranked = confidence[order]
+        shares = np.cumsum(agree[order]) / np.arange(1, len(order) + 1)
+        # Tokens of equal confidence exit together: only the last of them can be the border.
+        is_border = np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)]
+        reached = np.flatnonzero((shares >= agreement) & is_border)
+        threshold = float(ranked[reached[-1]]) if len(reached) else None
+        thresholds.append(threshold)
+        if threshold is not None:
+            left &= found.confidence[loop] < np.float32(threshold)
+    return tuple(thresholds)
+
+
+def calibrate(fit: Trajectories, held_back: Trajectories, agreement: float) -> Calibration:
+    """Thresholds fitted on some samples and measured on others."""
+    thresholds = fit_thresholds(fit, agreement)
+    measured = outcome(held_back, thresholds)
+    return Calibration(agreement, thresholds, measured["early_agreement"], measured["mean_loops"])

@@ -1,0 +1,245 @@
+"""What early exits cost and save: python eval/exits.py --checkpoint DIR --data FILE --out runs/out/exits
+
+Runs the model over samples of a corpus (one per document, up to `--context` tokens, with the text's own tokens before
+each position) and records, token by token, what every loop would have said. From that:
+
+- static exits: each loop's perplexity, its agreement with the last loop, and its few-shot accuracy (--fewshot)
+- the oracle's trajectories: the earliest loop whose most probable token is the last loop's (for eval/throughput.py)
+- confidence against agreement, and what one threshold for all loops gives in agreement, loops and perplexity
+- with --calibrate 0.95, thresholds for that agreement of early exits with full depth, saved into the checkpoint as
+  exit_thresholds.json for serving (fitted on every other sample, measured on the others)
+
+The recording streams to `--out` and goes on where it stopped; `torchrun` shares the work.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval.calibration import calibrate, reliability, threshold_curve
+from eval.stream import (
+    PAD,
+    Block,
+    Corpus,
+    add_stream_flags,
+    batches,
+    check_output_file,
+    check_positive,
+    chosen_bos,
+    chosen_context,
+    document_blocks,
+    make_batch,
+    read_exits,
+)
+from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, read_trajectories
+from rrt.checkpoint import fingerprint
+from rrt.cli import run_command
+from rrt.errors import UserError
+from rrt.exit_thresholds import save_exit_thresholds
+from rrt.files import read_json
+from rrt.loaders import load_model, open_source
+from rrt.model import RecursiveTransformer
+from rrt.processes import Replica, first_reports_errors, replicas
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.results import write_result
+from rrt.tensors import dtype_name
+from rrt.tokenizer import check_vocab, load_tokenizer
+
+CURVE_THRESHOLDS = (0.0, *(i / 20 for i in range(1, 19)), 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+
+
+def loss_confidence_token(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n, V] -> [n, 3]: loss in nats, probability of the most probable token, and that token (exact in fp32)."""
+    top, token = logits.max(-1)
+    total = logits.logsumexp(-1)
+    loss = total - logits.gather(-1, targets[:, None]).squeeze(-1)
+    return torch.stack((loss, (top - total).exp(), token.to(logits.dtype)), dim=-1)
+
+
+def record(
+    model: RecursiveTransformer, samples: list[Block], context: int, batch_size: int, bos_id: int | None
+) -> tuple[Trajectories, Sums]:
+    """Trajectories of a few samples, and their sums."""
+    numbered = [np.stack((block[0], np.full(block.shape[1], i))) for i, block in enumerate(samples)]
+    found, owners = [], []
+    for blocks in batches(numbered, context, batch_size):
+        batch = make_batch(blocks, bos_id)
+        found.append(read_exits(model, batch, range(model.recursive.num_loops), loss_confidence_token).cpu())
+        owners.append(batch.groups[batch.targets != PAD])
+    order = torch.cat(owners).argsort(stable=True)
+    loss, confidence, token = torch.cat(found, dim=1)[:, order].unbind(-1)
+    trajectories = Trajectories(
+        lengths=np.array([block.shape[1] - 1 for block in samples], dtype=np.int32),
+        top_tokens_agree=(token == token[-1]).numpy(),
+        confidence=confidence[:-1].float().numpy(),
+        loss=loss.numpy(),
+    )
+    return trajectories, Sums(loss.double().sum(1).numpy(), (token[:, None] == token[None]).sum(-1).numpy())
+
+
+def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
+    """Record the samples that `--out` lacks."""
+    source = open_source(arguments.checkpoint)
+    num_loops = source.recursive.num_loops
+    if num_loops < 2:
+        raise UserError(f"{arguments.checkpoint}: has 1 loop and no exit before its end; expected a looped checkpoint")
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
+    context = chosen_context(arguments, source.model.max_position_embeddings)
+    check_positive("--samples", arguments.samples)
+    bos_id = chosen_bos(arguments, tokenizer)
+    corpus = Corpus(arguments.data, arguments.split, arguments.text_field, None, tokenizer)
+    dtype = chosen_dtype(arguments) or source.dtype
+    settings = {"data": arguments.data, "split": arguments.split, "text_field": arguments.text_field}
+    settings |= {"context": context, "samples": arguments.samples, "bos": bos_id is not None}
+    settings |= {"num_loops": num_loops, "dtype": dtype_name(dtype)}
+    # The fingerprint is read by all processes; the first makes the directory.
+    settings["checkpoint_sha256"] = fingerprint(Path(arguments.checkpoint))
+    if replica.is_main:
+        recording = Recording(arguments.out, settings)
+    replica.wait()
+    recording = Recording(arguments.out, settings)
+    if replica.is_main and num_loops - 1 != len(source.recursive.exit_loops):
+        trained = ", ".join(map(str, source.recursive.exit_loops)) or "none"
+        print(f"notice: {arguments.checkpoint}: of the exits before the last loop, trained are: {trained}")
+    model = load_model(arguments.checkpoint, dtype, replica.device)
+    model.set_merge(True)
+
+    def samples() -> Iterator[Block]:
+        for document in corpus.documents():
+            yield from itertools.islice(document_blocks([document], context, bos_id), 1)
+
+    left = itertools.islice(samples(), arguments.samples)
+    hidden = None if replica.is_main else True
+    with tqdm(total=arguments.samples, unit="sample", desc="recording", disable=hidden) as bar:
+        for part in itertools.count():
+            blocks = list(itertools.islice(left, SAMPLES_PER_PART))
+            if not blocks:
+                break
+            if part % replica.count == replica.rank and not recording.has(part):
+                trajectories, sums = record(model, blocks, context, arguments.batch_size, bos_id)
+                if not np.isfinite(sums.loss).all():
+                    raise UserError(
+                        f"{arguments.checkpoint}: the loss is {sums.loss} in {dtype_name(dtype)}; expected finite "
+                        "numbers: try --dtype float32 or bfloat16"
+                    )
+                recording.write(part, trajectories, sums)
+            bar.update(len(blocks))
+    replica.wait()
+
+
+def fewshot_accuracy(paths: list[Path], checkpoint: str) -> dict[int, float]:
+    """The average of seven after each loop, from results of eval/fewshot.py on this checkpoint."""
+    found = {}
+    for path in paths:
+        result = read_json(path)
+        if not isinstance(result.get("average"), dict) or "exit_loop" not in result:
+            raise UserError(f"{path}: no average of the seven tasks; expected a result of eval/fewshot.py")
+        if result.get("checkpoint_sha256") != fingerprint(Path(checkpoint)):
+            raise UserError(f"{path}: field 'checkpoint_sha256': is not that of {checkpoint}; expected the same")
+        found[int(result["exit_loop"])] = float(result["average"]["value"])
+    return found
+
+
+def analyse(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The result, from what was recorded."""
+    found, sums, meta = read_trajectories(arguments.out)
+    accuracy = fewshot_accuracy(arguments.fewshot, arguments.checkpoint)
+    tokens, last = found.num_tokens, found.num_loops - 1
+    exit_loops = found.exit_loops()
+    pairs, loss = sums.pair_agreement / tokens, sums.loss / tokens
+    fit, held_back = (found.samples(slice(start, None, 2)) for start in (0, 1))
+    if not held_back.num_tokens:
+        raise UserError(f"{arguments.data}: found {len(found.lengths)} sample(s); expected at least 2 to calibrate")
+    calibrations = [calibrate(fit, held_back, wanted) for wanted in arguments.calibrate or (0.9, 0.95, 0.99)]
+    if arguments.calibrate:
+        path = save_exit_thresholds(
+            arguments.checkpoint, found.num_loops, calibrations, data=arguments.data, tokens=fit.num_tokens
+        )
+        print(f"wrote {path}")
+    return {
+        "kind": "exits",
+        "checkpoint": str(arguments.checkpoint),
+        **{name: meta[name] for name in ("checkpoint_sha256", "data", "context", "bos", "dtype", "num_loops")},
+        "samples": len(found.lengths),
+        "tokens": tokens,
+        "static": [
+            {
+                "loop": loop,
+                "loss": float(loss[loop]),
+                "perplexity": float(np.exp(loss[loop])),
+                "agreement": float(pairs[loop, last]),
+                "fewshot": accuracy.get(loop),
+            }
+            for loop in range(found.num_loops)
+        ],
+        "pair_agreement": pairs.tolist(),
+        "oracle": {
+            "mean_loops": float(exit_loops.mean()) + 1,
+            "share": (np.bincount(exit_loops, minlength=found.num_loops) / tokens).tolist(),
+        },
+        "reliability": [reliability(found, loop) for loop in range(last)],
+        "thresholds": threshold_curve(found, CURVE_THRESHOLDS),
+        "calibrations": [asdict(entry) for entry in calibrations],
+        "saved": bool(arguments.calibrate),
+    }
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    print(f"\n{result['samples']:,} samples, {result['tokens']:,} tokens; exit of all tokens after a loop:")
+    print(f"{'loop':>4}  {'perplexity':>11}  {'agrees with last':>16}  {'oracle exits':>12}  {'few-shot':>8}")
+    for row, share in zip(result["static"], result["oracle"]["share"], strict=True):
+        accuracy = "" if row["fewshot"] is None else f"{100 * row['fewshot']:.1f}"
+        print(
+            f"{row['loop']:>4}  {row['perplexity']:>11.4f}  {100 * row['agreement']:>14.2f} %  {100 * share:>10.2f} %  "
+            f"{accuracy:>8}"
+        )
+    print(f"loops per token with oracle exits: {result['oracle']['mean_loops']:.4f} of {result['num_loops']}")
+    print(f"\n{'wanted agreement':>16}  {'thresholds':>20}  {'measured':>9}  {'loops/token':>11}")
+    for row in result["calibrations"]:
+        thresholds = ", ".join("never" if value is None else f"{value:.5f}" for value in row["thresholds"])
+        measured = "" if row["measured_agreement"] is None else f"{row['measured_agreement']:.4f}"
+        print(f"{row['agreement']:>16}  {thresholds:>20}  {measured:>9}  {row['mean_loops']:>11.4f}")
+
+
+@first_reports_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_stream_flags(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
+    parser.add_argument("--samples", type=int, default=20_000, metavar="N", help="most samples (default 20,000)")
+    parser.add_argument(
+        "--calibrate", type=float, nargs="+", metavar="A", help="save thresholds for these agreements, such as 0.95"
+    )
+    parser.add_argument(
+        "--fewshot", type=Path, nargs="+", default=[], metavar="JSON", help="results of eval/fewshot.py, one per exit"
+    )
+    add_dtype_flag(parser, "dtype to compute in")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    arguments = parser.parse_args()
+    check_output_file("--json", arguments.json)
+    for wanted in arguments.calibrate or ():
+        if not 0 < wanted <= 1:
+            raise UserError(f"--calibrate: found {wanted}; expected a share of tokens in (0, 1]")
+    with replicas(arguments.device) as replica:
+        make_recording(arguments, replica)
+        if replica.is_main:
+            result = analyse(arguments)
+            if arguments.json is not None:
+                write_result(arguments.json, result, replica.device)
+            print_tables(result)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,151 @@
+"""Recorded exits: of each token of a corpus's samples, what every loop would have said.
+
+A directory holds `meta.json` and parts of `SAMPLES_PER_PART` samples in order, each written whole (`part-00000.npz`),
+so that an interrupted recording goes on where it stopped. A sample is one document, up to the context's length.
+Shapes: S samples, N tokens of all samples one after the other, B loops.
+"""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rrt.errors import UserError
+from rrt.files import read_json, write_json
+
+FORMAT = "rrt-trajectories"
+VERSION = 1
+SAMPLES_PER_PART = 64
+META_FILE = "meta.json"
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Samples, of a part or of a whole recording.
+
+    Attributes:
+        lengths: int32 [S], tokens of each sample.
+        top_tokens_agree: bool [B, N], whether a loop's most probable token is the last loop's.
+        confidence: fp32 [B - 1, N], probability of each earlier loop's most probable token.
+        loss: [B, N], nats; for curves: files hold it as fp16.
+    """
+
+    lengths: npt.NDArray[np.int32]
+    top_tokens_agree: npt.NDArray[np.bool_]
+    confidence: npt.NDArray[np.float32]
+    loss: npt.NDArray[np.floating]
+
+    @property
+    def num_loops(self) -> int:
+        return self.top_tokens_agree.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.top_tokens_agree.shape[1]
+
+    def exit_loops(self) -> npt.NDArray[np.int64]:
+        """The oracle's exit [N]: the earliest loop that says what the last one does."""
+        return self.top_tokens_agree.argmax(0)
+
+    def samples(self, chosen: slice) -> "Trajectories":
+        """Some of the samples."""
+        picked = np.zeros(len(self.lengths), dtype=bool)
+        picked[chosen] = True
+        tokens = np.repeat(picked, self.lengths)
+        per_token = (self.top_tokens_agree, self.confidence, self.loss)
+        return Trajectories(self.lengths[picked], *(values[:, tokens] for values in per_token))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all tokens: the exact loss fp64 [B], and how often two loops say the same, int64 [B, B]."""
+
+    loss: npt.NDArray[np.float64]
+    pair_agreement: npt.NDArray[np.int64]
+
+
+class Recording:
+    """A directory of trajectories, opened to be filled or read.
+
+    Raises:
+        UserError: `directory` is a file, holds something else, or a recording of other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        meta = {"format": FORMAT, "version": VERSION, **settings}
+        path = directory / META_FILE
+        if path.is_file():
+            found = read_json(path)
+            for name in [*meta, *found]:
+                if found.get(name) != meta.get(name):
+                    raise UserError(
+                        f"{path}: field {name!r}: found {found.get(name)!r}; expected {meta.get(name)!r}: go on with "
+                        "the same settings or name another directory"
+                    )
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory}: exists and is no recording; name another directory")
+        else:
+            write_json(path, meta)
+
+    def path(self, part: int) -> Path:
+        return self.directory / f"part-{part:05d}.npz"
+
+    def has(self, part: int) -> bool:
+        return self.path(part).is_file()
+
+    def write(self, part: int, samples: Trajectories, sums: Sums) -> None:
+        """Write one part; it appears whole."""
+        partial = self.directory / f".part-{part:05d}.{os.getpid()}"
+        with partial.open("wb") as stream:
+            np.savez(
+                stream,
+                lengths=samples.lengths,
+                top_tokens_agree=np.packbits(samples.top_tokens_agree, axis=1),
+                confidence=samples.confidence,
+                loss=samples.loss.astype(np.float16),
+                loss_sum=sums.loss,
+                pair_agreement=sums.pair_agreement,
+            )
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(self.path(part))
+
+
+def read_trajectories(directory: str | Path) -> tuple[Trajectories, Sums, dict[str, Any]]:
+    """All samples recorded so far, their sums, and the recording's settings.
+
+    Raises:
+        UserError: no recording, an empty or a damaged one, or one with a part missing in the middle.
+    """
+    directory = Path(directory)
+    meta = read_json(directory / META_FILE)
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{directory / META_FILE}: found format {meta.get('format')!r}; expected {FORMAT!r} {VERSION}")
+    samples, sums = [], []
+    for number, path in enumerate(sorted(directory.glob("part-*.npz"))):
+        if path.name != f"part-{number:05d}.npz":
+            raise UserError(f"{directory}: part-{number:05d}.npz is missing; run eval/exits.py again to make it")
+        part, part_sums = _read_part(path)
+        samples.append(part)
+        sums.append(part_sums)
+    if not samples:
+        raise UserError(f"{directory}: found no finished part; run eval/exits.py again")
+    names = ("lengths", "top_tokens_agree", "confidence", "loss")
+    joined = Trajectories(*(np.concatenate([getattr(part, name) for part in samples], axis=-1) for name in names))
+    return joined, Sums(sum(s.loss for s in sums), sum(s.pair_agreement for s in sums)), meta
+
+
+def _read_part(path: Path) -> tuple[Trajectories, Sums]:
+    try:
+        with np.load(path) as file:
+            tokens = int(file["lengths"].sum())
+            agree = np.unpackbits(file["top_tokens_agree"], axis=1, count=tokens).astype(bool)
+            samples = Trajectories(file["lengths"], agree, file["confidence"], file["loss"])
+            return samples, Sums(file["loss_sum"], file["pair_agreement"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run eval/exits.py again") from None
