@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _start_wandb(out: Path, project: str, config: dict[str, Any]) -> Any:
     wandb = import_wandb()
     id_file = out / _WANDB_ID_FILE
     if not id_file.is_file():
-        atomic_write(id_file, wandb.util.generate_id())
+        atomic_write(id_file, uuid.uuid4().hex)
     run_id = id_file.read_text(encoding="utf-8").strip()
     run = wandb.init(project=project, id=run_id, resume="allow", name=out.name, dir=str(out), config=config)
     # The curves' axis: W&B's own counter refuses to go back to where a run resumes.
