@@ -136,7 +136,7 @@ def flags(checkpoint: Path, data: Path) -> Flags:
 def train(argv: list[str], command: Any = uptrain) -> Trainer:
     """The command's work in this process, or together with another one."""
     recipe = read_recipe(getattr(command, f"{command.__name__.rpartition('.')[2].capitalize()}Recipe"), "", argv)
-    with processes(recipe.run.device) as group:
+    with processes(recipe.run.device, recipe.run.shard_size) as group:
         trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
         trainer.run()
         return trainer
@@ -374,6 +374,16 @@ def test_weights_and_losses_are_those_of_a_plain_loop(
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_wrapping_copies_and_checkpointing_change_no_weight(
+    flags: Flags, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    expected, _ = train_plainly(checkpoint, data, OptimConfig(lr=5e-3, warmup_steps=2, grad_clip=0.5), steps=4)
+    settings = dict(run__wrap="layer", run__shard_size=1, run__checkpointing="loop", optim__grad_clip=0.5)
+    weights, _ = run_on_two(uptrain_in_double, flags(tmp_path / "run", steps=4, **settings))
+    for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
