@@ -16,6 +16,7 @@
 #endif
 
 #include "cpu_isa.h"
+#include "huge_pages.h"
 #include "loop_lora/launch.h"
 
 using namespace rrt;
@@ -111,13 +112,12 @@ Dtype parse_dtype(const std::string& text) {
   fail("--dtype", text, "fp32, fp64, bf16 or fp16");
 }
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // `size` numbers of about [1, 2) with random mantissas, aligned as torch aligns.
 class Buffer {
  public:
   Buffer(Dtype dtype, int64_t size)
-      : memory_(static_cast<char*>(::operator new(std::max<int64_t>(1, size * size_of(dtype)), kAlign))) {
+      : memory_(static_cast<char*>(::operator new(std::max<int64_t>(1, size * bytes_of(dtype)), kAlign))) {
+    advise_huge_pages(memory_.get(), size * bytes_of(dtype));
     for (int64_t i = 0; i < size; ++i) {
       state_ = state_ * 6364136223846793005u + 1442695040888963407u;
       const uint64_t random = state_ >> 12;  // 52 bits
@@ -216,7 +216,7 @@ void measure(const Options& o, Dtype dtype, int64_t m, const std::vector<Weights
   const double flops = 2.0 * m * (static_cast<double>(o.n) * o.k + static_cast<double>(o.rank) * (o.n + o.k));
   const double typical = median(seconds), least = *std::min_element(seconds.begin(), seconds.end());
   std::printf("%6lld %12.1f %12.1f %8.1f %10.1f\n", static_cast<long long>(m), typical * 1e6, least * 1e6,
-              elements * size_of(dtype) / typical / 1e9, flops / typical / 1e9);
+              elements * bytes_of(dtype) / typical / 1e9, flops / typical / 1e9);
   std::fflush(stdout);
 }
 
@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
 #endif
   const int64_t sizes[] = {matrix_size(o, dtype, o.n, o.k), o.loops * matrix_size(o, dtype, o.rank, o.k),
                            o.loops * matrix_size(o, dtype, o.n, o.rank)};
-  const int64_t set_bytes = (sizes[0] + sizes[1] + sizes[2]) * size_of(dtype);
+  const int64_t set_bytes = (sizes[0] + sizes[1] + sizes[2]) * bytes_of(dtype);
   const int64_t num_sets = std::max<int64_t>(1, (o.megabytes * 1000000 + set_bytes - 1) / set_bytes);
   std::vector<Weights> weights;
   for (int64_t i = 0; i < num_sets; ++i) {

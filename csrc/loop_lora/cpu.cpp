@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cpu_isa.h"
+#include "huge_pages.h"
 #include "loop_lora/cpu_kernels.h"
 
 namespace rrt::loop_lora {
@@ -104,6 +105,8 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
 }
 
 void pack_cpu(Dtype dtype, const void* from, int64_t count, int64_t n, int64_t k, void* to, ParallelFor parallel_for) {
+  const int64_t steps = num_panels(n) * kPanel * pack_steps(dtype, k) * pack_step(dtype);
+  advise_huge_pages(to, count * steps * bytes_of(dtype));
   const PackWork work{from, n, k, to};
   sweep(parallel_for, kernels_for_this_cpu().pack_panels[static_cast<int>(dtype)], work, count * num_panels(n),
         kPanel * k);

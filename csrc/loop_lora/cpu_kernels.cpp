@@ -74,15 +74,20 @@ struct Product<BFloat16> {
   template <int ROWS>
   static inline __attribute__((always_inline)) void multiply(const uint16_t* w, const Operand* x,
                                                              Vec (&acc)[ROWS][kVectors]) {
+    Vec low[kVectors], high[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const U32 pairs = load<U32>(w + v * 2 * kLanes);
-      const Vec low = bit_cast<Vec>(pairs << 16), high = bit_cast<Vec>(pairs & 0xffff0000u);
+      low[v] = bit_cast<Vec>(pairs << 16);
+      high[v] = bit_cast<Vec>(pairs & 0xffff0000u);
+    }
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        acc[r][v] += low * x[r * kChunk].column[0];
-        acc[r][v] += high * x[r * kChunk].column[1];
-      }
+    for (int r = 0; r < ROWS; ++r) {
+      const float first = x[r * kChunk].column[0], second = x[r * kChunk].column[1];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += low[v] * first;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += high[v] * second;
     }
   }
 };

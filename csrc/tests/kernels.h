@@ -19,10 +19,6 @@ namespace rrt::tests {
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 
-inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 // Distance of 1 to the next number.
 inline double epsilon(Dtype dtype) {
   switch (dtype) {
@@ -82,7 +78,7 @@ class Array {
   Array(Dtype dtype, int64_t size, Aligned aligned = Aligned::kElement)
       : dtype_(dtype),
         size_(size),
-        element_size_(size_of(dtype)),
+        element_size_(bytes_of(dtype)),
         memory_(new char[(size + (aligned == Aligned::kElement ? 1 : 0)) * element_size_]),
         data_(memory_.get() + (aligned == Aligned::kElement ? element_size_ : 0)) {
     std::memset(data_, 0xff, size * element_size_);
