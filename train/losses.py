@@ -1,7 +1,29 @@
-"""Training losses."""
+"""Training losses of any number of exits without their logits in memory (PAPER, Uptraining and Early-exit training).
 
+The product with the head, the loss and its gradient are computed for some tokens at a time in the forward, so that
+neither the student's logits nor a teacher's ever exist whole: what is kept is gradients of the hidden states and of
+the head. Each chunk of a teacher's logits serves all exits.
+
+Dimensions: N tokens, D model width, V vocabulary, R rank of the head's LoRA, C tokens of one chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+IGNORED = -100
+"""The target of a position that has no loss."""
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+
+MIN_CHUNK = 128
+_CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
+"""What the matrices [C, V] of one chunk may take, unless they have MIN_CHUNK rows only."""
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -13,3 +35,306 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """
     flat = logits.flatten(0, 1)
     return F.cross_entropy(flat if flat.dtype.itemsize >= 4 else flat.float(), targets.flatten())
+
+
+@dataclass(frozen=True)
+class ExitWeights:
+    """How the losses of one exit are weighted in the total."""
+
+    cross_entropy: float = 0.0
+    teacher: float = 0.0
+    """Divergence from the teacher."""
+    last_exit: float = 0.0
+    """Divergence from the last exit, through which no gradient flows."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A matrix that makes logits of normalised hidden states, with a LoRA per exit where there is one."""
+
+    weight: Tensor
+    """[V, D]"""
+    lora_a: Tensor | None = None
+    """[exits with a LoRA, R, D]: the first exits have one."""
+    lora_b: Tensor | None = None
+    """[exits with a LoRA, V, R]"""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What makes a teacher's logits; no gradient flows into it."""
+
+    hidden: Tensor
+    """[N, D of the teacher], normalised."""
+    weight: Tensor
+    """[V, D of the teacher]"""
+
+
+def exit_losses(
+    exits: Sequence[Tensor],
+    targets: Tensor,
+    head: Head,
+    weights: Sequence[ExitWeights],
+    *,
+    teacher: Teacher | None = None,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum over the exits of cross-entropy and divergences, each a mean over the tokens that count.
+
+    A divergence compares softmax(logits / temperature) and is multiplied by temperature squared, which keeps the size
+    of its gradient. 16-bit inputs are computed with in fp32, each chunk's logits on, fp64 in fp64.
+
+    Args:
+        exits: hidden states [N, D] of the exits after the final norm, the model's last exit last.
+        targets: [N] int64, the token that follows each position, or `IGNORED`.
+        weights: one for each exit.
+        chunk: tokens per chunk; default what suits the device.
+
+    Returns:
+        The loss, a scalar of fp32 (fp64 for fp64 inputs), for one backward; and without gradient the unweighted
+        means [exits, 3] fp64 in nats per token, by exit: cross-entropy, divergence from the teacher, from the last
+        exit; 0 where the weights ask for none.
+    """
+    if len(weights) != len(exits) or weights[-1].last_exit:
+        raise ValueError(f"weights: found {weights}; expected {len(exits)}, and the last exit not compared with itself")
+    task = _Task(targets, tuple(weights), teacher, divergence, temperature, chunk)
+    if (teacher is None) == task.asks_teacher:
+        raise ValueError("teacher: expected one if, and only if, some weight asks for it")
+    if teacher is not None:
+        convert = _conversion(teacher.weight, torch.promote_types(teacher.weight.dtype, torch.float32))
+        teacher = Teacher(convert(teacher.hidden.detach()), convert(teacher.weight.detach()))
+    task = replace(task, teacher=teacher)
+    loss, parts = _ExitLosses.apply(task, head.weight, head.lora_a, head.lora_b, *exits)  # type: ignore[no-untyped-call]
+    return loss, parts
+
+
+def divergence_and_slope(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of the student's q from the teacher's p, both as log-probabilities [C, V].
+
+    Returns:
+        The values [C], and their gradient [C, V] by the logits (over the temperature) that q is the softmax of.
+    """
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward_kl":  # sum p log(p / q)
+        return (log_p - log_q).mul_(p).sum(-1), q.sub_(p)
+    # The others' derivatives by q, up to a constant, go through the softmax: q (slope - mean of the slope under q).
+    if kind == "reverse_kl":  # sum q log(q / p)
+        slope = log_q - log_p
+        value = (q * slope).sum(-1)
+    elif kind == "jsd":  # half the sum of the forward divergences of p and of q from their mean m
+        log_m = torch.logaddexp(log_p, log_q).sub_(torch.log(torch.tensor(2.0, dtype=q.dtype)))
+        slope = (log_q - log_m).mul_(0.5)
+        value = (q * slope).sum(-1) + (log_p - log_m).mul_(p).sum(-1) / 2
+    else:  # total variation: half the sum of |q - p|
+        difference = q - p
+        slope = difference.sign().mul_(0.5)
+        value = difference.abs_().sum(-1) / 2
+    mean = (q * slope).sum(-1, keepdim=True)
+    return value, slope.sub_(mean).mul_(q)
+
+
+@dataclass(frozen=True)
+class _Task:
+    targets: Tensor
+    weights: tuple[ExitWeights, ...]
+    teacher: Teacher | None
+    divergence: Divergence
+    temperature: float
+    chunk: int | None
+
+    @property
+    def asks_teacher(self) -> bool:
+        return any(weights.teacher for weights in self.weights)
+
+    @property
+    def asks_last_exit(self) -> bool:
+        return any(weights.last_exit for weights in self.weights)
+
+    def chunks(self, vocab: int, dtype: torch.dtype) -> list[slice]:
+        """Pieces of the tokens, of nearly equal size."""
+        tokens = len(self.targets)
+        chunk = self.chunk
+        if chunk is None:
+            matrices = 8 if self.asks_teacher or self.asks_last_exit else 1  # [C, V] that exist at one time
+            budget = _CHUNK_BYTES["cuda" if self.targets.is_cuda else "cpu"]
+            chunk = max(MIN_CHUNK, budget // (vocab * dtype.itemsize * matrices))
+        pieces = max(1, -(-tokens // chunk))
+        bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
+        return [slice(first, end) for first, end in pairwise(bounds)]
+
+    def warm(self, logits: Tensor) -> Tensor:
+        """Log-probabilities at the divergence's temperature."""
+        return torch.log_softmax(logits / self.temperature, dim=-1)
+
+    def teacher_rows(self, rows: slice, wide: torch.dtype) -> Tensor | None:
+        """The teacher's log-probabilities [C, V] of one chunk."""
+        if self.teacher is None or not self.asks_teacher:
+            return None
+        return self.warm(_product(self.teacher.hidden[rows], self.teacher.weight.t(), wide))
+
+    def loss(
+        self, weights: ExitWeights, rows: slice, log_q: Tensor, warm: Tensor, log_p: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """One exit's losses of a chunk, [C, 3] as in `exit_losses`, and the slope [C, V] of their weighted sum.
+
+        Args:
+            log_q: the exit's log-probabilities [C, V]; overwritten.
+            warm: the same at the divergence's temperature, the same tensor where that is 1.
+            log_p: what the divergences compare it with, or None.
+        """
+        targets = self.targets[rows].clamp(min=0)[:, None]
+        values = log_q.new_zeros(len(log_q), 3)
+        values[:, 0] = -log_q.gather(1, targets)[:, 0]
+        divergences = None
+        for column, (weight, other) in enumerate(zip((weights.teacher, weights.last_exit), log_p, strict=True), 1):
+            if weight and other is not None:
+                value, slope = divergence_and_slope(self.divergence, other, warm)
+                values[:, column] = value * self.temperature**2
+                slope.mul_(weight * self.temperature)
+                divergences = slope if divergences is None else divergences.add_(slope)
+        if weights.cross_entropy == 0 and divergences is not None:
+            return values, divergences
+        slope = log_q.exp_()
+        slope.scatter_add_(1, targets, slope.new_full((), -1.0).expand_as(targets))
+        if weights.cross_entropy != 1:
+            slope.mul_(weights.cross_entropy)
+        return values, slope if divergences is None else slope.add_(divergences)
+
+
+def _conversion(weight: Tensor, wide: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What to do to the factors of a product: 16 bits are emulated on CPUs without instructions for them."""
+    slow = weight.dtype.itemsize == 2 and not weight.is_cuda and not torch.cpu._is_avx512_bf16_supported()
+    return (lambda tensor: tensor.to(wide)) if slow else (lambda tensor: tensor)
+
+
+class _HeadProducts:
+    """The products of the head with chunks of hidden states, and its accumulated gradients."""
+
+    def __init__(self, head: Head, wide: torch.dtype, needs_weight: bool, needs_lora: bool) -> None:
+        self.wide = wide
+        self.convert = convert = _conversion(head.weight, wide)
+        self.weight = convert(head.weight)
+        self.lora = (
+            None
+            if head.lora_a is None or head.lora_b is None
+            else [(convert(a), convert(b)) for a, b in zip(head.lora_a, head.lora_b, strict=True)]
+        )
+
+        def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+            return None if like is None or not needed else torch.zeros_like(like, dtype=wide)
+
+        self.weight_grad = zeros(head.weight, needs_weight)
+        self.lora_a_grad = zeros(head.lora_a, needs_lora)
+        self.lora_b_grad = zeros(head.lora_b, needs_lora)
+        self._buffer: Tensor | None = None
+
+    def logits(self, hidden: Tensor, place: int) -> Tensor:
+        """hidden [C, D] of the exit at `place` -> [C, V] in the wide dtype, valid until the next call."""
+        if self.lora is None or place >= len(self.lora):
+            return self._base_logits(hidden)
+        lora_a, lora_b = self.lora[place]
+        return self._base_logits(hidden).add_((hidden @ lora_a.t()) @ lora_b.t())
+
+    def _base_logits(self, hidden: Tensor) -> Tensor:
+        if hidden.dtype != self.wide:
+            return _product(hidden, self.weight.t(), self.wide)
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            # Kept from chunk to chunk: fresh memory of this size costs the system as much time as the softmax.
+            self._buffer = hidden.new_empty(len(hidden), len(self.weight))
+        return torch.mm(hidden, self.weight.t(), out=self._buffer[: len(hidden)])
+
+    def backward(self, hidden: Tensor, slope: Tensor, row_weight: Tensor, place: int) -> Tensor:
+        """Add up the head's gradients; the gradient [C, D] of `hidden`.
+
+        Args:
+            slope: gradient [C, V] by the logits, before it is multiplied by `row_weight`.
+            row_weight: [C, 1] in the wide dtype, how much each token counts.
+        """
+        slope = slope.to(hidden.dtype)
+        weighted = (hidden * row_weight).to(hidden.dtype)
+        if self.weight_grad is not None:
+            _add_product(self.weight_grad, slope.t(), weighted)
+        hidden_grad = (slope @ self.weight).to(self.wide)
+        if self.lora is not None and place < len(self.lora):
+            lora_a, lora_b = self.lora[place]
+            inner_grad = slope @ lora_b
+            if self.lora_a_grad is not None and self.lora_b_grad is not None:
+                _add_product(self.lora_b_grad[place], slope.t(), weighted @ lora_a.t())
+                _add_product(self.lora_a_grad[place], inner_grad.t(), weighted)
+            hidden_grad += inner_grad @ lora_a
+        return hidden_grad.mul_(row_weight)
+
+
+def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a b in the wide dtype; of 16-bit factors without rounding the sums where the device can."""
+    if a.is_cuda and a.dtype != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    return (a @ b).to(wide)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b"""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(_product(a, b, total.dtype))
+
+
+class _ExitLosses(torch.autograd.Function):
+    """Computes the gradients in its forward; its backward multiplies them with the gradient of the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, task: _Task, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, *exits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        _, needs_weight, needs_lora, _, *needs_exits = ctx.needs_input_grad
+        head = _HeadProducts(Head(weight, lora_a, lora_b), wide, needs_weight, needs_lora)
+        distills = task.asks_teacher or task.asks_last_exit
+        needs_gradient = needs_weight or needs_lora or any(needs_exits)
+        gradients = [
+            torch.zeros_like(exit) if needed else None for exit, needed in zip(exits, needs_exits, strict=True)
+        ]
+        counts = (task.targets != IGNORED).to(wide)
+        row_weights = (counts / counts.sum().clamp(min=1))[:, None]
+        parts = torch.zeros(len(exits), 3, dtype=torch.float64, device=weight.device)
+        for rows in task.chunks(len(weight), wide):
+            from_teacher, from_last = task.teacher_rows(rows, wide), None
+            # The last exit first: the others may be compared with it.
+            for place in reversed(range(len(exits))):
+                weights, is_reference = task.weights[place], task.asks_last_exit and place == len(exits) - 1
+                if weights == ExitWeights() and not is_reference:
+                    continue
+                hidden = head.convert(exits[place][rows])
+                logits = head.logits(hidden, place)
+                warm = task.warm(logits) if distills and task.temperature != 1 else None
+                log_q = torch.log_softmax(logits, dim=-1, out=logits)
+                if is_reference:
+                    from_last = log_q.clone() if warm is None else warm
+                values, slope = task.loss(
+                    weights, rows, log_q, log_q if warm is None else warm, (from_teacher, from_last)
+                )
+                parts[place] += (values * row_weights[rows]).sum(0, dtype=torch.float64)
+                if needs_gradient and weights != ExitWeights():
+                    hidden_grad = head.backward(hidden, slope, row_weights[rows], place)
+                    gradient = gradients[place]
+                    if gradient is not None:
+                        gradient[rows] = hidden_grad
+        factors = torch.tensor([(w.cross_entropy, w.teacher, w.last_exit) for w in task.weights], dtype=torch.float64)
+        ctx.gradients = (head.weight_grad, head.lora_a_grad, head.lora_b_grad, *gradients)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, lora_a, lora_b, *exits)]
+        ctx.mark_non_differentiable(parts)
+        return (factors.to(parts.device) * parts).sum().to(wide), parts
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, so only once: a second matrix of the head's size is what this module avoids.
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the loss has one backward"
+        scaled = (
+            None if gradient is None else gradient.mul_(loss_grad).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return (None, *scaled)
