@@ -318,7 +318,12 @@ class RecursiveTransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [..., D] -> [..., V]."""
-        return F.linear(self.norm(hidden), self.embed if self.head is None else self.head)
+        return F.linear(self.norm(hidden), self.head_weight)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The head's matrix [V, D]: the embedding where they are tied."""
+        return self.embed if self.head is None else self.head
 
     def _positions_and_mask(
         self, input_ids: Tensor, past: int, attention_mask: Tensor | None

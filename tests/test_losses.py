@@ -247,7 +247,7 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             return result
 
     monkeypatch.setattr(losses, "MIN_CHUNK", 3)
-    monkeypatch.setitem(losses._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 0)
     inputs = make_inputs(3, torch.float64, False)
     with Watch():
         loss, _ = chunked(inputs, CASES["all at once"], temperature=2.0)

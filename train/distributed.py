@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rrt.cli import EXIT_USER_ERROR
@@ -199,6 +199,16 @@ def _set_finish(module: nn.Module, finish: bool) -> None:
     assert isinstance(module, FSDPModule)
     module.set_requires_gradient_sync(finish)
     module.set_reshard_after_backward(finish)
+
+
+def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+    """`function` with the weights of `model` gathered and its backward prepared, as if it were `model.forward`.
+
+    For what uses the root's weights, embedding, norm and head, beyond the model's own forward.
+    """
+    model.as_forward = function  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "as_forward")
+    return cast(Callable[..., T], model.as_forward)
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:

@@ -22,8 +22,19 @@ IGNORED = -100
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 MIN_CHUNK = 128
-_CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
+CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """What the matrices [C, V] of one chunk may take, unless they have MIN_CHUNK rows only."""
+
+
+def matrices_per_chunk(distills: bool) -> int:
+    """How many [C, V] exist at one time, with or without a divergence; those of further exits come after one another."""
+    return 8 if distills else 1
+
+
+def chunk_tokens(tokens: int, vocab: int, itemsize: int, distills: bool, device: str) -> int:
+    """Tokens per chunk on a device of this type ("cpu", "cuda"); `itemsize` is 4, or 8 for fp64."""
+    row = vocab * itemsize * matrices_per_chunk(distills)
+    return min(tokens, max(MIN_CHUNK, CHUNK_BYTES[device] // row))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -152,14 +163,10 @@ class _Task:
     def asks_last_exit(self) -> bool:
         return any(weights.last_exit for weights in self.weights)
 
-    def chunks(self, vocab: int, dtype: torch.dtype) -> list[slice]:
+    def chunks(self, vocab: int, itemsize: int) -> list[slice]:
         """Pieces of the tokens, of nearly equal size."""
-        tokens = len(self.targets)
-        chunk = self.chunk
-        if chunk is None:
-            matrices = 8 if self.asks_teacher or self.asks_last_exit else 1  # [C, V] that exist at one time
-            budget = _CHUNK_BYTES["cuda" if self.targets.is_cuda else "cpu"]
-            chunk = max(MIN_CHUNK, budget // (vocab * dtype.itemsize * matrices))
+        tokens, distills = len(self.targets), self.asks_teacher or self.asks_last_exit
+        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, self.targets.device.type)
         pieces = max(1, -(-tokens // chunk))
         bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
@@ -300,7 +307,7 @@ class _ExitLosses(torch.autograd.Function):
         counts = (task.targets != IGNORED).to(wide)
         row_weights = (counts / counts.sum().clamp(min=1))[:, None]
         parts = torch.zeros(len(exits), 3, dtype=torch.float64, device=weight.device)
-        for rows in task.chunks(len(weight), wide):
+        for rows in task.chunks(len(weight), wide.itemsize):
             from_teacher, from_last = task.teacher_rows(rows, wide), None
             # The last exit first: the others may be compared with it.
             for place in reversed(range(len(exits))):

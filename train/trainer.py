@@ -40,8 +40,9 @@ from train.distributed import (
 )
 from train.flops import peak_flops, training_flops_per_token
 from train.guard import Guard
-from train.losses import next_token_loss
+from train.losses import chunk_tokens
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
+from train.objective import NEXT_TOKEN
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
 
 RECIPE_FILE = "recipe.toml"
@@ -163,6 +164,7 @@ class Trainer:
         self.model.stack.checkpointing = run.checkpointing
         shard_model(self.model, self.processes.mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
         self.model.to_empty(device=device)
+        self.losses = NEXT_TOKEN.bind(self.model)
         self.optimizer = make_optimizer(self.model, self.recipe.optim)
 
     def _loop(self) -> None:
@@ -204,7 +206,7 @@ class Trainer:
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
             inputs, targets = self.windows.batch(self._first_sample(micro, processes.rank), run.micro_batch)
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
-            loss = next_token_loss(self.model(inputs), targets) / self.accumulation
+            loss = self.losses(inputs, targets)[0] / self.accumulation
             loss.backward()
             losses[micro] = loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -391,7 +393,8 @@ class Trainer:
         # again in fp32 while they accumulate and when they are reduced, and what backward needs of merged weights.
         whole = count * 2 * width + block * 4 + (count * 4 if self.accumulation > 1 else 0)
         memory = count * 16 / world + whole + merged * self.start.recursive.num_loops * width
-        vocab_bytes = run.micro_batch * self.recipe.data.seq_len * self.start.model.vocab_size * (8 + width)
+        vocab, tokens = self.start.model.vocab_size, run.micro_batch * self.recipe.data.seq_len
+        loss_bytes = 4 * vocab * chunk_tokens(tokens, vocab, 4, False, self.processes.device.type)
         epochs = self.steps * run.batch_tokens / (len(self.windows) * self.recipe.data.seq_len)
         model, recursive = self.start.model, self.start.recursive
         self._print(
@@ -405,7 +408,7 @@ class Trainer:
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
             f"{_warmup_note(self.recipe.optim, self.steps)}"
             f"memory per process: about {human_bytes(memory)} for weights, gradients and optimizer, "
-            f"{human_bytes(vocab_bytes)} for logits, and activations"
+            f"{human_bytes(loss_bytes)} for a chunk's logits, and activations"
         )
 
     def _print(self, text: str) -> None:
