@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model import Checkpointing, RecursiveTransformer
 from train.distributed import Processes, Wrap, fill_parameters, set_last_micro_batch, shard_model
-from train.losses import next_token_loss
+from train.objective import NEXT_TOKEN
 
 GEMMA = ModelConfig(
     family="gemma",
@@ -101,7 +101,7 @@ def backward(model: RecursiveTransformer, group: Processes, accumulation: int) -
     total = 0.0
     for micro in range(accumulation):
         set_last_micro_batch(model, micro == accumulation - 1)
-        loss = next_token_loss(model(inputs[micro]), targets[micro]) / accumulation
+        loss = NEXT_TOKEN.bind(model)(inputs[micro], targets[micro])[0] / accumulation
         loss.backward()
         total += loss.item()
     return total

@@ -27,7 +27,7 @@ CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 
 
 def matrices_per_chunk(distills: bool) -> int:
-    """How many [C, V] exist at one time, with or without a divergence; those of further exits come after one another."""
+    """How many [C, V] exist at one time, for any number of exits, with or without a divergence."""
     return 8 if distills else 1
 
 
