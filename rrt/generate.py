@@ -1,6 +1,6 @@
 """Greedy decoding of a batch of prompts, every token through all loops: what other ways of serving are held against."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -17,6 +17,7 @@ def generate(
     max_new_tokens: int,
     *,
     eos_token_id: int | None = None,
+    should_stop: Callable[[list[int]], bool] = lambda new_tokens: False,
     chunk_size: int = 512,
 ) -> list[list[int]]:
     """The most probable next token of each prompt, again and again.
@@ -25,6 +26,7 @@ def generate(
         prompts: token ids, BOS included where the model wants one; of any lengths above 0.
         max_new_tokens: most tokens to add to each prompt.
         eos_token_id: a sequence ends with this token.
+        should_stop: asked after each new token, with all new ones of its prompt; a sequence also ends where it is true.
         chunk_size: most prompt tokens in one pass.
 
     Returns:
@@ -42,9 +44,12 @@ def generate(
     try:
         for output, token in zip(outputs, _prefill(decoder, prompts, sequences, chunk_size), strict=True):
             output.append(token)
-        while active := [
-            i for i, output in enumerate(outputs) if len(output) < max_new_tokens and output[-1] != eos_token_id
-        ]:
+        active = list(range(len(prompts)))
+
+        def goes_on(output: list[int]) -> bool:
+            return len(output) < max_new_tokens and output[-1] != eos_token_id and not should_stop(output)
+
+        while active := [i for i in active if goes_on(outputs[i])]:
             positions = [len(prompts[i]) + len(outputs[i]) - 1 for i in active]
             tokens = _decode(decoder, [outputs[i][-1] for i in active], [sequences[i] for i in active], positions)
             for i, token in zip(active, tokens, strict=True):

@@ -270,6 +270,7 @@ class RecursiveTransformer(nn.Module):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
         exit_loop: int | None = None,
     ) -> Tensor:
@@ -277,7 +278,9 @@ class RecursiveTransformer(nn.Module):
 
         Args:
             input_ids: [batch, T] int64.
-            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too.
+            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too. Or, with
+                `positions`, bool [batch, T, S]: the keys that each query sees, at least one.
+            positions: int64 [batch, T], where `attention_mask` lays out more than one text in a row.
             cache: keys and values of earlier positions; this call's are appended.
             exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
 
@@ -287,7 +290,9 @@ class RecursiveTransformer(nn.Module):
         last = self.recursive.num_loops - 1 if exit_loop is None else exit_loop
         if not 0 <= last < self.recursive.num_loops:
             raise UserError(f"exit_loop: found {exit_loop}; expected a loop in [0, {self.recursive.num_loops})")
-        exits = self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache, num_loops=last + 1)
+        exits = self.hidden_states(
+            input_ids, attention_mask=attention_mask, positions=positions, cache=cache, num_loops=last + 1
+        )
         return self.logits(exits[-1])
 
     def hidden_states(
@@ -295,13 +300,14 @@ class RecursiveTransformer(nn.Module):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
         num_loops: int | None = None,
     ) -> list[Tensor]:
         """The states [batch, T, D] after each loop, before the final norm. Arguments as in `forward`."""
         x = self.embed_tokens(input_ids)
         past = 0 if cache is None else cache.length
-        positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
+        positions, mask = self._positions_and_mask(input_ids, past, attention_mask, positions)
         rope = rope_cos_sin(self.config, positions, x.dtype)
         exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops)
         if cache is not None:
@@ -326,11 +332,17 @@ class RecursiveTransformer(nn.Module):
         return self.embed if self.head is None else self.head
 
     def _positions_and_mask(
-        self, input_ids: Tensor, past: int, attention_mask: Tensor | None
+        self, input_ids: Tensor, past: int, attention_mask: Tensor | None, positions: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Positions [batch or 1, T] and the attention mask, None where plain causal attention is meant."""
         length, device = input_ids.shape[1], input_ids.device
         prefix_length = self.recursive.prefix_length
+        if positions is not None:
+            wanted = (tuple(input_ids.shape), (*input_ids.shape, past + length))
+            found = (tuple(positions.shape), None if attention_mask is None else tuple(attention_mask.shape))
+            if attention_mask is None or found != wanted:
+                raise UserError(f"positions and attention_mask: found shapes {found}; expected {wanted}")
+            return positions, F.pad(attention_mask[:, None].bool(), (prefix_length, 0), value=True)
         queries = torch.arange(past, past + length, device=device)
         if attention_mask is None:
             positions = queries[None]

@@ -1,0 +1,358 @@
+"""Few-shot accuracy on the paper's seven tasks, or any of the LM Evaluation Harness:
+
+    python eval/fewshot.py --checkpoint models/gemma-b2-r512-15b/final --json fewshot.json
+
+The harness (pip install 'relaxed-recursive-transformers[eval]') makes the prompts and the metrics, our model scores
+them: HF directories, vanilla, recursive, relaxed and prefix checkpoints, at the last loop or, with --exit-loop, an
+earlier one. Scores are those of the harness's own `hf` model on the exported checkpoint, several times sooner.
+
+Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
+the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
+
+Finished requests are kept (--cache), so an interrupted run goes on where it stopped when it is started again.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.processes import pick_device
+
+from eval.response_cache import ResponseCache
+from rrt.checkpoint import code_version, fingerprint
+from rrt.cli import human_count, run_command
+from rrt.errors import UserError
+from rrt.files import sha256_file
+from rrt.loaders import Source, load_model, open_source
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.results import write_result
+from rrt.tensors import dtype_name
+from rrt.tokenizer import Tokenizer, check_vocab, load_tokenizer
+
+PAPER_METRICS = {
+    "lambada_openai": "acc",
+    "hellaswag": "acc_norm",
+    "piqa": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+"""The seven tasks, each with what the paper's average takes of it."""
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BOOTSTRAP_ITERATIONS = 1000
+"""For the standard errors of metrics that are no means, such as LAMBADA's perplexity."""
+SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
+
+
+def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, dict[str, Path]]:
+    """The harness's tasks of these names, and the local files that they read.
+
+    Raises:
+        UserError: an unknown name, a task that cannot be loaded or run, or local files that are not as they should be.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from eval import local_tasks
+
+    files: dict[str, Path] = {}
+    specs: list[Any] = []
+    if data_dir is not None:
+        for name in names:
+            if name not in PAPER_METRICS:
+                raise UserError(f"--data-dir: found task {name!r}; expected one of {', '.join(PAPER_METRICS)}")
+        for name in names:
+            own = local_tasks.data_files(name, data_dir, num_fewshot or 0)
+            files |= {path.name: path for path in own.values()}
+            specs.append(local_tasks.local_task(name, own))
+    else:
+        specs = [str(local_tasks.stock_file(name)) if name in PAPER_METRICS else name for name in names]
+    # To index all tasks of the harness takes 10 seconds.
+    manager = TaskManager(include_defaults=any(spec in names for spec in specs))
+    for spec in specs:
+        if spec in names and spec not in manager.task_index:
+            near = difflib.get_close_matches(spec, manager.all_tasks, n=3) or list(PAPER_METRICS)
+            raise UserError(
+                f"--tasks: found {spec!r}, which lm-eval does not know; expected for instance {', '.join(near)}"
+            )
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name, spec in zip(names, specs, strict=True):
+        try:
+            part = manager.load([spec])
+        except Exception as error:  # whatever a data set's source or a task's own code raises
+            if data_dir is not None:
+                raise
+            raise UserError(
+                f"task {name}: cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "
+                "expected its data set on the Hub or in the local Hub cache, or --data-dir with local files"
+            ) from error
+        for kind in loaded:
+            loaded[kind] |= part.get(kind, {})
+    for name, task in loaded["tasks"].items():
+        for flag, reason in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "needs images")):
+            if getattr(task, flag, False):
+                raise UserError(f"task {name}: {reason}; expected a task on text alone")
+        default = task.get_config("num_fewshot")
+        if num_fewshot is not None and default != 0:  # a task that says 0 itself cannot have any
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif default is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded, files
+
+
+def run_harness(lm: Any, tasks: Any, limit: int | None) -> dict[str, dict[str, Any]]:
+    """Evaluate; of each task (and group) its metrics, number of documents, shots and version."""
+    from lm_eval.evaluator import evaluate
+
+    random.seed(SEED)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork this process, once per core
+    with contextlib.redirect_stdout(sys.stderr):
+        found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+    return {
+        name: {
+            "metrics": {
+                key.removesuffix(",none"): value if isinstance(value, int | float) else None
+                for key, value in metrics.items()
+                if "," in key
+            },
+            "documents": found["n-samples"].get(name, {}).get("effective"),
+            "shots": found["n-shot"].get(name),
+            "version": found["versions"].get(name),
+        }
+        for name, metrics in found["results"].items()
+    }
+
+
+def paper_average(tasks: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """The average of the seven tasks and its standard error; None if they are not all there."""
+    if not all(name in tasks for name in PAPER_METRICS):
+        return None
+    values, errors = (
+        [tasks[name]["metrics"][metric + suffix] for name, metric in PAPER_METRICS.items()]
+        for suffix in ("", "_stderr")
+    )
+    average = {"value": sum(values) / len(values)}
+    if None not in errors:  # there is none of a single document
+        average["stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    return average
+
+
+def print_table(tasks: dict[str, dict[str, Any]], average: dict[str, float] | None) -> None:
+    """A line per task: of the seven what the paper reports, of others every metric."""
+    rows = [("task", "shots", "documents", "metric", "value", "stderr")]
+    for name, task in tasks.items():
+        metrics = [key for key in task["metrics"] if "_stderr" not in key]
+        for metric in [PAPER_METRICS[name]] if name in PAPER_METRICS else metrics:
+            base, _, filter_name = metric.partition(",")
+            stderr = task["metrics"].get(f"{base}_stderr" + (f",{filter_name}" if filter_name else ""))
+            counts = ("" if task[key] is None else f"{task[key]:,}" for key in ("shots", "documents"))
+            rows.append((name, *counts, metric, _decimal(task["metrics"][metric]), _decimal(stderr)))
+    if average is not None:
+        rows.append(("average of seven", "", "", "", _decimal(average["value"]), _decimal(average.get("stderr"))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            f"{cell:<{width}}" if column in (0, 3) else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    for flag, value, least in (
+        ("--num-fewshot", arguments.num_fewshot, 0),
+        ("--limit", arguments.limit, 1),
+        ("--batch-tokens", arguments.batch_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{flag}: found {value}; expected {least} or more")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
+        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    if not arguments.tasks:
+        raise UserError("--tasks: found none; expected names with commas between them")
+    if repeated := {name for name in arguments.tasks if arguments.tasks.count(name) > 1}:
+        raise UserError(f"--tasks: found {sorted(repeated)[0]!r} twice; expected each once")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
+
+
+def check_exit(source: Source, exit_loop: int | None) -> int:
+    """How many loops to run."""
+    loops = source.recursive.num_loops
+    if exit_loop is None:
+        return loops
+    if loops == 1:
+        raise UserError(
+            f"--exit-loop: found {exit_loop}; {source.directory} is not looped and has no exits: expected none"
+        )
+    if not 0 <= exit_loop < loops:
+        raise UserError(
+            f"--exit-loop: found {exit_loop}; {source.directory} has {loops} loops: expected 0 to {loops - 1}"
+        )
+    if exit_loop < loops - 1 and exit_loop not in source.recursive.exit_loops:
+        trained = ", ".join(map(str, source.recursive.exit_loops)) or "none"
+        print(f"notice: the exit after loop {exit_loop} was not trained (trained exits: {trained})", file=sys.stderr)
+    return exit_loop + 1
+
+
+def use_bos(tokenizer: Tokenizer, wish: str, checkpoint: Path) -> bool:
+    if wish == "yes" and tokenizer.bos_id is None:
+        raise UserError(f"--bos: found yes; the tokenizer of {checkpoint} has no BOS: expected auto or no")
+    return tokenizer.add_bos if wish == "auto" else wish == "yes"
+
+
+def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path]:
+    """The responses that depend on nothing but `identity` and the request."""
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    path = directory / f"{name}.jsonl"
+    return ResponseCache(path), path
+
+
+def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
+    """Measure; returns the result and the device it ran on."""
+    source = open_source(arguments.checkpoint)
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
+    num_loops = check_exit(source, arguments.exit_loop)
+    bos = use_bos(tokenizer, arguments.bos, arguments.checkpoint)
+    device = pick_device(arguments.device)
+    dtype = chosen_dtype(arguments) or source.dtype
+    batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, 2048)
+
+    import datasets
+
+    from eval.harness_lm import HarnessLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
+
+    model = load_model(arguments.checkpoint, dtype, device, num_loops)
+    model.set_merge(True)
+    identity = {
+        "checkpoint_sha256": fingerprint(arguments.checkpoint),
+        "tokenizer_sha256": tokenizer.sha256,
+        "dtype": dtype_name(dtype),
+        "exit_loop": num_loops - 1,
+    }
+    cache, cache_path = open_cache(arguments.cache, **identity, device=device.type, code_version=code_version())
+    cached = len(cache)
+    parameters = human_count(sum(parameter.numel() for parameter in model.parameters()))
+    print(
+        f"{arguments.checkpoint}: {parameters} parameters in {dtype_name(dtype)} on {device}, exit after loop "
+        f"{num_loops - 1} of 0..{source.recursive.num_loops - 1}, texts begin {'with' if bos else 'without'} BOS\n"
+        f"{len(tasks['tasks'])} tasks: {', '.join(tasks['tasks'])}\n"
+        f"finished requests: {cached:,} in {cache_path}",
+        flush=True,
+    )
+    lm = HarnessLM(model, tokenizer, bos=bos, batch_tokens=batch_tokens, cache=cache, progress=True)
+    began = time.perf_counter()
+    results = run_harness(lm, tasks, arguments.limit)
+    return {
+        "checkpoint": str(arguments.checkpoint),
+        **identity,
+        "num_loops": source.recursive.num_loops,
+        "bos": bos,
+        "limit": arguments.limit,
+        "num_fewshot": arguments.num_fewshot,
+        "batch_tokens": batch_tokens,
+        "max_length": lm.max_length,
+        "versions": {name: version(name) for name in ("lm_eval", "datasets", "tokenizers", "sentencepiece")},
+        "data": {name: {"path": str(path), "sha256": sha256_file(path)} for name, path in files.items()},
+        "tasks": results,
+        "average": paper_average(results),
+        "requests": sum(len(task.instances) for task in tasks["tasks"].values()),
+        "computed": len(cache) - cached,
+        "seconds": time.perf_counter() - began,
+    }, device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="HF model directory or a checkpoint of this package",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        default=list(PAPER_METRICS),
+        metavar="NAMES",
+        help="tasks, groups or tags of the harness, with commas between them (default: the paper's seven, "
+        f"{','.join(PAPER_METRICS)})",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="read the seven tasks from files here (eval/tasks/README.md)"
+    )
+    parser.add_argument(
+        "--exit-loop", type=int, metavar="N", help="exit after loop N, counted from 0 (default: the last loop)"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: each task's own, 0 for the seven)",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="begin texts with BOS (default auto: as the tokenizer does; Gemma scores nothing without it)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help=f"most tokens in a forward pass (default {BATCH_TOKENS['cpu']}, on CUDA {BATCH_TOKENS['cuda']})",
+    )
+    add_dtype_flag(parser, "dtype to compute in")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrt" / "fewshot",
+        metavar="DIR",
+        help="where finished requests are kept, a file for each checkpoint, dtype and code version "
+        "(default ~/.cache/rrt/fewshot)",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    arguments = parser.parse_args()
+    check_arguments(arguments)
+    result, device = evaluate_checkpoint(arguments)
+    # Written before anything is printed: a closed pipe must not cost the run.
+    if arguments.json is not None:
+        write_result(arguments.json, result, device)
+    print_table(result["tasks"], result["average"])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,113 @@
+"""Greedy continuations of many prompts up to stop strings, in batches as large as the key/value cache holds."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from eval.response_cache import ResponseCache
+from rrt.decoder import Decoder
+from rrt.generate import generate
+from rrt.kv_cache import PagedCache, page_bytes
+from rrt.model import RecursiveTransformer
+from rrt.tokenizer import Tokenizer
+
+CACHE_BYTES = 2 << 30
+"""Keys and values held at once, unless a single sequence takes more."""
+PAGE_SIZE = 16
+MAX_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue: token ids, the strings that end it (not part of the answer), most new tokens."""
+
+    tokens: tuple[int, ...]
+    until: tuple[str, ...]
+    max_new_tokens: int
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(
+            json.dumps(["generate", self.tokens, self.until, self.max_new_tokens]).encode()
+        ).hexdigest()
+
+    @property
+    def positions(self) -> int:
+        """How many it takes; the last new token is never read."""
+        return len(self.tokens) + self.max_new_tokens - 1
+
+
+def generate_texts(
+    model: RecursiveTransformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    cache: ResponseCache,
+    *,
+    progress: bool = False,
+) -> list[str]:
+    """The continuation of each prompt, cut before the first stop string. What is done is in `cache`, batch by batch."""
+    waiting = list({prompt.key: prompt for prompt in prompts if prompt.key not in cache}.values())
+    if waiting:
+        kv_cache = _kv_cache(model, waiting)
+        decoder = Decoder(model, kv_cache)
+        with tqdm(total=len(waiting), unit="req", desc="generating", disable=None if progress else True) as bar:
+            for batch in _batches(waiting, kv_cache):
+                texts = _continue(decoder, tokenizer, batch)
+                cache.add({prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
+                bar.update(len(batch))
+    return [cache[prompt.key] for prompt in prompts]
+
+
+def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> list[str]:
+    until = batch[0].until
+
+    def stopped(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        return any(stop in text for stop in until)
+
+    outputs = generate(
+        decoder,
+        [prompt.tokens for prompt in batch],
+        batch[0].max_new_tokens,
+        eos_token_id=tokenizer.eos_id,
+        should_stop=stopped,
+    )
+    texts = [tokenizer.decode(tokens) for tokens in outputs]
+    for stop in until:
+        texts = [text.split(stop)[0] for text in texts]
+    return texts
+
+
+def _kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
+    """Room for all prompts, if that is within `CACHE_BYTES`, else for as many as are, and at least for the longest."""
+    config, recursive, weight = model.config, model.recursive, model.embed
+    needed = sorted(
+        (recursive.num_loops * -(-(recursive.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),
+        reverse=True,
+    )
+    budget = CACHE_BYTES // page_bytes(config, recursive, PAGE_SIZE, weight.dtype)
+    prefix_pages = recursive.num_loops * -(-recursive.prefix_length // PAGE_SIZE)
+    num_pages = max(needed[0], min(budget, sum(needed[:MAX_SEQUENCES]))) + prefix_pages
+    return PagedCache(config, recursive, num_pages, PAGE_SIZE, weight.dtype, weight.device)
+
+
+def _batches(prompts: list[Prompt], cache: PagedCache) -> Iterator[list[Prompt]]:
+    """Prompts that stop alike, longest first, as many as the cache holds."""
+    groups: dict[tuple[tuple[str, ...], int], list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        groups[prompt.until, prompt.max_new_tokens].append(prompt)
+    for group in groups.values():
+        batch: list[Prompt] = []
+        pages = 0
+        for prompt in sorted(group, key=lambda prompt: prompt.positions, reverse=True):
+            needed = cache.pages_for(prompt.positions)
+            if batch and (len(batch) == MAX_SEQUENCES or pages + needed > cache.num_free_pages):
+                yield batch
+                batch, pages = [], 0
+            batch.append(prompt)
+            pages += needed
+        yield batch

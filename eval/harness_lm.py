@@ -1,0 +1,141 @@
+"""Our models as a language model of the LM Evaluation Harness, which needs neither transformers nor its tokenizers.
+
+Text becomes tokens as in the harness's `hf` model: context and continuation are encoded together, spaces that end the
+context go to the continuation, an empty context is BOS (EOS where there is none), and what is too long loses its
+beginning, BOS first. So scores are those of that backend on the exported model; `eval/scoring.py` says why faster.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from eval.generation import Prompt, generate_texts
+from eval.response_cache import ResponseCache
+from eval.scoring import Request, Scorer
+from rrt.errors import UserError
+from rrt.model import RecursiveTransformer
+from rrt.tokenizer import Tokenizer
+
+ENCODE_AT_ONCE = 4096
+"""Texts per call of the tokenizer, which spreads them over all cores."""
+
+
+class HarnessLM(LM):
+    """A model and its tokenizer, for `lm_eval.evaluate`.
+
+    Args:
+        bos: whether texts begin with BOS.
+        batch_tokens: most tokens in a forward pass that scores.
+        max_length: longest input, in tokens; default what the base was trained for.
+        cache: responses of an earlier run, and where those of this one go.
+        progress: show bars on stderr.
+    """
+
+    def __init__(
+        self,
+        model: RecursiveTransformer,
+        tokenizer: Tokenizer,
+        *,
+        bos: bool,
+        batch_tokens: int,
+        max_length: int | None = None,
+        cache: ResponseCache | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model_tokenizer = tokenizer
+        self.bos = bos
+        self.max_length = model.config.max_position_embeddings if max_length is None else max_length
+        self.progress = progress
+        self.scorer = Scorer(model, self.max_length, batch_tokens, cache)
+        self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        self._device = model.embed.device
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        pairs = [_trailing_spaces_moved(*request.args) for request in requests]
+        contexts = self._encode((context for context, _ in pairs if context), self.bos)
+        wholes = self._encode((context + continuation for context, continuation in pairs if context), self.bos)
+        alone = self._encode((continuation for context, continuation in pairs if not context), False)
+        split = []
+        for context, continuation in pairs:
+            if context:
+                split.append(split_tokens(contexts[context], wholes[context + continuation]))
+            else:
+                # Text that begins with the prefix token has its context already.
+                tokens = alone[continuation]
+                split.append((tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens))
+        scores = iter(self.scorer.score([pair for pair in split if pair[1]], progress=self.progress))
+        # Nothing is certain: a continuation that adds no token has probability 1.
+        return [next(scores) if continuation else (0.0, True) for _, continuation in split]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        texts = [request.args[0] for request in requests]
+        # Without BOS of their own: the first window gets the prefix token.
+        encoded = self._encode(texts, False)
+        windows: list[list[Request]] = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(encoded[text], self._prefix, self.max_length, context_len=1)
+            ]
+            for text in texts
+        ]
+        scores = iter(self.scorer.score([pair for document in windows for pair in document], progress=self.progress))
+        return [sum(next(scores)[0] for _ in document) for document in windows]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        arguments = [(request.args[0], _greedy_arguments(request), request.task_name) for request in requests]
+        encoded = self._encode((context for context, *_ in arguments), self.bos)
+        prompts = []
+        for context, kwargs, task in arguments:
+            max_new_tokens = kwargs["max_gen_toks"]
+            if not 0 < max_new_tokens < self.max_length:
+                raise UserError(
+                    f"task {task}: found {max_new_tokens} tokens to generate; expected at least 1 and fewer than the "
+                    f"{self.max_length} that the model reads"
+                )
+            tokens = (encoded[context] or [self._prefix])[-(self.max_length - max_new_tokens) :]
+            until = tuple(stop for stop in kwargs["until"] if stop)
+            prompts.append(Prompt(tuple(tokens), until, max_new_tokens))
+        return generate_texts(self.model, self.model_tokenizer, prompts, self.scorer.cache, progress=self.progress)
+
+    def _encode(self, texts: Iterable[str], bos: bool) -> dict[str, list[int]]:
+        """The tokens of each different text."""
+        different = list(dict.fromkeys(texts))
+        encoded: dict[str, list[int]] = {}
+        starts = range(0, len(different), ENCODE_AT_ONCE)
+        for start in tqdm(starts, desc="tokenizing", disable=None if self.progress and len(starts) > 1 else True):
+            part = different[start : start + ENCODE_AT_ONCE]
+            encoded |= zip(part, self.model_tokenizer.encode_batch(part, bos=bos), strict=True)
+        return encoded
+
+
+def split_tokens(context: Sequence[int], whole: Sequence[int]) -> Request:
+    """Context and continuation of the tokens of both together.
+
+    The context keeps its number of tokens, as in the harness. Where a token spans the join that can leave none for
+    the continuation; then it begins where the two encodings part, and is empty only if the whole adds nothing.
+    """
+    length = len(context)
+    if len(whole) <= length:
+        length = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(whole))
+        # The first token has nothing to be predicted from.
+        length = max(1, length)
+    return list(whole[:length]), list(whole[length:])
+
+
+def _trailing_spaces_moved(context: str, continuation: str) -> tuple[str, str]:
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def _greedy_arguments(request: Instance) -> dict[str, Any]:
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1]))
+    if kwargs["do_sample"]:
+        raise UserError(f"task {request.task_name}: asks for sampling; expected greedy generation, the only one here")
+    return kwargs

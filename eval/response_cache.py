@@ -1,0 +1,56 @@
+"""Finished requests on disk, so that an interrupted evaluation goes on where it stopped.
+
+A JSON line per request: its key and the model's response. Lines are appended batch by batch; one that a killed
+process left unfinished is not read, and the next line begins anew.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rrt.errors import UserError
+
+
+class ResponseCache:
+    """Responses by key, in memory and, if there is a path, in its file."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._responses: dict[str, Any] = {}
+        self._file = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        self._file.seek(0)
+        line = b"\n"
+        for line in self._file:
+            self._read(line)
+        if not line.endswith(b"\n"):
+            self._file.write(b"\n")
+
+    def _read(self, line: bytes) -> None:
+        try:
+            key, response = json.loads(line)
+        except (ValueError, TypeError):  # cut short
+            return
+        self._responses[key] = response
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._responses
+
+    def __getitem__(self, key: str) -> Any:
+        return self._responses[key]
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    def add(self, responses: Mapping[str, Any]) -> None:
+        """Keep responses; in the file by the time this returns, whatever happens to the process afterwards."""
+        self._responses |= responses
+        if self._file is not None:
+            self._file.write("".join(json.dumps(entry) + "\n" for entry in responses.items()).encode())
+            self._file.flush()

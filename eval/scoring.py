@@ -1,0 +1,204 @@
+"""Log-likelihoods of continuations: what they begin with alike is computed once, the head only where it is asked.
+
+Requests whose tokens begin alike (a question and its choices, a sentence and its two options) share one row: the
+common beginning, then what each has beyond it. A token sees the beginning and its own branch, at the position that it
+has in its own text, so a row gives what its texts give alone. Rows are sorted by length and batched by tokens.
+
+Shapes as in `rrt.model`, and P scored positions of a batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.response_cache import ResponseCache
+from rrt.errors import UserError
+from rrt.model import RecursiveTransformer
+from rrt.tensors import dtype_name
+
+Request = tuple[list[int], list[int]]
+"""Context and continuation, token ids; both have at least one."""
+Score = tuple[float, bool]
+"""Log-likelihood (nats) of the continuation, and whether each of its tokens is the most probable one."""
+
+MIN_SAVED_TOKENS = 8
+"""A text joins a row if it makes the row's beginning save this many tokens more: longer rows cost attention."""
+LOGITS_ELEMENTS = 2**26
+"""Logits held at once: 256 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One request as the model sees it: the last token of the continuation is predicted, never read."""
+
+    key: str
+    inputs: list[int]
+    targets: list[int]
+
+
+@dataclass
+class _Row:
+    """Texts that begin with the same `shared` tokens."""
+
+    shared: int
+    texts: list[_Text] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.shared + sum(len(text.inputs) - self.shared for text in self.texts)
+
+    @property
+    def branches(self) -> bool:
+        """Whether causal attention alone would let a text see another."""
+        return self.length > max(len(text.inputs) for text in self.texts)
+
+    def layout(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Tokens, positions and branch (0: shared) of the row, and the places in it whose logits are scored."""
+        tokens = self.texts[0].inputs[: self.shared]
+        positions, owner, scored = list(range(self.shared)), [0] * self.shared, []
+        for branch, text in enumerate(self.texts, start=1):
+            moved = len(tokens) - self.shared
+            first = len(text.inputs) - len(text.targets)
+            scored += [p if p < self.shared else p + moved for p in range(first, len(text.inputs))]
+            tokens += text.inputs[self.shared :]
+            positions += range(self.shared, len(text.inputs))
+            owner += [branch] * (len(text.inputs) - self.shared)
+        return tokens, positions, owner, scored
+
+
+class Scorer:
+    """Scores requests with a model; what is done is in the cache, batch by batch."""
+
+    def __init__(
+        self, model: RecursiveTransformer, max_length: int, batch_tokens: int, cache: ResponseCache | None = None
+    ) -> None:
+        """
+        Args:
+            max_length: longest input in tokens; longer ones lose their beginning, BOS first.
+            batch_tokens: most tokens in a batch, padding included, unless a single row has more.
+        """
+        self.model = model
+        self.max_length = max_length
+        self.batch_tokens = batch_tokens
+        self.cache = ResponseCache() if cache is None else cache
+
+    def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
+        """The score of each request. `progress` shows a bar over the tokens that the model reads.
+
+        Raises:
+            UserError: a continuation is longer than `max_length`, or a log-likelihood is not finite.
+        """
+        texts = [self._text(context, continuation) for context, continuation in requests]
+        waiting = {text.key: text for text in texts if text.key not in self.cache}
+        rows = share_beginnings(list(waiting.values()), self.batch_tokens)
+        total = sum(row.length for row in rows)
+        with tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=None if progress else True) as bar:
+            for batch in batches(rows, self.batch_tokens):
+                self.cache.add(self._score_rows(batch))
+                bar.update(sum(row.length for row in batch))
+        return [(float(value), bool(greedy)) for value, greedy in (self.cache[text.key] for text in texts)]
+
+    def _text(self, context: list[int], continuation: list[int]) -> _Text:
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"request: found a continuation of {len(continuation)} tokens; expected at most {self.max_length}, "
+                "what the model reads at once"
+            )
+        tokens = [*context, *continuation][-(self.max_length + 1) :]
+        digest = hashlib.sha256(json.dumps([tokens, len(continuation)]).encode()).hexdigest()
+        return _Text(digest, tokens[:-1], continuation)
+
+    @torch.inference_mode()
+    def _score_rows(self, rows: list[_Row]) -> dict[str, Score]:
+        device = self.model.embed.device
+        layouts = [row.layout() for row in rows]
+        width = max(len(tokens) for tokens, *_ in layouts)
+        tokens, positions, owner = np.zeros((3, len(rows), width), dtype=np.int64)
+        scored: list[int] = []
+        for index, (row_tokens, row_positions, row_owner, row_scored) in enumerate(layouts):
+            end = len(row_tokens)
+            tokens[index, :end], positions[index, :end], owner[index, :end] = row_tokens, row_positions, row_owner
+            owner[index, end:] = -1  # padding sees the beginning and itself
+            scored += [index * width + place for place in row_scored]
+        packed = {}
+        if any(row.branches for row in rows):
+            branch = torch.from_numpy(owner).to(device)
+            mask = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+            packed = {"attention_mask": mask.tril_(), "positions": torch.from_numpy(positions).to(device)}
+        # Without branches a row is one text: the padding behind it changes nothing under causal attention.
+        hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), **packed)[-1].flatten(0, 1)
+        texts = [text for row in rows for text in row.texts]
+        targets = torch.tensor([target for text in texts for target in text.targets], device=device)
+        values, hits = self._token_scores(hidden[torch.tensor(scored, device=device)], targets)
+        ends = np.cumsum([len(text.targets) for text in texts])[:-1]
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"the log-likelihood of a token is {values[~np.isfinite(values)][0]} in "
+                f"{dtype_name(self.model.embed.dtype)}; expected a finite number: try --dtype float32 or bfloat16"
+            )
+        parts = zip(texts, np.split(values, ends), np.split(hits, ends), strict=True)
+        return {text.key: (float(value.sum()), bool(hit.all())) for text, value, hit in parts}
+
+    def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states [P, D] and targets int64 [P] -> log-likelihoods fp64 [P], and which targets are the argmax."""
+        rows = max(1, LOGITS_ELEMENTS // self.model.config.vocab_size)
+        values, hits = [], []
+        for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = self.model.logits(h)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            chosen = logits.gather(1, target[:, None])[:, 0]
+            values.append(chosen.double() - logits.logsumexp(1).double())
+            hits.append(logits.argmax(1) == target)
+        return torch.cat(values).cpu().numpy(), torch.cat(hits).cpu().numpy()
+
+
+def share_beginnings(texts: list[_Text], max_row: int) -> list[_Row]:
+    """Pack texts into rows of at most `max_row` tokens (a longer text stays alone).
+
+    In the order of their tokens, neighbours have most in common. A row of n texts that share s tokens saves
+    (n - 1) * s; the next text joins if the saving grows.
+    """
+    rows: list[_Row] = []
+    for text in sorted(texts, key=lambda text: text.inputs):
+        if rows:
+            row = rows[-1]
+            count = len(row.texts)
+            shared = _common(row.texts[-1].inputs[: row.shared], text.inputs)
+            grown = row.length + (count - 1) * (row.shared - shared) + len(text.inputs) - shared
+            gain = count * shared - (count - 1) * row.shared
+            if gain >= MIN_SAVED_TOKENS and grown <= max_row:
+                row.shared = shared
+                row.texts.append(text)
+                continue
+        rows.append(_Row(len(text.inputs), [text]))
+    return rows
+
+
+def batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Rows of similar length, longest first, so that memory runs out at once or not at all.
+
+    A batch has only rows with branches, which need a mask, or only rows without.
+    """
+    rows = sorted(rows, key=lambda row: (row.branches, row.length), reverse=True)
+    batch: list[_Row] = []
+    for row in rows:
+        if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].branches != row.branches):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens a and b begin with alike."""
+    for place, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return place
+    return min(len(a), len(b))
