@@ -33,14 +33,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.processes import pick_device
-
 from eval.response_cache import ResponseCache
 from rrt.checkpoint import code_version, fingerprint
 from rrt.cli import human_count, run_command
 from rrt.errors import UserError
 from rrt.files import sha256_file
 from rrt.loaders import Source, load_model, open_source
+from rrt.processes import pick_device
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
 from rrt.results import write_result
 from rrt.tensors import dtype_name
