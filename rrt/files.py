@@ -14,13 +14,13 @@ from typing import Any
 from rrt.errors import UserError
 
 
-def _fsync_tree(root: Path) -> None:
-    for path in [root, *root.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def fsync(path: Path) -> None:
+    """Put a file's content, or a directory's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_output_directory(path: Path, overwrite: bool) -> None:
@@ -71,7 +71,8 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _fsync_tree(partial)
+        for written in [partial, *partial.rglob("*")]:
+            fsync(written)
         check_output_directory(path, overwrite)
         if path.exists():
             path.rename(replaced)
@@ -87,7 +88,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one."""
+    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -96,6 +97,7 @@ def atomic_write(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.rename(path)
+        fsync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

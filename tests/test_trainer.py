@@ -1,17 +1,11 @@
 """The training commands from end to end on a tiny model, and the trainer's parts."""
 
-import contextlib
-import errno
 import fcntl
 import json
 import os
-import shutil
-import signal
 import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,50 +13,41 @@ from typing import Any
 import pytest
 import torch
 from processes_util import run_on_two
-from tokenizers_util import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
-from torch.distributed.checkpoint import FileSystemWriter
+from tokenizers_util import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer
 from torch.distributed.checkpoint.state_dict_loader import load
+from training_util import (
+    BATCH,
+    LENGTH,
+    LLAMA,
+    RELAXED,
+    ROOT,
+    VOCAB,
+    Flags,
+    losses,
+    make_checkpoint,
+    make_data,
+    make_flags,
+    metrics,
+    run_script,
+    steps_kept,
+    train,
+    uptrain_here,
+    uptrain_until,
+)
 
 import rrt
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
-from train import pretrain, uptrain
-from train.checkpoints import step_directories
+from train import pretrain
 from train.data import Windows
-from train.distributed import AgreedError, agree, processes
 from train.flops import training_flops_per_token
 from train.losses import next_token_loss
-from train.recipe import OptimConfig, read_recipe
+from train.recipe import OptimConfig
 from train.trainer import Trainer, learning_rate, make_optimizer
 
-ROOT = Path(__file__).resolve().parents[1]
-VOCAB, LENGTH, BATCH = 420, 32, 8
-LLAMA = ModelConfig(
-    family="llama",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_position_embeddings=64,
-    activation="silu",
-    gated_mlp=True,
-    norm_type="rmsnorm",
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rotary_fraction=1.0,
-    use_bias=False,
-    parallel_residual=False,
-    tie_embeddings=True,
-    scale_embeddings=False,
-)
-RELAXED = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(3), untie_norms=True)
+Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,88 +66,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    loaded = load_tokenizer(tokenizer)
-    with ShardWriter(directory, loaded) as writer:
-        for text in training_texts():
-            ids = loaded.encode_document(text)
-            writer.append("train", ids, [len(ids)], [len(text.encode())])
-        writer.finish({})
-    return directory
+    return make_data(tmp_path_factory.mktemp("data"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint") / "relaxed"
-    model = RecursiveTransformer(LLAMA, RELAXED)
-    model.init_weights(0)
-    with write_checkpoint(
-        directory, CheckpointConfig(LLAMA, RELAXED, torch.float32), make_provenance("convert", None)
-    ) as writer:
-        for name, parameter in model.named_parameters():
-            writer.add(name, parameter)
-        load_tokenizer(tokenizer).save(writer.directory)
-    return directory
-
-
-Flags = Callable[..., list[str]]
-Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "relaxed", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def flags(checkpoint: Path, data: Path) -> Flags:
-    """Flags of an uptraining of `steps` steps; keywords with `__` for the dot override them."""
-
-    def make(out: Path, steps: int = 8, **overrides: Any) -> list[str]:
-        values = {
-            "checkpoint.path": checkpoint,
-            "data.path": data,
-            "data.seq_len": LENGTH,
-            "optim.lr": 5e-3,
-            "optim.warmup_steps": 2,
-            "run.out": out,
-            "run.tokens": steps * BATCH * LENGTH,
-            "run.batch_tokens": BATCH * LENGTH,
-            "run.micro_batch": 2,
-            "run.dtype": "fp32",
-            "run.device": "cpu",
-        }
-        values |= {name.replace("__", "."): value for name, value in overrides.items()}
-        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
-
-    return make
-
-
-def train(argv: list[str], command: Any = uptrain) -> Trainer:
-    """The command's work in this process, or together with another one."""
-    recipe = read_recipe(getattr(command, f"{command.__name__.rpartition('.')[2].capitalize()}Recipe"), "", argv)
-    with processes(recipe.run.device, recipe.run.shard_size) as group:
-        trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
-        trainer.run()
-        return trainer
-
-
-def uptrain_here(argv: list[str]) -> None:
-    train(argv)
+    return make_flags(checkpoint, data)
 
 
 def pretrain_here(argv: list[str]) -> None:
     train(argv, pretrain)
-
-
-def uptrain_until(step: int, argv: list[str]) -> None:
-    """An uptraining that ends before it has taken `step + 1` steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        whole = Trainer._train_step
-
-        def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
-            if self.step == step:
-                raise AgreedError("interrupted here")
-            return whole(self, rate)
-
-        patch.setattr(Trainer, "_train_step", take)
-        with pytest.raises(UserError, match="interrupted here"):
-            train(argv)
 
 
 def uptrain_in_double(argv: list[str]) -> dict[str, torch.Tensor]:
@@ -180,37 +98,6 @@ def uptrain_in_double(argv: list[str]) -> dict[str, torch.Tensor]:
         patch.setattr(Trainer, "_save_final", keep)
         train(argv)
         return weights
-
-
-def run_script(
-    argv: list[str], processes: int = 0, script: str = "uptrain.py", **variables: str
-) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command_line(argv, processes, script), capture_output=True, text=True, timeout=200, env=script_env(**variables)
-    )
-
-
-def command_line(argv: list[str], processes: int, script: str = "uptrain.py") -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    return [sys.executable, *torchrun, str(ROOT / "train" / script), *argv]
-
-
-def script_env(**variables: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[float]:
-    records = metrics(out)
-    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [record["loss"] for record in records]
-
-
-def steps_kept(out: Path) -> list[int]:
-    return [step for step, _ in step_directories(out)]
 
 
 @pytest.fixture(scope="module")
@@ -275,72 +162,6 @@ def test_the_recipe_left_behind_runs_again_and_gives_the_same(torchrun_run: Fini
     assert losses(tmp_path / "again") == losses(out)
 
 
-def test_without_torchrun_a_run_killed_goes_on_as_if_it_had_not_been(flags: Flags, tmp_path: Path) -> None:
-    settings = dict(steps=40, run__save_every=10, run__micro_batch=4)
-    uptrain_here(flags(tmp_path / "whole", **settings))
-    out = tmp_path / "killed"
-    argv = flags(out, **settings)
-    with subprocess.Popen(command_line(argv, 0), stdout=subprocess.DEVNULL, env=script_env()) as process:
-        wait_for_checkpoint(out, process)
-        process.kill()
-    assert not (out / "final").exists()
-    (out / ".step-99").mkdir()
-    (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
-    shutil.copytree(out, tmp_path / "two")
-
-    result = run_script(argv)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"resuming from {out}/step-" in result.stdout
-    assert losses(out) == losses(tmp_path / "whole")
-    assert not list(out.glob(".*"))
-
-    run_on_two(uptrain_here, flags(tmp_path / "two", **settings))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
-
-
-def wait_for_checkpoint(out: Path, process: "subprocess.Popen[Any]") -> None:
-    end = time.monotonic() + 100
-    while not steps_kept(out):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
-
-
-def descendants(pid: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                child = int(path.parent.name)
-                found += [child, *descendants(child)]
-    return found
-
-
-@pytest.mark.slow
-def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
-    assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
-    out = tmp_path / "killed"
-    argv = flags(out, 60, run__save_every=5)
-    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
-        wait_for_checkpoint(out, process)
-        for pid in [process.pid, *descendants(process.pid)]:
-            os.kill(pid, signal.SIGKILL)
-    assert not (out / "final").exists()
-    result = run_script(argv, processes=2)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert losses(out) == losses(tmp_path / "whole")
-
-
-def test_two_processes_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
-    run_on_two(uptrain_here, flags(tmp_path / "whole", run__save_every=3))
-    argv = flags(tmp_path / "parts", run__save_every=3)
-    run_on_two(uptrain_until, 5, argv)
-    assert steps_kept(tmp_path / "parts") == [3]
-    run_on_two(uptrain_here, argv)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
-    assert final[0] == final[1]
-
-
 def train_plainly(checkpoint: Path, data: Path, optim: OptimConfig, steps: int) -> tuple[dict[str, Any], list[float]]:
     """Weights and losses of the same training in double precision as a loop without trainer or sharding."""
     model = rrt.load_model(checkpoint, dtype=torch.float64).train()
@@ -400,14 +221,6 @@ def test_merged_and_plain_lora_train_alike(flags: Flags, tmp_path: Path) -> None
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "merged"), abs=1e-4)
 
 
-def test_a_run_interrupted_before_its_first_checkpoint_starts_again(flags: Flags, tmp_path: Path) -> None:
-    argv = flags(tmp_path / "run", steps=4)
-    uptrain_until(2, argv)
-    assert len(losses(tmp_path / "run")) == 2
-    uptrain_here(argv)
-    assert len(losses(tmp_path / "run")) == 4
-
-
 def test_a_finished_run_is_refused_and_overwritten_on_request(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
     uptrain_here(flags(out, steps=2))
@@ -436,25 +249,6 @@ def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
     assert (out / "final").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    write = FileSystemWriter.write_data
-
-    def full_disk(self: FileSystemWriter, *arguments: Any) -> Any:
-        if "step-4" in str(self.path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, *arguments)
-
-    monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
-    with pytest.raises(UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"):
-        uptrain_here(flags(out, run__save_every=2))
-    assert steps_kept(out) == [2] and not list(out.glob(".*"))
-    monkeypatch.undo()
-    uptrain_here(flags(out, run__save_every=2))
-
-
 def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
     uptrain_until(3, flags(out, run__save_every=2))
@@ -479,14 +273,6 @@ def test_another_run_in_the_same_directory_is_refused(
     with pytest.raises(UserError, match=f"trainer.json: field '{field}': found .*, this run has"):
         uptrain_here(flags(out, **change))
     assert steps_kept(out) == [4]
-
-
-def test_a_resumed_run_takes_the_optimizer_settings_of_its_recipe(flags: Flags, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    uptrain_until(5, flags(out, run__save_every=4))
-    trainer = train(flags(out, optim__weight_decay=0.3, optim__beta2=0.9))
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
-    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
 
 
 def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Flags, tmp_path: Path) -> None:

@@ -1,27 +1,81 @@
-"""Resumable checkpoints of a training run: `step-N/`, sharded, whole or not there."""
+"""Resumable checkpoints of a training run: `step-N/`, sharded, written in the background, whole or not there.
 
+A checkpoint is written as `.step-N`. When every process's files are on disk the first process writes
+`trainer.json`, which lists them with their sizes, and then gives the directory its name. A run killed at any
+moment therefore leaves whole checkpoints only, and one damaged later (a file lost or cut short) is told by its list.
+"""
+
+import copy
 import json
 import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from rrt.files import atomic_write
-from train.distributed import AgreedError, from_main
+from rrt.errors import UserError
+from rrt.files import atomic_write, fsync, read_json
+from train.distributed import AgreedError, agree
 
 STATE_FILE = "trainer.json"
 
 
 def step_directories(out: Path) -> list[tuple[int, Path]]:
-    """Complete resumable checkpoints of a run, oldest first. They get their name when they are complete."""
+    """The resumable checkpoints of a run, oldest first."""
     found = [(path.name.removeprefix("step-"), path) for path in out.glob("step-*") if path.is_dir()]
     return sorted((int(number), path) for number, path in found if number.isdigit())
+
+
+def damage(directory: Path) -> str | None:
+    """What `step-N/` lacks to be resumed from, or None."""
+    try:
+        files = read_json(directory / STATE_FILE).get("files")
+    except UserError as error:
+        return str(error).removeprefix(f"{directory}/")
+    if not isinstance(files, dict):
+        return f"{STATE_FILE}: field 'files': found {files!r}; expected the sizes of the checkpoint's files"
+    for name, expected in files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            return f"{name}: no such file"
+        if found != expected:
+            return f"{name}: found {found} bytes; expected {expected}"
+    return None
+
+
+def newest_whole(out: Path, *, warn: bool) -> Path | None:
+    """The checkpoint to resume from, or None if the run has not saved any.
+
+    Args:
+        warn: name on stderr each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, all of them damaged.
+    """
+    directories = [path for _, path in reversed(step_directories(out))]
+    found = []
+    for path in directories:
+        missing = damage(path)
+        if missing is None:
+            return path
+        found.append(f"{path.name}: {missing}")
+        if warn:
+            print(f"warning: {path}: damaged ({missing}); trying an older one", file=sys.stderr, flush=True)
+    if not found:
+        return None
+    raise UserError(
+        f"{out}: every checkpoint is damaged ({'; '.join(found)}); restore one, name another run.out, or start anew "
+        "with --run.overwrite true"
+    )
 
 
 def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -31,38 +85,112 @@ def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    try:
+        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    except CheckpointException as error:
+        raise AgreedError(f"{directory}: cannot be read ({_causes(error)})") from None
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
     return int(directory.name.removeprefix("step-"))
 
 
-def save_step(
-    target: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> None:
-    """Write `step-N/` under a hidden name, rename it when every process is done, and delete all but the last `keep`.
+class CheckpointWriter:
+    """Writes the checkpoints of one run and deletes all but its last `keep` whole ones.
 
-    A collective. `state` is the first process's, and becomes the checkpoint's `trainer.json`.
+    In the background, they are written from a copy in host memory, which is there for as long as that takes:
+    12 bytes per parameter (weight and two moments in fp32), divided by the processes that share the model. One is
+    written at a time: the next waits for it, and so must the end of the run.
 
-    Raises:
-        AgreedError: a process could not write; earlier checkpoints are as they were.
+    Args:
+        out: the run's directory.
+        background: write while training goes on; else `save` returns when the checkpoint is there.
     """
-    partial = target.with_name(f".{target.name}")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    try:
-        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-    except CheckpointException as error:  # raised in all processes, with what each of them met
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
-        raise AgreedError(f"{target}: cannot be written ({causes}); earlier checkpoints are intact") from None
 
-    def complete() -> None:
-        atomic_write(partial / STATE_FILE, json.dumps(state, indent=2))
+    def __init__(self, out: Path, *, keep: int, background: bool) -> None:
+        self._out, self._keep, self._background = out, keep, background
+        # Of its own: the main thread's collectives go on meanwhile. On the CPU, as the copy is.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write `step-<step>/`, once the checkpoint before it is there. A collective.
+
+        Args:
+            state: what the first process puts into `trainer.json` besides; values of JSON.
+
+        Raises:
+            AgreedError: a process could not write this checkpoint, or the one before; earlier ones are intact.
+        """
+        self.wait()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        tensors = {"model": model_state, "optimizer": optimizer_state}
+        if self._background:
+            tensors = _host_copy(tensors)
+        self._writing = self._thread.submit(self._write, step, tensors, copy.deepcopy(state))
+        if not self._background:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the checkpoint being written will not be; `wait` says why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is there. A collective.
+
+        Raises:
+            AgreedError: a process could not write it; earlier checkpoints are intact.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            agree(writing.result)
+
+    def close(self) -> None:
+        """Let the checkpoint that is being written come to its end, without asking how."""
+        self._thread.shutdown()
+
+    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        target, partial = self._out / f"step-{step}", self._out / f".step-{step}"
+        is_main = dist.get_rank() == 0
+        try:
+            try:
+                save(tensors, checkpoint_id=partial, process_group=self._group)
+            except CheckpointException as error:  # raised in all processes, with what each of them met
+                raise OSError(_causes(error)) from None
+            if is_main:
+                self._complete(partial, target, {"step": step, **state})
+        except OSError as error:
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{target}: cannot be written ({error}); earlier checkpoints are intact") from None
+
+    def _complete(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        atomic_write(partial / STATE_FILE, json.dumps({**state, "files": files}, indent=2))
+        if target.exists():  # damaged, or the run would have gone on from it
+            _remove(target)
         partial.rename(target)
-        for _, old in step_directories(target.parent)[:-keep]:
-            # Under a hidden name first: a half-deleted one must not look complete.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+        fsync(self._out)
+        whole = [number for number, path in step_directories(self._out) if damage(path) is None]
+        for number, path in step_directories(self._out):
+            if number < whole[-self._keep :][0]:
+                _remove(path)
 
-    from_main(complete)
+
+def _remove(directory: Path) -> None:
+    """Delete a checkpoint, under a hidden name: a half-deleted one must not look like one."""
+    shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.removed")))
+
+
+def _host_copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _host_copy(item) for key, item in value.items()}
+    return value
+
+
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))

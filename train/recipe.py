@@ -98,6 +98,11 @@ class RunConfig:
     seed: int = doc("of the data order, and of the weights when training from scratch", default=0)
     save_every: int = doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
     keep: int = doc("how many resumable checkpoints to keep", default=2)
+    save_async: bool = doc(
+        "write checkpoints while training goes on, from a copy in host memory: 12 bytes per parameter, divided by the "
+        "processes that share the model",
+        default=True,
+    )
     log_every: int = doc("optimizer steps between progress lines; metrics.jsonl has every step", default=10)
     wandb: str | None = doc("also log to this W&B project; needs the wandb package", default=None)
     peak_flops: float | None = doc("FLOP/s of one device for MFU; default by the GPU's name, in bf16", default=None)

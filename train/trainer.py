@@ -26,7 +26,7 @@ from rrt.lora import LoopLinear
 from rrt.shards import META_FILE, open_shards
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
-from train.checkpoints import STATE_FILE, load_step, save_step, step_directories
+from train.checkpoints import STATE_FILE, CheckpointWriter, load_step, newest_whole
 from train.data import Windows
 from train.distributed import (
     AgreedError,
@@ -40,6 +40,7 @@ from train.distributed import (
 )
 from train.flops import peak_flops, training_flops_per_token
 from train.guard import Guard
+from train.interrupt import Interrupt, Interrupted
 from train.losses import chunk_tokens
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
 from train.objective import NEXT_TOKEN
@@ -143,8 +144,12 @@ class Trainer:
         self.step = 0
 
     def run(self) -> None:
-        """Train to the end, resuming from the newest checkpoint of `run.out`; write `final/`."""
+        """Train to the end, resuming from the newest whole checkpoint of `run.out`; write `final/`.
+
+        On SIGTERM or SIGUSR1 it saves the last finished step instead, and returns.
+        """
         with contextlib.ExitStack() as self._cleanup:
+            self.interrupt = self._cleanup.enter_context(Interrupt())
             self._run()
 
     def _run(self) -> None:
@@ -152,10 +157,21 @@ class Trainer:
         self._build()
         self._resume()
         self._describe()
-        self._loop()
-        if self.step_saved != self.step:
+        self.checkpoints = CheckpointWriter(self.out, keep=self.recipe.run.keep, background=self.recipe.run.save_async)
+        self._cleanup.callback(self.checkpoints.close)
+        interrupted = None
+        try:
+            self._loop()
+        except Interrupted as caught:  # the gradients of an unfinished step are dropped
+            interrupted = caught
+        if self.step_saved != self.step and self.step > 0:
             self._save_step()
-        self._save_final()
+        self.checkpoints.wait()
+        if interrupted is None:
+            self._save_final()
+        else:
+            saved = f"saved step {self.step} of {self.steps}" if self.step else "no step was finished"
+            self._print(f"{interrupted.signal}: {saved}; the same command goes on from there")
 
     def _build(self) -> None:
         run, device = self.recipe.run, self.processes.device
@@ -203,6 +219,8 @@ class Trainer:
         run, processes = self.recipe.run, self.processes
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=processes.device)
         for micro in range(self.accumulation):
+            if self.interrupt.check(self.checkpoints.failed):
+                self.checkpoints.wait()
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
             inputs, targets = self.windows.batch(self._first_sample(micro, processes.rank), run.micro_batch)
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
@@ -289,10 +307,10 @@ class Trainer:
             return
         if (self.out / "final").exists():
             raise UserError(f"{self.out}: holds a finished run; name another run.out or add --run.overwrite true")
-        saved = step_directories(self.out)
-        if not saved:
+        newest = newest_whole(self.out, warn=True)
+        if newest is None:
             return  # interrupted before its first checkpoint
-        path = saved[-1][1] / STATE_FILE
+        path = newest / STATE_FILE
         identity = read_json(path).get("identity", {})
         for name, expected in self.identity.items():
             if identity.get(name) != expected:
@@ -343,8 +361,7 @@ class Trainer:
         # Running it again must resume, not delete.
         again = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
         atomic_write(self.out / RECIPE_FILE, to_toml(again))
-        saved = step_directories(self.out)
-        return saved[-1][1] if saved else None
+        return newest_whole(self.out, warn=False)
 
     def _resume(self) -> None:
         self.step_saved = -1
@@ -356,9 +373,9 @@ class Trainer:
         self._print(f"resuming from {self.resumed}")
 
     def _save_step(self) -> None:
-        state = {"step": self.step, "identity": self.identity} if self.processes.is_main else {}
+        state = {"identity": self.identity} if self.processes.is_main else {}
         state["guard"] = self.guard.state_dict()
-        save_step(self.out / f"step-{self.step}", self.model, self.optimizer, state, self.recipe.run.keep)
+        self.checkpoints.save(self.step, self.model, self.optimizer, state)
         self.step_saved = self.step
 
     def _save_final(self) -> None:

@@ -1,0 +1,250 @@
+"""Runs that are killed or asked to end, and go on as if they had not been."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes_util import run_on_two
+from tokenizers_util import make_sentencepiece_tokenizer
+from training_util import (
+    VOCAB,
+    Flags,
+    command_line,
+    losses,
+    make_checkpoint,
+    make_data,
+    make_flags,
+    refuse_to_write,
+    run_script,
+    script_env,
+    steps_kept,
+    train,
+    uptrain_here,
+    uptrain_until,
+)
+
+from rrt.errors import UserError
+from train.data import Windows
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    directory = tmp_path_factory.mktemp("inputs")
+    tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
+    (directory / "data").mkdir()
+    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
+
+
+def test_two_processes_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
+    run_on_two(uptrain_here, flags(tmp_path / "whole", run__save_every=3))
+    argv = flags(tmp_path / "parts", run__save_every=3)
+    run_on_two(uptrain_until, 5, argv)
+    assert steps_kept(tmp_path / "parts") == [3]
+    run_on_two(uptrain_here, argv)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert final[0] == final[1]
+
+
+def test_another_number_of_processes_goes_on_with_the_same_data(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dict(steps=12, run__save_every=3, run__micro_batch=4)
+    uptrain_here(flags(tmp_path / "whole", **settings))
+    out = tmp_path / "parts"
+    run_on_two(uptrain_until, 7, flags(out, **settings))
+    (out / ".step-99").mkdir()  # as a killed run leaves it
+    (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
+    capsys.readouterr()
+    uptrain_here(flags(out, **settings))
+    assert f"resuming from {out / 'step-6'}" in capsys.readouterr().out
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(flags: Flags, tmp_path: Path) -> None:
+    argv = flags(tmp_path / "run", steps=4)
+    uptrain_until(2, argv)
+    assert len(losses(tmp_path / "run")) == 2
+    uptrain_here(argv)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_resumed_run_takes_the_optimizer_settings_of_its_recipe(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    uptrain_until(5, flags(out, run__save_every=4))
+    trainer = train(flags(out, optim__weight_decay=0.3, optim__beta2=0.9))
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    refuse_to_write(monkeypatch, 4)
+    with pytest.raises(UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"):
+        uptrain_here(flags(out, run__save_every=2))
+    assert steps_kept(out) == [2] and not list(out.glob(".*"))
+    monkeypatch.undo()
+    uptrain_here(flags(out, run__save_every=2))
+
+
+def two_processes(argv: list[str]) -> list[ForkServerProcess]:
+    """An uptraining by two new processes, as torchrun would start them; forked where torch is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_util"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [context.Process(target=_uptrain, args=(rank, port, argv), daemon=True) for rank in range(2)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _uptrain(rank: int, port: int, argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    uptrain_here(argv)
+
+
+def kill_repeatedly(kills: int, out: Path, argv: list[str], longest: float) -> None:
+    """Kill a run `kills` times, each time at a random moment in its first `longest` seconds, then let it finish."""
+    moments = random.Random(0)
+    for _ in range(kills):
+        started = two_processes(argv)
+        time.sleep(moments.uniform(0, longest))
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+        assert not (out / "final").exists(), "the run is too short for so many kills"
+    started = two_processes(argv)
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
+    kills: int, flags: Flags, tmp_path: Path
+) -> None:
+    settings = dict(steps=20 * kills, run__save_every=2, run__micro_batch=4)
+    run_on_two(uptrain_here, flags(tmp_path / "whole", **settings))
+    argv = flags(tmp_path / "killed", **settings)
+    kill_repeatedly(kills, tmp_path / "killed", argv, longest=3.0)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert final[0] == final[1]
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
+    """An uptraining whose last process gets a signal while it fetches its micro-batch number `at` (from 0)."""
+    batch, fetched = Windows.batch, 0
+
+    def fetch(self: Windows, first: int, count: int) -> Any:
+        nonlocal fetched
+        if fetched == at and os.environ.get("RANK") != "0":
+            os.kill(os.getpid(), name)
+        fetched += 1
+        return batch(self, first, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Windows, "batch", fetch)
+        uptrain_here(argv)
+
+
+@pytest.mark.parametrize(
+    ("at", "saved"), [(4, 2), (5, 3), (0, None)], ids=["within a step", "at its end", "in the first"]
+)
+def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(
+    at: int, saved: int | None, flags: Flags, tmp_path: Path
+) -> None:
+    settings = dict(steps=6, run__micro_batch=2)  # two micro-batches a step
+    run_on_two(uptrain_here, flags(tmp_path / "whole", **settings))
+    out = tmp_path / "stopped"
+    assert run_on_two(uptrain_signalled, flags(out, **settings), at, signal.SIGUSR1) == (None, None)
+    assert steps_kept(out) == ([] if saved is None else [saved])
+    assert not (out / "final").exists()
+    run_on_two(uptrain_here, flags(out, **settings))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("at", "said"), [(9, "saved step 2 of 6"), (1, "no step was finished")])
+def test_a_run_asked_to_end_says_where_it_will_go_on(
+    at: int,
+    said: str,
+    flags: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    uptrain_signalled(flags(tmp_path / "run", steps=6), at, signal.SIGTERM)
+    assert capsys.readouterr().out.splitlines()[-1] == f"SIGTERM: {said}; the same command goes on from there"
+
+
+def wait_for_checkpoint(out: Path, process: "subprocess.Popen[Any]") -> None:
+    end = time.monotonic() + 100
+    while not steps_kept(out):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                child = int(path.parent.name)
+                found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
+    assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
+    out = tmp_path / "killed"
+    argv = flags(out, 60, run__save_every=5)
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+    assert not (out / "final").exists()
+    result = run_script(argv, processes=2)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to_worker", "exit_code"), [("SIGTERM", False, 1), ("SIGUSR1", False, 1), ("SIGUSR1", True, 0)]
+)
+def test_torchrun_passes_the_signal_on_and_itself_ends_as_documented(
+    name: str, to_worker: bool, exit_code: int, flags: Flags, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, 100_000, run__save_every=2, run__micro_batch=4)
+    env = script_env(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGUSR1")
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as process:
+        wait_for_checkpoint(out, process)
+        os.kill(descendants(process.pid)[0] if to_worker else process.pid, getattr(signal, name))
+        printed = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == exit_code
+    assert (
+        printed.splitlines()[-1]
+        == f"{name}: saved step {steps_kept(out)[-1]} of 100000; the same command goes on from there"
+    )
