@@ -31,13 +31,14 @@ from bench.attention_cases import AttentionPlan, run_attention
 from bench.kernel_report import bars, print_attention, print_bars, print_linear, print_overhead
 from bench.linear_cases import LinearPlan, add_floors, layer_records, projections, run_linear
 from bench.overhead_cases import measure_call, measure_plan
-from bench.timing import Rates, Timer, free_memory_bytes, last_level_cache_bytes
+from bench.timing import Rates, Timer, last_level_cache_bytes
 from rrt import ops
 from rrt.cli import human_bytes, run_command
 from rrt.config import ModelConfig
 from rrt.errors import UserError
 from rrt.files import read_json
 from rrt.hf import model_config_from_hf
+from rrt.info import free_memory_bytes
 from rrt.presets import PRESETS, preset, preset_dtype
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
 from rrt.results import write_result

@@ -221,19 +221,3 @@ def last_level_cache_bytes(device: torch.device) -> tuple[int, bool]:
     if not by_level:
         return ASSUMED_CACHE_BYTES, False
     return sum(by_level[max(by_level)].values()), True
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that a process may still take; 4 GiB where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such system, or no limit ("max")
-        pass
-    return min(limits, default=4 * 2**30)

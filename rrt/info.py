@@ -54,6 +54,22 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that a process may still take; 4 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such system, or no limit ("max")
+        pass
+    return min(limits, default=4 * 2**30)
+
+
 def cpu_info() -> dict[str, Any]:
     """Model, cores, threads and the instruction sets that matter here."""
     fields: dict[str, str] = {}

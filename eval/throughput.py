@@ -1,0 +1,306 @@
+"""The paper's throughput study on this machine: python eval/throughput.py --preset pythia-160m --max-batch 16
+
+1. Measures how long embedding, block, head and the rest of a pass take, over batch sizes, for the vanilla model and for
+   recursive ones of each --lora-rank, with dummy weights.
+2. Takes each token's exit from recordings of eval/exits.py (--trajectories), or draws them (--mean-loops).
+3. Simulates static batching and continuous sequence-wise batching (CSB) of the vanilla model, and CSB and continuous
+   depth-wise batching (CDB) with those exits of the recursive ones, over a queue of --samples samples.
+
+Every figure is given as the paper counts (blocks only), and with what it leaves out, one after the other: embedding and
+head; the LoRA of rows at different loops and the keys and values of loops left out; a head that runs in every pass, as
+an exit by confidence needs it; the prompts. One recording stands for all ranks: record each model's own for its own.
+
+    python eval/throughput.py --paper    # the paper's own block times through the same simulation, beside its results
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval.paper_study import print_study, repeat_study
+from eval.pass_times import batch_sizes, costs_of, dummy_model, measure_pass, measure_prefill
+from eval.simulate import Queue, depth_wise, sequence_wise, static, time_of
+from eval.stream import check_output_file, check_positive
+from eval.trajectories import read_trajectories
+from rrt.cli import human_bytes, human_count, run_command
+from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.errors import UserError
+from rrt.info import free_memory_bytes
+from rrt.inspect import Sizes, model_sizes
+from rrt.loaders import open_source
+from rrt.presets import PRESETS, preset, preset_dtype
+from rrt.processes import pick_device
+from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.results import write_result
+from rrt.tensors import dtype_name
+
+CDB = "CDB, oracle"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Prompt and generated tokens of a sample, and bytes for weights and keys and values (0: what is free)."""
+
+    prefix: int
+    decode: int
+    memory: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        """`512/2048` or `64/256@16`, the memory in GiB."""
+        lengths, _, gib = text.partition("@")
+        try:
+            prefix, decode = map(int, lengths.split("/"))
+            memory = int(float(gib) * 2**30) if gib else 0
+        except ValueError:
+            prefix, decode, memory = 0, 0, 0
+        if prefix < 1 or decode < 1 or memory < 0:
+            raise UserError(f"--settings: found {text!r}; expected PREFIX/DECODE or PREFIX/DECODE@GIB, like 64/256@16")
+        return cls(prefix, decode, memory)
+
+    def __str__(self) -> str:
+        return f"{self.prefix}/{self.decode}" + (f", {human_bytes(self.memory)}" if self.memory else "")
+
+
+def largest_batch(sizes: Sizes, setting: Setting, memory: int, limit: int) -> int:
+    """Sequences that fit beside the weights at their full length, at most `limit`.
+
+    Raises:
+        UserError: not even one does.
+    """
+    each = sizes.kv_bytes_per_token * (setting.prefix + setting.decode)
+    fitting = (memory - sizes.bytes) // each
+    if fitting < 1:
+        raise UserError(
+            f"memory: {human_bytes(memory)} hold no sequence of {setting}: weights take {human_bytes(sizes.bytes)}, "
+            f"keys and values {human_bytes(each)}; name a smaller model or more memory"
+        )
+    return min(limit, int(fitting))
+
+
+def queues_of(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
+    """By name, queues of --samples samples of at most `decode` tokens."""
+    found = {}
+    for mean in arguments.mean_loops:
+        lengths = np.full(arguments.samples, decode)
+        found[f"{mean} loops"] = Queue.drawn(lengths, arguments.num_loops, mean)
+    for directory in arguments.trajectories:
+        recorded, _, meta = read_trajectories(directory)
+        if recorded.num_loops != arguments.num_loops:
+            raise UserError(
+                f"{directory}: field 'num_loops': found {recorded.num_loops}; expected {arguments.num_loops}, as "
+                "--num-loops says"
+            )
+        queue = drawn_from(recorded.lengths, recorded.exit_loops(), arguments.num_loops, arguments.samples, decode)
+        found[f"{directory.name} ({meta['data']})"] = queue
+    return found
+
+
+def drawn_from(lengths: np.ndarray, exits: np.ndarray, num_loops: int, samples: int, decode: int) -> Queue:
+    """A queue of samples drawn with replacement from recorded ones, each cut at `decode` tokens."""
+    begins = np.cumsum(lengths) - lengths
+    chosen = np.random.default_rng(0).integers(len(lengths), size=samples)
+    cut = np.minimum(lengths[chosen], decode).astype(np.int64)
+    offsets = np.arange(cut.sum()) - np.repeat(np.cumsum(cut) - cut, cut)
+    return Queue(cut, exits[np.repeat(begins[chosen], cut) + offsets].astype(np.int8), num_loops)
+
+
+def measure(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, rank: int | None) -> dict[str, Any]:
+    """Sizes and pass times of one model; rank None is the vanilla one."""
+    device, dtype = arguments.torch_device, arguments.torch_dtype
+    recursive = RecursiveConfig()
+    if rank is not None:
+        recursive = RecursiveConfig(num_loops=arguments.num_loops, lora_rank=LoraRanks.uniform(rank))
+    sizes = model_sizes(config, recursive, dtype)
+    limit = largest_batch(sizes, setting, setting.memory or free_memory_bytes(device), arguments.max_batch)
+    name = "vanilla" if rank is None else f"rank {rank}"
+    model = dummy_model(config, recursive, dtype, device)
+    # The middle of the generation.
+    length, times, stopped = setting.prefix + setting.decode // 2, [], None
+    for rows in tqdm(batch_sizes(limit), desc=f"{setting}: {name}", unit="batch", disable=None, leave=False):
+        try:
+            times.append(measure_pass(model, rows, length, arguments.seconds))
+        except torch.OutOfMemoryError:
+            if not times:
+                raise UserError(f"memory: {setting}: {name} does not fit on {device}; name a smaller model") from None
+            stopped = f"out of memory at {rows}"
+            break
+    return {
+        "model": name,
+        "rank": rank,
+        "num_loops": recursive.num_loops,
+        "non_embedding_params": sizes.non_embedding_params,
+        "batch": times[-1].rows,
+        "batch_limit": stopped or ("--max-batch" if limit == arguments.max_batch else "memory"),
+        "prefill": measure_prefill(model, setting.prefix, arguments.seconds),
+        "times": times,
+    }
+
+
+def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]:
+    """Tokens per second of every model and strategy, by what is counted; `over_csb`: over CSB of the vanilla model."""
+    rows = []
+    for model in models:
+        own = queue if model["num_loops"] > 1 else queue.without_exits(1)
+        slots = model["batch"]
+        runs = {"CSB": sequence_wise(own, slots)}
+        if model["num_loops"] > 1:
+            runs[CDB] = depth_wise(own, slots)
+        else:
+            runs = {"static": static(own, slots), **runs}
+        for strategy, passes in runs.items():
+            row: dict[str, Any] = {"model": model["model"], "strategy": strategy, "batch": slots, "counted": {}}
+            for counted, costs in costs_of(model["times"], model["num_loops"], model["prefill"]):
+                if strategy != CDB:  # no token may leave before the last loop: the head has nothing to look at
+                    costs = replace(costs, head_everywhere=False)
+                seconds = time_of(passes, costs, len(own.lengths))
+                row["counted"][counted] = {"tokens_per_second": own.num_tokens / seconds.total, **asdict(seconds)}
+            rows.append(row)
+    baseline = next(row for row in rows if (row["model"], row["strategy"]) == ("vanilla", "CSB"))
+    for row in rows:
+        row["over_csb"] = {
+            counted: row["counted"][counted]["tokens_per_second"] / baseline["counted"][counted]["tokens_per_second"]
+            for counted in row["counted"]
+        }
+    return rows
+
+
+def print_times(models: list[dict[str, Any]]) -> None:
+    """Milliseconds per token of each part, by batch size."""
+    print(f"{'model':<10} {'batch':>6} {'embedding':>10} {'block':>10} {'mixed':>10} {'skipped K/V':>12} {'head':>10}")
+    for model in models:
+        for point in model["times"]:
+            cells = (point.embed, point.block, point.mixed, point.kv_only, point.head)
+            embed, block, mixed, kv_only, head = (
+                "" if cell is None else f"{1e3 * cell / point.rows:.4f}" for cell in cells
+            )
+            print(f"{model['model']:<10} {point.rows:>6} {embed:>10} {block:>10} {mixed:>10} {kv_only:>12} {head:>10}")
+        print(f"{'':<10} prompt {1e3 * model['prefill']:.1f} ms; largest batch by {model['batch_limit']}")
+
+
+def print_throughput(name: str, queue: dict[str, Any], models: list[dict[str, Any]]) -> None:
+    """Tokens per second, and over CSB of the vanilla model, by what is counted."""
+    print(
+        f"\n{name}: {queue['samples']:,} samples, {queue['tokens']:,} tokens, {queue['mean_loops']:.3f} loops per token"
+    )
+    stages = list(queue["rows"][0]["counted"])
+    print("tokens/s (over vanilla CSB), counted: " + ";  ".join(f"[{i}] {stage}" for i, stage in enumerate(stages)))
+    sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in models}
+    heads = "".join(f"{f'[{i}]':>16}" for i in range(len(stages)))
+    print(f"{'model':<10} {'N-emb':>9} {'batch':>6}  {'strategy':<12}{heads}")
+    for row in queue["rows"]:
+        cells = "".join(f"{_cell(row, stage):>16}" for stage in stages)
+        print(f"{row['model']:<10} {sizes[row['model']]:>9} {row['batch']:>6}  {row['strategy']:<12}{cells}")
+
+
+def _cell(row: dict[str, Any], stage: str) -> str:
+    return f"{row['counted'][stage]['tokens_per_second']:,.0f} ({row['over_csb'][stage]:.2f})"
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Measure, simulate, print; the result file has what is finished so far."""
+    subject = arguments.preset or arguments.checkpoint
+    if arguments.preset is not None:
+        config, stored = preset(arguments.preset), preset_dtype(arguments.preset)
+    else:
+        source = open_source(arguments.checkpoint)
+        config, stored = source.model, source.dtype
+    arguments.torch_dtype = chosen_dtype(arguments) or stored
+    arguments.torch_device = pick_device(arguments.device)
+    settings = [Setting.parse(text) for text in arguments.settings]
+    if not arguments.trajectories and not arguments.mean_loops:
+        arguments.mean_loops = [1 + 0.2 * (arguments.num_loops - 1)]
+    # Read before anything is measured, so that what is wrong with them shows now.
+    queues = {setting: queues_of(arguments, setting.decode) for setting in settings}
+    result: dict[str, Any] = {"kind": "throughput", "subject": str(subject), "complete": False, "settings": []}
+    result |= {"num_loops": arguments.num_loops, "dtype": dtype_name(arguments.torch_dtype)}
+    for setting in settings:
+        entry: dict[str, Any] = {**asdict(setting), "models": [], "queues": []}
+        result["settings"].append(entry)
+        models = []
+        for rank in (None, *arguments.lora_rank):
+            models.append(measure(arguments, config, setting, rank))
+            entry["models"].append({**models[-1], "times": [asdict(point) for point in models[-1]["times"]]})
+            save(arguments, result)
+        print(f"\n{subject}, {setting}, {result['dtype']}: ms per token")
+        print_times(models)
+        for name, queue in queues[setting].items():
+            summary = {"name": name, "samples": len(queue.lengths), "tokens": queue.num_tokens}
+            summary |= {"mean_loops": queue.mean_loops, "rows": simulate(models, queue)}
+            entry["queues"].append(summary)
+            print_throughput(name, summary, models)
+            save(arguments, result)
+    result["complete"] = True
+    save(arguments, result)
+
+
+def save(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    if arguments.json is not None:
+        write_result(arguments.json, result, arguments.torch_device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--preset", choices=tuple(PRESETS), help="shapes of a published base model")
+    subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="shapes of this model's base")
+    subject.add_argument("--paper", action="store_true", help="simulate from the paper's block times; measures nothing")
+    parser.add_argument(
+        "--num-loops", type=int, default=2, metavar="B", help="loops of the recursive models (default 2)"
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, nargs="+", default=[0, 64], metavar="R", help="recursive models' ranks (default 0 64)"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=["512/2048", "64/256@16"],
+        metavar="PREFIX/DECODE[@GIB]",
+        help="prompt and generated tokens, and memory for weights and K/V (default 512/2048 and 64/256@16)",
+    )
+    parser.add_argument(
+        "--trajectories", type=Path, nargs="+", default=[], metavar="DIR", help="recordings of eval/exits.py"
+    )
+    parser.add_argument(
+        "--mean-loops", type=float, nargs="+", default=[], metavar="M", help="draw exits with these means of loops"
+    )
+    parser.add_argument("--samples", type=int, default=20_000, metavar="N", help="samples of a queue (default 20,000)")
+    parser.add_argument(
+        "--max-batch", type=int, default=512, metavar="N", help="largest batch (default 512, or memory)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="time to measure each batch size for (default 1)"
+    )
+    add_dtype_flag(parser, "dtype of the dummy weights")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here, as it grows")
+    arguments = parser.parse_args()
+    check_output_file("--json", arguments.json)
+    if arguments.paper:
+        rows = repeat_study()
+        print_study(rows)
+        if arguments.json is not None:
+            write_result(arguments.json, {"kind": "throughput-paper", "rows": rows})
+        return
+    for flag, value in (("--samples", arguments.samples), ("--max-batch", arguments.max_batch)):
+        check_positive(flag, value)
+    if arguments.num_loops < 2:
+        raise UserError(
+            f"--num-loops: found {arguments.num_loops}; expected at least 2 to compare with the vanilla model"
+        )
+    for mean in arguments.mean_loops:
+        if not 1 <= mean <= arguments.num_loops:
+            raise UserError(f"--mean-loops: found {mean}; expected 1 to {arguments.num_loops}")
+    study(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)
