@@ -198,7 +198,7 @@ def read_exits(
     exits = []
     for loop in loops:
         parts = zip(states[loop][has_target].split(rows), chosen.split(rows), strict=True)
-        exits.append(torch.cat([read(model.logits(part).to(wide), wanted) for part, wanted in parts]))
+        exits.append(torch.cat([read(model.logits(part, loop).to(wide), wanted) for part, wanted in parts]))
     return torch.stack(exits)
 
 

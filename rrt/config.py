@@ -205,7 +205,7 @@ class RecursiveConfig:
     untie_norms: bool = doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = doc("trainable prefix vectors per depth", default=0)
     exit_loops: tuple[int, ...] = doc("loops (from 0) before the last that were trained to exit", default=())
-    head_lora_rank: int = doc("rank of the LoRA on the head for intermediate exits", default=0)
+    head_lora_rank: int = doc("rank of the LoRAs on the head, one for each loop before the last", default=0)
 
     def __post_init__(self) -> None:
         _require_positive(self, ("num_loops",))
@@ -214,6 +214,8 @@ class RecursiveConfig:
                 raise UserError(
                     f"field '{name}': found {getattr(self, name)}; expected 0 or more, below {_LARGEST:.0e}"
                 )
+        if self.head_lora_rank and self.num_loops == 1:
+            raise UserError(f"field 'head_lora_rank': found {self.head_lora_rank}; expected 0 for num_loops = 1")
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")

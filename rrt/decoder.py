@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rrt import ops
@@ -57,7 +58,11 @@ class Decoder:
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [_DecodeLayer(layer) for layer in _layers(model)]
-        self._head = _RowLinear(weight if model.head is None else model.head)
+        self._head = _RowLinear(model.head_weight)
+        if model.head_lora_a is not None and model.head_lora_b is not None:
+            # The last loop's is zero.
+            lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
+            self._head = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[lora_a.shape[1]])
         self._write_prefix()
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -88,10 +93,17 @@ class Decoder:
         done += [self._prefill(chunk, prefill) for chunk, prefill in zip(chunks, plan.prefills, strict=True)]
         return torch.cat(done) if chunks else done[0]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and head: [M, D] -> [M, V], each row for itself."""
+    def logits(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
+        """Final norm and head: [M, D] -> [M, V], each row for itself.
+
+        Args:
+            loops: int32 [M], the loop that each row exits after; default the last. Only a LoRA on the head tells them
+                apart.
+        """
         with torch.inference_mode():
-            loops = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+            if loops is None or self.model.head_lora_a is None:
+                last = 0 if self.model.head_lora_a is None else self.model.recursive.num_loops - 1
+                loops = torch.full((len(x),), last, dtype=torch.int32, device=x.device)
             return self._head(self.model.norm(x), loops)
 
     def _decode(self, x: Tensor, plan: DecodePlan) -> Tensor:

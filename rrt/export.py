@@ -3,7 +3,8 @@
     python -m rrt.export --checkpoint runs/out/relaxed --out runs/out/unrolled
 
 Depth l gets the weight W' + B_l A_l and its own copy of the norms and biases, so the exported model is as
-large as the base. A vanilla checkpoint keeps its tensors bit for bit.
+large as the base. A vanilla checkpoint keeps its tensors bit for bit. The LoRA on the head of a model with early
+exits is left out: the last loop, which is what the export computes, does without it.
 """
 
 import argparse
@@ -57,6 +58,8 @@ def plan_export(
     check_output(out, checkpoint, overwrite)
     tokenizer = tokenizer_of(checkpoint, source.model.vocab_size)
     notices = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
+    if source.recursive.head_lora_rank:
+        notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
     dtype = dtype or source.dtype
     after = model_sizes(source.model, RecursiveConfig(), dtype)
     return ExportPlan(source, out, dtype, overwrite, after, tokenizer, notices)

@@ -33,7 +33,7 @@ class Sizes:
     Attributes:
         embedding_params: embedding, and the head where it is a matrix of its own.
         shared_params: linears of the shared block, each counted once, with their tied biases.
-        lora_params: A and B of all loops.
+        lora_params: A and B of all loops, those on the head included.
         prefix_params: prefix vectors of all depths.
         norm_params: all norms, the final one included, and biases of linears where they are kept per depth.
         non_embedding_params: everything but `embedding_params`; the paper's measure.
@@ -103,7 +103,7 @@ def _kind(name: str, parameter: torch.nn.Parameter) -> str:
     leaf = name.rpartition(".")[2]
     if leaf in ("embed", "head"):
         return "embedding"
-    if leaf in ("lora_a", "lora_b"):
+    if leaf in ("lora_a", "lora_b", "head_lora_a", "head_lora_b"):
         return "lora"
     if leaf == "prefix":
         return "prefix"

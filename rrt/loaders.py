@@ -173,10 +173,20 @@ def _keep_loops(source: Source, num_loops: int) -> tuple[ModelConfig, RecursiveC
         )
     layers = source.recursive.layers_per_loop(source.model) * num_loops
     exits = tuple(loop for loop in source.recursive.exit_loops if loop < num_loops - 1)
-    return (
-        dataclasses.replace(source.model, num_layers=layers),
-        dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=exits),
-    )
+    model = dataclasses.replace(source.model, num_layers=layers)
+    if num_loops == trained or not source.recursive.head_lora_rank:
+        return model, dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=exits)
+    # What is the last loop now has a head of its own, made for it alone.
+    model = dataclasses.replace(model, tie_embeddings=False)
+    return model, dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=(), head_lora_rank=0)
+
+
+def _head_of_exit(source: Source, loop: int) -> Tensor:
+    """The head [V, D] with the LoRA of an exit after `loop`, summed in fp32."""
+    head = source.get("embed" if source.model.tie_embeddings else "head")
+    wide = torch.promote_types(head.dtype, torch.float32)
+    lora_a, lora_b = (source.get(f"head_lora_{factor}")[loop].to(wide) for factor in ("a", "b"))
+    return torch.addmm(head.to(wide), lora_b, lora_a)
 
 
 def load_model(
@@ -192,7 +202,8 @@ def load_model(
 
     Args:
         dtype: of the parameters; default as stored.
-        num_loops: run only this many of the checkpoint's loops (a static exit); default all.
+        num_loops: run only this many of the checkpoint's loops (a static exit); default all. A LoRA that the head
+            has for that exit is merged into it.
 
     Returns:
         The model in eval mode; `model(input_ids)` ([batch, T] int64) gives logits [batch, T, V].
@@ -205,7 +216,8 @@ def load_model(
     model = meta_model(config, recursive)
     parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
     for name, meta in parameters:
-        stored = source.get(name)
+        merges_head = name == "head" and source.recursive.head_lora_rank > recursive.head_lora_rank
+        stored = _head_of_exit(source, recursive.num_loops - 1) if merges_head else source.get(name)
         if stored.shape != meta.shape:  # stacked over loops or depths, of which the first are kept
             stored = stored[: meta.shape[0]] if stored.dim() == meta.dim() else stored[0]
         value = torch.empty(meta.shape, dtype=dtype or source.dtype, device=device)

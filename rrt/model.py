@@ -247,23 +247,22 @@ class RecursiveTransformer(nn.Module):
     """The language model. `forward(input_ids)` gives logits; see :func:`rrt.load_model` to get one.
 
     Raises:
-        UserError: from the constructor, if `num_loops` does not divide `num_layers` or the checkpoint asks
-            for a feature that this version cannot run.
+        UserError: from the constructor, if `num_loops` does not divide `num_layers`.
     """
 
     def __init__(self, config: ModelConfig, recursive: RecursiveConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.recursive = recursive = recursive or RecursiveConfig()
-        if recursive.head_lora_rank:
-            raise UserError(
-                f"field 'head_lora_rank': found {recursive.head_lora_rank}; "
-                "expected 0: this version cannot run a LoRA on the head"
-            )
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.stack = LoopedStack(config, recursive)
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        rank = min(recursive.head_lora_rank, config.vocab_size, config.hidden_size)
+        # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head as it is.
+        early = recursive.num_loops - 1
+        self.head_lora_a = nn.Parameter(torch.empty(early, rank, config.hidden_size)) if rank else None
+        self.head_lora_b = nn.Parameter(torch.empty(early, config.vocab_size, rank)) if rank else None
 
     def forward(
         self,
@@ -293,7 +292,7 @@ class RecursiveTransformer(nn.Module):
         exits = self.hidden_states(
             input_ids, attention_mask=attention_mask, positions=positions, cache=cache, num_loops=last + 1
         )
-        return self.logits(exits[-1])
+        return self.logits(exits[-1], last)
 
     def hidden_states(
         self,
@@ -322,9 +321,13 @@ class RecursiveTransformer(nn.Module):
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [..., D] -> [..., V]."""
-        return F.linear(self.norm(hidden), self.head_weight)
+    def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
+        """Final norm and head, with its LoRA for an exit after `loop` (default the last): [..., D] -> [..., V]."""
+        normed = self.norm(hidden)
+        logits = F.linear(normed, self.head_weight)
+        if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursive.num_loops - 1):
+            return logits
+        return logits + F.linear(F.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -379,7 +382,7 @@ class RecursiveTransformer(nn.Module):
         width, depth = self.config.hidden_size, self.config.num_layers
         for name, parameter in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
-            if leaf in ("bias", "lora_b"):
+            if leaf in ("bias", "lora_b", "head_lora_b"):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(0.0 if self.config.norm_type == "rmsnorm_1p" else 1.0)

@@ -110,6 +110,7 @@ def test_model_sizes_out_of_range_are_refused(change, message):
         ({"num_loops": 0}, "field 'num_loops': found 0; expected a positive number"),
         ({"prefix_length": -1}, "field 'prefix_length': found -1; expected 0 or more"),
         ({"head_lora_rank": -2}, "field 'head_lora_rank': found -2; expected 0 or more"),
+        ({"head_lora_rank": 2}, "field 'head_lora_rank': found 2; expected 0 for num_loops = 1"),
         ({"num_loops": 2, "exit_loops": (1,)}, r"field 'exit_loops': found 1; expected loops in \[0, 1\)"),
     ],
 )

@@ -32,6 +32,7 @@ LOOPED = {
     "relaxed-2": RecursiveConfig(num_loops=2, lora_rank=RANKS),
     "relaxed-3-untied": RecursiveConfig(num_loops=3, lora_rank=LoraRanks(q=0, kv=2, out=9, ffn=4), untie_norms=True),
     "prefix-2": RecursiveConfig(num_loops=2, prefix_length=5),
+    "head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5),
     "relaxed-prefix-untied-3": RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True, prefix_length=8),
 }
 VOCABULARY = 97
@@ -118,6 +119,16 @@ def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
             states.append(prefill(decoder, sequence, part, start))
         start += len(part)
     assert_close(decoder.logits(torch.cat(states)), model(tokens[None])[0])
+
+
+def test_each_row_exits_through_the_head_lora_of_its_loop():
+    model = make_model("gemma", "head-lora-3")
+    x = torch.randn(7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    loops = torch.tensor([0, 2, 1, 1, 0, 2, 2], dtype=torch.int32)
+    found = make_decoder(model).logits(x, loops)
+    expected = torch.stack([model.logits(row, loop) for row, loop in zip(x, loops.tolist(), strict=True)])
+    assert_close(found, expected)
+    assert (found[0] - model.logits(x[0])).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

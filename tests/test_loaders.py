@@ -301,6 +301,22 @@ def test_fewer_loops_than_stored_equal_the_exit_after_them(bases, family, recurs
         assert torch.equal(short(input_ids), model(input_ids, exit_loop=num_loops - 1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma", "gpt_neox"])
+def test_fewer_loops_take_the_lora_of_their_exit_into_the_head(bases, family, tmp_path):
+    recursive = dict(num_loops=4, head_lora_rank=3, exit_loops=(0, 1, 2))
+    model = write_native(tmp_path / "checkpoint", bases[family], recursive, torch.float64)
+    input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(load_model(tmp_path / "checkpoint")(input_ids, exit_loop=2), model(input_ids, exit_loop=2))
+    for num_loops in range(1, 4):
+        short = load_model(tmp_path / "checkpoint", num_loops=num_loops)
+        assert (short.recursive.head_lora_rank, short.recursive.exit_loops) == (0, ())
+        expected = model(input_ids, exit_loop=num_loops - 1)
+        torch.testing.assert_close(short(input_ids), expected, rtol=0, atol=1e-12)
+    plain = load_model(tmp_path / "checkpoint", num_loops=4)
+    assert torch.equal(plain(input_ids), model(input_ids))
+
+
 @pytest.mark.parametrize("num_loops", [0, -1, 5])
 def test_loops_out_of_range_are_refused(bases, num_loops, tmp_path):
     write_native(tmp_path / "checkpoint", bases["llama"], RELAXED["relaxed"])

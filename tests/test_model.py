@@ -253,6 +253,21 @@ def test_exit_loop_runs_fewer_loops_and_equals_the_hidden_state_through_norm_and
 
 
 @torch.no_grad()
+def test_the_heads_lora_serves_the_loops_before_the_last():
+    model = recursive_model(num_loops=4, head_lora_rank=2)
+    hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    plain = torch.nn.functional.linear(model.norm(hidden), model.head_weight)
+    assert torch.equal(model.logits(hidden), plain) and torch.equal(model.logits(hidden, 3), plain)
+    for loop in range(3):
+        weight = model.head_weight + model.head_lora_b[loop] @ model.head_lora_a[loop]
+        expected = torch.nn.functional.linear(model.norm(hidden), weight)
+        torch.testing.assert_close(model.logits(hidden, loop), expected)
+        assert (expected - plain).abs().max() > 1e-3
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
 def test_linears_give_each_row_its_own_loop(recursive):
     model = recursive_model("neox-parallel", **recursive)

@@ -233,7 +233,7 @@ def test_logits_of_a_batch_never_exist_whole(model_dir, monkeypatch):
     rows = []
     logits = model.logits
     monkeypatch.setattr("eval.stream._LOGITS_AT_ONCE", 7 * model.config.vocab_size)
-    monkeypatch.setattr(model, "logits", lambda x: rows.append(x.shape[0]) or logits(x))
+    monkeypatch.setattr(model, "logits", lambda x, loop: rows.append(x.shape[0]) or logits(x, loop))
     batch = make_batch(list(packed_blocks(documents_of([65]), 32)), None)
     losses = read_exits(model, batch, range(1), perplexity.target_losses)
     assert max(rows) == 7 and sum(rows) == 64 == losses.shape[1]
