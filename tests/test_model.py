@@ -257,7 +257,8 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     model = recursive_model(num_loops=4, head_lora_rank=2)
     hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     plain = torch.nn.functional.linear(model.norm(hidden), model.head_weight)
-    assert torch.equal(model.logits(hidden), plain) and torch.equal(model.logits(hidden, 3), plain)
+    assert torch.equal(model.logits(hidden), plain)
+    assert torch.equal(model.logits(hidden, 3), plain)
     for loop in range(3):
         weight = model.head_weight + model.head_lora_b[loop] @ model.head_lora_a[loop]
         expected = torch.nn.functional.linear(model.norm(hidden), weight)
