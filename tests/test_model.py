@@ -255,7 +255,8 @@ def test_exit_loop_runs_fewer_loops_and_equals_the_hidden_state_through_norm_and
 @torch.no_grad()
 def test_the_heads_lora_serves_the_loops_before_the_last():
     model = recursive_model(num_loops=4, head_lora_rank=2)
-    hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=generator)
     plain = torch.nn.functional.linear(model.norm(hidden), model.head_weight)
     assert torch.equal(model.logits(hidden), plain)
     assert torch.equal(model.logits(hidden, 3), plain)
