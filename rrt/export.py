@@ -57,7 +57,7 @@ def plan_export(
         )
     check_output(out, checkpoint, overwrite)
     tokenizer = tokenizer_of(checkpoint, source.model.vocab_size)
-    notices = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
+    notices: tuple[str, ...] = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
     if source.recursive.head_lora_rank:
         notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
     dtype = dtype or source.dtype
