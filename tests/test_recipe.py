@@ -174,7 +174,7 @@ def test_help_shows_every_field_with_its_default_or_that_it_is_required(
                 assert line.endswith("(required)")
             elif field.default is not None:
                 assert line.lower().endswith(f"(default {str(field.default).lower()})")
-    assert lines.keys() == {"--recipe"}
+    assert lines.keys() == {"--recipe", "--dry-run", "--mfu", "--gpu"}
     assert "--run.dtype {bf16,fp32}\n" in text
 
 

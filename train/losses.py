@@ -7,7 +7,8 @@ the head. Each chunk of a teacher's logits serves all exits.
 Dimensions: N tokens, D model width, V vocabulary, R rank of the head's LoRA, C tokens of one chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -29,6 +30,23 @@ CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 def matrices_per_chunk(distills: bool) -> int:
     """How many [C, V] exist at one time, for any number of exits, with or without a divergence."""
     return 8 if distills else 1
+
+
+_choices: list[str] = []
+
+
+@contextmanager
+def choices_of(device: str) -> Iterator[None]:
+    """Compute as on a device of this type wherever the tensors are: for estimates on tensors without memory."""
+    _choices.append(device)
+    try:
+        yield
+    finally:
+        _choices.pop()
+
+
+def _device_type(tensor: Tensor) -> str:
+    return _choices[-1] if _choices else tensor.device.type
 
 
 def chunk_tokens(tokens: int, vocab: int, itemsize: int, distills: bool, device: str) -> int:
@@ -166,7 +184,7 @@ class _Task:
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
         """Pieces of the tokens, of nearly equal size."""
         tokens, distills = len(self.targets), self.asks_teacher or self.asks_last_exit
-        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, self.targets.device.type)
+        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, _device_type(self.targets))
         pieces = max(1, -(-tokens // chunk))
         bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
@@ -212,7 +230,7 @@ class _Task:
 
 def _conversion(weight: Tensor, wide: torch.dtype) -> Callable[[Tensor], Tensor]:
     """What to do to the factors of a product: 16 bits are emulated on CPUs without instructions for them."""
-    slow = weight.dtype.itemsize == 2 and not weight.is_cuda and not torch.cpu._is_avx512_bf16_supported()
+    slow = weight.dtype.itemsize == 2 and _device_type(weight) == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return (lambda tensor: tensor.to(wide)) if slow else (lambda tensor: tensor)
 
 
@@ -276,7 +294,7 @@ class _HeadProducts:
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a b in the wide dtype; of 16-bit factors without rounding the sums where the device can."""
-    if a.is_cuda and a.dtype != wide:
+    if _device_type(a) == "cuda" and a.dtype != wide:
         return torch.mm(a, b, out_dtype=wide)
     return (a @ b).to(wide)
 

@@ -24,15 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.cli import run_command
 from rrt.config import ModelConfig, RecursiveConfig, doc
-from rrt.errors import UserError
-from rrt.files import read_json
-from rrt.hf import model_config_from_hf
-from rrt.loaders import open_source
 from rrt.model import RecursiveTransformer
-from rrt.presets import PRESETS, preset
 from rrt.tokenizer import load_tokenizer
+from train.architecture import read_architecture
 from train.distributed import Processes, agree, only_main_reports_errors, processes
-from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_recipe
+from train.estimate import estimate_table
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_command
 from train.trainer import Start, Trainer
 
 
@@ -55,30 +52,21 @@ class PretrainRecipe:
     guard: GuardConfig
 
 
-def read_architecture(config: str) -> ModelConfig:
-    """The shape named by `config`: a preset, an HF config.json, or a directory that holds a model."""
-    path = Path(config)
-    if path.is_dir():
-        return open_source(path).model
-    if path.is_file():
-        return model_config_from_hf(read_json(path), config)
-    if config in PRESETS:
-        return preset(config)
-    raise UserError(
-        f"field 'model.config': found {config!r}; expected a config.json, a model directory or one of "
-        f"{', '.join(PRESETS)}"
-    )
+def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
+    """The shape that the recipe describes."""
+    config, _ = read_architecture(recipe.model.config, "model.config")
+    if recipe.model.num_layers is not None:
+        config = replace(config, num_layers=recipe.model.num_layers)
+    recursive = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
+    recursive.layers_per_loop(config)
+    return config, recursive
 
 
 def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
     """Draw the weights and check that the model, the data and the recipe fit together."""
-    config = read_architecture(recipe.model.config)
-    if recipe.model.num_layers is not None:
-        config = replace(config, num_layers=recipe.model.num_layers)
+    config, recursive = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    recursive = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
-    recursive.layers_per_loop(config)
 
     def draw() -> Callable[[str], Tensor]:
         # Whole, by every process, in one order: the start is the same for any number of processes.
@@ -91,7 +79,10 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
 
 @only_main_reports_errors
 def main() -> None:
-    recipe = read_recipe(PretrainRecipe, __doc__ or "")
+    recipe, dry_run = read_command(PretrainRecipe, __doc__ or "")
+    if dry_run is not None:
+        print(estimate_table(recipe, *architecture(recipe), dry_run))
+        return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()
 

@@ -125,6 +125,21 @@ class RunConfig:
         return self.tokens // self.batch_tokens
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """An estimate instead of a run."""
+
+    processes: int
+    mfu: float
+    gpu: str
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise UserError(f"command line: --dry-run: found {self.processes}; expected a positive number of processes")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"command line: --mfu: found {self.mfu}; expected a number above 0, at most 1")
+
+
 def _check(config: object, table: str, expected: str, accept: Callable[[Any], bool], *names: str) -> None:
     for name in names:
         if not accept(getattr(config, name)):
@@ -179,6 +194,17 @@ def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="TOML file with the tables below; flags override it"
     )
+    dry = parser.add_argument_group("estimate instead of training; needs no weights and no data")
+    dry.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="PROCESSES",
+        help="print sizes, memory per process and hours for so many processes (default 8)",
+    )
+    dry.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="of the peak FLOP/s, for the hours (0.4)")
+    dry.add_argument("--gpu", default="H100", metavar="NAME", help="whose peak, unless run.peak_flops (H100)")
     for table, kind in _tables(cls).items():
         group = parser.add_argument_group(f"[{table}] {(kind.__doc__ or '').splitlines()[0].rstrip('.')}")
         hints = typing.get_type_hints(kind)
@@ -203,6 +229,11 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -> T:
+    """The recipe that `read_command` reads."""
+    return read_command(cls, description, argv)[0]
+
+
+def read_command(cls: type[T], description: str, argv: list[str] | None = None) -> tuple[T, DryRun | None]:
     """Parse the command line: `--recipe R.toml` and flags `--table.field value` that override it.
 
     Args:
@@ -210,11 +241,16 @@ def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -
         description: what `--help` says before the flags.
         argv: instead of the command line's arguments.
 
+    Returns:
+        The recipe, and what `--dry-run` asks for, if it is there: then required paths may be missing, and are "".
+
     Raises:
         UserError: the recipe is not readable, or a field is unknown, missing, mistyped or out of range.
     """
     arguments = vars(_make_parser(cls, description).parse_args(argv))
     path: Path | None = arguments.pop("recipe")
+    processes, mfu, gpu = (arguments.pop(name) for name in ("dry_run", "mfu", "gpu"))
+    dry_run = None if processes is None else DryRun(processes, mfu, gpu)
     flags = {name: text for name, text in arguments.items() if text is not None}
     tables = _tables(cls)
     values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (_read_tables(path) if path else {})
@@ -222,16 +258,19 @@ def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -
         table, key = name.split(".")
         values[table][key] = _parse_flag(text, typing.get_type_hints(tables[table])[key])
     where = "command line" if path is None else f"{path} with flags" if flags else str(path)
-    missing = [
-        f"'{table}.{field.name}'"
-        for table, kind in tables.items()
-        for field in dataclasses.fields(kind)
-        if _is_required(field) and field.name not in values[table]
-    ]
+    missing = []
+    for table, kind in tables.items():
+        for field in dataclasses.fields(kind):
+            if not _is_required(field) or field.name in values[table]:
+                continue
+            if dry_run is not None and typing.get_type_hints(kind)[field.name] is str:
+                values[table][field.name] = ""
+            else:
+                missing.append(f"'{table}.{field.name}'")
     if missing:
         flag = missing[0].strip("'")
         raise UserError(f"{where}: missing {', '.join(missing)}; give them in a --recipe or as --{flag} ...")
-    return from_mapping(cls, values, where)
+    return from_mapping(cls, values, where), dry_run
 
 
 def to_toml(recipe: Any) -> str:

@@ -14,15 +14,16 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.cli import human_bytes, human_count
+from rrt.cli import human_count
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.files import atomic_write, read_json, sha256_file
 from rrt.loaders import meta_model
-from rrt.lora import LoopLinear
+from rrt.model import RecursiveTransformer
 from rrt.shards import META_FILE, open_shards
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
@@ -41,7 +42,6 @@ from train.distributed import (
 from train.flops import peak_flops, training_flops_per_token
 from train.guard import Guard
 from train.interrupt import Interrupt, Interrupted
-from train.losses import chunk_tokens
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
 from train.objective import NEXT_TOKEN
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
@@ -111,6 +111,24 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
+def set_up_model(model: RecursiveTransformer, run: RunConfig, mesh: DeviceMesh) -> None:
+    """Make `model` compute as `run` says, sharded over `mesh`, in place."""
+    model.set_merge(run.lora == "merged")
+    model.stack.checkpointing = run.checkpointing
+    shard_model(model, mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
+
+
+def describe(model: ModelConfig, recursive: RecursiveConfig) -> str:
+    """A model in one line."""
+    shape = meta_model(model, recursive)
+    count, block = (sum(p.numel() for p in module.parameters()) for module in (shape, shape.stack))
+    return (
+        f"{model.family}, {model.num_layers} layers as {recursive.num_loops} loop(s) of "
+        f"{recursive.layers_per_loop(model)}, LoRA rank {recursive.lora_rank}, {human_count(count)} parameters "
+        f"({human_count(block)} in the block)"
+    )
+
+
 class Trainer:
     """One training run. Construction checks everything that can be checked; `run` trains.
 
@@ -176,9 +194,7 @@ class Trainer:
     def _build(self) -> None:
         run, device = self.recipe.run, self.processes.device
         self.model = meta_model(self.start.model, self.start.recursive).float().train()
-        self.model.set_merge(run.lora == "merged")
-        self.model.stack.checkpointing = run.checkpointing
-        shard_model(self.model, self.processes.mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
+        set_up_model(self.model, run, self.processes.mesh)
         self.model.to_empty(device=device)
         self.losses = NEXT_TOKEN.bind(self.model)
         self.optimizer = make_optimizer(self.model, self.recipe.optim)
@@ -399,33 +415,18 @@ class Trainer:
             print(f"wrote {target}", flush=True)
 
     def _describe(self) -> None:
-        """Say what is about to happen: sizes, tokens, memory."""
+        """Say what is about to happen: sizes, tokens, processes."""
         run, world = self.recipe.run, self.processes.world_size
-        count = sum(p.numel() for p in self.model.parameters())
-        block = sum(p.numel() for p in self.model.stack.parameters())
-        width = 2 if run.dtype == "bf16" else 4
-        linears = [module for module in self.model.modules() if isinstance(module, LoopLinear) and module.rank]
-        merged = sum(linear.in_features * linear.out_features for linear in linears) if run.lora == "merged" else 0
-        # Sharded: fp32 weights, gradients and two moments. Whole: the gathered weights and their gradients, these
-        # again in fp32 while they accumulate and when they are reduced, and what backward needs of merged weights.
-        whole = count * 2 * width + block * 4 + (count * 4 if self.accumulation > 1 else 0)
-        memory = count * 16 / world + whole + merged * self.start.recursive.num_loops * width
-        vocab, tokens = self.start.model.vocab_size, run.micro_batch * self.recipe.data.seq_len
-        loss_bytes = 4 * vocab * chunk_tokens(tokens, vocab, 4, False, self.processes.device.type)
         epochs = self.steps * run.batch_tokens / (len(self.windows) * self.recipe.data.seq_len)
-        model, recursive = self.start.model, self.start.recursive
         self._print(
-            f"{self.start.stage}: {model.family}, {model.num_layers} layers as {recursive.num_loops} loop(s) of "
-            f"{recursive.layers_per_loop(model)}, LoRA rank {recursive.lora_rank}, {human_count(count)} parameters "
-            f"({human_count(block)} in the block)\n"
+            f"{self.start.stage}: {describe(self.start.model, self.start.recursive)}\n"
             f"data: {self.recipe.data.path} [{self.recipe.data.split}], {human_count(self.windows.shards.num_tokens)} "
             f"tokens, {epochs:.2f} epochs\n"
             f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
             f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
             f"{_warmup_note(self.recipe.optim, self.steps)}"
-            f"memory per process: about {human_bytes(memory)} for weights, gradients and optimizer, "
-            f"{human_bytes(loss_bytes)} for a chunk's logits, and activations"
+            "memory and hours: --dry-run estimates them"
         )
 
     def _print(self, text: str) -> None:

@@ -18,11 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.cli import run_command
-from rrt.config import doc
+from rrt.config import ModelConfig, RecursiveConfig, doc
 from rrt.loaders import open_source
 from rrt.tokenizer import load_tokenizer
+from train.architecture import read_architecture
 from train.distributed import Processes, agree, only_main_reports_errors, processes
-from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_recipe
+from train.estimate import estimate_table
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_command
 from train.trainer import Start, Trainer
 
 
@@ -42,6 +44,11 @@ class UptrainRecipe:
     guard: GuardConfig
 
 
+def architecture(recipe: UptrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
+    """The checkpoint's shape, without its weights."""
+    return read_architecture(recipe.checkpoint.path, "checkpoint.path")
+
+
 def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
     path = Path(recipe.checkpoint.path)
@@ -52,7 +59,10 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
 
 @only_main_reports_errors
 def main() -> None:
-    recipe = read_recipe(UptrainRecipe, __doc__ or "")
+    recipe, dry_run = read_command(UptrainRecipe, __doc__ or "")
+    if dry_run is not None:
+        print(estimate_table(recipe, *architecture(recipe), dry_run))
+        return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()
 

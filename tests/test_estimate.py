@@ -1,0 +1,170 @@
+"""The estimate of a run's memory against what processes take."""
+
+import ctypes
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes_util import run_on_two
+from tokenizers_util import make_sentencepiece_tokenizer, training_texts
+
+from rrt.errors import UserError
+from rrt.shards import ShardWriter
+from rrt.tokenizer import load_tokenizer
+from train import pretrain
+from train.architecture import read_architecture
+from train.distributed import agree, processes
+from train.estimate import LiveMemory, estimate_memory
+from train.flops import training_flops_per_token
+from train.recipe import read_recipe
+
+VOCAB, LENGTH = 8192, 256
+
+
+def status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
+
+
+def memory_of_two_steps(argv: list[str]) -> int:
+    """Peak resident memory of two optimizer steps beyond what the process had before the model was made."""
+    mmap_threshold = -3
+    ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 65536)  # freed memory goes back at once
+    recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
+    with processes(recipe.run.device, recipe.run.shard_size) as group:
+        small = replace(recipe, model=replace(recipe.model, num_layers=2))
+        for measured in (small, recipe):  # the first lets the libraries take what they keep
+            trainer = agree(lambda measured=measured: pretrain.make_trainer(measured, group))
+            trainer.resumed = None
+            before = status_bytes("VmRSS")
+            trainer._build()
+            trainer._resume()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            for _ in range(2):
+                trainer._train_step(1e-4)
+                trainer.step += 1
+            peak = status_bytes("VmHWM") - before
+            del trainer
+            gc.collect()
+        return peak
+
+
+def make_argv(tmp_path: Path, **overrides: Any) -> list[str]:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "hidden_act": "silu",
+        "max_position_embeddings": LENGTH,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = {
+        "model.config": tmp_path / "config.json",
+        "model.tokenizer": tmp_path / "tokenizer",
+        "model.num_loops": 2,
+        "data.path": tmp_path / "data",
+        "data.seq_len": LENGTH,
+        "run.out": tmp_path / "run",
+        "run.tokens": 4 * LENGTH * 2 * 2 * 2,
+        "run.batch_tokens": 4 * LENGTH * 2 * 2,
+        "run.micro_batch": 4,
+        "run.dtype": "fp32",
+        "run.device": "cpu",
+    }
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    for name in ("data", "tokenizer"):
+        (directory / name).mkdir()
+    tokenizer = load_tokenizer(make_sentencepiece_tokenizer(directory / "tokenizer", "llama", 420))
+    with ShardWriter(directory / "data", tokenizer) as writer:
+        for text in training_texts() * 4:
+            ids = tokenizer.encode_document(text)
+            writer.append("train", ids, [len(ids)], [len(text.encode())])
+        writer.finish({})
+    return directory
+
+
+def test_live_memory_follows_tensors_views_and_shrunken_storages() -> None:
+    with LiveMemory() as memory:
+        a = torch.zeros(1000)
+        view = a[10:].view(-1)
+        assert (memory.live, memory.peak) == (4000, 4000)
+        b = a + view.sum()
+        assert memory.live >= 8000
+        del a
+        assert memory.live >= 8000  # the view holds it
+        del view
+        assert memory.live == 4000
+        b.untyped_storage().resize_(0)
+        assert memory.live == 0
+        b.untyped_storage().resize_(4000)
+        assert memory.live == 4000
+    assert memory.peak >= 8000
+    size = memory.live
+    torch.zeros(10)
+    assert memory.live == size
+
+
+def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *argv])
+    pretrain.main()
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_needs_neither_weights_nor_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_argv(tmp_path)[:2]
+    argv = [*model, "--data.seq_len", "64", "--run.tokens", "15000000000"]
+    text = dry_run([*argv, "--dry-run", "4", "--mfu", "0.5", "--gpu", "A100"], capsys, monkeypatch)
+    assert text.startswith("llama, 8 layers as 1 loop(s) of 8, LoRA rank 0, 20.45 M parameters (14.16 M in the block)")
+    assert "train: 7,152 steps of 2.10 M tokens = 15.00 B; 4 process(es) x 1024 micro-batch(es) x 8 x 64" in text
+    flops = training_flops_per_token(*read_architecture(model[1], "model.config"), 64)
+    hours = 7152 * 2**21 * flops / (4 * 312e12 * 0.5) / 3600
+    assert f"{hours:,.1f} hours on 4 x 312 TFLOP/s at 50% MFU" in text
+    with pytest.raises(UserError, match="--gpu: found 'K80', whose peak is not known"):
+        dry_run([*argv, "--dry-run", "--gpu", "K80"], capsys, monkeypatch)
+    with pytest.raises(UserError, match="--dry-run: found 0; expected a positive number of processes"):
+        dry_run([*argv, "--dry-run", "0"], capsys, monkeypatch)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"run__checkpointing": "layer"},
+        {"run__wrap": "layer"},
+        {"run__dtype": "bf16"},
+        {"run__batch_tokens": 4 * LENGTH * 2, "model__num_loops": 1},
+    ],
+    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()) or "default",
+)
+def test_the_estimate_is_within_15_percent_of_two_processes(settings: dict[str, Any], inputs: Path) -> None:
+    argv = make_argv(inputs, **settings)
+    recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
+    model, recursive = pretrain.architecture(recipe)
+    estimate = estimate_memory(model, recursive, recipe, 2, "cpu")
+    measured = max(run_on_two(memory_of_two_steps, argv))
+    print(f"{settings}: estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
+    assert measured == pytest.approx(estimate.peak, rel=0.15)
