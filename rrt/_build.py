@@ -231,11 +231,14 @@ def _warn_once(why: str) -> None:
 _fragment = torch.library.Library("rrt", "FRAGMENT")
 
 
-def register_op(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register_op(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
+) -> None:
     """Give the operator `rrt::<schema>` a fake kernel and, wherever the library has no kernel, `reference`.
 
     The operator is defined here if the library did not define it. The first call of a reference in the
-    operator's place warns: once if there is no library, else once per operator and device type.
+    operator's place warns: once if there is no library, else once per operator and device type. `cpu` is the
+    kernel for CPUs of an operator that the library has none of.
     """
     name = schema.partition("(")[0]
     load_native()
@@ -249,4 +252,6 @@ def register_op(schema: str, reference: Callable[..., Any], fake: Callable[..., 
 
     # Native kernels are registered per backend, which comes before this key.
     _fragment.impl(name, reference_kernel, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _fragment.impl(name, cpu, "CPU")
     torch.library.register_fake(f"rrt::{name}", fake, lib=_fragment)

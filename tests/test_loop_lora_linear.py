@@ -36,7 +36,8 @@ def packed_reference(**inputs: Any) -> Tensor:
     return loop_lora_linear_reference(**pack_arguments(inputs))
 
 
-BOTH = pytest.mark.parametrize("op", [loop_lora_linear, loop_lora_linear_reference], ids=["op", "reference"])
+BOTH_IDS = ["op", "reference"]
+BOTH = pytest.mark.parametrize("op", [loop_lora_linear, loop_lora_linear_reference], ids=BOTH_IDS)
 NATIVE = pytest.mark.parametrize("op", [loop_lora_linear, packed_op], ids=["op", "packed"])
 ALL = pytest.mark.parametrize(
     "op",

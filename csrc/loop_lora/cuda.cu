@@ -70,15 +70,9 @@ cudaError_t launch_plain(const DecodeArgs& args, cudaStream_t stream) {
                      stream);
 }
 
-// Both a multiple of 8 elements, and so are the rows of every matrix and the segments' ranks.
 bool fits_decode(const Params& p) {
-  bool fits = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  fits = fits && p.k % 8 == 0 && p.x_row_stride % 8 == 0 && p.total_rank % 8 == 0 && p.b_stride % 8 == 0;
-  fits = fits && aligned(p.x) && aligned(p.weight) && aligned(p.lora_a) && aligned(p.lora_b);
-  for (const Segment& segment : p.segments) {
-    fits = fits && segment.rank % 8 == 0 && segment.rank_begin % 8 == 0 && segment.out_begin % 16 == 0;
-  }
+  bool fits = rows_are_vectors(p);
+  for (const Segment& segment : p.segments) fits = fits && segment.out_begin % 16 == 0;
   return fits && p.num_loops <= kMaxLoops && p.segments.size() <= DecodeArgs::kMaxSegments;
 }
 
@@ -91,6 +85,15 @@ bool fits_wide_tiles(const Params& p) {
 int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
 
 }  // namespace
+
+bool rows_are_vectors(const Params& p) {
+  bool whole = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  whole = whole && p.k % 8 == 0 && p.x_row_stride % 8 == 0 && p.total_rank % 8 == 0 && p.b_stride % 8 == 0;
+  whole = whole && aligned(p.x) && aligned(p.weight) && aligned(p.lora_a) && aligned(p.lora_b);
+  for (const Segment& segment : p.segments) whole = whole && segment.rank % 8 == 0 && segment.rank_begin % 8 == 0;
+  return whole;
+}
 
 int64_t cuda_scratch_bytes(const Params& p) {
   const int64_t value_bytes = fits_decode(p) ? 2 : p.dtype == Dtype::kFloat64 ? 8 : 4;

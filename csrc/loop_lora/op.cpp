@@ -1,5 +1,5 @@
-// rrt::loop_lora_linear and rrt::pack_linear on torch's stable ABI: schemas, argument checks, host planning. The
-// kernels lie behind raw-pointer launch functions and know nothing of torch.
+// rrt::loop_lora_linear, rrt::loop_lora_prefill and rrt::pack_linear on torch's stable ABI: schemas, argument checks,
+// host planning. The kernels lie behind raw-pointer launch functions and know nothing of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,9 +14,8 @@
 namespace rrt {
 namespace {
 
-constexpr Checks check{"loop_lora_linear"};
-
-void check_segment_lists(const std::vector<int64_t>& out, const std::vector<int64_t>& rank, bool packed) {
+void check_segment_lists(const Checks& check, const std::vector<int64_t>& out, const std::vector<int64_t>& rank,
+                         bool packed) {
   if (packed && out.empty()) {
     check.fail("segment_out: found []; expected the packed weight's segments (one of all its rows, if there is one)");
   }
@@ -40,8 +39,9 @@ void check_segment_lists(const std::vector<int64_t>& out, const std::vector<int6
   }
 }
 
-std::vector<loop_lora::Segment> check_segments(const std::vector<int64_t>& out, const std::vector<int64_t>& rank,
-                                               int64_t n, int64_t a_rank, int64_t b_rank) {
+std::vector<loop_lora::Segment> check_segments(const Checks& check, const std::vector<int64_t>& out,
+                                               const std::vector<int64_t>& rank, int64_t n, int64_t a_rank,
+                                               int64_t b_rank) {
   if (out.empty()) {
     if (a_rank != b_rank) check.fail("lora_b: found rank ", b_rank, "; expected ", a_rank, " as in lora_a");
     return {{0, n, 0, a_rank}};
@@ -77,28 +77,29 @@ int64_t max(const std::vector<int64_t>& values) {
 // A checked call, but for the loops' values, and the tensors that it points into.
 struct Call {
   loop_lora::Params params;
-  Tensor x, loops, y;
+  Tensor x, y;
 };
 
-Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
-                            const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
+// `loops` is null where all rows have one; packed weights are then not expected.
+Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+             const Tensor& lora_a, const Tensor& lora_b, const Tensor* loops, const std::vector<int64_t>& segment_out,
+             const std::vector<int64_t>& segment_rank) {
   const Dtype dtype = check.float_dtype("x", x);
   check.dtype("weight", weight, x.scalar_type());
   if (bias) check.dtype("bias", *bias, x.scalar_type());
   check.dtype("lora_a", lora_a, x.scalar_type());
   check.dtype("lora_b", lora_b, x.scalar_type());
-  check.dtype("loops", loops, ScalarType::Int);
+  if (loops) check.dtype("loops", *loops, ScalarType::Int);
   check.same_device("weight", weight, x, "x");
   if (bias) check.same_device("bias", *bias, x, "x");
   check.same_device("lora_a", lora_a, x, "x");
   check.same_device("lora_b", lora_b, x, "x");
-  check.same_device("loops", loops, x, "x");
+  if (loops) check.same_device("loops", *loops, x, "x");
 
   check.shape("x", x, {{"M"}, {"K"}});
   const int64_t m = x.size(0), k = x.size(1);
-  const bool packed = weight.sizes().size() == 3;
-  check_segment_lists(segment_out, segment_rank, packed);
+  const bool packed = loops && weight.sizes().size() == 3;
+  check_segment_lists(check, segment_out, segment_rank, packed);
   const int64_t n = packed ? sum(segment_out) : weight.size(0);
   const int64_t step = loop_lora::pack_step(dtype), steps = loop_lora::pack_steps(dtype, k);
   const int64_t panel_step = loop_lora::kPanel * step;
@@ -128,18 +129,15 @@ Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
     check.shape("lora_b", lora_b, {{"loops", num_loops}, {"N", n}, {"R"}});
     b_stride = lora_b.size(2);
   }
-  check.shape("loops", loops, {{"M", m}});
-  auto segments = check_segments(segment_out, segment_rank, n, total_rank, b_stride);
+  if (loops) check.shape("loops", *loops, {{"M", m}});
+  auto segments = check_segments(check, segment_out, segment_rank, n, total_rank, b_stride);
   check.contiguous("weight", weight);
   if (bias) check.contiguous("bias", *bias);
   check.contiguous("lora_a", lora_a);
   check.contiguous("lora_b", lora_b);
 
   const int64_t y_size[] = {m, n};
-  Call call{{},
-            k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x),
-            torch::stable::contiguous(loops),
-            torch::stable::new_empty(x, y_size)};
+  Call call{{}, k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x), torch::stable::new_empty(x, y_size)};
   loop_lora::Params& params = call.params;
   params.dtype = dtype;
   params.packed = packed;
@@ -161,16 +159,19 @@ Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
   return call;
 }
 
+constexpr Checks rows_check{"loop_lora_linear"};
+
 Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
                             const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
-  const Call call = prepare(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank);
-  const int32_t* loop_of_row = call.loops.const_data_ptr<int32_t>();
+  const Call call = prepare(rows_check, x, weight, bias, lora_a, lora_b, &loops, segment_out, segment_rank);
+  const Tensor adjacent = torch::stable::contiguous(loops);
+  const int32_t* loop_of_row = adjacent.const_data_ptr<int32_t>();
   const loop_lora::LoopGroups groups =
       loop_lora::group_rows_by_loop(loop_of_row, call.params.m, call.params.num_loops);
   if (!groups.ok()) {
-    check.fail("loops[", groups.bad_row, "]: found ", loop_of_row[groups.bad_row], "; expected a loop in [0, ",
-               call.params.num_loops, ")");
+    rows_check.fail("loops[", groups.bad_row, "]: found ", loop_of_row[groups.bad_row], "; expected a loop in [0, ",
+                    call.params.num_loops, ")");
   }
   loop_lora::run_cpu(call.params, groups, torch_parallel);
   return call.y;
@@ -178,17 +179,45 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
 
 #ifdef RRT_CUDA
 // The loops' values stay on the device: a row whose loop lies outside [0, num_loops) becomes NaN.
+Tensor launch_rows(const Checks& check, const Call& call, const Tensor& loops) {
+  const Tensor adjacent = torch::stable::contiguous(loops);
+  const int64_t shrunk_size[] = {loop_lora::cuda_scratch_bytes(call.params) / static_cast<int64_t>(sizeof(int32_t))};
+  const Tensor shrunk = torch::stable::new_empty(adjacent, shrunk_size);
+  const int32_t device = call.x.get_device_index();
+  const char* error =
+      loop_lora::run_cuda({&call.params, adjacent.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device,
+                          current_cuda_stream(device));
+  if (error != nullptr) check.fail("CUDA: ", error);
+  return call.y;
+}
+
 Tensor loop_lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              const Tensor& lora_a, const Tensor& lora_b, const Tensor& loops,
                              const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
-  const Call call = prepare(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank);
-  if (call.params.packed) check.fail("weight: found a packed one; expected [N, K]: packing is for CPUs");
-  const int64_t shrunk_size[] = {loop_lora::cuda_scratch_bytes(call.params) / static_cast<int64_t>(sizeof(int32_t))};
-  const Tensor shrunk = torch::stable::new_empty(call.loops, shrunk_size);
+  const Call call = prepare(rows_check, x, weight, bias, lora_a, lora_b, &loops, segment_out, segment_rank);
+  if (call.params.packed) rows_check.fail("weight: found a packed one; expected [N, K]: packing is for CPUs");
+  return launch_rows(rows_check, call, loops);
+}
+
+Tensor loop_lora_prefill_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                              const Tensor& lora_a, const Tensor& lora_b, int64_t loop,
+                              const std::vector<int64_t>& segment_out, const std::vector<int64_t>& segment_rank) {
+  constexpr Checks check{"loop_lora_prefill"};
+  const Call call = prepare(check, x, weight, bias, lora_a, lora_b, nullptr, segment_out, segment_rank);
+  const loop_lora::Params& params = call.params;
+  if (loop < 0 || loop >= params.num_loops) {
+    check.fail("loop: found ", loop, "; expected a loop in [0, ", params.num_loops, ")");
+  }
+  if (!loop_lora::fits_cuda_prefill(params)) {
+    const int64_t size[] = {params.m};
+    const Tensor loops = torch::stable::new_empty(x, size, ScalarType::Int);
+    return launch_rows(check, call, torch::stable::fill_(loops, static_cast<double>(loop)));
+  }
+  const int64_t shrunk_size[] = {params.m, params.total_rank};
+  const Tensor shrunk = torch::stable::new_empty(x, shrunk_size);
   const int32_t device = x.get_device_index();
   const char* error =
-      loop_lora::run_cuda({&call.params, call.loops.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device,
-                          current_cuda_stream(device));
+      loop_lora::run_cuda_prefill(params, loop, shrunk.mutable_data_ptr(), device, current_cuda_stream(device));
   if (error != nullptr) check.fail("CUDA: ", error);
   return call.y;
 }
@@ -216,6 +245,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
       "loop_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor loops, "
       "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
+  library.def(
+      "loop_lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, int loop, "
+      "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
   library.def("pack_linear(Tensor weight) -> Tensor");
 }
 
@@ -227,5 +259,6 @@ STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
 #ifdef RRT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rrt, CUDA, library) {
   library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cuda));
+  library.impl("loop_lora_prefill", TORCH_BOX(&rrt::loop_lora_prefill_cuda));
 }
 #endif

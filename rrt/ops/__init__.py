@@ -13,7 +13,14 @@ from rrt.ops.kv import (
     loop_kv_write,
     loop_kv_write_reference,
 )
-from rrt.ops.linear import loop_lora_linear, loop_lora_linear_reference, pack_linear, pack_linear_reference
+from rrt.ops.linear import (
+    loop_lora_linear,
+    loop_lora_linear_reference,
+    loop_lora_prefill,
+    loop_lora_prefill_reference,
+    pack_linear,
+    pack_linear_reference,
+)
 
 __all__ = [
     "BuildInfo",
@@ -26,6 +33,8 @@ __all__ = [
     "loop_kv_write_reference",
     "loop_lora_linear",
     "loop_lora_linear_reference",
+    "loop_lora_prefill",
+    "loop_lora_prefill_reference",
     "pack_linear",
     "pack_linear_reference",
 ]

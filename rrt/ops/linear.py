@@ -1,4 +1,7 @@
-"""`loop_lora_linear`: one relaxed linear for rows of many loops. M rows, K in, N out, R rank."""
+"""`loop_lora_linear` and `loop_lora_prefill`: a relaxed linear for rows of many loops, and of one.
+
+M rows, K in, N out, R rank.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +14,7 @@ from rrt._build import register_op
 from rrt.ops.checks import Checks
 
 _check = Checks("loop_lora_linear")
+_prefill_check = Checks("loop_lora_prefill")
 
 
 def loop_lora_linear(
@@ -59,6 +63,38 @@ def loop_lora_linear(
     return y
 
 
+def loop_lora_prefill(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    loop: int,
+    segment_out: Sequence[int] = (),
+    segment_rank: Sequence[int] = (),
+) -> Tensor:
+    """`loop_lora_linear` for many rows that all have one loop: a matrix product over K and then over the rank.
+
+    The loop is a number here, since to find out that all rows have one would wait for the device.
+
+    Args:
+        loop: in [0, loops). The others are those of `loop_lora_linear`, and not packed.
+
+    Returns:
+        [M, N] of x's dtype. On CUDA, bfloat16 and float16 whose rows are whole 16-byte vectors are multiplied in
+        float32, A x rounded to x's dtype and the result once, by tiles of up to 128 rows: a row's result is bitwise the
+        same whatever other rows there are. What does not fit takes `loop_lora_linear`'s kernels. On CPUs it is
+        PyTorch's products, rounded after each. Differentiable as `loop_lora_linear`.
+
+    Raises:
+        RuntimeError: a dtype, device, shape, stride or loop that does not fit.
+    """
+    y: Tensor = torch.ops.rrt.loop_lora_prefill.default(
+        x, weight, bias, lora_a, lora_b, loop, segment_out, segment_rank
+    )
+    return y
+
+
 def loop_lora_linear_reference(
     x: Tensor,
     weight: Tensor,
@@ -70,7 +106,7 @@ def loop_lora_linear_reference(
     segment_rank: Sequence[int] = (),
 ) -> Tensor:
     """`loop_lora_linear` in plain PyTorch, on any device: same arguments and errors; rounds after each product."""
-    _check_arguments(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
+    _check_arguments(_check, x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
     if weight.dim() == 3:
         n, k, total_rank = sum(segment_out), x.shape[1], sum(segment_rank)
         weight, lora_a = _unpack(weight, n, k), _unpack(lora_a, total_rank, k)
@@ -90,6 +126,24 @@ def loop_lora_linear_reference(
             shrunk = F.linear(x[rows], lora_a[loop, rank])
             delta = F.linear(shrunk, lora_b[loop, out, : shrunk.shape[1]])
             y[:, out] = y[:, out].index_add(0, rows, delta)
+    return y
+
+
+def loop_lora_prefill_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    loop: int,
+    segment_out: Sequence[int] = (),
+    segment_rank: Sequence[int] = (),
+) -> Tensor:
+    """`loop_lora_prefill` in plain PyTorch, on any device: same arguments and errors; rounds after each product."""
+    _check_prefill_arguments(x, weight, bias, lora_a, lora_b, loop, segment_out, segment_rank)
+    y = F.linear(x, weight, bias[loop] if bias is not None and bias.dim() == 2 else bias)
+    for out, rank in _segments(weight.shape[0], lora_a.shape[1], segment_out, segment_rank):
+        y[:, out] += F.linear(F.linear(x, lora_a[loop, rank]), lora_b[loop, out, : rank.stop - rank.start])
     return y
 
 
@@ -162,84 +216,106 @@ def _segments(
 
 
 def _check_arguments(
+    check: Checks,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    loops: Tensor,
+    loops: Tensor | None,
     segment_out: Sequence[int],
     segment_rank: Sequence[int],
 ) -> None:
-    """What csrc/loop_lora/op.cpp checks, in the same order, but for the loops' values."""
+    """What csrc/loop_lora/op.cpp checks, in the same order, but for the loops' values.
+
+    `loops` is None where all rows have one; packed weights are then not expected.
+    """
     parameters = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     present = {name: tensor for name, tensor in parameters.items() if tensor is not None}
-    _check.float_dtype("x", x)
+    check.float_dtype("x", x)
     for name, tensor in present.items():
-        _check.dtype(name, tensor, x.dtype)
-    _check.dtype("loops", loops, torch.int32)
-    for name, tensor in [*present.items(), ("loops", loops)]:
-        _check.same_device(name, tensor, x, "x")
-    _check.shape("x", x, "M", "K")
+        check.dtype(name, tensor, x.dtype)
+    everything = present if loops is None else {**present, "loops": loops}
+    if loops is not None:
+        check.dtype("loops", loops, torch.int32)
+    for name, tensor in everything.items():
+        check.same_device(name, tensor, x, "x")
+    check.shape("x", x, "M", "K")
     k = x.shape[1]
     n: Any
     total_rank: Any
     b_rank: Any
-    packed = weight.dim() == 3
-    _check_segment_lists(segment_out, segment_rank, packed)
+    packed = loops is not None and weight.dim() == 3
+    _check_segment_lists(check, segment_out, segment_rank, packed)
     if packed:
         n, total_rank, b_rank = sum(segment_out), sum(segment_rank), max(segment_rank, default=0)
-        _check.shape("weight", weight, *_panel_size(x.dtype, n, k))
+        check.shape("weight", weight, *_panel_size(x.dtype, n, k))
     else:
-        _check.shape("weight", weight, "N", k)
+        check.shape("weight", weight, "N", k)
         n = weight.shape[0]
     if bias is not None and bias.dim() != 2:
-        _check.shape("bias", bias, n)
+        check.shape("bias", bias, n)
     if packed:
-        _check.shape("lora_a", lora_a, "loops", *_panel_size(x.dtype, total_rank, k))
+        check.shape("lora_a", lora_a, "loops", *_panel_size(x.dtype, total_rank, k))
     else:
-        _check.shape("lora_a", lora_a, "loops", "R", k)
+        check.shape("lora_a", lora_a, "loops", "R", k)
         total_rank = lora_a.shape[1]
     if bias is not None and bias.dim() == 2:
-        _check.shape("bias", bias, lora_a.shape[0], n)
+        check.shape("bias", bias, lora_a.shape[0], n)
     if packed:
-        _check.shape("lora_b", lora_b, lora_a.shape[0], *_panel_size(x.dtype, n, b_rank))
+        check.shape("lora_b", lora_b, lora_a.shape[0], *_panel_size(x.dtype, n, b_rank))
     else:
-        _check.shape("lora_b", lora_b, lora_a.shape[0], n, "R")
+        check.shape("lora_b", lora_b, lora_a.shape[0], n, "R")
         b_rank = lora_b.shape[2]
-    _check.shape("loops", loops, x.shape[0])
-    _check_segments(segment_out, segment_rank, n, total_rank, b_rank)
+    if loops is not None:
+        check.shape("loops", loops, x.shape[0])
+    _check_segments(check, segment_out, segment_rank, n, total_rank, b_rank)
     for name, tensor in present.items():
-        _check.contiguous(name, tensor)
+        check.contiguous(name, tensor)
 
 
-def _check_segment_lists(out: Sequence[int], rank: Sequence[int], packed: bool) -> None:
+def _check_segment_lists(check: Checks, out: Sequence[int], rank: Sequence[int], packed: bool) -> None:
     if packed and not out:
-        _check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
+        check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
     if len(out) != len(rank):
-        _check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
+        check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
     lists = (("segment_out", out), ("segment_rank", rank))
     for name, values in lists:
         if max(values, default=0) > 2**31 - 1:
-            _check.fail(name, list(values), f"no entry above {2**31 - 1}")
+            check.fail(name, list(values), f"no entry above {2**31 - 1}")
     for name, values in lists:
         if min(values, default=0) < 0:
-            _check.fail(name, list(values), "no negative entry")
+            check.fail(name, list(values), "no negative entry")
 
 
 def _check_segments(
-    out: Sequence[int], rank: Sequence[int], n: int | SymInt, a_rank: int | SymInt, b_rank: int | SymInt
+    check: Checks, out: Sequence[int], rank: Sequence[int], n: int | SymInt, a_rank: int | SymInt, b_rank: int | SymInt
 ) -> None:
     if not out:
         if a_rank != b_rank:
-            _check.fail("lora_b", f"rank {b_rank}", f"{a_rank} as in lora_a")
+            check.fail("lora_b", f"rank {b_rank}", f"{a_rank} as in lora_a")
         return
     if sum(out) != n:
-        _check.fail("segment_out", list(out), f"a sum of {n}, the weight's rows")
+        check.fail("segment_out", list(out), f"a sum of {n}, the weight's rows")
     if sum(rank) != a_rank:
-        _check.fail("lora_a", f"rank {a_rank}", f"{sum(rank)}, the sum of segment_rank")
+        check.fail("lora_a", f"rank {a_rank}", f"{sum(rank)}, the sum of segment_rank")
     if max(rank) != b_rank:
-        _check.fail("lora_b", f"rank {b_rank}", f"{max(rank)}, the largest of segment_rank")
+        check.fail("lora_b", f"rank {b_rank}", f"{max(rank)}, the largest of segment_rank")
+
+
+def _check_prefill_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    loop: int,
+    segment_out: Sequence[int],
+    segment_rank: Sequence[int],
+) -> None:
+    _check_arguments(_prefill_check, x, weight, bias, lora_a, lora_b, None, segment_out, segment_rank)
+    if not 0 <= loop < lora_a.shape[0]:
+        _prefill_check.fail("loop", loop, f"a loop in [0, {lora_a.shape[0]})")
 
 
 def _loop_lora_linear_fake(
@@ -252,8 +328,22 @@ def _loop_lora_linear_fake(
     segment_out: Sequence[int] = (),
     segment_rank: Sequence[int] = (),
 ) -> Tensor:
-    _check_arguments(x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
+    _check_arguments(_check, x, weight, bias, lora_a, lora_b, loops, segment_out, segment_rank)
     return x.new_empty(x.shape[0], sum(segment_out) if weight.dim() == 3 else weight.shape[0])
+
+
+def _loop_lora_prefill_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    loop: int,
+    segment_out: Sequence[int] = (),
+    segment_rank: Sequence[int] = (),
+) -> Tensor:
+    _check_prefill_arguments(x, weight, bias, lora_a, lora_b, loop, segment_out, segment_rank)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -300,11 +390,51 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
 
 
+def _setup_prefill_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, lora_a, lora_b, ctx.loop, ctx.segment_out, ctx.segment_rank = inputs
+    ctx.bias_per_loop = bias is not None and bias.dim() == 2
+    ctx.save_for_backward(x, weight, lora_a, lora_b)
+
+
+def _prefill_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """As `_backward`, of the one loop."""
+    x, weight, lora_a, lora_b = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    grad_x = grad @ weight if need_x else None
+    grad_a = torch.zeros_like(lora_a) if need_a else None
+    grad_b = torch.zeros_like(lora_b) if need_b else None
+    for out, rank in _segments(weight.shape[0], lora_a.shape[1], ctx.segment_out, ctx.segment_rank):
+        size = rank.stop - rank.start
+        a, b = lora_a[ctx.loop, rank], lora_b[ctx.loop, out, :size]
+        grad_t = grad[:, out] @ b
+        if grad_x is not None:
+            grad_x = grad_x + grad_t @ a
+        if grad_a is not None:
+            grad_a[ctx.loop, rank] = grad_t.T @ x
+        if grad_b is not None:
+            grad_b[ctx.loop, out, :size] = grad[:, out].T @ F.linear(x, a)
+    grad_weight = grad.T @ x if need_weight else None
+    grad_bias = grad.sum(0) if need_bias else None
+    if grad_bias is not None and ctx.bias_per_loop:
+        every = grad.new_zeros(lora_a.shape[0], grad.shape[1])
+        every[ctx.loop] = grad_bias
+        grad_bias = every
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+
+
 register_op(
     "loop_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor loops, "
     "int[] segment_out=[], int[] segment_rank=[]) -> Tensor",
     loop_lora_linear_reference,
     _loop_lora_linear_fake,
 )
+register_op(
+    "loop_lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, int loop, "
+    "int[] segment_out=[], int[] segment_rank=[]) -> Tensor",
+    loop_lora_prefill_reference,
+    _loop_lora_prefill_fake,
+    cpu=loop_lora_prefill_reference,
+)
 register_op("pack_linear(Tensor weight) -> Tensor", pack_linear_reference, lambda w: w.new_empty(_packed_size(w)))
 torch.library.register_autograd("rrt::loop_lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rrt::loop_lora_prefill", _prefill_backward, setup_context=_setup_prefill_context)

@@ -82,6 +82,7 @@ struct Machine {
   int current = -1;
   ucontext_t scheduler;
   std::string violation;
+  bool dependency_met = false;  // by any thread
   int64_t progress = 0;
 
   Thread& thread() { return threads[current]; }
@@ -204,6 +205,10 @@ Report run(const Launch& launch, const std::function<void()>& body) {
     }
   }
   machine = nullptr;
+  for (const Region& region : m.regions) {
+    if (!region.dependent || m.dependency_met || !m.violation.empty()) continue;
+    m.violation = "no thread reaches dependency_wait: the next kernel may come before the one that wrote '" + region.name + "'";
+  }
   return {m.violation, m.regions};
 }
 
@@ -353,7 +358,8 @@ double shuffle_xor(double value, int mask) {
 
 void launch_dependents() {}
 void dependency_wait() {
-  if (machine->launch->sabotage != Sabotage::kSkipDependencyWait) machine->thread().dependency_met = true;
+  if (machine->launch->sabotage == Sabotage::kSkipDependencyWait) return;
+  machine->thread().dependency_met = machine->dependency_met = true;
 }
 
 // m16n8k16: lane = 4 g + t. a: rows g and g + 8, columns 2t, 2t + 1 and those + 8; b: column g, rows likewise;

@@ -4,7 +4,7 @@
 //   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
 //               or of the warp that both are in, between
 //   async copies  a byte is read before the copy that brings it was waited for, or by another thread before a barrier
-//   dependence  global memory that the kernel before writes is read before dependency_wait
+//   dependence  global memory that the kernel before writes is read before dependency_wait, or no thread comes to it
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //

@@ -1,0 +1,86 @@
+// Launches of rrt::loop_lora_prefill on CUDA: shrink, then the product over W and B_l, chained by programmatic dependent
+// launch. The tile depends on how many there are, which changes no bit.
+#include "cuda/launch.h"
+#include "loop_lora/cuda_launch.h"
+#include "loop_lora/cuda_prefill.h"
+
+namespace rrt::loop_lora {
+namespace {
+
+template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+__global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs args) {
+  prefill_body<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(args);
+}
+
+// The largest tile of which there is one for every multiprocessor, or the smallest.
+template <class Half>
+cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool dependent, cudaStream_t stream) {
+  void (*kernel)(PrefillArgs) = nullptr;
+  dim3 grid;
+  int shared = 0;
+#define RRT_CHOOSE(TOKEN_TILES, OUT_GROUPS, STAGES)                                                      \
+  {                                                                                                      \
+    using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                     \
+    static_assert(2 * (Tile::kSharedBytes + 1024) <= 164 << 10, "two blocks, and an A100 has no more");  \
+    const dim3 tiles(cuda::ceil_div(args.m, Tile::kTokens), Tile::out_tiles(args));                      \
+    if (kernel == nullptr || tiles.x * static_cast<int64_t>(tiles.y) >= multiprocessors) {               \
+      kernel = prefill_kernel<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                    \
+      grid = tiles;                                                                                      \
+      shared = Tile::kSharedBytes;                                                                       \
+    }                                                                                                    \
+  }
+  RRT_PREFILL_TILES(RRT_CHOOSE)
+#undef RRT_CHOOSE
+  return cuda::launch(kernel, args, grid, kPrefillThreads, shared, dependent, stream);
+}
+
+template <class Half>
+cudaError_t launch_both(const PrefillArgs& args, const void* lora_a, void* shrunk, int device, cudaStream_t stream) {
+  int multiprocessors = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && args.total_rank > 0) {
+    error = launch_prefill<Half>(shrink_args(args, lora_a, shrunk), multiprocessors, false, stream);
+  }
+  if (error != cudaSuccess) return error;
+  return launch_prefill<Half>(args, multiprocessors, args.total_rank > 0 && cuda::has_dependent_launch(), stream);
+}
+
+}  // namespace
+
+bool fits_cuda_prefill(const Params& p) { return rows_are_vectors(p) && p.segments.size() <= PrefillArgs::kMaxSegments; }
+
+const char* run_cuda_prefill(const Params& p, int64_t loop, void* shrunk, int device, void* raw_stream) {
+  if (p.m == 0 || p.n == 0) return nullptr;
+  const cuda::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
+  const auto of_loop = [&](const void* tensor, int64_t elements) -> const void* {
+    return tensor == nullptr ? nullptr : static_cast<const char*>(tensor) + loop * elements * 2;
+  };
+  PrefillArgs args{};
+  args.x = p.x;
+  args.x_stride = p.x_row_stride;
+  args.weight = p.weight;
+  args.bias = of_loop(p.bias, p.bias_loop_stride);
+  args.shrunk = shrunk;
+  args.lora_b = of_loop(p.lora_b, p.n * p.b_stride);
+  args.y = p.y;
+  args.m = static_cast<int>(p.m);
+  args.n = static_cast<int>(p.n);
+  args.k = static_cast<int>(p.k);
+  args.total_rank = static_cast<int>(p.total_rank);
+  args.b_stride = static_cast<int>(p.b_stride);
+  args.num_segments = static_cast<int>(p.segments.size());
+  for (int s = 0; s < args.num_segments; ++s) {
+    args.segment_out[s] = static_cast<int>(p.segments[s].out_begin);
+    args.segment_rank[s] = static_cast<int>(p.segments[s].rank_begin);
+    args.segment_size[s] = static_cast<int>(p.segments[s].rank);
+  }
+  args.segment_out[args.num_segments] = args.n;
+  const void* lora_a = of_loop(p.lora_a, p.total_rank * p.k);
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  return cuda::error_text(p.dtype == Dtype::kBFloat16
+                              ? launch_both<device::BFloat16>(args, lora_a, shrunk, device, stream)
+                              : launch_both<device::Float16>(args, lora_a, shrunk, device, stream));
+}
+
+}  // namespace rrt::loop_lora
