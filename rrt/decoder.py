@@ -2,12 +2,13 @@
 
 One pass runs the K shared layers once, for rows each at a loop of its own (see `rrt.kv_cache.Rows`). Decode rows
 go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
-chunks go through the model's own linears, whose matrix products are made for many rows.
+chunks, which have many rows of one loop, go through `rrt.prefill`.
 
 Shapes as in `rrt.model`, and N kv-only and decode rows, M rows in all.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from rrt.errors import UserError
 from rrt.kv_cache import DecodePlan, PagedCache, PassPlan, PrefillPlan
 from rrt.lora import LoopLinear
 from rrt.model import MLP, Layer, RecursiveTransformer, rope_table
+from rrt.prefill import PrefillLinears
 
 
 class Decoder:
@@ -36,11 +38,22 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, model: RecursiveTransformer, cache: PagedCache, max_positions: int | None = None) -> None:
-        """`max_positions`: how long sequences may become; default what the base was trained for.
+    def __init__(
+        self,
+        model: RecursiveTransformer,
+        cache: PagedCache,
+        max_positions: int | None = None,
+        merged_bytes: int = 0,
+    ) -> None:
+        """
+        Args:
+            max_positions: how long sequences may become; default what the base was trained for.
+            merged_bytes: memory in which prefill may keep the weights merged with each loop's LoRA, so that a prompt
+                costs no more than without LoRA. All of them are B times the shared weights that have LoRA, in bytes.
 
         Raises:
-            UserError: the cache is for another configuration, dtype or device than the model has.
+            UserError: the cache is for another configuration, dtype or device than the model has, or a number is too
+                small.
         """
         weight = model.embed
         for name, found, expected in (
@@ -55,6 +68,9 @@ class Decoder:
         self.max_positions = model.config.max_position_embeddings if max_positions is None else max_positions
         if self.max_positions < 1:
             raise UserError(f"max_positions: found {self.max_positions}; expected at least 1")
+        if merged_bytes < 0:
+            raise UserError(f"merged_bytes: found {merged_bytes}; expected at least 0")
+        self._linears = PrefillLinears(merged_bytes)
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [_DecodeLayer(layer) for layer in _layers(model)]
@@ -138,7 +154,7 @@ class Decoder:
         for index, layer in enumerate(_layers(self.model)):
             h = layer.attn_norm(x, loop)
             q, k, v = (
-                linear(h, loop).unflatten(1, (-1, config.head_dim))
+                self._linears(linear, h, loop).unflatten(1, (-1, config.head_dim))
                 for linear in (layer.attn.q, layer.attn.k, layer.attn.v)
             )
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
@@ -154,7 +170,8 @@ class Decoder:
                 plan.positions,
                 self._cos_sin,
             )
-            x = _add_residuals(layer, x, layer.attn.out(y.flatten(1), loop), loop, layer.mlp)
+            attended = self._linears(layer.attn.out, y.flatten(1), loop)
+            x = _add_residuals(layer, x, attended, loop, partial(self._linears.mlp, layer.mlp))
         return x
 
     def _write_prefix(self) -> None:
