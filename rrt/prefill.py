@@ -28,7 +28,7 @@ class PrefillLinears:
         self.merged = MergedWeights(merged_bytes)
 
     def __call__(self, linear: LoopLinear, x: Tensor, loop: int) -> Tensor:
-        """x [M, K] -> [M, N] at `loop`, without gradients of the weights."""
+        """x [M, K] -> [M, N] at `loop`. For inference: a merged weight that is kept passes no gradients on."""
         if linear.lora_a is None or linear.lora_b is None:
             return linear(x, loop)
         weight = self.merged.get(linear, loop)
