@@ -62,7 +62,12 @@ def main() -> None:
         if shards.num_tokens < 2:
             raise UserError(f"{shards.directory}: split '{shards.split}' has no text; expected at least two tokens")
     loss = bigram_loss(_stream(train), _stream(test), train.vocab_size)
-    result: dict[str, Any] = {"data": arguments.data, "split": arguments.split, "tokens": test.num_tokens - 1}
+    result: dict[str, Any] = {
+        "kind": "bigram",
+        "data": arguments.data,
+        "split": arguments.split,
+        "tokens": test.num_tokens - 1,
+    }
     result |= {"loss": loss, "perplexity": math.exp(loss)}
     if arguments.json is not None:
         write_result(arguments.json, result)

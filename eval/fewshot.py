@@ -38,6 +38,7 @@ from rrt.checkpoint import code_version, fingerprint
 from rrt.cli import human_count, run_command
 from rrt.errors import UserError
 from rrt.files import sha256_file
+from rrt.inspect import model_sizes
 from rrt.loaders import Source, load_model, open_source
 from rrt.processes import pick_device
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
@@ -273,8 +274,10 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     began = time.perf_counter()
     results = run_harness(lm, tasks, arguments.limit)
     return {
+        "kind": "fewshot",
         "checkpoint": str(arguments.checkpoint),
         **identity,
+        "non_embedding_params": model_sizes(source.model, source.recursive, dtype).non_embedding_params,
         "num_loops": source.recursive.num_loops,
         "bos": bos,
         "limit": arguments.limit,

@@ -47,6 +47,7 @@ from eval.stream import (
 )
 from rrt.cli import run_command
 from rrt.errors import UserError
+from rrt.inspect import model_sizes
 from rrt.loaders import load_model, open_source
 from rrt.processes import Replica, first_reports_errors, replicas
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
@@ -181,6 +182,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
         "split": arguments.split,
         "complete": stopped is None,
         "mode": arguments.mode,
+        "non_embedding_params": model_sizes(source.model, source.recursive, dtype).non_embedding_params,
         "num_loops": num_loops,
         "context": context,
         "bos": bos_id is not None,

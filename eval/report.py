@@ -1,0 +1,388 @@
+"""One page from many results: python eval/report.py runs/out/demo/*/ runs/out/demo/*.json --out report.html
+
+Reads what eval/perplexity.py, fewshot.py, exits.py, throughput.py and bigram.py write with --json, and the directories
+(or metrics.jsonl) of training runs. Writes a single HTML file that needs no network: size against quality, loss
+curves, exits, throughput, each with its tables.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval.stream import check_output_file
+from eval.svg import Series, bars, number, plot
+from rrt.cli import human_count, run_command
+from rrt.errors import UserError
+from rrt.files import atomic_write, read_json
+from rrt.results import result_header
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_POINTS = 300
+
+# What each kind of result must have to be shown.
+KINDS = {
+    "perplexity": ("checkpoint", "data", "exits", "tokens", "non_embedding_params"),
+    "fewshot": ("checkpoint", "tasks", "average", "exit_loop", "num_loops", "non_embedding_params"),
+    "exits": ("checkpoint", "static", "oracle", "reliability", "thresholds", "calibrations"),
+    "throughput": ("subject", "settings"),
+    "throughput-paper": ("rows",),
+    "bigram": ("data", "perplexity", "tokens"),
+}
+
+STYLE = Path(__file__).with_name("report.css")
+
+
+@dataclass
+class Results:
+    """What was read, by kind: (label, result); and training runs: (label, records)."""
+
+    by_kind: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    runs: list[tuple[Path, list[dict[str, Any]]]] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [result for _, result in self.by_kind[kind]]
+
+
+def read_results(paths: Sequence[Path]) -> Results:
+    """Sort files and run directories by what they hold.
+
+    Raises:
+        UserError: naming the first that is missing, damaged or of an unknown kind.
+    """
+    results = Results()
+    for path in paths:
+        if path.is_dir() or path.name == METRICS_FILE:
+            metrics = path / METRICS_FILE if path.is_dir() else path
+            results.runs.append((metrics.parent, read_metrics(metrics)))
+            continue
+        result = read_json(path)
+        kind = result.get("kind")
+        if kind not in KINDS:
+            raise UserError(
+                f"{path}: field 'kind': found {kind!r}; expected a result of eval/ ({', '.join(KINDS)}) or the "
+                "directory of a training run"
+            )
+        missing = [name for name in KINDS[kind] if name not in result]
+        if missing:
+            raise UserError(
+                f"{path}: field {missing[0]!r} is missing; expected a result of kind {kind!r}: make it again"
+            )
+        results.by_kind[kind].append((path, result))
+    return results
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, each with tokens and a loss that is a number."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a training run's directory, which holds one")
+    records = []
+    for number_, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if record["loss"] is not None:
+                records.append({"tokens": int(record["tokens"]), "loss": float(record["loss"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number_}: {type(error).__name__}: {error}; expected an object with tokens and loss"
+            ) from None
+    if not records:
+        raise UserError(f"{path}: holds no step; expected at least one")
+    return records
+
+
+def label_of(path: str | Path) -> str:
+    """A checkpoint's or run's short name: the last part of its path that tells something."""
+    parts = [part for part in Path(path).parts if part not in ("final", "/")]
+    return parts[-1] if parts else str(path)
+
+
+def labels_of(paths: Sequence[str]) -> dict[str, str]:
+    """Short names; where two would be the same, the whole paths."""
+    short = {path: label_of(path) for path in paths}
+    return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table; None is an empty cell."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def plots(*figures: str) -> str:
+    found = "".join(figures)
+    return f'<div class="plots">{found}</div>' if found else ""
+
+
+def frontier(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
+    """The points that no other of at most their size beats, by size."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1] if higher_is_better else point[1])):
+        if not best or (y > best[-1][1] if higher_is_better else y < best[-1][1]):
+            best.append((x, y))
+    return best
+
+
+def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], higher_is_better: bool = False) -> str:
+    """Size against quality, with the line of those that nothing beats."""
+    if not points:
+        return ""
+    best = Series("no smaller model is as good", frontier(list(points.values()), higher_is_better), marks=False)
+    models = Series("models", list(points.values()), is_line=False, labels=list(points))
+    return plot(title, [models, best], "non-embedding parameters", y_label, log_x=True)
+
+
+def quality(results: Results) -> str:
+    """Perplexity and accuracy of each checkpoint and exit, against size."""
+    perplexities, shots = results.of("perplexity"), results.of("fewshot")
+    if not perplexities and not shots:
+        return ""
+    names = labels_of([*dict.fromkeys(result["checkpoint"] for result in (*perplexities, *shots))])
+    sections = []
+    data_sets = dict.fromkeys((result["data"], result.get("mode")) for result in perplexities)
+    for data, mode in data_sets:
+        own = [result for result in perplexities if (result["data"], result.get("mode")) == (data, mode)]
+        floors = [result for result in results.of("bigram") if result["data"] == data]
+        points = {names[r["checkpoint"]]: (r["non_embedding_params"], r["exits"][-1]["perplexity"]) for r in own}
+        rows = [
+            [
+                names[r["checkpoint"]],
+                human_count(r["non_embedding_params"]),
+                row["loop"],
+                f"{row['perplexity']:.3f}",
+                f"{row['loss']:.4f}",
+                None if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+                f"{r['tokens']:,}" + ("" if r.get("complete", True) else " (incomplete)"),
+            ]
+            for r in own
+            for row in r["exits"]
+        ]
+        rows += [["bigram model", None, None, f"{r['perplexity']:.3f}", None, None, f"{r['tokens']:,}"] for r in floors]
+        sections.append(f"<h3>{escape(str(data))}, {escape(str(mode))}</h3>")
+        sections.append(plots(pareto("Size against perplexity (last loop)", "perplexity", points)))
+        heads = ("model", "N-emb", "exit after loop", "perplexity", "nats/token", "bits/byte", "tokens")
+        sections.append(table(heads, rows))
+        sections += [groups_table(names[r["checkpoint"]], r) for r in own if r.get("groups")]
+    if shots:
+        sections.append(fewshot(shots, names))
+    return "<h2>Size against quality</h2>" + "".join(sections)
+
+
+def groups_table(name: str, result: dict[str, Any]) -> str:
+    """Perplexity of each subset of a corpus."""
+    rows = [
+        [group or "(none)", f"{value['tokens']:,}", *(f"{row['perplexity']:.3f}" for row in value["exits"])]
+        for group, value in result["groups"].items()
+    ]
+    heads = [f"{name}: subset", "tokens", *(f"loop {row['loop']}" for row in result["exits"])]
+    return table(heads, rows)
+
+
+def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """Accuracy per task and on average."""
+    tasks = list(dict.fromkeys(task for result in shots for task in result["tasks"]))
+    rows, points = [], {}
+    for result in shots:
+        name = names[result["checkpoint"]]
+        cells = []
+        for task in tasks:
+            metrics = result["tasks"].get(task, {}).get("metrics", {})
+            value = next((metrics[key] for key in ("acc_norm", "acc") if metrics.get(key) is not None), None)
+            cells.append(None if value is None else f"{100 * value:.1f}")
+        average = result["average"] and result["average"]["value"]
+        if average is not None:
+            is_last = result["exit_loop"] == result["num_loops"] - 1
+            label = name if is_last else f"{name}, loop {result['exit_loop']}"
+            points[label] = (result["non_embedding_params"], 100 * average)
+        size = human_count(result["non_embedding_params"])
+        rows.append([name, size, result["exit_loop"], None if average is None else f"{100 * average:.1f}", *cells])
+    return (
+        "<h3>Few-shot accuracy, %</h3>"
+        + plots(pareto("Size against few-shot average", "average of seven, %", points, higher_is_better=True))
+        + table(("model", "N-emb", "exit after loop", "average of seven", *tasks), rows)
+        + '<p class="soft">acc_norm where a task has it, else acc.</p>'
+    )
+
+
+def training(results: Results) -> str:
+    """Loss of every run over its tokens, and where it ended."""
+    if not results.runs:
+        return ""
+    names = labels_of([str(path) for path, _ in results.runs])
+    series, rows = [], []
+    for path, records in results.runs:
+        width = max(1, len(records) // CURVE_POINTS)
+        groups = [records[i : i + width] for i in range(0, len(records), width)]
+        curve = [(group[-1]["tokens"], sum(r["loss"] for r in group) / len(group)) for group in groups]
+        series.append(Series(names[str(path)], curve, marks=False))
+        last = records[-max(1, len(records) // 20) :]
+        mean = sum(record["loss"] for record in last) / len(last)
+        rows.append([names[str(path)], f"{len(records):,}", human_count(records[-1]["tokens"]), f"{mean:.4f}"])
+    figure = plot("Training loss", series, "tokens", "nats per token")
+    heads = ("run", "steps", "tokens", "loss, mean of the last 5 % of steps")
+    return "<h2>Training</h2>" + plots(figure) + table(heads, rows)
+
+
+def exits(results: Results) -> str:
+    """What early exits cost and save."""
+    sections = []
+    names = labels_of([*dict.fromkeys(result["checkpoint"] for result in results.of("exits"))])
+    for result in results.of("exits"):
+        name = names[result["checkpoint"]]
+        static, curve, oracle = result["static"], result["thresholds"], result["oracle"]
+        trust = [
+            Series(f"loop {loop}", [(row["confidence"], row["agreement"]) for row in rows])
+            for loop, rows in enumerate(result["reliability"])
+        ]
+        trust.append(Series("agreement = confidence", [(0.0, 0.0), (1.0, 1.0)], marks=False))
+        agreement = [(row["mean_loops"], row["agreement"]) for row in curve]
+        perplexity = [(row["mean_loops"], row["perplexity"]) for row in curve]
+        by_loop = [(row["loop"] + 1, row["perplexity"]) for row in static]
+        sections.append(
+            f"<h3>{escape(name)}</h3><p>{result['samples']:,} samples, {result['tokens']:,} tokens of "
+            f"{escape(str(result['data']))}; with oracle exits {oracle['mean_loops']:.3f} of "
+            f"{result['num_loops']} loops per token.</p>"
+            + plots(
+                plot("Confidence against agreement with the last loop", trust, "top-1 probability", "agreement"),
+                plot(
+                    "Loops against agreement, by threshold", [Series(name, agreement)], "loops per token", "agreement"
+                ),
+                plot(
+                    "Loops against perplexity",
+                    [Series("exit by threshold", perplexity), Series("all tokens after a loop", by_loop)],
+                    "loops per token",
+                    "perplexity",
+                ),
+            )
+            + table(
+                ("exit of all tokens after loop", "perplexity", "agrees with last", "oracle exits here", "few-shot"),
+                [
+                    [
+                        row["loop"],
+                        f"{row['perplexity']:.3f}",
+                        f"{row['agreement']:.2%}",
+                        f"{share:.2%}",
+                        None if row["fewshot"] is None else f"{row['fewshot']:.1%}",
+                    ]
+                    for row, share in zip(static, oracle["share"], strict=True)
+                ],
+            )
+            + table(
+                ("wanted agreement of early exits", "thresholds", "measured on held-back samples", "loops per token"),
+                [
+                    [
+                        row["agreement"],
+                        ", ".join("never" if value is None else f"{value:.4f}" for value in row["thresholds"]),
+                        None if row["measured_agreement"] is None else f"{row['measured_agreement']:.4f}",
+                        f"{row['mean_loops']:.3f}",
+                    ]
+                    for row in result["calibrations"]
+                ],
+            )
+        )
+    return "<h2>Early exits</h2>" + "".join(sections) if sections else ""
+
+
+def throughput(results: Results) -> str:
+    """Measured pass times, simulated throughput, and the paper's own."""
+    sections = []
+    for result in results.of("throughput"):
+        for setting in result["settings"]:
+            lengths = f"prompt {setting['prefix']}, generated {setting['decode']}"
+            state = "" if result.get("complete", True) else " (incomplete)"
+            sections.append(f"<h3>{escape(result['subject'])}, {result['dtype']}, {lengths}{state}</h3>")
+            times = [
+                Series(model["model"], [(p["rows"], 1e3 * p["block"] / p["rows"]) for p in model["times"]])
+                for model in setting["models"]
+            ]
+            figures = [plot("Block, time per token", times, "rows of a pass", "ms per token", log_x=True, log_y=True)]
+            for queue in setting["queues"]:
+                stages = list(queue["rows"][0]["counted"])
+                ends = (stages[0], stages[-1])
+                groups = [
+                    (f"{row['model']}, {row['strategy']}", [row["counted"][s]["tokens_per_second"] for s in ends])
+                    for row in queue["rows"]
+                ]
+                shown = ("blocks only, as in the paper", "everything")
+                figures.append(bars(f"Throughput, {queue['name']}", groups, shown, "tok/s"))
+            sections.append(plots(*figures))
+            sections += [queue_table(setting, queue) for queue in setting["queues"]]
+    for result in results.of("throughput-paper"):
+        rows = [
+            [
+                f"{row['corpus']}: {row['counted']}",
+                *(f"{row['ours'][s]:.0f} ({row['paper'][s]})" for s in ("static", "csb", "cdb")),
+                f"{row['cdb_over_csb']:.2f} ({row['paper_cdb_over_csb']:.2f})",
+            ]
+            for row in result["rows"]
+        ]
+        heads = ("Gemma 2B, A100: counted", "static", "CSB", "CDB, oracle", "CDB over CSB")
+        sections.append("<h3>The paper's block times through our simulation (the paper's figures)</h3>")
+        sections.append(table(heads, rows))
+    return "<h2>Throughput</h2>" + "".join(sections) if sections else ""
+
+
+def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
+    """Tokens per second and the ratio to vanilla CSB by what is counted."""
+    stages = list(queue["rows"][0]["counted"])
+    sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
+    rows = [
+        [
+            f"{row['model']}, {row['strategy']}",
+            sizes[row["model"]],
+            row["batch"],
+            *(f"{number(row['counted'][s]['tokens_per_second'])} ({row['over_csb'][s]:.2f})" for s in stages),
+        ]
+        for row in queue["rows"]
+    ]
+    caption = f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token"
+    return table((f"{caption}; tok/s (over CSB)", "N-emb", "batch", *stages), rows)
+
+
+def sources(results: Results) -> str:
+    """Where each figure comes from."""
+    rows = [
+        [path, kind, *(result.get(name) for name in ("command", "code_version", "device", "created"))]
+        for kind, found in results.by_kind.items()
+        for path, result in found
+    ]
+    rows += [[path, "training run", None, None, None, None] for path, _ in results.runs]
+    return "<h2>Sources</h2>" + table(("file", "kind", "command", "code", "device", "made"), rows)
+
+
+def page(results: Results) -> str:
+    """The whole document."""
+    parts: tuple[Callable[[Results], str], ...] = (quality, training, exits, throughput, sources)
+    header = result_header()
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Relaxed Recursive Transformers: report</title><style>{STYLE.read_text()}</style></head><body>"
+        f"<h1>Relaxed Recursive Transformers</h1><p>Report of {escape(header['created'])}, "
+        f"code {escape(header['code_version'])}.</p>" + "".join(part(results) for part in parts) + "</body></html>\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="JSON results, directories of runs")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default report.html)")
+    arguments = parser.parse_args()
+    check_output_file("--out", arguments.out)
+    results = read_results(arguments.results)
+    atomic_write(arguments.out, page(results))
+    print(f"wrote {arguments.out}: {len(arguments.results)} results")
+
+
+if __name__ == "__main__":
+    run_command(main)
