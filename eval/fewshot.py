@@ -57,7 +57,7 @@ PAPER_METRICS = {
 }
 """The seven tasks, each with what the paper's average takes of it."""
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 BOOTSTRAP_ITERATIONS = 1000
 """For the standard errors of metrics that are no means, such as LAMBADA's perplexity."""
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
@@ -101,7 +101,7 @@ def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None)
             if data_dir is not None:
                 raise
             raise UserError(
-                f"task {name}: cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "
+                f"task {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                 "expected its data set on the Hub or in the local Hub cache, or --data-dir with local files"
             ) from error
         for kind in loaded:
@@ -242,7 +242,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     bos = use_bos(tokenizer, arguments.bos, arguments.checkpoint)
     device = pick_device(arguments.device)
     dtype = chosen_dtype(arguments) or source.dtype
-    batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, 2048)
+    batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
 
     import datasets
 

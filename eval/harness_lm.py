@@ -57,7 +57,8 @@ class HarnessLM(LM):
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         self._device = model.embed.device
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def encode_pairs(self, requests: list[Instance]) -> list[Request]:
+        """Context and continuation of each request as tokens; a continuation can be empty."""
         pairs = [_trailing_spaces_moved(*request.args) for request in requests]
         contexts = self._encode((context for context, _ in pairs if context), self.bos)
         wholes = self._encode((context + continuation for context, continuation in pairs if context), self.bos)
@@ -70,9 +71,13 @@ class HarnessLM(LM):
                 # Text that begins with the prefix token has its context already.
                 tokens = alone[continuation]
                 split.append((tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens))
-        scores = iter(self.scorer.score([pair for pair in split if pair[1]], progress=self.progress))
+        return split
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        pairs = self.encode_pairs(requests)
+        scores = iter(self.scorer.score([pair for pair in pairs if pair[1]], progress=self.progress))
         # Nothing is certain: a continuation that adds no token has probability 1.
-        return [next(scores) if continuation else (0.0, True) for _, continuation in split]
+        return [next(scores) if continuation else (0.0, True) for _, continuation in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         texts = [request.args[0] for request in requests]

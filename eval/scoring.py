@@ -29,12 +29,14 @@ Score = tuple[float, bool]
 
 MIN_SAVED_TOKENS = 8
 """A text joins a row if it makes the row's beginning save this many tokens more: longer rows cost attention."""
+MAX_BRANCH_TOKENS = 2048
+"""Tokens of a row behind its common beginning: attention costs the square of a row's length."""
 LOGITS_ELEMENTS = 2**26
 """Logits held at once: 256 MiB in fp32."""
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """One request as the model sees it: the last token of the continuation is predicted, never read."""
 
     key: str
@@ -43,11 +45,11 @@ class _Text:
 
 
 @dataclass
-class _Row:
+class Row:
     """Texts that begin with the same `shared` tokens."""
 
     shared: int
-    texts: list[_Text] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -81,7 +83,8 @@ class Scorer:
         """
         Args:
             max_length: longest input in tokens; longer ones lose their beginning, BOS first.
-            batch_tokens: most tokens in a batch, padding included, unless a single row has more.
+            batch_tokens: most tokens in a batch, padding included, unless a single row has more: smaller batches have
+                less padding and stay in a CPU's caches, larger ones fill a GPU.
         """
         self.model = model
         self.max_length = max_length
@@ -94,9 +97,9 @@ class Scorer:
         Raises:
             UserError: a continuation is longer than `max_length`, or a log-likelihood is not finite.
         """
-        texts = [self._text(context, continuation) for context, continuation in requests]
+        texts = [self.text(context, continuation) for context, continuation in requests]
         waiting = {text.key: text for text in texts if text.key not in self.cache}
-        rows = share_beginnings(list(waiting.values()), self.batch_tokens)
+        rows = share_beginnings(list(waiting.values()))
         total = sum(row.length for row in rows)
         with tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=None if progress else True) as bar:
             for batch in batches(rows, self.batch_tokens):
@@ -104,7 +107,8 @@ class Scorer:
                 bar.update(sum(row.length for row in batch))
         return [(float(value), bool(greedy)) for value, greedy in (self.cache[text.key] for text in texts)]
 
-    def _text(self, context: list[int], continuation: list[int]) -> _Text:
+    def text(self, context: list[int], continuation: list[int]) -> Text:
+        """A request, cut to what the model reads. Raises `UserError` if its continuation is longer than that."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"request: found a continuation of {len(continuation)} tokens; expected at most {self.max_length}, "
@@ -112,10 +116,10 @@ class Scorer:
             )
         tokens = [*context, *continuation][-(self.max_length + 1) :]
         digest = hashlib.sha256(json.dumps([tokens, len(continuation)]).encode()).hexdigest()
-        return _Text(digest, tokens[:-1], continuation)
+        return Text(digest, tokens[:-1], continuation)
 
     @torch.inference_mode()
-    def _score_rows(self, rows: list[_Row]) -> dict[str, Score]:
+    def _score_rows(self, rows: list[Row]) -> dict[str, Score]:
         device = self.model.embed.device
         layouts = [row.layout() for row in rows]
         width = max(len(tokens) for tokens, *_ in layouts)
@@ -153,18 +157,21 @@ class Scorer:
             logits = self.model.logits(h)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             chosen = logits.gather(1, target[:, None])[:, 0]
-            values.append(chosen.double() - logits.logsumexp(1).double())
-            hits.append(logits.argmax(1) == target)
+            # Among equals the argmax is the first. It costs more than the maximum, so only they are asked.
+            hit = chosen == logits.amax(1)
+            hit[hit.clone()] = logits[hit].argmax(1) == target[hit]
+            hits.append(hit)
+            values.append(logits.log_softmax(1).gather(1, target[:, None])[:, 0].double())
         return torch.cat(values).cpu().numpy(), torch.cat(hits).cpu().numpy()
 
 
-def share_beginnings(texts: list[_Text], max_row: int) -> list[_Row]:
-    """Pack texts into rows of at most `max_row` tokens (a longer text stays alone).
+def share_beginnings(texts: list[Text]) -> list[Row]:
+    """Pack texts into rows.
 
     In the order of their tokens, neighbours have most in common. A row of n texts that share s tokens saves
     (n - 1) * s; the next text joins if the saving grows.
     """
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for text in sorted(texts, key=lambda text: text.inputs):
         if rows:
             row = rows[-1]
@@ -172,21 +179,21 @@ def share_beginnings(texts: list[_Text], max_row: int) -> list[_Row]:
             shared = _common(row.texts[-1].inputs[: row.shared], text.inputs)
             grown = row.length + (count - 1) * (row.shared - shared) + len(text.inputs) - shared
             gain = count * shared - (count - 1) * row.shared
-            if gain >= MIN_SAVED_TOKENS and grown <= max_row:
+            if gain >= MIN_SAVED_TOKENS and grown - shared <= MAX_BRANCH_TOKENS:
                 row.shared = shared
                 row.texts.append(text)
                 continue
-        rows.append(_Row(len(text.inputs), [text]))
+        rows.append(Row(len(text.inputs), [text]))
     return rows
 
 
-def batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length, longest first, so that memory runs out at once or not at all.
 
     A batch has only rows with branches, which need a mask, or only rows without.
     """
     rows = sorted(rows, key=lambda row: (row.branches, row.length), reverse=True)
-    batch: list[_Row] = []
+    batch: list[Row] = []
     for row in rows:
         if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].branches != row.branches):
             yield batch

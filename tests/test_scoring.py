@@ -64,7 +64,7 @@ def alone(model, context, continuation):
 
 @pytest.mark.parametrize("recursive", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursive):
+def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursive, monkeypatch):
     model = random_model(configs[family], recursive)
     requests = request_mix()
     # One whose every token is the argmax.
@@ -73,7 +73,8 @@ def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, r
     requests.append((requests[0][0], [best]))
     expected = [alone(model, *request) for request in requests]
     assert expected[-1][1] and not all(greedy for _, greedy in expected)
-    for batch_tokens in (1, 50, 130, 4096):
+    for batch_tokens, max_branches in ((1, 0), (50, 2048), (130, 20), (4096, 2048)):
+        monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", max_branches)
         scores = Scorer(model, MAX_LENGTH, batch_tokens).score(requests)
         assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
         assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected, strict=True)) <= 1e-10
@@ -96,9 +97,9 @@ def test_the_head_runs_in_pieces_with_a_large_vocabulary(configs, monkeypatch):
     assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in expected]
 
 
-def rows_of(requests, max_row=4096):
-    scorer = Scorer(None, MAX_LENGTH, max_row)
-    return share_beginnings([scorer._text(*request) for request in requests], max_row)
+def rows_of(requests):
+    scorer = Scorer(None, MAX_LENGTH, 1)
+    return share_beginnings([scorer.text(*request) for request in requests])
 
 
 def test_a_context_is_computed_once_for_all_its_choices():
@@ -119,16 +120,17 @@ def test_two_options_in_the_context_share_what_is_before_them():
     assert (row.shared, row.length) == (12, 12 + 2 * 6)
 
 
-def test_texts_with_little_in_common_stay_apart_and_rows_within_their_limit():
+def test_texts_with_little_in_common_stay_apart_and_rows_within_their_limit(monkeypatch):
     assert len(rows_of([([1, 2, *tokens(20, seed)], tokens(3, seed)) for seed in range(5)])) == 5
-    rows = rows_of([(tokens(20, 0), tokens(10, seed)) for seed in range(9)], max_row=60)
-    assert len(rows) > 1 and all(row.length <= 60 for row in rows)
+    monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", 40)
+    rows = rows_of([(tokens(20, 0), tokens(10, seed)) for seed in range(9)])
+    assert len(rows) > 1 and all(row.length - row.shared <= 40 for row in rows)
     assert sum(len(row.texts) for row in rows) == 9
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 200, 10_000])
 def test_batches_hold_every_row_once_within_the_budget_with_padding(batch_tokens):
-    rows = rows_of(request_mix(), batch_tokens)
+    rows = rows_of(request_mix())
     found = list(batches(rows, batch_tokens))
     assert sorted(map(id, (row for batch in found for row in batch))) == sorted(map(id, rows))
     for batch in found:
@@ -148,6 +150,17 @@ def test_finished_requests_are_not_computed_again(configs, tmp_path):
 
     again = Scorer(Unused(), MAX_LENGTH, 60, ResponseCache(tmp_path / "cache.jsonl")).score(requests)
     assert again == first
+
+
+def test_of_equal_logits_only_the_first_is_the_greedy_token(configs):
+    model = random_model(configs["llama"], KINDS["vanilla"])
+    with torch.no_grad():
+        best = model(torch.tensor([tokens(9, 1)]))[0, -1].argmax().item()
+        twin = 150 if best != 150 else 149
+        model.head[twin] = model.head[best]
+    scores = Scorer(model, MAX_LENGTH, 60).score([(tokens(9, 1), [best]), (tokens(9, 1), [twin])])
+    assert scores[0][0] == scores[1][0]
+    assert [greedy for _, greedy in scores] == [best < twin, twin < best]
 
 
 def test_a_continuation_longer_than_the_model_reads_is_refused_before_any_work(configs):

@@ -1,0 +1,263 @@
+"""Log-likelihood requests per second: eval/fewshot.py's model against the LM Evaluation Harness's own `hf` model.
+
+    python bench/fewshot.py --threads 1 2 --json out.json
+
+Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
+interface that the harness calls. The baseline is the `hf` model (transformers) at the faster of its batch sizes;
+"nothing shared" is ours without the common beginnings, with the head on continuations only. The floor is what the
+linears and the head of the tokens that ours reads take at the best matmul rate of the run.
+
+The requests have the form of the seven tasks, with nominal lengths and the standard library's prose for words. The
+random Llama of 35 M parameters has TinyLlama's vocabulary, so its head is half of its multiplications (of TinyLlama's
+6 %, of Gemma 2B's 21 %): --hidden-size 512 --layers 8 --vocab-size 8192 has 15 %. Run nothing else beside it.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import random
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.timing import Rates, Timer, Variant, speedup, spread
+from eval import scoring
+from eval.scoring import share_beginnings
+from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.cli import human_count, run_command
+from rrt.config import ModelConfig, RecursiveConfig
+from rrt.corpus import documents
+from rrt.errors import UserError
+from rrt.export import export
+from rrt.inspect import model_sizes
+from rrt.loaders import load_model, meta_model
+from rrt.presets import preset
+from rrt.results import write_result
+from rrt.tokenizer import load_tokenizer, train_bpe
+
+TOKENIZER_IDS = 8192
+"""Of the tokenizer that is trained on the spot; the embedding can have more rows."""
+GOALS = {"hellaswag": 3.5, "mix": 2.0}
+"""How many times the requests per second of the baseline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A task's requests: documents in its scored split, and lengths in words, each from a range."""
+
+    documents: int
+    context: tuple[int, int]
+    choices: int
+    choice: tuple[int, int]
+    option_in_context: bool = False
+
+
+FORMS = {
+    "lambada_openai": Form(5153, (50, 90), 1, (1, 1)),
+    "hellaswag": Form(10042, (20, 80), 4, (10, 35)),
+    "piqa": Form(1838, (5, 15), 2, (8, 30)),
+    "winogrande": Form(1267, (6, 14), 2, (4, 9), option_in_context=True),
+    "arc_easy": Form(2376, (10, 30), 4, (1, 8)),
+    "arc_challenge": Form(1172, (12, 35), 4, (2, 12)),
+    "openbookqa": Form(500, (6, 16), 4, (1, 6)),
+}
+
+
+def requests_of(form: Form, count: int, words: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Contexts and continuations of `count` documents."""
+
+    def text(length: tuple[int, int]) -> str:
+        size = rng.randint(*length)
+        start = rng.randrange(len(words) - size)
+        return " ".join(words[start : start + size])
+
+    requests = []
+    for _ in range(count):
+        context, same = text(form.context), text(form.choice)
+        for _ in range(form.choices):
+            if form.option_in_context:
+                requests.append((f"{context} {text((1, 2))}", f" {same}"))
+            else:
+                requests.append((context, f" {text(form.choice)}"))
+    return requests
+
+
+def shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
+    rng = random.Random(0)
+    all_requests = sum(form.documents * form.choices for form in FORMS.values())
+    mix = []
+    for form in FORMS.values():
+        mix += requests_of(form, max(1, round(form.documents * mix_requests / all_requests)), words, rng)
+    return {"hellaswag": requests_of(FORMS["hellaswag"], hellaswag_documents, words, rng), "mix": mix}
+
+
+def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple[Path, Path]:
+    """A random checkpoint with a tokenizer of its vocabulary, and its export for the `hf` model."""
+    ours, exported, tokenizer_dir = (directory / name for name in ("ours", "hf", "tokenizer"))
+    tokenizer_dir.mkdir()
+    train_bpe(texts, min(config.vocab_size, TOKENIZER_IDS), tokenizer_dir)
+    generator = torch.Generator().manual_seed(0)
+    recursive = RecursiveConfig()
+    with write_checkpoint(
+        ours, CheckpointConfig(config, recursive, torch.float32), make_provenance("bench", None)
+    ) as writer:
+        for name, parameter in meta_model(config, recursive).named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * (0.0 if "norm" in name else 0.04)
+            writer.add(name, noise + ("norm" in name))
+        load_tokenizer(tokenizer_dir).save(writer.directory)
+    export(ours, exported)
+    return ours, exported
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; returns the result."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from eval.harness_lm import HarnessLM
+
+    config = dataclasses.replace(
+        preset("tinyllama-1.1b"),
+        vocab_size=arguments.vocab_size,
+        hidden_size=arguments.hidden_size,
+        num_layers=arguments.layers,
+        num_heads=arguments.hidden_size // 64,
+        num_kv_heads=arguments.hidden_size // 128,
+        intermediate_size=arguments.hidden_size * 11 // 4,
+        bos_token_id=0,  # as train_bpe numbers them
+        eos_token_id=1,
+    )
+    texts = list(documents("python-stdlib", split="heldout"))
+    # Prose: the docstrings and comments, as far as they are words.
+    words = [word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+[,.]?(?= )", text)]
+    sizes = model_sizes(config, RecursiveConfig(), torch.float32)
+    print(f"a Llama of {human_count(sizes.total_params)} parameters in float32 on the CPU", flush=True)
+    cases = []
+    with tempfile.TemporaryDirectory() as name:
+        ours, exported = make_models(Path(name), config, texts)
+        tokenizer, model = load_tokenizer(ours), load_model(ours)
+        hf = HFLM(str(exported), device="cpu", dtype="float32", add_bos_token=True)
+
+        def score_ours(instances: list[Instance], min_saved_tokens: int) -> list[tuple[float, bool]]:
+            with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
+                lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
+                return lm.loglikelihood(instances)
+
+        def score_hf(instances: list[Instance], batch_size: int) -> list[tuple[float, bool]]:
+            hf.batch_size_per_gpu = batch_size
+            return hf.loglikelihood(instances, disable_tqdm=True)
+
+        device = torch.device("cpu")
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            rates = Rates(Timer(device, 1.0), torch.float32, 2**26)
+            for shape, requests in shapes(arguments.documents, arguments.mix, words).items():
+                instances = [Instance("loglikelihood", {}, pair, i, (shape, i, 1)) for i, pair in enumerate(requests)]
+                variants = {
+                    "ours": Variant(lambda _, x=instances: score_ours(x, scoring.MIN_SAVED_TOKENS)),
+                    "nothing shared": Variant(lambda _, x=instances: score_ours(x, sys.maxsize)),
+                } | {
+                    f"hf, batch {size}": Variant(lambda _, x=instances, size=size: score_hf(x, size))
+                    for size in arguments.hf_batch_sizes
+                }
+                warm = {name: variant.call(0) for name, variant in variants.items()}
+                samples = Timer(device, arguments.seconds_per_case, arguments.rounds).measure(variants, copies=1)
+                rates.probe()
+                cases.append({"shape": shape, "threads": threads, "requests": len(requests)})
+                hf_names = [name for name in variants if name.startswith("hf")]
+                baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
+                lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
+                texts_read = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances)]
+                read = {
+                    "one by one": sum(len(text.inputs) for text in texts_read),
+                    "shared": sum(row.length for row in share_beginnings(texts_read)),
+                    "scored": sum(len(text.targets) for text in texts_read),
+                }
+                head = config.vocab_size * config.hidden_size
+                flops = 2 * (read["shared"] * sizes.shared_params + read["scored"] * head)
+                cases[-1] |= {
+                    "rounds": len(samples["ours"]),
+                    "seconds": {name: spread(values) for name, values in samples.items()},
+                    "requests_per_second": {
+                        name: len(requests) / statistics.median(values) for name, values in samples.items()
+                    },
+                    "baseline": baseline,
+                    "speedup": speedup(samples, "ours", baseline),
+                    "tokens": read,
+                    "floor_flops": flops,
+                    "max_difference": max(
+                        abs(a - b) for (a, _), (b, _) in zip(warm["ours"], warm[baseline], strict=True)
+                    ),
+                    "same_greedy": [g for _, g in warm["ours"]] == [g for _, g in warm[baseline]],
+                }
+                print_case(cases[-1])
+            for case in cases:
+                if case["threads"] == threads:
+                    case["floor_seconds"] = case["floor_flops"] / rates.best_matmul()[1]
+                    case["over_floor"] = case["seconds"]["ours"]["median"] / case["floor_seconds"]
+    return {
+        "model": {"config": dataclasses.asdict(config), "parameters": sizes.total_params},
+        "batch_tokens": arguments.batch_tokens,
+        "cases": cases,
+        "goals": GOALS,
+    }
+
+
+def print_case(case: dict[str, Any]) -> None:
+    print(f"\n{case['shape']}, {case['requests']} requests, {case['threads']} threads, {case['rounds']} rounds")
+    for name, rate in case["requests_per_second"].items():
+        print(f"  {name:<16} {rate:>8.1f} requests/s")
+    print(
+        f"  ours / {case['baseline']}: {case['speedup']:.2f}x (goal {GOALS[case['shape']]}x); scores differ by at most "
+        f"{case['max_difference']:.1e}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="torch threads (default 1)")
+    parser.add_argument("--documents", type=int, default=16, metavar="N", help="HellaSwag's documents (default 16)")
+    parser.add_argument("--mix", type=int, default=128, metavar="N", help="about as many requests of all (default 128)")
+    parser.add_argument("--batch-tokens", type=int, default=512, metavar="N", help="of ours (default 512)")
+    parser.add_argument(
+        "--hf-batch-sizes", type=int, nargs="+", default=[4, 16], metavar="N", help="of the hf model (default 4 16)"
+    )
+    parser.add_argument("--hidden-size", type=int, default=384, metavar="D", help="a multiple of 128 (default 384)")
+    parser.add_argument("--layers", type=int, default=6, metavar="L", help="default 6")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="V", help="default 32000")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="least rounds of a case (default 3)")
+    parser.add_argument(
+        "--seconds-per-case", type=float, default=0.0, metavar="S", help="more rounds until S have passed (default 0)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    arguments = parser.parse_args()
+    for module in ("lm_eval", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"{module} is not installed; expected it: pip install 'relaxed-recursive-transformers[test]'"
+            )
+    for flag in ("documents", "mix", "batch_tokens", "layers", "vocab_size", "rounds"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')}: found {getattr(arguments, flag)}; expected 1 or more")
+    if min(*arguments.threads, *arguments.hf_batch_sizes) < 1:
+        raise UserError("--threads and --hf-batch-sizes: expected numbers of 1 or more")
+    if arguments.hidden_size % 128 or arguments.hidden_size < 128:
+        raise UserError(f"--hidden-size: found {arguments.hidden_size}; expected a multiple of 128")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
+        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    result = run(arguments)
+    if arguments.json is not None:
+        write_result(arguments.json, result)
+
+
+if __name__ == "__main__":
+    run_command(main)
