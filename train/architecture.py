@@ -8,6 +8,7 @@ from rrt.errors import UserError
 from rrt.files import read_json
 from rrt.hf import model_config_from_hf
 from rrt.presets import PRESETS, preset
+from train.recipe import DistillConfig
 
 
 def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConfig]:
@@ -29,3 +30,8 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
     raise UserError(
         f"field '{field}': found {name!r}; expected a config.json, a model directory or one of {', '.join(PRESETS)}"
     )
+
+
+def teacher_shape(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:
+    """The shape of the teacher, if there is one."""
+    return None if distill.teacher is None else read_architecture(distill.teacher, "distill.teacher")

@@ -28,8 +28,9 @@ from rrt.model import RecursiveTransformer
 from train.distributed import set_last_micro_batch
 from train.flops import peak_flops, training_flops_per_token
 from train.losses import choices_of
-from train.objective import NEXT_TOKEN
+from train.objective import NEXT_TOKEN, Objective
 from train.recipe import DryRun, RunConfig
+from train.teacher import ShardedTeacher
 from train.trainer import Recipe, accumulation, describe, set_up_model
 
 
@@ -98,6 +99,7 @@ class Memory:
         reduced: buffer of the largest reduce-scatter.
         activations: what a forward keeps for its backward, merged weights included.
         loss: logits of a chunk with what the losses make of them, and the head's gradient.
+        teacher: this process's part of its weights.
     """
 
     parameters: int
@@ -108,6 +110,7 @@ class Memory:
     reduced: int
     activations: int
     loss: int
+    teacher: int
     peak: int
 
 
@@ -123,9 +126,18 @@ def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
 
 
 def estimate_memory(
-    model: ModelConfig, recursive: RecursiveConfig, recipe: Recipe, world_size: int, device: str
+    model: ModelConfig,
+    recursive: RecursiveConfig,
+    recipe: Recipe,
+    world_size: int,
+    device: str,
+    objective: Objective = NEXT_TOKEN,
+    teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
 ) -> Memory:
     """Trace the micro-batches of one step as process 0 of `world_size` runs them on a device of this type.
+
+    Args:
+        teacher: the shape of the model that `objective` distills from, if it does.
 
     Raises:
         UserError: the model cannot be built, or the batch is not a whole number of micro-batches.
@@ -145,7 +157,9 @@ def estimate_memory(
     ):
         module = RecursiveTransformer(model, recursive).train()
         set_up_model(module, run, mesh)
-        losses = NEXT_TOKEN.bind(module)
+        compute_dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+        sharded = teacher and ShardedTeacher(RecursiveTransformer(*teacher).to(compute_dtype), mesh)
+        losses = objective.bind(module, sharded)
         module.norm.register_forward_hook(note)
         parameters = sum(p.to_local().nbytes for p in module.parameters())  # type: ignore[attr-defined]
         whole = sum(p.numel() for p in module.parameters())
@@ -158,7 +172,7 @@ def estimate_memory(
             before = memory.live
             peak, memory.peak = memory.peak, memory.live
             loss = losses(tokens, tokens)[0]
-            gathered = whole * (2 if run.dtype == "bf16" else 4)
+            gathered = whole * compute_dtype.itemsize
             activations = at_norm - before - (gathered if micro == 0 else 0)
             loss_bytes = memory.peak - at_norm
             memory.peak = max(peak, memory.peak)
@@ -175,6 +189,7 @@ def estimate_memory(
             reduced=4 * unit,
             activations=activations,
             loss=loss_bytes,
+            teacher=0 if sharded is None else sum(p.to_local().nbytes for p in sharded.model.parameters()),  # type: ignore[attr-defined]
             peak=memory.peak + optimizer,
         )
 
@@ -198,19 +213,27 @@ _PARTS = {
     "reduced": "buffer of the largest reduce-scatter",
     "activations": "activations, with checkpointing: {}",
     "loss": "loss: a chunk's logits, gradient of the head",
+    "teacher": "teacher, this process's part",
     "peak": "peak (not all at the same time)",
 }
 
 
-def estimate_table(recipe: Recipe, model: ModelConfig, recursive: RecursiveConfig, dry_run: DryRun) -> str:
-    """What training this model will take, for people."""
+def estimate_table(
+    recipe: Recipe,
+    model: ModelConfig,
+    recursive: RecursiveConfig,
+    dry_run: DryRun,
+    objective: Objective = NEXT_TOKEN,
+    teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
+) -> str:
+    """What training this model will take, for people. FLOPs and hours are those of the student."""
     run, processes = recipe.run, dry_run.processes
     device = "cpu" if run.device == "cpu" else "cuda"
     settings = [run.checkpointing, *(kind for kind in ("none", "layer", "loop") if kind != run.checkpointing)]
     estimates = {}
     for kind in settings:
         changed = replace(recipe, run=replace(run, checkpointing=kind))  # type: ignore[type-var]
-        estimates[kind] = estimate_memory(model, recursive, changed, processes, device)
+        estimates[kind] = estimate_memory(model, recursive, changed, processes, device, objective, teacher)
     memory = estimates[run.checkpointing]
     rows = [(text.format(run.checkpointing), getattr(memory, name)) for name, text in _PARTS.items()]
     others = ", ".join(f"{kind} {human_bytes(estimates[kind].peak)}" for kind in settings[1:])

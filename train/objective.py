@@ -1,38 +1,144 @@
-"""What a training run minimises: the exits of the model that have a loss, and how it is weighted."""
+"""What a training run minimises: which exits of the model have a loss, and how it is weighted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from train.distributed import as_forward
-from train.losses import ExitWeights, Head, exit_losses
+from train.losses import Divergence, ExitWeights, Head, Teacher, exit_losses
+from train.recipe import DistillConfig, ExitsConfig
+from train.teacher import ShardedTeacher
+
+PART_NAMES = ("cross_entropy", "from_teacher", "from_last_exit")
+"""The parts of an exit's loss, in the order of `exit_losses`."""
+
+
+Source = Literal["none", "last", "teacher"]
+
+
+def _shares(distill: DistillConfig, coefficient: float, source: Source) -> ExitWeights:
+    """The weights of an exit that counts `coefficient` and is distilled from `source`."""
+    divergence = 0.0 if source == "none" else coefficient * distill.weight
+    return ExitWeights(
+        cross_entropy=coefficient - divergence,
+        teacher=divergence if source == "teacher" else 0.0,
+        last_exit=divergence if source == "last" else 0.0,
+    )
+
+
+def exit_coefficients(exits: ExitsConfig, num_loops: int) -> list[float]:
+    """How much the exit after each loop counts."""
+    if exits.weighting == "aggressive":
+        return [exits.coefficient] * (num_loops - 1) + [1.0]
+    return [(loop + 1) / (num_loops * (num_loops + 1) / 2) for loop in range(num_loops)]
 
 
 @dataclass(frozen=True)
 class Objective:
     """Losses by exit."""
 
-    weights: dict[int, ExitWeights]
-    """By loop, from 0; -1 is the last loop, which always has an entry."""
+    weights: tuple[ExitWeights, ...]
+    """Of the last loop's exit, or of those of all loops in order."""
+    divergence: Divergence = "forward_kl"
+    temperature: float = 1.0
 
-    def bind(self, model: RecursiveTransformer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def distills(self) -> bool:
+        """Whether anything but cross-entropy counts."""
+        return any(weights.teacher or weights.last_exit for weights in self.weights)
+
+    def bind(
+        self, model: RecursiveTransformer, teacher: ShardedTeacher | None = None
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The function of (inputs, targets), each [batch, T] int64, that gives what `exit_losses` does.
 
-        It is run as a forward of the sharded model: the product with the head needs its gathered weights.
+        It runs as a forward of the sharded model: the product with the head needs its gathered weights.
         """
-        loops = sorted(self.weights, key=lambda loop: loop % model.recursive.num_loops)
+
+        from_teacher: Teacher | None = None
 
         def losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            states = model.hidden_states(inputs)
-            exits = [model.norm(states[loop]).flatten(0, 1) for loop in loops]
+            lora = (model.head_lora_a, model.head_lora_b) if len(self.weights) > 1 else ()
+            exits = model.hidden_states(inputs)[-len(self.weights) :]
             return exit_losses(
-                exits, targets.flatten(), Head(model.head_weight), [self.weights[loop] for loop in loops]
+                [model.norm(state).flatten(0, 1) for state in exits],
+                targets.flatten(),
+                Head(model.head_weight, *lora),
+                self.weights,
+                teacher=from_teacher,
+                divergence=self.divergence,
+                temperature=self.temperature,
             )
 
-        return as_forward(model, losses)
+        inside = as_forward(model, losses)
+        if teacher is None:
+            return inside
+
+        def distilled(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal from_teacher
+            with teacher.read(inputs) as from_teacher:
+                return inside(inputs, targets)
+
+        return distilled
+
+    def named_parts(self, parts: list[float], num_loops: int) -> dict[str, float]:
+        """The flattened parts that `exit_losses` returns, by name and loop; nothing if the loss has one only."""
+        named = {}
+        for place, weights in enumerate(self.weights):
+            loop = num_loops - len(self.weights) + place
+            asked = (weights != ExitWeights(), weights.teacher > 0, weights.last_exit > 0)
+            for column, (name, wanted) in enumerate(zip(PART_NAMES, asked, strict=True)):
+                if wanted:
+                    named[f"{name}_loop_{loop}"] = parts[place * len(PART_NAMES) + column]
+        return named if len(named) > 1 else {}
+
+    def describe(self, num_loops: int) -> str:
+        """The loss in words."""
+        terms = []
+        for loop, weights in enumerate(self.weights, num_loops - len(self.weights)):
+            kinds = (
+                (weights.cross_entropy, "cross-entropy"),
+                (weights.teacher, f"{self.divergence} from the teacher"),
+                (weights.last_exit, f"{self.divergence} from the last loop"),
+            )
+            parts = [f"{weight:.4g} {kind}" for weight, kind in kinds if weight]
+            terms.append(f"loop {loop}: {' + '.join(parts) or 'none'}")
+        return "; ".join(terms)
 
 
-NEXT_TOKEN = Objective({-1: ExitWeights(cross_entropy=1.0)})
+def uptraining(distill: DistillConfig) -> Objective:
+    """The loss of the last loop, distilled if there is a teacher."""
+    return Objective((_last_exit(distill, 1.0),), distill.loss, distill.temperature)
+
+
+def early_exits(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
+    """The losses of all loops.
+
+    Raises:
+        UserError: there are no loops before the last, or a teacher is asked for and missing, or given and unused.
+    """
+    if num_loops < 2:
+        raise UserError("field 'num_loops': found 1; expected a recursive model: python -m rrt.convert makes one")
+    if exits.distill == "teacher" and distill.teacher is None:
+        raise UserError("field 'distill.teacher': missing; expected a model for exits.distill = 'teacher'")
+    if exits.freeze and distill.teacher is not None and exits.distill != "teacher":
+        raise UserError(
+            f"field 'distill.teacher': found {distill.teacher!r}; expected none: with exits.freeze nothing learns from "
+            "it unless exits.distill is 'teacher'"
+        )
+    *early, last = exit_coefficients(exits, num_loops)
+    weights = [_shares(distill, coefficient, exits.distill) for coefficient in early]
+    weights.append(ExitWeights() if exits.freeze else _last_exit(distill, last))
+    return Objective(tuple(weights), distill.loss, distill.temperature)
+
+
+def _last_exit(distill: DistillConfig, coefficient: float) -> ExitWeights:
+    return _shares(distill, coefficient, "none" if distill.teacher is None else "teacher")
+
+
+NEXT_TOKEN = Objective((ExitWeights(cross_entropy=1.0),))
 """Cross-entropy of the last loop."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from rrt.config import doc, from_mapping
 from rrt.errors import UserError
 from rrt.model import Checkpointing
+from train.losses import Divergence
 
 T = TypeVar("T")
 
@@ -138,6 +139,43 @@ class DryRun:
             raise UserError(f"command line: --dry-run: found {self.processes}; expected a positive number of processes")
         if not 0 < self.mfu <= 1:
             raise UserError(f"command line: --mfu: found {self.mfu}; expected a number above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distillation: (1 - weight) cross-entropy + weight x temperature^2 x divergence."""
+
+    teacher: str | None = doc("HF directory or checkpoint with the model's tokenizer; none: no teacher", default=None)
+    loss: Divergence = doc("divergence of the student's distribution from the teacher's", default="forward_kl")
+    temperature: float = doc("divides both models' logits in the divergence", default=1.0)
+    weight: float = doc("share of the divergence in the loss, from 0 to 1", default=0.5)
+
+    def __post_init__(self) -> None:
+        _check(self, "distill", "a positive number", lambda value: 0 < value < math.inf, "temperature")
+        _check(self, "distill", "a number from 0 to 1", lambda value: 0 <= value <= 1, "weight")
+
+
+@dataclass(frozen=True)
+class ExitsConfig:
+    """Losses of the exits after the loops before the last (PAPER, Early-exit training)."""
+
+    weighting: Literal["weighted", "aggressive"] = doc(
+        "weighted: exit i of B counts i / (1 + ... + B); aggressive: the last counts 1, the others coefficient",
+        default="aggressive",
+    )
+    coefficient: float = doc("weight of each exit before the last, under aggressive", default=0.1)
+    distill: Literal["none", "last", "teacher"] = doc(
+        "what the exits before the last are distilled from: the last, which gets no gradient by that, or the teacher",
+        default="none",
+    )
+    head_lora_rank: int = doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
+    freeze: bool = doc("train the LoRA on the head only", default=False)
+
+    def __post_init__(self) -> None:
+        _check(self, "exits", "a positive number", lambda value: 0 < value < math.inf, "coefficient")
+        _check(self, "exits", "0 or more", lambda value: value >= 0, "head_lora_rank")
+        if self.freeze and not self.head_lora_rank:
+            raise UserError("field 'exits.head_lora_rank': found 0; expected a positive rank with exits.freeze")
 
 
 def _check(config: object, table: str, expected: str, accept: Callable[[Any], bool], *names: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint import CheckpointConfig, fingerprint, make_provenance, write_checkpoint
 from rrt.cli import human_count
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
@@ -43,8 +43,9 @@ from train.flops import peak_flops, training_flops_per_token
 from train.guard import Guard
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
-from train.objective import NEXT_TOKEN
+from train.objective import NEXT_TOKEN, PART_NAMES, Objective
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
+from train.teacher import ShardedTeacher, open_teacher
 
 RECIPE_FILE = "recipe.toml"
 
@@ -75,6 +76,11 @@ class Start:
     """Called once, if no earlier part of the run is resumed, for what gives a parameter's initial value by name."""
     parent: Path | None
     """The checkpoint that the parameters come from."""
+    objective: Objective = NEXT_TOKEN
+    teacher: Path | None = None
+    """The model that the objective distills from."""
+    trains: Callable[[str], bool] = lambda name: True
+    """Whether a parameter is trained, by name."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -102,13 +108,20 @@ def accumulation(recipe: Recipe, world_size: int) -> int:
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; norms and biases, which have two dimensions if untied, are not decayed."""
+    """AdamW over what is trained; norms and biases, which have two dimensions if untied, are not decayed."""
     plain: list[torch.nn.Parameter] = []
     decayed: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
+        if parameter.requires_grad:
+            (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
 
 
 def set_up_model(model: RecursiveTransformer, run: RunConfig, mesh: DeviceMesh) -> None:
@@ -151,15 +164,21 @@ class Trainer:
                 f"field 'data.seq_len': found {recipe.data.seq_len}; expected at most the model's "
                 f"max_position_embeddings = {start.model.max_position_embeddings}"
             )
+        self.teacher = None
+        if start.teacher is not None:
+            self.teacher = open_teacher(start.teacher, start.model, start.tokenizer, recipe.data.seq_len)
         if processes.is_main:
             # Before training: the parent may be gone when it ends.
             self.provenance = make_provenance(start.stage, start.parent, data=recipe.data.path)
+            if start.teacher is not None:
+                self.provenance["teacher"] = {"path": str(start.teacher), "sha256": fingerprint(start.teacher)}
             self.identity = self._identity()
         self._check_out()
         if recipe.run.wandb is not None:
             import_wandb()
         self.guard = Guard(recipe.guard)
         self.step = 0
+        self.parts: dict[str, float] = {}
 
     def run(self) -> None:
         """Train to the end, resuming from the newest whole checkpoint of `run.out`; write `final/`.
@@ -194,9 +213,13 @@ class Trainer:
     def _build(self) -> None:
         run, device = self.recipe.run, self.processes.device
         self.model = meta_model(self.start.model, self.start.recursive).float().train()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.start.trains(name))
         set_up_model(self.model, run, self.processes.mesh)
         self.model.to_empty(device=device)
-        self.losses = NEXT_TOKEN.bind(self.model)
+        dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+        teacher = self.teacher and ShardedTeacher.load(self.teacher, self.processes, dtype)
+        self.losses = self.start.objective.bind(self.model, teacher)
         self.optimizer = make_optimizer(self.model, self.recipe.optim)
 
     def _loop(self) -> None:
@@ -212,6 +235,7 @@ class Trainer:
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": grad_norm,
+                **self.parts,
             }
             if fault is not None:
                 record["fault"] = fault
@@ -234,20 +258,25 @@ class Trainer:
         """
         run, processes = self.recipe.run, self.processes
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=processes.device)
+        parts = losses.new_zeros(len(self.start.objective.weights), len(PART_NAMES))
         for micro in range(self.accumulation):
             if self.interrupt.check(self.checkpoints.failed):
                 self.checkpoints.wait()
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
             inputs, targets = self.windows.batch(self._first_sample(micro, processes.rank), run.micro_batch)
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
-            loss = self.losses(inputs, targets)[0] / self.accumulation
+            loss, exit_parts = self.losses(inputs, targets)
+            loss = loss / self.accumulation
             loss.backward()
             losses[micro] = loss.detach()
+            parts += exit_parts / self.accumulation
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = losses.sum()
-        dist.all_reduce(total)
-        mean, grad_norm = total.item() / processes.world_size, norm.item()
+        sums = torch.cat((losses.sum()[None], parts.flatten()))
+        dist.all_reduce(sums)
+        mean, *means = (sums / processes.world_size).tolist()
+        self.parts = self.start.objective.named_parts(means, self.start.recursive.num_loops)
+        grad_norm = norm.item()
         # The same numbers in all processes, so all step or none does.
         fault = self.guard.fault(mean, grad_norm)
         if fault is None:
@@ -338,7 +367,7 @@ class Trainer:
     def _check_inputs_outside(self) -> None:
         """Refuse to overwrite a directory that this run reads from."""
         out = self.out.resolve()
-        for source in (self.start.parent, Path(self.recipe.data.path)):
+        for source in (self.start.parent, self.start.teacher, Path(self.recipe.data.path)):
             if source is not None and source.resolve().is_relative_to(out):
                 raise UserError(f"{source}: lies in run.out, which --run.overwrite would delete; name another run.out")
 
@@ -352,6 +381,8 @@ class Trainer:
             "data.split": self.recipe.data.split,
             "data": sha256_file(Path(self.recipe.data.path) / META_FILE),
             "parent": self.provenance["parent"] and self.provenance["parent"]["sha256"],
+            "objective": dataclasses.asdict(self.start.objective),
+            "teacher": self.start.teacher and self.provenance["teacher"]["sha256"],
             "run.batch_tokens": self.recipe.run.batch_tokens,
             "run.tokens": self.recipe.run.tokens,
             "run.seed": self.recipe.run.seed,
@@ -425,6 +456,7 @@ class Trainer:
             f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
             f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
+            f"loss: {self.start.objective.describe(self.start.recursive.num_loops)}\n"
             f"{_warmup_note(self.recipe.optim, self.steps)}"
             "memory and hours: --dry-run estimates them"
         )

@@ -21,10 +21,11 @@ from rrt.cli import run_command
 from rrt.config import ModelConfig, RecursiveConfig, doc
 from rrt.loaders import open_source
 from rrt.tokenizer import load_tokenizer
-from train.architecture import read_architecture
+from train.architecture import read_architecture, teacher_shape
 from train.distributed import Processes, agree, only_main_reports_errors, processes
 from train.estimate import estimate_table
-from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_command
+from train.objective import uptraining
+from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, read_command
 from train.trainer import Start, Trainer
 
 
@@ -38,6 +39,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class UptrainRecipe:
     checkpoint: CheckpointConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
@@ -53,7 +55,16 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
-    start = Start("uptrain", source.model, source.recursive, load_tokenizer(path), lambda: source.get, path)
+    start = Start(
+        "uptrain",
+        source.model,
+        source.recursive,
+        load_tokenizer(path),
+        lambda: source.get,
+        path,
+        objective=uptraining(recipe.distill),
+        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+    )
     return Trainer(recipe, start, group)
 
 
@@ -61,7 +72,8 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
 def main() -> None:
     recipe, dry_run = read_command(UptrainRecipe, __doc__ or "")
     if dry_run is not None:
-        print(estimate_table(recipe, *architecture(recipe), dry_run))
+        objective, teacher = uptraining(recipe.distill), teacher_shape(recipe.distill)
+        print(estimate_table(recipe, *architecture(recipe), dry_run, objective, teacher))
         return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()

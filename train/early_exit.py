@@ -1,0 +1,127 @@
+"""Train the exits after every loop: torchrun --nproc-per-node 8 train/early_exit.py \\
+    --recipe train/recipes/gemma_15b.toml --checkpoint.path models/gemma-b2-r512-15b/final --exits.distill last \\
+    --data.path data/slimpajama-gemma --run.out models/gemma-b2-r512-exits
+
+Small, on a laptop without a GPU (after `make demo`):
+
+    torchrun --nproc-per-node 2 train/early_exit.py --checkpoint.path runs/out/demo/recursive-uptrained/final \\
+        --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
+        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/exits
+
+Each exit goes through the model's own final norm and head (PAPER, Early-exit training). From an uptrained checkpoint
+this is post-training; from a converted one it is co-training, uptraining with the exits' losses. The settings of the
+paper: `--exits.weighting weighted`; `aggressive` with a coefficient of 0.3, 0.1, 0.05 or 0.01; `--exits.distill last`;
+`--exits.freeze true --exits.head_lora_rank 128`. `final/` says in `exit_loops` which loops were trained.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import run_command
+from rrt.config import ModelConfig, RecursiveConfig, doc
+from rrt.errors import UserError
+from rrt.fold import seeded_generator
+from rrt.loaders import Source, open_source, parameter_shapes
+from rrt.tokenizer import load_tokenizer
+from train.architecture import read_architecture, teacher_shape
+from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.estimate import estimate_table
+from train.objective import early_exits
+from train.recipe import DataConfig, DistillConfig, ExitsConfig, GuardConfig, OptimConfig, RunConfig, read_command
+from train.trainer import Start, Trainer
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The model whose exits are trained."""
+
+    path: str = doc("a recursive checkpoint: uptrained (post-training) or fresh from rrt.convert (co-training)")
+
+
+@dataclass(frozen=True)
+class EarlyExitRecipe:
+    checkpoint: CheckpointConfig
+    exits: ExitsConfig
+    distill: DistillConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    guard: GuardConfig
+
+
+def architecture(recipe: EarlyExitRecipe) -> tuple[ModelConfig, RecursiveConfig]:
+    """The trained model's shape, without its weights."""
+    model, recursive = read_architecture(recipe.checkpoint.path, "checkpoint.path")
+    return model, with_exits(recursive, recipe.exits)
+
+
+def with_exits(recursive: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
+    """The configuration of the trained model, from the checkpoint's.
+
+    Raises:
+        UserError: the checkpoint has a LoRA on the head of another rank than the recipe asks for.
+    """
+    rank = exits.head_lora_rank
+    if recursive.head_lora_rank and rank != recursive.head_lora_rank:
+        raise UserError(
+            f"field 'exits.head_lora_rank': found {rank}; expected the checkpoint's, {recursive.head_lora_rank}"
+        )
+    return replace(recursive, exit_loops=tuple(range(recursive.num_loops - 1)), head_lora_rank=rank)
+
+
+def initial_values(source: Source, recursive: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
+    """Parameters by name: the checkpoint's, and for a new LoRA on the head a Gaussian A and zero B."""
+    shapes = parameter_shapes(source.model, recursive)
+
+    def get(name: str) -> Tensor:
+        if not name.startswith("head_lora_") or source.recursive.head_lora_rank:
+            return source.get(name)
+        if name == "head_lora_b":
+            return torch.zeros(shapes[name])
+        return torch.randn(shapes[name], generator=seeded_generator(seed, name)) / math.sqrt(shapes[name][-1])
+
+    return get
+
+
+def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
+    """Open the checkpoint and check that it, the data and the recipe fit together."""
+    path = Path(recipe.checkpoint.path)
+    source = open_source(path)
+    objective = early_exits(recipe.exits, recipe.distill, source.recursive.num_loops)
+    recursive = with_exits(source.recursive, recipe.exits)
+    start = Start(
+        "early-exit",
+        source.model,
+        recursive,
+        load_tokenizer(path),
+        lambda: initial_values(source, recursive, recipe.run.seed),
+        path,
+        objective=objective,
+        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+        trains=(lambda name: name.startswith("head_lora_")) if recipe.exits.freeze else (lambda name: True),
+    )
+    return Trainer(recipe, start, group)
+
+
+@only_main_reports_errors
+def main() -> None:
+    recipe, dry_run = read_command(EarlyExitRecipe, __doc__ or "")
+    if dry_run is not None:
+        model, recursive = architecture(recipe)
+        objective = early_exits(recipe.exits, recipe.distill, recursive.num_loops)
+        print(estimate_table(recipe, model, recursive, dry_run, objective, teacher_shape(recipe.distill)))
+        return
+    with processes(recipe.run.device, recipe.run.shard_size) as group:
+        agree(lambda: make_trainer(recipe, group)).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

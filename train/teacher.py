@@ -1,0 +1,75 @@
+"""A teacher for distillation: sharded, without gradients, giving hidden states and its head, never whole logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from rrt.config import ModelConfig
+from rrt.errors import UserError
+from rrt.loaders import Source, meta_model, open_source
+from rrt.model import RecursiveTransformer
+from rrt.tokenizer import Tokenizer, load_tokenizer
+from train.distributed import Processes, agree, as_forward, fill_parameters
+from train.losses import Teacher
+
+
+def open_teacher(path: Path, student: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> Source:
+    """Open a teacher and check that its logits mean the same tokens as the student's.
+
+    Raises:
+        UserError: it is no usable model, has another tokenizer or vocabulary, or a shorter context.
+    """
+    source = open_source(path)
+    found = load_tokenizer(path)
+    if found.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"field 'distill.teacher': {path} has the tokenizer of sha256 {found.sha256[:12]}; expected the model's, "
+            f"{tokenizer.sha256[:12]}: distillation compares the same tokens"
+        )
+    for name, least in (("vocab_size", student.vocab_size), ("max_position_embeddings", seq_len)):
+        has = getattr(source.model, name)
+        if has < least or (name == "vocab_size" and has != least):
+            expected = f"{least}, as the model has" if name == "vocab_size" else f"at least data.seq_len = {least}"
+            raise UserError(f"field 'distill.teacher': {path} has {name} {has}; expected {expected}")
+    return source
+
+
+class ShardedTeacher:
+    """A frozen model, each process holding its part; a layer is gathered when it runs and freed after it.
+
+    Embedding, norm and head stay gathered from `read` to the end of the loss: they are one unit, which would be
+    gathered twice otherwise.
+    """
+
+    def __init__(self, model: RecursiveTransformer, mesh: DeviceMesh) -> None:
+        """Shards `model`, which computes in its parameters' dtype, in place."""
+        model.eval().requires_grad_(False)
+        for layer in model.stack.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        self.model = model
+        self._states = as_forward(model, lambda inputs: model.norm(model.hidden_states(inputs)[-1]))
+
+    @classmethod
+    def load(cls, source: Source, processes: Processes, dtype: torch.dtype) -> "ShardedTeacher":
+        """Each process reads its own part, in `dtype`. Collective."""
+        teacher = cls(meta_model(source.model, source.recursive).to(dtype), processes.mesh)
+        teacher.model.to_empty(device=processes.device)
+        agree(lambda: fill_parameters(teacher.model, source.get))
+        return teacher
+
+    @contextmanager
+    def read(self, inputs: Tensor) -> Iterator[Teacher]:
+        """What makes the teacher's logits of inputs [batch, T], to be used inside the context only. Collective."""
+        with torch.no_grad():
+            hidden = self._states(inputs).flatten(0, 1)
+        try:
+            yield Teacher(hidden, self.model.head_weight)
+        finally:
+            cast(FSDPModule, self.model).reshard()
