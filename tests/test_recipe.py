@@ -118,7 +118,7 @@ def test_a_wrong_flag_is_named_with_what_was_found_and_expected(changes: dict[st
     ("text", "message"),
     [
         ("[optim]\nrate = 1\n", "unknown field 'optim.rate'; expected one of: lr, warmup_steps"),
-        ("[optimizer]\nlr = 1\n", "unknown field 'optimizer'; expected one of: checkpoint, distill, data, optim, run, guard"),
+        ("[optimizer]\nlr = 1\n", "unknown field 'optimizer'; expected one of: checkpoint, distill, data, optim"),
         ('[optim]\nlr = "high"\n', "field 'optim.lr': found 'high'; expected float"),
         ("[optim]\nlr = [1]\n", "field 'optim.lr': found [1]; expected float"),
         ("[optim]\nlr = -1\n", "field 'optim.lr': found -1.0; expected a positive number"),
