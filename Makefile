@@ -29,7 +29,7 @@ test: install test-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
 
 # The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers; then the bodies of the
-# CUDA kernels, lane by lane on the CPU.
+# CUDA kernels, lane by lane on the CPU, and what the compiled ones take of a multiprocessor.
 test-cpp: install
 	@for cxx in $${CXX:-c++ g++ clang++}; do found="$$found$$(command -v $$cxx)"; done; \
 	if [ -z "$$found" ]; then echo "no C++ compiler: the C++ tests are left out"; exit 0; fi; \
@@ -39,8 +39,9 @@ test-cpp: install
 	cmake --build $(SANITIZED) -- --quiet; \
 	ctest --test-dir $(SANITIZED) --output-on-failure -j 2; \
 	cmake -S . -B $(EMULATED) -G Ninja --log-level=WARNING -DRRT_WITH_TORCH=0 -DRRT_WITH_PYTHON=0 -DRRT_WITH_CUDA=0; \
-	cmake --build $(EMULATED) --target test_cuda_decode test_cuda_attention -- --quiet; \
-	ctest --test-dir $(EMULATED) --output-on-failure -j 2 -L emulation
+	cmake --build $(EMULATED) --target test_cuda_decode test_cuda_attention test_cuda_prefill list_launches -- --quiet; \
+	ctest --test-dir $(EMULATED) --output-on-failure -j 2 -L emulation; \
+	$(BIN)/python bench/kernel_resources.py
 
 clean:
 	rm -rf $(VENV) build runs/out bench/out rrt/_native.so rrt/_plan*.so rrt/_*_failed.txt

@@ -1,31 +1,98 @@
 #!/usr/bin/env bash
-# Build and test on a machine with a GPU and no network, with that machine's own Python.
+# Build, test and measure on a machine with a GPU and no network, with that machine's own Python.
 #
 #   bench/gpu.sh build               build the native operators in place, CUDA demanded
-#   bench/gpu.sh test [pytest args]  run the tests marked gpu
+#   bench/gpu.sh test [pytest args]  the tests marked gpu
+#   bench/gpu.sh sanitize            every kernel instance under compute-sanitizer's memcheck and racecheck
+#   bench/gpu.sh kernels             bench/kernels.py on three presets: tables, JSON and plots
+#   bench/gpu.sh tiles               bench/tile_sweep.py: csrc/loop_lora/cuda_tiles_measured.h of this GPU
 #
+# Each part stands alone: where the library is missing, stale or without CUDA, it is built first. Each ends within
+# 9 minutes and leaves one file, $OUT/<part>.tar.gz, with report.json, the log and what was measured.
 # Environment: PYTHON (default python3), OUT (results folder, default bench/out).
-# Results: $OUT/<part>.json and $OUT/<part>.log. Exit status: 0 all well, 2 usage, 3 no GPU visible (test),
-# 124 out of time, else the part's own. Each part ends within 9 minutes.
+# Exit status: 0 all well, 2 usage, 3 no GPU visible, 124 out of time, else the part's own.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
+usage="usage: bench/gpu.sh build|test [pytest args]|sanitize|kernels|tiles"
 part=${1:-}
-files=()
-[ $# -gt 0 ] && shift
+[[ $part =~ ^(build|test|sanitize|kernels|tiles)$ ]] || { echo "$usage" >&2; exit 2; }
+shift
+[ $# -eq 0 ] || [ "$part" = test ] || { echo "$usage" >&2; exit 2; }
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
+results=$OUT/$part
+rm -rf "$results" "$results.tar.gz"
+mkdir "$results" || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 LIMIT=520 # seconds; what is left of 9 minutes is for the report
+started=$SECONDS
 
-# Usage: report <exit status> <seconds>. Writes $OUT/$part.json.
+# Usage: run COMMAND. In what is left of the time; the output goes to the log too.
+run() {
+  local left=$((LIMIT - SECONDS + started))
+  [ "$left" -gt 0 ] || return 124
+  echo "+ $*" | tee -a "$results/log.txt"
+  timeout --kill-after 10 "$left" "$@" 2>&1 | tee -a "$results/log.txt"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -ne 137 ] || status=124
+  return "$status"
+}
+
+build() { RRT_WITH_CUDA=1 RRT_WITH_NATIVE=1 run "$PYTHON" setup.py build_ext --inplace; }
+
+# Builds unless the library is there, of these sources and with CUDA.
+build_if_needed() {
+  "$PYTHON" -c 'import sys; from rrt.ops import build_info
+info = build_info(); sys.exit(not (info.library and info.cuda and not info.stale))' 2>/dev/null || build
+}
+
+has_gpu() {
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return
+  echo "gpu.sh: no GPU is visible to $PYTHON (torch.cuda.is_available() is false): nothing was run" >&2
+  return 3
+}
+
+test_() {
+  # Only the files that have such tests: the others may need packages that the machine lacks.
+  local files=()
+  [ $# -gt 0 ] || mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  run "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider --timeout 120 \
+    --junitxml "$results/test.xml" "${files[@]}" "$@"
+}
+
+sanitize() {
+  local status=0 tool
+  for tool in memcheck racecheck; do
+    run compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" bench/gpu_cases.py || status=$?
+  done
+  return "$status"
+}
+
+kernels() {
+  local status=0 preset
+  for preset in gemma-2b tinyllama-1.1b pythia-1b; do
+    run "$PYTHON" bench/kernels.py --device cuda --preset "$preset" --dtype bf16 --rows 1 8 16 32 64 128 --loops 2 \
+      --contexts 1024 4096 16384 --attention-rows 8 32 --seconds-per-case 0.2 \
+      --json "$results/$preset.json" --plot "$results/$preset.png" || status=$?
+  done
+  return "$status"
+}
+
+tiles() {
+  local table=csrc/loop_lora/cuda_tiles_measured.h
+  run "$PYTHON" bench/tile_sweep.py --json "$results/tiles.json" && cp "$table" "$results/"
+}
+
+# Usage: report EXIT_STATUS SECONDS. Writes report.json and packs the results.
 report() {
-  PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" - "$part" "$OUT" "$1" "$2" <<'PYTHON'
+  "$PYTHON" - "$part" "$results" "$1" "$2" <<'PYTHON'
 import json, subprocess, sys, time, xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-part, out, status, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+part, results, status, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
 
 def run(*command):
@@ -51,45 +118,26 @@ record = {
     "uncommitted_changes": bool(run("git", "status", "--porcelain", "--untracked-files=no")),
     "info": json.loads(info) if info else None,
 }
-junit = out / "test.xml"
-if part == "test" and junit.is_file():
+junit = results / "test.xml"
+if junit.is_file():
     record["tests"] = [
         {"name": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome(case),
          "seconds": float(case.get("time", 0))}
         for case in ElementTree.parse(junit).iter("testcase")
     ]
-path = out / f"{part}.json"
-path.write_text(json.dumps(record, indent=2) + "\n")
-print(f"{part}: {record['outcome']} in {seconds} s; {path}")
+(results / "report.json").write_text(json.dumps(record, indent=2) + "\n")
+print(f"{part}: {record['outcome']} in {seconds} s; {results}.tar.gz")
 PYTHON
+  local status=$?
+  tar -C "$OUT" -czf "$results.tar.gz" "$part" && rm -rf "$results" || status=1
+  return "$status"
 }
 
+status=0
 case $part in
-build)
-  export RRT_WITH_CUDA=1 RRT_WITH_NATIVE=1
-  command=("$PYTHON" setup.py build_ext --inplace)
-  ;;
-test)
-  rm -f "$OUT/test.xml"
-  # Only the files that have such tests: the others may need packages that the machine lacks.
-  [ $# -gt 0 ] || mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
-  command=("$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider --timeout 120
-    --junitxml "$OUT/test.xml" "${files[@]}" "$@")
-  if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: no GPU is visible to $PYTHON (torch.cuda.is_available() is false): nothing was tested" >&2
-    report 3 0
-    exit 3
-  fi
-  ;;
-*)
-  echo "usage: bench/gpu.sh build|test [pytest args]" >&2
-  exit 2
-  ;;
-esac
-
-started=$SECONDS
-timeout --kill-after 10 "$LIMIT" "${command[@]}" 2>&1 | tee "$OUT/$part.log"
-status=${PIPESTATUS[0]}
-[ "$status" -eq 137 ] && status=124
+build) build ;;
+test) has_gpu && build_if_needed && test_ "$@" ;;
+*) has_gpu && build_if_needed && "$part" ;;
+esac || status=$?
 report "$status" $((SECONDS - started)) || status=1
 exit "$status"

@@ -13,6 +13,12 @@ _NEAR_FLOOR = 1.3
 _CALL_ADDS_SECONDS = 10e-6
 _PLAN_SECONDS = 20e-6
 
+# On CUDA: of the whole layer with two loops mixed, and of attention against a copy that reads and writes.
+_LAYER_ROWS, _LAYER_RANKS = range(8, 65), range(64, 513)
+_LAYER_NEAR_FLOOR = 1.25
+_LAYER_SPEED = {"unfused": 2.0, "concatenated": 1.4}
+_ATTENTION_ROWS, _ATTENTION_CONTEXT, _ATTENTION_BANDWIDTH = 32, 1024, 0.75
+
 
 def _is_mixed(record: Record) -> bool:
     return record["rows"] in _MIXED_ROWS and record["loops"] > 1
@@ -96,6 +102,36 @@ def bars(result: Record) -> list[Record]:
         seconds = [(plan["seconds"]["all"]["median"], "")] if plan["native"] else []
         text = f"rrt._plan, one pass of {plan['rows']} rows: at most 20 us"
         made.append(_bar(text, _PLAN_SECONDS, seconds, at_most=True))
+    return made
+
+
+def cuda_bars(result: Record) -> list[Record]:
+    """The goals on a GPU, for bfloat16 and float16, computed from what was measured."""
+    if dtype_name(parse_dtype(result["dtype"])) not in ("bfloat16", "float16"):
+        return []
+    layers = [
+        record
+        for record in result.get("layer", [])
+        if record["rows"] in _LAYER_ROWS and record["rank"] in _LAYER_RANKS and record["loops"] == 2
+    ]
+    which = "whole layer, 8 to 64 rows of 2 loops, ranks 64 to 512"
+    over = [(record["over_floor"]["ours"], _place(record)) for record in layers]
+    made = [_bar(f"{which}: at most {_LAYER_NEAR_FLOOR}x the floor", _LAYER_NEAR_FLOOR, over, at_most=True)]
+    for name, limit in _LAYER_SPEED.items():
+        speeds = [(record["speedup"][name], _place(record)) for record in layers]
+        made.append(_bar(f"{which}: over {name} at least {limit}x", limit, speeds))
+    if "attention" in result:
+        copy = result["rates"]["read_bandwidth"]["all"]["copy"]
+        fractions = [
+            (record["bytes"] / record["seconds"]["ours"]["median"] / copy, f"context {record['context']}")
+            for record in result["attention"]
+            if record["kind"] == "decode"
+            and record["count"] == _ATTENTION_ROWS
+            and record["context"] >= _ATTENTION_CONTEXT
+        ]
+        rows = f"{_ATTENTION_ROWS} rows, contexts from {_ATTENTION_CONTEXT}"
+        text = f"decode attention of {rows}: at least {_ATTENTION_BANDWIDTH:.0%} of a copy's bandwidth"
+        made.append(_bar(text, _ATTENTION_BANDWIDTH, fractions))
     return made
 
 
@@ -193,13 +229,13 @@ def print_bars(result: Record) -> None:
         print(f"best matmul rate {matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']})")
         print(f"time by {result['timing']}")
     if not result["bars"]:
-        print("no goals are set for what was measured: they are for float32 and bfloat16 on a CPU")
+        print("no goals are set for what was measured")
         return
     print("\nGoals")
     for bar in result["bars"]:
         verdict = {True: "holds", False: "FAILS", None: "not measured"}[bar["holds"]]
         text = f"{verdict:>12}  {bar['goal']}"
-        if bar["cases"] == 1:
+        if bar["cases"] == 1 and not bar["worst_case"]:
             text += f": {_time(bar['worst'])}"
         elif bar["cases"]:
             text += (

@@ -8,8 +8,9 @@ best matmul rate, whichever is longer; bytes are those of W, of A and B of the l
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead
 
-About 10 minutes on a CPU with the defaults, in proportion to --seconds-per-case; --quick: about a minute. Run nothing
-else beside it: on a busy machine threads wait for each other, which takes longer and measures nothing.
+On a GPU everything is timed under CUDA graphs. About 10 minutes on a CPU with the defaults, in proportion to
+--seconds-per-case; --quick: about a minute. Run nothing else beside it: on a busy machine threads wait for each other,
+which takes longer and measures nothing.
 """
 
 import argparse
@@ -28,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import attention_cases, linear_cases
 from bench.attention_cases import AttentionPlan, run_attention
-from bench.kernel_report import bars, print_attention, print_bars, print_linear, print_overhead
-from bench.linear_cases import LinearPlan, add_floors, layer_records, projections, run_linear
+from bench.kernel_report import bars, cuda_bars, print_attention, print_bars, print_linear, print_overhead
+from bench.linear_cases import LinearPlan, add_floors, layer_records, projections, run_layers, run_linear
 from bench.overhead_cases import measure_call, measure_plan
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from rrt import ops
@@ -203,7 +204,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
     )
     sections = (arguments.only,) if arguments.only else SECTIONS
     attention_cases_to_run, left_out = attention.cases()
-    num_cases = linear.num_cases() * ("linear" in sections) + len(attention_cases_to_run) * ("attention" in sections)
+    # On CUDA the whole layer is one more case; on a CPU, where nothing overlaps, it is the sum of the others.
+    layer_cases = linear.num_cases() // len(linear.projections) if device.type == "cuda" else 0
+    linear_cases_to_run = linear.num_cases() + layer_cases if "linear" in sections else 0
+    num_cases = linear_cases_to_run + len(attention_cases_to_run) * ("attention" in sections)
     native = native_facts()
     # On CUDA a quick run needs as large a buffer: at 64 MiB a launch would count for much.
     probe_bytes = max(4 * cache_bytes, 2**30 if device.type == "cuda" else 2**26)
@@ -253,6 +257,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
                 bar.update()
             rates.probe()
             result |= {"linear_variants": linear_cases.BASELINES, "linear": records}
+            if layer_cases:
+                result["layer"] = []
+                for record in run_layers(linear, timer):
+                    result["layer"].append(record)
+                    bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
+                    bar.update()
         if "attention" in sections:
             records = []
             for record in run_attention(attention, timer, rates):
@@ -269,12 +279,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         samples = 10 if arguments.quick else 200
         result["overhead"] = {"call": measure_call(device, linear.pack, samples), "plan": measure_plan(samples)}
 
-    add_floors([*result.get("linear", []), *result.get("attention", [])], rates)
+    add_floors([record for kind in ("linear", "layer", "attention") for record in result.get(kind, [])], rates)
     if num_cases:
         result |= {"rates": rates.summary(), "timing": timer.method}
-    if "linear" in result:
+    if "linear" in result and "layer" not in result:
         result["layer"] = layer_records(result["linear"], len(linear.projections))
-    result["bars"] = bars(result) if device.type == "cpu" else []
+    result["bars"] = bars(result) if device.type == "cpu" else cuda_bars(result)
     result["elapsed_seconds"] = time.perf_counter() - began
     return result, device
 
@@ -291,7 +301,7 @@ def main() -> None:
         plot(result, arguments.plot)
     if "linear" in result:
         print_linear(result["linear"], "Linears")
-        print_linear(result["layer"], "Whole layer: the sum of its projections")
+        print_linear(result["layer"], "Whole layer, its projections one after the other")
     if "attention" in result:
         print_attention(result["attention"])
     if "overhead" in result:

@@ -358,8 +358,59 @@ def _run_group(
         }
 
 
+def run_layers(plan: LinearPlan, timer: Timer) -> Iterator[dict[str, Any]]:
+    """Measure the projections of a layer one after the other as one call; yields records as `run_linear` does.
+
+    Less than the sum of their times where a launch hides behind the one before. All weights are held at once.
+    """
+    weight_bytes = sum(p.inputs * p.outputs for p in plan.projections) * plan.dtype.itemsize
+    held_bytes = sum(plan.held_bytes(p) for p in plan.projections)
+    copies = copies_beyond_cache(weight_bytes, held_bytes, plan.cache_bytes, plan.budget_bytes)
+    weights = [Weights.make(p, copies, plan.dtype, plan.device, plan.pack) for p in plan.projections]
+    for rank, loops, all_rows in plan.groups():
+        adapters = [Adapters.make(of_projection, rank, loops, plan.pack) for of_projection in weights]
+        for rows in all_rows:
+            loop_of_row = mixed_loops(rows, loops).to(plan.device)
+            inputs = [normal((rows, p.inputs), 1, plan.dtype, plan.device) for p in plan.projections]
+            parts = [make_variants(*each, loop_of_row) for each in zip(weights, adapters, inputs, strict=True)]
+            variants = {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
+            for variant in variants.values():
+                variant.call(0)
+            samples = timer.measure(variants, copies)
+            yield {
+                "projection": "layer",
+                "rows": rows,
+                "rank": rank,
+                "loops": loops,
+                "parts": [
+                    {
+                        "bytes": p.min_bytes(rows, rank, loops, plan.dtype.itemsize),
+                        "flops": p.flops(rows, rank),
+                    }
+                    for p in plan.projections
+                ],
+                "bytes": sum(p.min_bytes(rows, rank, loops, plan.dtype.itemsize) for p in plan.projections),
+                "flops": sum(p.flops(rows, rank) for p in plan.projections),
+                "copies": copies,
+                "rounds": len(samples["ours"]),
+                "seconds": {name: spread(values) for name, values in samples.items()},
+                "speedup": {name: speedup(samples, "ours", name) for name in samples if name != "ours"},
+            }
+
+
+def _one_after_the_other(parts: list[Variant]) -> Variant:
+    def run(i: int) -> Tensor:
+        for part in parts:
+            result = part.call(i)
+        return result
+
+    return Variant(run, copies_read=parts[0].copies_read)
+
+
 def add_floors(records: list[dict[str, Any]], rates: Rates) -> None:
     """Add to each record `floor_seconds`, what sets it (`bound`), and every variant's `over_floor`.
+
+    A record with parts has the sum of their floors.
 
     Where ours multiplies faster than any F.linear of the run, its rate is the best matmul rate.
     """
@@ -367,7 +418,9 @@ def add_floors(records: list[dict[str, Any]], rates: Rates) -> None:
         rate = record["flops"] / record["seconds"]["ours"]["median"]
         rates.matmul["ours"] = max(rates.matmul.get("ours", 0.0), rate)
     for record in records:
-        record["floor_seconds"], record["bound"] = rates.floor(record["bytes"], record["flops"])
+        floors = [rates.floor(part["bytes"], part["flops"]) for part in record.get("parts", [record])]
+        record["floor_seconds"] = sum(seconds for seconds, _ in floors)
+        record["bound"] = "bytes" if all(bound == "bytes" for _, bound in floors) else "flops"
         _add_over_floor(record)
 
 

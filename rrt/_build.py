@@ -217,6 +217,16 @@ def cuda_image(device: int) -> int | None:
     return int(handle.rrt_cuda_image(device))
 
 
+def force_tiling(by_rows: bool, slices: int) -> None:
+    """For measurements: loop_lora_linear on CUDA runs its row or its column kernel, tiles cut in 1, 2, 4 or 8 slices.
+
+    0 slices: as it chooses itself. Changes no result. Not while another thread runs the operator; without CUDA nothing.
+    """
+    handle = load_native().handle
+    if handle is not None and build_info().cuda:
+        handle.rrt_loop_lora_force_tiling(int(by_rows), slices)
+
+
 def _warn_reference_runs(op: str, device: str) -> None:
     _warn_once(load_native().reason or f"{_LIBRARY.name} has no {device} kernel of {op}")
 

@@ -12,18 +12,21 @@ from torch import Tensor
 
 from bench.attention_cases import AttentionPlan
 from bench.attention_cases import make_variants as make_attention_variants
-from bench.kernel_report import bars
+from bench.kernel_report import bars, cuda_bars
 from bench.kernels import parse_arguments
 from bench.linear_cases import (
     Adapters,
+    LinearPlan,
     Projection,
     Weights,
+    add_floors,
     check_agreement,
     layer_records,
     make_variants,
     merged,
     mixed_loops,
     projections,
+    run_layers,
 )
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
 from rrt.config import LoraRanks, RecursiveConfig
@@ -326,6 +329,50 @@ def test_a_layer_lacks_cases_that_a_projection_lacks():
     (layer,) = layer_records([full, full, {**full, "rows": 2}], num_projections=2)
     assert layer["rows"] == 1 and layer["bytes"] == 200 and layer["floor_seconds"] == 1.0
     assert layer["speedup"] == {"base": 2.0} and layer["over_floor"] == {"ours": 2.0, "base": 4.0}
+
+
+def test_a_layer_measured_as_one_call_has_the_floors_of_its_projections():
+    config = model_config_from_hf(CONFIGS["gemma"], "gemma")
+    plan = LinearPlan(projections(config), [4], [0, 3], [2], torch.float32, CPU, False, 2**14, 2**30)
+    timer = Timer(CPU, 0.0)
+    rates = Rates(timer, torch.float32, 2**16)
+    rates.probe()
+    base, lora = records = list(run_layers(plan, timer))
+    add_floors(records, rates)
+    assert (base["rank"], set(base["seconds"])) == (0, {"ours", "base"})
+    assert (lora["rank"], set(lora["seconds"])) == (3, {"ours", "base", "unfused", "concatenated", "merged"})
+    assert lora["bytes"] == sum(p.min_bytes(4, 3, 2, 4) for p in plan.projections)
+    floors = [rates.floor(part["bytes"], part["flops"])[0] for part in lora["parts"]]
+    assert len(floors) == 4 and lora["floor_seconds"] == pytest.approx(sum(floors))
+    assert lora["over_floor"]["ours"] == pytest.approx(lora["seconds"]["ours"]["median"] / lora["floor_seconds"])
+
+
+def test_goals_on_cuda_are_of_the_layer_and_of_decode_attention():
+    def layer(rows: int, rank: int, over_floor: float, unfused: float) -> dict[str, Any]:
+        speed = {"base": 1.0, "unfused": unfused, "concatenated": 1.5}
+        return {**record(rows, rank, 2, speed), "projection": "layer", "over_floor": {"ours": over_floor}}
+
+    def decode(context: int, seconds: float) -> dict[str, Any]:
+        return {
+            "kind": "decode",
+            "count": 32,
+            "context": context,
+            "bytes": 30,
+            "seconds": {"ours": {"median": seconds}},
+        }
+
+    result = {
+        "dtype": "bfloat16",
+        "layer": [layer(8, 64, 1.2, 2.5), layer(64, 512, 1.3, 1.9), layer(128, 64, 9.0, 0.1), layer(8, 0, 9.0, 0.1)],
+        "attention": [decode(512, 9.0), decode(1024, 1.0), decode(4096, 0.5)],
+        "rates": {"read_bandwidth": {"all": {"copy": 50.0}}},
+    }
+    floor, unfused, concatenated, attention = cuda_bars(result)
+    assert (floor["cases"], floor["holds"], floor["worst"]) == (2, False, 1.3)
+    assert (unfused["cases_that_hold"], unfused["worst_case"]) == (1, "layer, M=64, rank 512, 2 loops")
+    assert concatenated["holds"] is True
+    assert (attention["cases"], attention["cases_that_hold"], attention["worst"]) == (2, 1, pytest.approx(0.6))
+    assert cuda_bars({"dtype": "float32"}) == []
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,18 @@ def test_a_captured_graph_replays_with_new_queries_and_lengths() -> None:
         inputs["context_lens"].sub_(shorter)
         graph.replay()
         assert torch.equal(output, loop_kv_attention(**inputs))
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    calls = [on_gpu(decode_inputs(GROUPED, torch.bfloat16, seed)[1]) for seed in range(4)]
+    expected = [loop_kv_attention(**call) for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    results: list[list[Tensor]] = [[] for _ in calls]
+    for _ in range(50):
+        for call, stream, result in zip(calls, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(loop_kv_attention(**call))
+    torch.cuda.synchronize()
+    for result, want in zip(results, expected, strict=True):
+        assert all(torch.equal(one, want) for one in result)

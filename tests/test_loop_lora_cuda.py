@@ -11,6 +11,7 @@ import torch
 from test_loop_lora_linear import CASES, DTYPES, Case, assert_matches_oracle, make_inputs
 from torch import Tensor
 
+from rrt._build import force_tiling
 from rrt.ops import loop_lora_linear, loop_lora_linear_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
@@ -62,6 +63,37 @@ def test_a_row_is_bitwise_the_same_in_any_batch(case: Case, dtype: torch.dtype) 
     for rows in ([0], [m - 1], [m // 2, 0], list(range(m - 1, -1, -1)), [m // 3] * 9, [0, m - 1] * 50):
         part = loop_lora_linear(**{**inputs, "x": inputs["x"][rows], "loops": inputs["loops"][rows]})
         assert torch.equal(part, whole[rows]), rows
+
+
+@pytest.mark.parametrize("m", [1, 16, 31, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_tiling_gives_the_same_bits(dtype: torch.dtype, m: int) -> None:
+    inputs = on_gpu(make_inputs(Case(m, 2056, 2560, 0, 2, True, (2048, 256, 256), (64, 72, 8)), dtype))
+    try:
+        force_tiling(False, 1)
+        expected = loop_lora_linear(**inputs)
+        for slices in (1, 2, 4, 8):
+            force_tiling(True, slices)
+            assert torch.equal(loop_lora_linear(**inputs), expected), slices
+    finally:
+        force_tiling(False, 0)
+    assert torch.equal(loop_lora_linear(**inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "m, k, n, dtype", [(8400, 64, 256000, torch.bfloat16), (600000, 16, 8, torch.float32)], ids=["outputs", "rows"]
+)
+def test_more_than_32_bits_or_a_grid_dimension_hold(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
+
+    inputs = {"weight": normal(n, k), "bias": None, "lora_a": normal(2, 8, k), "lora_b": normal(2, n, 8)}
+    x, loops = normal(m, k), torch.arange(m, device="cuda", dtype=torch.int32) % 2
+    whole = loop_lora_linear(x=x, loops=loops, **inputs)
+    rows = [0, 1, m // 2, m - 2, m - 1]
+    assert torch.equal(loop_lora_linear(x=x[rows], loops=loops[rows], **inputs), whole[rows])
 
 
 def test_a_loop_out_of_range_makes_its_row_nan_and_no_other() -> None:

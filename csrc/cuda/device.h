@@ -77,6 +77,12 @@ RRT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The value of lane `source`; every lane of the warp takes part.
+template <class T>
+RRT_DEVICE T shuffle_from(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
+
 RRT_DEVICE float exp2(float value) { return exp2f(value); }
 RRT_DEVICE double exp2(double value) { return ::exp2(value); }
 

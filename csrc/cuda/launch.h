@@ -3,8 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace rrt::cuda {
 
@@ -21,15 +25,46 @@ struct DeviceGuard {
   cudaError_t error;
 };
 
-// Programmatic dependent launch: sm_90 on, unless RRT_PDL=0.
-inline bool has_dependent_launch() {
-  static const bool wanted = [] {
-    const char* asked = std::getenv("RRT_PDL");
-    return asked == nullptr || std::strcmp(asked, "0") != 0;
-  }();
-  int device = 0, major = 0;
-  return wanted && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// What launches need to know of the current device, asked of the driver once.
+struct DeviceFacts {
+  int multiprocessors = 1;
+  bool dependent_launch = false;  // sm_90 on, unless RRT_PDL=0
+};
+
+inline DeviceFacts device_facts() {
+  static std::mutex mutex;
+  static std::map<int, DeviceFacts> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  DeviceFacts facts;
+  int major = 0;
+  if (cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return {};
+  }
+  const char* asked = std::getenv("RRT_PDL");
+  facts.dependent_launch = major >= 9 && (asked == nullptr || std::strcmp(asked, "0") != 0);
+  return known[device] = facts;
+}
+
+inline bool has_dependent_launch() { return device_facts().dependent_launch; }
+
+// Lets `kernel` have so much dynamic shared memory on the current device; the driver is told once.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
 }
 
 // `dependent`: may start before the kernel before it has ended, which its dependency_wait makes up for.
@@ -37,8 +72,7 @@ template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
                    cudaStream_t stream) {
   if (shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

@@ -48,7 +48,7 @@ cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream)
   }
   const dim3 grid(args.num_queries, args.num_kv_heads * cuda::ceil_div(group, kMmaRows), args.pieces);
   const cudaError_t error = launch(decode_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads,
-                                   Shared::template bytes<false>(), false, stream);
+                                   Shared::template bytes<false>(), cuda::has_dependent_launch(), stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
   return launch(combine_kernel<Half>, args, dim3(args.num_queries, args.num_heads), kThreads, 0,
                 cuda::has_dependent_launch(), stream);
@@ -57,7 +57,7 @@ cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream)
 template <class Number>
 cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
   const dim3 grid(cuda::ceil_div(static_cast<int64_t>(args.num_queries) * args.num_heads, kWarps));
-  return launch(plain_kernel<Number>, args, grid, kThreads, 0, false, stream);
+  return launch(plain_kernel<Number>, args, grid, kThreads, 0, cuda::has_dependent_launch(), stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -66,13 +66,10 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
   if (aligned(args.k_cache) && aligned(args.v_cache)) {
-    switch (args.head_dim) {
-      case 64: return launch_attention<Half, 64, 4>(args, stream);
-      case 80: return launch_attention<Half, 80, 4>(args, stream);
-      case 128: return launch_attention<Half, 128, 4>(args, stream);
-      case 256: return launch_attention<Half, 256, 2>(args, stream);
-      default: break;
-    }
+#define RRT_LAUNCH(HEAD_DIM, STAGES) \
+  if (args.head_dim == HEAD_DIM) return launch_attention<Half, HEAD_DIM, STAGES>(args, stream);
+    RRT_HEAD_DIMS(RRT_LAUNCH)
+#undef RRT_LAUNCH
   }
   return launch_plain<Half>(args, stream);
 }
@@ -121,7 +118,8 @@ const char* write_cuda(const CudaWriteParams& call, int device, void* raw_stream
     case Dtype::kFloat16: kernel = write_kernel<device::Float16>; break;
   }
   const auto stream = static_cast<cudaStream_t>(raw_stream);
-  return cuda::error_text(launch(kernel, args, dim3(static_cast<unsigned>(p.m)), kThreads, 0, false, stream));
+  return cuda::error_text(launch(kernel, args, dim3(static_cast<unsigned>(p.m)), kThreads, 0,
+                                 cuda::has_dependent_launch(), stream));
 }
 
 const char* attention_cuda(const CudaAttentionParams& call, int device, void* raw_stream) {

@@ -3,7 +3,8 @@
 // Up to 16 query rows that share a key/value head are the mma's M: in decode the query heads of one row, in prefill
 // also those of neighbouring tokens. A warp goes through the slots 16 at a time. Keys are multiplied as they lie: a
 // lane loads 16 adjacent bytes of a slot, which are its fragments of two mmas if queries are taken in the same
-// order. Values are brought to shared memory and read transposed.
+// order. Values are brought to shared memory and read transposed. Keys and values take turns in a warp's ring, so that a
+// multiprocessor has room for two blocks: one streams while the other begins or ends.
 //
 // decode: a block is one piece of kSplitSlots slots of one row; its 4 warps share the slots, and their results are
 // merged in order; then combine_body merges the pieces. Both cuts are at fixed slots, so a row's bits are its own.
@@ -46,6 +47,10 @@ constexpr int kMmaRows = 16, kMmaSlots = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
+// The instances: F(HEAD_DIM, STAGES); a stage is the keys or the values of a tile. As many as let two decode blocks
+// share a multiprocessor: an A100's, but for head dim 256, where it is an H100's.
+#define RRT_HEAD_DIMS(F) F(64, 7) F(80, 6) F(128, 4) F(256, 3)
+
 template <int HEAD_DIM, int STAGES>
 struct AttentionShared {
   static constexpr int kBlocks = (HEAD_DIM + 31) / 32;      // of 32 elements: two mmas of keys
@@ -54,7 +59,8 @@ struct AttentionShared {
   static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
   static constexpr int kQueryBytes = kMmaRows * kQueryStride * 2;
   static constexpr int kKeyBytes = kKeyVectors * 32 * 16;
-  static constexpr int kStageBytes = kKeyBytes + kMmaSlots * kValueStride * 2;
+  static constexpr int kValueBytes = kMmaSlots * kValueStride * 2;
+  static constexpr int kStageBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
   static constexpr int kWarpBytes = STAGES * kStageBytes;
   static constexpr int kMergeBytes = kWarps * kMmaRows * (HEAD_DIM + 2) * 4;
   // Decode has one set of queries, prefill one per warp.
@@ -98,15 +104,18 @@ RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, 
   return {0, 0, 0, 0, 1, kv_head, 0};
 }
 
-// A slot's keys or values; null if the block table leads nowhere.
-template <class Storage>
-RRT_DEVICE const Storage* find_slot(const CudaAttentionArgs& args, const void* cache, int sequence, int kv_head,
-                                    int slot) {
+// Where a slot lies in the cache, counted in slots; -1 if the block table leads nowhere.
+RRT_DEVICE int64_t find_slot(const CudaAttentionArgs& args, int sequence, int slot) {
   const int column = slot / args.page_size;
-  if (column >= args.max_pages) return nullptr;
+  if (column >= args.max_pages) return -1;
   const int page = device::load_global(args.block_tables + sequence * args.table_stride + column);
-  if (page < 0 || page >= args.num_pages) return nullptr;
-  const int64_t row = static_cast<int64_t>(page) * args.page_size + slot % args.page_size;
+  if (page < 0 || page >= args.num_pages) return -1;
+  return static_cast<int64_t>(page) * args.page_size + slot % args.page_size;
+}
+
+// Its keys or values, at `row` of find_slot.
+template <class Storage>
+RRT_DEVICE const Storage* at_slot(const CudaAttentionArgs& args, const void* cache, int kv_head, int64_t row) {
   return static_cast<const Storage*>(cache) + (row * args.num_kv_heads + kv_head) * args.head_dim;
 }
 
@@ -139,16 +148,24 @@ struct AttentionWarp {
 
   // Fills `queries` by `threads` threads, of which this is number `thread`; a barrier must follow.
   RRT_DEVICE void load_queries(int thread, int threads) const {
-    for (int i = thread; i < kMmaRows * Shared::kQueryStride; i += threads) {
-      const int row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
-      float value = 0;
-      if (row < tile.rows && column < HEAD_DIM) {
-        const Storage* head = static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
-                              tile.head(row) * args.q_head_stride;
-        value = rotated<float>(args.rope, tile.token(row), column,
-                               [&](int j) { return Half::widen(device::load_global(head + j)); });
+    constexpr int kSize = kMmaRows * Shared::kQueryStride, kBatch = 8;
+    for (int first = thread; first < kSize; first += kBatch * threads) {
+      float values[kBatch];  // loaded all at once: among the stores, each would be waited for
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + j * threads, row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
+        values[j] = 0;
+        if (row < tile.rows && column < HEAD_DIM) {
+          const Storage* head = static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
+                                tile.head(row) * args.q_head_stride;
+          values[j] = rotated<float>(args.rope, tile.token(row), column,
+                                     [&](int c) { return Half::widen(device::load_global(head + c)); });
+        }
       }
-      device::store_shared(queries + i, Half::narrow(value));
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j * threads < kSize) device::store_shared(queries + first + j * threads, Half::narrow(values[j]));
+      }
     }
   }
 
@@ -156,33 +173,51 @@ struct AttentionWarp {
     return reinterpret_cast<device::Vector*>(stages + stage * Shared::kStageBytes) + vector * 32 + lane;
   }
   RRT_DEVICE Storage* values(int stage, int slot) const {
-    return reinterpret_cast<Storage*>(stages + stage * Shared::kStageBytes + Shared::kKeyBytes) +
-           slot * Shared::kValueStride;
+    return reinterpret_cast<Storage*>(stages + stage * Shared::kStageBytes) + slot * Shared::kValueStride;
+  }
+
+  // find_slot of slot first + lane % 16, -1 from `end` on; the other lanes' come by shuffle_from.
+  RRT_DEVICE int64_t find_slots(int first, int end) const {
+    const int slot = first + lane % kMmaSlots;
+    return slot < end ? find_slot(args, tile.sequence, slot) : -1;
   }
 
   // Slots [first, first + kMmaSlots), zeros from `end` on.
-  RRT_DEVICE void fetch(int stage, int first, int end) const {
+  RRT_DEVICE void fetch_keys(int stage, int first, int end) const {
+    const int64_t mine = find_slots(first, end);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int slot = first + 8 * i + lane / 4;
-      const Storage* k = slot < end ? find_slot<Storage>(args, args.k_cache, tile.sequence, tile.kv_head, slot) : nullptr;
+      const int64_t row = device::shuffle_from(mine, 8 * i + lane / 4);
+      const Storage* k = at_slot<Storage>(args, args.k_cache, tile.kv_head, row);
 #pragma unroll
       for (int block = 0; block < Shared::kBlocks; ++block) {
         const int column = 32 * block + lane % 4 * 8;
-        const bool valid = k != nullptr && column < HEAD_DIM;
+        const bool valid = row >= 0 && column < HEAD_DIM;
         device::copy_async(keys(stage, i * Shared::kBlocks + block), valid ? k + column : args.k_cache, valid);
       }
     }
-    for (int i = lane; i < kMmaSlots * kColumnTiles; i += 32) {
-      const int slot = first + i / kColumnTiles, column = i % kColumnTiles * 8;
-      const Storage* v = slot < end ? find_slot<Storage>(args, args.v_cache, tile.sequence, tile.kv_head, slot) : nullptr;
-      auto* to = reinterpret_cast<device::Vector*>(values(stage, i / kColumnTiles) + column);
-      device::copy_async(to, v != nullptr ? v + column : args.v_cache, v != nullptr);
+  }
+
+  RRT_DEVICE void fetch_values(int stage, int first, int end) const {
+    const int64_t mine = find_slots(first, end);
+#pragma unroll
+    for (int j = 0; j < kMmaSlots * kColumnTiles / 32; ++j) {
+      const int i = lane + 32 * j, slot = i / kColumnTiles, column = i % kColumnTiles * 8;
+      const int64_t row = device::shuffle_from(mine, slot);
+      const Storage* v = at_slot<Storage>(args, args.v_cache, tile.kv_head, row);
+      device::copy_async(reinterpret_cast<device::Vector*>(values(stage, slot) + column),
+                         row >= 0 ? v + column : args.v_cache, row >= 0);
     }
   }
 
-  RRT_DEVICE void multiply(int stage, int first) {
-    float scores[2][4] = {};  // slots 8 i + lane % 4 * 2 and the next; rows as in `sums`
+  // Scores of the slots from `first` on against the keys of `stage`, in units of log 2: [i] has slots 8 i + lane % 4 * 2
+  // and the next, rows as in `sums`.
+  RRT_DEVICE void score(float (&scores)[2][4], int stage, int first, int end) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[i][j] = 0;
+    }
 #pragma unroll
     for (int block = 0; block < Shared::kBlocks; ++block) {
       const int column = 32 * block + lane % 4 * 8;
@@ -204,21 +239,35 @@ struct AttentionWarp {
       }
     }
 
+    const int missing = find_slots(first, end) < 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int slot = 8 * i + lane % 4 * 2 + j;
+        const bool is_missing = device::shuffle_from(missing, slot) != 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = lane / 4 + 8 * half;
+          float& score = scores[i][2 * half + j];
+          score *= static_cast<float>(args.scale) * kLog2E;
+          if (row >= tile.rows || first + slot >= tile.limit(row)) {
+            score = -INFINITY;
+          } else if (is_missing) {
+            score = NAN;
+          }
+        }
+      }
+    }
+  }
+
+  // Adds the values of `stage` by the weights that the scores make.
+  RRT_DEVICE void add_values(const float (&scores)[2][4], int stage) {
     float new_largest[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = lane / 4 + j / 2 * 8, slot = first + 8 * i + lane % 4 * 2 + j % 2;
-        float score = scores[i][j] * (static_cast<float>(args.scale) * kLog2E);
-        if (row >= tile.rows || slot >= tile.limit(row)) {
-          score = -INFINITY;
-        } else if (find_slot<Storage>(args, args.k_cache, tile.sequence, tile.kv_head, slot) == nullptr) {
-          score = NAN;
-        }
-        scores[i][j] = score;
-        new_largest[j / 2] = fmaxf(new_largest[j / 2], score);
-      }
+      for (int j = 0; j < 4; ++j) new_largest[j / 2] = fmaxf(new_largest[j / 2], scores[i][j]);
     }
     float shrink[2];
 #pragma unroll
@@ -258,8 +307,27 @@ struct AttentionWarp {
     }
   }
 
-  // Tiles `turn0`, `turn0` + `stride`, ... of the slots [begin, end).
-  RRT_DEVICE void attend(int begin, int end, int turn0, int stride) {
+  // Tiles `turn0`, `turn0` + `stride`, ... of the slots [begin, end). `before_queries` makes sure that these are there,
+  // while the first keys and values are under way.
+  template <class BeforeQueries>
+  RRT_DEVICE void attend(int begin, int end, int turn0, int stride, BeforeQueries before_queries) {
+    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kMmaSlots; };
+    // Step 2 t brings the keys of turn t, 2 t + 1 its values.
+    const auto fetch = [&](int step) {
+      const int first = slot_of(step / 2);
+      if (first < end && step % 2 == 0) fetch_keys(step % STAGES, first, end);
+      if (first < end && step % 2 == 1) fetch_values(step % STAGES, first, end);
+      device::copy_commit();
+    };
+    // This step's copies of every lane are here, and the stage of the step before has been read.
+    const auto next = [&](int step) {
+      device::copy_wait<STAGES - 2>();
+      device::warp_barrier();
+      fetch(step + STAGES - 1);
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+    before_queries();
 #pragma unroll
     for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
@@ -267,18 +335,12 @@ struct AttentionWarp {
     }
     largest[0] = largest[1] = -1e30f;  // finite, so that a row of which nothing is seen yet makes no NaN
     weights[0] = weights[1] = 0;
-    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kMmaSlots; };
-    const auto fetch_turn = [&](int turn) {
-      if (slot_of(turn) < end) fetch(turn % STAGES, slot_of(turn), end);
-      device::copy_commit();
-    };
-#pragma unroll
-    for (int turn = 0; turn < STAGES - 1; ++turn) fetch_turn(turn);
     for (int turn = 0; slot_of(turn) < end; ++turn) {
-      device::copy_wait<STAGES - 2>();
-      device::warp_barrier();  // every lane's copies are here, and the stage of the turn before has been read
-      fetch_turn(turn + STAGES - 1);
-      multiply(turn % STAGES, slot_of(turn));
+      float scores[2][4];
+      next(2 * turn);
+      score(scores, 2 * turn % STAGES, slot_of(turn), end);
+      next(2 * turn + 1);
+      add_values(scores, (2 * turn + 1) % STAGES);
     }
     device::copy_wait<0>();
 #pragma unroll
@@ -298,6 +360,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const int group = args.num_heads / args.num_kv_heads, tiles = (group + kMmaRows - 1) / kMmaRows;
   const int first = block.y % tiles * kMmaRows;
+  device::dependency_wait();
+  device::launch_dependents();
   const int context = device::load_global(args.context_lens + block.x);
   const int begin = block.z * kCudaSplitSlots;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
@@ -314,9 +378,10 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
                                                   {},
                                                   {},
                                                   {}};
-  if (context > 0) attention.load_queries(thread, kThreads);
-  device::block_barrier();
-  attention.attend(begin, end, warp, kWarps);
+  attention.attend(begin, end, warp, kWarps, [&] {
+    if (context > 0) attention.load_queries(thread, kThreads);
+    device::block_barrier();
+  });
 
   // [warp, row, HEAD_DIM + 2]: sums, the largest score, the weights.
   device::block_barrier();
@@ -413,9 +478,10 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
       {},
       {},
       {}};
-  attention.load_queries(lane, 32);
-  device::warp_barrier();
-  attention.attend(0, tile.limit(tile.rows - 1), 0, 1);
+  attention.attend(0, tile.limit(tile.rows - 1), 0, 1, [&] {
+    attention.load_queries(lane, 32);
+    device::warp_barrier();
+  });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;

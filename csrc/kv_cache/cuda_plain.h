@@ -25,6 +25,7 @@ template <class Number>
 RRT_DEVICE void write_body(const CudaWriteArgs& args) {
   using Storage = typename Number::Storage;
   using Acc = typename Number::Acc;
+  device::dependency_wait();
   const int row = device::block_index().x;
   const int64_t slot = device::load_global(args.slots + row);
   if (slot < 0 || slot >= args.num_slots) return;
@@ -44,6 +45,7 @@ template <class Number>
 RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
   using Storage = typename Number::Storage;
   using Acc = typename Number::Acc;
+  device::dependency_wait();
   const int lane = device::thread_index() % 32;
   const int64_t unit = static_cast<int64_t>(device::block_index().x) * kWarps + device::thread_index() / 32;
   if (unit >= static_cast<int64_t>(args.num_queries) * args.num_heads) return;
@@ -71,17 +73,18 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
   }
   Acc largest = static_cast<Acc>(-1e30), weights = 0;
   for (int slot = 0; slot < limit; ++slot) {
-    const Storage* k = find_slot<Storage>(args, args.k_cache, sequence, kv_head, slot);
-    const Storage* v = find_slot<Storage>(args, args.v_cache, sequence, kv_head, slot);
+    const int64_t at = find_slot(args, sequence, slot);
+    const Storage* k = at_slot<Storage>(args, args.k_cache, kv_head, at);
+    const Storage* v = at_slot<Storage>(args, args.v_cache, kv_head, at);
     Acc score = 0;
 #pragma unroll
     for (int i = 0; i < kMaxLaneColumns; ++i) {
       const int column = lane + 32 * i;
-      if (k != nullptr && column < args.head_dim) score += q[i] * Number::widen(device::load_global(k + column));
+      if (at >= 0 && column < args.head_dim) score += q[i] * Number::widen(device::load_global(k + column));
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) score += device::shuffle_xor(score, mask);
-    score = k == nullptr ? static_cast<Acc>(NAN) : score * static_cast<Acc>(args.scale * 1.44269504088896340736);
+    score = at < 0 ? static_cast<Acc>(NAN) : score * static_cast<Acc>(args.scale * 1.44269504088896340736);
     const Acc next = score > largest ? score : largest;
     const Acc shrink = device::exp2(largest - next), weight = device::exp2(score - next);
     largest = next;
@@ -90,7 +93,7 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
     for (int i = 0; i < kMaxLaneColumns; ++i) {
       const int column = lane + 32 * i;
       sums[i] *= shrink;
-      if (v != nullptr && column < args.head_dim) sums[i] += weight * Number::widen(device::load_global(v + column));
+      if (at >= 0 && column < args.head_dim) sums[i] += weight * Number::widen(device::load_global(v + column));
     }
   }
   Storage* to = static_cast<Storage*>(args.out) + unit * args.head_dim;

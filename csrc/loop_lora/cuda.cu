@@ -1,88 +1,137 @@
-// Launches of rrt::loop_lora_linear on CUDA: shrink, then expand, chained by programmatic dependent launch. The choice of kernel depends on the layer's shape, that of a tile also on
-// the number of rows, which changes no bit.
+// Launches of rrt::loop_lora_linear on CUDA: shrink, then the product, chained by programmatic dependent launch. The
+// choice of kernel and tile (cuda_tiles.h) depends on the number of rows too, which changes no bit.
+#include <algorithm>
+
 #include "cuda/launch.h"
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/cuda_plain.h"
+#include "loop_lora/cuda_tiles_measured.h"
 
 namespace rrt::loop_lora {
 namespace {
 
-template <class Half, int TILES, int TOKENS, int STAGES, bool SHRINK>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
-  decode_body<Half, TILES, TOKENS, STAGES, SHRINK>(args);
+constexpr int kSharedOfMultiprocessor = 164 << 10;  // an A100's, of which a block takes 1024 bytes more than it asks for
+
+template <class Half, int TOKENS, int STAGES, bool SHRINK>
+__global__ void __launch_bounds__(kColumnThreads, 2) column_kernel(const __grid_constant__ DecodeArgs args) {
+  column_body<Half, TOKENS, STAGES, SHRINK>(args);
+}
+
+template <class Half, int TOKENS, int STAGES>
+__global__ void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ DecodeArgs args) {
+  row_body<Half, TOKENS, STAGES>(args);
+}
+
+template <class Half>
+__global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const __grid_constant__ DecodeArgs args) {
+  add_parts_body<Half>(args);
 }
 
 template <class Number, bool SHRINK>
-__global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kPlainThreads, 1) plain_kernel(const __grid_constant__ DecodeArgs args) {
   plain_body<Number, SHRINK>(args);
 }
 
-// Shrink and expand. `rank_kernel` covers `rank_rows` ranks per block, `kernel` `rows` outputs.
-cudaError_t launch_both(void (*rank_kernel)(DecodeArgs), int rank_rows, int rank_shared, void (*kernel)(DecodeArgs),
-                        int rows, int shared, int tokens, const DecodeArgs& args, cudaStream_t stream) {
-  const unsigned token_tiles = cuda::ceil_div(args.m, tokens);
-  if (args.total_rank > 0) {
-    const dim3 grid(cuda::ceil_div(args.total_rank, rank_rows), args.num_loops, token_tiles);
-    const cudaError_t error = cuda::launch(rank_kernel, args, grid, kThreads, rank_shared, false, stream);
-    if (error != cudaSuccess) return error;
+// A kernel and what a block of it has.
+struct Instance {
+  void (*kernel)(DecodeArgs) = nullptr;
+  int threads, rows, tokens, shared_bytes;
+};
+
+// Of the smallest tile that holds m tokens.
+template <class Half, bool SHRINK>
+Instance column_instance(int64_t m) {
+#define RRT_INSTANCE(TOKENS, STAGES)                                                                           \
+  static_assert(column_shared_bytes<TOKENS, STAGES>() + 1024 <= kSharedOfMultiprocessor, "no block fits");     \
+  if (tile_tokens(m) == TOKENS) {                                                                              \
+    return {column_kernel<Half, TOKENS, STAGES, SHRINK>, kColumnThreads, kColumnRows, TOKENS,                  \
+            column_shared_bytes<TOKENS, STAGES>()};                                                            \
   }
-  const bool dependent = args.total_rank > 0 && cuda::has_dependent_launch();
-  const dim3 grid(cuda::ceil_div(args.n, rows), 1, token_tiles);
-  return cuda::launch(kernel, args, grid, kThreads, shared, dependent, stream);
+  RRT_COLUMN_TILES(RRT_INSTANCE)
+#undef RRT_INSTANCE
+  return {};
 }
 
-template <int TOKENS>
-constexpr int kNarrowStages = 0;
-#define RRT_STAGES(TILES, TOKENS, STAGES) \
-  template <>                             \
-  constexpr int kNarrowStages<TOKENS> = STAGES;
-RRT_NARROW_TILES(RRT_STAGES)
-#undef RRT_STAGES
-
-template <class Half, int TILES, int TOKENS, int STAGES>
-cudaError_t launch_decode(const DecodeArgs& args, cudaStream_t stream) {
-  constexpr int kRankStages = kNarrowStages<TOKENS>;
-  constexpr int kShared = decode_shared_bytes<TILES, TOKENS, STAGES>();
-  constexpr int kRankShared = decode_shared_bytes<1, TOKENS, kRankStages>();
-  static_assert(kShared <= 163 << 10 && kRankShared <= 163 << 10, "an A100 has no more");
-  return launch_both(decode_kernel<Half, 1, TOKENS, kRankStages, true>, 16, kRankShared,
-                     decode_kernel<Half, TILES, TOKENS, STAGES, false>, 16 * TILES, kShared, TOKENS, args, stream);
-}
-
-// The smallest tile that holds all tokens, or the largest.
 template <class Half>
-cudaError_t launch_decode_of(const DecodeArgs& args, bool wide, cudaStream_t stream) {
-  constexpr int kMaxTokens = 64;
-#define RRT_LAUNCH(TILES, TOKENS, STAGES) \
-  if (args.m <= TOKENS || TOKENS == kMaxTokens) return launch_decode<Half, TILES, TOKENS, STAGES>(args, stream);
-  if (wide) {
-    RRT_WIDE_TILES(RRT_LAUNCH)
-  } else {
-    RRT_NARROW_TILES(RRT_LAUNCH)
+Instance row_instance(int64_t m) {
+#define RRT_INSTANCE(TOKENS, STAGES)                                                                                \
+  static_assert(2 * (row_shared_bytes<TOKENS, STAGES>() + 1024) <= kSharedOfMultiprocessor, "two blocks must fit"); \
+  if (tile_tokens(m) == TOKENS) {                                                                                   \
+    return {row_kernel<Half, TOKENS, STAGES>, kRowThreads, kBlockRows, TOKENS, row_shared_bytes<TOKENS, STAGES>()}; \
   }
-#undef RRT_LAUNCH
-  return cudaErrorInvalidValue;
+  RRT_ROW_TILES(RRT_INSTANCE)
+#undef RRT_INSTANCE
+  return {};
+}
+
+cudaError_t launch(const Instance& instance, const DecodeArgs& args, int rows, int depth, bool dependent,
+                   cudaStream_t stream) {
+  const dim3 grid(cuda::ceil_div(rows, instance.rows) * cuda::ceil_div(args.m, instance.tokens), depth);
+  return cuda::launch(instance.kernel, args, grid, instance.threads, instance.shared_bytes, dependent, stream);
+}
+
+// `slices` blocks share the parts of a tile, and if they are several, `add` comes last. A kernel that waits for the one
+// before may be launched dependent, shrink on whatever came before the operator; without shrink the product must
+// not be: it reads x at once.
+cudaError_t launch_all(const Instance& shrink, const Instance& product, int slices, const Instance& add,
+                       const DecodeArgs& args, cudaStream_t stream) {
+  const bool dependent = cuda::has_dependent_launch(), has_rank = args.total_rank > 0;
+  cudaError_t error = cudaSuccess;
+  if (has_rank) error = launch(shrink, args, args.total_rank, args.num_loops, dependent, stream);
+  if (error == cudaSuccess) error = launch(product, args, args.n, slices, dependent && has_rank, stream);
+  if (error == cudaSuccess && slices > 1) {
+    const dim3 grid(cuda::ceil_div(static_cast<int64_t>(args.m) * args.n, add.threads));
+    error = cuda::launch(add.kernel, args, grid, add.threads, 0, dependent, stream);
+  }
+  return error;
+}
+
+template <class Half>
+cudaError_t launch_decode(const DecodeArgs& args, const Tiling& tiling, cudaStream_t stream) {
+  const Instance product =
+      tiling.kernel == DecodeKernel::kRows ? row_instance<Half>(args.m) : column_instance<Half, false>(args.m);
+  return launch_all(column_instance<Half, true>(args.m), product, tiling.slices,
+                    {add_parts_kernel<Half>, kAddThreads, 1, 1, 0}, args, stream);
 }
 
 template <class Number>
 cudaError_t launch_plain(const DecodeArgs& args, cudaStream_t stream) {
-  return launch_both(plain_kernel<Number, true>, kWarps, 0, plain_kernel<Number, false>, kWarps, 0, kPlainTokens, args,
-                     stream);
+  const auto instance = [](void (*kernel)(DecodeArgs)) -> Instance {
+    return {kernel, kPlainThreads, kPlainRows, kPlainTokens, 0};
+  };
+  return launch_all(instance(plain_kernel<Number, true>), instance(plain_kernel<Number, false>), 1, {}, args, stream);
+}
+
+bool segments_begin_at(const Params& p, int64_t multiple) {
+  return std::all_of(p.segments.begin(), p.segments.end(),
+                     [&](const Segment& segment) { return segment.out_begin % multiple == 0; });
 }
 
 bool fits_decode(const Params& p) {
-  bool fits = rows_are_vectors(p);
-  for (const Segment& segment : p.segments) fits = fits && segment.out_begin % 16 == 0;
-  return fits && p.num_loops <= kMaxLoops && p.segments.size() <= DecodeArgs::kMaxSegments;
+  return rows_are_vectors(p) && segments_begin_at(p, kColumnRows) && p.num_loops <= kMaxLoops &&
+         p.segments.size() <= DecodeArgs::kMaxSegments;
 }
 
-bool fits_wide_tiles(const Params& p) {
-  bool fits = p.n >= 8192;
-  for (const Segment& segment : p.segments) fits = fits && segment.out_begin % 64 == 0;
-  return fits;
+Tiling forced_tiling{DecodeKernel::kColumns, 0};  // slices 0: none is
+
+Tiling tiling_of(const Params& p) {
+  const bool rows_fit = segments_begin_at(p, kBlockRows);
+  const bool sums_fit = forced_tiling.slices == 1 || sum_bytes(p.m, p.n) <= kMaxSumBytes;
+  if (forced_tiling.slices > 0 && sums_fit && (rows_fit || forced_tiling.kernel == DecodeKernel::kColumns)) {
+    return forced_tiling;
+  }
+  return choose_tiling(kMeasuredTilings, cuda::device_facts().multiprocessors, p.n, p.k, p.m, rows_fit);
 }
 
 int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
+
+int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Of T; the parts' sums lie behind it.
+int64_t shrunk_bytes(const Params& p) {
+  const int64_t value_bytes = fits_decode(p) ? 2 : p.dtype == Dtype::kFloat64 ? 8 : 4;
+  return align(p.num_loops * padded_rows(p) * p.total_rank * value_bytes);
+}
 
 }  // namespace
 
@@ -95,10 +144,10 @@ bool rows_are_vectors(const Params& p) {
   return whole;
 }
 
-int64_t cuda_scratch_bytes(const Params& p) {
-  const int64_t value_bytes = fits_decode(p) ? 2 : p.dtype == Dtype::kFloat64 ? 8 : 4;
-  // Of 16 bytes, so that any element size divides it.
-  return (p.num_loops * padded_rows(p) * p.total_rank * value_bytes + 15) / 16 * 16;
+int64_t cuda_scratch_bytes(const Params& p, int device) {
+  const cuda::DeviceGuard guard(device);
+  const bool sums = fits_decode(p) && tiling_of(p).slices > 1;
+  return shrunk_bytes(p) + (sums ? sum_bytes(p.m, p.n) : 0);
 }
 
 const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
@@ -107,6 +156,8 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   if (p.m == 0 || p.n == 0) return nullptr;
   const cuda::DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
+  const bool decode = fits_decode(p);
+  const Tiling tiling = decode ? tiling_of(p) : Tiling{};
   DecodeArgs args{};
   args.x = p.x;
   args.x_stride = p.x_row_stride;
@@ -116,7 +167,8 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.bias_loop_stride = p.bias_loop_stride;
   args.lora_a = p.lora_a;
   args.lora_b = p.lora_b;
-  args.shrunk = call.shrunk;
+  args.shrunk = call.scratch;
+  args.part_sums = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + shrunk_bytes(p));
   args.y = p.y;
   args.m = static_cast<int>(p.m);
   args.n = static_cast<int>(p.n);
@@ -125,6 +177,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.total_rank = static_cast<int>(p.total_rank);
   args.b_stride = static_cast<int>(p.b_stride);
   args.padded_m = static_cast<int>(padded_rows(p));
+  args.parts_per_block = decode ? kParts / tiling.slices : 0;
   args.num_segments = static_cast<int>(p.segments.size());
   for (int s = 0; s < args.num_segments; ++s) {
     args.segment_out[s] = static_cast<int>(p.segments[s].out_begin);
@@ -132,14 +185,13 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
     args.segment_size[s] = static_cast<int>(p.segments[s].rank);
   }
   cudaError_t error = cudaErrorInvalidValue;
-  const bool decode = fits_decode(p), wide = fits_wide_tiles(p);
   switch (p.dtype) {
     case Dtype::kFloat32: error = launch_plain<device::Float32>(args, stream); break;
     case Dtype::kBFloat16:
-      error = decode ? launch_decode_of<device::BFloat16>(args, wide, stream) : launch_plain<device::BFloat16>(args, stream);
+      error = decode ? launch_decode<device::BFloat16>(args, tiling, stream) : launch_plain<device::BFloat16>(args, stream);
       break;
     case Dtype::kFloat16:
-      error = decode ? launch_decode_of<device::Float16>(args, wide, stream) : launch_plain<device::Float16>(args, stream);
+      error = decode ? launch_decode<device::Float16>(args, tiling, stream) : launch_plain<device::Float16>(args, stream);
       break;
     case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
   }
@@ -147,3 +199,10 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
 }
 
 }  // namespace rrt::loop_lora
+
+// For measurements: from now on every product that it fits is tiled so; slices 0: as chosen. Not for use while another
+// thread runs the operator.
+extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_tiling(int rows, int slices) {
+  using namespace rrt::loop_lora;
+  forced_tiling = {rows != 0 ? DecodeKernel::kRows : DecodeKernel::kColumns, slices};
+}

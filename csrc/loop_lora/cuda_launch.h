@@ -9,10 +9,10 @@ namespace rrt::loop_lora {
 struct CudaParams {
   const Params* params;
   const int32_t* loops;      // [m], on the device
-  void* shrunk;              // cuda_scratch_bytes of device memory, aligned to 16; null if there is no rank
+  void* scratch;             // cuda_scratch_bytes of device memory, aligned to 16; null if that is 0
 };
 
-int64_t cuda_scratch_bytes(const Params& params);
+int64_t cuda_scratch_bytes(const Params& params, int device);
 
 // Queues the kernels on `stream` (a cudaStream_t) of `device`: no allocation, no synchronisation. Returns null, or
 // what failed.

@@ -1,5 +1,5 @@
-// The plain kernel's body: fp32 and fp64, and whatever the decode kernel's 16-byte loads do not fit. One warp per output, its
-// lanes along the columns; a weight is read once for kPlainTokens rows. Like the decode kernel's, a row's sums
+// The plain kernel's body: fp32 and fp64, and whatever the decode kernels' 16-byte loads do not fit. One warp per output,
+// its lanes along the columns; a weight is read once for kPlainTokens rows. Like the decode kernels', a row's sums
 // have an order of their own, and shrink comes before expand.
 #pragma once
 
@@ -8,6 +8,7 @@
 namespace rrt::loop_lora {
 
 constexpr int kPlainTokens = 8;
+constexpr int kPlainRows = 8, kPlainThreads = 32 * kPlainRows;
 
 // The lanes' sums, added pairwise: the same in every lane.
 template <class Acc>
@@ -17,19 +18,23 @@ RRT_DEVICE Acc add_lanes(Acc sum) {
   return sum;
 }
 
-// SHRINK: block (ranks, loop, token tile) writes T in the accumulation type; else block (outputs, 0, token tile) writes y.
+// Block (ranks and token tile, loop) of shrink, which writes T in the accumulation type; else (outputs and token tile).
 template <class Number, bool SHRINK>
 RRT_DEVICE void plain_body(const DecodeArgs& args) {
   using Storage = typename Number::Storage;
   using Acc = typename Number::Acc;
   const device::Index block = device::block_index();
   const int lane = device::thread_index() % 32;
-  const int row = block.x * kWarps + device::thread_index() / 32;
-  const int token_begin = block.z * kPlainTokens;
+  const int token_tiles = (args.m + kPlainTokens - 1) / kPlainTokens;
+  const int row = block.x / token_tiles * kPlainRows + device::thread_index() / 32;
+  const int token_begin = block.x % token_tiles * kPlainTokens;
   const int tokens = args.m - token_begin < kPlainTokens ? args.m - token_begin : kPlainTokens;
   if (SHRINK) {
+    device::dependency_wait();
     device::launch_dependents();
-    if ((loops_present(args.loops, token_begin, tokens, args.num_loops) >> block.y & 1) == 0) return;
+    bool present = false;
+    for (int i = 0; i < tokens; ++i) present |= device::load_global(args.loops + token_begin + i) == block.y;
+    if (!present) return;
   }
   if (row >= (SHRINK ? args.total_rank : args.n)) return;
 

@@ -35,14 +35,14 @@ cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool de
 }
 
 template <class Half>
-cudaError_t launch_both(const PrefillArgs& args, const void* lora_a, void* shrunk, int device, cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && args.total_rank > 0) {
-    error = launch_prefill<Half>(shrink_args(args, lora_a, shrunk), multiprocessors, false, stream);
+cudaError_t launch_both(const PrefillArgs& args, const void* lora_a, void* shrunk, cudaStream_t stream) {
+  const auto [multiprocessors, dependent] = cuda::device_facts();
+  if (args.total_rank > 0) {
+    const cudaError_t error =
+        launch_prefill<Half>(shrink_args(args, lora_a, shrunk), multiprocessors, false, stream);
+    if (error != cudaSuccess) return error;
   }
-  if (error != cudaSuccess) return error;
-  return launch_prefill<Half>(args, multiprocessors, args.total_rank > 0 && cuda::has_dependent_launch(), stream);
+  return launch_prefill<Half>(args, multiprocessors, args.total_rank > 0 && dependent, stream);
 }
 
 }  // namespace
@@ -79,8 +79,8 @@ const char* run_cuda_prefill(const Params& p, int64_t loop, void* shrunk, int de
   const void* lora_a = of_loop(p.lora_a, p.total_rank * p.k);
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   return cuda::error_text(p.dtype == Dtype::kBFloat16
-                              ? launch_both<device::BFloat16>(args, lora_a, shrunk, device, stream)
-                              : launch_both<device::Float16>(args, lora_a, shrunk, device, stream));
+                              ? launch_both<device::BFloat16>(args, lora_a, shrunk, stream)
+                              : launch_both<device::Float16>(args, lora_a, shrunk, stream));
 }
 
 }  // namespace rrt::loop_lora

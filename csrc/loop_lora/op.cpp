@@ -181,11 +181,12 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
 // The loops' values stay on the device: a row whose loop lies outside [0, num_loops) becomes NaN.
 Tensor launch_rows(const Checks& check, const Call& call, const Tensor& loops) {
   const Tensor adjacent = torch::stable::contiguous(loops);
-  const int64_t shrunk_size[] = {loop_lora::cuda_scratch_bytes(call.params) / static_cast<int64_t>(sizeof(int32_t))};
-  const Tensor shrunk = torch::stable::new_empty(adjacent, shrunk_size);
   const int32_t device = call.x.get_device_index();
+  const int64_t scratch_size[] = {loop_lora::cuda_scratch_bytes(call.params, device) /
+                                  static_cast<int64_t>(sizeof(int32_t))};
+  const Tensor scratch = torch::stable::new_empty(adjacent, scratch_size);
   const char* error =
-      loop_lora::run_cuda({&call.params, adjacent.const_data_ptr<int32_t>(), shrunk.mutable_data_ptr()}, device,
+      loop_lora::run_cuda({&call.params, adjacent.const_data_ptr<int32_t>(), scratch.mutable_data_ptr()}, device,
                           current_cuda_stream(device));
   if (error != nullptr) check.fail("CUDA: ", error);
   return call.y;

@@ -120,15 +120,17 @@ struct Problem {
             dependent};
   }
 
+  // Decode and combine may read what the kernels before them write, but not before dependency_wait.
   std::vector<emulation::Region> regions(bool combine = false) const {
-    return {region("q", q),
-            region("k", k_cache),
-            region("v", v_cache),
-            region("tables", tables),
-            region("query_start", query_start),
-            region("contexts", shape.contexts),
-            region("positions", positions),
-            region("cos_sin", cos_sin),
+    const auto dependent = [&](const char* name, const auto& data) { return region(name, data, false, decode); };
+    return {dependent("q", q),
+            dependent("k", k_cache),
+            dependent("v", v_cache),
+            dependent("tables", tables),
+            dependent("query_start", query_start),
+            dependent("contexts", shape.contexts),
+            dependent("positions", positions),
+            dependent("cos_sin", cos_sin),
             region("out", out, true),
             region("partial", partial, !combine, combine)};
   }
@@ -325,7 +327,8 @@ void test_faults_are_noticed() {
                 {Sabotage::kSkipWarpBarrier, "race"},
                 {Sabotage::kSkipCopyWait, "before the copy"},
                 {Sabotage::kSkipDependencyWait, "before dependency_wait"},
-                {Sabotage::kWrongLaneMap, ""}};
+                {Sabotage::kWrongLaneMap, ""},
+                {Sabotage::kWrongRows, ""}};
   for (const auto& fault : faults) {
     Problem<device::BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
     const std::string violation = attend<device::BFloat16, 64, 3>(problem, 1, fault.sabotage).violation;
@@ -350,14 +353,11 @@ void test_a_page_that_is_not_there_makes_nan() {
 }  // namespace
 
 int main() {
-  test_instance<device::BFloat16, 64, 4>("bf16 64", 6e-3);
-  test_instance<device::BFloat16, 80, 4>("bf16 80", 6e-3);
-  test_instance<device::BFloat16, 128, 4>("bf16 128", 6e-3);
-  test_instance<device::BFloat16, 256, 2>("bf16 256", 6e-3);
-  test_instance<device::Float16, 64, 4>("fp16 64", 1e-3);
-  test_instance<device::Float16, 80, 4>("fp16 80", 1e-3);
-  test_instance<device::Float16, 128, 4>("fp16 128", 1e-3);
-  test_instance<device::Float16, 256, 2>("fp16 256", 1e-3);
+#define RRT_TEST(HEAD_DIM, STAGES)                                           \
+  test_instance<device::BFloat16, HEAD_DIM, STAGES>("bf16 " #HEAD_DIM, 6e-3); \
+  test_instance<device::Float16, HEAD_DIM, STAGES>("fp16 " #HEAD_DIM, 1e-3);
+  RRT_HEAD_DIMS(RRT_TEST)
+#undef RRT_TEST
   test_plain<device::Float32>("fp32 plain", 1e-5);
   test_plain<device::Float64>("fp64 plain", 1e-12);
   test_plain<device::BFloat16>("bf16 plain", 6e-3);

@@ -1,10 +1,11 @@
-// The CUDA decode kernel's body under emulation, against sums in double; see emulation/device.h.
+// The CUDA decode kernels' bodies under emulation, against sums in double; see emulation/device.h.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "loop_lora/cuda_plain.h"
@@ -42,6 +43,7 @@ struct Problem {
   // Aligned to 16 by the allocator, as torch aligns.
   std::vector<Storage> x, weight, bias, lora_a, lora_b, shrunk, y;
   std::vector<typename Half::Acc> plain_shrunk;
+  std::vector<float> part_sums;
 
   Problem(const Shape& s, uint64_t seed) : shape(s), padded_m((s.m + 7) / 8 * 8) {
     for (int rank : s.segment_rank) {
@@ -62,6 +64,7 @@ struct Problem {
     for (int i = 0; i < s.m; ++i) loops.push_back(static_cast<int32_t>(random() % s.num_loops));
     shrunk.assign(int64_t{s.num_loops} * padded_m * total_rank, Half::narrow(NAN));
     y.assign(int64_t{s.m} * s.n, Half::narrow(NAN));
+    part_sums.assign(kParts * y.size(), NAN);
   }
 
   DecodeArgs args() {
@@ -75,6 +78,7 @@ struct Problem {
     a.lora_a = lora_a.data();
     a.lora_b = lora_b.data();
     a.shrunk = shrunk.data();
+    a.part_sums = part_sums.data();
     a.y = y.data();
     a.m = shape.m;
     a.n = shape.n;
@@ -101,10 +105,19 @@ struct Problem {
             dependent};
   }
 
-  std::vector<emulation::Region> regions(bool shrink) {
-    return {region("x", x, false),         region("loops", loops, false),   region("weight", weight, false),
-            region("bias", bias, false),   region("lora_a", lora_a, false), region("lora_b", lora_b, false),
-            region("shrunk", shrunk, shrink, !shrink), region("y", y, !shrink)};
+  // What a kernel may write, and what only after dependency_wait: the results of the kernel before. Shrink's is unknown.
+  enum class Stage { kShrink, kProduct, kAddParts };
+  std::vector<emulation::Region> regions(Stage stage) {
+    const bool shrink = stage == Stage::kShrink, product = stage == Stage::kProduct, add = stage == Stage::kAddParts;
+    return {region("x", x, false, shrink),
+            region("loops", loops, false, shrink),
+            region("weight", weight, false, shrink),
+            region("bias", bias, false, shrink),
+            region("lora_a", lora_a, false, shrink),
+            region("lora_b", lora_b, false, shrink),
+            region("shrunk", shrunk, shrink, product),
+            region("part_sums", part_sums, product, add),
+            region("y", y, !shrink)};
   }
 
   // The definition in double, from T rounded as the kernel rounds it.
@@ -149,25 +162,61 @@ struct Problem {
 };
 
 struct Outcome {
-  emulation::Report shrink, expand;
-  std::string violation() const { return shrink.violation.empty() ? expand.violation : shrink.violation; }
+  emulation::Report shrink, product, add;
+  std::string violation() const {
+    for (const emulation::Report* report : {&shrink, &product, &add}) {
+      if (!report->violation.empty()) return report->violation;
+    }
+    return "";
+  }
 };
 
-template <class Half, int TILES, int TOKENS, int STAGES>
+int ceil_div(int size, int tile) { return (size + tile - 1) / tile; }
+
+// The column kernel.
+struct Columns {
+  template <class Half, int TOKENS, int STAGES>
+  static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
+                                   emulation::Sabotage sabotage) {
+    return emulation::run({{ceil_div(args.n, kColumnRows) * ceil_div(args.m, TOKENS), 1, 1}, kColumnThreads,
+                           column_shared_bytes<TOKENS, STAGES>(), seed,
+                           problem.regions(Problem<Half>::Stage::kProduct), sabotage},
+                          [&] { column_body<Half, TOKENS, STAGES, false>(args); });
+  }
+  static constexpr int kSlices = 1;
+};
+
+template <int SLICES>
+struct Rows {
+  template <class Half, int TOKENS, int STAGES>
+  static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
+                                   emulation::Sabotage sabotage) {
+    return emulation::run({{ceil_div(args.n, kBlockRows) * ceil_div(args.m, TOKENS), SLICES, 1}, kRowThreads,
+                           row_shared_bytes<TOKENS, STAGES>(), seed,
+                           problem.regions(Problem<Half>::Stage::kProduct), sabotage},
+                          [&] { row_body<Half, TOKENS, STAGES>(args); });
+  }
+  static constexpr int kSlices = SLICES;
+};
+
+template <class Half, class Kernel, int TOKENS, int STAGES>
 Outcome launch(Problem<Half>& problem, uint64_t seed = 1, emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
-  const DecodeArgs args = problem.args();
-  const int token_tiles = (args.m + TOKENS - 1) / TOKENS;
-  const int shared = decode_shared_bytes<TILES, TOKENS, STAGES>();
-  const auto tiles_of = [](int rows) { return (rows + 16 * TILES - 1) / (16 * TILES); };
+  using Stage = typename Problem<Half>::Stage;
+  DecodeArgs args = problem.args();
+  args.parts_per_block = kParts / Kernel::kSlices;
   Outcome outcome;
   if (args.total_rank > 0) {
-    outcome.shrink = emulation::run({{tiles_of(args.total_rank), args.num_loops, token_tiles}, kThreads, shared, seed,
-                                     problem.regions(true), sabotage},
-                                    [&] { decode_body<Half, TILES, TOKENS, STAGES, true>(args); });
+    outcome.shrink = emulation::run(
+        {{ceil_div(args.total_rank, kColumnRows) * ceil_div(args.m, TOKENS), args.num_loops, 1}, kColumnThreads,
+         column_shared_bytes<TOKENS, STAGES>(), seed, problem.regions(Stage::kShrink), sabotage},
+        [&] { column_body<Half, TOKENS, STAGES, true>(args); });
     if (!outcome.shrink.violation.empty()) return outcome;
   }
-  outcome.expand = emulation::run({{tiles_of(args.n), 1, token_tiles}, kThreads, shared, seed, problem.regions(false), sabotage},
-                                  [&] { decode_body<Half, TILES, TOKENS, STAGES, false>(args); });
+  outcome.product = Kernel::template product<Half, TOKENS, STAGES>(problem, args, seed, sabotage);
+  if (!outcome.product.violation.empty() || Kernel::kSlices == 1) return outcome;
+  outcome.add = emulation::run({{ceil_div(args.m * args.n, kAddThreads), 1, 1}, kAddThreads, 0, seed,
+                                problem.regions(Stage::kAddParts), sabotage},
+                               [&] { add_parts_body<Half>(args); });
   return outcome;
 }
 
@@ -183,39 +232,39 @@ double relative_error(const Problem<Half>& problem) {
   return std::sqrt(error / norm);
 }
 
+// The first output of every segment but the first is a multiple of `kBlockRows`, so that both kernels take them.
 const std::vector<Shape> kShapes = {
-    {1, 64, 256, 1, {64}, {32}, false, 1},
-    {5, 80, 264, 2, {80}, {8}, true, 1},
-    {8, 128, 512, 3, {64, 64}, {64, 24}, true, 3},
-    {3, 64, 1032, 2, {64}, {0}, false, 1},
-    {13, 64, 96, 3, {64}, {304}, true, 1},
-    {9, 72, 8, 2, {72}, {16}, false, 1},
-    {37, 64, 128, 4, {64}, {40}, false, 1},
+    {5, 80, 264, 2, {80}, {8}, true, 1},     {1, 64, 256, 1, {64}, {32}, false, 1},
+    {8, 144, 520, 3, {128, 16}, {64, 24}, true, 3}, {3, 16, 1032, 2, {16}, {0}, false, 1},
+    {13, 64, 96, 3, {64}, {304}, true, 1},   {9, 72, 8, 2, {72}, {16}, false, 1},
+    {37, 64, 128, 4, {64}, {40}, false, 1},  {64, 16, 64, 2, {16}, {8}, false, 2},
 };
 
 template <class Number>
 void test_plain(const char* name, double tolerance) {
   std::vector<Shape> shapes = kShapes;
   shapes.push_back({11, 37, 45, 3, {30, 7}, {5, 3}, true, 3});
+  shapes.push_back({9, 8, 16, 40, {8}, {8}, false, 1});  // more loops than the decode kernels' mask has bits
   for (const Shape& shape : shapes) {
     Problem<Number> problem(shape, 7);
     problem.plain_shrunk.assign(problem.shrunk.size(), NAN);
     DecodeArgs args = problem.args();
     args.shrunk = problem.plain_shrunk.data();
     const auto regions = [&](bool shrink) {
-      std::vector<emulation::Region> all = problem.regions(shrink);
+      using Stage = typename Problem<Number>::Stage;
+      std::vector<emulation::Region> all = problem.regions(shrink ? Stage::kShrink : Stage::kProduct);
       all[6] = Problem<Number>::region("shrunk", problem.plain_shrunk, shrink, !shrink);
       return all;
     };
-    const int token_tiles = (args.m + kPlainTokens - 1) / kPlainTokens;
+    const int token_tiles = ceil_div(args.m, kPlainTokens);
     emulation::Report report;
     if (args.total_rank > 0) {
-      report = emulation::run({{(args.total_rank + kWarps - 1) / kWarps, args.num_loops, token_tiles}, kThreads, 0, 1,
-                               regions(true)},
+      report = emulation::run({{ceil_div(args.total_rank, kPlainRows) * token_tiles, args.num_loops, 1}, kPlainThreads,
+                               0, 1, regions(true)},
                               [&] { plain_body<Number, true>(args); });
     }
     if (report.violation.empty()) {
-      report = emulation::run({{(args.n + kWarps - 1) / kWarps, 1, token_tiles}, kThreads, 0, 1, regions(false)},
+      report = emulation::run({{ceil_div(args.n, kPlainRows) * token_tiles, 1, 1}, kPlainThreads, 0, 1, regions(false)},
                               [&] { plain_body<Number, false>(args); });
     }
     EXPECT(report.violation.empty(), "%s m=%d n=%d k=%d: %s", name, shape.m, shape.n, shape.k, report.violation.c_str());
@@ -225,12 +274,12 @@ void test_plain(const char* name, double tolerance) {
   }
 }
 
-template <class Half, int TILES, int TOKENS, int STAGES>
-void test_instance(const char* name, double tolerance, size_t every) {
-  for (size_t i = 0; i < kShapes.size(); i += every) {
+template <class Half, class Kernel, int TOKENS, int STAGES>
+void test_instance(const char* name, double tolerance, size_t first, size_t step) {
+  for (size_t i = first; i < kShapes.size(); i += step) {
     const Shape& shape = kShapes[i];
     Problem<Half> problem(shape, 7);
-    const Outcome outcome = launch<Half, TILES, TOKENS, STAGES>(problem);
+    const Outcome outcome = launch<Half, Kernel, TOKENS, STAGES>(problem);
     EXPECT(outcome.violation().empty(), "%s m=%d n=%d k=%d: %s", name, shape.m, shape.n, shape.k, outcome.violation().c_str());
     if (!outcome.violation().empty()) continue;
     const double error = relative_error(problem);
@@ -240,25 +289,40 @@ void test_instance(const char* name, double tolerance, size_t every) {
     if (shape.m > TOKENS) continue;
     const int64_t loops = problem.present_loops();
     const auto bytes = [](int64_t elements) { return 2 * elements; };
-    EXPECT(outcome.expand.bytes_read("weight") == bytes(int64_t{shape.n} * shape.k), "%s", name);
+    EXPECT(outcome.product.bytes_read("weight") == bytes(int64_t{shape.n} * shape.k), "%s", name);
     int64_t b_elements = 0;
     for (size_t s = 0; s < shape.segment_out.size(); ++s) b_elements += int64_t{shape.segment_out[s]} * shape.segment_rank[s];
-    EXPECT(outcome.expand.bytes_read("lora_b") == bytes(loops * b_elements), "%s", name);
+    EXPECT(outcome.product.bytes_read("lora_b") == bytes(loops * b_elements), "%s", name);
     if (problem.total_rank > 0) {
       EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
+    }
+    // What is not in the floor: x once per tile of outputs, and the sums of parts where blocks share them.
+    const int rows = std::is_same_v<Kernel, Columns> ? kColumnRows : kBlockRows;
+    EXPECT(outcome.product.bytes_read("x") == bytes(int64_t{shape.m} * shape.k * ceil_div(shape.n, rows)), "%s", name);
+    if (Kernel::kSlices > 1) {
+      EXPECT(outcome.add.bytes_read("part_sums") == int64_t{4} * kParts * shape.m * shape.n, "%s", name);
     }
   }
 }
 
-// A row has the same bits alone, in any order, and under any tiling.
+// A row has the same bits alone, in any order, under any tiling and either kernel.
 template <class Half>
 void test_row_independence() {
-  const Shape shape{13, 64, 520, 3, {64}, {72}, true, 1};
+  const Shape shape{9, 144, 520, 3, {128, 16}, {72, 264}, true, 1};
   Problem<Half> whole(shape, 11);
-  launch<Half, 1, 16, 4>(whole);
-  Problem<Half> tiled(shape, 11);
-  launch<Half, 4, 8, 3>(tiled, 5);
-  EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "tiles change bits");
+  launch<Half, Columns, 16, 6>(whole);
+  uint64_t seed = 5;
+  const auto expect_the_same = [&](const char* name, auto tiled_launch) {
+    Problem<Half> tiled(shape, 11);
+    tiled_launch(tiled, ++seed);
+    EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "%s changes bits", name);
+  };
+#define RRT_SAME(TOKENS, STAGES)                                                                                       \
+  expect_the_same("columns x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Columns, TOKENS, STAGES>(p, s); });     \
+  expect_the_same("rows x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<1>, TOKENS, STAGES>(p, s); });        \
+  expect_the_same("8 slices x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<8>, TOKENS, STAGES>(p, s); });
+  RRT_ROW_TILES(RRT_SAME)
+#undef RRT_SAME
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
     one.m = 1;
@@ -270,48 +334,59 @@ void test_row_independence() {
     alone.lora_b = whole.lora_b;
     alone.x.assign(whole.x.begin() + row * shape.k, whole.x.begin() + (row + 1) * shape.k);
     alone.loops = {whole.loops[row]};
-    launch<Half, 1, 8, 4>(alone);
+    launch<Half, Columns, 8, 8>(alone);
     EXPECT(std::memcmp(alone.y.data(), whole.y.data() + row * shape.n, shape.n * 2) == 0, "row %d", row);
   }
 }
 
-void test_faults_are_noticed() {
+// `barrier`: what a product without barriers is first found to do.
+template <class Kernel>
+void test_faults_are_noticed(const char* barrier) {
   using emulation::Sabotage;
   const Shape shape{8, 64, 2048, 2, {64}, {64}, false, 1};
   const struct {
     Sabotage sabotage;
     const char* report;  // empty: only the numbers tell
-  } faults[] = {{Sabotage::kSkipBarrier, "race"},
+  } faults[] = {{Sabotage::kSkipBarrier, barrier},
                 {Sabotage::kSkipCopyWait, "before the copy"},
                 {Sabotage::kSkipDependencyWait, "before dependency_wait"},
                 {Sabotage::kWrongLaneMap, ""}};
   for (const auto& fault : faults) {
+    // Shrink is sound, the product is not.
     Problem<device::BFloat16> problem(shape, 3);
-    const std::string violation = launch<device::BFloat16, 1, 8, 4>(problem, 1, fault.sabotage).violation();
+    launch<device::BFloat16, Kernel, 8, 8>(problem);
+    DecodeArgs args = problem.args();
+    args.parts_per_block = kParts / Kernel::kSlices;
+    const std::string violation =
+        Kernel::template product<device::BFloat16, 8, 8>(problem, args, 1, fault.sabotage).violation;
     if (*fault.report) {
       EXPECT(violation.find(fault.report) != std::string::npos, "expected '%s', found '%s'", fault.report, violation.c_str());
     } else {
       EXPECT(violation.empty() && relative_error(problem) > 0.1, "found '%s'", violation.c_str());
     }
   }
+  Problem<device::BFloat16> problem(shape, 3);
+  const std::string early = launch<device::BFloat16, Kernel, 8, 8>(problem, 1, Sabotage::kSkipDependencyWait).shrink.violation;
+  EXPECT(early.find("before dependency_wait") != std::string::npos, "found '%s'", early.c_str());
 }
 
 }  // namespace
 
 int main() {
-#define RRT_TEST(TILES, TOKENS, STAGES)                                                              \
-  test_instance<device::BFloat16, TILES, TOKENS, STAGES>("bf16 " #TILES " x " #TOKENS, 4e-3, 1);     \
-  test_instance<device::Float16, TILES, TOKENS, STAGES>("fp16 " #TILES " x " #TOKENS, 5e-4, 3);
-  RRT_NARROW_TILES(RRT_TEST)
-  RRT_WIDE_TILES(RRT_TEST)
-#undef RRT_TEST
+#define RRT_TEST(KERNEL, TOKENS, STAGES)                                                             \
+  test_instance<device::BFloat16, KERNEL, TOKENS, STAGES>("bf16 " #KERNEL " x " #TOKENS, 4e-3, 0, 2);   \
+  test_instance<device::Float16, KERNEL, TOKENS, STAGES>("fp16 " #KERNEL " x " #TOKENS, 5e-4, 1, 4);
+#define RRT_TEST_COLUMNS(TOKENS, STAGES) RRT_TEST(Columns, TOKENS, STAGES)
+#define RRT_TEST_ROWS(TOKENS, STAGES) RRT_TEST(Rows<1>, TOKENS, STAGES) RRT_TEST(Rows<4>, TOKENS, STAGES)
+  RRT_COLUMN_TILES(RRT_TEST_COLUMNS)
+  RRT_ROW_TILES(RRT_TEST_ROWS)
   test_plain<device::Float32>("fp32 plain", 1e-6);
   test_plain<device::Float64>("fp64 plain", 1e-6);  // the reference here rounds T to float
   test_plain<device::BFloat16>("bf16 plain", 4e-3);
   test_plain<device::Float16>("fp16 plain", 5e-4);
   test_row_independence<device::BFloat16>();
-  test_row_independence<device::Float16>();
-  test_faults_are_noticed();
+  test_faults_are_noticed<Columns>("before the copy");
+  test_faults_are_noticed<Rows<1>>("race");
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;
 }

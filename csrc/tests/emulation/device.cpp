@@ -53,6 +53,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   bool done = false;
   bool dependency_met = false;
+  const int64_t* awaited = nullptr;  // not to be resumed before this counter differs from `seen`
+  int64_t seen = 0;
   std::vector<Copy> open_group;
   std::vector<std::vector<Copy>> groups;
 };
@@ -89,6 +91,14 @@ struct Machine {
 
   // Back to the scheduler, to be resumed later.
   void yield() { swapcontext(&thread().context, &scheduler); }
+
+  // Until the counter, which other threads advance, differs from `seen`.
+  void await(const int64_t& counter, int64_t seen) {
+    thread().awaited = &counter;
+    thread().seen = seen;
+    if (counter == seen) yield();
+    thread().awaited = nullptr;
+  }
 
   void complete(Copy& copy) {
     std::memcpy(copy.shared, copy.bytes, copy.size);
@@ -150,8 +160,10 @@ void run_block(std::mt19937_64& random) {
     const int64_t before = m.progress;
     bool all_done = true;
     for (int index : order) {
-      if (m.threads[index].done) continue;
+      const Thread& thread = m.threads[index];
+      if (thread.done) continue;
       all_done = false;
+      if (thread.awaited != nullptr && *thread.awaited == thread.seen) continue;
       m.current = index;
       swapcontext(&m.scheduler, &m.threads[index].context);
       if (!m.violation.empty()) return;
@@ -297,7 +309,7 @@ void block_barrier() {
     m.at_barrier = 0;
     m.epoch++;
   }
-  while (m.epoch == phase) m.yield();
+  m.await(m.epoch, phase);
 }
 
 void warp_barrier() {
@@ -311,7 +323,7 @@ void warp_barrier() {
     warp.phase++;
     warp.epoch++;
   }
-  while (warp.phase == phase) m.yield();
+  m.await(warp.phase, phase);
 }
 
 void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
@@ -327,7 +339,8 @@ void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         uint16_t pair[2];
         for (int i = 0; i < 2; ++i) {
-          const char* row = static_cast<const char*>(warp.rows[8 * matrix + l % 4 * 2 + i]);
+          const int swapped = m.launch->sabotage == Sabotage::kWrongRows ? 1 - i : i;
+          const char* row = static_cast<const char*>(warp.rows[8 * matrix + l % 4 * 2 + swapped]);
           std::memcpy(&pair[i], row + l / 4 * 2, 2);
         }
         warp.words[l][matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
@@ -336,11 +349,11 @@ void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
     warp.arrived = 0;
     warp.phase++;
   }
-  while (warp.phase == phase) m.yield();
+  m.await(warp.phase, phase);
   std::memcpy(to, warp.words[lane], sizeof(to));
 }
 
-double shuffle_xor(double value, int mask) {
+double shuffle_from(double value, int source) {
   Machine& m = *machine;
   const int lane = m.current % kLanes;
   Warp& warp = m.warps[m.current / kLanes];
@@ -352,8 +365,8 @@ double shuffle_xor(double value, int mask) {
     warp.arrived = 0;
     warp.phase++;
   }
-  while (warp.phase == phase) m.yield();
-  return warp.shuffled[lane ^ mask][phase % 2];
+  m.await(warp.phase, phase);
+  return warp.shuffled[source][phase % 2];
 }
 
 void launch_dependents() {}
@@ -399,7 +412,7 @@ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     warp.arrived = 0;
     warp.phase++;
   }
-  while (warp.phase == phase) m.yield();
+  m.await(warp.phase, phase);
   std::memcpy(d, warp.d[lane], sizeof(d));
 }
 

@@ -44,7 +44,7 @@ struct Region {
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
-enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kSkipWarpBarrier, kWrongLaneMap };
+enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kSkipWarpBarrier, kWrongLaneMap, kWrongRows };
 
 struct Report {
   std::string violation;  // empty: none
@@ -75,7 +75,7 @@ void copy_async(void* shared, const void* global, int64_t size, bool valid);
 void copy_commit();
 void copy_wait(int groups);
 void block_barrier();
-double shuffle_xor(double value, int mask);
+double shuffle_from(double value, int source);
 void warp_barrier();
 void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row);
 void launch_dependents();
@@ -132,8 +132,12 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) 
 inline float exp2(float value) { return std::exp2(value); }
 inline double exp2(double value) { return std::exp2(value); }
 template <class T>
+T shuffle_from(T value, int source) {
+  return static_cast<T>(emulation::shuffle_from(value, source));
+}
+template <class T>
 T shuffle_xor(T value, int mask) {
-  return static_cast<T>(emulation::shuffle_xor(value, mask));
+  return shuffle_from(value, thread_index() % 32 ^ mask);
 }
 inline void dependency_wait() { emulation::dependency_wait(); }
 inline void launch_dependents() { emulation::launch_dependents(); }

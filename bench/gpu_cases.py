@@ -1,0 +1,162 @@
+"""Every CUDA kernel instance once, on small shapes, against the references: python bench/gpu_cases.py
+
+What compute-sanitizer runs (bench/gpu.sh sanitize): few launches, and memory straight from the driver, so that an
+access beside a tensor is one beside an allocation. --device cpu runs the same cases on the CPU's kernels.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.linear_cases import AGREEMENT, mixed_loops, normal
+from rrt import ops
+from rrt._build import force_tiling
+from rrt.cli import run_command
+from rrt.errors import UserError
+
+CPU = torch.device("cpu")
+HALVES = (torch.bfloat16, torch.float16)
+ALL_DTYPES = (torch.float32, torch.float64, *HALVES)
+
+TILINGS: tuple[tuple[bool, int], ...] = ((False, 1), (True, 1), (True, 2), (True, 4), (True, 8))
+"""Of `force_tiling`: whether by rows, and slices."""
+
+
+def linear(
+    rows: int, inputs: int, segments: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of loop_lora_linear on the CPU: two of three loops present."""
+    outputs, loops = sum(segments), 3
+    return {
+        "x": normal((rows, inputs), 1, dtype, CPU),
+        "weight": normal((outputs, inputs), inputs, dtype, CPU),
+        "bias": normal((loops, outputs), 1, dtype, CPU),
+        "lora_a": normal((loops, sum(ranks), inputs), inputs, dtype, CPU),
+        "lora_b": normal((loops, outputs, max(ranks)), max(1, *ranks), dtype, CPU),
+        "loops": mixed_loops(rows, 2),
+        "segment_out": segments,
+        "segment_rank": ranks,
+    }
+
+
+def to_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    # One tile of tokens of each size, and then two; the last tile of outputs is not full.
+    for dtype, rows in itertools.product(HALVES, (7, 16, 31, 64, 70)):
+        arguments = linear(rows, 264, (128, 40), (40, 8), dtype)
+        expected = ops.loop_lora_linear_reference(**arguments)
+        for by_rows, slices in TILINGS if device.type == "cuda" else TILINGS[:1]:
+            force_tiling(by_rows, slices)
+            yield (
+                f"linear {dtype}, {rows} rows, by rows {by_rows}, {slices} slices",
+                ops.loop_lora_linear(**to_device(arguments, device)),
+                expected,
+            )
+    force_tiling(False, 0)
+    for dtype, ranks in itertools.product(ALL_DTYPES, ((5, 3), (0, 0))):
+        arguments = linear(11, 45, (30, 7), ranks, dtype)
+        yield (
+            f"linear {dtype}, unaligned, ranks {ranks}",
+            ops.loop_lora_linear(**to_device(arguments, device)),
+            ops.loop_lora_linear_reference(**arguments),
+        )
+
+
+def cache_arguments(heads: int, dim: int, contexts: list[int], chunks: list[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of loop_kv_prefill on the CPU; one key/value head for every 4 heads, rotated queries."""
+    page_size, kv_heads = 16, heads // 4
+    pages = [-(-context // page_size) for context in contexts]
+    tables = torch.full((len(contexts), max(pages)), -1, dtype=torch.int32)
+    order = torch.randperm(sum(pages)).int().split(pages)
+    for table, own in zip(tables, order, strict=True):
+        table[: len(own)] = own
+    positions = torch.cat(
+        [torch.arange(context - chunk, context) for context, chunk in zip(contexts, chunks, strict=True)]
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = torch.rand(max(contexts), dim // 4, dtype=wide)
+    return {
+        "q": normal((sum(chunks), heads, dim), 1, dtype, CPU),
+        "k_cache": normal((sum(pages), page_size, kv_heads, dim), 1, dtype, CPU),
+        "v_cache": normal((sum(pages), page_size, kv_heads, dim), 1, dtype, CPU),
+        "block_tables": tables,
+        "query_start": torch.tensor([0, *itertools.accumulate(chunks)], dtype=torch.int32),
+        "context_lens": torch.tensor(contexts, dtype=torch.int32),
+        "scale": dim**-0.5,
+        "positions": positions.int(),
+        "cos_sin": torch.cat([angles.cos(), angles.sin()], dim=1),
+    }
+
+
+def attention_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    shapes = [(dim, dtype) for dim, dtype in itertools.product((64, 80, 128, 256), HALVES)]
+    for dim, dtype in [*shapes, *((20, dtype) for dtype in ALL_DTYPES)]:
+        arguments = cache_arguments(8, dim, [300, 5], [21, 5], dtype)
+        yield (
+            f"prefill {dtype}, head dim {dim}",
+            ops.loop_kv_prefill(**to_device(arguments, device)),
+            ops.loop_kv_prefill_reference(**arguments),
+        )
+        # The contexts of the first fill several pieces, which are then combined.
+        arguments = cache_arguments(8, dim, [600, 3], [1, 1], dtype)
+        del arguments["query_start"]
+        yield (
+            f"decode {dtype}, head dim {dim}",
+            ops.loop_kv_attention(**to_device(arguments, device)),
+            ops.loop_kv_attention_reference(**arguments),
+        )
+
+
+def write_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for dtype in ALL_DTYPES:
+        prefill = cache_arguments(8, 80, [40], [5], dtype)
+        arguments = {
+            "k": normal((5, 2, 80), 1, dtype, CPU),
+            "v": normal((5, 2, 80), 1, dtype, CPU),
+            **{name: prefill[name] for name in ("k_cache", "v_cache", "positions", "cos_sin")},
+            "slot_mapping": torch.tensor([3, -1, 0, 47, 20]),
+        }
+        ours = to_device({name: value.clone() for name, value in arguments.items()}, device)
+        ops.loop_kv_write(**ours)
+        ops.loop_kv_write_reference(**arguments)
+        for cache in ("k_cache", "v_cache"):
+            yield f"write {dtype}, {cache}", ours[cache], arguments[cache]
+
+
+def run(device: torch.device) -> int:
+    """Run all cases; returns how many. Raises RuntimeError for the first that disagrees with its reference."""
+    torch.manual_seed(0)
+    count = 0
+    for name, ours, expected in itertools.chain(linear_cases(device), attention_cases(device), write_cases(device)):
+        wanted = expected.double()
+        difference = float((ours.cpu().double() - wanted).norm() / wanted.norm())
+        if not difference <= AGREEMENT[ours.dtype]:
+            raise RuntimeError(f"{name}: differs by {difference:.2g} of the norm; expected {AGREEMENT[ours.dtype]:.0e}")
+        count += 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
+    arguments = parser.parse_args()
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    print(f"{run(torch.device(arguments.device))} cases agree with their references on {arguments.device}")
+
+
+if __name__ == "__main__":
+    run_command(main)

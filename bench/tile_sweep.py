@@ -1,0 +1,162 @@
+"""The fastest tiling of each linear on this GPU, for the build to use: python bench/tile_sweep.py
+
+Times every tiling of loop_lora_linear's decode kernels (csrc/loop_lora/cuda_tiles.h) on the linears of the presets, two
+loops mixed, weights not in the cache, in alternating order under CUDA graphs; prints the best of each shape, and writes
+them into the table that the library is compiled with. Lines of GPUs with another number of multiprocessors stay.
+Results of the operator don't depend on the tiling. Rebuild afterwards: pip install -e .
+"""
+
+import argparse
+import itertools
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.linear_cases import Adapters, Projection, Weights, make_variants, mixed_loops, normal, projections
+from bench.timing import Timer, Variant, copies_beyond_cache, last_level_cache_bytes
+from rrt._build import force_tiling
+from rrt.cli import run_command
+from rrt.errors import UserError
+from rrt.files import atomic_write
+from rrt.ops import build_info
+from rrt.presets import PRESETS, preset
+from rrt.results import write_result
+
+TABLE = ROOT / "csrc" / "loop_lora" / "cuda_tiles_measured.h"
+ROWS = (8, 16, 32, 64)
+LOOPS = 2
+BLOCK_ROWS = 128
+"""Outputs of a block of the row kernel: segments must begin at multiples."""
+
+
+@dataclass(frozen=True, order=True)
+class Line:
+    """One line of the table: the fastest tiling for [outputs, inputs] and up to `rows` rows."""
+
+    multiprocessors: int
+    outputs: int
+    inputs: int
+    rows: int
+    kernel: str
+    """kColumns or kRows."""
+    slices: int
+
+    def text(self) -> str:
+        shape = f"{self.multiprocessors}, {self.outputs}, {self.inputs}, {self.rows}"
+        return f"    {{{shape}, {{DecodeKernel::{self.kernel}, {self.slices}}}}},"
+
+
+TILINGS: tuple[tuple[str, int], ...] = (("kColumns", 1), ("kRows", 1), ("kRows", 2), ("kRows", 4), ("kRows", 8))
+_LINE = re.compile(r"^    \{(\d+), (\d+), (\d+), (\d+), \{DecodeKernel::(kColumns|kRows), (\d)\}\},$", re.MULTILINE)
+_END = "    {},  // ends the table\n"
+
+
+def read_lines(table: str) -> list[Line]:
+    return [Line(*map(int, found[:4]), found[4], int(found[5])) for found in _LINE.findall(table)]
+
+
+def with_lines(table: str, measured: list[Line]) -> str:
+    """The table's text with these lines in the place of those of the same GPU, shape and rows."""
+    replaced = {(line.multiprocessors, line.outputs, line.inputs, line.rows) for line in measured}
+    kept = [
+        line
+        for line in read_lines(table)
+        if (line.multiprocessors, line.outputs, line.inputs, line.rows) not in replaced
+    ]
+    text = _LINE.sub("", table)
+    head, end, tail = text.partition(_END)
+    lines = "".join(line.text() + "\n" for line in sorted([*kept, *measured]))
+    return head.rstrip("\n") + "\n" + lines + end + tail
+
+
+def shapes() -> list[Projection]:
+    """The presets' linears that the row kernel takes, each shape once."""
+    every = [projection for name in PRESETS for projection in projections(preset(name))]
+    fitting = {
+        (projection.outputs, projection.inputs): projection
+        for projection in every
+        if all(part.start % BLOCK_ROWS == 0 for part in projection.slices())
+    }
+    return list(fitting.values())
+
+
+def tiled(call: Variant, kernel: str, slices: int) -> Variant:
+    def run(i: int) -> torch.Tensor:
+        force_tiling(kernel == "kRows", slices)
+        return call.call(i)
+
+    return Variant(run)
+
+
+@torch.inference_mode()
+def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, timer: Timer) -> dict[str, float]:
+    """Median seconds of every tiling."""
+    device = timer.device
+    weight_bytes = projection.inputs * projection.outputs * dtype.itemsize
+    held = 2 * weight_bytes + 6 * projection.adapter_numbers(rank) * dtype.itemsize
+    budget = torch.cuda.mem_get_info(device)[0] // 2
+    copies = copies_beyond_cache(weight_bytes, held, last_level_cache_bytes(device)[0], budget)
+    weights = Weights.make(projection, copies, dtype, device, pack=False)
+    adapters = Adapters.make(weights, rank, LOOPS, pack=False)
+    x = normal((rows, projection.inputs), 1, dtype, device)
+    ours = make_variants(weights, adapters, x, mixed_loops(rows, LOOPS).to(device))["ours"]
+    variants = {f"{kernel} {slices}": tiled(ours, kernel, slices) for kernel, slices in TILINGS}
+    expected = variants["kColumns 1"].call(0)
+    for name, variant in variants.items():
+        if not torch.equal(variant.call(0), expected):
+            raise RuntimeError(f"{projection.name}, {rows} rows: {name} gives other bits than kColumns 1")
+    samples = timer.measure(variants, copies)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=128, metavar="R", help="LoRA rank (default 128)")
+    parser.add_argument("--seconds-per-case", type=float, default=0.3, metavar="S", help="default 0.3")
+    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="default: that of this checkout")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all times here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("tile_sweep: no GPU is visible to torch: expected one, there is nothing to measure on a CPU")
+    if not build_info().cuda:
+        raise UserError(
+            "tile_sweep: the native library was built without CUDA; expected RRT_WITH_CUDA=1 pip install -e ."
+        )
+    table = arguments.table.read_text()
+    if _END not in table:
+        raise UserError(f"--table: found no end of the table in {arguments.table}; expected the line {_END.strip()!r}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    timer = Timer(device, arguments.seconds_per_case)
+    lines: list[Line] = []
+    records: list[dict[str, Any]] = []
+    cases = list(itertools.product(shapes(), ROWS))
+    for projection, rows in tqdm(cases, unit="case", desc="tile sweep", disable=None):
+        seconds = measure(projection, rows, arguments.rank, torch.bfloat16, timer)
+        best = min(seconds, key=lambda name: seconds[name])
+        kernel, slices = best.split()
+        lines.append(Line(multiprocessors, projection.outputs, projection.inputs, rows, kernel, int(slices)))
+        records.append({"outputs": projection.outputs, "inputs": projection.inputs, "rows": rows, "seconds": seconds})
+    force_tiling(False, 0)
+    atomic_write(arguments.table, with_lines(table, lines))
+    if arguments.json is not None:
+        write_result(arguments.json, {"rank": arguments.rank, "timing": timer.method, "tilings": records}, device)
+    names = [f"{kernel} {slices}" for kernel, slices in TILINGS]
+    print(f"{'outputs':>8} {'inputs':>7} {'rows':>5}  " + "  ".join(f"{name:>10}" for name in names) + "  us; best")
+    for line, record in zip(lines, records, strict=True):
+        times = "  ".join(f"{record['seconds'][name] * 1e6:10.2f}" for name in names)
+        print(f"{line.outputs:8} {line.inputs:7} {line.rows:5}  {times}  {line.kernel} {line.slices}")
+    print(f"{len(lines)} lines of {multiprocessors} multiprocessors in {arguments.table}; rebuild: pip install -e .")
+
+
+if __name__ == "__main__":
+    run_command(main)
