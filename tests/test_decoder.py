@@ -307,6 +307,8 @@ def test_generation_equals_the_naive_full_forward(family, looped):
         assert (decoder.cache.num_used_pages, decoder.cache.num_sequences) == (used, 0)
     eos = expected[3][4]
     assert generate(decoder, PROMPTS, 12, eos_token_id=eos) == [naive_greedy(model, p, 12, eos) for p in PROMPTS]
+    wanted = [tokens[:length] for tokens, length in zip(expected, (3, 1, 12, 7, 2), strict=True)]
+    assert generate(decoder, PROMPTS, 12, should_stop=lambda new_tokens: new_tokens in wanted) == wanted
     assert generate(decoder, PROMPTS[1:2], 12) == expected[1:2]
     assert generate(decoder, PROMPTS, 1) == [tokens[:1] for tokens in expected]
     assert generate(decoder, PROMPTS, 0) == [[]] * 5

@@ -11,9 +11,11 @@ from tokenizers_util import make_bpe_tokenizer, training_texts
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # which the harness's hf model needs
 
+import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from eval.fewshot import PAPER_METRICS, load_tasks
 from eval.harness_lm import HarnessLM, split_tokens
@@ -186,6 +188,40 @@ def test_generation_stops_and_reads_as_with_the_hf_model(both, family):
     assert ours.generate_until(requests) == expected
     cached = len(ours.scorer.cache)
     assert ours.generate_until(requests) == expected and len(ours.scorer.cache) == cached
+
+
+def test_generative_and_perplexity_tasks_of_the_harness_end_with_the_results_of_the_hf_model(both):
+    documents = [{"text": text[:400], "answer": "e"} for text in training_texts()[:3]]
+    shared = dict(
+        custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(documents)},
+        test_split="test",
+        doc_to_text="{{text}}",
+        doc_to_target="{{answer}}",
+    )
+    generative = dict(
+        shared,
+        task="answers",
+        output_type="generate_until",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 8},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    perplexity = dict(
+        shared,
+        task="pages",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+    )
+    results, answers = [], []
+    for lm in both("llama", False):
+        tasks = TaskManager(include_defaults=False).load([generative, perplexity])
+        results.append(evaluate(lm, tasks, bootstrap_iters=0, log_samples=False)["results"])
+        answers.append([request.resps[0] for request in tasks["tasks"]["answers"].instances])
+    assert answers[0] == answers[1] and any(answers[0])
+    assert results[0]["answers"] == results[1]["answers"]
+    for metric in ("bits_per_byte,none", "word_perplexity,none"):
+        assert results[0]["pages"][metric] == pytest.approx(results[1]["pages"][metric], rel=1e-5)
 
 
 def test_generation_goes_in_batches_that_fit_the_cache(checkpoints, monkeypatch):
