@@ -71,6 +71,8 @@ def test_required_fields_may_come_from_flags_alone(tmp_path: Path) -> None:
         ("run.overwrite", "false", False),
         ("run.dtype", "fp32", "fp32"),
         ("run.out", "123", "123"),
+        ("data.path", "data/a", "data/a"),
+        ("data.path", '["data/a", "data/b"]', ("data/a", "data/b")),
         ("run.out", 'with space, "quotes" = true', 'with space, "quotes" = true'),
     ],
 )
@@ -96,6 +98,16 @@ def test_a_flag_is_a_toml_value_and_a_string_needs_no_quotes(flag: str, text: st
             {"run__tokens": "5"},
             "command line: field 'run.tokens': found 5; expected at least run.batch_tokens = 2097152",
         ),
+        ({"data__path": "[]"}, "command line: field 'data.path': found (); expected at least one path"),
+        (
+            {"data__path": '["a", "b"]', "data__weights": "[1.0]"},
+            "command line: field 'data.weights': found (1.0,); expected a positive number for each of 2 path(s)",
+        ),
+        (
+            {"data__weights": "[0.0]"},
+            "command line: field 'data.weights': found (0.0,); expected a positive number for each of 1 path(s)",
+        ),
+        ({"data__offset": "-1"}, "command line: field 'data.offset': found -1; expected 0 or more"),
         ({"data__seq_len": "0"}, "command line: field 'data.seq_len': found 0; expected a positive number"),
         ({"optim__lr": "nan"}, "command line: field 'optim.lr': found nan; expected a positive number"),
         ({"optim__lr": "inf"}, "command line: field 'optim.lr': found inf; expected a positive number"),
@@ -218,6 +230,13 @@ def test_what_is_written_reads_back_the_same(table: AnyTable, tmp_path_factory: 
 def test_awkward_strings_are_written_as_toml(text: str) -> None:
     written = to_toml(AnyRecipe(AnyTable(text, 1e-4, 1, True)))
     assert tomllib.loads(written)["any"] == {"text": text, "number": 1e-4, "count": 1, "flag": True, "choice": "a"}
+
+
+def test_lists_are_written_as_toml(tmp_path: Path) -> None:
+    recipe = read(argv(data__path='["a", "b"]', data__weights="[1, 0.5]"))
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    assert read(["--recipe", str(tmp_path / "recipe.toml")]).data == recipe.data
+    assert (recipe.data.path, recipe.data.weights) == (("a", "b"), (1.0, 0.5))
 
 
 def test_a_written_recipe_has_every_default_filled_in(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from training_util import (
 )
 
 from rrt.errors import UserError
-from train.data import Windows
+from rrt.model import RecursiveTransformer
+from train.data import Mixture
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,29 @@ def test_two_processes_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
     assert final[0] == final[1]
+
+
+def uptrain_with_noise(step: int | None, argv: list[str]) -> None:
+    """An uptraining that draws random numbers in every forward; it ends after `step` steps, if given."""
+    embed = RecursiveTransformer.embed_tokens
+
+    def embed_tokens(self: RecursiveTransformer, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = embed(self, input_ids)
+        return embedded + 0.1 * torch.randn_like(embedded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecursiveTransformer, "embed_tokens", embed_tokens)
+        uptrain_here(argv) if step is None else uptrain_until(step, argv)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Path) -> None:
+    run_on_two(uptrain_with_noise, None, flags(tmp_path / "whole", 6, run__save_every=2))
+    argv = flags(tmp_path / "parts", 6, run__save_every=2)
+    run_on_two(uptrain_with_noise, 3, argv)
+    run_on_two(uptrain_with_noise, None, argv)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    run_on_two(uptrain_here, flags(tmp_path / "quiet", 6))
+    assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")
 
 
 def test_another_number_of_processes_goes_on_with_the_same_data(
@@ -153,9 +177,9 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
 
 def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
     """An uptraining whose last process gets a signal while it fetches its micro-batch number `at` (from 0)."""
-    batch, fetched = Windows.batch, 0
+    batch, fetched = Mixture.batch, 0
 
-    def fetch(self: Windows, first: int, count: int) -> Any:
+    def fetch(self: Mixture, first: int, count: int) -> Any:
         nonlocal fetched
         if fetched == at and os.environ.get("RANK") != "0":
             os.kill(os.getpid(), name)
@@ -163,7 +187,7 @@ def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
         return batch(self, first, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Windows, "batch", fetch)
+        patch.setattr(Mixture, "batch", fetch)
         uptrain_here(argv)
 
 

@@ -41,7 +41,7 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import pretrain
-from train.data import Windows
+from train.data import Mixture, Windows
 from train.flops import training_flops_per_token
 from train.losses import next_token_loss
 from train.recipe import OptimConfig
@@ -77,6 +77,11 @@ def checkpoint(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def flags(checkpoint: Path, data: Path) -> Flags:
     return make_flags(checkpoint, data)
+
+
+def samples_of(data: Path) -> Mixture:
+    """What the runs train on."""
+    return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
 def pretrain_here(argv: list[str]) -> None:
@@ -145,7 +150,7 @@ def test_the_final_checkpoint_is_the_last_training_state(torchrun_run: Finished,
         load({"model": stored}, checkpoint_id=out / "step-24", no_dist=True)
     for name, parameter in model.named_parameters():
         assert torch.equal(stored[name], parameter), name
-    inputs, targets = Windows(open_shards(data, "train"), LENGTH, seed=0).batch(24 * BATCH, BATCH)
+    inputs, targets = samples_of(data).batch(24 * BATCH, BATCH)
     with torch.no_grad():
         trained, untrained = (next_token_loss(m(inputs), targets) for m in (model, rrt.load_model(checkpoint)))
     assert trained == pytest.approx(losses(out)[-1], abs=0.5)
@@ -165,13 +170,13 @@ def test_the_recipe_left_behind_runs_again_and_gives_the_same(torchrun_run: Fini
 def train_plainly(checkpoint: Path, data: Path, optim: OptimConfig, steps: int) -> tuple[dict[str, Any], list[float]]:
     """Weights and losses of the same training in double precision as a loop without trainer or sharding."""
     model = rrt.load_model(checkpoint, dtype=torch.float64).train()
-    windows = Windows(open_shards(data, "train"), LENGTH, seed=0)
+    samples = samples_of(data)
     groups = make_optimizer(model, optim).param_groups
     optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     found = []
     for step in range(steps):
         optimizer.zero_grad()
-        inputs, targets = windows.batch(step * BATCH, BATCH)
+        inputs, targets = samples.batch(step * BATCH, BATCH)
         loss = next_token_loss(model(inputs), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
@@ -213,6 +218,36 @@ def test_bf16_trains(flags: Flags, tmp_path: Path) -> None:
     uptrain_here(flags(tmp_path / "bf16", steps=12, run__dtype="bf16", run__save_dtype="bfloat16"))
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), abs=0.05)
     assert rrt.load_model(tmp_path / "bf16" / "final").embed.dtype == torch.bfloat16
+
+
+def test_a_run_mixes_corpora_from_where_it_is_told_to(
+    flags: Flags, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = dict(data__path=json.dumps([str(data), str(data)]), data__weights="[1, 3]", data__offset=2 * LENGTH)
+    uptrain_here(flags(tmp_path / "run", steps=2, **mixed))
+    shares = [line.split(", ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("data: /")]
+    assert shares == ["28.44 K tokens", "28.44 K tokens"]
+    with pytest.raises(UserError, match="holds a finished run"):
+        uptrain_here(["--recipe", str(tmp_path / "run" / "recipe.toml")])
+
+
+def test_deterministic_algorithms_are_on_during_a_run_that_asks_for_them(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    uptrain_here(flags(tmp_path / "plain", steps=2))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen, step = [], Trainer._train_step
+
+    def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        return step(self, rate)
+
+    monkeypatch.setattr(Trainer, "_train_step", take)
+    uptrain_here(flags(tmp_path / "deterministic", steps=2, run__deterministic="true"))
+    assert seen == [(True, ":4096:8")] * 2 and not torch.are_deterministic_algorithms_enabled()
+    assert losses(tmp_path / "deterministic") == losses(tmp_path / "plain")
 
 
 def test_merged_and_plain_lora_train_alike(flags: Flags, tmp_path: Path) -> None:
@@ -263,7 +298,12 @@ def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"run__seed": 1}, "run.seed"), ({"data__seq_len": 16}, "data.seq_len"), ({"steps": 9}, "run.tokens")],
+    [
+        ({"run__seed": 1}, "run.seed"),
+        ({"data__seq_len": 16}, "data.seq_len"),
+        ({"data__offset": 32}, "data.offset"),
+        ({"steps": 9}, "run.tokens"),
+    ],
 )
 def test_another_run_in_the_same_directory_is_refused(
     change: dict[str, Any], field: str, flags: Flags, tmp_path: Path
@@ -335,13 +375,13 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, data: Path
     assert error.startswith("step 4: loss nan, gradient norm nan; expected finite numbers; the highest loss is in ")
     assert "in samples 26 to 27, which python -m rrt.shards shows: " in error
     assert error.endswith("run again, which continues from step 2")
-    windows = Windows(open_shards(data, "train"), LENGTH, seed=0)
-    shown = windows.place(26)
+    samples = samples_of(data)
+    shown = samples.place(26)
     assert f"shows: {shown}, " in error
     path, _, start, _, count = shown.split()
     tokens = open_shards(data, "train").shards[0].tokens[int(start) : int(start) + int(count)]
     assert path == str(data / "train-00000.bin")
-    assert (tokens == windows.sample(26)).all()
+    assert torch.equal(torch.from_numpy(tokens[1:].astype(int)), samples.batch(26, 1)[1][0])
     assert metrics(out)[-1]["fault"] in error
     assert run_on_two(uptrain_here, argv) == (None, None)
     assert len(losses(out)) == 6

@@ -1,28 +1,48 @@
-"""Training windows out of token shards, in an order that depends on the seed alone."""
+"""Training windows out of token shards: the k-th sample of a run is a function of the seed and k.
+
+So resuming needs only a count, and the order is the same for any number of processes, each of which reads its own
+samples out of files that are mapped, never loaded. Nothing grows with the corpus: the shuffle is computed, not kept.
+
+Documents lie one after the other, each as `Tokenizer.encode_documents` made it: after BOS where the family has it
+(Gemma, Llama), before EOS in all. Windows are cut across them: a model learns from EOS and BOS that what came before
+is another text, and attention is not cut there. A window that begins within a document begins with BOS all the same
+where documents do.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rrt.cli import human_count
 from rrt.errors import UserError
-from rrt.shards import Shard, TokenShards
+from rrt.shards import Shard, TokenShards, open_shards
+from rrt.tokenizer import Tokenizer
+from train.permutation import Permutation
+from train.recipe import DataConfig
 
 
 class Windows:
-    """Windows of `seq_len + 1` tokens (inputs and their next tokens), shuffled anew every epoch.
+    """Windows of `seq_len + 1` tokens (inputs and their next tokens) of one corpus, shuffled anew every epoch.
 
     Windows of one shard overlap by one token, so that in an epoch each token but the first is a target once;
-    what is left at a shard's end and fills no window is not used. The k-th sample of a run is a function of
-    (seed, k): resuming needs only a count, and the order is the same for any number of processes.
+    what is left at a shard's end and fills no window is not used.
+
+    Args:
+        key: numbers that decide the order, with the epoch.
 
     Raises:
         UserError: the shards hold no full window.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, seed: int) -> None:
+    def __init__(self, shards: TokenShards, seq_len: int, *key: int) -> None:
         self.shards = shards
         self.seq_len = seq_len
-        self.seed = seed
+        self._key = key
         counts = [max(0, (len(shard.tokens) - 1) // seq_len) for shard in shards.shards]
         self._first_window = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         if not len(self):
@@ -31,47 +51,100 @@ class Windows:
                 f"{len(shards.shards)} shard(s); expected at least data.seq_len + 1 = {seq_len + 1} in one of them"
             )
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         """Windows in one epoch."""
         return int(self._first_window[-1])
 
-    def window(self, index: int) -> np.ndarray:
-        """Tokens [seq_len + 1] of one window, in the shards' own order."""
-        shard, start = self._locate(index)
-        return shard.tokens[start : start + self.seq_len + 1]
-
-    def sample(self, position: int) -> np.ndarray:
-        """Tokens [seq_len + 1] of the `position`-th sample of the run."""
-        return self.window(self._index(position))
-
-    def place(self, position: int) -> str:
-        """Where the `position`-th sample of the run lies, as arguments of ``python -m rrt.shards``."""
-        shard, start = self._locate(self._index(position))
-        return f"{shard.path} --start {start} --count {self.seq_len + 1}"
-
-    def _index(self, position: int) -> int:
+    def locate(self, position: int) -> tuple[Shard, int]:
+        """The shard of the corpus's `position`-th sample, and the sample's first token in it."""
         epoch, place = divmod(position, len(self))
         if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
-            self._epoch = epoch
-        return int(self._order[place])
-
-    def _locate(self, index: int) -> tuple[Shard, int]:
-        """A window's shard and first token in it."""
+            self._epoch, self._order = epoch, Permutation(len(self), *self._key, epoch)
+        index = self._order[place]
         shard = int(np.searchsorted(self._first_window, index, side="right")) - 1
         return self.shards.shards[shard], int(index - self._first_window[shard]) * self.seq_len
+
+
+class Mixture:
+    """Samples of several corpora of one tokenizer, in fixed shares; each corpus has epochs of its own.
+
+    The corpora take turns as evenly as their shares allow: among the first n samples the count of each is its share
+    of n to within the number of corpora.
+
+    Args:
+        weights: of each corpus, in proportion; None for in proportion to their windows.
+        skip: samples of the order to leave out at its beginning.
+    """
+
+    def __init__(self, corpora: Sequence[Windows], weights: Sequence[float] | None = None, skip: int = 0) -> None:
+        self.corpora, self.skip = corpora, skip
+        # As exact numbers: what they count must not depend on how far the run has come.
+        exact = [Fraction(str(weight)) for weight in weights or map(len, corpora)]
+        self.shares = [weight / sum(exact) for weight in exact]
+        # Of each corpus among itself and those after it.
+        self._turns = [weight / sum(exact[index:]) for index, weight in enumerate(exact)]
+
+    def place(self, sample: int) -> str:
+        """Where the run's `sample`-th sample lies, as arguments of ``python -m rrt.shards``."""
+        shard, start, count = self._locate(sample)
+        return f"{shard.path} --start {start} --count {count}"
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64.
 
         Where documents begin with BOS so does every window, in place of its first input token.
         """
-        rows = np.stack([self.sample(position) for position in range(first, first + count)]).astype(np.int64)
-        tokens = torch.from_numpy(rows)
+        rows = []
+        for sample in range(first, first + count):
+            shard, start, length = self._locate(sample)
+            rows.append(shard.tokens[start : start + length].astype(np.int64))
+        tokens = torch.from_numpy(np.stack(rows))
         inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
-        if self.shards.bos_id is not None:
+        bos_id = self.corpora[0].shards.bos_id
+        if bos_id is not None:
             # Models pretrained with BOS put much of their attention there: a window always begins with it.
-            inputs[:, 0] = self.shards.bos_id
+            inputs[:, 0] = bos_id
         return inputs, targets
+
+    def describe(self, samples: int) -> str:
+        """A line per corpus, with what a run of so many samples sees of it."""
+        lines = []
+        for corpus, share in zip(self.corpora, self.shares, strict=True):
+            shards = corpus.shards
+            mixed = f"{float(share):.1%} of the samples, " if len(self.corpora) > 1 else ""
+            lines.append(
+                f"data: {shards.directory} [{shards.split}], {human_count(shards.num_tokens)} tokens, "
+                f"{mixed}{float(samples * share / len(corpus)):.2f} epochs\n"
+            )
+        if self.skip:
+            lines.append(f"data: the first {human_count(self.skip * self.corpora[0].seq_len)} tokens are passed over\n")
+        return "".join(lines)
+
+    def _locate(self, sample: int) -> tuple[Shard, int, int]:
+        """A sample's shard, first token in it and tokens, `seq_len + 1`."""
+        corpus, position = self._turn(sample + self.skip)
+        return *self.corpora[corpus].locate(position), self.corpora[corpus].seq_len + 1
+
+    def _turn(self, rest: int) -> tuple[int, int]:
+        """The corpus of sample `rest` and how many samples before it are of that corpus."""
+        for corpus, turn in enumerate(self._turns[:-1]):
+            before = rest * turn.numerator // turn.denominator
+            if (rest + 1) * turn.numerator // turn.denominator > before:
+                return corpus, before
+            rest -= before  # which sample it is of those that the corpora after this one share
+        return len(self.corpora) - 1, rest
+
+
+def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Mixture:
+    """The samples that a recipe names.
+
+    Raises:
+        UserError: shards that are missing, damaged, too small, or made with another tokenizer.
+    """
+    corpora = []
+    for index, path in enumerate(config.paths):
+        shards = open_shards(Path(path), config.split)
+        shards.check_tokenizer(tokenizer)
+        corpora.append(Windows(shards, config.seq_len, seed, index))
+    return Mixture(corpora, config.weights, math.ceil(config.offset / config.seq_len))

@@ -25,12 +25,30 @@ T = TypeVar("T")
 class DataConfig:
     """What to train on."""
 
-    path: str = doc("token shards written by train/prepare_data.py")
+    path: str | tuple[str, ...] = doc("token shards written by train/prepare_data.py; a list of several is mixed")
+    weights: tuple[float, ...] | None = doc(
+        "with several paths, the proportion of each in the samples; default: of their sizes", default=None
+    )
     split: str = doc("which split of the shards", default="train")
     seq_len: int = doc("context length, tokens", default=2048)
+    offset: int = doc(
+        "tokens of the shuffled order to pass over: after an earlier run of so many, with the same data, seq_len and "
+        "seed, all data are new until the epoch ends",
+        default=0,
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "data", "seq_len")
+        _check(self, "data", "0 or more", lambda value: value >= 0, "offset")
+        _check(self, "data", "at least one path", lambda value: len(value) > 0, "path")
+        if self.weights is not None:
+            right = len(self.weights) == len(self.paths) and all(0 < weight < math.inf for weight in self.weights)
+            _check(self, "data", f"a positive number for each of {len(self.paths)} path(s)", lambda _: right, "weights")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of `path`."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,9 @@ class RunConfig:
     shard_size: int = doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)
     device: Literal["auto", "cpu", "cuda"] = doc("'auto' takes CUDA where it is", default="auto")
     seed: int = doc("of the data order, and of the weights when training from scratch", default=0)
+    deterministic: bool = doc(
+        "the same bits from every run on GPUs too, slower; on CPUs they are the same anyway", default=False
+    )
     save_every: int = doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
     keep: int = doc("how many resumable checkpoints to keep", default=2)
     save_async: bool = doc(
@@ -204,7 +225,8 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 def _parse_flag(text: str, kind: Any) -> Any:
     """A flag's text as a TOML value of type `kind`; strings need no quotes."""
-    if str in (kind, *typing.get_args(kind)) or _choices(kind):
+    is_list = text.startswith("[") and any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
+    if not is_list and (str in (kind, *typing.get_args(kind)) or _choices(kind)):
         return text
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -328,6 +350,8 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return '"' + "".join(map(_toml_character, value)) + '"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     return repr(value)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +24,11 @@ from rrt.errors import UserError
 from rrt.files import atomic_write, read_json, sha256_file
 from rrt.loaders import meta_model
 from rrt.model import RecursiveTransformer
-from rrt.shards import META_FILE, open_shards
+from rrt.shards import META_FILE
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
 from train.checkpoints import STATE_FILE, CheckpointWriter, load_step, newest_whole
-from train.data import Windows
+from train.data import open_data
 from train.distributed import (
     AgreedError,
     Processes,
@@ -44,6 +44,7 @@ from train.guard import Guard
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
 from train.objective import NEXT_TOKEN, PART_NAMES, Objective
+from train.permutation import hashed
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
 from train.teacher import ShardedTeacher, open_teacher
 
@@ -142,6 +143,19 @@ def describe(model: ModelConfig, recursive: RecursiveConfig) -> str:
     )
 
 
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Have every operator give the same bits for the same input, or refuse; CUDA's may be slower for it."""
+    # What cuBLAS asks for; read when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Trainer:
     """One training run. Construction checks everything that can be checked; `run` trains.
 
@@ -156,9 +170,7 @@ class Trainer:
         self.steps = recipe.run.steps
         self.accumulation = accumulation(recipe, processes.world_size)
         check_vocab(start.tokenizer, start.model.vocab_size, "the model")
-        shards = open_shards(recipe.data.path, recipe.data.split)
-        shards.check_tokenizer(start.tokenizer)
-        self.windows = Windows(shards, recipe.data.seq_len, recipe.run.seed)
+        self.samples = open_data(recipe.data, start.tokenizer, recipe.run.seed)
         if recipe.data.seq_len > start.model.max_position_embeddings:
             raise UserError(
                 f"field 'data.seq_len': found {recipe.data.seq_len}; expected at most the model's "
@@ -187,6 +199,8 @@ class Trainer:
         """
         with contextlib.ExitStack() as self._cleanup:
             self.interrupt = self._cleanup.enter_context(Interrupt())
+            if self.recipe.run.deterministic:
+                self._cleanup.enter_context(deterministic_algorithms())
             self._run()
 
     def _run(self) -> None:
@@ -257,13 +271,15 @@ class Trainer:
             The mean loss over all processes (nats per token), the gradient norm and the fault.
         """
         run, processes = self.recipe.run, self.processes
+        # A resumed run draws what the first one would have: no state of generators has to be kept.
+        torch.manual_seed(hashed(run.seed, self.step, processes.rank, count=1)[0])
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=processes.device)
         parts = losses.new_zeros(len(self.start.objective.weights), len(PART_NAMES))
         for micro in range(self.accumulation):
             if self.interrupt.check(self.checkpoints.failed):
                 self.checkpoints.wait()
             set_last_micro_batch(self.model, micro == self.accumulation - 1)
-            inputs, targets = self.windows.batch(self._first_sample(micro, processes.rank), run.micro_batch)
+            inputs, targets = self.samples.batch(self._first_sample(micro, processes.rank), run.micro_batch)
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
             loss, exit_parts = self.losses(inputs, targets)
             loss = loss / self.accumulation
@@ -301,7 +317,7 @@ class Trainer:
         rank, micro = divmod(int(everywhere.argmax()), self.accumulation)
         first = self._first_sample(micro, rank)
         samples = range(first, first + self.recipe.run.micro_batch)
-        places = ", ".join(self.windows.place(sample) for sample in samples)
+        places = ", ".join(self.samples.place(sample) for sample in samples)
         found = f"samples {samples[0]} to {samples[-1]}"
         return f"the highest loss is in {found}, which python -m rrt.shards shows: {places}"
 
@@ -367,7 +383,7 @@ class Trainer:
     def _check_inputs_outside(self) -> None:
         """Refuse to overwrite a directory that this run reads from."""
         out = self.out.resolve()
-        for source in (self.start.parent, self.start.teacher, Path(self.recipe.data.path)):
+        for source in (self.start.parent, self.start.teacher, *map(Path, self.recipe.data.paths)):
             if source is not None and source.resolve().is_relative_to(out):
                 raise UserError(f"{source}: lies in run.out, which --run.overwrite would delete; name another run.out")
 
@@ -379,7 +395,9 @@ class Trainer:
             "recursive": dataclasses.asdict(self.start.recursive),
             "data.seq_len": self.recipe.data.seq_len,
             "data.split": self.recipe.data.split,
-            "data": sha256_file(Path(self.recipe.data.path) / META_FILE),
+            "data.weights": self.recipe.data.weights,
+            "data.offset": self.recipe.data.offset,
+            "data": [sha256_file(Path(path) / META_FILE) for path in self.recipe.data.paths],
             "parent": self.provenance["parent"] and self.provenance["parent"]["sha256"],
             "objective": dataclasses.asdict(self.start.objective),
             "teacher": self.start.teacher and self.provenance["teacher"]["sha256"],
@@ -448,11 +466,10 @@ class Trainer:
     def _describe(self) -> None:
         """Say what is about to happen: sizes, tokens, processes."""
         run, world = self.recipe.run, self.processes.world_size
-        epochs = self.steps * run.batch_tokens / (len(self.windows) * self.recipe.data.seq_len)
+        samples = self.steps * run.batch_tokens // self.recipe.data.seq_len
         self._print(
             f"{self.start.stage}: {describe(self.start.model, self.start.recursive)}\n"
-            f"data: {self.recipe.data.path} [{self.recipe.data.split}], {human_count(self.windows.shards.num_tokens)} "
-            f"tokens, {epochs:.2f} epochs\n"
+            f"{self.samples.describe(samples)}"
             f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
             f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"

@@ -1,0 +1,57 @@
+"""Pseudo-random numbers and permutations that are computed from a key, not stored."""
+
+import hashlib
+
+_MASK = 2**64 - 1
+_ROUNDS = 16  # as many as the smallest permutations need to come out equally often
+
+
+def hashed(*key: int, count: int) -> list[int]:
+    """`count` numbers of 64 bits that depend on every number of the key."""
+    digest = hashlib.shake_128(",".join(map(str, key)).encode()).digest(8 * count)
+    return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(count)]
+
+
+class Permutation:
+    """The numbers from 0 to `size` - 1 in an order that the key decides; each costs some microseconds, no memory.
+
+    A Feistel network permutes the numbers of as many bits as `size` needs: the two halves of the bits are in turn
+    xored with a keyed hash of the other one, which is undone by doing it again. What it takes out of the range is
+    put through it again until it comes back (cycle walking), less than once on average.
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        assert size > 0
+        self._size = size
+        bits = max(2, (size - 1).bit_length())
+        self._low_bits = (bits + 1) // 2
+        self._low_mask, self._high_mask = 2**self._low_bits - 1, 2 ** (bits - self._low_bits) - 1
+        self._keys = hashed(*key, count=_ROUNDS)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < self._size:
+            raise IndexError(place)
+        value = self._permuted(place)
+        while value >= self._size:
+            value = self._permuted(value)
+        return value
+
+    def _permuted(self, value: int) -> int:
+        high, low = value >> self._low_bits, value & self._low_mask
+        for turn, key in enumerate(self._keys):
+            if turn % 2:
+                low ^= _mixed(high + key) & self._low_mask
+            else:
+                high ^= _mixed(low + key) & self._high_mask
+        return high << self._low_bits | low
+
+
+def _mixed(value: int) -> int:
+    """64 bits each of which depends on all of `value`'s (the finalizer of SplitMix64)."""
+    value &= _MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
