@@ -27,7 +27,7 @@ from rrt.presets import preset
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import early_exit, uptrain
-from train.data import Windows
+from train.data import Mixture, Windows
 from train.distributed import Processes, agree, processes
 from train.early_exit import EarlyExitRecipe
 from train.losses import ExitWeights
@@ -155,11 +155,11 @@ def train_plainly(
 ) -> list[float]:
     """The same training without trainer, chunks or sharding: `loss_of` gets every exit's whole logits."""
     optim = OptimConfig(lr=5e-3, warmup_steps=2)
-    windows = Windows(open_shards(data, "train"), LENGTH, seed=0)
+    samples = Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
     optimizer = make_optimizer(model, optim)
     found = []
     for step in range(steps):
-        inputs, targets = windows.batch(step * BATCH, BATCH)
+        inputs, targets = samples.batch(step * BATCH, BATCH)
         exits = [model(inputs, exit_loop=loop).flatten(0, 1) for loop in range(model.recursive.num_loops)]
         with torch.no_grad():
             reference = exits[-1] if teacher is None else teacher(inputs).flatten(0, 1)
@@ -321,7 +321,7 @@ def test_exits_with_a_lora_on_the_head_train_further(
     # Uptraining leaves the LoRA alone: the last loop does without it.
     train(flags(start, tmp_path / "up"), uptrain)
     model = rrt.load_model(start)
-    inputs = Windows(open_shards(data, "train"), LENGTH, seed=0).batch(0, BATCH)
+    inputs = Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)]).batch(0, BATCH)
     expected_loss = ce(model(inputs[0]).flatten(0, 1), inputs[1].flatten()).item()
     assert losses(tmp_path / "up")[0] == pytest.approx(expected_loss, abs=1e-5)
     uptrained = rrt.load_model(tmp_path / "up" / "final")

@@ -29,6 +29,7 @@ from training_util import (
     make_flags,
     metrics,
     run_script,
+    samples_of,
     steps_kept,
     train,
     uptrain_here,
@@ -41,7 +42,6 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import pretrain
-from train.data import Mixture, Windows
 from train.flops import training_flops_per_token
 from train.losses import next_token_loss
 from train.recipe import OptimConfig
@@ -77,11 +77,6 @@ def checkpoint(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def flags(checkpoint: Path, data: Path) -> Flags:
     return make_flags(checkpoint, data)
-
-
-def samples_of(data: Path) -> Mixture:
-    """What the runs train on."""
-    return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
 def pretrain_here(argv: list[str]) -> None:

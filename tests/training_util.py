@@ -18,10 +18,11 @@ from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
-from rrt.shards import ShardWriter
+from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import uptrain
 from train.checkpoints import step_directories
+from train.data import Mixture, Windows
 from train.distributed import AgreedError, agree, processes
 from train.recipe import read_recipe
 from train.trainer import Trainer
@@ -64,6 +65,11 @@ def make_data(directory: Path, tokenizer: Path) -> Path:
             writer.append("train", ids, [len(ids)], [len(text.encode())])
         writer.finish({})
     return directory
+
+
+def samples_of(data: Path) -> Mixture:
+    """What the runs train on."""
+    return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
 def make_checkpoint(directory: Path, tokenizer: Path) -> Path:
