@@ -161,13 +161,13 @@ def kill_repeatedly(kills: int, out: Path, argv: list[str], longest: float) -> N
     assert [process.exitcode for process in started] == [0, 0]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
     kills: int, flags: Flags, tmp_path: Path
 ) -> None:
-    settings = dict(steps=20 * kills, run__save_every=2, run__micro_batch=4)
+    settings = dict(steps=20 * kills, run__micro_batch=4)
     run_on_two(uptrain_here, flags(tmp_path / "whole", **settings))
-    argv = flags(tmp_path / "killed", **settings)
+    argv = flags(tmp_path / "killed", run__save_every=2, **settings)
     kill_repeatedly(kills, tmp_path / "killed", argv, longest=3.0)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
