@@ -50,7 +50,6 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   bool done = false;
   bool dependency_met = false;
   const int64_t* awaited = nullptr;  // not to be resumed before this counter differs from `seen`
@@ -135,6 +134,13 @@ void enter() {
   machine->yield();
 }
 
+// Kept from block to block: new ones would cost more than what most blocks do.
+char* stack_of(int thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (static_cast<int>(stacks.size()) <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
+
 void run_block(std::mt19937_64& random) {
   Machine& m = *machine;
   const int threads = m.launch->threads;
@@ -145,13 +151,13 @@ void run_block(std::mt19937_64& random) {
   m.warps.assign((threads + kLanes - 1) / kLanes, {});
   m.epoch = 0;
   m.at_barrier = 0;
-  for (Thread& thread : m.threads) {
-    thread.stack = std::make_unique<char[]>(kStackBytes);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, enter, 0);
+  for (int i = 0; i < threads; ++i) {
+    ucontext_t& context = m.threads[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack_of(i);
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
   }
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
