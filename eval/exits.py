@@ -104,10 +104,9 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
     settings = {"data": arguments.data, "split": arguments.split, "text_field": arguments.text_field}
     settings |= {"context": context, "samples": arguments.samples, "bos": bos_id is not None}
     settings |= {"num_loops": num_loops, "dtype": dtype_name(dtype)}
-    # The fingerprint is read by all processes; the first makes the directory.
     settings["checkpoint_sha256"] = fingerprint(Path(arguments.checkpoint))
     if replica.is_main:
-        recording = Recording(arguments.out, settings)
+        Recording(arguments.out, settings)  # makes the directory, which the others then find
     replica.wait()
     recording = Recording(arguments.out, settings)
     if replica.is_main and num_loops - 1 != len(source.recursive.exit_loops):

@@ -66,9 +66,10 @@ class Sums:
 
     def make_room(self, num_groups: int) -> None:
         more = num_groups - self.tokens.shape[0]
-        self.loss, self.tokens, self.text_bytes = (
-            F.pad(sums, (0, more)) for sums in (self.loss, self.tokens, self.text_bytes)
-        )
+        if more:
+            self.loss, self.tokens, self.text_bytes = (
+                F.pad(sums, (0, more)) for sums in (self.loss, self.tokens, self.text_bytes)
+            )
 
     def add(self, losses: Tensor, groups: Tensor) -> None:
         """Losses [E, N] of targets of the groups [N]."""

@@ -137,9 +137,10 @@ def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], hig
     """Size against quality, with the line of those that nothing beats."""
     if not points:
         return ""
-    best = Series("no smaller model is as good", frontier(list(points.values()), higher_is_better), marks=False)
+    best = frontier(list(points.values()), higher_is_better)
     models = Series("models", list(points.values()), is_line=False, labels=list(points))
-    return plot(title, [models, best], "non-embedding parameters", y_label, log_x=True)
+    lines = [Series("no smaller model is as good", best, marks=False)] if len(best) > 1 else []
+    return plot(title, [models, *lines], "non-embedding parameters", y_label, log_x=True)
 
 
 def quality(results: Results) -> str:

@@ -3,7 +3,7 @@
 #
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
 # uptrains it plain and relaxed, and measures everything on packages that training never saw.
-# Results: runs/out/demo/{report.md,report.json,curves.png,*.json}. From the environment, for another run: DEMO_OUT,
+# Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. From the environment, for another run: DEMO_OUT,
 # DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EVAL_TOKENS (default: all), DEMO_LORA_RANK, DEMO_PROCESSES,
 # DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
 set -euo pipefail
@@ -67,6 +67,12 @@ measure relaxed-after "$OUT/relaxed-uptrained/final"
 step "export: the relaxed model as an ordinary HF Llama of 6 layers"
 python -m rrt.export --checkpoint "$OUT/relaxed-uptrained/final" --out "$OUT/relaxed-hf"
 
+step "early exits: what the first loop of the recursive model says beside the second"
+python eval/exits.py --checkpoint "$OUT/recursive-uptrained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
+    --dtype "$DTYPE" --out "$OUT/exits" --json "$OUT/exits.json"
+
 step "report"
+python eval/report.py "$OUT"/{bigram,base,reduced,recursive-before,recursive-after,relaxed-before,relaxed-after,exits}.json \
+    "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained} --out "$OUT/report.html"
 python runs/demo_report.py "$OUT"
-printf '\nDone in %d s. Table: %s/report.md  curves: %s/curves.png\n' $((SECONDS - began)) "$OUT" "$OUT"
+printf '\nDone in %d s. Table: %s/report.md  page: %s/report.html\n' $((SECONDS - began)) "$OUT" "$OUT"

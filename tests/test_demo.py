@@ -37,6 +37,8 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
         assert models[name]["perplexity"] < models[name]["perplexity_before"]
     table = (out / "report.md").read_text()
     assert all(f"{row['perplexity']:.2f}" in table for row in models.values())
+    page = (out / "report.html").read_text()
+    assert all(f"{row['perplexity']:.3f}" in page for row in models.values()) and "Early exits" in page
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     bigram = json.loads((out / "bigram.json").read_text())
