@@ -1,0 +1,139 @@
+"""The chunked losses against whole logits, and early exits with and without distillation: python bench/losses.py
+
+- head: loss and gradients of 2,048 tokens at a vocabulary of 256,000, chunked against F.cross_entropy of whole logits
+- exits: two optimizer steps of a Llama of three loops with a loss at every exit; with distillation of every exit from
+  a teacher against without. The teacher's weights are not counted.
+
+Every measurement is a process of its own, variants in turn; its peak is what the system says it took at most, less
+what it took before the call (head: inputs exist; exits: nothing does). About 4 minutes on 2 cores.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import human_bytes, run_command
+from rrt.config import RecursiveConfig
+from rrt.model import RecursiveTransformer
+from rrt.presets import preset
+from rrt.results import write_result
+from train.distributed import processes, shard_model
+from train.losses import ExitWeights, Head, exit_losses
+from train.objective import early_exits
+from train.recipe import DistillConfig, ExitsConfig, OptimConfig
+from train.teacher import ShardedTeacher
+from train.trainer import make_optimizer
+
+TOKENS, SEQUENCE = 2048, 512
+
+
+def status_bytes(field: str) -> int:
+    """VmRSS or VmHWM, the peak of that, of this process."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def measure_head(variant: str, vocab: int, width: int) -> dict[str, float]:
+    """Peak bytes beyond the inputs, and seconds of a second call."""
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, width).requires_grad_()
+    weight = (0.05 * torch.randn(vocab, width)).requires_grad_()
+    targets = torch.randint(0, vocab, (TOKENS,))
+
+    def call() -> float:
+        hidden.grad = weight.grad = None
+        began = time.perf_counter()
+        if variant == "chunked":
+            loss, _ = exit_losses([hidden], targets, Head(weight), [ExitWeights(1.0)])
+        else:
+            loss = F.cross_entropy(hidden @ weight.t(), targets)
+        loss.backward()
+        return time.perf_counter() - began
+
+    before = status_bytes("VmRSS")
+    call()
+    peak = status_bytes("VmHWM") - before
+    return {"peak_bytes": peak, "seconds": call()}
+
+
+def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
+    """Peak bytes of training without the teacher's weights, and seconds of the second step."""
+    sizes: dict[str, Any] = dict(vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_layers=6)
+    config = replace(preset("tinyllama-1.1b"), num_heads=8, num_kv_heads=2, head_dim=width // 8, **sizes)
+    distill = DistillConfig(teacher="the model's base" if variant == "distilled" else None)
+    objective = early_exits(ExitsConfig(distill="teacher" if distill.teacher else "none"), distill, 3)
+    with processes("cpu") as group:
+        before = status_bytes("VmRSS")
+        model = RecursiveTransformer(config, RecursiveConfig(num_loops=3))
+        model.init_weights(0)
+        shard_model(model, group.mesh, None)
+        teacher, teacher_bytes = None, 0
+        if distill.teacher:
+            base = RecursiveTransformer(config)
+            base.init_weights(1)
+            teacher, teacher_bytes = ShardedTeacher(base, group.mesh), sum(p.nbytes for p in base.parameters())
+        losses, optimizer = objective.bind(model, teacher), make_optimizer(model, OptimConfig())
+        tokens = torch.randint(0, vocab, (TOKENS // SEQUENCE, SEQUENCE + 1))
+        seconds = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            losses(tokens[:, :-1], tokens[:, 1:])[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+        return {"peak_bytes": status_bytes("VmHWM") - before - teacher_bytes, "seconds": seconds}
+
+
+def compare(
+    measure: Callable[..., dict[str, float]], variants: tuple[str, str], sizes: list[int], rounds: int
+) -> dict[str, Any]:
+    """Medians of each variant and the ratios of the first to the second."""
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    context = multiprocessing.get_context("spawn")
+    for index in range(rounds):
+        for variant in variants if index % 2 else variants[::-1]:
+            with context.Pool(1) as pool:
+                found[variant].append(pool.apply(measure, (variant, *sizes)))
+    medians: dict[str, Any] = {
+        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+    first, second = (medians[variant] for variant in variants)
+    ratios = {key: first[key] / second[key] for key in first}
+    return {"vocab": sizes[0], "width": sizes[1], "tokens": TOKENS, "rounds": rounds, **medians, "ratio": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", type=int, nargs=2, default=[256000, 128], metavar=("VOCAB", "WIDTH"))
+    parser.add_argument("--exits", type=int, nargs=2, default=[32000, 512], metavar=("VOCAB", "WIDTH"))
+    parser.add_argument("--rounds", type=int, default=3, help="of each variant (default 3)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    arguments = parser.parse_args()
+    result = {
+        "head": compare(measure_head, ("chunked", "whole"), arguments.head, arguments.rounds),
+        "exits": compare(measure_exits, ("distilled", "plain"), arguments.exits, arguments.rounds),
+    }
+    for name, case in result.items():
+        print(f"{name}: {case['tokens']} tokens, vocabulary {case['vocab']}, width {case['width']}")
+        for variant, row in case.items():
+            if isinstance(row, dict) and variant != "ratio":
+                print(f"  {variant:<10} {human_bytes(row['peak_bytes']):>10}  {row['seconds']:7.2f} s")
+        print(f"  {'ratio':<10} {case['ratio']['peak_bytes']:>10.3f}  {case['ratio']['seconds']:7.2f}")
+    if arguments.json is not None:
+        write_result(arguments.json, result)
+
+
+if __name__ == "__main__":
+    run_command(main)
