@@ -30,6 +30,7 @@ from train import early_exit, uptrain
 from train.data import Mixture, Windows
 from train.distributed import Processes, agree, processes
 from train.early_exit import EarlyExitRecipe
+from train.estimate import estimate_memory
 from train.losses import ExitWeights
 from train.objective import early_exits, exit_coefficients, uptraining
 from train.recipe import DistillConfig, ExitsConfig, OptimConfig, read_recipe
@@ -479,3 +480,14 @@ def test_the_command_runs_under_torchrun(checkpoints: dict[str, Path], flags: Fl
         "loop 1: 0.5 cross-entropy + 0.5 forward_kl from the teacher"
     ) in lines
     assert lines[-1] == f"wrote {tmp_path / 'run' / 'final'}"
+
+
+@pytest.mark.slow
+def test_distilling_three_exits_of_gemma_takes_little_more_memory_than_training_them(flags: Flags) -> None:
+    recipe = read_recipe(EarlyExitRecipe, "", flags(Path("x"), Path("y"), run__dtype="bf16", data__seq_len=2048))
+    recipe = replace(recipe, run=replace(recipe.run, batch_tokens=2**18, tokens=2**18))
+    gemma, three = preset("gemma-2b"), RecursiveConfig(num_loops=3)
+    plain = estimate_memory(gemma, three, recipe, 8, "cuda", early_exits(ExitsConfig(), DistillConfig(), 3))
+    objective = early_exits(ExitsConfig(distill="teacher"), DistillConfig(teacher="gemma-2b"), 3)
+    distilled = estimate_memory(gemma, three, recipe, 8, "cuda", objective, (gemma, RecursiveConfig()))
+    assert distilled.peak - distilled.teacher < 1.2 * plain.peak
