@@ -253,7 +253,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
 
     model = load_model(arguments.checkpoint, dtype, device, num_loops)
-    model.set_merge(True)
+    # To merge a LoRA into a square weight takes what its own products take on half as many rows as the weight has.
+    model.set_merge(batch_tokens >= source.model.hidden_size)
     identity = {
         "checkpoint_sha256": fingerprint(arguments.checkpoint),
         "tokenizer_sha256": tokenizer.sha256,
