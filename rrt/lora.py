@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrt import ops
+from rrt.products import product_dtype
 
 
 class LoopLinear(nn.Module):
@@ -33,7 +34,7 @@ class LoopLinear(nn.Module):
         self.out_features = out_features
         self.num_loops = num_loops
         self.rank = min(rank, in_features, out_features)
-        self.merge = False
+        self.merge: bool | None = False
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
@@ -44,11 +45,22 @@ class LoopLinear(nn.Module):
         """The bias [N] that `loop` uses, or None."""
         return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
 
-    def merged_weight(self, loop: int) -> Tensor:
-        """``W + B_l A_l`` [N, K], in the weight's dtype."""
+    def merged_weight(self, loop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``W + B_l A_l`` [N, K], computed in `dtype`, or the weight's own."""
+        dtype = dtype or self.weight.dtype
         if self.lora_a is None or self.lora_b is None:
-            return self.weight
-        return torch.addmm(self.weight, self.lora_b[loop], self.lora_a[loop])
+            return self.weight.to(dtype)
+        return torch.addmm(self.weight.to(dtype), self.lora_b[loop].to(dtype), self.lora_a[loop].to(dtype))
+
+    def merges(self, rows: int) -> bool:
+        """Whether `rows` rows are computed merged. If `merge` is None, where that takes fewer FLOPs.
+
+        Forward and backward take 6 R M (K + N) FLOPs plain; merged 6 R K N, or 8 R K N where checkpointing computes
+        the merged weight again: fewer from M = 4 K N / (3 (K + N)), 1365 rows for 2048 x 2048.
+        """
+        if self.merge is not None:
+            return self.merge
+        return 3 * rows * (self.in_features + self.out_features) >= 4 * self.in_features * self.out_features
 
     def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         """Apply the linear at `loop`.
@@ -56,19 +68,21 @@ class LoopLinear(nn.Module):
         Args:
             x: [..., K]; [M, K] when `loop` is a tensor.
             loop: one loop for all rows, computed merged (one GEMM with W + B_l A_l) or plain (three GEMMs)
-                as `self.merge` says; or an int32 tensor [M], one loop per row, by the native op.
+                as `merges` says; or an int32 tensor [M], one loop per row, by the native op.
 
         Returns:
             [..., N]
         """
         if isinstance(loop, Tensor):
             return self._forward_rows(x, loop)
-        bias = self.loop_bias(loop)
-        if self.lora_a is None or self.lora_b is None:
-            return F.linear(x, self.weight, bias)
-        if self.merge:
-            return F.linear(x, self.merged_weight(loop), bias)
-        return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+        rows = x.numel() // self.in_features
+        dtype, wide = x.dtype, product_dtype(x, rows)
+        x, bias = x.to(wide), self.loop_bias(loop)
+        bias = None if bias is None else bias.to(wide)
+        if self.lora_a is None or self.lora_b is None or self.merges(rows):
+            return F.linear(x, self.merged_weight(loop, wide), bias).to(dtype)
+        low_rank = F.linear(F.linear(x, self.lora_a[loop].to(wide)), self.lora_b[loop].to(wide))
+        return (F.linear(x, self.weight.to(wide), bias) + low_rank).to(dtype)
 
     def _forward_rows(self, x: Tensor, loops: Tensor) -> Tensor:
         lora_a = x.new_empty(self.num_loops, 0, self.in_features) if self.lora_a is None else self.lora_a

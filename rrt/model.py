@@ -62,7 +62,7 @@ class Norm(nn.Module):
             normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps) * weight.to(wide.dtype)
             return (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = F.rms_norm(wide, x.shape[-1:], eps=self.eps)
         if self.kind == "rmsnorm_1p":
             return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
         return weight * normed.to(x.dtype)
@@ -364,8 +364,8 @@ class RecursiveTransformer(nn.Module):
             mask = mask & attention_mask.bool()[:, None, None, :] | own
         return positions, F.pad(mask, (prefix_length, 0), value=True)
 
-    def set_merge(self, merge: bool) -> None:
-        """Compute every LoRA merged into its weight (cheap when M is large) or as separate products."""
+    def set_merge(self, merge: bool | None) -> None:
+        """Compute every LoRA merged into its weight, or as separate products; None: as is cheaper for the rows."""
         for module in self.modules():
             if isinstance(module, LoopLinear):
                 module.merge = merge

@@ -1,5 +1,6 @@
 """The hand-written model against transformers on random weights, and against itself."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 import transformers
 
 import rrt
+from rrt import products
 from rrt.config import LoraRanks, RecursiveConfig
 from rrt.hf import model_config_from_hf
 from rrt.kv_cache import ContiguousCache
 from rrt.loaders import load_model, open_source
+from rrt.lora import LoopLinear
 from rrt.model import RecursiveTransformer
+from rrt.products import EMULATED_FROM_ROWS
 
 # Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
 # heads, partial rotary, sequential NeoX, other rotary bases.
@@ -208,6 +212,31 @@ def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
             parameter.copy_(module.weight + module.lora_b[loop] @ module.lora_a[loop])
     input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(6))
     assert relative_error(model(input_ids), vanilla(input_ids)) <= 1e-12
+
+
+def test_lora_merges_from_the_rows_at_which_that_takes_fewer_flops():
+    linear = LoopLinear(2048, 2048, num_loops=2, rank=64)
+    assert (linear.merges(100), linear.merge) == (False, False)
+    linear.merge = None
+    assert [linear.merges(rows) for rows in (1365, 1366)] == [False, True]
+    linear.merge = True
+    assert linear.merges(1)
+
+
+def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
+    linear = LoopLinear(24, 40, num_loops=2, rank=3, bias=True)
+    with torch.no_grad():
+        for index, parameter in enumerate(linear.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(index))
+    linear.bfloat16()
+    x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
+    monkeypatch.setattr(products, "_has_bf16_instructions", lambda: False)
+    for merge in (False, True):
+        linear.merge = merge
+        found = linear(x, 1)
+        wide = copy.deepcopy(linear).float()
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, wide(x.float(), 1).bfloat16())
 
 
 def test_merged_and_plain_lora_give_the_same_logits_and_gradients():

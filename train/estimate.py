@@ -25,9 +25,9 @@ from rrt.cli import human_bytes, human_count
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
+from rrt.products import choices_of
 from train.distributed import set_last_micro_batch
-from train.flops import peak_flops, training_flops_per_token
-from train.losses import choices_of
+from train.flops import peak_flops, run_flops_per_token
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import DryRun, RunConfig
 from train.teacher import ShardedTeacher
@@ -237,8 +237,7 @@ def estimate_table(
     memory = estimates[run.checkpointing]
     rows = [(text.format(run.checkpointing), getattr(memory, name)) for name, text in _PARTS.items()]
     others = ", ".join(f"{kind} {human_bytes(estimates[kind].peak)}" for kind in settings[1:])
-    merged_over = run.micro_batch * recipe.data.seq_len if run.lora == "merged" else None
-    flops = training_flops_per_token(model, recursive, recipe.data.seq_len, merged_over=merged_over)
+    flops = run_flops_per_token(model, recursive, recipe.data.seq_len, run)
     peak = run.peak_flops or peak_flops(dry_run.gpu)
     if peak is None:
         raise UserError(f"command line: --gpu: found {dry_run.gpu!r}, whose peak is not known; give --run.peak_flops")

@@ -9,6 +9,7 @@ import torch
 
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.inspect import model_sizes
+from train.recipe import RunConfig
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -61,3 +62,10 @@ def training_flops_per_token(
     if teacher is not None:
         taught = model_sizes(teacher, RecursiveConfig(), torch.float32, context).flops_per_token["plain"]
     return 3 * forward + taught
+
+
+def run_flops_per_token(model: ModelConfig, recursive: RecursiveConfig, seq_len: int, run: RunConfig) -> float:
+    """`training_flops_per_token` with LoRA as `run.lora` says; "auto", a choice by linear, counts as the cheaper."""
+    tokens = run.micro_batch * seq_len
+    forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
+    return min(training_flops_per_token(model, recursive, seq_len, merged_over=form) for form in forms[run.lora])

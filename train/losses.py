@@ -7,8 +7,7 @@ the head. Each chunk of a teacher's logits serves all exits.
 Dimensions: N tokens, D model width, V vocabulary, R rank of the head's LoRA, C tokens of one chunk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rrt.products import device_type, product_dtype
 
 IGNORED = -100
 """The target of a position that has no loss."""
@@ -30,23 +31,6 @@ CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 def matrices_per_chunk(distills: bool) -> int:
     """How many [C, V] exist at one time, for any number of exits, with or without a divergence."""
     return 8 if distills else 1
-
-
-_choices: list[str] = []
-
-
-@contextmanager
-def choices_of(device: str) -> Iterator[None]:
-    """Compute as on a device of this type wherever the tensors are: for estimates on tensors without memory."""
-    _choices.append(device)
-    try:
-        yield
-    finally:
-        _choices.pop()
-
-
-def _device_type(tensor: Tensor) -> str:
-    return _choices[-1] if _choices else tensor.device.type
 
 
 def chunk_tokens(tokens: int, vocab: int, itemsize: int, distills: bool, device: str) -> int:
@@ -132,8 +116,8 @@ def exit_losses(
     if (teacher is None) == task.asks_teacher:
         raise ValueError("teacher: expected one if, and only if, some weight asks for it")
     if teacher is not None:
-        convert = _conversion(teacher.weight, torch.promote_types(teacher.weight.dtype, torch.float32))
-        teacher = Teacher(convert(teacher.hidden.detach()), convert(teacher.weight.detach()))
+        dtype = product_dtype(teacher.weight)
+        teacher = Teacher(teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype))
     task = replace(task, teacher=teacher)
     loss, parts = _ExitLosses.apply(task, head.weight, head.lora_a, head.lora_b, *exits)  # type: ignore[no-untyped-call]
     return loss, parts
@@ -184,7 +168,7 @@ class _Task:
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
         """Pieces of the tokens, of nearly equal size."""
         tokens, distills = len(self.targets), self.asks_teacher or self.asks_last_exit
-        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, _device_type(self.targets))
+        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, device_type(self.targets))
         pieces = max(1, -(-tokens // chunk))
         bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
@@ -228,23 +212,17 @@ class _Task:
         return values, slope if divergences is None else slope.add_(divergences)
 
 
-def _conversion(weight: Tensor, wide: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What to do to the factors of a product: 16 bits are emulated on CPUs without instructions for them."""
-    slow = weight.dtype.itemsize == 2 and _device_type(weight) == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return (lambda tensor: tensor.to(wide)) if slow else (lambda tensor: tensor)
-
-
 class _HeadProducts:
     """The products of the head with chunks of hidden states, and its accumulated gradients."""
 
     def __init__(self, head: Head, wide: torch.dtype, needs_weight: bool, needs_lora: bool) -> None:
         self.wide = wide
-        self.convert = convert = _conversion(head.weight, wide)
-        self.weight = convert(head.weight)
+        self.dtype = dtype = product_dtype(head.weight)
+        self.weight = head.weight.to(dtype)
         self.lora = (
             None
             if head.lora_a is None or head.lora_b is None
-            else [(convert(a), convert(b)) for a, b in zip(head.lora_a, head.lora_b, strict=True)]
+            else [(a.to(dtype), b.to(dtype)) for a, b in zip(head.lora_a, head.lora_b, strict=True)]
         )
 
         def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
@@ -294,7 +272,7 @@ class _HeadProducts:
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a b in the wide dtype; of 16-bit factors without rounding the sums where the device can."""
-    if _device_type(a) == "cuda" and a.dtype != wide:
+    if device_type(a) == "cuda" and a.dtype != wide:
         return torch.mm(a, b, out_dtype=wide)
     return (a @ b).to(wide)
 
@@ -332,7 +310,7 @@ class _ExitLosses(torch.autograd.Function):
                 weights, is_reference = task.weights[place], task.asks_last_exit and place == len(exits) - 1
                 if weights == ExitWeights() and not is_reference:
                     continue
-                hidden = head.convert(exits[place][rows])
+                hidden = exits[place][rows].to(head.dtype)
                 logits = head.logits(hidden, place)
                 warm = task.warm(logits) if distills and task.temperature != 1 else None
                 log_q = torch.log_softmax(logits, dim=-1, out=logits)

@@ -100,8 +100,10 @@ class RunConfig:
     batch_tokens: int = doc("tokens per optimizer step over all processes", default=2**21)
     micro_batch: int = doc("sequences per process in one forward", default=8)
     dtype: Literal["bf16", "fp32"] = doc("compute dtype; parameters, optimizer and reductions are fp32", default="bf16")
-    lora: Literal["merged", "plain"] = doc(
-        "compute LoRA merged into the weights, cheaper from about 2000 tokens a forward, or apart", default="merged"
+    lora: Literal["auto", "merged", "plain"] = doc(
+        "compute each LoRA merged into its weight, or apart; auto: merged from the tokens a forward at which that "
+        "takes fewer FLOPs, 4/3 of in*out/(in+out)",
+        default="auto",
     )
     checkpointing: Checkpointing = doc(
         "compute activations again in the backward, keeping only the input of each layer, or of each loop",

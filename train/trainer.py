@@ -39,7 +39,7 @@ from train.distributed import (
     set_last_micro_batch,
     shard_model,
 )
-from train.flops import peak_flops, training_flops_per_token
+from train.flops import peak_flops, run_flops_per_token
 from train.guard import Guard
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
@@ -127,7 +127,7 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Ad
 
 def set_up_model(model: RecursiveTransformer, run: RunConfig, mesh: DeviceMesh) -> None:
     """Make `model` compute as `run` says, sharded over `mesh`, in place."""
-    model.set_merge(run.lora == "merged")
+    model.set_merge({"auto": None, "merged": True, "plain": False}[run.lora])
     model.stack.checkpointing = run.checkpointing
     shard_model(model, mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
 
@@ -332,12 +332,7 @@ class Trainer:
 
     def _meter(self) -> Meter:
         run, device, start = self.recipe.run, self.processes.device, self.start
-        flops = training_flops_per_token(
-            start.model,
-            start.recursive,
-            self.recipe.data.seq_len,
-            merged_over=run.micro_batch * self.recipe.data.seq_len if run.lora == "merged" else None,
-        )
+        flops = run_flops_per_token(start.model, start.recursive, self.recipe.data.seq_len, run)
         peak = run.peak_flops
         if peak is None and device.type == "cuda" and run.dtype == "bf16":
             peak = peak_flops(torch.cuda.get_device_name(device))

@@ -1,0 +1,108 @@
+"""Training measured here: python bench/training.py
+
+Sections (--only takes some of them):
+
+- relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
+- checkpointing: time and peak memory of activation checkpointing per layer and per loop
+- trainer: the trainer's steps against a bare loop's: what data, sharding, logging and metrics cost
+- traffic: collectives and bytes of a step of Gemma 2B on 8 GPUs against its unrolled parent; counted, not timed
+
+    python bench/training.py --only relaxation --rows 8192 --dtype bf16 --json out.json
+    python bench/training.py --only traffic trainer
+
+Variants alternate; medians of the rounds, ratios within rounds. About 10 minutes on 2 cores with the defaults.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.timing import Timer
+from bench.training_cases import (
+    measure_checkpointing,
+    measure_relaxation,
+    measure_traffic,
+    measure_trainer,
+)
+from rrt.cli import human_bytes, run_command
+from rrt.errors import UserError
+from rrt.results import write_result
+from rrt.tensors import parse_dtype
+
+SECTIONS = ("relaxation", "checkpointing", "trainer", "traffic")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="these sections (default all)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"], help="of relaxation")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
+    parser.add_argument("--rank", type=int, default=256, help="of relaxation (default 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each case (default 5)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    arguments = parser.parse_args()
+    for name in ("rows", "rank", "rounds"):
+        values = getattr(arguments, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            raise UserError(f"--{name}: found {values}; expected positive numbers")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    timer = Timer(torch.device("cpu"), 0.0, arguments.rounds)
+    cases: list[tuple[str, Any]] = []
+    for name in arguments.dtype:
+        dtype = parse_dtype(name)
+        cases += [
+            ("relaxation", lambda r=rows, d=dtype: measure_relaxation(timer, r, arguments.rank, d))
+            for rows in arguments.rows
+        ]
+    cases.append(("checkpointing", lambda: measure_checkpointing(timer)))
+    cases.append(("trainer", lambda: measure_trainer(2 * arguments.rounds)))
+    chosen = [(section, measure) for section, measure in cases if section in arguments.only]
+    result: dict[str, Any] = {}
+    for section, measure in tqdm(chosen, unit="case", desc="training", disable=None):
+        result.setdefault(section, []).append(measure().record())
+    if "traffic" in arguments.only:
+        result["traffic"] = measure_traffic("gemma-2b", num_loops=2, ranks=[0, 512])
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    for section in SECTIONS[:-1]:
+        for record in result.get(section, []):
+            case = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
+            print(f"\n{section}: {case}")
+            peaks = record.get("peak_bytes", {})
+            for name, seconds in record["seconds"].items():
+                ratio = record["speedup"].get(name)
+                against = "" if ratio is None else f"  {next(iter(record['seconds']))} is {ratio:.2f}x as fast"
+                peak = f"  peak {human_bytes(peaks[name])}" if name in peaks else ""
+                print(f"  {name:14s} {seconds['median'] * 1e3:10.1f} ms{peak}{against}")
+    for record in result.get("traffic", []):
+        counts = ", ".join(f"{count} {kind}" for kind, count in record["counts"].items())
+        print(
+            f"traffic: {record['model']}, {record['num_loops']} loop(s), wrap {record['wrap']}: {counts}; gathers "
+            f"{human_bytes(record['bytes']['all-gather'])}, {record['fewer_bytes']:.2f}x less than the parent, "
+            f"its block {record['fewer_block_bytes']:.2f}x less"
+        )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    result = run(arguments)
+    if arguments.json is not None:
+        write_result(arguments.json, result)
+    print_result(result)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,270 @@
+"""What `bench/training.py` measures: relaxation, checkpointing, the trainer, traffic."""
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Samples, Timer, Variant, speedup, spread
+from bench.traffic import imagined_step
+from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model import LoopedStack, RecursiveTransformer, rope_cos_sin
+from rrt.presets import preset
+from rrt.shards import ShardWriter
+from rrt.tensors import dtype_name
+from rrt.tokenizer import load_tokenizer, train_bpe
+from train.distributed import processes
+from train.estimate import LiveMemory
+from train.objective import NEXT_TOKEN
+from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig
+from train.trainer import Start, Trainer, make_optimizer
+
+SMALL_LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=16000,
+    hidden_size=384,
+    num_layers=8,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=64,
+    intermediate_size=1024,
+    max_position_embeddings=512,
+    activation="silu",
+    gated_mlp=True,
+    norm_type="rmsnorm",
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    rotary_fraction=1.0,
+    use_bias=False,
+    parallel_residual=False,
+    tie_embeddings=False,
+    scale_embeddings=False,
+)
+"""26.4 M parameters."""
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Measured:
+    """Samples of the variants of one case, the first of which is ours."""
+
+    case: dict[str, Any]
+    samples: Samples
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: seconds, and how many times faster the first variant is than each other."""
+        ours, *others = self.samples
+        return {
+            **self.case,
+            "seconds": {name: spread(values) for name, values in self.samples.items()},
+            "speedup": {name: speedup(self.samples, ours, name) for name in others},
+            "rounds": len(self.samples[ours]),
+        }
+
+
+def tokens_of(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random inputs and targets [batch, length]."""
+    ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def model_and_losses(config: ModelConfig) -> tuple[nn.Module, Losses]:
+    model = RecursiveTransformer(config)
+    model.init_weights()
+    losses = NEXT_TOKEN.bind(model)
+    return model, lambda inputs, targets: losses(inputs, targets)[0]
+
+
+def optimizer_step(model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor]) -> Callable[[int], Tensor]:
+    """One step of fused AdamW on one batch, gradients clipped."""
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
+
+    def step(_: int) -> Tensor:
+        loss = losses(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def measure_relaxation(
+    timer: Timer, rows: int, rank: int, dtype: torch.dtype, forms: tuple[str, ...] = ("merged", "plain")
+) -> Measured:
+    """Forward and backward of a TinyLlama layer run twice: recursive, and relaxed in each form."""
+    config = replace(preset("tinyllama-1.1b"), num_layers=2)
+    length = min(rows, 512)
+    rope = rope_cos_sin(config, torch.arange(length)[None], dtype)
+    x = torch.randn(rows // length, length, config.hidden_size).to(dtype).requires_grad_()
+
+    def run(form: str) -> Callable[[int], Tensor]:
+        ranks = LoraRanks.uniform(0 if form == "recursive" else rank)
+        stack = LoopedStack(config, RecursiveConfig(num_loops=2, lora_rank=ranks))
+        for name, parameter in stack.named_parameters():
+            nn.init.constant_(parameter, 1.0) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+        stack.to(dtype)
+        for module in stack.modules():
+            if hasattr(module, "merge"):
+                module.merge = form == "merged"
+
+        def step(_: int) -> Tensor:
+            y: Tensor = stack(x, rope)[-1]
+            y.backward(x.detach())  # type: ignore[no-untyped-call]
+            stack.zero_grad()
+            x.grad = None
+            return y.detach()
+
+        return step
+
+    runs = {form: run(form) for form in (*forms, "recursive")}
+    for step in runs.values():
+        step(0)
+    samples = timer.measure({name: Variant(step) for name, step in runs.items()}, copies=1)
+    return Measured({"rows": rows, "rank": rank, "dtype": dtype_name(dtype), "layer": "tinyllama-1.1b"}, samples)
+
+
+def measure_checkpointing(timer: Timer) -> Measured:
+    """Forward and backward of a model of 8 layers in 2 loops; peak memory beside its weights."""
+    model = RecursiveTransformer(SMALL_LLAMA, RecursiveConfig(num_loops=2))
+    model.init_weights()
+    losses, batch = NEXT_TOKEN.bind(model), tokens_of(SMALL_LLAMA.vocab_size, 4, 512)
+
+    def run(unit: str) -> Callable[[int], Tensor]:
+        def step(_: int) -> Tensor:
+            model.stack.checkpointing = unit  # type: ignore[assignment]
+            loss = losses(*batch)[0]
+            loss.backward()  # type: ignore[no-untyped-call]
+            model.zero_grad()
+            return loss.detach()
+
+        return step
+
+    runs, peaks = {unit: run(unit) for unit in ("none", "layer", "loop")}, {}
+    for unit, step in runs.items():
+        with LiveMemory() as memory:
+            step(0)
+        peaks[unit] = memory.peak
+    samples = timer.measure({unit: Variant(step) for unit, step in runs.items()}, copies=1)
+    return Measured({"peak_bytes": peaks, "tokens": batch[0].numel()}, samples)
+
+
+class _TimedTrainer(Trainer):
+    """Between its steps, a step of the same model in a bare loop."""
+
+    bare: Callable[[int], Tensor]
+
+    def _train_step(self, rate: float) -> tuple[float, float, str | None]:
+        now = time.perf_counter()
+        if self.step == 0:
+            self.timed: Samples = {"trainer": [], "bare loop": []}
+        elif self.step > 1:  # the first is warm-up
+            self.timed["trainer"].append(now - self._began)
+        began = time.perf_counter()
+        self.bare(0)
+        if self.step > 0:
+            self.timed["bare loop"].append(time.perf_counter() - began)
+        self._began = time.perf_counter()
+        return super()._train_step(rate)
+
+
+def measure_trainer(steps: int) -> Measured:
+    """The trainer's steps, with data, sharding, logging and metrics, against the model's in a bare loop."""
+    batch_tokens = 4 * 512
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        root = Path(directory)
+        for name in ("tokenizer", "data"):
+            (root / name).mkdir()
+        train_bpe(_own_sources(), 1000, root / "tokenizer")
+        tokenizer = load_tokenizer(root / "tokenizer")
+        with ShardWriter(root / "data", tokenizer) as writer:
+            for text in _own_sources():
+                ids = tokenizer.encode_document(text)
+                writer.append("train", ids, [len(ids)], [len(text.encode())])
+            writer.finish({})
+        start_model = RecursiveTransformer(SMALL_LLAMA)
+        start_model.init_weights()
+        start = Start("bench", SMALL_LLAMA, RecursiveConfig(), tokenizer, lambda: start_model.get_parameter, None)
+        recipe = _Recipe(
+            DataConfig(str(root / "data"), seq_len=512),
+            OptimConfig(),
+            RunConfig(
+                str(root / "run"),
+                tokens=steps * batch_tokens,
+                batch_tokens=batch_tokens,
+                micro_batch=4,
+                dtype="fp32",
+                log_every=1,
+                save_every=0,
+                device="cpu",
+            ),
+            GuardConfig(),
+        )
+        with processes("cpu") as group:
+            trainer = _TimedTrainer(recipe, start, group)
+            model, losses = model_and_losses(SMALL_LLAMA)
+            trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512))
+            trainer.run()
+    samples = trainer.timed
+    pairs = min(map(len, samples.values()))
+    return Measured(
+        {"tokens": batch_tokens, "dtype": "float32", "steps": steps},
+        {name: values[:pairs] for name, values in samples.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    guard: GuardConfig
+
+
+def _own_sources() -> Iterator[str]:
+    for path in sorted(Path(__file__).resolve().parents[1].glob("**/*.py"))[:60]:
+        yield path.read_text(encoding="utf-8")
+
+
+def measure_traffic(name: str, num_loops: int, ranks: list[int]) -> list[dict[str, Any]]:
+    """Collectives and bytes of one optimizer step of a preset on 8 imagined processes, in bf16.
+
+    The first record is the unrolled parent; the others say how many times fewer bytes they gather.
+    """
+    config = preset(name)
+    cases: list[tuple[str, RecursiveConfig, Any]] = [("parent", RecursiveConfig(), "stack")]
+    for rank in ranks:
+        recursive = RecursiveConfig(num_loops=num_loops, lora_rank=LoraRanks.uniform(rank))
+        cases += [(f"rank {rank}", recursive, wrap) for wrap in ("stack", "layer")]
+    records: list[dict[str, Any]] = []
+    for label, recursive, wrap in cases:
+        traffic = imagined_step(config, recursive, wrap, processes=8, accumulation=4)
+        block = traffic.bytes["all-gather"] - 2 * _root_parameters(config)
+        record = {
+            "model": f"{name}, {label}",
+            "num_loops": recursive.num_loops,
+            "wrap": wrap,
+            "counts": dict(traffic.counts),
+            "bytes": dict(traffic.bytes),
+            "block_gathered_bytes": block,
+        }
+        parent = records[0] if records else record
+        record["fewer_bytes"] = parent["bytes"]["all-gather"] / record["bytes"]["all-gather"]
+        record["fewer_block_bytes"] = parent["block_gathered_bytes"] / block
+        records.append(record)
+    return records
+
+
+def _root_parameters(config: ModelConfig) -> int:
+    """Of embedding, head and final norm."""
+    matrices = 1 if config.tie_embeddings else 2
+    norm = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
+    return matrices * config.vocab_size * config.hidden_size + norm

@@ -1,0 +1,44 @@
+"""What a device computes products of matrices in."""
+
+import functools
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_choices: list[str] = []
+
+
+@contextmanager
+def choices_of(device: str) -> Iterator[None]:
+    """Compute as on a device of this type wherever the tensors are: for estimates on tensors without memory."""
+    _choices.append(device)
+    try:
+        yield
+    finally:
+        _choices.pop()
+
+
+def device_type(tensor: Tensor) -> str:
+    """ "cpu" or "cuda": what to compute as."""
+    return _choices[-1] if _choices else tensor.device.type
+
+
+EMULATED_FROM_ROWS = 16
+"""With fewer rows a product takes as long as it takes to read the weight, which is then better not widened."""
+
+
+def product_dtype(tensor: Tensor, rows: int = EMULATED_FROM_ROWS) -> torch.dtype:
+    """What to compute a product of `rows` rows in: `tensor`'s dtype, or fp32 for 16 bits that would be emulated.
+
+    torch emulates them on x86 CPUs without AVX512-BF16, several times slower than fp32.
+    """
+    emulated = tensor.dtype.itemsize == 2 and device_type(tensor) == "cpu" and not _has_bf16_instructions()
+    return torch.float32 if emulated and rows >= EMULATED_FROM_ROWS else tensor.dtype
+
+
+@functools.cache
+def _has_bf16_instructions() -> bool:
+    return platform.machine() != "x86_64" or torch.cpu._is_avx512_bf16_supported()
