@@ -25,7 +25,14 @@ from rrt.inspect import Sizes, model_sizes
 from rrt.loaders import Source, meta_model, open_source
 from rrt.lora import LoopLinear
 from rrt.model import Layer
-from rrt.recursive_args import add_dtype_flag, add_lora_rank_flags, add_untie_norms_flag, chosen_dtype, lora_ranks
+from rrt.recursive_args import (
+    add_dtype_flag,
+    add_lora_rank_flags,
+    add_prefix_length_flag,
+    add_untie_norms_flag,
+    chosen_dtype,
+    lora_ranks,
+)
 from rrt.rewrite import check_output, tokenizer_of
 from rrt.tensors import dtype_name
 from rrt.tokenizer import Tokenizer
@@ -142,7 +149,7 @@ def run_conversion(plan: ConversionPlan, *, progress: bool = False) -> Conversio
 
 def _check_offered(recursive: RecursiveConfig) -> None:
     default = RecursiveConfig()
-    for name in ("prefix_length", "head_lora_rank", "exit_loops"):
+    for name in ("head_lora_rank", "exit_loops"):
         if getattr(recursive, name) != getattr(default, name):
             raise UserError(
                 f"field '{name}': found {getattr(recursive, name)}; expected {getattr(default, name)}: "
@@ -171,8 +178,10 @@ def _linears(layer: torch.nn.Module) -> list[tuple[str, LoopLinear]]:
 def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -> Iterator[MatrixReport]:
     """Make and store every parameter of the new model; yields a report per linear of the block."""
     model = meta_model(folding.source.model, folding.recursive)
-    for name, _ in model.named_parameters():
-        if not name.startswith("stack."):
+    for name, parameter in model.named_parameters():
+        if name == "stack.prefix":
+            writer.add(name, folding.prefix(tuple(parameter.shape)))
+        elif not name.startswith("stack."):
             writer.add(name, folding.unlooped(name))
     layers = typing.cast(list[Layer], list(model.stack.layers))
     matrices = sum(len(_linears(layer)) for layer in layers)
@@ -206,6 +215,8 @@ def describe_plan(plan: ConversionPlan) -> str:
     layers = recursive.layers_per_loop(model)
     norms = "norms and biases per depth" if recursive.untie_norms else "norms and biases tied"
     lora = f"LoRA rank {recursive.lora_rank} ({recursive.lora_init})" if recursive.lora_rank else "no LoRA"
+    if recursive.prefix_length:
+        lora += f"; {recursive.prefix_length} prefix vectors per depth"
     init = f"{recursive.init} (norms: {recursive.norm_init})" if recursive.init == "average" else recursive.init
     return "\n".join(
         (
@@ -245,11 +256,14 @@ def _lost_and_kept(matrices: list[MatrixReport]) -> str:
     return f"{lost:.1%} -> {sum(kept) / len(kept):.1%}" if kept else f"{lost:.1%} -> -"
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help="HF directory, or a vanilla checkpoint of ours"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to create")
+def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
+    """What the command's flags that describe the new model say, without the others."""
+    parser = argparse.ArgumentParser(prog="python -m rrt.convert")
+    _add_recursive_flags(parser)
+    return _recursive_config(parser.parse_args(flags))
+
+
+def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-loops",
         type=int,
@@ -263,7 +277,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="shared layers from the base's: stepwise (even interval, first and last kept), stepwise-fixed-start "
         "(even interval from the first), average (mean over the loops), lower (the first ones), random. auto, the "
-        "default, is what the paper found best: stepwise without LoRA, average with",
+        "default, is what the paper found best: stepwise for plain recursion, average with LoRA or prefixes",
     )
     add_lora_rank_flags(parser)
     offered = tuple(init for init in typing.get_args(LoraInit) if init != "joint")
@@ -281,6 +295,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "(default: average)",
     )
     add_untie_norms_flag(parser)
+    add_prefix_length_flag(parser)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help="HF directory, or a vanilla checkpoint of ours"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to create")
+    _add_recursive_flags(parser)
     add_dtype_flag(parser, "dtype of the stored parameters")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -288,7 +311,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
     ranks = lora_ranks(arguments)
-    best: Init = "average" if ranks else "stepwise"
+    best: Init = "average" if ranks or arguments.prefix_length else "stepwise"
     return RecursiveConfig(
         num_loops=arguments.num_loops,
         init=best if arguments.init == "auto" else arguments.init,
@@ -296,6 +319,7 @@ def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
         lora_rank=ranks,
         lora_init=arguments.lora_init,
         untie_norms=arguments.untie_norms,
+        prefix_length=arguments.prefix_length,
     )
 
 

@@ -95,6 +95,12 @@ class Folding:
         """A parameter outside the block (embedding, final norm, head), unchanged."""
         return self._stored(self._read(name), name)
 
+    def prefix(self, shape: tuple[int, ...]) -> Tensor:
+        """New prefix vectors [L, P, D], about as large as embeddings: the paper does not say how it draws them."""
+        return self._stored(
+            torch.randn(shape, generator=seeded_generator(self.seed, "stack.prefix")) * _RANDOM_STD, "stack.prefix"
+        )
+
     def shared(self, layer: int, name: str) -> Tensor:
         """The tied parameter `name` of shared layer `layer`."""
         target = f"stack.layers.{layer}.{name}"

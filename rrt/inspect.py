@@ -22,7 +22,14 @@ from rrt.loaders import meta_model, open_source
 from rrt.lora import LoopLinear
 from rrt.model import RecursiveTransformer
 from rrt.presets import PRESETS, preset, preset_dtype
-from rrt.recursive_args import add_dtype_flag, add_lora_rank_flags, add_untie_norms_flag, chosen_dtype, lora_ranks
+from rrt.recursive_args import (
+    add_dtype_flag,
+    add_lora_rank_flags,
+    add_prefix_length_flag,
+    add_untie_norms_flag,
+    chosen_dtype,
+    lora_ranks,
+)
 from rrt.tensors import dtype_name
 
 
@@ -187,9 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-loops", type=int, default=1, metavar="B", help="loops to fold into (default: 1, none)")
     add_lora_rank_flags(parser)
     add_untie_norms_flag(parser)
-    parser.add_argument(
-        "--prefix-length", type=int, default=0, metavar="P", help="prefix vectors per depth (default: 0)"
-    )
+    add_prefix_length_flag(parser)
     add_dtype_flag(parser, "dtype that bytes are counted in")
     parser.add_argument(
         "--context", type=int, metavar="N", help="positions that a token attends to, for FLOPs (default: the longest)"

@@ -44,6 +44,12 @@ def add_untie_norms_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prefix_length_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefix-length", type=int, default=0, metavar="P", help="trainable prefix vectors per depth (default: 0)"
+    )
+
+
 def add_dtype_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
     """``--dtype``; read it with `chosen_dtype`."""
     parser.add_argument(

@@ -396,9 +396,21 @@ def test_tokenizer_comes_along_and_its_absence_is_noticed(bases, tmp_path):
     assert found.encode("x = 1\n") == expected.encode("x = 1\n")
 
 
+def test_prefix_vectors_are_drawn_for_every_depth_and_by_the_seed(bases, tmp_path):
+    _, new, _ = fold(bases["llama"], tmp_path / "a", init="average", prefix_length=4)
+    plain = tensors(tmp_path / "plain") if fold(bases["llama"], tmp_path / "plain", init="average") else {}
+    prefix = new.pop("stack.prefix")
+    assert prefix.shape[:2] == (open_source(bases["llama"]).model.num_layers, 4)
+    assert prefix.std() == pytest.approx(0.02, rel=0.2)
+    assert new.keys() == plain.keys() and all(torch.equal(new[name], plain[name]) for name in plain)
+    _, other, _ = fold(bases["llama"], tmp_path / "b", init="average", prefix_length=4, seed=1)
+    assert not torch.equal(other["stack.prefix"], prefix)
+    model = load_model(tmp_path / "a")
+    assert model(torch.arange(5)[None]).isfinite().all()
+
+
 def test_api_refuses_what_conversion_does_not_make(bases, tmp_path):
     for field, options in {
-        "prefix_length": dict(prefix_length=4),
         "head_lora_rank": dict(head_lora_rank=4),
         "exit_loops": dict(exit_loops=(0,)),
         "lora_init": dict(lora_init="joint", rank=4),

@@ -163,8 +163,7 @@ def test_a_dry_run_needs_neither_weights_nor_data(
 def test_the_estimate_is_within_15_percent_of_two_processes(settings: dict[str, Any], inputs: Path) -> None:
     argv = make_argv(inputs, **settings)
     recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
-    model, recursive = pretrain.architecture(recipe)
-    estimate = estimate_memory(model, recursive, recipe, 2, "cpu")
+    estimate = estimate_memory(pretrain.training(recipe), recipe, 2, "cpu")
     measured = max(run_on_two(memory_of_two_steps, argv))
     print(f"{settings}: estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert measured == pytest.approx(estimate.peak, rel=0.15)

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from rrt.config import doc
 from rrt.errors import UserError
 from train.pretrain import PretrainRecipe
-from train.recipe import DataConfig, OptimConfig, RunConfig, read_recipe, to_toml
+from train.recipe import OptimConfig, read_recipe, to_toml
 from train.trainer import accumulation
 from train.uptrain import UptrainRecipe
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "train" / "recipes").glob("*.toml"))
 REQUIRED = {"checkpoint.path": "model", "data.path": "data", "run.out": "out", "run.tokens": "4194304"}
 
 
@@ -130,7 +129,10 @@ def test_a_wrong_flag_is_named_with_what_was_found_and_expected(changes: dict[st
     ("text", "message"),
     [
         ("[optim]\nrate = 1\n", "unknown field 'optim.rate'; expected one of: lr, warmup_steps"),
-        ("[optimizer]\nlr = 1\n", "unknown field 'optimizer'; expected one of: checkpoint, distill, data, optim"),
+        (
+            "[optimizer]\nlr = 1\n",
+            "unknown field 'optimizer'; expected one of: checkpoint, start, distill",
+        ),
         ('[optim]\nlr = "high"\n', "field 'optim.lr': found 'high'; expected float"),
         ("[optim]\nlr = [1]\n", "field 'optim.lr': found [1]; expected float"),
         ("[optim]\nlr = -1\n", "field 'optim.lr': found -1.0; expected a positive number"),
@@ -245,19 +247,31 @@ def test_a_written_recipe_has_every_default_filled_in(tmp_path: Path) -> None:
     assert tomllib.loads(to_toml(recipe))["optim"] == dataclasses.asdict(OptimConfig())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_is_the_papers_and_fits_eight_gpus(path: Path) -> None:
-    billions = int(path.stem.rpartition("_")[2].removesuffix("b"))
-    recipe = read(["--recipe", str(path), "--checkpoint.path", "m", "--data.path", "d", "--run.out", "o"])
-    assert recipe.data == DataConfig("d", seq_len=2048)
-    assert recipe.optim == OptimConfig(lr=2e-4, warmup_steps={15: 200, 60: 800}[billions])
-    assert recipe.run == RunConfig("o", billions * 10**9, 2**21, micro_batch=recipe.run.micro_batch)
-    assert recipe.run.steps == {15: 7152, 60: 28610}[billions]
-    assert accumulation(recipe, 8) * recipe.run.micro_batch * 8 * 2048 == 2**21
+def test_included_files_count_before_the_including_one_and_later_ones_before_earlier(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "all.toml").write_text("[optim]\nlr = 1.0\nbeta1 = 0.5\nbeta2 = 0.5\n")
+    (tmp_path / "parts" / "some.toml").write_text('include = ["all.toml"]\n[optim]\nbeta1 = 0.6\nbeta2 = 0.6\n')
+    (tmp_path / "other.toml").write_text("[optim]\nbeta2 = 0.7\n[run]\nseed = 3\n")
+    path = write(tmp_path, 'include = ["parts/some.toml", "other.toml"]\n' + WHOLE + "[optim]\neps = 0.1\n")
+    recipe = read(["--recipe", path])
+    assert (recipe.optim.lr, recipe.optim.beta1, recipe.optim.beta2, recipe.optim.eps) == (1.0, 0.6, 0.7, 0.1)
+    assert recipe.run.seed == 3
 
 
-def test_recipes_exist_for_every_family() -> None:
-    assert {path.stem for path in RECIPES} == {"gemma_15b", "gemma_60b", "tinyllama_15b", "pythia_15b"}
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        ('"none.toml"', "{path}: field 'include': found 'none.toml'; expected a list of files"),
+        ('["none.toml"]', "none.toml: No such file or directory; expected a recipe (TOML), which {path} includes"),
+        ("[3]", "{path}: field 'include': found [3]; expected a list of files"),
+        ('["recipe.toml"]', "{path}: field 'include': found {path}, which includes this file itself"),
+        ('["circle.toml"]', "circle.toml: field 'include': found {path}, which includes this file itself"),
+    ],
+)
+def test_a_wrong_include_is_named(include: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "circle.toml").write_text('include = ["recipe.toml"]\n')
+    path = write(tmp_path, f"include = {include}\n" + WHOLE)
+    assert error_of(["--recipe", path]).endswith(message.format(path=path))
 
 
 def test_a_batch_that_is_no_whole_number_of_micro_batches_is_refused() -> None:

@@ -1,14 +1,31 @@
-"""Shapes of models by name, file or directory, without their weights."""
+"""Shapes of models by name, file, directory or recipe, without their weights."""
 
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrt.checkpoint import is_checkpoint, read_checkpoint_config
 from rrt.config import ModelConfig, RecursiveConfig
+from rrt.convert import recursive_flags
 from rrt.errors import UserError
 from rrt.files import read_json
 from rrt.hf import model_config_from_hf
 from rrt.presets import PRESETS, preset
-from train.recipe import DistillConfig
+from train.objective import NEXT_TOKEN, Objective
+from train.recipe import ABSENT, DistillConfig, StartConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, as far as it can be said without weights."""
+
+    model: ModelConfig
+    recursive: RecursiveConfig
+    objective: Objective = NEXT_TOKEN
+    trains: Callable[[str], bool] = lambda name: True
+    """Whether a parameter of this name is trained."""
+    teacher: tuple[ModelConfig, RecursiveConfig] | None = None
 
 
 def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConfig]:
@@ -32,6 +49,41 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
     )
 
 
-def teacher_shape(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:
-    """The shape of the teacher, if there is one."""
+def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig, RecursiveConfig]:
+    """The shape of a checkpoint, or of the one that `start` describes if there is none.
+
+    Raises:
+        UserError: neither is given, or the checkpoint is folded or relaxed in another way than `start` says.
+    """
+    if start.base is None:
+        return read_architecture(checkpoint, "checkpoint.path")
+    described = recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
+    if checkpoint == ABSENT:
+        return read_architecture(start.base, "start.base")[0], described
+    model, recursive = read_architecture(checkpoint, "checkpoint.path")
+    for name in ("num_loops", "init", "lora_rank", "lora_init", "prefix_length"):
+        found, expected = getattr(recursive, name), getattr(described, name)
+        if found != expected:
+            raise UserError(
+                f"field 'checkpoint.path': {checkpoint} has {name} {found}; expected {expected}, as the recipe's "
+                f"start.convert = '{start.convert}' says"
+            )
+    return model, recursive
+
+
+def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:
+    """The teacher's shape, if there is one."""
     return None if distill.teacher is None else read_architecture(distill.teacher, "distill.teacher")
+
+
+def planned_distillation(distill: DistillConfig, start: StartConfig) -> DistillConfig:
+    """For a dry run: a teacher that is yet to be made has the base's shape, as all of the paper's do."""
+    if distill.teacher is None and start.teacher is not None:
+        return replace(distill, teacher=start.base)
+    return distill
+
+
+def check_distillation(distill: DistillConfig, start: StartConfig) -> None:
+    """Refuse to train without the teacher that the recipe speaks of."""
+    if distill.teacher is None and start.teacher is not None:
+        raise UserError(f"field 'distill.teacher': missing; expected the result of start.teacher = '{start.teacher}'")

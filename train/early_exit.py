@@ -26,16 +26,31 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.cli import run_command
-from rrt.config import ModelConfig, RecursiveConfig, doc
+from rrt.config import RecursiveConfig, doc
 from rrt.errors import UserError
 from rrt.fold import seeded_generator
 from rrt.loaders import Source, open_source, parameter_shapes
 from rrt.tokenizer import load_tokenizer
-from train.architecture import read_architecture, teacher_shape
+from train.architecture import (
+    Training,
+    check_distillation,
+    planned_distillation,
+    start_architecture,
+    teacher_architecture,
+)
 from train.distributed import Processes, agree, only_main_reports_errors, processes
 from train.estimate import estimate_table
 from train.objective import early_exits
-from train.recipe import DataConfig, DistillConfig, ExitsConfig, GuardConfig, OptimConfig, RunConfig, read_command
+from train.recipe import (
+    DataConfig,
+    DistillConfig,
+    ExitsConfig,
+    GuardConfig,
+    OptimConfig,
+    RunConfig,
+    StartConfig,
+    read_command,
+)
 from train.trainer import Start, Trainer
 
 
@@ -49,18 +64,13 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class EarlyExitRecipe:
     checkpoint: CheckpointConfig
+    start: StartConfig
     exits: ExitsConfig
     distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
     guard: GuardConfig
-
-
-def architecture(recipe: EarlyExitRecipe) -> tuple[ModelConfig, RecursiveConfig]:
-    """The trained model's shape, without its weights."""
-    model, recursive = read_architecture(recipe.checkpoint.path, "checkpoint.path")
-    return model, with_exits(recursive, recipe.exits)
 
 
 def with_exits(recursive: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
@@ -91,8 +101,28 @@ def initial_values(source: Source, recursive: RecursiveConfig, seed: int) -> Cal
     return get
 
 
+def trained_names(exits: ExitsConfig) -> Callable[[str], bool]:
+    """Whether a parameter of a name is trained."""
+    return (lambda name: name.startswith("head_lora_")) if exits.freeze else (lambda name: True)
+
+
+def training(recipe: EarlyExitRecipe) -> Training:
+    """What the recipe trains, without its weights."""
+    model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
+    distill = planned_distillation(recipe.distill, recipe.start)
+    return Training(
+        model,
+        with_exits(recursive, recipe.exits),
+        early_exits(recipe.exits, distill, recursive.num_loops),
+        trained_names(recipe.exits),
+        teacher_architecture(distill),
+    )
+
+
 def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
+    start_architecture(recipe.checkpoint.path, recipe.start)
+    check_distillation(recipe.distill, recipe.start)
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
     objective = early_exits(recipe.exits, recipe.distill, source.recursive.num_loops)
@@ -106,7 +136,7 @@ def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
         path,
         objective=objective,
         teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
-        trains=(lambda name: name.startswith("head_lora_")) if recipe.exits.freeze else (lambda name: True),
+        trains=trained_names(recipe.exits),
     )
     return Trainer(recipe, start, group)
 
@@ -115,9 +145,7 @@ def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
 def main() -> None:
     recipe, dry_run = read_command(EarlyExitRecipe, __doc__ or "")
     if dry_run is not None:
-        model, recursive = architecture(recipe)
-        objective = early_exits(recipe.exits, recipe.distill, recursive.num_loops)
-        print(estimate_table(recipe, model, recursive, dry_run, objective, teacher_shape(recipe.distill)))
+        print(estimate_table(recipe, training(recipe), dry_run))
         return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()

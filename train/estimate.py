@@ -5,6 +5,7 @@ have sizes but no memory, in a process group that pretends to have all the proce
 what the libraries take for themselves (a CUDA context with NCCL: about 1 GiB) and what the allocator wastes.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,9 @@ from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.products import choices_of
+from train.architecture import Training
 from train.distributed import set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token
-from train.objective import NEXT_TOKEN, Objective
 from train.recipe import DryRun, RunConfig
 from train.teacher import ShardedTeacher
 from train.trainer import Recipe, accumulation, describe, set_up_model
@@ -99,7 +100,7 @@ class Memory:
         reduced: buffer of the largest reduce-scatter.
         activations: what a forward keeps for its backward, merged weights included.
         loss: logits of a chunk with what the losses make of them, and the head's gradient.
-        teacher: this process's part of its weights.
+        teacher: this process's part; a layer and the head at a time are gathered as well.
     """
 
     parameters: int
@@ -125,24 +126,14 @@ def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def estimate_memory(
-    model: ModelConfig,
-    recursive: RecursiveConfig,
-    recipe: Recipe,
-    world_size: int,
-    device: str,
-    objective: Objective = NEXT_TOKEN,
-    teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
-) -> Memory:
+def estimate_memory(training: Training, recipe: Recipe, world_size: int, device: str) -> Memory:
     """Trace the micro-batches of one step as process 0 of `world_size` runs them on a device of this type.
-
-    Args:
-        teacher: the shape of the model that `objective` distills from, if it does.
 
     Raises:
         UserError: the model cannot be built, or the batch is not a whole number of micro-batches.
     """
     run, micro_batches = recipe.run, accumulation(recipe, world_size)
+    compute_dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
     at_norm = 0
 
     def note(*_: object) -> None:
@@ -155,53 +146,74 @@ def estimate_memory(
         LiveMemory() as memory,
         choices_of(device),
     ):
-        module = RecursiveTransformer(model, recursive).train()
-        set_up_model(module, run, mesh)
-        compute_dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
-        sharded = teacher and ShardedTeacher(RecursiveTransformer(*teacher).to(compute_dtype), mesh)
-        losses = objective.bind(module, sharded)
-        module.norm.register_forward_hook(note)
-        parameters = sum(p.to_local().nbytes for p in module.parameters())  # type: ignore[attr-defined]
-        whole = sum(p.numel() for p in module.parameters())
+        teacher, teacher_bytes = None, 0
+        if training.teacher is not None:
+            teacher = ShardedTeacher(_make_model(*training.teacher, compute_dtype), mesh)
+            teacher_bytes = _local_bytes(teacher.model)
+        model = _make_model(training.model, training.recursive, torch.float32)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(training.trains(name))
+        set_up_model(model, run, mesh)
+        losses = training.objective.bind(model, teacher)
+        model.norm.register_forward_hook(note)
+        gc.collect()
         memory.peak = memory.live
+        whole, trained = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True)
+        )
+        gathered = whole * compute_dtype.itemsize
         tokens = torch.zeros(run.micro_batch, recipe.data.seq_len, dtype=torch.int64)
-        activations = loss_bytes = 0
-        # A second micro-batch meets the gradients of the first; further ones meet the same.
-        for micro in range(min(2, micro_batches)):
-            set_last_micro_batch(module, micro == min(2, micro_batches) - 1)
-            before = memory.live
-            peak, memory.peak = memory.peak, memory.live
+        # A second micro-batch meets the gradients of the first, further ones meet the same.
+        traced = min(2, micro_batches)
+        for micro in range(traced):
+            set_last_micro_batch(model, micro == traced - 1)
+            before, peak = memory.live, memory.peak
+            memory.peak = before
             loss = losses(tokens, tokens)[0]
-            gathered = whole * compute_dtype.itemsize
             activations = at_norm - before - (gathered if micro == 0 else 0)
             loss_bytes = memory.peak - at_norm
             memory.peak = max(peak, memory.peak)
             loss.backward()
             del loss
-        unit = max(_unit_sizes(module, run))
-        optimizer = 2 * parameters
+        gradients = _local_bytes(model, only_trained=True)
         return Memory(
-            parameters=parameters,
-            optimizer=optimizer,
-            gradients=parameters,
+            parameters=_local_bytes(model),
+            optimizer=2 * gradients,
+            gradients=gradients,
             gathered=gathered,
-            accumulated=4 * whole if micro_batches > 1 else 0,
-            reduced=4 * unit,
+            accumulated=4 * trained if micro_batches > 1 else 0,
+            reduced=4 * max(_unit_sizes(model, run)),
             activations=activations,
             loss=loss_bytes,
-            teacher=0 if sharded is None else sum(p.to_local().nbytes for p in sharded.model.parameters()),  # type: ignore[attr-defined]
-            peak=memory.peak + optimizer,
+            teacher=teacher_bytes,
+            peak=memory.peak + 2 * gradients,
         )
 
 
+def _make_model(model: ModelConfig, recursive: RecursiveConfig, dtype: torch.dtype) -> RecursiveTransformer:
+    """In its dtype from the start: tensors without memory cannot be converted in place."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return RecursiveTransformer(model, recursive).train()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _local_bytes(model: RecursiveTransformer, only_trained: bool = False) -> int:
+    """This process's part of the parameters."""
+    chosen = (p for p in model.parameters() if p.requires_grad or not only_trained)
+    return sum(p.to_local().nbytes for p in chosen)  # type: ignore[attr-defined]
+
+
 def _unit_sizes(model: RecursiveTransformer, run: RunConfig) -> Iterator[int]:
-    """Parameters of each unit of FSDP."""
-    stack = sum(p.numel() for p in model.stack.parameters())
-    yield sum(p.numel() for p in model.parameters()) - stack
-    if run.wrap == "stack":
-        yield stack
-    else:
-        yield from (sum(p.numel() for p in layer.parameters()) for layer in model.stack.layers)
+    """Trained parameters of each unit of FSDP."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    yield count(model) - count(model.stack)
+    yield from map(count, [model.stack] if run.wrap == "stack" else model.stack.layers)
 
 
 _PARTS = {
@@ -218,26 +230,30 @@ _PARTS = {
 }
 
 
-def estimate_table(
-    recipe: Recipe,
-    model: ModelConfig,
-    recursive: RecursiveConfig,
-    dry_run: DryRun,
-    objective: Objective = NEXT_TOKEN,
-    teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
-) -> str:
-    """What training this model will take, for people. FLOPs and hours are those of the student."""
+def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
+    """What training this model will take, for people."""
     run, processes = recipe.run, dry_run.processes
     device = "cpu" if run.device == "cpu" else "cuda"
     settings = [run.checkpointing, *(kind for kind in ("none", "layer", "loop") if kind != run.checkpointing)]
     estimates = {}
     for kind in settings:
         changed = replace(recipe, run=replace(run, checkpointing=kind))  # type: ignore[type-var]
-        estimates[kind] = estimate_memory(model, recursive, changed, processes, device, objective, teacher)
+        estimates[kind] = estimate_memory(training, changed, processes, device)
     memory = estimates[run.checkpointing]
-    rows = [(text.format(run.checkpointing), getattr(memory, name)) for name, text in _PARTS.items()]
+    rows = [
+        (text.format(run.checkpointing), getattr(memory, name))
+        for name, text in _PARTS.items()
+        if getattr(memory, name)
+    ]
     others = ", ".join(f"{kind} {human_bytes(estimates[kind].peak)}" for kind in settings[1:])
-    flops = run_flops_per_token(model, recursive, recipe.data.seq_len, run)
+    flops = run_flops_per_token(
+        training.model,
+        training.recursive,
+        recipe.data.seq_len,
+        run,
+        num_exits=len(training.objective.weights),
+        teacher=training.teacher and training.teacher[0],
+    )
     peak = run.peak_flops or peak_flops(dry_run.gpu)
     if peak is None:
         raise UserError(f"command line: --gpu: found {dry_run.gpu!r}, whose peak is not known; give --run.peak_flops")
@@ -246,7 +262,8 @@ def estimate_table(
     width = max(len(label) for label, _ in rows)
     return "\n".join(
         [
-            describe(model, recursive),
+            describe(training.model, training.recursive),
+            f"loss: {training.objective.describe(training.recursive.num_loops)}",
             f"train: {run.steps:,} steps of {human_count(run.batch_tokens)} tokens = {human_count(tokens)}; "
             f"{processes} process(es) x {accumulation(recipe, processes)} micro-batch(es) x {run.micro_batch} x "
             f"{recipe.data.seq_len}; {run.dtype}",

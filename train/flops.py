@@ -64,8 +64,18 @@ def training_flops_per_token(
     return 3 * forward + taught
 
 
-def run_flops_per_token(model: ModelConfig, recursive: RecursiveConfig, seq_len: int, run: RunConfig) -> float:
+def run_flops_per_token(
+    model: ModelConfig,
+    recursive: RecursiveConfig,
+    seq_len: int,
+    run: RunConfig,
+    num_exits: int = 1,
+    teacher: ModelConfig | None = None,
+) -> float:
     """`training_flops_per_token` with LoRA as `run.lora` says; "auto", a choice by linear, counts as the cheaper."""
     tokens = run.micro_batch * seq_len
     forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
-    return min(training_flops_per_token(model, recursive, seq_len, merged_over=form) for form in forms[run.lora])
+    return min(
+        training_flops_per_token(model, recursive, seq_len, merged_over=form, num_exits=num_exits, teacher=teacher)
+        for form in forms[run.lora]
+    )

@@ -26,10 +26,17 @@ from rrt.cli import run_command
 from rrt.config import ModelConfig, RecursiveConfig, doc
 from rrt.model import RecursiveTransformer
 from rrt.tokenizer import load_tokenizer
-from train.architecture import read_architecture
+from train.architecture import (
+    Training,
+    check_distillation,
+    planned_distillation,
+    read_architecture,
+    teacher_architecture,
+)
 from train.distributed import Processes, agree, only_main_reports_errors, processes
 from train.estimate import estimate_table
-from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, read_command
+from train.objective import uptraining
+from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
 from train.trainer import Start, Trainer
 
 
@@ -46,6 +53,8 @@ class ArchitectureConfig:
 @dataclass(frozen=True)
 class PretrainRecipe:
     model: ArchitectureConfig
+    start: StartConfig
+    distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
@@ -62,8 +71,15 @@ def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
     return config, recursive
 
 
+def training(recipe: PretrainRecipe) -> Training:
+    """What the recipe trains, without data or tokenizer."""
+    distill = planned_distillation(recipe.distill, recipe.start)
+    return Training(*architecture(recipe), uptraining(distill), teacher=teacher_architecture(distill))
+
+
 def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
     """Draw the weights and check that the model, the data and the recipe fit together."""
+    check_distillation(recipe.distill, recipe.start)
     config, recursive = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
@@ -74,14 +90,24 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
         model.init_weights(recipe.run.seed)
         return model.get_parameter
 
-    return Trainer(recipe, Start("pretrain", config, recursive, tokenizer, draw, None), group)
+    start = Start(
+        "pretrain",
+        config,
+        recursive,
+        tokenizer,
+        draw,
+        None,
+        objective=uptraining(recipe.distill),
+        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+    )
+    return Trainer(recipe, start, group)
 
 
 @only_main_reports_errors
 def main() -> None:
     recipe, dry_run = read_command(PretrainRecipe, __doc__ or "")
     if dry_run is not None:
-        print(estimate_table(recipe, *architecture(recipe), dry_run))
+        print(estimate_table(recipe, training(recipe), dry_run))
         return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()

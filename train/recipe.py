@@ -20,6 +20,9 @@ from train.losses import Divergence
 
 T = TypeVar("T")
 
+ABSENT = "-"
+"""A required path that a dry run does without."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -49,6 +52,18 @@ class DataConfig:
     def paths(self) -> tuple[str, ...]:
         """All of `path`."""
         return (self.path,) if isinstance(self.path, str) else self.path
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where checkpoint and teacher come from: runs/paper.py makes them, and --dry-run needs no others."""
+
+    base: str | None = doc(
+        "preset of the pretrained model; training refuses a checkpoint of another shape", default=None
+    )
+    convert: str = doc("flags of rrt.convert that make the checkpoint out of it; none for the model itself", default="")
+    after: str | None = doc("recipe beside this one whose result is trained further", default=None)
+    teacher: str | None = doc("recipe beside this one whose result is the teacher", default=None)
 
 
 @dataclass(frozen=True)
@@ -277,17 +292,35 @@ def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
+def read_tables(path: Path, including: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe file, with those of the files that it includes.
+
+    `include = ["a.toml", "b.toml"]`, before the first table, names files relative to the including one. Of a field in
+    several files the last counts, and the including file's own before all.
+
+    Raises:
+        UserError: a file that is not readable or no TOML, a value outside a table, or files that include each other.
+    """
+    if path.resolve() in (other.resolve() for other in including):
+        raise UserError(f"{including[-1]}: field 'include': found {path}, which includes this file itself")
     try:
         parsed = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a recipe (TOML)") from None
+        by = f", which {including[-1]} includes" if including else ""
+        raise UserError(f"{path}: {error.strerror}; expected a recipe (TOML){by}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
+    include = parsed.pop("include", [])
+    if not isinstance(include, list) or not all(isinstance(name, str) for name in include):
+        raise UserError(f"{path}: field 'include': found {include!r}; expected a list of files")
     for table, content in parsed.items():
         if not isinstance(content, dict):
             raise UserError(f"{path}: field '{table}': found {content!r}; expected a table [{table}]")
-    return parsed
+    merged: dict[str, dict[str, Any]] = {}
+    for tables in (*(read_tables(path.parent / name, (*including, path)) for name in include), parsed):
+        for table, content in tables.items():
+            merged[table] = merged.get(table, {}) | content
+    return merged
 
 
 def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -> T:
@@ -304,7 +337,7 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
         argv: instead of the command line's arguments.
 
     Returns:
-        The recipe, and what `--dry-run` asks for, if it is there: then required paths may be missing, and are "".
+        The recipe, and what `--dry-run` asks for, if it is there: then required paths may be missing, and are `ABSENT`.
 
     Raises:
         UserError: the recipe is not readable, or a field is unknown, missing, mistyped or out of range.
@@ -315,7 +348,7 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
     dry_run = None if processes is None else DryRun(processes, mfu, gpu)
     flags = {name: text for name, text in arguments.items() if text is not None}
     tables = _tables(cls)
-    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (_read_tables(path) if path else {})
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (read_tables(path) if path else {})
     for name, text in flags.items():
         table, key = name.split(".")
         values[table][key] = _parse_flag(text, typing.get_type_hints(tables[table])[key])
@@ -325,8 +358,9 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
         for field in dataclasses.fields(kind):
             if not _is_required(field) or field.name in values[table]:
                 continue
-            if dry_run is not None and typing.get_type_hints(kind)[field.name] is str:
-                values[table][field.name] = ""
+            hint = typing.get_type_hints(kind)[field.name]
+            if dry_run is not None and str in (hint, *typing.get_args(hint)):
+                values[table][field.name] = ABSENT
             else:
                 missing.append(f"'{table}.{field.name}'")
     if missing:

@@ -332,7 +332,14 @@ class Trainer:
 
     def _meter(self) -> Meter:
         run, device, start = self.recipe.run, self.processes.device, self.start
-        flops = run_flops_per_token(start.model, start.recursive, self.recipe.data.seq_len, run)
+        flops = run_flops_per_token(
+            start.model,
+            start.recursive,
+            self.recipe.data.seq_len,
+            run,
+            num_exits=len(start.objective.weights),
+            teacher=None if self.teacher is None else self.teacher.model,
+        )
         peak = run.peak_flops
         if peak is None and device.type == "cuda" and run.dtype == "bf16":
             peak = peak_flops(torch.cuda.get_device_name(device))

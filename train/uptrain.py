@@ -18,14 +18,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.cli import run_command
-from rrt.config import ModelConfig, RecursiveConfig, doc
+from rrt.config import doc
 from rrt.loaders import open_source
 from rrt.tokenizer import load_tokenizer
-from train.architecture import read_architecture, teacher_shape
+from train.architecture import (
+    Training,
+    check_distillation,
+    planned_distillation,
+    start_architecture,
+    teacher_architecture,
+)
 from train.distributed import Processes, agree, only_main_reports_errors, processes
 from train.estimate import estimate_table
 from train.objective import uptraining
-from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, read_command
+from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
 from train.trainer import Start, Trainer
 
 
@@ -39,6 +45,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class UptrainRecipe:
     checkpoint: CheckpointConfig
+    start: StartConfig
     distill: DistillConfig
     data: DataConfig
     optim: OptimConfig
@@ -46,13 +53,17 @@ class UptrainRecipe:
     guard: GuardConfig
 
 
-def architecture(recipe: UptrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
-    """The checkpoint's shape, without its weights."""
-    return read_architecture(recipe.checkpoint.path, "checkpoint.path")
+def training(recipe: UptrainRecipe) -> Training:
+    """What the recipe trains, without its weights."""
+    model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
+    distill = planned_distillation(recipe.distill, recipe.start)
+    return Training(model, recursive, uptraining(distill), teacher=teacher_architecture(distill))
 
 
 def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
+    start_architecture(recipe.checkpoint.path, recipe.start)
+    check_distillation(recipe.distill, recipe.start)
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
     start = Start(
@@ -72,8 +83,7 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
 def main() -> None:
     recipe, dry_run = read_command(UptrainRecipe, __doc__ or "")
     if dry_run is not None:
-        objective, teacher = uptraining(recipe.distill), teacher_shape(recipe.distill)
-        print(estimate_table(recipe, *architecture(recipe), dry_run, objective, teacher))
+        print(estimate_table(recipe, training(recipe), dry_run))
         return
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         agree(lambda: make_trainer(recipe, group)).run()

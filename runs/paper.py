@@ -1,0 +1,133 @@
+"""One row of the paper, from the base model to its perplexities, with one command:
+
+    python runs/paper.py gemma/b2_average_svd_r512_15b --base models/gemma-2b --data data/slimpajama-gemma \\
+        --out runs/out/paper
+
+Rows are the recipes in train/recipes; without one, all are listed. The rows that a row needs, its teacher or the model
+whose exits it trains, are made first. What is finished is kept and an interrupted training goes on: run it again.
+`--print` shows the commands instead, `--` hands further flags to the row's training. docs/REPRODUCTION.md says which
+row belongs to which of the paper's tables.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import run_command
+from rrt.errors import UserError
+from rrt.files import read_json
+from train.recipe import read_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "train" / "recipes"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the path that is there when it has been run."""
+
+    command: list[str]
+    makes: Path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user has, and where results go."""
+
+    base: Path
+    data: Path
+    out: Path
+    gpus: int
+
+
+def rows() -> list[str]:
+    """Every row, as folder/name."""
+    return sorted(f"{path.parent.name}/{path.stem}" for path in RECIPES.glob("*/*.toml") if path.parent.name != "parts")
+
+
+def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
+    """The commands of a row in order, those of the rows that it needs first; they may come more than once.
+
+    Args:
+        further: flags of the row's own training.
+    """
+    recipe = RECIPES / f"{row}.toml"
+    tables = read_tables(recipe)
+    start, out = tables.get("start", {}), inputs.out / row
+    flags = ["--recipe", str(recipe), "--data.path", str(inputs.data), "--run.out", str(out)]
+    needed = {}
+    for field in ("after", "teacher"):
+        if field in start:
+            needed[field] = f"{recipe.parent.name}/{Path(start[field]).stem}"
+            yield from steps(needed[field], inputs)
+    if "teacher" in needed:
+        flags += ["--distill.teacher", str(inputs.out / needed["teacher"] / "final")]
+    script = "early_exit" if "exits" in tables else "uptrain"
+    if "model" in tables:
+        script = "pretrain"
+        flags += ["--model.tokenizer", str(inputs.base)]
+    elif "after" in needed:
+        flags += ["--checkpoint.path", str(inputs.out / needed["after"] / "final")]
+    elif start.get("convert"):
+        folded = inputs.out / "start" / row
+        convert = [
+            "-m",
+            "rrt.convert",
+            "--base",
+            str(inputs.base),
+            "--out",
+            str(folded),
+            *shlex.split(start["convert"]),
+        ]
+        yield Step([sys.executable, *convert], folded)
+        flags += ["--checkpoint.path", str(folded)]
+    else:
+        flags += ["--checkpoint.path", str(inputs.base)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(inputs.gpus)]
+    yield Step([*torchrun, str(ROOT / "train" / f"{script}.py"), *flags, *further], out / "final")
+    result = out / "perplexity.json"
+    measure = ["--checkpoint", str(out / "final"), "--data", str(inputs.data), "--json", str(result)]
+    yield Step([sys.executable, str(ROOT / "eval" / "perplexity.py"), *measure], result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], epilog="What follows -- goes to the row's training."
+    )
+    parser.add_argument("row", nargs="?", help="folder/name of a recipe")
+    parser.add_argument("--base", type=Path, default=Path("BASE"), metavar="DIR", help="the published base model")
+    parser.add_argument("--data", type=Path, default=Path("DATA"), metavar="DIR", help="token shards of the corpus")
+    parser.add_argument("--out", type=Path, default=Path("runs/out/paper"), metavar="DIR", help="(runs/out/paper)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="processes (8)")
+    parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
+    own, further = sys.argv[1:], []
+    if "--" in own:
+        own, further = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
+    if arguments.row is None:
+        print("\n".join(rows()))
+        return
+    if arguments.row not in rows():
+        raise UserError(f"row: found {arguments.row!r}; expected one of those that runs/paper.py lists without a row")
+    inputs = Inputs(arguments.base, arguments.data, arguments.out, arguments.gpus)
+    made = set()
+    for step in steps(arguments.row, inputs, tuple(further)):
+        if step.makes in made or (step.makes.exists() and not arguments.print):
+            continue
+        made.add(step.makes)
+        print(f"$ {shlex.join(step.command)}", flush=True)
+        if not arguments.print and subprocess.run(step.command, cwd=ROOT).returncode:
+            raise UserError(f"{step.makes}: not made: the command above failed; mend it and run this again")
+    if not arguments.print:
+        result = inputs.out / arguments.row / "perplexity.json"
+        print(f"{arguments.row}: perplexity {read_json(result)['perplexity']:.2f} ({result})")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,131 @@
+"""Every recipe that is shipped: it reads, is the paper's, fits eight processes, and one command runs it."""
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rrt.errors import UserError
+from rrt.inspect import model_sizes
+from train.architecture import start_architecture
+from train.recipe import ABSENT, StartConfig, read_command, read_tables
+from train.trainer import accumulation
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.toml"))
+_spec = importlib.util.spec_from_file_location("paper", ROOT / "runs" / "paper.py")
+assert _spec is not None and _spec.loader is not None
+paper = importlib.util.module_from_spec(_spec)
+sys.modules["paper"] = paper
+_spec.loader.exec_module(paper)
+ROWS = paper.rows()
+STEPS = {15: 7152, 60: 28610, 75: 35762}
+
+
+def read(path: Path, tables: dict[str, Any]) -> tuple[Any, Any]:
+    """The recipe as its command reads it for a dry run, and the command's module."""
+    name = "pretrain" if "model" in tables else "early_exit" if "exits" in tables else "uptrain"
+    command = importlib.import_module(f"train.{name}")
+    kind = getattr(command, {"pretrain": "PretrainRecipe", "early_exit": "EarlyExitRecipe"}.get(name, "UptrainRecipe"))
+    return read_command(kind, "", ["--recipe", str(path), "--dry-run"])[0], command
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_the_papers_setting_and_fits_eight_processes(row: str) -> None:
+    path = ROOT / "train" / "recipes" / f"{row}.toml"
+    tables = read_tables(path)
+    recipe, command = read(path, tables)
+    if "exits" in tables or re.search(r"_\d+b$", row) is None:
+        billions = 15
+    else:
+        billions = int(row.rpartition("_")[2].removesuffix("b"))
+    assert recipe.run.steps == STEPS[billions]
+    assert (recipe.data.seq_len, recipe.run.batch_tokens, recipe.optim.lr) == (2048, 2**21, 2e-4)
+    assert recipe.optim.warmup_steps == (200 if billions == 15 else 800)
+    assert accumulation(recipe, 8) * recipe.run.micro_batch * 8 * 2048 == 2**21
+    training = command.training(recipe)
+    recursive = training.recursive
+    assert (training.teacher is not None) == ("teacher" in tables.get("start", {}))
+    assert bool(recursive.exit_loops) == ("exits" in tables)
+    for found in re.findall(r"_r(\d+)_", row):
+        assert recursive.lora_rank == type(recursive.lora_rank).uniform(int(found))
+    for found in re.findall(r"(?:^|/)b(\d)_", row):
+        assert int(found) == recursive.num_loops or "reduced" in row
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_a_row_needs_is_made_by_rows_before_it(row: str) -> None:
+    made: list[Path] = []
+    for step in paper.steps(row, paper.Inputs(Path("base"), Path("data"), Path("out"), 8)):
+        for flag in ("--checkpoint.path", "--distill.teacher", "--checkpoint"):
+            if flag in step.command:
+                needed = Path(step.command[step.command.index(flag) + 1])
+                assert needed == Path("base") or needed in made
+        made.append(step.makes)
+    assert made[-2:] == [Path("out") / row / "final", Path("out") / row / "perplexity.json"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_for_any_checkpoint_of_a_family_says_nothing_of_its_start(path: Path) -> None:
+    tables = read_tables(path)
+    recipe, _ = read(path, tables)
+    assert "start" not in tables
+    assert recipe.run.steps == STEPS[int(path.stem.rpartition("_")[2].removesuffix("b"))]
+
+
+def test_every_family_has_recipes() -> None:
+    assert {path.stem for path in RECIPES} == {"gemma_15b", "gemma_60b", "tinyllama_15b", "pythia_15b"}
+    assert {row.partition("/")[0] for row in ROWS} == {"gemma", "tinyllama", "pythia-1b", "pythia-410m", "pythia-160m"}
+
+
+@pytest.mark.parametrize(
+    ("row", "billions"),
+    [
+        ("gemma/full_15b", 1.98),
+        ("gemma/b2_stepwise_15b", 0.99),
+        ("gemma/b2_average_svd_r512_15b", 1.60),
+        ("gemma/b3_average_svd_r64_kd_60b", 0.74),
+        ("gemma/b2_average_svd_q128_kv256_out128_ffn256_15b", 1.28),
+        ("gemma/b2_reduced_60b", 0.99),
+        ("tinyllama/b2_average_svd_r256_15b", 0.68),
+        ("pythia-1b/b2_average_svd_r128_15b", 0.48),
+    ],
+)
+def test_rows_have_the_papers_parameter_counts(row: str, billions: float) -> None:
+    path = ROOT / "train" / "recipes" / f"{row}.toml"
+    recipe, command = read(path, read_tables(path))
+    training = command.training(recipe)
+    sizes = model_sizes(training.model, training.recursive, torch.float32)
+    assert sizes.non_embedding_params / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_command_prints_its_steps_and_lists_its_rows() -> None:
+    def run(*argv: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, str(ROOT / "runs" / "paper.py"), *argv], capture_output=True, text=True)
+
+    assert run().stdout.split() == ROWS
+    lines = run("gemma/b2_stepwise_forward_kl_15b", "--print", "--", "--run.wandb", "w").stdout
+    commands = [line.split() for line in lines.splitlines()]
+    scripts = [Path(part).stem for command in commands for part in command if part.endswith(".py")]
+    assert scripts == ["uptrain", "perplexity", "uptrain", "perplexity"]
+    assert [command[-2:] == ["--run.wandb", "w"] for command in commands] == [False, False, False, True, False]
+    wrong = run("gemma/none")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    error = wrong.stderr.splitlines()[-1]
+    assert error.startswith("error: row: found 'gemma/none'; expected one of those that runs/paper.py lists")
+
+
+def test_a_checkpoint_of_another_row_is_refused() -> None:
+    start = StartConfig(base="pythia-160m", convert="--num-loops 2 --init average --lora-rank 4")
+    model, recursive = start_architecture(ABSENT, start)
+    assert (model.num_layers, recursive.num_loops, recursive.lora_rank.q) == (12, 2, 4)
+    with pytest.raises(UserError, match=r"has num_loops 1; expected 2, as the recipe's start\.convert = '--num-loops"):
+        start_architecture("pythia-160m", start)
+    assert start_architecture("pythia-160m", dataclasses.replace(start, convert=""))[1].num_loops == 1
