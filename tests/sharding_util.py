@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -105,6 +106,11 @@ def backward(model: RecursiveTransformer, group: Processes, accumulation: int) -
         loss.backward()
         total += loss.item()
     return total
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of whole logits [batch, T, V]."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def whole(tensor: Tensor | None) -> Tensor:

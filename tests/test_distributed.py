@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes_util import run_on
-from sharding_util import MODELS, SEQUENCES, backward, batch, build, build_sharded, whole
+from sharding_util import MODELS, SEQUENCES, backward, batch, build, build_sharded, next_token_loss, whole
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -23,7 +23,6 @@ from train.distributed import (
     processes,
     shard_model,
 )
-from train.losses import next_token_loss
 
 
 def sharded_gradients(

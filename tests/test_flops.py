@@ -50,10 +50,22 @@ def test_looping_saves_parameters_but_no_work() -> None:
 def test_every_exit_adds_a_head_and_a_teacher_its_forward() -> None:
     recursive = RecursiveConfig(num_loops=2)
     one = training_flops_per_token(TINY, recursive, 64)
-    two = training_flops_per_token(TINY, recursive, 64, num_exits=2)
+    two = training_flops_per_token(TINY, recursive, 64, exits=(0, 1))
     assert two - one == 3 * 2 * TINY.vocab_size * TINY.hidden_size
-    taught = training_flops_per_token(TINY, recursive, 64, teacher=TINY)
+    taught = training_flops_per_token(TINY, recursive, 64, teacher=(TINY, RecursiveConfig()))
     assert taught == pytest.approx(one * 4 / 3)
+    looped = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(16))
+    assert training_flops_per_token(TINY, recursive, 64, teacher=(TINY, looped)) > taught
+
+
+def test_of_a_frozen_model_only_the_loras_on_the_head_have_a_backward() -> None:
+    plain, lora = RecursiveConfig(num_loops=2), RecursiveConfig(num_loops=2, head_lora_rank=8)
+    forward = training_flops_per_token(TINY, plain, 64) / 3
+    by_lora = 2 * 8 * (TINY.vocab_size + TINY.hidden_size)
+    frozen = training_flops_per_token(TINY, lora, 64, exits=(0,), frozen=True)
+    assert frozen == pytest.approx(forward + 3 * by_lora)
+    assert training_flops_per_token(TINY, lora, 64, exits=(0,)) == pytest.approx(3 * (forward + by_lora))
+    assert training_flops_per_token(TINY, lora, 64) == pytest.approx(3 * forward)  # the last loop has none
 
 
 def test_gemma_takes_about_six_flops_per_parameter_and_token() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from processes_util import run_on
-from sharding_util import backward, batch, build, build_sharded, whole
+from sharding_util import backward, batch, build, build_sharded, next_token_loss, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import rrt.model
 from train.distributed import Wrap, processes
-from train.losses import next_token_loss
 
 NAME = "relaxed, three loops"
 WRAPS = pytest.mark.parametrize("wrap", ["stack", "layer"])

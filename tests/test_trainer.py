@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from processes_util import run_on_two
+from sharding_util import next_token_loss
 from tokenizers_util import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer
 from torch.distributed.checkpoint.state_dict_loader import load
 from training_util import (
@@ -43,7 +44,6 @@ from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import pretrain
 from train.flops import training_flops_per_token
-from train.losses import next_token_loss
 from train.recipe import OptimConfig
 from train.trainer import Trainer, learning_rate, make_optimizer
 

@@ -1,7 +1,6 @@
 """Shapes of models by name, file, directory or recipe, without their weights."""
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +22,6 @@ class Training:
     model: ModelConfig
     recursive: RecursiveConfig
     objective: Objective = NEXT_TOKEN
-    trains: Callable[[str], bool] = lambda name: True
-    """Whether a parameter of this name is trained."""
     teacher: tuple[ModelConfig, RecursiveConfig] | None = None
 
 

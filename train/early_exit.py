@@ -101,11 +101,6 @@ def initial_values(source: Source, recursive: RecursiveConfig, seed: int) -> Cal
     return get
 
 
-def trained_names(exits: ExitsConfig) -> Callable[[str], bool]:
-    """Whether a parameter of a name is trained."""
-    return (lambda name: name.startswith("head_lora_")) if exits.freeze else (lambda name: True)
-
-
 def training(recipe: EarlyExitRecipe) -> Training:
     """What the recipe trains, without its weights."""
     model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
@@ -114,7 +109,6 @@ def training(recipe: EarlyExitRecipe) -> Training:
         model,
         with_exits(recursive, recipe.exits),
         early_exits(recipe.exits, distill, recursive.num_loops),
-        trained_names(recipe.exits),
         teacher_architecture(distill),
     )
 
@@ -136,7 +130,6 @@ def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
         path,
         objective=objective,
         teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
-        trains=trained_names(recipe.exits),
     )
     return Trainer(recipe, start, group)
 

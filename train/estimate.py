@@ -152,7 +152,7 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
             teacher_bytes = _local_bytes(teacher.model)
         model = _make_model(training.model, training.recursive, torch.float32)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(training.trains(name))
+            parameter.requires_grad_(training.objective.trains(name))
         set_up_model(model, run, mesh)
         losses = training.objective.bind(model, teacher)
         model.norm.register_forward_hook(note)
@@ -251,8 +251,8 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
         training.recursive,
         recipe.data.seq_len,
         run,
-        num_exits=len(training.objective.weights),
-        teacher=training.teacher and training.teacher[0],
+        training.objective,
+        training.teacher,
     )
     peak = run.peak_flops or peak_flops(dry_run.gpu)
     if peak is None:

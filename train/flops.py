@@ -5,10 +5,13 @@ those that the method needs, with LoRA in the form that computes it; what the ba
 memory does not count.
 """
 
+from collections.abc import Collection
+
 import torch
 
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.inspect import model_sizes
+from train.objective import Objective
 from train.recipe import RunConfig
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by a part of the device's name.
@@ -38,18 +41,20 @@ def training_flops_per_token(
     seq_len: int,
     *,
     merged_over: int | None = None,
-    num_exits: int = 1,
-    teacher: ModelConfig | None = None,
+    exits: Collection[int] | None = None,
+    frozen: bool = False,
+    teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
 ) -> float:
     """Matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
 
-    Counted are the shared block at every loop, causal attention to (seq_len + 1) / 2 positions, and the head once per
-    exit; the backward pass counts twice the forward. The embedding's look-up counts nothing.
+    Counted are the shared block at every loop, causal attention to (seq_len + 1) / 2 positions, and the head with its
+    LoRA once per exit; the backward pass counts twice the forward. The embedding's look-up counts nothing.
 
     Args:
         merged_over: tokens of the micro-batch for which W + B A is made once; None for LoRA as products of their own.
-        num_exits: exits whose logits the loss needs, the last loop's included.
-        teacher: of a distillation, whose forward pass is added.
+        exits: the loops after which the loss needs logits; default the last.
+        frozen: only the LoRA on the head has a backward pass.
+        teacher: the shape of a distillation's, whose forward pass is added.
     """
     context = (seq_len + 1) // 2
     sizes = model_sizes(model, recursive, torch.float32, context)
@@ -57,11 +62,13 @@ def training_flops_per_token(
         forward = float(sizes.flops_per_token["plain"])
     else:
         forward = sizes.flops_per_token["merged"] + sizes.merge_flops / merged_over
-    forward += (num_exits - 1) * 2 * model.vocab_size * model.hidden_size
-    taught = 0
-    if teacher is not None:
-        taught = model_sizes(teacher, RecursiveConfig(), torch.float32, context).flops_per_token["plain"]
-    return 3 * forward + taught
+    last = recursive.num_loops - 1
+    exits = {last} if exits is None else exits
+    forward += (len(exits) - 1) * 2 * model.vocab_size * model.hidden_size
+    rank = min(recursive.head_lora_rank, model.vocab_size, model.hidden_size)
+    lora = sum(2 * rank * (model.vocab_size + model.hidden_size) for loop in exits if loop != last)
+    trained = forward + lora + 2 * (lora if frozen else forward + lora)
+    return trained + (model_sizes(*teacher, torch.float32, context).flops_per_token["plain"] if teacher else 0)
 
 
 def run_flops_per_token(
@@ -69,13 +76,15 @@ def run_flops_per_token(
     recursive: RecursiveConfig,
     seq_len: int,
     run: RunConfig,
-    num_exits: int = 1,
-    teacher: ModelConfig | None = None,
+    objective: Objective,
+    teacher: tuple[ModelConfig, RecursiveConfig] | None,
 ) -> float:
     """`training_flops_per_token` with LoRA as `run.lora` says; "auto", a choice by linear, counts as the cheaper."""
-    tokens = run.micro_batch * seq_len
+    tokens, exits = run.micro_batch * seq_len, objective.exits(recursive.num_loops)
     forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
     return min(
-        training_flops_per_token(model, recursive, seq_len, merged_over=form, num_exits=num_exits, teacher=teacher)
+        training_flops_per_token(
+            model, recursive, seq_len, merged_over=form, exits=exits, frozen=objective.frozen, teacher=teacher
+        )
         for form in forms[run.lora]
     )

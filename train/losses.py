@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rrt.products import device_type, product_dtype
@@ -24,30 +23,8 @@ IGNORED = -100
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 MIN_CHUNK = 128
-CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26}
 """What the matrices [C, V] of one chunk may take, unless they have MIN_CHUNK rows only."""
-
-
-def matrices_per_chunk(distills: bool) -> int:
-    """How many [C, V] exist at one time, for any number of exits, with or without a divergence."""
-    return 8 if distills else 1
-
-
-def chunk_tokens(tokens: int, vocab: int, itemsize: int, distills: bool, device: str) -> int:
-    """Tokens per chunk on a device of this type ("cpu", "cuda"); `itemsize` is 4, or 8 for fp64."""
-    row = vocab * itemsize * matrices_per_chunk(distills)
-    return min(tokens, max(MIN_CHUNK, CHUNK_BYTES[device] // row))
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, computed in at least fp32.
-
-    Args:
-        logits: [batch, T, V], any floating dtype.
-        targets: [batch, T] int64, the token that follows each position.
-    """
-    flat = logits.flatten(0, 1)
-    return F.cross_entropy(flat if flat.dtype.itemsize >= 4 else flat.float(), targets.flatten())
 
 
 @dataclass(frozen=True)
@@ -166,10 +143,12 @@ class _Task:
         return any(weights.last_exit for weights in self.weights)
 
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
-        """Pieces of the tokens, of nearly equal size."""
-        tokens, distills = len(self.targets), self.asks_teacher or self.asks_last_exit
-        chunk = self.chunk or chunk_tokens(tokens, vocab, itemsize, distills, device_type(self.targets))
-        pieces = max(1, -(-tokens // chunk))
+        """Pieces of the tokens, of nearly equal size; `itemsize` in bytes, of the logits."""
+        # As many [C, V] exist at one time, for any number of exits.
+        matrices = 8 if self.asks_teacher or self.asks_last_exit else 1
+        suitable = max(MIN_CHUNK, CHUNK_BYTES[device_type(self.targets)] // (vocab * itemsize * matrices))
+        tokens = len(self.targets)
+        pieces = max(1, -(-tokens // (self.chunk or suitable)))
         bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
 
@@ -248,8 +227,10 @@ class _HeadProducts:
             self._buffer = hidden.new_empty(len(hidden), len(self.weight))
         return torch.mm(hidden, self.weight.t(), out=self._buffer[: len(hidden)])
 
-    def backward(self, hidden: Tensor, slope: Tensor, row_weight: Tensor, place: int) -> Tensor:
-        """Add up the head's gradients; the gradient [C, D] of `hidden`.
+    def backward(
+        self, hidden: Tensor, slope: Tensor, row_weight: Tensor, place: int, needs_hidden: bool
+    ) -> Tensor | None:
+        """Add up the head's gradients; the gradient [C, D] of `hidden`, if it is needed.
 
         Args:
             slope: gradient [C, V] by the logits, before it is multiplied by `row_weight`.
@@ -259,15 +240,16 @@ class _HeadProducts:
         weighted = (hidden * row_weight).to(hidden.dtype)
         if self.weight_grad is not None:
             _add_product(self.weight_grad, slope.t(), weighted)
-        hidden_grad = (slope @ self.weight).to(self.wide)
+        hidden_grad = (slope @ self.weight).to(self.wide) if needs_hidden else None
         if self.lora is not None and place < len(self.lora):
             lora_a, lora_b = self.lora[place]
             inner_grad = slope @ lora_b
             if self.lora_a_grad is not None and self.lora_b_grad is not None:
                 _add_product(self.lora_b_grad[place], slope.t(), weighted @ lora_a.t())
                 _add_product(self.lora_a_grad[place], inner_grad.t(), weighted)
-            hidden_grad += inner_grad @ lora_a
-        return hidden_grad.mul_(row_weight)
+            if hidden_grad is not None:
+                hidden_grad += inner_grad @ lora_a
+        return None if hidden_grad is None else hidden_grad.mul_(row_weight)
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
@@ -321,9 +303,9 @@ class _ExitLosses(torch.autograd.Function):
                 )
                 parts[place] += (values * row_weights[rows]).sum(0, dtype=torch.float64)
                 if needs_gradient and weights != ExitWeights():
-                    hidden_grad = head.backward(hidden, slope, row_weights[rows], place)
                     gradient = gradients[place]
-                    if gradient is not None:
+                    hidden_grad = head.backward(hidden, slope, row_weights[rows], place, gradient is not None)
+                    if gradient is not None and hidden_grad is not None:
                         gradient[rows] = hidden_grad
         factors = torch.tensor([(w.cross_entropy, w.teacher, w.last_exit) for w in task.weights], dtype=torch.float64)
         ctx.gradients = (head.weight_grad, head.lora_a_grad, head.lora_b_grad, *gradients)

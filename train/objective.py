@@ -45,11 +45,21 @@ class Objective:
     """Of the last loop's exit, or of those of all loops in order."""
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
+    frozen: bool = False
+    """Only the LoRA on the head learns."""
 
-    @property
-    def distills(self) -> bool:
-        """Whether anything but cross-entropy counts."""
-        return any(weights.teacher or weights.last_exit for weights in self.weights)
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of this name is trained."""
+        return not self.frozen or name.startswith("head_lora_")
+
+    def exits(self, num_loops: int) -> list[int]:
+        """The loops after which the loss needs logits."""
+        compared = any(weights.last_exit for weights in self.weights)
+        return [
+            loop
+            for loop, weights in enumerate(self.weights, num_loops - len(self.weights))
+            if weights != ExitWeights() or (compared and loop == num_loops - 1)
+        ]
 
     def bind(
         self, model: RecursiveTransformer, teacher: ShardedTeacher | None = None
@@ -133,7 +143,7 @@ def early_exits(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> O
     *early, last = exit_coefficients(exits, num_loops)
     weights = [_shares(distill, coefficient, exits.distill) for coefficient in early]
     weights.append(ExitWeights() if exits.freeze else _last_exit(distill, last))
-    return Objective(tuple(weights), distill.loss, distill.temperature)
+    return Objective(tuple(weights), distill.loss, distill.temperature, exits.freeze)
 
 
 def _last_exit(distill: DistillConfig, coefficient: float) -> ExitWeights:

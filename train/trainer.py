@@ -80,8 +80,6 @@ class Start:
     objective: Objective = NEXT_TOKEN
     teacher: Path | None = None
     """The model that the objective distills from."""
-    trains: Callable[[str], bool] = lambda name: True
-    """Whether a parameter is trained, by name."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -228,7 +226,7 @@ class Trainer:
         run, device = self.recipe.run, self.processes.device
         self.model = meta_model(self.start.model, self.start.recursive).float().train()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.start.trains(name))
+            parameter.requires_grad_(self.start.objective.trains(name))
         set_up_model(self.model, run, self.processes.mesh)
         self.model.to_empty(device=device)
         dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
@@ -337,8 +335,8 @@ class Trainer:
             start.recursive,
             self.recipe.data.seq_len,
             run,
-            num_exits=len(start.objective.weights),
-            teacher=None if self.teacher is None else self.teacher.model,
+            start.objective,
+            self.teacher and (self.teacher.model, self.teacher.recursive),
         )
         peak = run.peak_flops
         if peak is None and device.type == "cuda" and run.dtype == "bf16":
