@@ -1,4 +1,4 @@
-"""Processes that work on parts of one evaluation: each holds the whole model, their sums are added at the end."""
+"""Processes that torchrun started: those that work on parts of one evaluation, and who of them reports errors."""
 
 import functools
 import os
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from rrt.cli import EXIT_USER_ERROR
 from rrt.errors import UserError
+
+
+class LoneError(UserError):
+    """Bad input that one process met by itself."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def first_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Of bad input, which every process meets alike, only the first tells; all end with the same exit code."""
+    """Of bad input that every process meets alike only the first tells; all end with the same exit code."""
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
-        except UserError:
-            if int(os.environ.get("RANK", "0")) == 0:
+        except UserError as error:
+            if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LoneError):
                 raise
             sys.exit(EXIT_USER_ERROR)
 

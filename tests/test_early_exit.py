@@ -136,10 +136,6 @@ def train_exits_here(argv: list[str]) -> None:
     train(argv)
 
 
-def uptrain_here(argv: list[str]) -> None:
-    train(argv, uptrain)
-
-
 def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -245,7 +241,7 @@ def test_uptraining_with_a_teacher_is_distillation_of_the_last_loop(
         lambda z, y, p: 0.75 * ce(z[1], y) + 0.25 * kl(z[1], p),
         rrt.load_model(checkpoints["teacher"]),
     )
-    run_on_two(uptrain_here, flags(checkpoints["two"], tmp_path / "run", **overrides))
+    train(flags(checkpoints["two"], tmp_path / "run", **overrides), uptrain)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-4)
     record = metrics(tmp_path / "run")[0]
     parts = 0.75 * record["cross_entropy_loop_1"] + 0.25 * record["from_teacher_loop_1"]
@@ -462,6 +458,7 @@ def test_another_objective_does_not_resume_the_run(checkpoints: dict[str, Path],
         train(flags(checkpoints["two"], out, exits__coefficient=0.3))
 
 
+@pytest.mark.slow
 def test_the_command_runs_under_torchrun(checkpoints: dict[str, Path], flags: Flags, tmp_path: Path) -> None:
     argv = flags(checkpoints["two"], tmp_path / "run", distill__teacher=checkpoints["teacher"], exits__distill="last")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

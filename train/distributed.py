@@ -7,7 +7,6 @@ layers of its full-size parent. The stack is one FSDP unit; for large blocks, ea
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from rrt.cli import EXIT_USER_ERROR
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
+from rrt.processes import LoneError
 
 T = TypeVar("T")
 Wrap = Literal["stack", "layer"]
@@ -32,10 +31,6 @@ Wrap = Literal["stack", "layer"]
 
 class AgreedError(UserError):
     """Bad input that every process knows of."""
-
-
-class LoneError(UserError):
-    """Bad input that one process met by itself."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +116,6 @@ def from_main(action: Callable[[], T]) -> T:
     box = [result]
     dist.broadcast_object_list(box, src=0)
     return cast(T, box[0])
-
-
-def only_main_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Errors that all processes meet alike are printed by the first; all end with the same exit code."""
-
-    @functools.wraps(main)
-    def wrapped() -> None:
-        try:
-            main()
-        except UserError as error:
-            if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LoneError):
-                raise
-            sys.exit(EXIT_USER_ERROR)
-
-    return wrapped
 
 
 def _shard_dim(parameter: nn.Parameter, world_size: int) -> Shard:

@@ -30,6 +30,7 @@ from rrt.config import RecursiveConfig, doc
 from rrt.errors import UserError
 from rrt.fold import seeded_generator
 from rrt.loaders import Source, open_source, parameter_shapes
+from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
 from train.architecture import (
     Training,
@@ -38,7 +39,7 @@ from train.architecture import (
     start_architecture,
     teacher_architecture,
 )
-from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.distributed import Processes, agree, processes
 from train.estimate import estimate_table
 from train.objective import early_exits
 from train.recipe import (
@@ -134,7 +135,7 @@ def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
     return Trainer(recipe, start, group)
 
 
-@only_main_reports_errors
+@first_reports_errors
 def main() -> None:
     recipe, dry_run = read_command(EarlyExitRecipe, __doc__ or "")
     if dry_run is not None:

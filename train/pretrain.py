@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rrt.cli import run_command
 from rrt.config import ModelConfig, RecursiveConfig, doc
 from rrt.model import RecursiveTransformer
+from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
 from train.architecture import (
     Training,
@@ -33,7 +34,7 @@ from train.architecture import (
     read_architecture,
     teacher_architecture,
 )
-from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.distributed import Processes, agree, processes
 from train.estimate import estimate_table
 from train.objective import uptraining
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
@@ -103,7 +104,7 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
     return Trainer(recipe, start, group)
 
 
-@only_main_reports_errors
+@first_reports_errors
 def main() -> None:
     recipe, dry_run = read_command(PretrainRecipe, __doc__ or "")
     if dry_run is not None:

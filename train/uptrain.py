@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rrt.cli import run_command
 from rrt.config import doc
 from rrt.loaders import open_source
+from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
 from train.architecture import (
     Training,
@@ -28,7 +29,7 @@ from train.architecture import (
     start_architecture,
     teacher_architecture,
 )
-from train.distributed import Processes, agree, only_main_reports_errors, processes
+from train.distributed import Processes, agree, processes
 from train.estimate import estimate_table
 from train.objective import uptraining
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
@@ -79,7 +80,7 @@ def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     return Trainer(recipe, start, group)
 
 
-@only_main_reports_errors
+@first_reports_errors
 def main() -> None:
     recipe, dry_run = read_command(UptrainRecipe, __doc__ or "")
     if dry_run is not None:
