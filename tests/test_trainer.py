@@ -424,6 +424,10 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
             {"checkpoint__path": checkpoint / "none"},
             "no such directory; expected an HF model directory",
         ),
+        "another start": (
+            {"start__base": "pythia-160m", "start__convert": "--num-loops 4"},
+            "has num_loops 2; expected 4, as the recipe's start.convert = '--num-loops 4' says",
+        ),
         "no wandb": ({"run__wandb": "project"}, "field 'run.wandb': the wandb package cannot be imported ("),
         "no warm-up": ({"optim__warmup_steps": -1}, "field 'optim.warmup_steps': found -1; expected 0 or more"),
         "a file in the way": ({"run__out": data / "meta.json"}, "is a file; expected a directory"),
@@ -439,6 +443,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
         "indivisible batch",
         "context too long",
         "no checkpoint",
+        "another start",
         "no wandb",
         "no warm-up",
         "a file in the way",

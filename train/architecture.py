@@ -54,10 +54,22 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
     """
     if start.base is None:
         return read_architecture(checkpoint, "checkpoint.path")
-    described = recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
     if checkpoint == ABSENT:
-        return read_architecture(start.base, "start.base")[0], described
+        return read_architecture(start.base, "start.base")[0], _described(start)
     model, recursive = read_architecture(checkpoint, "checkpoint.path")
+    check_start(checkpoint, recursive, start)
+    return model, recursive
+
+
+def _described(start: StartConfig) -> RecursiveConfig:
+    return recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
+
+
+def check_start(checkpoint: str, recursive: RecursiveConfig, start: StartConfig) -> None:
+    """Refuse a checkpoint that is folded or relaxed in another way than `start` says, if it says any."""
+    if start.base is None:
+        return
+    described = _described(start)
     for name in ("num_loops", "init", "lora_rank", "lora_init", "prefix_length"):
         found, expected = getattr(recursive, name), getattr(described, name)
         if found != expected:
@@ -65,7 +77,6 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
                 f"field 'checkpoint.path': {checkpoint} has {name} {found}; expected {expected}, as the recipe's "
                 f"start.convert = '{start.convert}' says"
             )
-    return model, recursive
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

@@ -35,6 +35,7 @@ from rrt.tokenizer import load_tokenizer
 from train.architecture import (
     Training,
     check_distillation,
+    check_start,
     planned_distillation,
     start_architecture,
     teacher_architecture,
@@ -116,10 +117,10 @@ def training(recipe: EarlyExitRecipe) -> Training:
 
 def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
-    start_architecture(recipe.checkpoint.path, recipe.start)
     check_distillation(recipe.distill, recipe.start)
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
+    check_start(recipe.checkpoint.path, source.recursive, recipe.start)
     objective = early_exits(recipe.exits, recipe.distill, source.recursive.num_loops)
     recursive = with_exits(source.recursive, recipe.exits)
     start = Start(

@@ -59,7 +59,7 @@ class StartConfig:
     """Where checkpoint and teacher come from: runs/paper.py makes them, and --dry-run needs no others."""
 
     base: str | None = doc(
-        "preset of the pretrained model; training refuses a checkpoint of another shape", default=None
+        "preset of the pretrained model; training refuses a checkpoint that `convert` would not make", default=None
     )
     convert: str = doc("flags of rrt.convert that make the checkpoint out of it; none for the model itself", default="")
     after: str | None = doc("recipe beside this one whose result is trained further", default=None)

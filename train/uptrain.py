@@ -25,6 +25,7 @@ from rrt.tokenizer import load_tokenizer
 from train.architecture import (
     Training,
     check_distillation,
+    check_start,
     planned_distillation,
     start_architecture,
     teacher_architecture,
@@ -63,10 +64,10 @@ def training(recipe: UptrainRecipe) -> Training:
 
 def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
     """Open the checkpoint and check that it, the data and the recipe fit together."""
-    start_architecture(recipe.checkpoint.path, recipe.start)
     check_distillation(recipe.distill, recipe.start)
     path = Path(recipe.checkpoint.path)
     source = open_source(path)
+    check_start(recipe.checkpoint.path, source.recursive, recipe.start)
     start = Start(
         "uptrain",
         source.model,
