@@ -79,14 +79,14 @@ void Checks::contiguous(const char* name, const Tensor& tensor) const {
 #ifdef RRT_CUDA
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 #endif
 
 void torch_parallel(int64_t begin, int64_t end, int64_t grain_size, void (*body)(int64_t, int64_t, void*),
                     void* context) {
-  if (begin < end) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain_size, body, context));
+  if (begin < end) TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain_size, body, context));
 }
 
 }  // namespace rrt
