@@ -4,7 +4,7 @@
 #   bench/gpu.sh build               build the native operators in place, CUDA demanded
 #   bench/gpu.sh test [pytest args]  the tests marked gpu
 #   bench/gpu.sh sanitize            every kernel instance under compute-sanitizer's memcheck and racecheck
-#   bench/gpu.sh kernels             bench/kernels.py on three presets: tables, JSON and plots
+#   bench/gpu.sh kernels             bench/kernels.py on three presets, and prefill: tables, JSON and plots
 #   bench/gpu.sh tiles               bench/tile_sweep.py: csrc/loop_lora/cuda_tiles_measured.h of this GPU
 #
 # Each part stands alone: where the library is missing, stale or without CUDA, it is built first. Each ends within
@@ -27,6 +27,7 @@ results=$OUT/$part
 rm -rf "$results" "$results.tar.gz"
 mkdir "$results" || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # nvcc and compute-sanitizer
 LIMIT=520 # seconds; what is left of 9 minutes is for the report
 started=$SECONDS
 
@@ -78,6 +79,9 @@ kernels() {
       --contexts 1024 4096 16384 --attention-rows 8 32 --seconds-per-case 0.2 \
       --json "$results/$preset.json" --plot "$results/$preset.png" || status=$?
   done
+  # Many rows of one loop, where prefill's kernel and merged weights compete.
+  run "$PYTHON" bench/kernels.py --device cuda --preset gemma-2b --dtype bf16 --only linear --rows 256 1024 8192 \
+    --loops 1 --ranks 64 512 --seconds-per-case 0.2 --json "$results/gemma-2b-prefill.json" || status=$?
   return "$status"
 }
 
@@ -96,8 +100,10 @@ part, results, status, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]
 
 
 def run(*command):
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
 
 
 def outcome(case):
@@ -108,6 +114,7 @@ def outcome(case):
 
 
 info = run(sys.executable, "-m", "rrt.info", "--json")
+changes = run("git", "status", "--porcelain", "--untracked-files=no")
 record = {
     "part": part,
     "outcome": {0: "passed", 3: "no GPU", 124: "out of time"}.get(status, "failed"),
@@ -115,7 +122,7 @@ record = {
     "seconds": seconds,
     "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     "commit": run("git", "rev-parse", "HEAD"),
-    "uncommitted_changes": bool(run("git", "status", "--porcelain", "--untracked-files=no")),
+    "uncommitted_changes": None if changes is None else changes != "",
     "info": json.loads(info) if info else None,
 }
 junit = results / "test.xml"

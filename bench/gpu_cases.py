@@ -74,6 +74,19 @@ def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
         )
 
 
+def prefill_linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    # The small tile, unless there are tiles for a whole GPU; the last ones of tokens and outputs are not full.
+    shapes = [(70, (128, 40), (40, 8)), (1300, (2560, 77), (40, 0))]
+    for dtype, (rows, segments, ranks) in itertools.product(HALVES, shapes):
+        arguments = linear(rows, 264, segments, ranks, dtype)
+        arguments["loop"] = int(arguments.pop("loops")[0])
+        yield (
+            f"prefill linear {dtype}, {rows} rows",
+            ops.loop_lora_prefill(**to_device(arguments, device)),
+            ops.loop_lora_prefill_reference(**arguments),
+        )
+
+
 def cache_arguments(heads: int, dim: int, contexts: list[int], chunks: list[int], dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of loop_kv_prefill on the CPU; one key/value head for every 4 heads, rotated queries."""
     page_size, kv_heads = 16, heads // 4
@@ -139,7 +152,8 @@ def run(device: torch.device) -> int:
     """Run all cases; returns how many. Raises RuntimeError for the first that disagrees with its reference."""
     torch.manual_seed(0)
     count = 0
-    for name, ours, expected in itertools.chain(linear_cases(device), attention_cases(device), write_cases(device)):
+    families = (linear_cases, prefill_linear_cases, attention_cases, write_cases)
+    for name, ours, expected in itertools.chain.from_iterable(cases(device) for cases in families):
         wanted = expected.double()
         difference = float((ours.cpu().double() - wanted).norm() / wanted.norm())
         if not difference <= AGREEMENT[ours.dtype]:

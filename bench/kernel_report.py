@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from bench.linear_cases import BASELINES
 from rrt.tensors import dtype_name, parse_dtype
 
 Record = dict[str, Any]
@@ -173,7 +174,7 @@ def _speedups(record: Record, names: Iterable[str]) -> list[str]:
 
 def print_linear(records: list[Record], title: str) -> None:
     """One line per case; "over" columns tell how many times faster ours is than that baseline."""
-    baselines = ("base", "unfused", "concatenated", "merged")
+    baselines = [name for name in BASELINES if any(name in record["speedup"] for record in records)]
     header = ["projection", "rank", "loops", "rows", "time", "+-", "rate", "time/floor"]
     rows = [
         [

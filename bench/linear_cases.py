@@ -1,4 +1,4 @@
-"""The linears of one shared layer as cases: what they cost at least, and five ways to compute them.
+"""The linears of one shared layer as cases: what they cost at least, and ways to compute them.
 
 Dimensions: M rows, K in, N out, R rank, S segments (q, k, v or gate, up) with adapters of their own.
 """
@@ -22,6 +22,7 @@ BASELINES = {
     "unfused": "F.linear, then per loop group index_select, two small GEMMs, index_add",
     "concatenated": "F.linear, two GEMMs of all loops' LoRAs concatenated along the rank, other loops masked to 0",
     "merged": "per loop group index_select, one GEMM with a dense weight of its own, index_copy",
+    "prefill": "rrt.ops.loop_lora_prefill; on CUDA, with one loop",
 }
 """What `ours`, rrt.ops.loop_lora_linear, is compared with. At rank 0 they are all `base` and only it is run.
 
@@ -237,6 +238,10 @@ def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor
         lora_a, lora_b = adapters.lora_a[i], adapters.lora_b[i]
         return ops.loop_lora_linear(x, weights.packed[i], bias, lora_a, lora_b, loops, segments, ranks)
 
+    def run_prefill(i: int) -> Tensor:
+        lora_a, lora_b = adapters.lora_a[i], adapters.lora_b[i]
+        return ops.loop_lora_prefill(x, weights.plain[i], bias, lora_a, lora_b, 0, segments, ranks)
+
     def run_merged(i: int) -> Tensor:
         # Copies of W stand for W + B A: the values do not change the time, and the memory is there.
         return merged(x, [weights.plain[(i + loop) % copies] for loop in range(num_loops)], bias, groups)
@@ -252,6 +257,8 @@ def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor
             )
         )
         variants["merged"] = Variant(run_merged, copies_read=num_loops)
+    if any(ranks) and num_loops == 1 and x.is_cuda:
+        variants["prefill"] = Variant(run_prefill)
     return variants
 
 

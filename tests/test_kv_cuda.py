@@ -91,6 +91,25 @@ def test_a_page_that_is_not_there_makes_its_row_nan_and_no_other() -> None:
         assert result[1].isnan().all() and torch.equal(result[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_context_longer_than_its_table_makes_its_row_nan_and_no_other(dtype: torch.dtype) -> None:
+    _, inputs = decode_inputs(GROUPED, dtype)
+    inputs = on_gpu(inputs)
+    expected = loop_kv_attention(**inputs)
+    inputs["context_lens"][1] = 3000
+    result = loop_kv_attention(**inputs)
+    assert result[1].isnan().all() and torch.equal(result[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_without_a_page_are_zeros(dtype: torch.dtype) -> None:
+    _, inputs = decode_inputs(GROUPED, dtype)
+    inputs = on_gpu(inputs)
+    inputs["context_lens"].zero_()
+    inputs["block_tables"] = inputs["block_tables"][:, :0]
+    assert (loop_kv_attention(**inputs) == 0).all()
+
+
 def test_a_captured_graph_replays_with_new_queries_and_lengths() -> None:
     _, inputs = decode_inputs(GROUPED, torch.bfloat16)
     inputs = on_gpu(inputs)

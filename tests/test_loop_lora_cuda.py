@@ -65,6 +65,20 @@ def test_a_row_is_bitwise_the_same_in_any_batch(case: Case, dtype: torch.dtype) 
         assert torch.equal(part, whole[rows]), rows
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_strides_and_address_of_x_change_no_bit(dtype: torch.dtype) -> None:
+    inputs = on_gpu(make_inputs(Case(5, 512, 96, 40), dtype))
+    x = inputs["x"]
+    expected = loop_lora_linear(**inputs)
+    wide = torch.full((5, 601), float("nan"), device="cuda", dtype=dtype)
+    wide[:, 3:515] = x
+    shifted = torch.empty(5 * 512 + 1, device="cuda", dtype=dtype)[1:].view(5, 512)
+    for other in (wide[:, 3:515], shifted.copy_(x), x.T.contiguous().T):
+        assert torch.equal(loop_lora_linear(**{**inputs, "x": other}), expected)
+        first = {**inputs, "x": other[:1], "loops": inputs["loops"][:1]}
+        assert torch.equal(loop_lora_linear(**first), expected[:1])
+
+
 @pytest.mark.parametrize("m", [1, 16, 31, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_tiling_gives_the_same_bits(dtype: torch.dtype, m: int) -> None:

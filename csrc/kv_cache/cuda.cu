@@ -1,4 +1,6 @@
 // Launches of the key/value operators on CUDA.
+#include <algorithm>
+
 #include "cuda/launch.h"
 #include "kv_cache/cuda_launch.h"
 #include "kv_cache/cuda_plain.h"
@@ -79,7 +81,7 @@ CudaRope device_rope(const Rope& rope, int64_t max_positions) {
 }
 
 int64_t pieces_of(const CudaAttentionParams& p) {
-  return cuda::ceil_div(p.max_pages * p.params->page_size, kCudaSplitSlots);
+  return std::max(1u, cuda::ceil_div(p.max_pages * p.params->page_size, kCudaSplitSlots));
 }
 
 }  // namespace

@@ -104,6 +104,12 @@ RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, 
   return {0, 0, 0, 0, 1, kv_head, 0};
 }
 
+// Slots that decode row `row` sees: no more than its block table has, for which there are pieces.
+RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
+  const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size;
+  return context < room ? context : room;
+}
+
 // Where a slot lies in the cache, counted in slots; -1 if the block table leads nowhere.
 RRT_DEVICE int64_t find_slot(const CudaAttentionArgs& args, int sequence, int slot) {
   const int column = slot / args.page_size;
@@ -362,7 +368,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int first = block.y % tiles * kMmaRows;
   device::dependency_wait();
   device::launch_dependents();
-  const int context = device::load_global(args.context_lens + block.x);
+  const int context = decode_context(args, block.x);
   const int begin = block.z * kCudaSplitSlots;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
   const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
@@ -402,12 +408,13 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
   device::block_barrier();
   const bool whole = context <= kCudaSplitSlots;
+  const bool too_long = device::load_global(args.context_lens + block.x) > context;
   for (int i = thread; i < tile.rows * HEAD_DIM; i += kThreads) {
     const int row = i / HEAD_DIM, column = i % HEAD_DIM;
     const auto of = [&](int w, int c) { return device::load_shared(merged + (w * kMmaRows + row) * kStride + c); };
     float largest = of(0, HEAD_DIM);
     for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, of(w, HEAD_DIM));
-    float sum = 0, weights = 0;
+    float sum = too_long ? NAN : 0.0f, weights = 0;
     for (int w = 0; w < kWarps; ++w) {
       const float factor = device::exp2(of(w, HEAD_DIM) - largest);
       sum += factor * of(w, column);
@@ -415,7 +422,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
     }
     const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
     if (whole) {
-      const float value = context > 0 ? sum / weights : 0.0f;
+      const float value = context > 0 ? sum / weights : sum;
       device::store_global(static_cast<Storage*>(args.out) + head * HEAD_DIM + column, Half::narrow(value));
     } else {
       float* to = args.partial + (head * args.pieces + block.z) * kStride;
@@ -434,7 +441,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   using Acc = typename Number::Acc;
   const device::Index block = device::block_index();
   device::dependency_wait();
-  const int context = device::load_global(args.context_lens + block.x);
+  const int context = decode_context(args, block.x);
   if (context <= kCudaSplitSlots) return;
   const int pieces = (context + kCudaSplitSlots - 1) / kCudaSplitSlots;
   const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;

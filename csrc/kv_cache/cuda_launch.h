@@ -6,7 +6,8 @@
 namespace rrt::kv_cache {
 
 // Values of slots, pages, lengths and positions stay on the device, unchecked by the host: the kernels skip a bad
-// slot, and make the rows of a bad page or position NaN.
+// slot, and make the rows of a bad page or position NaN, or of a context longer than its block table. Only query_start
+// must be right.
 struct CudaWriteParams {
   const WriteParams* params;
   int64_t num_slots, max_positions;

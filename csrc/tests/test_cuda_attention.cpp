@@ -1,4 +1,5 @@
 // The CUDA kernels of the key/value operators under emulation, against sums in double; see emulation/device.h.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -188,6 +189,21 @@ struct Problem {
   }
 };
 
+template <class Half>
+emulation::Report combine(Problem<Half>& problem, uint64_t seed, emulation::Sabotage sabotage) {
+  const CudaAttentionArgs args = problem.args();
+  return emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, 0, seed, problem.regions(true), sabotage},
+                        [&] { combine_body<Half>(args); });
+}
+
+template <class Number>
+emulation::Report attend_plainly(Problem<Number>& problem, emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
+  const CudaAttentionArgs args = problem.args();
+  return emulation::run(
+      {{(args.num_queries * args.num_heads + kWarps - 1) / kWarps, 1, 1}, kThreads, 0, 1, problem.regions(), sabotage},
+      [&] { plain_attention_body<Number>(args); });
+}
+
 template <class Half, int HEAD_DIM, int STAGES>
 emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
                          emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
@@ -206,9 +222,7 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
                       problem.regions(), sabotage},
                      [&] { decode_attention_body<Half, HEAD_DIM, STAGES>(args); });
   if (!report.violation.empty() || args.pieces == 1) return report;
-  emulation::Report merged = emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, 0, seed,
-                                             problem.regions(true), sabotage},
-                                            [&] { combine_body<Half>(args); });
+  emulation::Report merged = combine(problem, seed, sabotage);
   merged.regions = report.regions;
   return merged;
 }
@@ -243,7 +257,19 @@ void test_instance(const char* name, double tolerance) {
     Problem<Half> problem(shape, false, 6);
     const emulation::Report report = attend<Half, HEAD_DIM, STAGES>(problem);
     EXPECT(report.violation.empty(), "%s prefill: %s", name, report.violation.c_str());
-    if (report.violation.empty()) EXPECT(problem.error() < tolerance, "%s prefill: relative error %g", name, problem.error());
+    if (!report.violation.empty()) continue;
+    EXPECT(problem.error() < tolerance, "%s prefill: relative error %g", name, problem.error());
+    // Each tile of 16 query rows of a key/value head reads what the last of them sees, once.
+    const int group = shape.num_heads / shape.num_kv_heads;
+    int64_t slots = 0;
+    for (size_t s = 0; s < shape.chunks.size(); ++s) {
+      for (int end = 16, rows = shape.chunks[s] * group; end < rows + 16; end += 16) {
+        slots += shape.contexts[s] - shape.chunks[s] + 1 + (std::min(end, rows) - 1) / group;
+      }
+    }
+    const int64_t bytes = slots * shape.num_kv_heads * HEAD_DIM * 2;
+    EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s prefill", name);
+    EXPECT(report.bytes_written("out") == static_cast<int64_t>(problem.out.size()) * 2, "%s prefill", name);
   }
 }
 
@@ -255,12 +281,17 @@ void test_plain(const char* name, double tolerance) {
   };
   for (const auto& [decode, shape] : shapes) {
     Problem<Number> problem(shape, decode, 8);
-    const CudaAttentionArgs args = problem.args();
-    const emulation::Report report =
-        emulation::run({{(args.num_queries * args.num_heads + kWarps - 1) / kWarps, 1, 1}, kThreads, 0, 1, problem.regions()},
-                       [&] { plain_attention_body<Number>(args); });
+    const emulation::Report report = attend_plainly(problem);
     EXPECT(report.violation.empty(), "%s: %s", name, report.violation.c_str());
-    if (report.violation.empty()) EXPECT(problem.error() < tolerance, "%s: relative error %g", name, problem.error());
+    if (!report.violation.empty()) continue;
+    EXPECT(problem.error() < tolerance, "%s: relative error %g", name, problem.error());
+    // Every query head reads what it sees, once.
+    int64_t slots = 0;
+    for (size_t s = 0; s < shape.chunks.size(); ++s) {
+      for (int i = 0; i < shape.chunks[s]; ++i) slots += std::max(0, shape.contexts[s] - shape.chunks[s] + i + 1);
+    }
+    const int64_t bytes = slots * shape.num_heads * shape.head_dim * static_cast<int64_t>(sizeof(typename Number::Storage));
+    EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s", name);
   }
 }
 
@@ -271,16 +302,28 @@ void test_write(const char* name) {
   using Storage = typename Number::Storage;
   std::vector<Storage> k_cache(problem.k_cache.size(), Number::narrow(NAN)), v_cache = k_cache;
   const std::vector<int64_t> slots = {9, -1, 2};
-  const emulation::Report report = emulation::run(
-      {{3, 1, 1}, kThreads, 0, 1,
-       {problem.region("k", problem.q), problem.region("positions", problem.positions),
-        problem.region("cos_sin", problem.cos_sin), problem.region("slots", slots),
-        problem.region("k_cache", k_cache, true), problem.region("v_cache", v_cache, true)}},
-      [&] {
-        write_body<Number>({problem.q.data(), problem.q.data(), 48, 24, 48, 24, k_cache.data(), v_cache.data(),
-                            slots.data(), static_cast<int64_t>(k_cache.size()) / 48, problem.rope(), 2, 24});
-      });
+  const std::vector<Storage> v = problem.q;
+  const auto write = [&](emulation::Sabotage sabotage) {
+    return emulation::run(
+        {{3, 1, 1}, kThreads, 0, 1,
+         {problem.region("k", problem.q, false, true), problem.region("v", v, false, true),
+          problem.region("positions", problem.positions, false, true), problem.region("cos_sin", problem.cos_sin),
+          problem.region("slots", slots, false, true), problem.region("k_cache", k_cache, true),
+          problem.region("v_cache", v_cache, true)},
+         sabotage},
+        [&] {
+          write_body<Number>({problem.q.data(), v.data(), 48, 24, 48, 24, k_cache.data(), v_cache.data(), slots.data(),
+                              static_cast<int64_t>(k_cache.size()) / 48, problem.rope(), 2, 24});
+        });
+  };
+  const emulation::Report report = write(emulation::Sabotage::kNone);
   EXPECT(report.violation.empty(), "%s: %s", name, report.violation.c_str());
+  // Two rows of 48, once; an element that is rotated needs another one, which is in the first-level cache.
+  const int64_t bytes = 2 * 48 * static_cast<int64_t>(sizeof(Storage));
+  EXPECT(report.bytes_read("k") == bytes / 24 * (24 + 16) && report.bytes_read("v") == bytes, "%s", name);
+  EXPECT(report.bytes_written("k_cache") == bytes && report.bytes_written("v_cache") == bytes, "%s", name);
+  const std::string early = write(emulation::Sabotage::kSkipDependencyWait).violation;
+  EXPECT(early.find("before dependency_wait") != std::string::npos, "%s: found '%s'", name, early.c_str());
   for (int64_t slot = 0; slot < 10; ++slot) {
     const int row = slot == 9 ? 0 : slot == 2 ? 2 : -1;
     for (int i = 0; i < 48; ++i) {
@@ -321,21 +364,49 @@ void test_row_independence() {
 void test_faults_are_noticed() {
   using emulation::Sabotage;
   const struct {
+    bool decode;
     Sabotage sabotage;
     const char* report;  // empty: only the numbers tell
-  } faults[] = {{Sabotage::kSkipBarrier, "race"},
-                {Sabotage::kSkipWarpBarrier, "race"},
-                {Sabotage::kSkipCopyWait, "before the copy"},
-                {Sabotage::kSkipDependencyWait, "before dependency_wait"},
-                {Sabotage::kWrongLaneMap, ""},
-                {Sabotage::kWrongRows, ""}};
+  } faults[] = {{true, Sabotage::kSkipBarrier, "race"},
+                {true, Sabotage::kSkipWarpBarrier, "race"},
+                {true, Sabotage::kSkipCopyWait, "before the copy"},
+                {true, Sabotage::kSkipDependencyWait, "before dependency_wait"},
+                {true, Sabotage::kWrongLaneMap, ""},
+                {true, Sabotage::kWrongRows, ""},
+                {false, Sabotage::kSkipWarpBarrier, "race"},
+                {false, Sabotage::kSkipCopyWait, "before the copy"},
+                {false, Sabotage::kWrongLaneMap, ""},
+                {false, Sabotage::kWrongRows, ""}};
   for (const auto& fault : faults) {
-    Problem<device::BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
+    const Shape decode{{1}, {520}, 8, 1, 64, 16, 0}, prefill{{5}, {130}, 8, 1, 64, 16, 0};
+    Problem<device::BFloat16> problem(fault.decode ? decode : prefill, fault.decode, 3);
     const std::string violation = attend<device::BFloat16, 64, 3>(problem, 1, fault.sabotage).violation;
     if (*fault.report) {
       EXPECT(violation.find(fault.report) != std::string::npos, "expected '%s', found '%s'", fault.report, violation.c_str());
     } else {
       EXPECT(violation.empty() && problem.error() > 0.1, "found '%s'", violation.c_str());
+    }
+  }
+  // Combine and the plain kernel have nothing but their dependence to get wrong.
+  Problem<device::BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
+  attend<device::BFloat16, 64, 3>(problem);
+  for (const std::string& violation : {combine(problem, 1, Sabotage::kSkipDependencyWait).violation,
+                                       attend_plainly(problem, Sabotage::kSkipDependencyWait).violation}) {
+    EXPECT(violation.find("before dependency_wait") != std::string::npos, "found '%s'", violation.c_str());
+  }
+}
+
+// Of one piece, of several, and of none.
+void test_a_context_longer_than_its_table_makes_nan() {
+  for (int max_pages : {3, 20, 0}) {
+    Problem<device::BFloat16> problem({{1, 1}, {16 * max_pages, 0}, 8, 1, 64, 16, 0}, true, 3);
+    problem.max_pages = max_pages;
+    problem.shape.contexts[0] = 5000;
+    const emulation::Report report = attend<device::BFloat16, 64, 3>(problem);
+    EXPECT(report.violation.empty(), "%s", report.violation.c_str());
+    for (int i = 0; i < 2 * 8 * 64; ++i) {
+      const float value = device::BFloat16::widen(problem.out[i]);
+      EXPECT(i < 8 * 64 ? std::isnan(value) : value == 0, "%d pages, element %d", max_pages, i);
     }
   }
 }
@@ -367,6 +438,7 @@ int main() {
   test_row_independence();
   test_faults_are_noticed();
   test_a_page_that_is_not_there_makes_nan();
+  test_a_context_longer_than_its_table_makes_nan();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;
 }

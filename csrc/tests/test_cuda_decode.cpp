@@ -262,6 +262,7 @@ void test_plain(const char* name, double tolerance) {
       report = emulation::run({{ceil_div(args.total_rank, kPlainRows) * token_tiles, args.num_loops, 1}, kPlainThreads,
                                0, 1, regions(true)},
                               [&] { plain_body<Number, true>(args); });
+      EXPECT(!report.early_dependents, "%s", name);
     }
     if (report.violation.empty()) {
       report = emulation::run({{ceil_div(args.n, kPlainRows) * token_tiles, 1, 1}, kPlainThreads, 0, 1, regions(false)},
@@ -271,6 +272,13 @@ void test_plain(const char* name, double tolerance) {
     if (!report.violation.empty()) continue;
     const double error = relative_error(problem);
     EXPECT(error < tolerance, "%s m=%d n=%d k=%d: relative error %g", name, shape.m, shape.n, shape.k, error);
+    // W once per tile of tokens; B once per token, since lanes share its columns and not its rows.
+    int64_t b_elements = 0;
+    for (size_t s = 0; s < shape.segment_out.size(); ++s) b_elements += int64_t{shape.segment_out[s]} * shape.segment_rank[s];
+    const int64_t size = sizeof(typename Number::Storage);
+    EXPECT(report.bytes_read("weight") == size * token_tiles * shape.n * shape.k, "%s", name);
+    EXPECT(report.bytes_read("lora_b") == size * shape.m * b_elements, "%s", name);
+    EXPECT(report.bytes_written("y") == size * shape.m * shape.n, "%s", name);
   }
 }
 
@@ -294,6 +302,8 @@ void test_instance(const char* name, double tolerance, size_t first, size_t step
     for (size_t s = 0; s < shape.segment_out.size(); ++s) b_elements += int64_t{shape.segment_out[s]} * shape.segment_rank[s];
     EXPECT(outcome.product.bytes_read("lora_b") == bytes(loops * b_elements), "%s", name);
     if (problem.total_rank > 0) {
+      // The product reads x at once, which the kernel before shrink may have written.
+      EXPECT(!outcome.shrink.early_dependents, "%s", name);
       EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
     }
     // What is not in the floor: x once per tile of outputs, and the sums of parts where blocks share them.

@@ -84,6 +84,7 @@ struct Machine {
   ucontext_t scheduler;
   std::string violation;
   bool dependency_met = false;  // by any thread
+  bool early_dependents = false;
   int64_t progress = 0;
 
   Thread& thread() { return threads[current]; }
@@ -198,9 +199,9 @@ void bounds_of_shared(const void* address, int64_t size) {
 
 }  // namespace
 
-int64_t Report::bytes_read(const std::string& name) const {
+const Region& Report::region(const std::string& name) const {
   for (const Region& region : regions) {
-    if (region.name == name) return region.bytes_read;
+    if (region.name == name) return region;
   }
   throw std::invalid_argument("no region '" + name + "'");
 }
@@ -227,7 +228,7 @@ Report run(const Launch& launch, const std::function<void()>& body) {
     if (!region.dependent || m.dependency_met || !m.violation.empty()) continue;
     m.violation = "no thread reaches dependency_wait: the next kernel may come before the one that wrote '" + region.name + "'";
   }
-  return {m.violation, m.regions};
+  return {m.violation, m.regions, m.early_dependents};
 }
 
 int thread_index() { return machine->current; }
@@ -375,7 +376,7 @@ double shuffle_from(double value, int source) {
   return warp.shuffled[source][phase % 2];
 }
 
-void launch_dependents() {}
+void launch_dependents() { machine->early_dependents |= !machine->thread().dependency_met; }
 void dependency_wait() {
   if (machine->launch->sabotage == Sabotage::kSkipDependencyWait) return;
   machine->thread().dependency_met = machine->dependency_met = true;

@@ -8,7 +8,7 @@
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //
-// A violation ends the launch with a report; bytes read from each registered region are counted.
+// A violation ends the launch with a report; bytes read from and written to each registered region are counted.
 #pragma once
 
 #include <cmath>
@@ -49,8 +49,11 @@ enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, k
 struct Report {
   std::string violation;  // empty: none
   std::vector<Region> regions;
+  bool early_dependents = false;  // a thread let the next kernel start before it came to dependency_wait itself
 
-  int64_t bytes_read(const std::string& name) const;
+  int64_t bytes_read(const std::string& name) const { return region(name).bytes_read; }
+  int64_t bytes_written(const std::string& name) const { return region(name).bytes_written; }
+  const Region& region(const std::string& name) const;
 };
 
 struct Launch {
