@@ -271,6 +271,6 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
             *(f"  {label:<{width}}  {human_bytes(size):>12}" for label, size in rows),
             f"  peak with checkpointing: {others}",
             f"work: {human_count(flops)}FLOPs per token; {hours:,.1f} hours on {processes} x "
-            f"{peak / 1e12:.0f} TFLOP/s at {dry_run.mfu:.0%} MFU",
+            f"{peak / 1e12:.4g} TFLOP/s at {dry_run.mfu:.0%} MFU",
         ]
     )
