@@ -207,11 +207,13 @@ def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
             points[label] = (result["non_embedding_params"], 100 * average)
         size = human_count(result["non_embedding_params"])
         rows.append([name, size, result["exit_loop"], None if average is None else f"{100 * average:.1f}", *cells])
+    local = dict.fromkeys(file["path"] for result in shots for file in result.get("data", {}).values())
+    own = f" From local files, not the published data sets: {', '.join(local)}." if local else ""
     return (
         "<h3>Few-shot accuracy, %</h3>"
         + plots(pareto("Size against few-shot average", "average of seven, %", points, higher_is_better=True))
         + table(("model", "N-emb", "exit after loop", "average of seven", *tasks), rows)
-        + '<p class="soft">acc_norm where a task has it, else acc.</p>'
+        + f'<p class="soft">acc_norm where a task has it, else acc.{escape(own)}</p>'
     )
 
 

@@ -3,9 +3,9 @@
 #
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
 # uptrains it plain and relaxed, and measures everything on packages that training never saw.
-# Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. From the environment, for another run: DEMO_OUT,
-# DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EVAL_TOKENS (default: all), DEMO_LORA_RANK, DEMO_PROCESSES,
-# DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
+# Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. From the environment, for another run:
+# DEMO_OUT, DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of a task; default of
+# both: all), DEMO_LORA_RANK, DEMO_PROCESSES, DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -71,8 +71,16 @@ step "early exits: what the first loop of the recursive model says beside the se
 python eval/exits.py --checkpoint "$OUT/recursive-uptrained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
     --dtype "$DTYPE" --out "$OUT/exits" --json "$OUT/exits.json"
 
+step "few-shot: two tasks made up of held-out code (no benchmark)"
+python runs/demo_tasks.py "$OUT/tasks"
+for model in base recursive-uptrained relaxed-uptrained; do
+    python eval/fewshot.py --checkpoint "$OUT/$model/final" --data-dir "$OUT/tasks" --tasks lambada_openai,hellaswag \
+        --device "$DEVICE" --dtype "$DTYPE" ${DEMO_FEWSHOT_LIMIT:+--limit "$DEMO_FEWSHOT_LIMIT"} --cache "$OUT/tasks/cache" \
+        --json "$OUT/fewshot-$model.json"
+done
+
 step "report"
 python eval/report.py "$OUT"/{bigram,base,reduced,recursive-before,recursive-after,relaxed-before,relaxed-after,exits}.json \
-    "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained} --out "$OUT/report.html"
+    "$OUT"/fewshot-*.json "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained} --out "$OUT/report.html"
 python runs/demo_report.py "$OUT"
 printf '\nDone in %d s. Table: %s/report.md  page: %s/report.html\n' $((SECONDS - began)) "$OUT" "$OUT"

@@ -31,6 +31,9 @@ MODELS = (
     ("relaxed (average + SVD)", "relaxed-uptrained", "relaxed-before", "relaxed-after"),
 )
 
+# (task, metric, title) of runs/demo_tasks.py
+TASKS = (("lambada_openai", "acc", "last word"), ("hellaswag", "acc_norm", "one of four endings"))
+
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl."""
@@ -75,6 +78,28 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def fewshot_rows(out: Path) -> list[dict[str, Any]]:
+    """Of each model that has a few-shot result, its accuracies with their standard errors."""
+    rows = []
+    for title, run, *_ in MODELS:
+        path = out / f"fewshot-{run}.json"
+        if path.is_file():
+            found = read_json(path)["tasks"]
+            rows.append({"model": title, "documents": found[TASKS[0][0]]["documents"]})
+            rows[-1] |= {task: [found[task]["metrics"][name] for name in (m, f"{m}_stderr")] for task, m, _ in TASKS}
+    return rows
+
+
+def fewshot_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, in percent."""
+    heads = " | ".join(f"{title} ({task}, {metric})" for task, metric, title in TASKS)
+    lines = [f"| few-shot, %, of {rows[0]['documents']} documents | {heads} |", "|---|---|---|"]
+    for row in rows:
+        cells = " | ".join("{:.1f} ± {:.1f}".format(*(100 * value for value in row[task])) for task, *_ in TASKS)
+        lines.append(f"| {row['model']} | {cells} |")
+    return "\n".join([*lines, "| by chance | 0.0 | 25.0 |"])
+
+
 def plot_curves(out: Path, path: Path) -> None:
     """Training loss of every run over the tokens it trained on, averaged over ten steps."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
@@ -97,13 +122,15 @@ def main() -> None:
         raise UserError(f"arguments: found {len(sys.argv) - 1}; expected the demo's output directory")
     out = Path(sys.argv[1])
     rows = read_rows(out)
+    shots = fewshot_rows(out)
     base, bigram = rows[0]["perplexity"], read_json(out / "bigram.json")["perplexity"]
     text = (
         f"{make_table(rows)}\n\nHeld-out packages of the standard library. A bigram model has {bigram:.2f}; "
-        f"half of it is {bigram / 2:.2f}.\n"
+        f"half of it is {bigram / 2:.2f}.\n\n{fewshot_table(shots)}\n\n"
+        "Tasks in the form of LAMBADA and HellaSwag, made up of held-out code: no benchmark.\n"
     )
     atomic_write(out / "report.md", text)
-    write_result(out / "report.json", {"bigram_perplexity": bigram, "models": rows})
+    write_result(out / "report.json", {"bigram_perplexity": bigram, "models": rows, "fewshot": shots})
     plot_curves(out, out / "curves.png")
     print(text)
     if base > bigram / 2:

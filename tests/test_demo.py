@@ -19,6 +19,7 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
         "DEMO_BASE_TOKENS": "40960",
         "DEMO_UPTRAIN_TOKENS": "16384",
         "DEMO_EVAL_TOKENS": "8192",
+        "DEMO_FEWSHOT_LIMIT": "10",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
@@ -39,6 +40,11 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
     assert all(f"{row['perplexity']:.2f}" in table for row in models.values())
     page = (out / "report.html").read_text()
     assert all(f"{row['perplexity']:.3f}" in page for row in models.values()) and "Early exits" in page
+    shots = report["fewshot"]
+    assert [row["model"].split()[0] for row in shots] == ["base", "recursive", "relaxed"]
+    assert all(row["documents"] == 10 for row in shots)
+    assert all(f"{100 * row['hellaswag'][0]:.1f} ±" in table for row in shots) and "no benchmark" in table
+    assert "Few-shot accuracy" in page and "hellaswag.jsonl" in page
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     bigram = json.loads((out / "bigram.json").read_text())

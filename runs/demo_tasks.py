@@ -1,0 +1,95 @@
+"""Two made-up tasks for the demo's few-shot table: python runs/demo_tasks.py runs/out/demo/tasks
+
+They have the form of two data sets, and so take their prompts and metrics; their text is code of the standard library's
+held-out packages. So the scores compare the demo's models with each other, and with nothing else:
+- lambada_openai.jsonl: the last word of a few lines, one that occurs in them before
+- hellaswag.jsonl: how a few lines go on, beside three endings from other packages
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rrt.cli import run_command
+from rrt.corpus import stdlib_files
+from rrt.errors import UserError
+from rrt.files import atomic_write
+
+DOCUMENTS = 400
+CONTEXT_LINES, ENDING_LINES = 6, 2
+MOST_CHARACTERS = 600
+"""Of a passage: the demo's models read 512 tokens, of two or three characters."""
+
+Passage = tuple[str, list[str]]
+"""The package that it is from, and its lines."""
+
+
+def passages() -> list[Passage]:
+    """The held-out files, cut into passages of equally many lines; empty lines and passages of long ones left out."""
+    found, size = [], CONTEXT_LINES + ENDING_LINES
+    for path in stdlib_files("heldout"):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        parts = [lines[start : start + size] for start in range(0, len(lines) - size + 1, size)]
+        found += [(path.parent.name, part) for part in parts if len("\n".join(part)) <= MOST_CHARACTERS]
+    return found
+
+
+def last_words(found: list[Passage]) -> list[dict[str, object]]:
+    """LAMBADA's form: each passage up to the last of its words that it has used before."""
+    records: list[dict[str, object]] = []
+    for _, lines in found:
+        text = "\n".join(lines)
+        context = len("\n".join(lines[: CONTEXT_LINES // 2]))
+        for word in reversed(list(re.finditer(r"(?<= )[A-Za-z_]{2,}(?=[\s:,)])", text))):
+            if word.start() > context and re.search(rf"\b{word.group()}\b", text[: word.start()]):
+                records.append({"text": text[: word.end()]})
+                break
+    return records
+
+
+def endings(found: list[Passage], rng: random.Random) -> list[dict[str, object]]:
+    """HellaSwag's form: how each passage goes on, and how three of other packages do, in random order."""
+    records: list[dict[str, object]] = []
+    ends: dict[str, list[str]] = {}
+    for package, lines in found:
+        ends.setdefault(package, []).append(_one_line(lines[CONTEXT_LINES:]))
+    for package, lines in found:
+        others = [rng.choice(ends[other]) for other in rng.sample([name for name in ends if name != package], 3)]
+        label = rng.randrange(4)
+        right = _one_line(lines[CONTEXT_LINES:])
+        records.append(
+            {
+                "activity_label": package,
+                "ctx_a": _one_line(lines[:CONTEXT_LINES]),
+                "ctx_b": "",
+                "endings": [*others[:label], right, *others[label:]],
+                "label": label,
+            }
+        )
+    return records
+
+
+def _one_line(lines: list[str]) -> str:
+    """As HellaSwag's texts are."""
+    return " ".join(" ".join(lines).split())
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise UserError(f"arguments: found {len(sys.argv) - 1}; expected the directory to write the tasks to")
+    rng = random.Random(0)
+    found = passages()
+    rng.shuffle(found)
+    for task, records in (("lambada_openai", last_words(found)), ("hellaswag", endings(found, rng))):
+        records = records[:DOCUMENTS]
+        path = Path(sys.argv[1]) / f"{task}.jsonl"
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
+        print(f"wrote {path}: {len(records)} documents, made up: no benchmark")
+
+
+if __name__ == "__main__":
+    run_command(main)
