@@ -120,41 +120,44 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
             yield from itertools.islice(document_blocks([document], context, bos_id), 1)
 
     left = itertools.islice(samples(), arguments.samples)
-    hidden = None if replica.is_main else True
+    hidden, stopped = None if replica.is_main else True, None
     with tqdm(total=arguments.samples, unit="sample", desc="recording", disable=hidden) as bar:
-        for part in itertools.count():
-            blocks = list(itertools.islice(left, SAMPLES_PER_PART))
-            if not blocks:
-                break
-            if part % replica.count == replica.rank and not recording.has(part):
-                trajectories, sums = record(model, blocks, context, arguments.batch_size, bos_id)
-                if not np.isfinite(sums.loss).all():
-                    raise UserError(
-                        f"{arguments.checkpoint}: the loss is {sums.loss} in {dtype_name(dtype)}; expected finite "
-                        "numbers: try --dtype float32 or bfloat16"
-                    )
-                recording.write(part, trajectories, sums)
-            bar.update(len(blocks))
-    replica.wait()
+        try:
+            for part in itertools.count():
+                blocks = list(itertools.islice(left, SAMPLES_PER_PART))
+                if not blocks:
+                    break
+                if part % replica.count == replica.rank and not recording.has(part):
+                    trajectories, sums = record(model, blocks, context, arguments.batch_size, bos_id)
+                    if not np.isfinite(sums.loss).all():
+                        raise UserError(
+                            f"{arguments.checkpoint}: the loss is {sums.loss} in {dtype_name(dtype)}; expected finite "
+                            "numbers: try --dtype float32 or bfloat16"
+                        )
+                    recording.write(part, trajectories, sums)
+                bar.update(len(blocks))
+        except UserError as error:
+            stopped = error
+    replica.wait(stopped)
 
 
 def fewshot_accuracy(paths: list[Path], checkpoint: str) -> dict[int, float]:
     """The average of seven after each loop, from results of eval/fewshot.py on this checkpoint."""
-    found = {}
+    found: dict[int, float] = {}
+    own = fingerprint(Path(checkpoint)) if paths else None
     for path in paths:
         result = read_json(path)
         if not isinstance(result.get("average"), dict) or "exit_loop" not in result:
             raise UserError(f"{path}: no average of the seven tasks; expected a result of eval/fewshot.py")
-        if result.get("checkpoint_sha256") != fingerprint(Path(checkpoint)):
+        if result.get("checkpoint_sha256") != own:
             raise UserError(f"{path}: field 'checkpoint_sha256': is not that of {checkpoint}; expected the same")
         found[int(result["exit_loop"])] = float(result["average"]["value"])
     return found
 
 
-def analyse(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result, from what was recorded."""
+def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[str, Any]:
+    """The result, from what was recorded and the few-shot accuracy after each loop."""
     found, sums, meta = read_trajectories(arguments.out)
-    accuracy = fewshot_accuracy(arguments.fewshot, arguments.checkpoint)
     tokens, last = found.num_tokens, found.num_loops - 1
     exit_loops = found.exit_loops()
     pairs, loss = sums.pair_agreement / tokens, sums.loss / tokens
@@ -231,10 +234,11 @@ def main() -> None:
     for wanted in arguments.calibrate or ():
         if not 0 < wanted <= 1:
             raise UserError(f"--calibrate: found {wanted}; expected a share of tokens in (0, 1]")
+    accuracy = fewshot_accuracy(arguments.fewshot, arguments.checkpoint)
     with replicas(arguments.device) as replica:
         make_recording(arguments, replica)
         if replica.is_main:
-            result = analyse(arguments)
+            result = analyse(arguments, accuracy)
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
             print_tables(result)

@@ -240,8 +240,7 @@ def main() -> None:
             print_table(result)
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
-    if stopped is not None:
-        raise stopped
+        replica.wait(stopped)  # torchrun ends all processes when one ends: not before the result is written
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from rrt.cli import EXIT_USER_ERROR
 from rrt.errors import UserError
+
+LONGEST_WAIT = timedelta(days=7)
+"""For the others' work. One that died needs no timeout: torchrun ends all as soon as one has ended."""
 
 
 class LoneError(UserError):
@@ -38,9 +42,14 @@ class Replica:
             dist.all_reduce(values)
         return values.cpu()
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        self.sum(torch.zeros(1))
+    def wait(self, error: UserError | None = None) -> None:
+        """Return when every process has come here; if any brings an error, that is raised in all. A collective."""
+        found: list[UserError | None] = [error] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, error)
+        for error in found:
+            if error is not None:
+                raise error
 
 
 @contextmanager
@@ -63,7 +72,9 @@ def replicas(device: str = "auto") -> Iterator[Replica]:
     own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=own if kind == "cuda" else None)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", timeout=LONGEST_WAIT, device_id=own if kind == "cuda" else None
+    )
     yield Replica(dist.get_rank(), dist.get_world_size(), own)
     # Not after an error: the others may wait for this process, and leaving the group in order would hang.
     dist.destroy_process_group()
