@@ -2,17 +2,19 @@
 # The whole path on a laptop, without network or GPU: make demo
 #
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
-# uptrains it plain and relaxed, and measures everything on packages that training never saw.
+# uptrains it plain, relaxed and distilled from the base, trains it to exit after its first loop, and measures
+# everything on packages that training never saw.
 # Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. From the environment, for another run:
-# DEMO_OUT, DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of a task; default of
-# both: all), DEMO_LORA_RANK, DEMO_PROCESSES, DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
+# DEMO_OUT, DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EXIT_TOKENS, DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of
+# a task; default of both: all), DEMO_LORA_RANK, DEMO_PROCESSES, DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 OUT=${DEMO_OUT:-runs/out/demo}
 BASE_TOKENS=${DEMO_BASE_TOKENS:-1966080}
-UPTRAIN_TOKENS=${DEMO_UPTRAIN_TOKENS:-655360}
+UPTRAIN_TOKENS=${DEMO_UPTRAIN_TOKENS:-491520}
+EXIT_TOKENS=${DEMO_EXIT_TOKENS:-245760}
 LORA_RANK=${DEMO_LORA_RANK:-16}
 PROCESSES=${DEMO_PROCESSES:-2}
 DEVICE=${DEMO_DEVICE:-cpu}
@@ -64,11 +66,20 @@ measure relaxed-before "$OUT/relaxed"
 train uptrain relaxed-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/relaxed"
 measure relaxed-after "$OUT/relaxed-uptrained/final"
 
+step "relaxed again, distilled from the base"
+train uptrain distilled-uptrained "$UPTRAIN_TOKENS" 4e-3 \
+    --checkpoint.path "$OUT/relaxed" --distill.teacher "$OUT/base/final"
+measure distilled-after "$OUT/distilled-uptrained/final"
+
+step "exits: the recursive model learns to exit after its first loop, from its last"
+train early_exit exits-trained "$EXIT_TOKENS" 1e-3 --checkpoint.path "$OUT/recursive-uptrained/final" --exits.distill last
+measure exits-after "$OUT/exits-trained/final"
+
 step "export: the relaxed model as an ordinary HF Llama of 6 layers"
 python -m rrt.export --checkpoint "$OUT/relaxed-uptrained/final" --out "$OUT/relaxed-hf"
 
-step "early exits: what the first loop of the recursive model says beside the second"
-python eval/exits.py --checkpoint "$OUT/recursive-uptrained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
+step "early exits: what the first loop of that model says beside the second"
+python eval/exits.py --checkpoint "$OUT/exits-trained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
     --dtype "$DTYPE" --out "$OUT/exits" --json "$OUT/exits.json"
 
 step "few-shot: two tasks made up of held-out code (no benchmark)"
@@ -80,7 +91,9 @@ for model in base recursive-uptrained relaxed-uptrained; do
 done
 
 step "report"
-python eval/report.py "$OUT"/{bigram,base,reduced,recursive-before,recursive-after,relaxed-before,relaxed-after,exits}.json \
-    "$OUT"/fewshot-*.json "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained} --out "$OUT/report.html"
+python eval/report.py \
+    "$OUT"/{bigram,base,reduced,recursive-before,recursive-after,relaxed-before,relaxed-after,distilled-after}.json \
+    "$OUT"/{exits-after,exits}.json "$OUT"/fewshot-*.json \
+    "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained,distilled-uptrained,exits-trained} --out "$OUT/report.html"
 python runs/demo_report.py "$OUT"
 printf '\nDone in %d s. Table: %s/report.md  page: %s/report.html\n' $((SECONDS - began)) "$OUT" "$OUT"

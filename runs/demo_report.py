@@ -29,6 +29,8 @@ MODELS = (
     ("reduced-size", "reduced", None, "reduced"),
     ("recursive (stepwise)", "recursive-uptrained", "recursive-before", "recursive-after"),
     ("relaxed (average + SVD)", "relaxed-uptrained", "relaxed-before", "relaxed-after"),
+    ("relaxed, distilled", "distilled-uptrained", "relaxed-before", "distilled-after"),
+    ("recursive, with exits", "exits-trained", "recursive-after", "exits-after"),
 )
 
 # (task, metric, title) of runs/demo_tasks.py
@@ -51,12 +53,14 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": title,
+                "num_loops": source.recursive.num_loops,
                 "non_embedding_params": sizes.non_embedding_params,
                 "lora_params": sizes.lora_params,
                 "tokens": records[-1]["tokens"],
                 "median_tokens_per_second": statistics.median(speeds),
                 "perplexity_before": None if before is None else read_json(out / f"{before}.json")["perplexity"],
                 "perplexity": read_json(out / f"{after}.json")["perplexity"],
+                "first_exit_perplexity": read_json(out / f"{after}.json")["exits"][0]["perplexity"],
             }
         )
     return rows
@@ -65,15 +69,17 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 def make_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| model | non-embedding parameters | of these LoRA | tokens | perplexity before | after | over base |",
-        "|---|---|---|---|---|---|---|",
+        "| model | non-embedding parameters | of these LoRA | tokens | perplexity before | after | over base "
+        "| exit after the first loop |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        first_exit = f"{row['first_exit_perplexity']:.2f}" if row["num_loops"] > 1 else ""
         before = "" if row["perplexity_before"] is None else f"{row['perplexity_before']:.2f}"
         lines.append(
             f"| {row['model']} | {human_count(row['non_embedding_params'])} | {human_count(row['lora_params'])} "
             f"| {human_count(row['tokens'])} | {before} | {row['perplexity']:.2f} "
-            f"| {row['perplexity'] / rows[0]['perplexity']:.2f} |"
+            f"| {row['perplexity'] / rows[0]['perplexity']:.2f} | {first_exit} |"
         )
     return "\n".join(lines)
 
@@ -110,7 +116,7 @@ def plot_curves(out: Path, path: Path) -> None:
         axes.plot(tokens, [sum(r["loss"] for r in group) / len(group) for group in groups], label=title)
     axes.set_xlabel("tokens (millions)")
     axes.set_ylabel("training loss (nats per token)")
-    axes.set_title("From scratch: base, reduced-size. Uptrained from the base: recursive, relaxed")
+    axes.set_title("From scratch: base, reduced-size. Further trained: the others")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

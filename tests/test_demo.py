@@ -18,6 +18,7 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
         "DEMO_OUT": str(tmp_path / "demo"),
         "DEMO_BASE_TOKENS": "40960",
         "DEMO_UPTRAIN_TOKENS": "16384",
+        "DEMO_EXIT_TOKENS": "8192",
         "DEMO_EVAL_TOKENS": "8192",
         "DEMO_FEWSHOT_LIMIT": "10",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -30,11 +31,14 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
     assert "raise BASE_TOKENS" in done.stderr.splitlines()[-1]
 
     report = json.loads((out / "report.json").read_text())
-    models = {row["model"].split()[0]: row for row in report["models"]}
-    assert [row["tokens"] for row in models.values()] == [40960, 16384, 16384, 16384]
+    names = ("base", "reduced", "recursive", "relaxed", "distilled", "exits")
+    models = dict(zip(names, report["models"], strict=True))
+    assert [row["tokens"] for row in models.values()] == [40960, 16384, 16384, 16384, 16384, 8192]
     assert models["base"]["non_embedding_params"] > models["relaxed"]["non_embedding_params"]
     assert models["relaxed"]["lora_params"] > 0 == models["recursive"]["lora_params"]
-    for name in ("recursive", "relaxed"):
+    assert models["distilled"]["non_embedding_params"] == models["relaxed"]["non_embedding_params"]
+    assert models["exits"]["first_exit_perplexity"] < models["recursive"]["first_exit_perplexity"]
+    for name in ("recursive", "relaxed", "distilled"):
         assert models[name]["perplexity"] < models[name]["perplexity_before"]
     table = (out / "report.md").read_text()
     assert all(f"{row['perplexity']:.2f}" in table for row in models.values())
