@@ -163,30 +163,55 @@ def open_source(directory: str | Path) -> Source:
     return HFSource(directory, model_config_from_hf(config, str(path)))
 
 
-def _keep_loops(source: Source, num_loops: int) -> tuple[ModelConfig, RecursiveConfig]:
-    """The configuration of the model that stops after the first `num_loops` loops."""
-    trained = source.recursive.num_loops
+def first_loops(
+    model: ModelConfig, recursive: RecursiveConfig, num_loops: int, where: str
+) -> tuple[ModelConfig, RecursiveConfig]:
+    """The configuration of the model that stops after the first `num_loops` loops; `where` names it in errors.
+
+    Raises:
+        UserError: it has not as many.
+    """
+    trained = recursive.num_loops
     if not 1 <= num_loops <= trained:
         hint = " (fold a vanilla model with python -m rrt.convert first)" if trained == 1 else ""
-        raise UserError(
-            f"num_loops: found {num_loops}; {source.directory} has {trained}: expected 1 to {trained}{hint}"
-        )
-    layers = source.recursive.layers_per_loop(source.model) * num_loops
-    exits = tuple(loop for loop in source.recursive.exit_loops if loop < num_loops - 1)
-    model = dataclasses.replace(source.model, num_layers=layers)
-    if num_loops == trained or not source.recursive.head_lora_rank:
-        return model, dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=exits)
+        raise UserError(f"num_loops: found {num_loops}; {where} has {trained}: expected 1 to {trained}{hint}")
+    if num_loops == trained:
+        return model, recursive
+    exits = tuple(loop for loop in recursive.exit_loops if loop < num_loops - 1)
+    model = dataclasses.replace(model, num_layers=recursive.layers_per_loop(model) * num_loops)
+    if not recursive.head_lora_rank:
+        return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=exits)
     # What is the last loop now has a head of its own, made for it alone.
     model = dataclasses.replace(model, tie_embeddings=False)
-    return model, dataclasses.replace(source.recursive, num_loops=num_loops, exit_loops=(), head_lora_rank=0)
+    return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=(), head_lora_rank=0)
 
 
-def _head_of_exit(source: Source, loop: int) -> Tensor:
-    """The head [V, D] with the LoRA of an exit after `loop`, summed in fp32."""
-    head = source.get("embed" if source.model.tie_embeddings else "head")
-    wide = torch.promote_types(head.dtype, torch.float32)
-    lora_a, lora_b = (source.get(f"head_lora_{factor}")[loop].to(wide) for factor in ("a", "b"))
-    return torch.addmm(head.to(wide), lora_b, lora_a)
+class FirstLoops(Source):
+    """The first loops of another source as a model of its own: a static exit, or K layers that are not looped.
+
+    A LoRA that the head has for its exit is merged into it.
+    """
+
+    def __init__(self, source: Source, num_loops: int) -> None:
+        self.directory, self.dtype, self._source = source.directory, source.dtype, source
+        self.model, self.recursive = first_loops(source.model, source.recursive, num_loops, str(source.directory))
+        self._shapes = parameter_shapes(self.model, self.recursive)
+
+    def get(self, name: str) -> Tensor:
+        if name == "head" and self._source.recursive.head_lora_rank > self.recursive.head_lora_rank:
+            return self._head_of_exit(self.recursive.num_loops - 1)
+        stored, shape = self._source.get(name), self._shapes[name]
+        if stored.shape == shape:
+            return stored
+        # Stacked over loops or depths, of which the first are kept.
+        return stored[: shape[0]] if stored.dim() == len(shape) else stored[0]
+
+    def _head_of_exit(self, loop: int) -> Tensor:
+        """The head [V, D] with the LoRA of an exit after `loop`, summed in fp32."""
+        head = self._source.get("embed" if self._source.model.tie_embeddings else "head")
+        wide = torch.promote_types(head.dtype, torch.float32)
+        lora_a, lora_b = (self._source.get(f"head_lora_{factor}")[loop].to(wide) for factor in ("a", "b"))
+        return torch.addmm(head.to(wide), lora_b, lora_a)
 
 
 def load_model(
@@ -212,16 +237,13 @@ def load_model(
         UserError: the directory is not a usable checkpoint (see `open_source`), or `num_loops` is out of range.
     """
     source = open_source(directory)
-    config, recursive = _keep_loops(source, source.recursive.num_loops if num_loops is None else num_loops)
-    model = meta_model(config, recursive)
+    if num_loops is not None:
+        source = FirstLoops(source, num_loops)
+    model = meta_model(source.model, source.recursive)
     parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
     for name, meta in parameters:
-        merges_head = name == "head" and source.recursive.head_lora_rank > recursive.head_lora_rank
-        stored = _head_of_exit(source, recursive.num_loops - 1) if merges_head else source.get(name)
-        if stored.shape != meta.shape:  # stacked over loops or depths, of which the first are kept
-            stored = stored[: meta.shape[0]] if stored.dim() == meta.dim() else stored[0]
         value = torch.empty(meta.shape, dtype=dtype or source.dtype, device=device)
-        value.copy_(stored)
+        value.copy_(source.get(name))
         module_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module_name), leaf, nn.Parameter(value))
     return model.eval()

@@ -1,10 +1,7 @@
 """Early-exit training and distillation from end to end on a tiny model, against losses written out by hand."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,46 +9,52 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import training_util
 from processes_util import run_on_two
-from tokenizers_util import make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
+from tokenizers_util import make_bpe_tokenizer, make_sentencepiece_tokenizer
 from torch import Tensor
+from training_util import (
+    BATCH,
+    LENGTH,
+    VOCAB,
+    Flags,
+    losses,
+    make_checkpoint,
+    make_data,
+    make_flags,
+    metrics,
+    run_script,
+    samples_of,
+)
 
 import rrt
-from rrt.checkpoint import CheckpointConfig, make_provenance, read_checkpoint_config, write_checkpoint
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.checkpoint import read_checkpoint_config
+from rrt.config import LoraRanks, RecursiveConfig
 from rrt.errors import UserError
 from rrt.export import plan_export
 from rrt.inspect import model_sizes
 from rrt.model import RecursiveTransformer
 from rrt.presets import preset
-from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import early_exit, uptrain
-from train.data import Mixture, Windows
-from train.distributed import Processes, agree, processes
+from train.architecture import Training
+from train.command import Command
+from train.distributed import Processes, processes
 from train.early_exit import EarlyExitRecipe
 from train.estimate import estimate_memory
 from train.losses import ExitWeights
 from train.objective import early_exits, exit_coefficients, uptraining
 from train.recipe import DistillConfig, ExitsConfig, OptimConfig, read_recipe
 from train.teacher import ShardedTeacher, open_teacher
-from train.trainer import Trainer, learning_rate, make_optimizer
-from train.uptrain import UptrainRecipe
+from train.trainer import learning_rate, make_optimizer
 
-ROOT = Path(__file__).resolve().parents[1]
-VOCAB, LENGTH, BATCH, STEPS = 420, 16, 8, 3
-SMALL = dict(num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=64)
-LLAMA = replace(preset("tinyllama-1.1b"), vocab_size=VOCAB, max_position_embeddings=64, tie_embeddings=True, **SMALL)
+STEPS = 3
+LLAMA = replace(training_util.LLAMA, num_layers=6)
 WIDE = replace(LLAMA, hidden_size=40, num_layers=2, tie_embeddings=False)
 LORA = LoraRanks.uniform(3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +64,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    loaded = load_tokenizer(tokenizer)
-    with ShardWriter(directory, loaded) as writer:
-        for text in training_texts():
-            ids = loaded.encode_document(text)
-            writer.append("train", ids, [len(ids)], [len(text.encode())])
-        writer.finish({})
-    return directory
-
-
-def make_checkpoint(
-    directory: Path, tokenizer: Path, config: ModelConfig, recursive: RecursiveConfig, stage: str = "uptrain"
-) -> Path:
-    """A model whose every parameter is random, so that exits differ and every one has a gradient."""
-    model = RecursiveTransformer(config, recursive)
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(5)
-    stored = CheckpointConfig(config, recursive, torch.float32)
-    with write_checkpoint(directory, stored, make_provenance(stage, None)) as writer:
-        for name, parameter in model.named_parameters():
-            writer.add(name, parameter.detach() + 0.05 * torch.randn(parameter.shape, generator=generator))
-        load_tokenizer(tokenizer).save(writer.directory)
-    return directory
+    return make_data(tmp_path_factory.mktemp("data"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -95,53 +76,19 @@ def checkpoints(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "vanilla": (LLAMA, RecursiveConfig()),
         "teacher": (WIDE, RecursiveConfig()),
     }
-    return {name: make_checkpoint(root / name, tokenizer, *kind) for name, kind in kinds.items()}
-
-
-Flags = Callable[..., list[str]]
+    return {name: make_checkpoint(root / name, tokenizer, *kind, noise=0.05) for name, kind in kinds.items()}
 
 
 @pytest.fixture(scope="module")
 def flags(data: Path) -> Flags:
     def make(checkpoint: Path, out: Path, steps: int = STEPS, **overrides: Any) -> list[str]:
-        values = {
-            "checkpoint.path": checkpoint,
-            "data.path": data,
-            "data.seq_len": LENGTH,
-            "optim.lr": 5e-3,
-            "optim.warmup_steps": 2,
-            "run.out": out,
-            "run.tokens": steps * BATCH * LENGTH,
-            "run.batch_tokens": BATCH * LENGTH,
-            "run.micro_batch": 2,
-            "run.dtype": "fp32",
-            "run.device": "cpu",
-        }
-        values |= {name.replace("__", "."): value for name, value in overrides.items()}
-        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        return make_flags(checkpoint, data)(out, steps, **overrides)
 
     return make
 
 
-def train(argv: list[str], command: Any = early_exit) -> Trainer:
-    kind: Any = EarlyExitRecipe if command is early_exit else UptrainRecipe
-    recipe = read_recipe(kind, "", argv)
-    with processes(recipe.run.device) as group:
-        trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
-        trainer.run()
-        return trainer
-
-
-def train_exits_here(argv: list[str]) -> None:
-    train(argv)
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[float]:
-    return [record["loss"] for record in metrics(out)]
+def train(argv: list[str], command: Command[Any] = early_exit.COMMAND) -> None:
+    training_util.train(argv, command)
 
 
 Loss = Callable[[list[Tensor], Tensor, Tensor], Tensor]
@@ -152,7 +99,7 @@ def train_plainly(
 ) -> list[float]:
     """The same training without trainer, chunks or sharding: `loss_of` gets every exit's whole logits."""
     optim = OptimConfig(lr=5e-3, warmup_steps=2)
-    samples = Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
+    samples = samples_of(data)
     optimizer = make_optimizer(model, optim)
     found = []
     for step in range(steps):
@@ -227,7 +174,7 @@ def test_losses_are_those_of_whole_logits(
     train(flags(checkpoints[kind], tmp_path / "one", **overrides))
     assert losses(tmp_path / "one") == pytest.approx(expected, abs=2e-4)
     if teacher is not None:
-        run_on_two(train_exits_here, flags(checkpoints[kind], tmp_path / "two", **overrides))
+        run_on_two(train, flags(checkpoints[kind], tmp_path / "two", **overrides))
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
@@ -241,7 +188,7 @@ def test_uptraining_with_a_teacher_is_distillation_of_the_last_loop(
         lambda z, y, p: 0.75 * ce(z[1], y) + 0.25 * kl(z[1], p),
         rrt.load_model(checkpoints["teacher"]),
     )
-    train(flags(checkpoints["two"], tmp_path / "run", **overrides), uptrain)
+    train(flags(checkpoints["two"], tmp_path / "run", **overrides), uptrain.COMMAND)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-4)
     record = metrics(tmp_path / "run")[0]
     parts = 0.75 * record["cross_entropy_loop_1"] + 0.25 * record["from_teacher_loop_1"]
@@ -283,7 +230,7 @@ def test_a_frozen_model_learns_by_the_lora_on_its_head(
         optim__weight_decay=0.0,
         run__save_every=8,
     )
-    run_on_two(train_exits_here, argv)
+    run_on_two(train, argv)
     before, after = rrt.load_model(checkpoints["three"]), rrt.load_model(tmp_path / "run" / "final")
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, after.get_parameter(name)), name
@@ -316,9 +263,9 @@ def test_exits_with_a_lora_on_the_head_train_further(
     with pytest.raises(UserError, match=r"field 'exits.head_lora_rank': found 0; expected the checkpoint's, 3"):
         train(flags(start, tmp_path / "third"))
     # Uptraining leaves the LoRA alone: the last loop does without it.
-    train(flags(start, tmp_path / "up"), uptrain)
+    train(flags(start, tmp_path / "up"), uptrain.COMMAND)
     model = rrt.load_model(start)
-    inputs = Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)]).batch(0, BATCH)
+    inputs = samples_of(data).batch(0, BATCH)
     expected_loss = ce(model(inputs[0]).flatten(0, 1), inputs[1].flatten()).item()
     assert losses(tmp_path / "up")[0] == pytest.approx(expected_loss, abs=1e-5)
     uptrained = rrt.load_model(tmp_path / "up" / "final")
@@ -337,6 +284,31 @@ def test_exits_take_the_final_norm_once() -> None:
     for loop in range(3):
         whole = ce(model(inputs, exit_loop=loop).flatten(0, 1), targets.flatten())
         assert parts[loop, 0].item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("distill", "loops_run"), [("none", 2), ("last", 3)])
+def test_a_frozen_model_runs_no_loop_that_its_loss_does_not_ask_for(distill: Any, loops_run: int) -> None:
+    model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3, head_lora_rank=2)).double()
+    model.init_weights(0)
+    objective = early_exits(ExitsConfig(freeze=True, head_lora_rank=2, distill=distill), DistillConfig(), 3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(objective.trains(name))
+    run: list[Any] = []
+    model.stack.layers[0].register_forward_hook(lambda _, args, __: run.append(args[1]))
+    tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss, parts = objective.bind(model)(inputs, targets)
+    assert run == list(range(loops_run))
+    loss.backward()
+    assert model.head_lora_a is not None and model.head_lora_b is not None
+    found = model.head_lora_b.grad
+    exits = [model(inputs, exit_loop=loop).flatten(0, 1) for loop in range(3)]
+    share = 0.5 if distill == "last" else 0.0
+    expected = [(1 - share) * ce(z, targets.flatten()) + share * kl(z, exits[2]) for z in exits[:2]]
+    last = ce(exits[2], targets.flatten()).item() if distill == "last" else 0.0
+    assert parts[:, 0].tolist() == pytest.approx([*(ce(z, targets.flatten()).item() for z in exits[:2]), last])
+    assert loss.item() == pytest.approx(0.1 * sum(expected).item(), abs=1e-12)  # type: ignore[union-attr]
+    torch.testing.assert_close(found, torch.autograd.grad(0.1 * sum(expected), model.head_lora_b)[0])  # type: ignore[arg-type]
 
 
 def test_the_two_weightings_are_the_papers() -> None:
@@ -413,14 +385,14 @@ def bad_teachers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             "has the tokenizer of sha256 .*; expected the model's, .*: distillation compares the same tokens",
         ),
         ("vocabulary", "has vocab_size 424; expected 420, as the model has"),
-        ("context", "has max_position_embeddings 8; expected at least data.seq_len = 16"),
+        ("context", "has max_position_embeddings 8; expected at least data.seq_len = 32"),
     ],
 )
 def test_a_teacher_of_other_tokens_is_refused(
     kind: str, message: str, bad_teachers: dict[str, Path], checkpoints: dict[str, Path], flags: Flags, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"field 'distill.teacher': {bad_teachers[kind]} {message}"):
-        train(flags(checkpoints["two"], tmp_path / "run", distill__teacher=bad_teachers[kind]), uptrain)
+        train(flags(checkpoints["two"], tmp_path / "run", distill__teacher=bad_teachers[kind]), uptrain.COMMAND)
     assert not (tmp_path / "run").exists()
 
 
@@ -461,14 +433,7 @@ def test_another_objective_does_not_resume_the_run(checkpoints: dict[str, Path],
 @pytest.mark.slow
 def test_the_command_runs_under_torchrun(checkpoints: dict[str, Path], flags: Flags, tmp_path: Path) -> None:
     argv = flags(checkpoints["two"], tmp_path / "run", distill__teacher=checkpoints["teacher"], exits__distill="last")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(ROOT / "train" / "early_exit.py"), *argv],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    result = run_script(argv, processes=2, script="early_exit.py")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("early-exit: llama, 6 layers as 2 loop(s) of 3, LoRA rank 3")
@@ -484,7 +449,13 @@ def test_distilling_three_exits_of_gemma_takes_little_more_memory_than_training_
     recipe = read_recipe(EarlyExitRecipe, "", flags(Path("x"), Path("y"), run__dtype="bf16", data__seq_len=2048))
     recipe = replace(recipe, run=replace(recipe.run, batch_tokens=2**18, tokens=2**18))
     gemma, three = preset("gemma-2b"), RecursiveConfig(num_loops=3)
-    plain = estimate_memory(gemma, three, recipe, 8, "cuda", early_exits(ExitsConfig(), DistillConfig(), 3))
     objective = early_exits(ExitsConfig(distill="teacher"), DistillConfig(teacher="gemma-2b"), 3)
-    distilled = estimate_memory(gemma, three, recipe, 8, "cuda", objective, (gemma, RecursiveConfig()))
+    plain, distilled = (
+        estimate_memory(Training(gemma, three, *rest), recipe, 8, "cuda")
+        for rest in (
+            (early_exits(ExitsConfig(), DistillConfig(), 3),),
+            (objective, (gemma, RecursiveConfig())),
+        )
+    )
+    assert distilled.teacher > 0
     assert distilled.peak - distilled.teacher < 1.2 * plain.peak

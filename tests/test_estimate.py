@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,17 @@ import pytest
 import torch
 from processes_util import run_on_two
 from tokenizers_util import make_sentencepiece_tokenizer, training_texts
+from training_util import to_flags, train
 
 from rrt.errors import UserError
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 from train import pretrain
 from train.architecture import read_architecture
-from train.distributed import agree, processes
 from train.estimate import LiveMemory, estimate_memory
 from train.flops import training_flops_per_token
 from train.recipe import read_recipe
+from train.trainer import Trainer
 
 VOCAB, LENGTH = 8192, 256
 
@@ -32,27 +32,30 @@ def status_bytes(field: str) -> int:
     raise AssertionError(field)
 
 
-def memory_of_two_steps(argv: list[str]) -> int:
-    """Peak resident memory of two optimizer steps beyond what the process had before the model was made."""
+def memory_of_a_run(argv: list[str]) -> int:
+    """Peak resident memory of a run's steps beyond what the process had before the model was made."""
     mmap_threshold = -3
     ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 65536)  # freed memory goes back at once
-    recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
-    with processes(recipe.run.device, recipe.run.shard_size) as group:
-        small = replace(recipe, model=replace(recipe.model, num_layers=2))
-        for measured in (small, recipe):  # the first lets the libraries take what they keep
-            trainer = agree(lambda measured=measured: pretrain.make_trainer(measured, group))
-            trainer.resumed = None
-            before = status_bytes("VmRSS")
-            trainer._build()
-            trainer._resume()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            for _ in range(2):
-                trainer._train_step(1e-4)
-                trainer.step += 1
-            peak = status_bytes("VmHWM") - before
-            del trainer
-            gc.collect()
-        return peak
+    build, loop = Trainer._build, Trainer._loop
+    before = peak = 0
+
+    def measured_build(self: Trainer) -> None:
+        nonlocal before
+        gc.collect()
+        before = status_bytes("VmRSS")
+        build(self)
+
+    def measured_loop(self: Trainer) -> None:
+        nonlocal peak
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        loop(self)
+        peak = status_bytes("VmHWM")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_build", measured_build)
+        patch.setattr(Trainer, "_loop", measured_loop)
+        train(argv, pretrain.COMMAND)
+    return peak - before
 
 
 def make_argv(tmp_path: Path, **overrides: Any) -> list[str]:
@@ -85,8 +88,7 @@ def make_argv(tmp_path: Path, **overrides: Any) -> list[str]:
         "run.dtype": "fp32",
         "run.device": "cpu",
     }
-    values |= {name.replace("__", "."): value for name, value in overrides.items()}
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return to_flags(values, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +162,14 @@ def test_a_dry_run_needs_neither_weights_nor_data(
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()) or "default",
 )
-def test_the_estimate_is_within_15_percent_of_two_processes(settings: dict[str, Any], inputs: Path) -> None:
+def test_the_estimate_is_within_15_percent_of_two_processes(
+    settings: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
     argv = make_argv(inputs, **settings)
     recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
     estimate = estimate_memory(pretrain.training(recipe), recipe, 2, "cpu")
-    measured = max(run_on_two(memory_of_two_steps, argv))
+    small = make_argv(inputs, **{**settings, "model__num_layers": 2, "run__out": tmp_path / "small"})
+    run_on_two(memory_of_a_run, small)  # lets the libraries take what they keep
+    measured = max(run_on_two(memory_of_a_run, make_argv(inputs, **settings, run__out=tmp_path / "run")))
     print(f"{settings}: estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert measured == pytest.approx(estimate.peak, rel=0.15)

@@ -1,7 +1,6 @@
 """Every recipe that is shipped: it reads, is the paper's, fits eight processes, and one command runs it."""
 
 import dataclasses
-import importlib
 import importlib.util
 import re
 import subprocess
@@ -14,6 +13,7 @@ import torch
 
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
+from train import early_exit, pretrain, uptrain
 from train.architecture import start_architecture
 from train.recipe import ABSENT, StartConfig, read_command, read_tables
 from train.trainer import accumulation
@@ -30,11 +30,9 @@ STEPS = {15: 7152, 60: 28610, 75: 35762}
 
 
 def read(path: Path, tables: dict[str, Any]) -> tuple[Any, Any]:
-    """The recipe as its command reads it for a dry run, and the command's module."""
-    name = "pretrain" if "model" in tables else "early_exit" if "exits" in tables else "uptrain"
-    command = importlib.import_module(f"train.{name}")
-    kind = getattr(command, {"pretrain": "PretrainRecipe", "early_exit": "EarlyExitRecipe"}.get(name, "UptrainRecipe"))
-    return read_command(kind, "", ["--recipe", str(path), "--dry-run"])[0], command
+    """The recipe as its command reads it for a dry run, and the command."""
+    module = pretrain if "model" in tables else early_exit if "exits" in tables else uptrain
+    return read_command(module.COMMAND.recipe, "", ["--recipe", str(path), "--dry-run"])[0], module.COMMAND
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -57,7 +55,7 @@ def test_a_row_is_the_papers_setting_and_fits_eight_processes(row: str) -> None:
     for found in re.findall(r"_r(\d+)_", row):
         assert recursive.lora_rank == type(recursive.lora_rank).uniform(int(found))
     for found in re.findall(r"(?:^|/)b(\d)_", row):
-        assert int(found) == recursive.num_loops or "reduced" in row
+        assert recursive.num_loops == (1 if "reduced" in row or "not_looped" in row else int(found))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -94,6 +92,8 @@ def test_every_family_has_recipes() -> None:
         ("gemma/b3_average_svd_r64_kd_60b", 0.74),
         ("gemma/b2_average_svd_q128_kv256_out128_ffn256_15b", 1.28),
         ("gemma/b2_reduced_60b", 0.99),
+        ("pythia-410m/b2_reduced_15b", 0.15),
+        ("pythia-410m/b2_stepwise_not_looped_15b", 0.15),
         ("tinyllama/b2_average_svd_r256_15b", 0.68),
         ("pythia-1b/b2_average_svd_r128_15b", 0.48),
     ],

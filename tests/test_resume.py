@@ -29,12 +29,14 @@ from training_util import (
     script_env,
     steps_kept,
     train,
-    uptrain_here,
-    uptrain_until,
+    train_here,
+    train_until,
 )
 
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
+from train import early_exit, uptrain
+from train.command import Command
 from train.data import Mixture
 
 
@@ -46,12 +48,21 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
 
 
-def test_two_processes_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
-    run_on_two(uptrain_here, flags(tmp_path / "whole", run__save_every=3))
-    argv = flags(tmp_path / "parts", run__save_every=3)
-    run_on_two(uptrain_until, 5, argv)
+FROZEN = {"exits__freeze": "true", "exits__head_lora_rank": 4, "optim__lr": 0.05}
+TRAININGS = {
+    "uptraining": (uptrain.COMMAND, {}),
+    "frozen model with a LoRA on its head": (early_exit.COMMAND, FROZEN),
+}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_two_processes_resume_bitwise(training: str, flags: Flags, tmp_path: Path) -> None:
+    command, settings = TRAININGS[training]
+    run_on_two(train_here, flags(tmp_path / "whole", run__save_every=3, **settings), command)
+    argv = flags(tmp_path / "parts", run__save_every=3, **settings)
+    run_on_two(train_until, 5, argv, command)
     assert steps_kept(tmp_path / "parts") == [3]
-    run_on_two(uptrain_here, argv)
+    run_on_two(train_here, argv, command)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
     assert final[0] == final[1]
@@ -67,7 +78,7 @@ def uptrain_with_noise(step: int | None, argv: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecursiveTransformer, "embed_tokens", embed_tokens)
-        uptrain_here(argv) if step is None else uptrain_until(step, argv)
+        train_here(argv) if step is None else train_until(step, argv)
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Path) -> None:
@@ -76,7 +87,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Pat
     run_on_two(uptrain_with_noise, 3, argv)
     run_on_two(uptrain_with_noise, None, argv)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    run_on_two(uptrain_here, flags(tmp_path / "quiet", 6))
+    run_on_two(train_here, flags(tmp_path / "quiet", 6))
     assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")
 
 
@@ -84,13 +95,13 @@ def test_another_number_of_processes_goes_on_with_the_same_data(
     flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dict(steps=12, run__save_every=3, run__micro_batch=4)
-    uptrain_here(flags(tmp_path / "whole", **settings))
+    train_here(flags(tmp_path / "whole", **settings))
     out = tmp_path / "parts"
-    run_on_two(uptrain_until, 7, flags(out, **settings))
+    run_on_two(train_until, 7, flags(out, **settings))
     (out / ".step-99").mkdir()  # as a killed run leaves it
     (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
     capsys.readouterr()
-    uptrain_here(flags(out, **settings))
+    train_here(flags(out, **settings))
     assert f"resuming from {out / 'step-6'}" in capsys.readouterr().out
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
     assert not list(out.glob(".*"))
@@ -98,15 +109,15 @@ def test_another_number_of_processes_goes_on_with_the_same_data(
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(flags: Flags, tmp_path: Path) -> None:
     argv = flags(tmp_path / "run", steps=4)
-    uptrain_until(2, argv)
+    train_until(2, argv)
     assert len(losses(tmp_path / "run")) == 2
-    uptrain_here(argv)
+    train_here(argv)
     assert len(losses(tmp_path / "run")) == 4
 
 
 def test_a_resumed_run_takes_the_optimizer_settings_of_its_recipe(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    uptrain_until(5, flags(out, run__save_every=4))
+    train_until(5, flags(out, run__save_every=4))
     trainer = train(flags(out, optim__weight_decay=0.3, optim__beta2=0.9))
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
@@ -118,57 +129,65 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
     out = tmp_path / "run"
     refuse_to_write(monkeypatch, 4)
     with pytest.raises(UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"):
-        uptrain_here(flags(out, run__save_every=2))
+        train_here(flags(out, run__save_every=2))
     assert steps_kept(out) == [2] and not list(out.glob(".*"))
     monkeypatch.undo()
-    uptrain_here(flags(out, run__save_every=2))
+    train_here(flags(out, run__save_every=2))
 
 
-def two_processes(argv: list[str]) -> list[ForkServerProcess]:
-    """An uptraining by two new processes, as torchrun would start them; forked where torch is imported already."""
+def two_processes(argv: list[str], command: Command[Any]) -> list[ForkServerProcess]:
+    """A training by two new processes, as torchrun would start them; forked where torch is imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_util"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [context.Process(target=_uptrain, args=(rank, port, argv), daemon=True) for rank in range(2)]
+    started = [context.Process(target=_train, args=(rank, port, argv, command), daemon=True) for rank in range(2)]
     for process in started:
         process.start()
     return started
 
 
-def _uptrain(rank: int, port: int, argv: list[str]) -> None:
+def _train(rank: int, port: int, argv: list[str], command: Command[Any]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    uptrain_here(argv)
+    train_here(argv, command)
 
 
-def kill_repeatedly(kills: int, out: Path, argv: list[str], longest: float) -> None:
+def kill_repeatedly(kills: int, out: Path, argv: list[str], command: Command[Any], longest: float) -> None:
     """Kill a run `kills` times, each time at a random moment in its first `longest` seconds, then let it finish."""
     moments = random.Random(0)
     for _ in range(kills):
-        started = two_processes(argv)
+        started = two_processes(argv, command)
         time.sleep(moments.uniform(0, longest))
         for process in started:
             process.kill()
         for process in started:
             process.join()
         assert not (out / "final").exists(), "the run is too short for so many kills"
-    started = two_processes(argv)
+    started = two_processes(argv, command)
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    ("kills", "training"),
+    [
+        (2, "uptraining"),
+        pytest.param(20, "uptraining", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param(5, "frozen model with a LoRA on its head", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
-    kills: int, flags: Flags, tmp_path: Path
+    kills: int, training: str, flags: Flags, tmp_path: Path
 ) -> None:
-    settings = dict(steps=20 * kills, run__micro_batch=4)
-    run_on_two(uptrain_here, flags(tmp_path / "whole", **settings))
+    command, settings = TRAININGS[training]
+    settings = dict(steps=20 * kills, run__micro_batch=4, **settings)
+    run_on_two(train_here, flags(tmp_path / "whole", **settings), command)
     argv = flags(tmp_path / "killed", run__save_every=2, **settings)
-    kill_repeatedly(kills, tmp_path / "killed", argv, longest=3.0)
+    kill_repeatedly(kills, tmp_path / "killed", argv, command, longest=3.0)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert final[0] == final[1]
@@ -188,7 +207,7 @@ def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mixture, "batch", fetch)
-        uptrain_here(argv)
+        train_here(argv)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +217,12 @@ def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(
     at: int, saved: int | None, flags: Flags, tmp_path: Path
 ) -> None:
     settings = dict(steps=6, run__micro_batch=2)  # two micro-batches a step
-    run_on_two(uptrain_here, flags(tmp_path / "whole", **settings))
+    run_on_two(train_here, flags(tmp_path / "whole", **settings))
     out = tmp_path / "stopped"
     assert run_on_two(uptrain_signalled, flags(out, **settings), at, signal.SIGUSR1) == (None, None)
     assert steps_kept(out) == ([] if saved is None else [saved])
     assert not (out / "final").exists()
-    run_on_two(uptrain_here, flags(out, **settings))
+    run_on_two(train_here, flags(out, **settings))
     assert losses(out) == losses(tmp_path / "whole")
 
 

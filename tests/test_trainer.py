@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from training_util import (
     run_script,
     samples_of,
     steps_kept,
+    to_flags,
     train,
-    uptrain_here,
-    uptrain_until,
+    train_here,
+    train_until,
 )
 
 import rrt
@@ -50,13 +50,8 @@ from train.trainer import Trainer, learning_rate, make_optimizer
 Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that these runs are compared with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As in the processes that these runs are compared with.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +72,6 @@ def checkpoint(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def flags(checkpoint: Path, data: Path) -> Flags:
     return make_flags(checkpoint, data)
-
-
-def pretrain_here(argv: list[str]) -> None:
-    train(argv, pretrain)
 
 
 def uptrain_in_double(argv: list[str]) -> dict[str, torch.Tensor]:
@@ -158,13 +149,15 @@ def test_the_final_checkpoint_is_the_last_training_state(torchrun_run: Finished,
 
 def test_the_recipe_left_behind_runs_again_and_gives_the_same(torchrun_run: Finished, tmp_path: Path) -> None:
     out, _ = torchrun_run
-    run_on_two(uptrain_here, ["--recipe", str(out / "recipe.toml"), "--run.out", str(tmp_path / "again")])
+    run_on_two(train_here, ["--recipe", str(out / "recipe.toml"), "--run.out", str(tmp_path / "again")])
     assert losses(tmp_path / "again") == losses(out)
 
 
-def train_plainly(checkpoint: Path, data: Path, optim: OptimConfig, steps: int) -> tuple[dict[str, Any], list[float]]:
+def train_plainly(
+    checkpoint: Path, data: Path, optim: OptimConfig, steps: int, num_loops: int | None = None
+) -> tuple[dict[str, Any], list[float]]:
     """Weights and losses of the same training in double precision as a loop without trainer or sharding."""
-    model = rrt.load_model(checkpoint, dtype=torch.float64).train()
+    model = rrt.load_model(checkpoint, dtype=torch.float64, num_loops=num_loops).train()
     samples = samples_of(data)
     groups = make_optimizer(model, optim).param_groups
     optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
@@ -208,9 +201,21 @@ def test_wrapping_copies_and_checkpointing_change_no_weight(
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_first_loops_train_as_a_model_of_their_own(
+    flags: Flags, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    expected, _ = train_plainly(checkpoint, data, OptimConfig(lr=5e-3, warmup_steps=2), steps=4, num_loops=1)
+    weights = uptrain_in_double(flags(tmp_path / "run", steps=4, checkpoint__num_loops=1))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    trained = rrt.load_model(tmp_path / "run" / "final")
+    assert (trained.config.num_layers, trained.recursive.num_loops) == (2, 1)
+
+
 def test_bf16_trains(flags: Flags, tmp_path: Path) -> None:
-    uptrain_here(flags(tmp_path / "fp32", steps=12))
-    uptrain_here(flags(tmp_path / "bf16", steps=12, run__dtype="bf16", run__save_dtype="bfloat16"))
+    train_here(flags(tmp_path / "fp32", steps=12))
+    train_here(flags(tmp_path / "bf16", steps=12, run__dtype="bf16", run__save_dtype="bfloat16"))
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), abs=0.05)
     assert rrt.load_model(tmp_path / "bf16" / "final").embed.dtype == torch.bfloat16
 
@@ -219,11 +224,11 @@ def test_a_run_mixes_corpora_from_where_it_is_told_to(
     flags: Flags, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed = dict(data__path=json.dumps([str(data), str(data)]), data__weights="[1, 3]", data__offset=2 * LENGTH)
-    uptrain_here(flags(tmp_path / "run", steps=2, **mixed))
+    train_here(flags(tmp_path / "run", steps=2, **mixed))
     shares = [line.split(", ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("data: /")]
     assert shares == ["28.44 K tokens", "28.44 K tokens"]
     with pytest.raises(UserError, match="holds a finished run"):
-        uptrain_here(["--recipe", str(tmp_path / "run" / "recipe.toml")])
+        train_here(["--recipe", str(tmp_path / "run" / "recipe.toml")])
 
 
 def test_deterministic_algorithms_are_on_during_a_run_that_asks_for_them(
@@ -231,7 +236,7 @@ def test_deterministic_algorithms_are_on_during_a_run_that_asks_for_them(
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    uptrain_here(flags(tmp_path / "plain", steps=2))
+    train_here(flags(tmp_path / "plain", steps=2))
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     seen, step = [], Trainer._train_step
 
@@ -240,28 +245,28 @@ def test_deterministic_algorithms_are_on_during_a_run_that_asks_for_them(
         return step(self, rate)
 
     monkeypatch.setattr(Trainer, "_train_step", take)
-    uptrain_here(flags(tmp_path / "deterministic", steps=2, run__deterministic="true"))
+    train_here(flags(tmp_path / "deterministic", steps=2, run__deterministic="true"))
     assert seen == [(True, ":4096:8")] * 2 and not torch.are_deterministic_algorithms_enabled()
     assert losses(tmp_path / "deterministic") == losses(tmp_path / "plain")
 
 
 def test_merged_and_plain_lora_train_alike(flags: Flags, tmp_path: Path) -> None:
-    uptrain_here(flags(tmp_path / "merged", steps=4))
-    uptrain_here(flags(tmp_path / "plain", steps=4, run__lora="plain"))
+    train_here(flags(tmp_path / "merged", steps=4))
+    train_here(flags(tmp_path / "plain", steps=4, run__lora="plain"))
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "merged"), abs=1e-4)
 
 
 def test_a_finished_run_is_refused_and_overwritten_on_request(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    uptrain_here(flags(out, steps=2))
+    train_here(flags(out, steps=2))
     before = losses(out)
     with pytest.raises(UserError, match="holds a finished run"):
-        uptrain_here(flags(out, steps=2))
+        train_here(flags(out, steps=2))
     assert losses(out) == before
-    uptrain_here(flags(out, steps=3, run__overwrite="true"))
+    train_here(flags(out, steps=3, run__overwrite="true"))
     assert len(losses(out)) == 3
     with pytest.raises(UserError, match="holds a finished run"):  # what it left behind does not delete it
-        uptrain_here(["--recipe", str(out / "recipe.toml")])
+        train_here(["--recipe", str(out / "recipe.toml")])
 
 
 def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
@@ -270,25 +275,25 @@ def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("years of work")
     with pytest.raises(UserError, match="not empty and not a training run"):
-        uptrain_here(flags(tmp_path / "thesis", run__overwrite="true"))
+        train_here(flags(tmp_path / "thesis", run__overwrite="true"))
     assert (tmp_path / "thesis" / "text").exists()
     out = tmp_path / "run"
-    uptrain_here(flags(out, steps=2))
+    train_here(flags(out, steps=2))
     with pytest.raises(UserError, match=r"lies in run\.out"):
-        uptrain_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
+        train_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
     assert (out / "final").exists()
 
 
 def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    uptrain_until(3, flags(out, run__save_every=2))
+    train_until(3, flags(out, run__save_every=2))
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another training run writes to it"):
-        uptrain_here(flags(out, run__save_every=2))
+        train_here(flags(out, run__save_every=2))
     assert steps_kept(out) == [2]
     os.close(handle)
-    uptrain_here(flags(out, run__save_every=2))
+    train_here(flags(out, run__save_every=2))
 
 
 @pytest.mark.parametrize(
@@ -304,20 +309,20 @@ def test_another_run_in_the_same_directory_is_refused(
     change: dict[str, Any], field: str, flags: Flags, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    uptrain_until(5, flags(out, run__save_every=4))
+    train_until(5, flags(out, run__save_every=4))
     with pytest.raises(UserError, match=f"trainer.json: field '{field}': found .*, this run has"):
-        uptrain_here(flags(out, **change))
+        train_here(flags(out, **change))
     assert steps_kept(out) == [4]
 
 
 def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    uptrain_until(3, flags(out, run__save_every=2))
+    train_until(3, flags(out, run__save_every=2))
     with pytest.raises(UserError, match=r"step \d: loss .*, gradient norm .*; expected finite numbers"):
-        uptrain_here(flags(out, optim__lr=1e30))
+        train_here(flags(out, optim__lr=1e30))
     assert steps_kept(out) == [2]
     assert not (out / "final").exists()
-    uptrain_here(flags(out))
+    train_here(flags(out))
     assert len(losses(out)) == 8
 
 
@@ -378,13 +383,13 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, data: Path
     assert path == str(data / "train-00000.bin")
     assert torch.equal(torch.from_numpy(tokens[1:].astype(int)), samples.batch(26, 1)[1][0])
     assert metrics(out)[-1]["fault"] in error
-    assert run_on_two(uptrain_here, argv) == (None, None)
+    assert run_on_two(train_here, argv) == (None, None)
     assert len(losses(out)) == 6
 
 
 def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
     trainer = train(flags(tmp_path / "whole", run__save_every=3))
-    uptrain_until(5, flags(tmp_path / "parts", run__save_every=3))
+    train_until(5, flags(tmp_path / "parts", run__save_every=3))
     resumed = train(flags(tmp_path / "parts", run__save_every=3))
     assert len(trainer.guard.state_dict()["recent"]["loss"]) == 8
     assert resumed.guard.state_dict() == trainer.guard.state_dict()
@@ -393,7 +398,7 @@ def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: 
 def test_a_progress_line_shows_the_share_of_the_peak_that_was_asked_for(
     flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uptrain_here(flags(tmp_path / "run", steps=2, run__log_every=1, run__peak_flops=1e12, run__lora="merged"))
+    train_here(flags(tmp_path / "run", steps=2, run__log_every=1, run__peak_flops=1e12, run__lora="merged"))
     record = metrics(tmp_path / "run")[-1]
     assert 0 < record["mfu"] < 1
     assert record["mfu"] / record["tokens_per_second"] == pytest.approx(
@@ -428,6 +433,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
             {"start__base": "pythia-160m", "start__convert": "--num-loops 4"},
             "has num_loops 2; expected 4, as the recipe's start.convert = '--num-loops 4' says",
         ),
+        "too many loops": ({"checkpoint__num_loops": 3}, f"num_loops: found 3; {checkpoint} has 2: expected 1 to 2"),
         "no wandb": ({"run__wandb": "project"}, "field 'run.wandb': the wandb package cannot be imported ("),
         "no warm-up": ({"optim__warmup_steps": -1}, "field 'optim.warmup_steps': found -1; expected 0 or more"),
         "a file in the way": ({"run__out": data / "meta.json"}, "is a file; expected a directory"),
@@ -444,6 +450,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
         "context too long",
         "no checkpoint",
         "another start",
+        "too many loops",
         "no wandb",
         "no warm-up",
         "a file in the way",
@@ -455,7 +462,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     overrides, message = bad_input[kind]
     overrides = {"run__micro_batch": 1, **overrides}
     with pytest.raises(UserError) as caught:
-        uptrain_here(flags(tmp_path / "deep" / "out", **overrides))
+        train_here(flags(tmp_path / "deep" / "out", **overrides))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "deep").exists()
@@ -495,13 +502,12 @@ def pretrain_flags(out: Path, tokenizer: Path, data: Path, **overrides: Any) -> 
         "run.dtype": "fp32",
         "run.device": "cpu",
     }
-    values |= {name.replace("__", "."): value for name, value in overrides.items()}
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return to_flags(values, **overrides)
 
 
 def test_pretraining_starts_alike_on_any_number_of_processes(tokenizer: Path, data: Path, tmp_path: Path) -> None:
-    pretrain_here(pretrain_flags(tmp_path / "one", tokenizer, data, model__num_loops=2))
-    run_on_two(pretrain_here, pretrain_flags(tmp_path / "two", tokenizer, data, model__num_loops=2))
+    train_here(pretrain_flags(tmp_path / "one", tokenizer, data, model__num_loops=2), pretrain.COMMAND)
+    run_on_two(train_here, pretrain_flags(tmp_path / "two", tokenizer, data, model__num_loops=2), pretrain.COMMAND)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     model = rrt.load_model(tmp_path / "two" / "final")
     assert (model.config.num_layers, model.recursive.num_loops, len(model.stack.layers)) == (2, 2, 1)
@@ -523,7 +529,7 @@ def test_a_shape_that_cannot_be_trained_is_refused(
     overrides: dict[str, Any], message: str, tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        pretrain_here(pretrain_flags(tmp_path / "out", tokenizer, data, **overrides))
+        train_here(pretrain_flags(tmp_path / "out", tokenizer, data, **overrides), pretrain.COMMAND)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -569,7 +575,7 @@ def test_uptraining_on_a_gpu(flags: Flags, tmp_path: Path) -> None:
     model = rrt.load_model(out / "final", device="cuda")
     inputs = torch.arange(LENGTH, device="cuda")[None]
     assert model(inputs).isfinite().all()
-    uptrain_here(flags(tmp_path / "cpu", steps=24, run__dtype="bf16"))
+    train_here(flags(tmp_path / "cpu", steps=24, run__dtype="bf16"))
     assert found == pytest.approx(losses(tmp_path / "cpu"), abs=0.1)
 
 
@@ -577,7 +583,7 @@ def test_uptraining_on_a_gpu(flags: Flags, tmp_path: Path) -> None:
 def test_a_run_on_a_gpu_resumes(flags: Flags, tmp_path: Path) -> None:
     settings = dict(run__device="cuda", run__dtype="bf16", run__save_every=4)
     with environment(CUBLAS_WORKSPACE_CONFIG=":4096:8"):
-        uptrain_here(flags(tmp_path / "whole", **settings))
-        uptrain_until(5, flags(tmp_path / "parts", **settings))
-        uptrain_here(flags(tmp_path / "parts", **settings))
+        train_here(flags(tmp_path / "whole", **settings))
+        train_until(5, flags(tmp_path / "parts", **settings))
+        train_here(flags(tmp_path / "parts", **settings))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-2)

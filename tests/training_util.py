@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
+from rrt.presets import preset
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import uptrain
 from train.checkpoints import step_directories
+from train.command import Command
 from train.data import Mixture, Windows
 from train.distributed import AgreedError, agree, processes
 from train.recipe import read_recipe
@@ -29,8 +32,8 @@ from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, LENGTH, BATCH = 420, 32, 8
-LLAMA = ModelConfig(
-    family="llama",
+LLAMA = replace(
+    preset("tinyllama-1.1b"),
     vocab_size=VOCAB,
     hidden_size=32,
     num_layers=4,
@@ -39,16 +42,7 @@ LLAMA = ModelConfig(
     head_dim=8,
     intermediate_size=64,
     max_position_embeddings=64,
-    activation="silu",
-    gated_mlp=True,
-    norm_type="rmsnorm",
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rotary_fraction=1.0,
-    use_bias=False,
-    parallel_residual=False,
     tie_embeddings=True,
-    scale_embeddings=False,
 )
 RELAXED = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(3), untie_norms=True)
 
@@ -72,21 +66,34 @@ def samples_of(data: Path) -> Mixture:
     return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
-def make_checkpoint(directory: Path, tokenizer: Path) -> Path:
-    """A random relaxed model."""
-    model = RecursiveTransformer(LLAMA, RELAXED)
+def make_checkpoint(
+    directory: Path,
+    tokenizer: Path,
+    config: ModelConfig = LLAMA,
+    recursive: RecursiveConfig = RELAXED,
+    noise: float = 0.0,
+) -> Path:
+    """A random model; with noise every parameter is random, so that exits differ and all have a gradient."""
+    model = RecursiveTransformer(config, recursive)
     model.init_weights(0)
+    generator = torch.Generator().manual_seed(5)
     with write_checkpoint(
-        directory, CheckpointConfig(LLAMA, RELAXED, torch.float32), make_provenance("convert", None)
+        directory, CheckpointConfig(config, recursive, torch.float32), make_provenance("convert", None)
     ) as writer:
         for name, parameter in model.named_parameters():
-            writer.add(name, parameter)
+            writer.add(name, parameter.detach() + noise * torch.randn(parameter.shape, generator=generator))
         load_tokenizer(tokenizer).save(writer.directory)
     return directory
 
 
+def to_flags(values: dict[str, Any], **overrides: Any) -> list[str]:
+    """The values as a command line; keywords with `__` for the dot override them."""
+    values = values | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
 def make_flags(checkpoint: Path, data: Path) -> Flags:
-    """Gives flags of an uptraining of `steps` steps; keywords with `__` for the dot override them."""
+    """Gives flags of a training of `steps` steps, with overrides as in `to_flags`."""
 
     def make(out: Path, steps: int = 8, **overrides: Any) -> list[str]:
         values = {
@@ -102,27 +109,27 @@ def make_flags(checkpoint: Path, data: Path) -> Flags:
             "run.dtype": "fp32",
             "run.device": "cpu",
         }
-        values |= {name.replace("__", "."): value for name, value in overrides.items()}
-        return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        return to_flags(values, **overrides)
 
     return make
 
 
-def train(argv: list[str], command: Any = uptrain) -> Trainer:
+def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:
     """The command's work in this process, or together with another one."""
-    recipe = read_recipe(getattr(command, f"{command.__name__.rpartition('.')[2].capitalize()}Recipe"), "", argv)
+    recipe = read_recipe(command.recipe, "", argv)
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
         trainer.run()
         return trainer
 
 
-def uptrain_here(argv: list[str]) -> None:
-    train(argv)
+def train_here(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> None:
+    """`train` for another process: what it leaves behind is all."""
+    train(argv, command)
 
 
-def uptrain_until(step: int, argv: list[str]) -> None:
-    """An uptraining that ends before it has taken `step + 1` steps."""
+def train_until(step: int, argv: list[str], command: Command[Any] = uptrain.COMMAND) -> None:
+    """A training that ends before it has taken `step + 1` steps."""
     with pytest.MonkeyPatch.context() as patch:
         whole = Trainer._train_step
 
@@ -133,7 +140,7 @@ def uptrain_until(step: int, argv: list[str]) -> None:
 
         patch.setattr(Trainer, "_train_step", take)
         with pytest.raises(UserError, match="interrupted here"):
-            train(argv)
+            train(argv, command)
 
 
 def run_script(

@@ -10,6 +10,7 @@ from rrt.convert import recursive_flags
 from rrt.errors import UserError
 from rrt.files import read_json
 from rrt.hf import model_config_from_hf
+from rrt.loaders import Source, open_source
 from rrt.presets import PRESETS, preset
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
@@ -63,6 +64,17 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
 
 def _described(start: StartConfig) -> RecursiveConfig:
     return recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
+
+
+def open_start(checkpoint: str, start: StartConfig) -> Source:
+    """The checkpoint that training begins with.
+
+    Raises:
+        UserError: it is not usable, or folded or relaxed in another way than `start` says.
+    """
+    source = open_source(checkpoint)
+    check_start(checkpoint, source.recursive, start)
+    return source
 
 
 def check_start(checkpoint: str, recursive: RecursiveConfig, start: StartConfig) -> None:

@@ -29,31 +29,14 @@ from rrt.cli import run_command
 from rrt.config import RecursiveConfig, doc
 from rrt.errors import UserError
 from rrt.fold import seeded_generator
-from rrt.loaders import Source, open_source, parameter_shapes
+from rrt.loaders import Source, parameter_shapes
 from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
-from train.architecture import (
-    Training,
-    check_distillation,
-    check_start,
-    planned_distillation,
-    start_architecture,
-    teacher_architecture,
-)
-from train.distributed import Processes, agree, processes
-from train.estimate import estimate_table
+from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.command import Command
 from train.objective import early_exits
-from train.recipe import (
-    DataConfig,
-    DistillConfig,
-    ExitsConfig,
-    GuardConfig,
-    OptimConfig,
-    RunConfig,
-    StartConfig,
-    read_command,
-)
-from train.trainer import Start, Trainer
+from train.recipe import DataConfig, DistillConfig, ExitsConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
+from train.trainer import Start
 
 
 @dataclass(frozen=True)
@@ -115,35 +98,29 @@ def training(recipe: EarlyExitRecipe) -> Training:
     )
 
 
-def make_trainer(recipe: EarlyExitRecipe, group: Processes) -> Trainer:
-    """Open the checkpoint and check that it, the data and the recipe fit together."""
-    check_distillation(recipe.distill, recipe.start)
-    path = Path(recipe.checkpoint.path)
-    source = open_source(path)
-    check_start(recipe.checkpoint.path, source.recursive, recipe.start)
+def start(recipe: EarlyExitRecipe) -> Start:
+    """Open the checkpoint."""
+    source = open_start(recipe.checkpoint.path, recipe.start)
     objective = early_exits(recipe.exits, recipe.distill, source.recursive.num_loops)
     recursive = with_exits(source.recursive, recipe.exits)
-    start = Start(
+    return Start(
         "early-exit",
         source.model,
         recursive,
-        load_tokenizer(path),
+        load_tokenizer(source.directory),
         lambda: initial_values(source, recursive, recipe.run.seed),
-        path,
+        source.directory,
         objective=objective,
-        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+        teacher=recipe.distill.teacher_path,
     )
-    return Trainer(recipe, start, group)
+
+
+COMMAND = Command(EarlyExitRecipe, training, start)
 
 
 @first_reports_errors
 def main() -> None:
-    recipe, dry_run = read_command(EarlyExitRecipe, __doc__ or "")
-    if dry_run is not None:
-        print(estimate_table(recipe, training(recipe), dry_run))
-        return
-    with processes(recipe.run.device, recipe.run.shard_size) as group:
-        agree(lambda: make_trainer(recipe, group)).run()
+    COMMAND.run(__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.inspect import model_sizes
+from rrt.loaders import first_loops
 from train.objective import Objective
 from train.recipe import RunConfig
 
@@ -47,8 +48,9 @@ def training_flops_per_token(
 ) -> float:
     """Matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
 
-    Counted are the shared block at every loop, causal attention to (seq_len + 1) / 2 positions, and the head with its
-    LoRA once per exit; the backward pass counts twice the forward. The embedding's look-up counts nothing.
+    Counted are the shared block at every loop up to the last exit, causal attention to (seq_len + 1) / 2 positions, and
+    the head with its LoRA once per exit; the backward pass counts twice the forward. The embedding's look-up counts
+    nothing.
 
     Args:
         merged_over: tokens of the micro-batch for which W + B A is made once; None for LoRA as products of their own.
@@ -57,13 +59,14 @@ def training_flops_per_token(
         teacher: the shape of a distillation's, whose forward pass is added.
     """
     context = (seq_len + 1) // 2
-    sizes = model_sizes(model, recursive, torch.float32, context)
+    last = recursive.num_loops - 1
+    exits = {last} if exits is None else exits
+    run = first_loops(model, recursive, max(exits) + 1, "the model")
+    sizes = model_sizes(*run, torch.float32, context)
     if merged_over is None:
         forward = float(sizes.flops_per_token["plain"])
     else:
         forward = sizes.flops_per_token["merged"] + sizes.merge_flops / merged_over
-    last = recursive.num_loops - 1
-    exits = {last} if exits is None else exits
     forward += (len(exits) - 1) * 2 * model.vocab_size * model.hidden_size
     rank = min(recursive.head_lora_rank, model.vocab_size, model.hidden_size)
     lora = sum(2 * rank * (model.vocab_size + model.hidden_size) for loop in exits if loop != last)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from rrt.errors import UserError
@@ -70,19 +71,23 @@ class Objective:
         """
 
         from_teacher: Teacher | None = None
+        num_loops = model.recursive.num_loops
+        run = self.exits(num_loops)[-1] + 1  # of the loops after that nothing is asked
+        weights = self.weights[: len(self.weights) - (num_loops - run)]
 
         def losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             lora = (model.head_lora_a, model.head_lora_b) if len(self.weights) > 1 else ()
-            exits = model.hidden_states(inputs)[-len(self.weights) :]
-            return exit_losses(
+            exits = model.hidden_states(inputs, num_loops=run)[-len(weights) :]
+            loss, parts = exit_losses(
                 [model.norm(state).flatten(0, 1) for state in exits],
                 targets.flatten(),
                 Head(model.head_weight, *lora),
-                self.weights,
+                weights,
                 teacher=from_teacher,
                 divergence=self.divergence,
                 temperature=self.temperature,
             )
+            return loss, F.pad(parts, (0, 0, 0, num_loops - run))
 
         inside = as_forward(model, losses)
         if teacher is None:

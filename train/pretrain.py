@@ -27,18 +27,11 @@ from rrt.config import ModelConfig, RecursiveConfig, doc
 from rrt.model import RecursiveTransformer
 from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
-from train.architecture import (
-    Training,
-    check_distillation,
-    planned_distillation,
-    read_architecture,
-    teacher_architecture,
-)
-from train.distributed import Processes, agree, processes
-from train.estimate import estimate_table
+from train.architecture import Training, planned_distillation, read_architecture, teacher_architecture
+from train.command import Command
 from train.objective import uptraining
-from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
-from train.trainer import Start, Trainer
+from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
+from train.trainer import Start
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,8 @@ def training(recipe: PretrainRecipe) -> Training:
     return Training(*architecture(recipe), uptraining(distill), teacher=teacher_architecture(distill))
 
 
-def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
-    """Draw the weights and check that the model, the data and the recipe fit together."""
-    check_distillation(recipe.distill, recipe.start)
+def start(recipe: PretrainRecipe) -> Start:
+    """Weights that are drawn."""
     config, recursive = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
@@ -91,7 +83,7 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
         model.init_weights(recipe.run.seed)
         return model.get_parameter
 
-    start = Start(
+    return Start(
         "pretrain",
         config,
         recursive,
@@ -99,19 +91,16 @@ def make_trainer(recipe: PretrainRecipe, group: Processes) -> Trainer:
         draw,
         None,
         objective=uptraining(recipe.distill),
-        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+        teacher=recipe.distill.teacher_path,
     )
-    return Trainer(recipe, start, group)
+
+
+COMMAND = Command(PretrainRecipe, training, start)
 
 
 @first_reports_errors
 def main() -> None:
-    recipe, dry_run = read_command(PretrainRecipe, __doc__ or "")
-    if dry_run is not None:
-        print(estimate_table(recipe, training(recipe), dry_run))
-        return
-    with processes(recipe.run.device, recipe.run.shard_size) as group:
-        agree(lambda: make_trainer(recipe, group)).run()
+    COMMAND.run(__doc__ or "")
 
 
 if __name__ == "__main__":

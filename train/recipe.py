@@ -192,6 +192,11 @@ class DistillConfig:
         _check(self, "distill", "a positive number", lambda value: 0 < value < math.inf, "temperature")
         _check(self, "distill", "a number from 0 to 1", lambda value: 0 <= value <= 1, "weight")
 
+    @property
+    def teacher_path(self) -> Path | None:
+        """Of `teacher`, if there is one."""
+        return None if self.teacher is None else Path(self.teacher)
+
 
 @dataclass(frozen=True)
 class ExitsConfig:

@@ -19,22 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.cli import run_command
 from rrt.config import doc
-from rrt.loaders import open_source
+from rrt.loaders import FirstLoops, first_loops
 from rrt.processes import first_reports_errors
 from rrt.tokenizer import load_tokenizer
-from train.architecture import (
-    Training,
-    check_distillation,
-    check_start,
-    planned_distillation,
-    start_architecture,
-    teacher_architecture,
-)
-from train.distributed import Processes, agree, processes
-from train.estimate import estimate_table
+from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.command import Command
 from train.objective import uptraining
-from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig, read_command
-from train.trainer import Start, Trainer
+from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
+from train.trainer import Start
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,11 @@ class CheckpointConfig:
     """The model to uptrain."""
 
     path: str = doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
+    num_loops: int | None = doc(
+        "train its first loops only, as a model of their depth: 1 for K pretrained layers that are not looped; "
+        "default all",
+        default=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,37 +55,35 @@ class UptrainRecipe:
 def training(recipe: UptrainRecipe) -> Training:
     """What the recipe trains, without its weights."""
     model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
+    if recipe.checkpoint.num_loops is not None:
+        model, recursive = first_loops(model, recursive, recipe.checkpoint.num_loops, "the checkpoint")
     distill = planned_distillation(recipe.distill, recipe.start)
     return Training(model, recursive, uptraining(distill), teacher=teacher_architecture(distill))
 
 
-def make_trainer(recipe: UptrainRecipe, group: Processes) -> Trainer:
-    """Open the checkpoint and check that it, the data and the recipe fit together."""
-    check_distillation(recipe.distill, recipe.start)
-    path = Path(recipe.checkpoint.path)
-    source = open_source(path)
-    check_start(recipe.checkpoint.path, source.recursive, recipe.start)
-    start = Start(
+def start(recipe: UptrainRecipe) -> Start:
+    """Open the checkpoint."""
+    source = open_start(recipe.checkpoint.path, recipe.start)
+    if recipe.checkpoint.num_loops is not None:
+        source = FirstLoops(source, recipe.checkpoint.num_loops)
+    return Start(
         "uptrain",
         source.model,
         source.recursive,
-        load_tokenizer(path),
+        load_tokenizer(source.directory),
         lambda: source.get,
-        path,
+        source.directory,
         objective=uptraining(recipe.distill),
-        teacher=None if recipe.distill.teacher is None else Path(recipe.distill.teacher),
+        teacher=recipe.distill.teacher_path,
     )
-    return Trainer(recipe, start, group)
+
+
+COMMAND = Command(UptrainRecipe, training, start)
 
 
 @first_reports_errors
 def main() -> None:
-    recipe, dry_run = read_command(UptrainRecipe, __doc__ or "")
-    if dry_run is not None:
-        print(estimate_table(recipe, training(recipe), dry_run))
-        return
-    with processes(recipe.run.device, recipe.run.shard_size) as group:
-        agree(lambda: make_trainer(recipe, group)).run()
+    COMMAND.run(__doc__ or "")
 
 
 if __name__ == "__main__":
