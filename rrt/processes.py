@@ -1,8 +1,9 @@
-"""Processes that torchrun started: those that work on parts of one evaluation, and who of them reports errors."""
+"""Processes that torchrun started: how they join, how they share an evaluation, and who of them reports errors."""
 
 import functools
 import os
-import sys
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,15 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rrt.cli import EXIT_USER_ERROR
 from rrt.errors import UserError
 
 LONGEST_WAIT = timedelta(days=7)
 """For the others' work. One that died needs no timeout: torchrun ends all as soon as one has ended."""
 
-
-class LoneError(UserError):
-    """Bad input that one process met by itself."""
+FIRST_TELLS_SECONDS = 5.0
+"""How long the others leave it to the first process to tell what all of them have met."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,36 @@ class Replica:
                 raise error
 
 
+def join_processes(kind: str, asked_by: str, timeout: timedelta | None = None) -> torch.device:
+    """Join the processes that torchrun started, or make a group of this one alone without it.
+
+    Args:
+        kind: "cpu", or "cuda" for one GPU for each process.
+        asked_by: the flag or field that chose the device, for the message.
+        timeout: of collectives; default torch's.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        UserError: more processes than GPUs were started.
+    """
+    own = torch.device(kind)
+    if kind == "cuda":
+        # Asked of all local processes, not of this one's rank, so that all of them end here together.
+        count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if count > gpus:
+            raise UserError(f"{asked_by}: found {gpus} GPU(s); expected one for each of {count} process(es)")
+        own = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=own if kind == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return own
+
+
 @contextmanager
 def replicas(device: str = "auto") -> Iterator[Replica]:
     """Join the processes that torchrun started, one GPU each, or be the only one without it.
@@ -65,16 +94,7 @@ def replicas(device: str = "auto") -> Iterator[Replica]:
     if "RANK" not in os.environ:
         yield Replica(0, 1, pick_device(device))
         return
-    kind = pick_device(device).type
-    local_count, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if kind == "cuda" and local_count > gpus:
-        raise UserError(f"--device: found {gpus} GPU(s); expected one for each of {local_count} process(es)")
-    own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(own)
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo", timeout=LONGEST_WAIT, device_id=own if kind == "cuda" else None
-    )
+    own = join_processes(pick_device(device).type, "--device", LONGEST_WAIT)
     yield Replica(dist.get_rank(), dist.get_world_size(), own)
     # Not after an error: the others may wait for this process, and leaving the group in order would hang.
     dist.destroy_process_group()
@@ -91,15 +111,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def first_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Of bad input that every process meets alike only the first tells; all end with the same exit code."""
+    """Of bad input that every process meets alike only the first tells; what one meets by itself, it tells."""
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
-        except UserError as error:
-            if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LoneError):
-                raise
-            sys.exit(EXIT_USER_ERROR)
+        except UserError:
+            if int(os.environ.get("RANK", "0")) != 0:
+                # torchrun ends all as soon as one has ended. If the first one ends now, it has told the same, and this
+                # one is to end without a word; to end before it would silence it.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(FIRST_TELLS_SECONDS)
+            raise
 
     return wrapped

@@ -16,14 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
-from rrt.processes import LoneError
+from rrt.processes import join_processes
 
 T = TypeVar("T")
 Wrap = Literal["stack", "layer"]
@@ -61,22 +60,10 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
             does not divide their number.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if kind == "cuda":
-        # Asked of all local processes, not of this one's rank, so that all of them end here together.
-        count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if count > gpus:
-            raise UserError(f"field 'run.device': found {gpus} GPU(s); expected one for each of {count} process(es)")
-        torch.cuda.set_device(local_rank)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if shard_size and world_size % shard_size:
         raise UserError(f"field 'run.shard_size': found {shard_size}; expected a divisor of {world_size} process(es)")
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    backend = "nccl" if kind == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=target if kind == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    target = join_processes(kind, "field 'run.device'")
     hybrid = (world_size // shard_size, shard_size) if shard_size else None
     mesh = init_device_mesh(kind, hybrid or (world_size,), mesh_dim_names=("copy", "shard") if hybrid else ("shard",))
     try:
@@ -84,8 +71,7 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     except AgreedError:
         dist.destroy_process_group()
         raise
-    except UserError as error:  # the others wait for this process: leaving the group in order would hang
-        raise LoneError(str(error)) from error
+    # Not after an error of this process alone: the others wait for it, and leaving the group in order would hang.
     dist.destroy_process_group()
 
 
