@@ -28,21 +28,24 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.calibration import calibrate, reliability, threshold_curve
+from eval.flags import (
+    add_stream_flags,
+    check_least,
+    check_output_file,
+    chosen_bos,
+    chosen_context,
+    notice_untrained,
+)
 from eval.stream import (
     PAD,
     Block,
     Corpus,
-    add_stream_flags,
     batches,
-    check_output_file,
-    check_positive,
-    chosen_bos,
-    chosen_context,
     document_blocks,
     make_batch,
     read_exits,
 )
-from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, read_trajectories
+from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, digest_of, read_trajectories
 from rrt.checkpoint import fingerprint
 from rrt.cli import run_command
 from rrt.errors import UserError
@@ -97,7 +100,7 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
     context = chosen_context(arguments, source.model.max_position_embeddings)
-    check_positive("--samples", arguments.samples)
+    check_least("--samples", arguments.samples)
     bos_id = chosen_bos(arguments, tokenizer)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, None, tokenizer)
     dtype = chosen_dtype(arguments) or source.dtype
@@ -109,9 +112,8 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
         Recording(arguments.out, settings)  # makes the directory, which the others then find
     replica.wait()
     recording = Recording(arguments.out, settings)
-    if replica.is_main and num_loops - 1 != len(source.recursive.exit_loops):
-        trained = ", ".join(map(str, source.recursive.exit_loops)) or "none"
-        print(f"notice: {arguments.checkpoint}: of the exits before the last loop, trained are: {trained}")
+    if replica.is_main:
+        notice_untrained(source, range(num_loops))
     model = load_model(arguments.checkpoint, dtype, replica.device)
     model.set_merge(True)
 
@@ -125,16 +127,20 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
         try:
             for part in itertools.count():
                 blocks = list(itertools.islice(left, SAMPLES_PER_PART))
+                digest = digest_of([block[0] for block in blocks])
+                is_mine = part % replica.count == replica.rank
+                # Asked behind the last one too: data that have shrunk are other data.
+                is_done = is_mine and recording.has(part, digest)
                 if not blocks:
                     break
-                if part % replica.count == replica.rank and not recording.has(part):
+                if is_mine and not is_done:
                     trajectories, sums = record(model, blocks, context, arguments.batch_size, bos_id)
                     if not np.isfinite(sums.loss).all():
                         raise UserError(
                             f"{arguments.checkpoint}: the loss is {sums.loss} in {dtype_name(dtype)}; expected finite "
                             "numbers: try --dtype float32 or bfloat16"
                         )
-                    recording.write(part, trajectories, sums)
+                    recording.write(part, digest, trajectories, sums)
                 bar.update(len(blocks))
         except UserError as error:
             stopped = error

@@ -33,18 +33,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.response_cache import ResponseCache
-from rrt.checkpoint import code_version, fingerprint
+from eval.flags import (
+    add_device_flag,
+    check_least,
+    check_output_file,
+    chosen_bos,
+    chosen_exit,
+    notice_untrained,
+)
+from eval.response_cache import ResponseCache, code_digest
+from rrt.checkpoint import fingerprint
 from rrt.cli import human_count, run_command
 from rrt.errors import UserError
 from rrt.files import sha256_file
 from rrt.inspect import model_sizes
-from rrt.loaders import Source, load_model, open_source
+from rrt.loaders import load_model, open_source
 from rrt.processes import pick_device
 from rrt.recursive_args import add_dtype_flag, chosen_dtype
 from rrt.results import write_result
 from rrt.tensors import dtype_name
-from rrt.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from rrt.tokenizer import check_vocab, load_tokenizer
 
 PAPER_METRICS = {
     "lambada_openai": "acc",
@@ -184,46 +192,16 @@ def _decimal(value: float | None) -> str:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    for flag, value, least in (
-        ("--num-fewshot", arguments.num_fewshot, 0),
-        ("--limit", arguments.limit, 1),
-        ("--batch-tokens", arguments.batch_tokens, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{flag}: found {value}; expected {least} or more")
-    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
-        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    check_least("--num-fewshot", arguments.num_fewshot, 0)
+    check_least("--limit", arguments.limit)
+    check_least("--batch-tokens", arguments.batch_tokens)
+    check_output_file("--json", arguments.json)
     if not arguments.tasks:
         raise UserError("--tasks: found none; expected names with commas between them")
     if repeated := {name for name in arguments.tasks if arguments.tasks.count(name) > 1}:
         raise UserError(f"--tasks: found {sorted(repeated)[0]!r} twice; expected each once")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
-
-
-def check_exit(source: Source, exit_loop: int | None) -> int:
-    """How many loops to run."""
-    loops = source.recursive.num_loops
-    if exit_loop is None:
-        return loops
-    if loops == 1:
-        raise UserError(
-            f"--exit-loop: found {exit_loop}; {source.directory} is not looped and has no exits: expected none"
-        )
-    if not 0 <= exit_loop < loops:
-        raise UserError(
-            f"--exit-loop: found {exit_loop}; {source.directory} has {loops} loops: expected 0 to {loops - 1}"
-        )
-    if exit_loop < loops - 1 and exit_loop not in source.recursive.exit_loops:
-        trained = ", ".join(map(str, source.recursive.exit_loops)) or "none"
-        print(f"notice: the exit after loop {exit_loop} was not trained (trained exits: {trained})", file=sys.stderr)
-    return exit_loop + 1
-
-
-def use_bos(tokenizer: Tokenizer, wish: str, checkpoint: Path) -> bool:
-    if wish == "yes" and tokenizer.bos_id is None:
-        raise UserError(f"--bos: found yes; the tokenizer of {checkpoint} has no BOS: expected auto or no")
-    return tokenizer.add_bos if wish == "auto" else wish == "yes"
 
 
 def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path]:
@@ -238,8 +216,9 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    num_loops = check_exit(source, arguments.exit_loop)
-    bos = use_bos(tokenizer, arguments.bos, arguments.checkpoint)
+    exit_loop = chosen_exit(source, arguments.exit_loop)
+    notice_untrained(source, [exit_loop])
+    bos = chosen_bos(arguments, tokenizer) is not None
     device = pick_device(arguments.device)
     dtype = chosen_dtype(arguments) or source.dtype
     batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
@@ -252,21 +231,22 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     datasets.disable_progress_bars()
     tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
 
-    model = load_model(arguments.checkpoint, dtype, device, num_loops)
+    model = load_model(arguments.checkpoint, dtype, device, exit_loop + 1)
     # To merge a LoRA into a square weight takes what its own products take on half as many rows as the weight has.
     model.set_merge(batch_tokens >= source.model.hidden_size)
     identity = {
         "checkpoint_sha256": fingerprint(arguments.checkpoint),
         "tokenizer_sha256": tokenizer.sha256,
         "dtype": dtype_name(dtype),
-        "exit_loop": num_loops - 1,
+        "exit_loop": exit_loop,
     }
-    cache, cache_path = open_cache(arguments.cache, **identity, device=device.type, code_version=code_version())
+    made_by = {"device": device.type, "torch": torch.__version__, "code_sha256": code_digest()}
+    cache, cache_path = open_cache(arguments.cache, **identity, **made_by)
     cached = len(cache)
     parameters = human_count(sum(parameter.numel() for parameter in model.parameters()))
     print(
         f"{arguments.checkpoint}: {parameters} parameters in {dtype_name(dtype)} on {device}, exit after loop "
-        f"{num_loops - 1} of 0..{source.recursive.num_loops - 1}, texts begin {'with' if bos else 'without'} BOS\n"
+        f"{exit_loop} of 0..{source.recursive.num_loops - 1}, texts begin {'with' if bos else 'without'} BOS\n"
         f"{len(tasks['tasks'])} tasks: {', '.join(tasks['tasks'])}\n"
         f"finished requests: {cached:,} in {cache_path}",
         flush=True,
@@ -338,13 +318,13 @@ def main() -> None:
         help=f"most tokens in a forward pass (default {BATCH_TOKENS['cpu']}, on CUDA {BATCH_TOKENS['cuda']})",
     )
     add_dtype_flag(parser, "dtype to compute in")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
+    add_device_flag(parser)
     parser.add_argument(
         "--cache",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrt" / "fewshot",
         metavar="DIR",
-        help="where finished requests are kept, a file for each checkpoint, dtype and code version "
+        help="where finished requests are kept, a file for each checkpoint, dtype and state of the code "
         "(default ~/.cache/rrt/fewshot)",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")

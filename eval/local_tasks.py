@@ -125,8 +125,12 @@ def _text(value: object, _: dict[str, Any]) -> bool:
     return isinstance(value, str)
 
 
-def _two_words(value: object, _: dict[str, Any]) -> bool:
-    return isinstance(value, str) and " " in value.strip()
+def _context_and_word(value: object, _: dict[str, Any]) -> bool:
+    """The harness cuts at the last space: what ends with one would leave nothing to predict."""
+    if not isinstance(value, str):
+        return False
+    context, _space, word = value.rpartition(" ")
+    return bool(context.strip() and word.strip())
 
 
 def _blank(value: object, _: dict[str, Any]) -> bool:
@@ -176,7 +180,7 @@ CHOICES: Rule = (_choices, "an object with 'text' and 'label', lists of equally 
 LABEL = "one of the labels in 'choices'"
 _ARC: dict[str, Rule] = {"question": TEXT, "choices": CHOICES, "answerKey": (_label, LABEL)}
 SCHEMAS: dict[str, dict[str, Rule]] = {
-    "lambada_openai": {"text": (_two_words, "a text of at least two words")},
+    "lambada_openai": {"text": (_context_and_word, "a text of at least two words, the last of them at its end")},
     "hellaswag": {
         "activity_label": TEXT,
         "ctx_a": TEXT,

@@ -29,17 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.flags import add_stream_flags, check_least, check_output_file, chosen_bos, chosen_context, chosen_exit
 from eval.stream import (
     PAD,
     Block,
     Corpus,
     Document,
-    add_stream_flags,
     batches,
-    check_output_file,
-    check_positive,
-    chosen_bos,
-    chosen_context,
     document_blocks,
     make_batch,
     packed_blocks,
@@ -107,19 +103,10 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
     context = chosen_context(arguments, source.model.max_position_embeddings)
-    limit = math.inf
-    if arguments.max_tokens is not None:
-        check_positive("--max-tokens", arguments.max_tokens)
-        limit = arguments.max_tokens
-    num_loops = source.recursive.num_loops
-    loops = range(num_loops)
-    if arguments.exit_loop is not None:
-        if arguments.exit_loop not in loops:
-            raise UserError(
-                f"--exit-loop: found {arguments.exit_loop}; {arguments.checkpoint} has {num_loops} loop(s): "
-                f"expected 0 to {num_loops - 1}"
-            )
-        loops = range(arguments.exit_loop, arguments.exit_loop + 1)
+    check_least("--max-tokens", arguments.max_tokens)
+    limit = math.inf if arguments.max_tokens is None else arguments.max_tokens
+    last = chosen_exit(source, arguments.exit_loop)
+    loops = range(0 if arguments.exit_loop is None else last, last + 1)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, arguments.group_field, tokenizer)
     bos_id = chosen_bos(arguments, tokenizer)
     check_output_file("--json", arguments.json)
@@ -184,7 +171,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
         "complete": stopped is None,
         "mode": arguments.mode,
         "non_embedding_params": model_sizes(source.model, source.recursive, dtype).non_embedding_params,
-        "num_loops": num_loops,
+        "num_loops": source.recursive.num_loops,
         "context": context,
         "bos": bos_id is not None,
         "dtype": dtype_name(dtype),

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.stream import check_output_file
+from eval.flags import check_output_file
 from eval.svg import Series, bars, number, plot
 from rrt.cli import human_count, run_command
 from rrt.errors import UserError

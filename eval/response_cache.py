@@ -4,12 +4,16 @@ A JSON line per request: its key and the model's response. Lines are appended ba
 process left unfinished is not read, and the next line begins anew.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rrt.errors import UserError
+from rrt.files import sha256_file
+
+CODE = Path(__file__).resolve().parents[1]
 
 
 class ResponseCache:
@@ -54,3 +58,12 @@ class ResponseCache:
         if self._file is not None:
             self._file.write("".join(json.dumps(entry) + "\n" for entry in responses.items()).encode())
             self._file.flush()
+
+
+def code_digest(root: Path = CODE) -> str:
+    """SHA-256 over the code that responses come from, Python and native, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("eval", "rrt") for path in (root / folder).rglob("*")):
+        if path.suffix in (".py", ".so"):
+            digest.update(f"{path.relative_to(root)} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ A token belongs to the group of its document (SlimPajama's subset, for instance)
 figures of each group. Shapes: b rows, T positions, N targets (positions that have one), E exits, V vocabulary.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -200,50 +199,3 @@ def read_exits(
         parts = zip(states[loop][has_target].split(rows), chosen.split(rows), strict=True)
         exits.append(torch.cat([read(model.logits(part, loop).to(wide), wanted) for part, wanted in parts]))
     return torch.stack(exits)
-
-
-def add_stream_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is read and how."""
-    parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
-    parser.add_argument("--data", required=True, help="token shard directory, or files (a name or a glob)")
-    parser.add_argument("--split", default="heldout", help="split of the shards (default heldout)")
-    parser.add_argument("--text-field", default="text", help="field of a record that is the document (default text)")
-    parser.add_argument(
-        "--context", type=int, metavar="T", help="most positions of a block (default 2048 or the model's maximum)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="blocks of --context positions per forward (default 8)"
-    )
-    parser.add_argument(
-        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin blocks with BOS (default auto: by family)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
-
-
-def chosen_context(arguments: argparse.Namespace, longest: int) -> int:
-    """`--context`, at most `longest`, after a look at `--batch-size`."""
-    context: int = min(2048, longest) if arguments.context is None else arguments.context
-    if not 0 < context <= longest:
-        raise UserError(
-            f"--context: found {context}; expected a positive number, at most max_position_embeddings = {longest}"
-        )
-    check_positive("--batch-size", arguments.batch_size)
-    return context
-
-
-def check_positive(flag: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{flag}: found {value}; expected a positive number")
-
-
-def chosen_bos(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
-    """The token that takes the first place of each block, or None."""
-    if arguments.bos == "yes" and tokenizer.bos_id is None:
-        raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
-    return tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
-
-
-def check_output_file(flag: str, path: Path | None) -> None:
-    """Refuse an output file that could not be written, before long work."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"{flag}: found {path}; expected a file in a directory that exists")

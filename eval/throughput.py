@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.flags import add_device_flag, check_least, check_output_file
 from eval.paper_study import print_study, repeat_study
 from eval.pass_times import batch_sizes, costs_of, dummy_model, measure_pass, measure_prefill
 from eval.simulate import Queue, depth_wise, sequence_wise, static, time_of
-from eval.stream import check_output_file, check_positive
 from eval.trajectories import read_trajectories
 from rrt.cli import human_bytes, human_count, run_command
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
@@ -280,7 +280,7 @@ def main() -> None:
         "--seconds", type=float, default=1.0, metavar="S", help="time to measure each batch size for (default 1)"
     )
     add_dtype_flag(parser, "dtype of the dummy weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
+    add_device_flag(parser)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here, as it grows")
     arguments = parser.parse_args()
     check_output_file("--json", arguments.json)
@@ -290,8 +290,8 @@ def main() -> None:
         if arguments.json is not None:
             write_result(arguments.json, {"kind": "throughput-paper", "rows": rows})
         return
-    for flag, value in (("--samples", arguments.samples), ("--max-batch", arguments.max_batch)):
-        check_positive(flag, value)
+    check_least("--samples", arguments.samples)
+    check_least("--max-batch", arguments.max_batch)
     if arguments.num_loops < 2:
         raise UserError(
             f"--num-loops: found {arguments.num_loops}; expected at least 2 to compare with the vanilla model"

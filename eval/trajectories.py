@@ -1,12 +1,16 @@
 """Recorded exits: of each token of a corpus's samples, what every loop would have said.
 
 A directory holds `meta.json` and parts of `SAMPLES_PER_PART` samples in order, each written whole (`part-00000.npz`),
-so that an interrupted recording goes on where it stopped. A sample is one document, up to the context's length.
+so that an interrupted recording goes on where it stopped; each knows the digest of its samples' tokens, so that it
+goes on with the same data only. A sample is one document, up to the context's length.
 Shapes: S samples, N tokens of all samples one after the other, B loops.
 """
 
+import hashlib
 import os
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from rrt.errors import UserError
 from rrt.files import read_json, write_json
 
 FORMAT = "rrt-trajectories"
-VERSION = 1
+VERSION = 2
 SAMPLES_PER_PART = 64
 META_FILE = "meta.json"
 
@@ -95,15 +99,27 @@ class Recording:
     def path(self, part: int) -> Path:
         return self.directory / f"part-{part:05d}.npz"
 
-    def has(self, part: int) -> bool:
-        return self.path(part).is_file()
+    def has(self, part: int, digest: str) -> bool:
+        """Whether a part is recorded, of samples with this digest.
 
-    def write(self, part: int, samples: Trajectories, sums: Sums) -> None:
+        Raises:
+            UserError: it is, of others.
+        """
+        path = self.path(part)
+        if not path.is_file():
+            return False
+        with _opened(path) as file:
+            if str(file["digest"]) != digest:
+                raise UserError(f"{path}: was recorded from other samples; expected the same data: name another --out")
+        return True
+
+    def write(self, part: int, digest: str, samples: Trajectories, sums: Sums) -> None:
         """Write one part; it appears whole."""
         partial = self.directory / f".part-{part:05d}.{os.getpid()}"
         with partial.open("wb") as stream:
             np.savez(
                 stream,
+                digest=digest,
                 lengths=samples.lengths,
                 top_tokens_agree=np.packbits(samples.top_tokens_agree, axis=1),
                 confidence=samples.confidence,
@@ -125,7 +141,8 @@ def read_trajectories(directory: str | Path) -> tuple[Trajectories, Sums, dict[s
     directory = Path(directory)
     meta = read_json(directory / META_FILE)
     if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{directory / META_FILE}: found format {meta.get('format')!r}; expected {FORMAT!r} {VERSION}")
+        found = f"{meta.get('format')!r} version {meta.get('version')!r}"
+        raise UserError(f"{directory / META_FILE}: found {found}; expected {FORMAT!r} version {VERSION}: record again")
     samples, sums = [], []
     for number, path in enumerate(sorted(directory.glob("part-*.npz"))):
         if path.name != f"part-{number:05d}.npz":
@@ -140,12 +157,27 @@ def read_trajectories(directory: str | Path) -> tuple[Trajectories, Sums, dict[s
     return joined, Sums(sum(s.loss for s in sums), sum(s.pair_agreement for s in sums)), meta
 
 
+def digest_of(samples: Sequence[npt.NDArray[np.integer]]) -> str:
+    """SHA-256 over the tokens of samples, each of its own length."""
+    digest = hashlib.sha256(np.array([len(tokens) for tokens in samples], dtype="<i8").tobytes())
+    for tokens in samples:
+        digest.update(tokens.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def _read_part(path: Path) -> tuple[Trajectories, Sums]:
+    with _opened(path) as file:
+        tokens = int(file["lengths"].sum())
+        agree = np.unpackbits(file["top_tokens_agree"], axis=1, count=tokens).astype(bool)
+        samples = Trajectories(file["lengths"], agree, file["confidence"], file["loss"])
+        return samples, Sums(file["loss_sum"], file["pair_agreement"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """A part's arrays, read while the block asks for them; what cannot be read is a `UserError`."""
     try:
         with np.load(path) as file:
-            tokens = int(file["lengths"].sum())
-            agree = np.unpackbits(file["top_tokens_agree"], axis=1, count=tokens).astype(bool)
-            samples = Trajectories(file["lengths"], agree, file["confidence"], file["loss"])
-            return samples, Sums(file["loss_sum"], file["pair_agreement"])
+            yield file
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and run eval/exits.py again") from None

@@ -109,6 +109,26 @@ def test_an_interrupted_recording_goes_on_and_processes_share_it(checkpoint, dat
         assert np.array_equal(again_sums.loss, sums.loss)
 
 
+def test_a_recording_goes_on_with_the_same_data_only(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(exits, "SAMPLES_PER_PART", 4)
+    mine, out, lines = tmp_path / "texts.jsonl", tmp_path / "out", data.read_text().splitlines()
+    mine.write_text("\n".join(lines))
+    run(checkpoint, mine, out)
+    other = json.dumps({"text": "other words"})
+    cases = [([*lines[:9], other, *lines[10:]], 2), (lines[:8], 2), (lines[:9], 2), ([*lines, other], 3)]
+    for changed, part in cases:
+        mine.write_text("\n".join(changed))
+        with pytest.raises(
+            UserError, match=rf"part-0000{part}\.npz: was recorded from other samples; expected the same"
+        ):
+            run(checkpoint, mine, out)
+    mine.write_text("\n".join(lines))
+    run(checkpoint, mine, out)
+    (out / "part-00001.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"part-00001\.npz: damaged"):
+        run(checkpoint, mine, out)
+
+
 def run_in_process(*arguments):
     exits.SAMPLES_PER_PART = 4
     run(*arguments)

@@ -20,6 +20,8 @@ WRONG = [
     ("piqa", {"label": -1}, "field 'label': found -1"),
     ("piqa", {"sol2": None}, "field 'sol2': found None; expected a text"),
     ("lambada_openai", {"text": "word"}, "field 'text': found 'word'; expected a text of at least two words"),
+    ("lambada_openai", {"text": "two words "}, "field 'text': found 'two words '; expected a text"),
+    ("lambada_openai", {"text": " word"}, "field 'text': found ' word'; expected a text"),
     ("hellaswag", {"label": "4"}, "field 'label': found '4'; expected the index of one of 'endings'"),
     ("hellaswag", {"label": ""}, "field 'label': found ''"),
     ("hellaswag", {"endings": ["a", ""]}, "field 'endings': found ['a', '']; expected a list of texts"),

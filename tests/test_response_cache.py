@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.response_cache import ResponseCache
+from eval.response_cache import ResponseCache, code_digest
 from rrt.errors import UserError
 
 
@@ -40,3 +40,18 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ResponseCache().add({"a": 1})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_codes_digest_changes_with_any_file_that_responses_come_from(tmp_path):
+    names = ("eval/scoring.py", "rrt/ops/linear.py", "rrt/_native.so")
+    for name in (*names, "train/trainer.py", "rrt/__pycache__/linear.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = {code_digest(tmp_path)}
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        found.add(code_digest(tmp_path))
+    assert len(found) == 4
+    (tmp_path / "train" / "trainer.py").write_text("changed")
+    (tmp_path / "rrt" / "__pycache__" / "linear.pyc").write_text("changed")
+    assert code_digest(tmp_path) in found and len(code_digest()) == 64

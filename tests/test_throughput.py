@@ -40,7 +40,9 @@ def recording(tmp_path_factory):
     directory = tmp_path_factory.mktemp("recording") / "books"
     agree = np.array([[1, 0, 1, 1, 1, 0, 1, 1], [1] * 8], dtype=bool)
     samples = Trajectories(np.array([3, 5], dtype=np.int32), agree, np.zeros((1, 8), np.float32), np.zeros((2, 8)))
-    Recording(directory, {"data": "books.jsonl", "num_loops": 2}).write(0, samples, Sums(np.zeros(2), np.zeros((2, 2))))
+    Recording(directory, {"data": "books.jsonl", "num_loops": 2}).write(
+        0, "", samples, Sums(np.zeros(2), np.zeros((2, 2)))
+    )
     return directory
 
 
