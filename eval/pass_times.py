@@ -150,9 +150,11 @@ def costs_of(times: list[PassTimes], num_loops: int, prefill: float) -> Iterator
         return Curve(tuple(scale * count for count in rows), tuple(getattr(point, name) for point in times))
 
     block, ends = curve("block"), {"embed": curve("embed"), "head": curve("head")}
-    loops = {"mixed": curve("mixed"), "kv_only": curve("kv_only", num_loops - 1)} if num_loops > 1 else {}
+    mixed = {"mixed": curve("mixed")} if num_loops > 1 else {}
+    loops = {**mixed, "kv_only": curve("kv_only", num_loops - 1)} if num_loops > 1 else {}
     yield "blocks only", Costs(block)
     yield "embedding, head", Costs(block, **ends)
-    yield "LoRA of mixed loops, skipped K/V", Costs(block, **ends, **loops)
+    yield "LoRA of mixed loops", Costs(block, **ends, **mixed)
+    yield "skipped K/V", Costs(block, **ends, **loops)
     yield "head in every pass", Costs(block, **ends, **loops, head_everywhere=True)
     yield "prefill", Costs(block, **ends, **loops, head_everywhere=True, prefill=prefill)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
 from eval.svg import Series, bars, number, plot
-from rrt.cli import human_count, run_command
+from rrt.cli import human_bytes, human_count, run_command
 from rrt.errors import UserError
 from rrt.files import atomic_write, read_json
 from rrt.results import result_header
@@ -26,15 +26,7 @@ from rrt.results import result_header
 METRICS_FILE = "metrics.jsonl"
 CURVE_POINTS = 300
 
-# What each kind of result must have to be shown.
-KINDS = {
-    "perplexity": ("checkpoint", "data", "exits", "tokens", "non_embedding_params"),
-    "fewshot": ("checkpoint", "tasks", "average", "exit_loop", "num_loops", "non_embedding_params"),
-    "exits": ("checkpoint", "static", "oracle", "reliability", "thresholds", "calibrations"),
-    "throughput": ("subject", "settings"),
-    "throughput-paper": ("rows",),
-    "bigram": ("data", "perplexity", "tokens"),
-}
+KINDS = ("perplexity", "fewshot", "exits", "throughput", "throughput-paper", "bigram")
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -54,7 +46,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     """Sort files and run directories by what they hold.
 
     Raises:
-        UserError: naming the first that is missing, damaged or of an unknown kind.
+        UserError: naming the first that is missing, of an unknown kind, or lacks something that the page shows.
     """
     results = Results()
     for path in paths:
@@ -69,11 +61,13 @@ def read_results(paths: Sequence[Path]) -> Results:
                 f"{path}: field 'kind': found {kind!r}; expected a result of eval/ ({', '.join(KINDS)}) or the "
                 "directory of a training run"
             )
-        missing = [name for name in KINDS[kind] if name not in result]
-        if missing:
-            raise UserError(
-                f"{path}: field {missing[0]!r} is missing; expected a result of kind {kind!r}: make it again"
-            )
+        alone = Results()
+        alone.by_kind[kind].append((path, result))
+        try:
+            body(alone)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            found = f"field {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: {found}; expected a whole result of kind {kind!r}: make it again") from None
         results.by_kind[kind].append((path, result))
     return results
 
@@ -107,6 +101,10 @@ def labels_of(paths: Sequence[str]) -> dict[str, str]:
     """Short names; where two would be the same, the whole paths."""
     short = {path: label_of(path) for path in paths}
     return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -145,15 +143,19 @@ def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], hig
 
 def quality(results: Results) -> str:
     """Perplexity and accuracy of each checkpoint and exit, against size."""
-    perplexities, shots = results.of("perplexity"), results.of("fewshot")
-    if not perplexities and not shots:
+    perplexities, shots, bigrams = (results.of(kind) for kind in ("perplexity", "fewshot", "bigram"))
+    if not (perplexities or shots or bigrams):
         return ""
     names = labels_of([*dict.fromkeys(result["checkpoint"] for result in (*perplexities, *shots))])
     sections = []
-    data_sets = dict.fromkeys((result["data"], result.get("mode")) for result in perplexities)
+    data_sets = list(dict.fromkeys((result["data"], result["mode"]) for result in perplexities))
+    measured = {data for data, _ in data_sets}
+    data_sets += dict.fromkeys(
+        (floor["data"], "bigram model alone") for floor in bigrams if floor["data"] not in measured
+    )
     for data, mode in data_sets:
-        own = [result for result in perplexities if (result["data"], result.get("mode")) == (data, mode)]
-        floors = [result for result in results.of("bigram") if result["data"] == data]
+        own = [result for result in perplexities if (result["data"], result["mode"]) == (data, mode)]
+        floors = [floor for floor in bigrams if floor["data"] == data]
         points = {names[r["checkpoint"]]: (r["non_embedding_params"], r["exits"][-1]["perplexity"]) for r in own}
         rows = [
             [
@@ -163,13 +165,13 @@ def quality(results: Results) -> str:
                 f"{row['perplexity']:.3f}",
                 f"{row['loss']:.4f}",
                 None if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
-                f"{r['tokens']:,}" + ("" if r.get("complete", True) else " (incomplete)"),
+                f"{r['tokens']:,}" + ("" if r["complete"] else " (incomplete)"),
             ]
             for r in own
             for row in r["exits"]
         ]
         rows += [["bigram model", None, None, f"{r['perplexity']:.3f}", None, None, f"{r['tokens']:,}"] for r in floors]
-        sections.append(f"<h3>{escape(str(data))}, {escape(str(mode))}</h3>")
+        sections.append(heading(f"{data}, {mode}"))
         sections.append(plots(pareto("Size against perplexity (last loop)", "perplexity", points)))
         heads = ("model", "N-emb", "exit after loop", "perplexity", "nats/token", "bits/byte", "tokens")
         sections.append(table(heads, rows))
@@ -210,7 +212,7 @@ def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
     local = dict.fromkeys(file["path"] for result in shots for file in result.get("data", {}).values())
     own = f" From local files, not the published data sets: {', '.join(local)}." if local else ""
     return (
-        "<h3>Few-shot accuracy, %</h3>"
+        heading("Few-shot accuracy, %")
         + plots(pareto("Size against few-shot average", "average of seven, %", points, higher_is_better=True))
         + table(("model", "N-emb", "exit after loop", "average of seven", *tasks), rows)
         + f'<p class="soft">acc_norm where a task has it, else acc.{escape(own)}</p>'
@@ -252,9 +254,9 @@ def exits(results: Results) -> str:
         perplexity = [(row["mean_loops"], row["perplexity"]) for row in curve]
         by_loop = [(row["loop"] + 1, row["perplexity"]) for row in static]
         sections.append(
-            f"<h3>{escape(name)}</h3><p>{result['samples']:,} samples, {result['tokens']:,} tokens of "
+            f"{heading(name)}<p>{result['samples']:,} samples, {result['tokens']:,} tokens of "
             f"{escape(str(result['data']))}; with oracle exits {oracle['mean_loops']:.3f} of "
-            f"{result['num_loops']} loops per token.</p>"
+            f"{result['num_loops']:d} loops per token.</p>"
             + plots(
                 plot("Confidence against agreement with the last loop", trust, "top-1 probability", "agreement"),
                 plot(
@@ -301,9 +303,10 @@ def throughput(results: Results) -> str:
     sections = []
     for result in results.of("throughput"):
         for setting in result["settings"]:
-            lengths = f"prompt {setting['prefix']}, generated {setting['decode']}"
-            state = "" if result.get("complete", True) else " (incomplete)"
-            sections.append(f"<h3>{escape(result['subject'])}, {result['dtype']}, {lengths}{state}</h3>")
+            memory = f" in {human_bytes(setting['memory'])}" if setting["memory"] else ""
+            lengths = f"prompt {setting['prefix']}, generated {setting['decode']}{memory}"
+            state = "" if result["complete"] else " (incomplete)"
+            sections.append(heading(f"{result['subject']}, {result['dtype']}, {lengths}{state}"))
             times = [
                 Series(model["model"], [(p["rows"], 1e3 * p["block"] / p["rows"]) for p in model["times"]])
                 for model in setting["models"]
@@ -330,26 +333,26 @@ def throughput(results: Results) -> str:
             for row in result["rows"]
         ]
         heads = ("Gemma 2B, A100: counted", "static", "CSB", "CDB, oracle", "CDB over CSB")
-        sections.append("<h3>The paper's block times through our simulation (the paper's figures)</h3>")
+        sections.append(heading("The paper's block times through our simulation (the paper's figures)"))
         sections.append(table(heads, rows))
     return "<h2>Throughput</h2>" + "".join(sections) if sections else ""
 
 
 def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
-    """Tokens per second and the ratio to vanilla CSB by what is counted."""
+    """Tokens per second and the ratios to static batching and CSB of the vanilla model, by what is counted."""
     stages = list(queue["rows"][0]["counted"])
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
+
+    def cell(row: dict[str, Any], stage: str) -> str:
+        rate = number(row["counted"][stage]["tokens_per_second"])
+        return f"{rate} ({row['over_static'][stage]:.2f}, {row['over_csb'][stage]:.2f})"
+
     rows = [
-        [
-            f"{row['model']}, {row['strategy']}",
-            sizes[row["model"]],
-            row["batch"],
-            *(f"{number(row['counted'][s]['tokens_per_second'])} ({row['over_csb'][s]:.2f})" for s in stages),
-        ]
+        [f"{row['model']}, {row['strategy']}", sizes[row["model"]], row["batch"], *(cell(row, s) for s in stages)]
         for row in queue["rows"]
     ]
     caption = f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token"
-    return table((f"{caption}; tok/s (over CSB)", "N-emb", "batch", *stages), rows)
+    return table((f"{caption}; tok/s (over static, CSB)", "N-emb", "batch", *stages), rows)
 
 
 def sources(results: Results) -> str:
@@ -363,16 +366,20 @@ def sources(results: Results) -> str:
     return "<h2>Sources</h2>" + table(("file", "kind", "command", "code", "device", "made"), rows)
 
 
+def body(results: Results) -> str:
+    parts: tuple[Callable[[Results], str], ...] = (quality, training, exits, throughput, sources)
+    return "".join(part(results) for part in parts)
+
+
 def page(results: Results) -> str:
     """The whole document."""
-    parts: tuple[Callable[[Results], str], ...] = (quality, training, exits, throughput, sources)
     header = result_header()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Relaxed Recursive Transformers: report</title><style>{STYLE.read_text()}</style></head><body>"
         f"<h1>Relaxed Recursive Transformers</h1><p>Report of {escape(header['created'])}, "
-        f"code {escape(header['code_version'])}.</p>" + "".join(part(results) for part in parts) + "</body></html>\n"
+        f"code {escape(header['code_version'])}.</p>{body(results)}</body></html>\n"
     )
 
 

@@ -4,9 +4,10 @@ Colours are the page's CSS variables (`--c0` to `--c7`, `--grid`) and the text's
 into dark mode. Points tell their values when the pointer rests on them.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 NUM_COLOURS = 8
@@ -78,8 +79,11 @@ def number(value: float) -> str:
 def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A figure with its legend; series without a point are left out, and an empty string if none is left."""
-    series = [one for one in series if one.points]
+    """A figure with its legend; points that are not finite and series without a point are left out.
+
+    An empty string if nothing is left.
+    """
+    series = [one for one in map(_finite, series) if one.points]
     if not series:
         return ""
     xs, ys = zip(*(point for one in series for point in one.points), strict=True)
@@ -103,6 +107,12 @@ def plot(
         for index, one in enumerate(series)
     )
     return _figure(title, "".join(parts), HEIGHT, legend if len(series) > 1 else "")
+
+
+def _finite(series: Series) -> Series:
+    kept = [all(map(math.isfinite, point)) for point in series.points]
+    points, labels = (list(itertools.compress(values, kept)) for values in (series.points, series.labels))
+    return replace(series, points=points, labels=labels)
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float]]) -> str:

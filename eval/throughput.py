@@ -7,8 +7,8 @@
    depth-wise batching (CDB) with those exits of the recursive ones, over a queue of --samples samples.
 
 Every figure is given as the paper counts (blocks only), and with what it leaves out, one after the other: embedding and
-head; the LoRA of rows at different loops and the keys and values of loops left out; a head that runs in every pass, as
-an exit by confidence needs it; the prompts. One recording stands for all ranks: record each model's own for its own.
+head; the LoRA of rows at different loops; the keys and values of loops left out; a head that runs in every pass, as an
+exit by confidence needs it; the prompts. One recording stands for all ranks: record each model's own for its own.
 
     python eval/throughput.py --paper    # the paper's own block times through the same simulation, beside its results
 """
@@ -146,7 +146,10 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, setting: Setting
 
 
 def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]:
-    """Tokens per second of every model and strategy, by what is counted; `over_csb`: over CSB of the vanilla model."""
+    """Tokens per second of every model and strategy, by what is counted, and over the vanilla model's baselines.
+
+    Of a row, `over_static` and `over_csb` are its ratios to static batching and to CSB of the vanilla model.
+    """
     rows = []
     for model in models:
         own = queue if model["num_loops"] > 1 else queue.without_exits(1)
@@ -164,12 +167,13 @@ def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]
                 seconds = time_of(passes, costs, len(own.lengths))
                 row["counted"][counted] = {"tokens_per_second": own.num_tokens / seconds.total, **asdict(seconds)}
             rows.append(row)
-    baseline = next(row for row in rows if (row["model"], row["strategy"]) == ("vanilla", "CSB"))
-    for row in rows:
-        row["over_csb"] = {
-            counted: row["counted"][counted]["tokens_per_second"] / baseline["counted"][counted]["tokens_per_second"]
-            for counted in row["counted"]
-        }
+    for strategy in ("static", "CSB"):
+        baseline = next(row for row in rows if (row["model"], row["strategy"]) == ("vanilla", strategy))
+        for row in rows:
+            row[f"over_{strategy.lower()}"] = {
+                stage: counted["tokens_per_second"] / baseline["counted"][stage]["tokens_per_second"]
+                for stage, counted in row["counted"].items()
+            }
     return rows
 
 
@@ -187,22 +191,22 @@ def print_times(models: list[dict[str, Any]]) -> None:
 
 
 def print_throughput(name: str, queue: dict[str, Any], models: list[dict[str, Any]]) -> None:
-    """Tokens per second, and over CSB of the vanilla model, by what is counted."""
+    """The paper's columns, blocks only, then for every further cost tokens per second (over vanilla CSB)."""
     print(
         f"\n{name}: {queue['samples']:,} samples, {queue['tokens']:,} tokens, {queue['mean_loops']:.3f} loops per token"
     )
-    stages = list(queue["rows"][0]["counted"])
-    print("tokens/s (over vanilla CSB), counted: " + ";  ".join(f"[{i}] {stage}" for i, stage in enumerate(stages)))
+    paper, *more = queue["rows"][0]["counted"]
+    print(f"tokens/s, {paper}, over vanilla static and CSB; then (over vanilla CSB), counted as well:")
+    print(";  ".join(f"[{i}] {stage}" for i, stage in enumerate(more, start=1)))
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in models}
-    heads = "".join(f"{f'[{i}]':>16}" for i in range(len(stages)))
-    print(f"{'model':<10} {'N-emb':>9} {'batch':>6}  {'strategy':<12}{heads}")
+    heads = "".join(f"{f'[{i}]':>15}" for i in range(1, len(more) + 1))
+    print(f"{'model':<8} {'N-emb':>8} {'batch':>5}  {'strategy':<11} {'tok/s':>8} {'/static':>7} {'/CSB':>5}{heads}")
     for row in queue["rows"]:
-        cells = "".join(f"{_cell(row, stage):>16}" for stage in stages)
-        print(f"{row['model']:<10} {sizes[row['model']]:>9} {row['batch']:>6}  {row['strategy']:<12}{cells}")
-
-
-def _cell(row: dict[str, Any], stage: str) -> str:
-    return f"{row['counted'][stage]['tokens_per_second']:,.0f} ({row['over_csb'][stage]:.2f})"
+        rates = {stage: counted["tokens_per_second"] for stage, counted in row["counted"].items()}
+        begin = f"{row['model']:<8} {sizes[row['model']]:>8} {row['batch']:>5}  {row['strategy']:<11}"
+        ratios = f"{row['over_static'][paper]:>7.2f} {row['over_csb'][paper]:>5.2f}"
+        cells = (f"{rates[stage]:,.0f} ({row['over_csb'][stage]:.2f})" for stage in more)
+        print(f"{begin} {rates[paper]:>8,.0f} {ratios}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def study(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from rrt.errors import UserError
 
@@ -77,7 +78,7 @@ def join_processes(kind: str, asked_by: str, timeout: timedelta | None = None) -
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, device_id=own if kind == "cuda" else None)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return own
 
 

@@ -97,7 +97,7 @@ def test_what_is_no_result_is_one_clear_line(results, tmp_path):
     cases = [
         (unknown, "field 'kind': found 'soup'; expected a result of eval/"),
         (empty, "field 'kind': found None"),
-        (half, "field 'static' is missing"),
+        (half, "half.json: field 'static' is missing; expected a whole result of kind 'exits'"),
         (tmp_path / "absent.json", "no such file"),
         (tmp_path, "metrics.jsonl: no such file"),
         (tmp_path / "run", "metrics.jsonl:2: KeyError: 'tokens'"),
@@ -108,6 +108,63 @@ def test_what_is_no_result_is_one_clear_line(results, tmp_path):
             run(report, results / "base.json", path, "--out", tmp_path / "page.html")
         assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "page.html").exists()
+
+
+def changed(source, path, *place_and_value):
+    """A result with one value set, or taken out if that is ..."""
+    result = json.loads(source.read_text())
+    *place, name, value = place_and_value
+    inner = result
+    for key in place:
+        inner = inner[key]
+    if value is ...:
+        del inner[name]
+    else:
+        inner[name] = value
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_a_result_that_lacks_something_inside_is_one_clear_line(results, tmp_path):
+    cases = [
+        ("exits", ("samples", ...), "field 'samples' is missing"),
+        ("exits", ("data", ...), "field 'data' is missing"),
+        ("exits", ("num_loops", "<b>"), "ValueError: Unknown format code 'd'"),
+        ("exits", ("oracle", "mean_loops", None), "TypeError"),
+        ("exits", ("static", 0, "fewshot", ...), "field 'fewshot' is missing"),
+        ("exits", ("oracle", "share", []), "ValueError: zip()"),
+        ("throughput", ("settings", 0, "queues", 0, "rows", []), "IndexError"),
+        ("throughput", ("settings", 0, "models", 0, "times", 0, "block", ...), "field 'block' is missing"),
+        ("fewshot", ("tasks", "piqa", []), "AttributeError"),
+        ("base", ("exits", 0, "perplexity", ...), "field 'perplexity' is missing"),
+        ("bigram", ("perplexity", ...), "field 'perplexity' is missing"),
+    ]
+    for name, change, message in cases:
+        path = changed(results / f"{name}.json", tmp_path / "changed.json", *change)
+        with pytest.raises(UserError) as error:
+            run(report, results / "base.json", path, "--out", tmp_path / "page.html")
+        assert str(error.value).startswith(f"{path}: {message}") and str(error.value).endswith("make it again")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_values_that_are_markup_or_infinite_leave_the_page_whole(results, tmp_path):
+    infinite = changed(results / "base.json", tmp_path / "a.json", "exits", 0, "perplexity", float("inf"))
+    curve = changed(results / "exits.json", tmp_path / "b.json", "thresholds", 0, "perplexity", float("nan"))
+    study = changed(results / "throughput.json", tmp_path / "c.json", "dtype", "<script>")
+    study = changed(study, study, "settings", 0, "prefix", "<i>")
+    run(report, infinite, results / "folded.json", curve, study, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<td>inf</td>" in text and "&lt;script&gt;, prompt &lt;i&gt;" in text
+    assert "<script>" not in text and "<i>," not in text
+    for picture in re.findall(r"<svg.*?</svg>", text, flags=re.S):
+        ElementTree.fromstring(picture)
+        assert "nan" not in picture and "inf" not in picture
+
+
+def test_a_bigram_model_is_shown_without_a_model_beside_it(results, tmp_path):
+    run(report, results / "bigram.json", "--out", tmp_path / "page.html")
+    assert "123.456" in (tmp_path / "page.html").read_text()
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), st.booleans())

@@ -64,10 +64,13 @@ def test_a_study_measures_simulates_and_keeps_everything(checkpoint, recording, 
         assert drawn["tokens"] == 30 * decode and drawn["mean_loops"] == pytest.approx(1.5, abs=0.2)
         assert recorded["name"] == "books (books.jsonl)" and 30 * 3 <= recorded["tokens"] <= 30 * decode
         assert {row["strategy"] for row in recorded["rows"]} == {"static", "CSB", "CDB, oracle"}
-        assert all(len(row["counted"]) == 5 for row in recorded["rows"])
+        assert all(len(row["counted"]) == 6 for row in recorded["rows"])
     printed = capsys.readouterr().out
-    rate = result["settings"][1]["queues"][1]["rows"][-1]["counted"]["prefill"]["tokens_per_second"]
-    assert f"{rate:,.0f} (" in printed
+    last = result["settings"][1]["queues"][1]["rows"][-1]
+    rates = {stage: counted["tokens_per_second"] for stage, counted in last["counted"].items()}
+    assert f"{rates['prefill']:,.0f} ({last['over_csb']['prefill']:.2f})" in printed
+    line = f"CDB, oracle {rates['blocks only']:>8,.0f} {last['over_static']['blocks only']:>7.2f}"
+    assert f"{line} {last['over_csb']['blocks only']:>5.2f}" in printed
 
 
 def test_each_stage_counts_more_and_only_exits_pay_for_a_head_in_every_pass():
@@ -87,10 +90,15 @@ def test_each_stage_counts_more_and_only_exits_pay_for_a_head_in_every_pass():
     assert seconds["rank 8", "CDB, oracle"][0] == pytest.approx(len(passes.rows) * 1.0)
     for row in seconds.values():
         assert row == sorted(row)
-    assert seconds["rank 8", "CDB, oracle"][3] > seconds["rank 8", "CDB, oracle"][2]
-    assert seconds["rank 8", "CSB"][3] == seconds["rank 8", "CSB"][2]
+    cdb, csb = seconds["rank 8", "CDB, oracle"], seconds["rank 8", "CSB"]
+    # Mixed loops, skipped keys and values, the head in every pass: only depth-wise batching has them.
+    assert cdb[1] < cdb[2] < cdb[3] < cdb[4] < cdb[5]
+    assert csb[1] == csb[2] == csb[3] == csb[4] < csb[5]
     # equal lengths, two loops of half the time each: the same as the vanilla model
     assert rows["rank 8", "CSB"]["over_csb"]["blocks only"] == pytest.approx(1.0)
+    assert rows["rank 8", "CDB, oracle"]["over_static"]["prefill"] == pytest.approx(
+        seconds["vanilla", "static"][-1] / cdb[-1]
+    )
     stages = dict(costs_of(times, 2, 3.0))
     last = time_of(passes, stages["prefill"], 40)
     assert (last.prefill, last.kv_only > 0) == (120.0, True)
