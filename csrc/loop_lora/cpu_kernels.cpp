@@ -9,10 +9,10 @@
 namespace rrt::loop_lora {
 namespace {
 
-constexpr int kVectors = 2;  // of accumulators per row
+constexpr int kMaxAccumulators = 2 * RRT_TILE_ROWS;
 
 // How each dtype multiplies. Operand: what a row holds for one step; its weights are kPanel * kStep values.
-// multiply: acc[r] += weights * operands[r * kChunk], for two vectors of outputs.
+// multiply: acc[r] += weights * operands[r * kChunk], for VECTORS vectors of outputs.
 template <class D>
 struct Product {
   using Operand = typename D::Acc;
@@ -22,15 +22,17 @@ struct Product {
 
   static void set(Operand* to, int64_t column, typename D::Acc value) { to[column] = value; }
 
-  template <int ROWS>
+  template <int ROWS, int VECTORS>
   static inline __attribute__((always_inline)) void multiply(const typename D::Storage* w, const Operand* x,
-                                                             Vec (&acc)[ROWS][kVectors]) {
-    const Vec w0 = D::widen(w), w1 = D::widen(w + kLanes);
+                                                             Vec (&acc)[ROWS][VECTORS]) {
+    Vec weights[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) weights[v] = D::widen(w + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Operand value = x[r * kChunk];
-      acc[r][0] += w0 * value;
-      acc[r][1] += w1 * value;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] += weights[v] * value;
     }
   }
 };
@@ -47,9 +49,10 @@ struct Product<BFloat16> {
     reinterpret_cast<uint16_t*>(to)[column] = BFloat16::narrow(value);
   }
 
-  template <int ROWS>
+  template <int ROWS, int VECTORS>
   static inline __attribute__((always_inline)) void multiply(const uint16_t* w, const Operand* x,
-                                                             Vec (&acc)[ROWS][kVectors]) {
+                                                             Vec (&acc)[ROWS][VECTORS]) {
+    static_assert(VECTORS == 2);
     const auto w0 = load<__m512bh>(w), w1 = load<__m512bh>(w + 2 * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -71,12 +74,12 @@ struct Product<BFloat16> {
 
   static void set(Operand* to, int64_t column, float value) { to[column / 2].column[column % 2] = value; }
 
-  template <int ROWS>
+  template <int ROWS, int VECTORS>
   static inline __attribute__((always_inline)) void multiply(const uint16_t* w, const Operand* x,
-                                                             Vec (&acc)[ROWS][kVectors]) {
-    Vec low[kVectors], high[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
+                                                             Vec (&acc)[ROWS][VECTORS]) {
+    Vec low[VECTORS], high[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
       const U32 pairs = load<U32>(w + v * 2 * kLanes);
       low[v] = bit_cast<Vec>(pairs << 16);
       high[v] = bit_cast<Vec>(pairs & 0xffff0000u);
@@ -84,10 +87,10 @@ struct Product<BFloat16> {
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const float first = x[r * kChunk].column[0], second = x[r * kChunk].column[1];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += low[v] * first;
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += high[v] * second;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] += low[v] * first;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] += high[v] * second;
     }
   }
 };
@@ -96,42 +99,41 @@ struct Product<BFloat16> {
 template <class D>
 using Operand = typename Product<D>::Operand;
 
-// What a product brings to the cache meanwhile: `stride` bytes further per step.
-struct Ahead {
-  const char* from;
-  int64_t stride;
-};
-
 template <class D>
 constexpr int64_t kStepBytes = kPanel * Product<D>::kStep * sizeof(typename D::Storage);
 
-// Of a stream of weights that is used once: the hardware's own prefetching ends at every page.
-template <class D>
-inline Ahead ahead_of_stream(const typename D::Storage* w) {
-  constexpr int64_t kDistance = 1024;
-  return {reinterpret_cast<const char*>(w) + kDistance, kStepBytes<D>};
-}
+// What a product brings to the cache meanwhile, spread evenly: the hardware's own prefetching ends at every page.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
 
-// c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs.
+// c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs: all of them at once if their sums fit
+// the registers, so that a single stream is read, else in passes.
 template <class D, int ROWS>
 void multiply_panel(const typename D::Storage* w, int64_t steps, const Operand<D>* x, typename D::Acc* c,
                     Ahead ahead, int64_t x_rows) {
   using P = Product<D>;
+  constexpr int kPanelVectors = kPanel / P::kLanes;
+  constexpr int kVectors = ROWS * kPanelVectors <= kMaxAccumulators ? kPanelVectors : 2;
   constexpr int kWidth = kVectors * P::kLanes;
-  const Operand<D>* next_x = x + x_rows * kChunk;
+  constexpr int64_t kPasses = kPanel / kWidth;
   static_assert(kPanel % kWidth == 0);
-  for (int64_t n = 0; n < kPanel; n += kWidth) {
+  const char* next_x = reinterpret_cast<const char*>(x + x_rows * kChunk);
+  const int64_t stride = ahead.bytes / (kPasses * kChunk);
+  for (int64_t pass = 0; pass < kPasses; ++pass) {
     typename D::Vec acc[ROWS][kVectors] = {};
-    const typename D::Storage* from = w + n * P::kStep;
+    const typename D::Storage* from = w + pass * kWidth * P::kStep;
+    const char* next_w = ahead.from + pass * kChunk * stride;
     for (int64_t step = 0; step < steps; ++step) {
-      __builtin_prefetch(ahead.from + step * ahead.stride);
-      if (kStepBytes<D> > 64) __builtin_prefetch(ahead.from + step * ahead.stride + 64);
-      __builtin_prefetch(reinterpret_cast<const char*>(next_x) + step * ROWS * sizeof(Operand<D>));
-      P::template multiply<ROWS>(from + step * kPanel * P::kStep, x + step, acc);
+      __builtin_prefetch(next_w + step * stride, 0, 2);
+      if (stride > 64) __builtin_prefetch(next_w + step * stride + 64, 0, 2);
+      if (pass == 0) __builtin_prefetch(next_x + step * ROWS * sizeof(Operand<D>));
+      P::template multiply<ROWS, kVectors>(from + step * kPanel * P::kStep, x + step, acc);
     }
     for (int r = 0; r < ROWS; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        typename D::Acc* to = c + r * kPanel + n + v * P::kLanes;
+        typename D::Acc* to = c + r * kPanel + pass * kWidth + v * P::kLanes;
         const typename D::Vec sum = load<typename D::Vec>(to) + acc[r][v];
         std::memcpy(to, &sum, sizeof(sum));
       }
@@ -149,6 +151,14 @@ inline void multiply_rows(int64_t rows, const typename D::Storage* w, int64_t st
       multiply_rows<D, ROWS - 1>(rows, w, steps, x, c, ahead, x_rows);
     }
   }
+}
+
+// What the `share`th of `shares` products with the same chunk of a stream of weights brings: its part of the next, or
+// memory would rest after the first of them.
+template <class D>
+inline Ahead next_chunk(const typename D::Storage* w, int64_t share = 0, int64_t shares = 1) {
+  constexpr int64_t kBytes = kChunk * kStepBytes<D>;
+  return {reinterpret_cast<const char*>(w) + kBytes + share * kBytes / shares, kBytes / shares};
 }
 
 // to[column][row] = from[row][column] for `columns` columns (rows missing up to kPanel are zeros) of elements of
@@ -322,7 +332,7 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, piece->begin),
-                         sums + (piece->begin - row_begin) * kPanel, ahead_of_stream<D>(w), work.rows);
+                         sums + (piece->begin - row_begin) * kPanel, next_chunk<D>(w), work.rows);
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {
@@ -362,7 +372,7 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk),
                          operands<D>(work.shrunk, work, work.segment_chunk[segment_index] + chunk, piece->begin),
-                         to + piece->begin * kPanel, ahead_of_stream<D>(w), work.rows);
+                         to + piece->begin * kPanel, next_chunk<D>(w), work.rows);
       }
     }
   }
@@ -407,14 +417,8 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (int64_t i = 0; i < work.num_tiles; ++i) {
         const RowTile& tile = work.tiles[i];
-        Ahead ahead = ahead_of_stream<D>(w);
-        // Several tiles use a chunk: each brings its share of the next, or memory would rest after the first.
-        if (work.num_tiles > 1) {
-          const int64_t chunk_bytes = kChunk * kStepBytes<D>;
-          ahead = {reinterpret_cast<const char*>(w) + (work.num_tiles + i) * chunk_bytes / work.num_tiles, 64};
-        }
         multiply_rows<D>(tile.rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, tile.begin),
-                         sums + tile.begin * kPanel, ahead, work.rows);
+                         sums + tile.begin * kPanel, next_chunk<D>(w, i, work.num_tiles), work.rows);
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {
