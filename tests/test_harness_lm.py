@@ -43,7 +43,7 @@ def checkpoints(tmp_path_factory):
     for family in FAMILIES:
         tokenizer = load_tokenizer(make_bpe_tokenizer(root / f"{family}-tokenizer", family))
         ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-        base = make_hf_model(root / f"{family}-base", family, vocab_size=tokenizer.vocab_size, **ids)
+        base = make_hf_model(root / f"{family}-base", family, num_layers=4, vocab_size=tokenizer.vocab_size, **ids)
         config, recursive = open_source(base).model, KINDS[family]
         out, generator = root / family, torch.Generator().manual_seed(0)
         described = CheckpointConfig(config, recursive, torch.float32)
@@ -69,7 +69,7 @@ def both(checkpoints):
     @functools.cache
     def make(family, bos, batch_tokens=300, max_length=MAX_LENGTH):
         _, exported = checkpoints[family]
-        hf = HFLM(str(exported), device="cpu", dtype="float32", batch_size=3, add_bos_token=bos, max_length=max_length)
+        hf = HFLM(str(exported), device="cpu", dtype="float32", batch_size=16, add_bos_token=bos, max_length=max_length)
         # In the newest transformers the flag of the tokenizer alone does nothing for these classes.
         assert not bos or hf.tok_encode("word")[0] == hf.prefix_token_id
         return ours_alone(checkpoints, family, bos, batch_tokens, max_length), hf
