@@ -14,9 +14,7 @@ token took. Both are inferred here from its figures, so that only the rest is a 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from eval.simulate import Costs, Curve, Passes, Queue, depth_wise, sequence_wise, static, time_of
+from eval.simulate import Costs, Curve, Passes, Queue, depth_wise, drawn_lengths, sequence_wise, static, time_of
 
 SLOTS = 43
 NUM_LOOPS = 2
@@ -48,12 +46,7 @@ class Corpus:
     cdb: float
 
     def queue(self) -> Queue:
-        if self.length_scale is None:
-            lengths = np.full(self.samples, DECODE)
-        else:
-            drawn = np.random.default_rng(0).exponential(self.length_scale, self.samples)
-            lengths = np.clip(drawn.round().astype(np.int64), 1, DECODE)
-        return Queue.drawn(lengths, NUM_LOOPS, self.mean_loops)
+        return Queue.drawn(drawn_lengths(self.samples, DECODE, self.length_scale), NUM_LOOPS, self.mean_loops)
 
 
 CORPORA = (

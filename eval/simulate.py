@@ -54,6 +54,14 @@ class Queue:
         return cls(lengths, exits.astype(np.int8), num_loops)
 
 
+def drawn_lengths(samples: int, longest: int, scale: float | None, seed: int = 0) -> Ints:
+    """Tokens of samples: exponential with this scale, in [1, longest]; without a scale all are `longest`."""
+    if scale is None:
+        return np.full(samples, longest)
+    lengths = np.random.default_rng(seed).exponential(scale, samples).round()
+    return np.clip(lengths, 1, longest).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Passes:
     """What each pass holds, int64 [P] each.

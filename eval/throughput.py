@@ -2,7 +2,8 @@
 
 1. Measures how long embedding, block, head and the rest of a pass take, over batch sizes, for the vanilla model and for
    recursive ones of each --lora-rank, with dummy weights.
-2. Takes each token's exit from recordings of eval/exits.py (--trajectories), or draws them (--mean-loops).
+2. Takes samples and each token's exit from recordings of eval/exits.py (--trajectories), or draws them (--mean-loops,
+   --length-scale).
 3. Simulates static batching and continuous sequence-wise batching (CSB) of the vanilla model, and CSB and continuous
    depth-wise batching (CDB) with those exits of the recursive ones, over a queue of --samples samples.
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval.flags import add_device_flag, check_least, check_output_file
 from eval.paper_study import print_study, repeat_study
 from eval.pass_times import batch_sizes, costs_of, dummy_model, measure_pass, measure_prefill
-from eval.simulate import Queue, depth_wise, sequence_wise, static, time_of
+from eval.simulate import Queue, depth_wise, drawn_lengths, sequence_wise, static, time_of
 from eval.trajectories import read_trajectories
 from rrt.cli import human_bytes, human_count, run_command
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
@@ -90,7 +91,7 @@ def queues_of(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
     """By name, queues of --samples samples of at most `decode` tokens."""
     found = {}
     for mean in arguments.mean_loops:
-        lengths = np.full(arguments.samples, decode)
+        lengths = drawn_lengths(arguments.samples, decode, arguments.length_scale)
         found[f"{mean} loops"] = Queue.drawn(lengths, arguments.num_loops, mean)
     for directory in arguments.trajectories:
         recorded, _, meta = read_trajectories(directory)
@@ -276,6 +277,12 @@ def main() -> None:
     parser.add_argument(
         "--mean-loops", type=float, nargs="+", default=[], metavar="M", help="draw exits with these means of loops"
     )
+    parser.add_argument(
+        "--length-scale",
+        type=float,
+        metavar="TOKENS",
+        help="lengths of the samples of --mean-loops: exponential with this scale (default: all of them DECODE)",
+    )
     parser.add_argument("--samples", type=int, default=20_000, metavar="N", help="samples of a queue (default 20,000)")
     parser.add_argument(
         "--max-batch", type=int, default=512, metavar="N", help="largest batch (default 512, or memory)"
@@ -300,6 +307,8 @@ def main() -> None:
         raise UserError(
             f"--num-loops: found {arguments.num_loops}; expected at least 2 to compare with the vanilla model"
         )
+    if arguments.length_scale is not None and arguments.length_scale <= 0:
+        raise UserError(f"--length-scale: found {arguments.length_scale}; expected a positive number")
     for mean in arguments.mean_loops:
         if not 1 <= mean <= arguments.num_loops:
             raise UserError(f"--mean-loops: found {mean}; expected 1 to {arguments.num_loops}")

@@ -142,6 +142,7 @@ def test_bad_input_is_one_clear_line(checkpoint, recording, tmp_path):
         (("--num-loops", 3, "--settings", "8/4"), "field 'num_loops': found 3, which does not divide"),
         (("--trajectories", tmp_path / "absent"), "no such file"),
         (("--samples", 0), "--samples: found 0"),
+        (("--length-scale", 0), "--length-scale: found 0"),
         (("--json", tmp_path / "absent" / "out.json"), "--json: found"),
     ]
     for flags, message in cases:
