@@ -34,12 +34,24 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: already exists and is not empty; name another or add --overwrite")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what processes of this host that were killed left beside `path`."""
-    for leftover in path.parent.glob(glob.escape(f".{path.name}.partial-{socket.gethostname()}-") + "*"):
-        pid = leftover.name.rpartition("-")[2]
+def _clean_up_after_killed(path: Path) -> None:
+    """Remove what processes of this host that were killed left beside `path`, and put back what one had moved away."""
+    replaced = sorted(_leftovers(path, "replaced"), key=lambda leftover: leftover.stat().st_ctime_ns)
+    if replaced and not path.exists():
+        replaced.pop().rename(path)
+    for leftover in (*replaced, *_leftovers(path, "partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str, pid: object) -> str:
+    return f".{path.name}.{kind}-{socket.gethostname()}-{pid}"
+
+
+def _leftovers(path: Path, kind: str) -> Iterator[Path]:
+    for leftover in path.parent.glob(glob.escape(_beside(path, kind, "")) + "*"):
+        pid = leftover.name.removeprefix(_beside(path, kind, ""))  # no number on a host whose name goes on
         if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
+            yield leftover
 
 
 def _is_alive(pid: int) -> bool:
@@ -56,18 +68,18 @@ def _is_alive(pid: int) -> bool:
 def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh directory beside `path`; it becomes `path` when the block ends without error.
 
-    On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched.
+    On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched. A process that is
+    killed leaves hidden directories beside `path`; the next use removes them, and puts back a `path` that was away.
 
     Raises:
         UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end.
     """
-    check_output_directory(path, overwrite)
     # A link to a directory stays one: what it points to is replaced.
-    path = path.resolve()
+    given, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    _remove_leftovers(path)
+    partial, replaced = (path.with_name(_beside(path, kind, os.getpid())) for kind in ("partial", "replaced"))
+    _clean_up_after_killed(path)
+    check_output_directory(given, overwrite)
     partial.mkdir()
     try:
         yield partial
@@ -77,6 +89,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
+        fsync(path.parent)
     except BaseException:
         if replaced.exists() and not path.exists():
             replaced.rename(path)

@@ -1,6 +1,7 @@
 """Output that is there whole or not at all, and JSON that is read or refused in one line."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -135,6 +136,52 @@ def test_sha256_of_a_file(tmp_path):
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def run_until_killed(path, at):
+    """Overwrite `path` in another process, which is killed before its rename number `at` (from 0)."""
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from rrt.files import atomic_directory\n"
+        "rename, left = pathlib.Path.rename, int(sys.argv[2])\n"
+        "def killed(self, target):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    return rename(self, target) if left >= 0 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pathlib.Path.rename = killed\n"
+        "with atomic_directory(pathlib.Path(sys.argv[1]), overwrite=True) as partial:\n"
+        "    (partial / 'new.txt').write_text('new')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(path), str(at)])
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_a_process_killed_between_the_two_renames_had_moved_away_comes_back(tmp_path, old):
+    run_until_killed(old, 1)
+    assert not old.exists() and len(names(tmp_path)) == 2
+    with pytest.raises(UserError, match=r"out: already exists and is not empty"), atomic_directory(old):
+        pytest.fail("work began")
+    assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
+
+
+def test_what_a_process_killed_at_its_end_had_replaced_goes_with_the_next_run(tmp_path, old):
+    run_until_killed(old, 1)
+    (replaced,) = tmp_path.glob(".out.replaced-*")
+    old.mkdir()
+    (old / "newer.txt").write_text("newer")
+    with atomic_directory(old, overwrite=True) as partial:
+        assert names(old) == ["newer.txt"] and not replaced.exists()
+        (partial / "newest.txt").write_text("newest")
+    assert names(tmp_path) == ["out"] and names(old) == ["newest.txt"]
+
+
+def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
+    synced = []
+    monkeypatch.setattr("rrt.files.fsync", lambda path: synced.append((path, sorted(names(tmp_path)))))
+    with atomic_directory(old, overwrite=True):
+        pass
+    path, then = synced[-1]
+    assert path == tmp_path and "out" in then and not any(".partial-" in name for name in then)
+
+
 def test_what_a_killed_process_left_behind_goes_with_the_next_run_and_a_living_ones_stays(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -143,7 +190,9 @@ def test_what_a_killed_process_left_behind_goes_with_the_next_run_and_a_living_o
         leftover.mkdir()
         (leftover / "weights").write_text("half")
     (tmp_path / ".outer.partial-notes").mkdir()
+    other_host = f".out.partial-{socket.gethostname()}-two-{dead.pid}"
+    (tmp_path / other_host).mkdir()
     with atomic_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("whole")
-    left = [f".out.partial-{socket.gethostname()}-{os.getppid()}", ".outer.partial-notes", "out"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    left = [f".out.partial-{socket.gethostname()}-{os.getppid()}", other_host, ".outer.partial-notes", "out"]
+    assert names(tmp_path) == sorted(left)
