@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rrt import products
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.lora import LoopLinear
@@ -220,7 +221,7 @@ class LoopedStack(nn.Module):
     ) -> list[Tensor]:
         """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all)."""
         exits = []
-        for loop in range(num_loops or self.num_loops):
+        for loop in range(self.num_loops if num_loops is None else num_loops):
             x = self._run("loop", self._run_loop, x, loop, rope, mask, cache)
             exits.append(x)
         return exits
@@ -287,8 +288,6 @@ class RecursiveTransformer(nn.Module):
             [batch, T, V] in the parameters' dtype.
         """
         last = self.recursive.num_loops - 1 if exit_loop is None else exit_loop
-        if not 0 <= last < self.recursive.num_loops:
-            raise UserError(f"exit_loop: found {exit_loop}; expected a loop in [0, {self.recursive.num_loops})")
         exits = self.hidden_states(
             input_ids, attention_mask=attention_mask, positions=positions, cache=cache, num_loops=last + 1
         )
@@ -303,7 +302,15 @@ class RecursiveTransformer(nn.Module):
         cache: Cache | None = None,
         num_loops: int | None = None,
     ) -> list[Tensor]:
-        """The states [batch, T, D] after each loop, before the final norm. Arguments as in `forward`."""
+        """The states [batch, T, D] after each of the first `num_loops` loops (default all), before the final norm.
+
+        The other arguments are those of `forward`.
+        """
+        loops = self.recursive.num_loops
+        if num_loops is not None and not 1 <= num_loops <= loops:
+            raise UserError(
+                f"exit_loop: found {num_loops - 1} (num_loops {num_loops}); expected a loop in [0, {loops})"
+            )
         x = self.embed_tokens(input_ids)
         past = 0 if cache is None else cache.length
         positions, mask = self._positions_and_mask(input_ids, past, attention_mask, positions)
@@ -324,10 +331,10 @@ class RecursiveTransformer(nn.Module):
     def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
         """Final norm and head, with its LoRA for an exit after `loop` (default the last): [..., D] -> [..., V]."""
         normed = self.norm(hidden)
-        logits = F.linear(normed, self.head_weight)
+        logits = products.linear(normed, self.head_weight)
         if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursive.num_loops - 1):
             return logits
-        return logits + F.linear(F.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
+        return logits + products.linear(products.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
 
     @property
     def head_weight(self) -> nn.Parameter:

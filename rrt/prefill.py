@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rrt import ops
+from rrt import ops, products
 from rrt.lora import LoopLinear
 from rrt.model import MLP
 
@@ -35,7 +34,7 @@ class PrefillLinears:
         if weight is None and len(x) * (linear.in_features + linear.out_features) > linear.weight.numel():
             weight = linear.merged_weight(loop)
         if weight is not None:
-            return F.linear(x, weight, linear.loop_bias(loop))
+            return products.linear(x, weight, linear.loop_bias(loop))
         if x.is_cuda and x.element_size() == 2:
             return ops.loop_lora_prefill(x, linear.weight, linear.bias, linear.lora_a, linear.lora_b, loop)
         return linear(x, loop)

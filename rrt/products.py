@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _choices: list[str] = []
@@ -37,6 +38,20 @@ def product_dtype(tensor: Tensor, rows: int = EMULATED_FROM_ROWS) -> torch.dtype
     """
     emulated = tensor.dtype.itemsize == 2 and device_type(tensor) == "cpu" and not _has_bf16_instructions()
     return torch.float32 if emulated and rows >= EMULATED_FROM_ROWS else tensor.dtype
+
+
+_WIDENED_AT_ONCE = 2**25
+"""Elements of a weight. A whole head in fp32 would take gigabytes."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, computed in `product_dtype`: x [..., K], weight [N, K] and bias [N] give [..., N] of x's dtype."""
+    wide = product_dtype(x, x.numel() // x.shape[-1])
+    if wide == x.dtype:
+        return F.linear(x, weight, bias)
+    wide_x, at_once = x.to(wide), max(1, _WIDENED_AT_ONCE // weight.shape[1])
+    y = torch.cat([F.linear(wide_x, part.to(wide)) for part in weight.split(at_once)], dim=-1)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
 @functools.cache

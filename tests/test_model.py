@@ -277,8 +277,12 @@ def test_exit_loop_runs_fewer_loops_and_equals_the_hidden_state_through_norm_and
     calls.clear()
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(exits[1]))
     assert len(calls) == 2
-    with pytest.raises(rrt.UserError, match=r"exit_loop: found 4; expected a loop in \[0, 4\)"):
-        model(input_ids, exit_loop=4)
+    for loop in (-1, 4):
+        message = rf"exit_loop: found {loop} \(num_loops {loop + 1}\); expected a loop in \[0, 4\)"
+        with pytest.raises(rrt.UserError, match=message):
+            model(input_ids, exit_loop=loop)
+        with pytest.raises(rrt.UserError, match=message):
+            model.hidden_states(input_ids, num_loops=loop + 1)
 
 
 @torch.no_grad()
