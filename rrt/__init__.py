@@ -1,4 +1,4 @@
-"""Relaxed Recursive Transformers: fold a pretrained LLM into one looped block, relax, uptrain and serve it."""
+"""Relaxed Recursive Transformers: fold a pretrained LLM into one looped block, relax and uptrain it."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

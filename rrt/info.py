@@ -63,11 +63,17 @@ def free_memory_bytes(device: torch.device) -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limits.append(_cgroup_free_bytes(Path("/sys/fs/cgroup")))
     except (OSError, ValueError):  # no such system, or no limit ("max")
         pass
     return min(limits, default=4 * 2**30)
+
+
+def _cgroup_free_bytes(group: Path) -> int:
+    """What is left of a cgroup's (v2) limit. Its use counts page cache, which the kernel gives up for it."""
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+    return int((group / "memory.max").read_text()) - used
 
 
 def cpu_info() -> dict[str, Any]:

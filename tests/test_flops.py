@@ -84,6 +84,7 @@ def test_gemma_takes_about_six_flops_per_parameter_and_token() -> None:
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
         ("NVIDIA B200", 2250),
     ],
 )
@@ -93,3 +94,4 @@ def test_the_peak_of_a_device_is_found_by_its_name(name: str, teraflops: float) 
 
 def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops("Tesla K80") is None
+    assert peak_flops("NVIDIA L400") is None  # though L40 has one

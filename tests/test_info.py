@@ -50,6 +50,16 @@ def test_text_names_the_library_and_the_instruction_set(capsys: pytest.CaptureFi
     assert info.library in text and f"{info.cpu_isa} in use" in text
 
 
+def test_memory_that_a_container_may_still_take_counts_the_cache_of_files_as_free(tmp_path: Path) -> None:
+    for name, content in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "700\n"),
+        ("memory.stat", "anon 300\nfile 400\ninactive_file 250\nactive_file 150\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert rrt.info._cgroup_free_bytes(tmp_path) == 1000 - 700 + 250
+
+
 @pytest.mark.gpu
 def test_the_gpu_runs_an_image_of_this_build() -> None:
     assert build_info().cuda, "built without CUDA: use RRT_WITH_CUDA=1"

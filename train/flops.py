@@ -5,6 +5,7 @@ those that the method needs, with LoRA in the form that computes it; what the ba
 memory does not count.
 """
 
+import re
 from collections.abc import Collection
 
 import torch
@@ -15,7 +16,7 @@ from rrt.loaders import first_loops
 from train.objective import Objective
 from train.recipe import RunConfig
 
-# Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by a part of the device's name.
+# Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by whole words of the device's name.
 PEAK_FLOPS = {
     "GH200": 989e12,
     "H200": 989e12,
@@ -25,6 +26,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -33,7 +35,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a GPU by its name, the first in the table; None for one that it does not have."""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 def training_flops_per_token(
