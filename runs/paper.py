@@ -10,6 +10,7 @@ row belongs to which of the paper's tables.
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -116,13 +117,15 @@ def main() -> None:
     if arguments.row not in rows():
         raise UserError(f"row: found {arguments.row!r}; expected one of those that runs/paper.py lists without a row")
     inputs = Inputs(arguments.base, arguments.data, arguments.out, arguments.gpus)
+    # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     made = set()
     for step in steps(arguments.row, inputs, tuple(further)):
         if step.makes in made or (step.makes.exists() and not arguments.print):
             continue
         made.add(step.makes)
         print(f"$ {shlex.join(step.command)}", flush=True)
-        if not arguments.print and subprocess.run(step.command, cwd=ROOT).returncode:
+        if not arguments.print and subprocess.run(step.command, env=env).returncode:
             raise UserError(f"{step.makes}: not made: the command above failed; mend it and run this again")
     if not arguments.print:
         result = inputs.out / arguments.row / "perplexity.json"

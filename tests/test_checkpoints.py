@@ -82,6 +82,19 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 8] and newest_whole(tmp_path, warn=True) == tmp_path / "step-8"
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("train.checkpoints.shutil.rmtree", refuse)
+    save_steps(tmp_path, 1, 2, keep=1)
+    assert newest_whole(tmp_path, warn=True) == tmp_path / "step-2"
+    warning = capfd.readouterr().err
+    assert warning.startswith(f"warning: {tmp_path / 'step-1'}: cannot be deleted (") and "Permission denied" in warning
+
+
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert newest_whole(tmp_path, warn=True) is None
     (tmp_path / "step-best").mkdir()

@@ -270,6 +270,10 @@ def test_exits_with_a_lora_on_the_head_train_further(
     assert losses(tmp_path / "up")[0] == pytest.approx(expected_loss, abs=1e-5)
     uptrained = rrt.load_model(tmp_path / "up" / "final")
     assert torch.equal(uptrained.get_parameter("head_lora_b"), model.get_parameter("head_lora_b"))
+    argv = flags(start, tmp_path / "parts", run__save_every=2)
+    training_util.train_until(2, argv, uptrain.COMMAND)
+    train(argv, uptrain.COMMAND)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "up")
 
 
 def test_exits_take_the_final_norm_once() -> None:
@@ -408,6 +412,11 @@ def test_a_teacher_of_other_tokens_is_refused(
             "field 'distill.teacher': found 'x'; expected none",
         ),
         ("two", {"exits__coefficient": -1}, "field 'exits.coefficient': found -1.0; expected a positive number"),
+        (
+            "two",
+            {"distill__weight": 0, "distill__teacher": "x"},
+            "field 'distill.weight': found 0 with distill.teacher",
+        ),
         ("two", {"distill__weight": 1.5}, "field 'distill.weight': found 1.5; expected a number from 0 to 1"),
         ("two", {"distill__temperature": 0}, "field 'distill.temperature': found 0.0; expected a positive number"),
         ("two", {"distill__loss": "l2"}, "field 'distill.loss': found 'l2'"),

@@ -147,6 +147,10 @@ def test_a_dry_run_needs_neither_weights_nor_data(
         dry_run([*argv, "--dry-run", "--gpu", "K80"], capsys, monkeypatch)
     with pytest.raises(UserError, match="--dry-run: found 0; expected a positive number of processes"):
         dry_run([*argv, "--dry-run", "0"], capsys, monkeypatch)
+    with pytest.raises(UserError, match=r"field 'run.shard_size': found 3; expected a divisor of 8 process\(es\)"):
+        dry_run([*argv, "--dry-run", "8", "--run.shard_size", "3"], capsys, monkeypatch)
+    with pytest.raises(UserError, match=r"field 'model.config': missing; expected a config.json"):
+        dry_run([*argv[2:], "--dry-run"], capsys, monkeypatch)
     assert not torch.distributed.is_initialized()
 
 

@@ -64,6 +64,14 @@ def test_the_default_is_to_stop() -> None:
     assert guard.must_stop
 
 
+def test_a_step_that_stops_the_run_is_not_remembered() -> None:
+    guard = guard_after([1.0] * 4, window=4, on_bad_step="skip", max_skips=1)
+    guard.fault(math.nan, 1.0)
+    before = guard.state_dict()
+    guard.fault(math.nan, 1.0)
+    assert guard.must_stop and guard.state_dict() == before
+
+
 def test_the_state_survives_json_exactly() -> None:
     guard = guard_after([0.1 * step for step in range(1, 8)], window=6, on_bad_step="skip", max_skips=2)
     guard.fault(math.nan, 1.0)

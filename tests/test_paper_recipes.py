@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from rrt.convert import recursive_flags
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
 from train import early_exit, pretrain, uptrain
-from train.architecture import start_architecture
+from train.architecture import check_start, start_architecture
 from train.recipe import ABSENT, StartConfig, read_command, read_tables
 from train.trainer import accumulation
 
@@ -78,6 +79,12 @@ def test_a_recipe_for_any_checkpoint_of_a_family_says_nothing_of_its_start(path:
     assert recipe.run.steps == STEPS[int(path.stem.rpartition("_")[2].removesuffix("b"))]
 
 
+def test_a_dry_run_says_which_model_it_lacks() -> None:
+    recipe, command = read(RECIPES[0], read_tables(RECIPES[0]))
+    with pytest.raises(UserError, match=r"missing 'checkpoint.path', or 'start.base' in its place"):
+        command.training(recipe)
+
+
 def test_every_family_has_recipes() -> None:
     assert {path.stem for path in RECIPES} == {"gemma_15b", "gemma_60b", "tinyllama_15b", "pythia_15b"}
     assert {row.partition("/")[0] for row in ROWS} == {"gemma", "tinyllama", "pythia-1b", "pythia-410m", "pythia-160m"}
@@ -122,6 +129,32 @@ def test_the_command_prints_its_steps_and_lists_its_rows() -> None:
     assert error.startswith("error: row: found 'gemma/none'; expected one of those that runs/paper.py lists")
 
 
+def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = subprocess.run
+    (tmp_path / "base").mkdir()
+
+    def stand_in(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
+        """What a command finds at the paths that it is given; it makes its output, and an `rrt` is there for it."""
+        look = "import pathlib, sys; import rrt.convert; assert pathlib.Path('base').is_dir(); "
+        make = "pathlib.Path(sys.argv[1]).mkdir(parents=True)"
+        if "--json" in command:
+            make = "pathlib.Path(sys.argv[1]).write_text('{\"perplexity\": 7.5}')"
+        flag = next(flag for flag in ("--json", "--out", "--run.out") if flag in command)
+        made = Path(command[command.index(flag) + 1])
+        made = made / "final" if flag == "--run.out" else made
+        return run([sys.executable, "-P", "-c", look + make, str(made)], **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    row = "pythia-160m/b2_average_15b"
+    monkeypatch.setattr(sys, "argv", ["paper.py", row, "--base", "base", "--data", "data", "--out", "out"])
+    paper.main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{row}: perplexity 7.50 (out/{row}/perplexity.json)"
+
+
 def test_a_checkpoint_of_another_row_is_refused() -> None:
     start = StartConfig(base="pythia-160m", convert="--num-loops 2 --init average --lora-rank 4")
     model, recursive = start_architecture(ABSENT, start)
@@ -129,3 +162,20 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
     with pytest.raises(UserError, match=r"has num_loops 1; expected 2, as the recipe's start\.convert = '--num-loops"):
         start_architecture("pythia-160m", start)
     assert start_architecture("pythia-160m", dataclasses.replace(start, convert=""))[1].num_loops == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("--norm-init zero", "norm_init average; expected zero"),
+        ("--untie-norms", "untie_norms False; expected True"),
+        ("--prefix-length 4", "prefix_length 0; expected 4"),
+        ("--lora-init zero", "lora_init svd; expected zero"),
+    ],
+)
+def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> None:
+    flags = "--num-loops 2 --init average"
+    found = dataclasses.replace(recursive_flags(flags.split()), exit_loops=(0,), head_lora_rank=4)  # by training
+    check_start("x", found, StartConfig(base="pythia-160m", convert=flags))
+    with pytest.raises(UserError, match=f"field 'checkpoint.path': x has {message}"):
+        check_start("x", found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import warnings
 from dataclasses import replace
@@ -269,9 +270,7 @@ def test_a_finished_run_is_refused_and_overwritten_on_request(flags: Flags, tmp_
         train_here(["--recipe", str(out / "recipe.toml")])
 
 
-def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
-    flags: Flags, tmp_path: Path, checkpoint: Path
-) -> None:
+def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(flags: Flags, tmp_path: Path, data: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("years of work")
     with pytest.raises(UserError, match="not empty and not a training run"):
@@ -282,6 +281,25 @@ def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(
     with pytest.raises(UserError, match=r"lies in run\.out"):
         train_here(flags(out, run__overwrite="true", checkpoint__path=out / "final"))
     assert (out / "final").exists()
+    argv = pretrain_flags(out, out / "final", data, run__overwrite="true")
+    with pytest.raises(UserError, match=r"final/tokenizer\.model: lies in run\.out"):
+        train_here(argv, pretrain.COMMAND)
+    assert (out / "final").exists()
+
+
+def test_the_checkpoint_that_a_run_begins_with_may_be_gone_when_it_ends(
+    flags: Flags, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, save = tmp_path / "parent", Trainer._save_final
+    shutil.copytree(checkpoint, parent)
+
+    def save_without(self: Trainer) -> None:
+        shutil.rmtree(parent)
+        save(self)
+
+    monkeypatch.setattr(Trainer, "_save_final", save_without)
+    train_here(flags(tmp_path / "run", steps=1, checkpoint__path=parent))
+    assert load_tokenizer(tmp_path / "run" / "final").sha256 == load_tokenizer(checkpoint).sha256
 
 
 def test_two_runs_never_share_a_directory(flags: Flags, tmp_path: Path) -> None:
@@ -318,10 +336,13 @@ def test_another_run_in_the_same_directory_is_refused(
 def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train_until(3, flags(out, run__save_every=2))
-    with pytest.raises(UserError, match=r"step \d: loss .*, gradient norm .*; expected finite numbers"):
-        train_here(flags(out, optim__lr=1e30))
-    assert steps_kept(out) == [2]
+    with pytest.raises(
+        UserError, match=r"step 4: loss .*, gradient norm .*; expected finite numbers.*without .*/step-3"
+    ):
+        train_here(flags(out, optim__lr=1e30, run__keep=1))
+    assert steps_kept(out) == [2, 3]  # step 3 was good, and spoilt the weights
     assert not (out / "final").exists()
+    (out / "step-3").rename(tmp_path / "spoilt")
     train_here(flags(out))
     assert len(losses(out)) == 8
 
@@ -374,7 +395,8 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, data: Path
     # Step 4 sees samples 24 to 31; the second process's first micro-batch of two is the third and fourth of them.
     assert error.startswith("step 4: loss nan, gradient norm nan; expected finite numbers; the highest loss is in ")
     assert "in samples 26 to 27, which python -m rrt.shards shows: " in error
-    assert error.endswith("run again, which continues from step 2")
+    assert error.endswith(f"run again, which continues from step 3, or without {out / 'step-3'} from step 2")
+    assert steps_kept(out) == [2, 3]
     samples = samples_of(data)
     shown = samples.place(26)
     assert f"shows: {shown}, " in error
@@ -383,8 +405,9 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, data: Path
     assert path == str(data / "train-00000.bin")
     assert torch.equal(torch.from_numpy(tokens[1:].astype(int)), samples.batch(26, 1)[1][0])
     assert metrics(out)[-1]["fault"] in error
-    assert run_on_two(train_here, argv) == (None, None)
-    assert len(losses(out)) == 6
+    run_on_two(train_here, argv)
+    run_on_two(train_here, flags(tmp_path / "whole", steps=6))
+    assert losses(out) == losses(tmp_path / "whole")
 
 
 def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:

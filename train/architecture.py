@@ -1,7 +1,7 @@
 """Shapes of models by name, file, directory or recipe, without their weights."""
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rrt.checkpoint import is_checkpoint, read_checkpoint_config
@@ -14,6 +14,9 @@ from rrt.loaders import Source, open_source
 from rrt.presets import PRESETS, preset
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
+
+ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank")
+"""What a checkpoint's `RecursiveConfig` has from early-exit training; all else is from rrt.convert."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
         return model_config_from_hf(values, str(file)), RecursiveConfig()
     if name in PRESETS:
         return preset(name), RecursiveConfig()
+    found = "missing" if name == ABSENT else f"found {name!r}"
     raise UserError(
-        f"field '{field}': found {name!r}; expected a config.json, a model directory or one of {', '.join(PRESETS)}"
+        f"field '{field}': {found}; expected a config.json, a model directory or one of {', '.join(PRESETS)}"
     )
 
 
@@ -54,6 +58,8 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
         UserError: neither is given, or the checkpoint is folded or relaxed in another way than `start` says.
     """
     if start.base is None:
+        if checkpoint == ABSENT:
+            raise UserError("missing 'checkpoint.path', or 'start.base' in its place; give one of them")
         return read_architecture(checkpoint, "checkpoint.path")
     if checkpoint == ABSENT:
         return read_architecture(start.base, "start.base")[0], _described(start)
@@ -82,7 +88,7 @@ def check_start(checkpoint: str, recursive: RecursiveConfig, start: StartConfig)
     if start.base is None:
         return
     described = _described(start)
-    for name in ("num_loops", "init", "lora_rank", "lora_init", "prefix_length"):
+    for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursive, name), getattr(described, name)
         if found != expected:
             raise UserError(

@@ -114,11 +114,19 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        delete_old: bool = True,
+    ) -> None:
         """Write `step-<step>/`, once the checkpoint before it is there. A collective.
 
         Args:
             state: what the first process puts into `trainer.json` besides; values of JSON.
+            delete_old: whether older checkpoints than the last `keep` go for it.
 
         Raises:
             AgreedError: a process could not write this checkpoint, or the one before; earlier ones are intact.
@@ -128,7 +136,7 @@ class CheckpointWriter:
         tensors = {"model": model_state, "optimizer": optimizer_state}
         if self._background:
             tensors = _host_copy(tensors)
-        self._writing = self._thread.submit(self._write, step, tensors, copy.deepcopy(state))
+        self._writing = self._thread.submit(self._write, step, tensors, copy.deepcopy(state), delete_old)
         if not self._background:
             self.wait()
 
@@ -151,7 +159,7 @@ class CheckpointWriter:
         """Let the checkpoint that is being written come to its end, without asking how."""
         self._thread.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any], delete_old: bool) -> None:
         target, partial = self._out / f"step-{step}", self._out / f".step-{step}"
         is_main = dist.get_rank() == 0
         try:
@@ -161,6 +169,8 @@ class CheckpointWriter:
                 raise OSError(_causes(error)) from None
             if is_main:
                 self._complete(partial, target, {"step": step, **state})
+                if delete_old:
+                    self._delete_old()
         except OSError as error:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -173,10 +183,15 @@ class CheckpointWriter:
             _remove(target)
         partial.rename(target)
         fsync(self._out)
+
+    def _delete_old(self) -> None:
         whole = [number for number, path in step_directories(self._out) if damage(path) is None]
         for number, path in step_directories(self._out):
             if number < whole[-self._keep :][0]:
-                _remove(path)
+                try:
+                    _remove(path)
+                except OSError as error:  # the new one is whole all the same
+                    print(f"warning: {path}: cannot be deleted ({error})", file=sys.stderr, flush=True)
 
 
 def _remove(directory: Path) -> None:

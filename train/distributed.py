@@ -47,6 +47,19 @@ class Processes:
         return self.rank == 0
 
 
+def mesh_dimensions(world_size: int, shard_size: int) -> dict[str, int]:
+    """The sizes of the mesh of `world_size` processes, `shard_size` of which (0: all) share one copy, by name.
+
+    Raises:
+        UserError: `shard_size` does not divide `world_size`.
+    """
+    if not shard_size:
+        return {"shard": world_size}
+    if world_size % shard_size:
+        raise UserError(f"field 'run.shard_size': found {shard_size}; expected a divisor of {world_size} process(es)")
+    return {"copy": world_size // shard_size, "shard": shard_size}
+
+
 @contextmanager
 def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one without it.
@@ -61,11 +74,9 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if shard_size and world_size % shard_size:
-        raise UserError(f"field 'run.shard_size': found {shard_size}; expected a divisor of {world_size} process(es)")
+    dimensions = mesh_dimensions(world_size, shard_size)
     target = join_processes(kind, "field 'run.device'")
-    hybrid = (world_size // shard_size, shard_size) if shard_size else None
-    mesh = init_device_mesh(kind, hybrid or (world_size,), mesh_dim_names=("copy", "shard") if hybrid else ("shard",))
+    mesh = init_device_mesh(kind, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
     try:
         yield Processes(dist.get_rank(), world_size, target, mesh)
     except AgreedError:

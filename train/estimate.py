@@ -28,7 +28,7 @@ from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.products import choices_of
 from train.architecture import Training
-from train.distributed import set_last_micro_batch
+from train.distributed import mesh_dimensions, set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token
 from train.recipe import DryRun, RunConfig
 from train.teacher import ShardedTeacher
@@ -118,10 +118,10 @@ class Memory:
 @contextmanager
 def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
     """The mesh of `count` processes, of which this one is the first and the only one."""
+    dimensions = mesh_dimensions(count, shard_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        shape = (count // shard_size, shard_size) if shard_size else (count,)
-        yield init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
+        yield init_device_mesh("cpu", tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
     finally:
         dist.destroy_process_group()
 
@@ -130,7 +130,8 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
     """Trace the micro-batches of one step as process 0 of `world_size` runs them on a device of this type.
 
     Raises:
-        UserError: the model cannot be built, or the batch is not a whole number of micro-batches.
+        UserError: the model cannot be built, the batch is not a whole number of micro-batches, or `run.shard_size`
+            does not divide the processes.
     """
     run, micro_batches = recipe.run, accumulation(recipe, world_size)
     compute_dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32

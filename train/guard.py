@@ -15,6 +15,8 @@ class Guard:
         self.config = config
         self._recent = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
         self._skipped_in_a_row = 0
+        self.must_stop = False
+        """Whether the fault that was found last ends the run; if not, its step is to be skipped."""
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, in words; None if nothing is, and then the step counts as a recent one."""
@@ -25,13 +27,10 @@ class Guard:
             for name, recent in self._recent.items():
                 recent.append(found[name])
         else:
-            self._skipped_in_a_row += 1
+            self.must_stop = self.config.on_bad_step == "stop" or self._skipped_in_a_row >= self.config.max_skips
+            # A step that ends the run is none of it: it comes again when the run goes on.
+            self._skipped_in_a_row += not self.must_stop
         return fault
-
-    @property
-    def must_stop(self) -> bool:
-        """Whether the fault that was found last ends the run."""
-        return self.config.on_bad_step == "stop" or self._skipped_in_a_row > self.config.max_skips
 
     def _not_finite(self, found: dict[str, float]) -> str | None:
         if all(map(math.isfinite, found.values())):

@@ -50,8 +50,10 @@ class Objective:
     """Only the LoRA on the head learns."""
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter of this name is trained."""
-        return not self.frozen or name.startswith("head_lora_")
+        """Whether a parameter of this name is trained: the LoRA on the head only where an exit before the last is."""
+        if name.startswith("head_lora_"):
+            return len(self.weights) > 1
+        return not self.frozen
 
     def exits(self, num_loops: int) -> list[int]:
         """The loops after which the loss needs logits."""

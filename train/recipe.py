@@ -92,7 +92,7 @@ class GuardConfig:
     """What to do about a bad step: a loss or gradient norm that is not finite, or spikes."""
 
     on_bad_step: Literal["stop", "skip"] = doc(
-        "'stop' the run before the weights change, or 'skip' the step: weights and optimizer stay as they were, "
+        "'stop' the run, saved before the weights change, or 'skip' the step: weights and optimizer stay as they were, "
         "its data counts as seen",
         default="stop",
     )
@@ -191,6 +191,11 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _check(self, "distill", "a positive number", lambda value: 0 < value < math.inf, "temperature")
         _check(self, "distill", "a number from 0 to 1", lambda value: 0 <= value <= 1, "weight")
+        if self.teacher is not None and self.weight == 0:
+            raise UserError(
+                f"field 'distill.weight': found 0 with distill.teacher = {self.teacher!r}, from which nothing would be "
+                "learned; expected a positive share, or no teacher"
+            )
 
     @property
     def teacher_path(self) -> Path | None:

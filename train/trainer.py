@@ -178,7 +178,8 @@ class Trainer:
         if start.teacher is not None:
             self.teacher = open_teacher(start.teacher, start.model, start.tokenizer, recipe.data.seq_len)
         if processes.is_main:
-            # Before training: the parent may be gone when it ends.
+            # Before training: parent and tokenizer may be gone when it ends.
+            self.tokenizer_files = {file.name: file.read_bytes() for file in start.tokenizer.files}
             self.provenance = make_provenance(start.stage, start.parent, data=recipe.data.path)
             if start.teacher is not None:
                 self.provenance["teacher"] = {"path": str(start.teacher), "sha256": fingerprint(start.teacher)}
@@ -324,9 +325,15 @@ class Trainer:
         if not self.guard.must_stop:
             self._print(f"skipped {message}")
             return
-        saved = f"from step {self.step_saved}" if self.step_saved > 0 else "from the start"
+        self.step -= 1
+        before = f"step {self.step_saved}" if self.step_saved > 0 else "the start"
+        if self.step_saved < self.step and self.step > 0:
+            # The step before was good; what it made of the weights may be what is bad, so nothing goes for it.
+            self._save_step(delete_old=False)
+            self.checkpoints.wait()
+            before = f"step {self.step}, or without {self.out / f'step-{self.step}'} from {before}"
         remedy = "lower optim.lr, or skip such steps with --guard.on_bad_step skip, and run again"
-        raise AgreedError(f"{message}; {remedy}, which continues {saved}")
+        raise AgreedError(f"{message}; {remedy}, which continues from {before}")
 
     def _meter(self) -> Meter:
         run, device, start = self.recipe.run, self.processes.device, self.start
@@ -383,7 +390,8 @@ class Trainer:
     def _check_inputs_outside(self) -> None:
         """Refuse to overwrite a directory that this run reads from."""
         out = self.out.resolve()
-        for source in (self.start.parent, self.start.teacher, *map(Path, self.recipe.data.paths)):
+        data = map(Path, self.recipe.data.paths)
+        for source in (self.start.parent, self.start.teacher, *self.start.tokenizer.files, *data):
             if source is not None and source.resolve().is_relative_to(out):
                 raise UserError(f"{source}: lies in run.out, which --run.overwrite would delete; name another run.out")
 
@@ -437,10 +445,10 @@ class Trainer:
         self.guard.load_state_dict(read_json(self.resumed / STATE_FILE)["guard"])
         self._print(f"resuming from {self.resumed}")
 
-    def _save_step(self) -> None:
+    def _save_step(self, delete_old: bool = True) -> None:
         state = {"identity": self.identity} if self.processes.is_main else {}
         state["guard"] = self.guard.state_dict()
-        self.checkpoints.save(self.step, self.model, self.optimizer, state)
+        self.checkpoints.save(self.step, self.model, self.optimizer, state, delete_old)
         self.step_saved = self.step
 
     def _save_final(self) -> None:
@@ -460,7 +468,8 @@ class Trainer:
             with write_checkpoint(target, config, {**self.provenance, **trained}) as writer:
                 for name, tensor in gathered.items():
                     writer.add(name, tensor)
-                self.start.tokenizer.save(writer.directory)
+                for name, content in self.tokenizer_files.items():
+                    (writer.directory / name).write_bytes(content)
             print(f"wrote {target}", flush=True)
 
     def _describe(self) -> None:
