@@ -86,6 +86,7 @@ def test_gemma_takes_about_six_flops_per_parameter_and_token() -> None:
         ("NVIDIA L40S", 362),
         ("NVIDIA L40", 181),
         ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
     ],
 )
 def test_the_peak_of_a_device_is_found_by_its_name(name: str, teraflops: float) -> None:
