@@ -298,6 +298,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"segment_out": [2**63 - 1, 2**63 - 1, 8], "segment_rank": [1, 1, 1]},
         "segment_out: found [9223372036854775807, 9223372036854775807, 8]; expected no entry above 2147483647",
     ),
+    ({"segment_out": [1] * 9, "segment_rank": [0] * 9}, "segment_out: found 9 entries; expected at most 8"),
     ({"x": torch.zeros(4, 2, 8)}, "x: found shape [4, 2, 8]; expected [M, K]"),
     ({"weight": torch.zeros(6, 9)}, "weight: found shape [6, 9]; expected [N, 8]"),
     ({"bias": torch.zeros(5)}, "bias: found shape [5]; expected [6]"),

@@ -108,8 +108,7 @@ bool segments_begin_at(const Params& p, int64_t multiple) {
 }
 
 bool fits_decode(const Params& p) {
-  return rows_are_vectors(p) && segments_begin_at(p, kColumnRows) && p.num_loops <= kMaxLoops &&
-         p.segments.size() <= DecodeArgs::kMaxSegments;
+  return rows_are_vectors(p) && segments_begin_at(p, kColumnRows) && p.num_loops <= kMaxLoops;
 }
 
 Tiling forced_tiling{DecodeKernel::kColumns, 0};  // slices 0: none is

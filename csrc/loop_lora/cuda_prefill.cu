@@ -47,7 +47,7 @@ cudaError_t launch_both(const PrefillArgs& args, const void* lora_a, void* shrun
 
 }  // namespace
 
-bool fits_cuda_prefill(const Params& p) { return rows_are_vectors(p) && p.segments.size() <= PrefillArgs::kMaxSegments; }
+bool fits_cuda_prefill(const Params& p) { return rows_are_vectors(p); }
 
 const char* run_cuda_prefill(const Params& p, int64_t loop, void* shrunk, int device, void* raw_stream) {
   if (p.m == 0 || p.n == 0) return nullptr;

@@ -1,6 +1,7 @@
 // What the host side (op.cpp) calls: raw pointers and sizes, nothing of torch.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,7 @@ struct Segment {
   int64_t rank_begin;
   int64_t rank;
 };
+constexpr size_t kMaxSegments = 8;
 
 // y[m] = weight x[m] + bias + lora_b[l(m)] lora_a[l(m)] x[m]; every tensor of one dtype and, but for x,
 // contiguous. The caller has checked shapes and loops.

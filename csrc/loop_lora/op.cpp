@@ -22,6 +22,9 @@ void check_segment_lists(const Checks& check, const std::vector<int64_t>& out, c
   if (out.size() != rank.size()) {
     check.fail("segment_rank: found ", rank.size(), " entries; expected ", out.size(), " as in segment_out");
   }
+  if (out.size() > loop_lora::kMaxSegments) {
+    check.fail("segment_out: found ", out.size(), " entries; expected at most ", loop_lora::kMaxSegments);
+  }
   // What is larger than any tensor would overflow the sums.
   const auto huge = [](int64_t value) { return value > INT32_MAX; };
   if (std::any_of(out.begin(), out.end(), huge)) {

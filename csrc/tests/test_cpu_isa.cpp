@@ -37,11 +37,12 @@ std::string widest_of_this_cpu() {
   return have({"avx512_bf16"}) ? "avx512_bf16" : "avx512";
 }
 
-std::string chosen_with(const std::string& self, const char* asked) {
+// What a copy of this program that is asked for `asked` prints first.
+std::string chosen_with(const std::string& self, const char* asked, const char* stream = "2>/dev/null") {
   asked == nullptr ? unsetenv("RRT_CPU_ISA") : setenv("RRT_CPU_ISA", asked, 1);
-  FILE* output = popen((self + " print").c_str(), "r");
+  FILE* output = popen((self + " print " + stream).c_str(), "r");
   if (output == nullptr) return "";
-  char line[64] = "";
+  char line[256] = "";
   const bool read = std::fgets(line, sizeof(line), output) != nullptr;
   return pclose(output) == 0 && read ? line : "";
 }
@@ -68,6 +69,10 @@ int main(int argc, char** argv) {
         CHECK_EQ(chosen_with(argv[0], nullptr), widest);
         CHECK_EQ(chosen_with(argv[0], ""), widest);
         CHECK_EQ(chosen_with(argv[0], "AVX2"), widest);
+        CHECK_EQ(chosen_with(argv[0], "AVX2", "2>&1 >/dev/null"),
+                 "rrt: RRT_CPU_ISA: found 'AVX2'; expected baseline, avx2, avx512 or avx512_bf16, up to this CPU's " +
+                     widest + ", which is used\n");
+        CHECK_EQ(chosen_with(argv[0], "baseline", "2>&1 >/dev/null"), "");
         for (size_t i = 0; i < kNames.size(); ++i) {
           const std::string& expected = i < index_of(widest) ? kNames[i] : widest;
           CHECK_EQ(chosen_with(argv[0], kNames[i].c_str()), expected);

@@ -13,6 +13,8 @@ from torch import SymInt, Tensor
 from rrt._build import register_op
 from rrt.ops.checks import Checks
 
+MAX_SEGMENTS = 8
+
 _check = Checks("loop_lora_linear")
 _prefill_check = Checks("loop_lora_prefill")
 
@@ -39,7 +41,7 @@ def loop_lora_linear(
         segment_out, segment_rank: for a fused projection (q,k,v) whose segments have adapters of their own.
             Segment s is the next ``segment_out[s]`` rows of the weight; its A is the next ``segment_rank[s]`` rows
             of lora_a [loops, sum(segment_rank), K], its B the first ``segment_rank[s]`` columns of those rows of
-            lora_b [loops, N, max(segment_rank)] (the other columns are not read).
+            lora_b [loops, N, max(segment_rank)] (the other columns are not read). At most 8 segments.
 
     On a CPU, weight, lora_a and lora_b may be given packed, all three, as `pack_linear` returns them: faster, and with
     one result. N and the ranks are then segment_out and segment_rank, which must be given ([N] and [R] if there is one
@@ -279,6 +281,8 @@ def _check_segment_lists(check: Checks, out: Sequence[int], rank: Sequence[int],
         check.fail("segment_out", [], "the packed weight's segments (one of all its rows, if there is one)")
     if len(out) != len(rank):
         check.fail("segment_rank", f"{len(rank)} entries", f"{len(out)} as in segment_out")
+    if len(out) > MAX_SEGMENTS:
+        check.fail("segment_out", f"{len(out)} entries", f"at most {MAX_SEGMENTS}")
     lists = (("segment_out", out), ("segment_rank", rank))
     for name, values in lists:
         if max(values, default=0) > 2**31 - 1:
