@@ -64,9 +64,12 @@ def generate_texts(
 
 def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> list[str]:
     until = batch[0].until
+    # Asked after every token, so a stop string ends within the last ones: each has a byte of it, but for those that
+    # decode to nothing, or differently at the beginning of a text.
+    longest = max((len(stop.encode()) for stop in until), default=0) + 16
 
     def stopped(tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens[-longest:])
         return any(stop in text for stop in until)
 
     outputs = generate(

@@ -127,22 +127,22 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
             return packed_blocks(documents(), context)
         return document_blocks(documents(), context, bos_id)
 
-    stopped = None
+    stopped, finite = None, True
     with tqdm(unit="tok", unit_scale=True, desc="perplexity", disable=None if replica.is_main else True) as bar:
         try:
             # Every process reads all of the data and computes its share of the batches.
             for index, dealt_blocks in enumerate(batches(blocks(), context, arguments.batch_size)):
                 dealt += sum(block.shape[1] - 1 for block in dealt_blocks)
-                if index % replica.count == replica.rank:
+                if finite and index % replica.count == replica.rank:
                     batch = make_batch(dealt_blocks, bos_id)
                     losses = read_exits(model, batch, loops, target_losses)
                     sums.add(losses, batch.groups[batch.targets != PAD])
-                    if not losses.isfinite().all():
-                        break
+                    finite = bool(losses.isfinite().all())
                     bar.set_postfix(ppl=f"{perplexity(float(sums.loss[-1].sum() / sums.tokens.sum())):.3f}")
                 bar.total = None if corpus.num_tokens is None else max(dealt, min(corpus.num_tokens, limit))
                 bar.update(dealt - bar.n)
-                if dealt >= limit:
+                # Together with others it reads on, to know all groups when what they scored is added up.
+                if dealt >= limit or (not finite and replica.count == 1):
                     break
         except UserError as error:
             stopped = error
@@ -224,9 +224,9 @@ def main() -> None:
     with replicas(arguments.device) as replica:
         result, stopped = evaluate(arguments, replica)
         if replica.is_main:
-            print_table(result)
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
+            print_table(result)
         replica.wait(stopped)  # torchrun ends all processes when one ends: not before the result is written
 
 

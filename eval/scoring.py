@@ -31,8 +31,8 @@ MIN_SAVED_TOKENS = 8
 """A text joins a row if it makes the row's beginning save this many tokens more: longer rows cost attention."""
 MAX_BRANCH_TOKENS = 2048
 """Tokens of a row behind its common beginning: attention costs the square of a row's length."""
-LOGITS_ELEMENTS = 2**26
-"""Logits held at once: 256 MiB in fp32."""
+LOGITS_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits held at once, 16 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Scorer:
 
     def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states [P, D] and targets int64 [P] -> log-likelihoods fp64 [P], and which targets are the argmax."""
-        rows = max(1, LOGITS_ELEMENTS // self.model.config.vocab_size)
+        rows = max(1, LOGITS_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
         values, hits = [], []
         for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = self.model.logits(h)
@@ -161,7 +161,8 @@ class Scorer:
             hit = chosen == logits.amax(1)
             hit[hit.clone()] = logits[hit].argmax(1) == target[hit]
             hits.append(hit)
-            values.append(logits.log_softmax(1).gather(1, target[:, None])[:, 0].double())
+            torch.log_softmax(logits, 1, out=logits)
+            values.append(logits.gather(1, target[:, None])[:, 0].double())
         return torch.cat(values).cpu().numpy(), torch.cat(hits).cpu().numpy()
 
 

@@ -101,7 +101,9 @@ def fewshot_table(rows: list[dict[str, Any]]) -> str:
     heads = " | ".join(f"{title} ({task}, {metric})" for task, metric, title in TASKS)
     lines = [f"| few-shot, %, of {rows[0]['documents']} documents | {heads} |", "|---|---|---|"]
     for row in rows:
-        cells = " | ".join("{:.1f} ± {:.1f}".format(*(100 * value for value in row[task])) for task, *_ in TASKS)
+        cells = " | ".join(
+            " ± ".join(f"{100 * value:.1f}" for value in row[task] if value is not None) for task, *_ in TASKS
+        )
         lines.append(f"| {row['model']} | {cells} |")
     return "\n".join([*lines, "| by chance | 0.0 | 25.0 |"])
 

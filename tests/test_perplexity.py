@@ -228,6 +228,24 @@ def process_of_two(checkpoint, data, *flags):
     return written[0] if written else None
 
 
+def broken_copy(model_dir, broken):
+    """A model whose losses are NaN."""
+    shutil.copytree(model_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
+def test_two_processes_that_meet_nan_before_all_groups_were_read_say_so(model_dir, texts, tmp_path):
+    data = tmp_path / "test.jsonl"
+    records = [{"text": f"{text[:40]}", "meta": {"redpajama_set_name": f"set {i}"}} for i, text in enumerate(texts)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ("--context", 5, "--batch-size", 1)
+    for error in run_on_two(process_of_two, str(broken_copy(model_dir, tmp_path / "broken")), str(data), *flags):
+        assert "expected a finite number" in str(error)
+
+
 def test_logits_of_a_batch_never_exist_whole(model_dir, monkeypatch):
     model = load_model(model_dir)
     rows = []
@@ -259,11 +277,7 @@ def test_bad_input_ends_with_one_line_and_no_result(model_dir, shard_dir, tmp_pa
     for file in load_tokenizer(tmp_path / "tok").files:
         shutil.copy(file, other)
     (tmp_path / "empty.txt").write_text("")
-    broken = tmp_path / "broken"
-    shutil.copytree(model_dir, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = math.nan
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = broken_copy(model_dir, tmp_path / "broken")
     cases = [
         ((model_dir, shard_dir, "--exit-loop", 1), "--exit-loop: found 1"),
         ((model_dir, shard_dir, "--context", 100000), "--context: found 100000"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models_util import FAMILIES, make_hf_model
 
+from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import Scorer, batches, share_beginnings
 from rrt.config import LoraRanks, RecursiveConfig
@@ -91,7 +92,7 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 def test_the_head_runs_in_pieces_with_a_large_vocabulary(configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
-    monkeypatch.setattr("eval.scoring.LOGITS_ELEMENTS", 3 * 151)
+    monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     in_pieces = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
     assert [value for value, _ in in_pieces] == pytest.approx([value for value, _ in expected], abs=1e-12)
     assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in expected]
