@@ -2,6 +2,8 @@
 
 Sections (--only takes some of them):
 
+- step: an optimizer step of a Llama of 26 M parameters over 4 x 512 tokens, against transformers' model in the same
+  loop, with fused AdamW, and against itself with compiled layers
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
 - trainer: the trainer's steps against a bare loop's: what data, sharding, logging and metrics cost
@@ -27,6 +29,7 @@ from bench.timing import Timer
 from bench.training_cases import (
     measure_checkpointing,
     measure_relaxation,
+    measure_step,
     measure_traffic,
     measure_trainer,
 )
@@ -35,22 +38,28 @@ from rrt.errors import UserError
 from rrt.results import write_result
 from rrt.tensors import parse_dtype
 
-SECTIONS = ("relaxation", "checkpointing", "trainer", "traffic")
+SECTIONS = ("step", "relaxation", "checkpointing", "trainer", "traffic")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="these sections (default all)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"], help="of relaxation")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"], help="of step and relaxation"
+    )
+    parser.add_argument("--vocab", type=int, nargs="+", default=[16000], help="of step (default 16000)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
     parser.add_argument("--rank", type=int, default=256, help="of relaxation (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default 5)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     arguments = parser.parse_args()
-    for name in ("rows", "rank", "rounds"):
+    for name in ("vocab", "rows", "rank", "rounds"):
         values = getattr(arguments, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise UserError(f"--{name}: found {values}; expected positive numbers")
+    for rows in arguments.rows:
+        if rows > 512 and rows % 512:
+            raise UserError(f"--rows: found {rows}; expected a multiple of 512, or less")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
     return arguments
@@ -61,6 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cases: list[tuple[str, Any]] = []
     for name in arguments.dtype:
         dtype = parse_dtype(name)
+        cases += [("step", lambda v=vocab, d=dtype: measure_step(timer, v, d)) for vocab in arguments.vocab]
         cases += [
             ("relaxation", lambda r=rows, d=dtype: measure_relaxation(timer, r, arguments.rank, d))
             for rows in arguments.rows

@@ -1,4 +1,4 @@
-"""What `bench/training.py` measures: relaxation, checkpointing, the trainer, traffic."""
+"""What `bench/training.py` measures: a training step against transformers', relaxation, checkpointing, the trainer."""
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from rrt.presets import preset
 from rrt.shards import ShardWriter
 from rrt.tensors import dtype_name
 from rrt.tokenizer import load_tokenizer, train_bpe
+from train.compile import compile_layers
 from train.distributed import processes
 from train.estimate import LiveMemory
 from train.objective import NEXT_TOKEN
@@ -75,11 +76,35 @@ def tokens_of(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor]
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def model_and_losses(config: ModelConfig) -> tuple[nn.Module, Losses]:
+def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransformer, Losses]:
     model = RecursiveTransformer(config)
     model.init_weights()
-    losses = NEXT_TOKEN.bind(model)
+    losses = NEXT_TOKEN.bind(model.to(dtype))
     return model, lambda inputs, targets: losses(inputs, targets)[0]
+
+
+def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Losses]:
+    """transformers' Llama of the same shape, with its own loss."""
+    import transformers
+
+    hf = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).to(dtype)
+
+    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = hf(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+        return loss
+
+    return hf, losses
 
 
 def optimizer_step(model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor]) -> Callable[[int], Tensor]:
@@ -95,6 +120,21 @@ def optimizer_step(model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor
         return loss.detach()
 
     return step
+
+
+def measure_step(timer: Timer, vocab_size: int, dtype: torch.dtype) -> Measured:
+    """One optimizer step over 4 x 512 tokens: ours, transformers', and ours with compiled layers."""
+    config = replace(SMALL_LLAMA, vocab_size=vocab_size)
+    batch = tokens_of(vocab_size, 4, 512)
+    steps = {"ours": optimizer_step(*our_losses(config, dtype), batch)}
+    steps["transformers"] = optimizer_step(*transformers_losses(config, dtype), batch)
+    compiled, losses = our_losses(config, dtype)
+    compile_layers(compiled.stack, torch.device("cpu"))
+    steps["ours, compiled"] = optimizer_step(compiled, losses, batch)
+    for step in steps.values():
+        step(0)
+    samples = timer.measure({name: Variant(step) for name, step in steps.items()}, copies=1)
+    return Measured({"vocab_size": vocab_size, "dtype": dtype_name(dtype), "tokens": batch[0].numel()}, samples)
 
 
 def measure_relaxation(
@@ -165,13 +205,13 @@ class _TimedTrainer(Trainer):
     def _train_step(self, rate: float) -> tuple[float, float, str | None]:
         now = time.perf_counter()
         if self.step == 0:
-            self.timed: Samples = {"trainer": [], "bare loop": []}
+            self.samples: Samples = {"trainer": [], "bare loop": []}
         elif self.step > 1:  # the first is warm-up
-            self.timed["trainer"].append(now - self._began)
+            self.samples["trainer"].append(now - self._began)
         began = time.perf_counter()
         self.bare(0)
         if self.step > 0:
-            self.timed["bare loop"].append(time.perf_counter() - began)
+            self.samples["bare loop"].append(time.perf_counter() - began)
         self._began = time.perf_counter()
         return super()._train_step(rate)
 
@@ -210,10 +250,10 @@ def measure_trainer(steps: int) -> Measured:
         )
         with processes("cpu") as group:
             trainer = _TimedTrainer(recipe, start, group)
-            model, losses = model_and_losses(SMALL_LLAMA)
+            model, losses = our_losses(SMALL_LLAMA, torch.float32)
             trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512))
             trainer.run()
-    samples = trainer.timed
+    samples = trainer.samples
     pairs = min(map(len, samples.values()))
     return Measured(
         {"tokens": batch_tokens, "dtype": "float32", "steps": steps},
@@ -230,8 +270,10 @@ class _Recipe:
 
 
 def _own_sources() -> Iterator[str]:
-    for path in sorted(Path(__file__).resolve().parents[1].glob("**/*.py"))[:60]:
-        yield path.read_text(encoding="utf-8")
+    root = Path(__file__).resolve().parents[1]
+    for folder in ("rrt", "train", "eval", "bench"):
+        for path in sorted((root / folder).rglob("*.py")):
+            yield path.read_text(encoding="utf-8")
 
 
 def measure_traffic(name: str, num_loops: int, ranks: list[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """What a device computes products of matrices in."""
 
-import functools
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_HAS_BF16_INSTRUCTIONS = platform.machine() != "x86_64" or torch.cpu._is_avx512_bf16_supported()
 _choices: list[str] = []
 
 
@@ -36,7 +36,7 @@ def product_dtype(tensor: Tensor, rows: int = EMULATED_FROM_ROWS) -> torch.dtype
 
     torch emulates them on x86 CPUs without AVX512-BF16, several times slower than fp32.
     """
-    emulated = tensor.dtype.itemsize == 2 and device_type(tensor) == "cpu" and not _has_bf16_instructions()
+    emulated = tensor.dtype.itemsize == 2 and device_type(tensor) == "cpu" and not _HAS_BF16_INSTRUCTIONS
     return torch.float32 if emulated and rows >= EMULATED_FROM_ROWS else tensor.dtype
 
 
@@ -52,8 +52,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     wide_x, at_once = x.to(wide), max(1, _WIDENED_AT_ONCE // weight.shape[1])
     y = torch.cat([F.linear(wide_x, part.to(wide)) for part in weight.split(at_once)], dim=-1)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
-
-
-@functools.cache
-def _has_bf16_instructions() -> bool:
-    return platform.machine() != "x86_64" or torch.cpu._is_avx512_bf16_supported()

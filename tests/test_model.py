@@ -230,7 +230,7 @@ def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
             parameter.normal_(generator=torch.Generator().manual_seed(index))
     linear.bfloat16()
     x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
-    monkeypatch.setattr(products, "_has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(products, "_HAS_BF16_INSTRUCTIONS", False)
     for merge in (False, True):
         linear.merge = merge
         found = linear(x, 1)

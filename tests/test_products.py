@@ -13,7 +13,7 @@ ROWS = products.EMULATED_FROM_ROWS
 
 @pytest.fixture(autouse=True)
 def emulating_cpu(monkeypatch):
-    monkeypatch.setattr(products, "_has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(products, "_HAS_BF16_INSTRUCTIONS", False)
 
 
 class Products(TorchFunctionMode):

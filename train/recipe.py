@@ -124,6 +124,10 @@ class RunConfig:
         "compute activations again in the backward, keeping only the input of each layer, or of each loop",
         default="none",
     )
+    compile: bool = doc(
+        "torch.compile of the layers: slower to start, faster steps; needs a C++ compiler, on CUDA Triton",
+        default=False,
+    )
     wrap: Literal["stack", "layer"] = doc(
         "unit of FSDP: the looped stack for the fewest collectives; its layers, for large blocks, overlap "
         "communication and need smaller buffers",

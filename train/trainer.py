@@ -28,6 +28,7 @@ from rrt.shards import META_FILE
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
 from train.checkpoints import STATE_FILE, CheckpointWriter, load_step, newest_whole
+from train.compile import compile_layers
 from train.data import open_data
 from train.distributed import (
     AgreedError,
@@ -229,6 +230,8 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.start.objective.trains(name))
         set_up_model(self.model, run, self.processes.mesh)
+        if run.compile:
+            agree(lambda: compile_layers(self.model.stack, device))
         self.model.to_empty(device=device)
         dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
         teacher = self.teacher and ShardedTeacher.load(self.teacher, self.processes, dtype)

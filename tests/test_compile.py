@@ -1,0 +1,83 @@
+"""Training with torch.compile gives the losses that it gives without."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from processes_util import run_on_two
+from tokenizers_util import make_sentencepiece_tokenizer
+from training_util import (
+    VOCAB,
+    Flags,
+    losses,
+    make_checkpoint,
+    make_data,
+    make_flags,
+    run_script,
+    train_here,
+    train_until,
+)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    directory = tmp_path_factory.mktemp("inputs")
+    tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
+    (directory / "data").mkdir()
+    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
+
+
+def train_traced(argv: list[str]) -> int:
+    """Trains with graphs as torch.compile takes them, but run by torch's own operators; how many there were."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        train_here(argv)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+OPTIONS = {
+    "bf16 by layer": {"run__dtype": "bf16", "run__wrap": "layer", "run__checkpointing": "layer"},
+    "fp32 by stack": {"run__lora": "merged", "run__checkpointing": "loop"},
+}
+
+
+@pytest.mark.parametrize("options", ["bf16 by layer", pytest.param("fp32 by stack", marks=pytest.mark.slow)])
+def test_graphs_of_the_layers_are_one_for_each_loop_and_change_no_loss(
+    tmp_path: Path, flags: Flags, options: str
+) -> None:
+    run_on_two(train_here, flags(tmp_path / "plain", 4, **OPTIONS[options]))
+    argv = flags(tmp_path / "compiled", 4, run__compile="true", **OPTIONS[options])
+    graphs = run_on_two(train_traced, argv)
+    assert set(graphs) == {1 + 2}  # one is the trial's
+    tolerance = 2e-3 if "bf16" in options else 1e-6
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_losses_are_those_of_the_plain_run_and_resume_bitwise(
+    tmp_path: Path, flags: Flags, options: str
+) -> None:
+    train_here(flags(tmp_path / "plain", 6, **OPTIONS[options]))
+    compiled = {"run__compile": "true", "run__save_every": 2, **OPTIONS[options]}
+    train_here(flags(tmp_path / "whole", 6, **compiled))
+    train_until(3, flags(tmp_path / "parts", 6, **compiled))
+    train_here(flags(tmp_path / "parts", 6, **compiled))
+    tolerance = 2e-3 if "bf16" in options else 1e-5
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path: Path, flags: Flags) -> None:
+    argv = flags(tmp_path / "run", 1, run__compile="true")
+    run = run_script(argv, CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert run.returncode == 2
+    assert (
+        run.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: field 'run.compile': found true, but torch.compile fails on cpu")
+    )
+    assert not (tmp_path / "run" / "final").exists()
