@@ -107,14 +107,14 @@ def heading(text: str) -> str:
     return f"<h3>{escape(text)}</h3>"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table; None is an empty cell."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
+    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers and may be long."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
         for row in rows
     )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="table {style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def plots(*figures: str) -> str:
@@ -235,7 +235,8 @@ def training(results: Results) -> str:
         rows.append([names[str(path)], f"{len(records):,}", human_count(records[-1]["tokens"]), f"{mean:.4f}"])
     figure = plot("Training loss", series, "tokens", "nats per token")
     heads = ("run", "steps", "tokens", "loss, mean of the last 5 % of steps")
-    return "<h2>Training</h2>" + plots(figure) + table(heads, rows)
+    note = "Of what each run minimises: with distillation or exits that is not the last loop's cross-entropy alone."
+    return "<h2>Training</h2>" + plots(figure) + table(heads, rows) + f'<p class="soft">{escape(note)}</p>'
 
 
 def exits(results: Results) -> str:
@@ -363,7 +364,7 @@ def sources(results: Results) -> str:
         for path, result in found
     ]
     rows += [[path, "training run", None, None, None, None] for path, _ in results.runs]
-    return "<h2>Sources</h2>" + table(("file", "kind", "command", "code", "device", "made"), rows)
+    return "<h2>Sources</h2>" + table(("file", "kind", "command", "code", "device", "made"), rows, "texts")
 
 
 def body(results: Results) -> str:
