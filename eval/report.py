@@ -108,7 +108,7 @@ def heading(text: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
-    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers and may be long."""
+    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers; a command's wrap."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
@@ -352,8 +352,11 @@ def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
         [f"{row['model']}, {row['strategy']}", sizes[row["model"]], row["batch"], *(cell(row, s) for s in stages)]
         for row in queue["rows"]
     ]
-    caption = f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token"
-    return table((f"{caption}; tok/s (over static, CSB)", "N-emb", "batch", *stages), rows)
+    caption = (
+        f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token. Tokens per second "
+        "(over static batching, over CSB of the vanilla model), by what is counted, each with all before it:"
+    )
+    return f"<p>{escape(caption)}</p>" + table(("", "N-emb", "batch", *stages), rows)
 
 
 def sources(results: Results) -> str:
