@@ -435,7 +435,9 @@ def test_another_objective_does_not_resume_the_run(checkpoints: dict[str, Path],
     out = tmp_path / "run"
     train(flags(checkpoints["two"], out))
     (out / "final").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="field 'objective': found"):
+    with pytest.raises(
+        UserError, match=r"field 'objective\.weights\[0\]\.cross_entropy': found 0\.1, this run has 0\.3;"
+    ):
         train(flags(checkpoints["two"], out, exits__coefficient=0.3))
 
 

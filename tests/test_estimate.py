@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import pytest
 import torch
 from processes_util import run_on_two
 from tokenizers_util import make_sentencepiece_tokenizer, training_texts
-from training_util import to_flags, train
+from training_util import make_checkpoint, make_flags, to_flags, train
 
+from rrt.config import LoraRanks, RecursiveConfig
 from rrt.errors import UserError
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
-from train import pretrain
+from train import early_exit, pretrain
 from train.architecture import read_architecture
-from train.estimate import LiveMemory, estimate_memory
+from train.command import Command
+from train.estimate import LiveMemory, estimate_memory, hours
 from train.flops import training_flops_per_token
-from train.recipe import read_recipe
+from train.recipe import DryRun, RunConfig, read_recipe
 from train.trainer import Trainer
 
 VOCAB, LENGTH = 8192, 256
@@ -32,7 +35,7 @@ def status_bytes(field: str) -> int:
     raise AssertionError(field)
 
 
-def memory_of_a_run(argv: list[str]) -> int:
+def memory_of_a_run(argv: list[str], command: Command[Any]) -> int:
     """Peak resident memory of a run's steps beyond what the process had before the model was made."""
     mmap_threshold = -3
     ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 65536)  # freed memory goes back at once
@@ -54,7 +57,7 @@ def memory_of_a_run(argv: list[str]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_build", measured_build)
         patch.setattr(Trainer, "_loop", measured_loop)
-        train(argv, pretrain.COMMAND)
+        train(argv, command)
     return peak - before
 
 
@@ -154,6 +157,23 @@ def test_a_dry_run_needs_neither_weights_nor_data(
     assert not torch.distributed.is_initialized()
 
 
+def test_hours_on_cpus_need_their_peak() -> None:
+    run, dry_run = RunConfig(out="x", tokens=2**21, device="cpu"), DryRun(processes=2, mfu=0.5, gpu="H100")
+    assert hours(7.2e15, run, dry_run) == "for hours on CPUs give --run.peak_flops"
+    known = replace(run, peak_flops=1e12)
+    assert hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
+
+
+def check_estimate(command: Command[Any], argv: list[str], small: list[str]) -> None:
+    """Against two processes that have pretrained by `small` before, so that the libraries have what they keep."""
+    recipe = read_recipe(command.recipe, "", argv)
+    estimate = estimate_memory(command.training(recipe), recipe, 2, "cpu")
+    run_on_two(memory_of_a_run, small, pretrain.COMMAND)
+    measured = max(run_on_two(memory_of_a_run, argv, command))
+    print(f"estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
+    assert measured == pytest.approx(estimate.peak, rel=0.15)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
@@ -169,11 +189,28 @@ def test_a_dry_run_needs_neither_weights_nor_data(
 def test_the_estimate_is_within_15_percent_of_two_processes(
     settings: dict[str, Any], inputs: Path, tmp_path: Path
 ) -> None:
-    argv = make_argv(inputs, **settings)
-    recipe = read_recipe(pretrain.PretrainRecipe, "", argv)
-    estimate = estimate_memory(pretrain.training(recipe), recipe, 2, "cpu")
     small = make_argv(inputs, **{**settings, "model__num_layers": 2, "run__out": tmp_path / "small"})
-    run_on_two(memory_of_a_run, small)  # lets the libraries take what they keep
-    measured = max(run_on_two(memory_of_a_run, make_argv(inputs, **settings, run__out=tmp_path / "run")))
-    print(f"{settings}: estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
-    assert measured == pytest.approx(estimate.peak, rel=0.15)
+    check_estimate(pretrain.COMMAND, make_argv(inputs, **settings, run__out=tmp_path / "run"), small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_estimate_holds_for_exits_of_a_relaxed_model_with_a_teacher(
+    freeze: bool, inputs: Path, tmp_path: Path
+) -> None:
+    small = make_argv(inputs, model__num_layers=2, run__out=tmp_path / "small")
+    shape = read_architecture(str(inputs / "config.json"), "model.config")[0]
+    relaxed = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(64))
+    start = make_checkpoint(tmp_path / "relaxed", inputs / "tokenizer", shape, relaxed)
+    argv = make_flags(start, inputs / "data")(
+        tmp_path / "run",
+        data__seq_len=LENGTH,
+        run__tokens=4 * LENGTH * 2 * 2 * 2,
+        run__batch_tokens=4 * LENGTH * 2 * 2,
+        run__micro_batch=4,
+        exits__distill="teacher",
+        distill__teacher=make_checkpoint(tmp_path / "teacher", inputs / "tokenizer", shape, RecursiveConfig()),
+        exits__head_lora_rank=64 if freeze else 0,
+        exits__freeze=str(freeze).lower(),
+    )
+    check_estimate(early_exit.COMMAND, argv, small)

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from models_util import make_hf_model
+from tokenizers_util import make_bpe_tokenizer, training_texts
 
+import rrt
 from rrt.convert import recursive_flags
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
+from rrt.presets import preset
+from rrt.shards import ShardWriter
+from rrt.tokenizer import load_tokenizer
 from train import early_exit, pretrain, uptrain
 from train.architecture import check_start, start_architecture
 from train.recipe import ABSENT, StartConfig, read_command, read_tables
@@ -176,6 +182,39 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
 def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> None:
     flags = "--num-loops 2 --init average"
     found = dataclasses.replace(recursive_flags(flags.split()), exit_loops=(0,), head_lora_rank=4)  # by training
-    check_start("x", found, StartConfig(base="pythia-160m", convert=flags))
+    check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=flags))
     with pytest.raises(UserError, match=f"field 'checkpoint.path': x has {message}"):
-        check_start("x", found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
+        check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
+
+
+@pytest.mark.slow
+def test_a_row_is_made_from_any_folder_by_one_command(tmp_path: Path) -> None:
+    make_hf_model(tmp_path / "base", "gpt_neox", vocab_size=420)
+    tokenizer = load_tokenizer(make_bpe_tokenizer(tmp_path / "base", vocab_size=420))
+    (tmp_path / "data").mkdir()
+    with ShardWriter(tmp_path / "data", tokenizer) as writer:
+        for split in ("train", "heldout"):
+            for text in training_texts():
+                ids = tokenizer.encode_document(text)
+                writer.append(split, ids, [len(ids)], [len(text.encode())])
+        writer.finish({})
+
+    def run() -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(ROOT / "runs" / "paper.py"), "pythia-160m/b2_stepwise_not_looped_15b"]
+        small = ["--run.batch_tokens", "1024", "--run.micro_batch", "4", "--data.seq_len", "64", "--run.device", "cpu"]
+        return subprocess.run(
+            [*command, "--base", "base", "--data", "data", "--out", "out", "--gpus", "1", "--", *small,
+             "--run.tokens", "4096"],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    made = run()
+    assert made.returncode == 0, made.stderr
+    modules = [line.split()[3] for line in made.stdout.splitlines() if line.startswith("$ ")]
+    assert modules[:2] == ["rrt.convert", "torch.distributed.run"]
+    out = tmp_path / "out" / "pythia-160m" / "b2_stepwise_not_looped_15b"
+    model = rrt.load_model(out / "final")
+    assert (model.config.num_layers, model.recursive.num_loops) == (3, 1)
+    again = run()
+    assert again.stdout.splitlines() == [made.stdout.splitlines()[-1]]
+    assert "perplexity" in again.stdout

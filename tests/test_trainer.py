@@ -453,8 +453,12 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
             "no such directory; expected an HF model directory",
         ),
         "another start": (
-            {"start__base": "pythia-160m", "start__convert": "--num-loops 4"},
+            {"start__base": "tinyllama-1.1b", "start__convert": "--num-loops 4"},
             "has num_loops 2; expected 4, as the recipe's start.convert = '--num-loops 4' says",
+        ),
+        "another family": (
+            {"start__base": "pythia-160m", "start__convert": "--num-loops 2"},
+            "has family llama; expected gpt_neox, as the recipe's start.base = 'pythia-160m' says",
         ),
         "too many loops": ({"checkpoint__num_loops": 3}, f"num_loops: found 3; {checkpoint} has 2: expected 1 to 2"),
         "no wandb": ({"run__wandb": "project"}, "field 'run.wandb': the wandb package cannot be imported ("),
@@ -473,6 +477,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
         "context too long",
         "no checkpoint",
         "another start",
+        "another family",
         "too many loops",
         "no wandb",
         "no warm-up",

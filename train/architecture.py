@@ -64,7 +64,7 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
     if checkpoint == ABSENT:
         return read_architecture(start.base, "start.base")[0], _described(start)
     model, recursive = read_architecture(checkpoint, "checkpoint.path")
-    check_start(checkpoint, recursive, start)
+    check_start(checkpoint, model, recursive, start)
     return model, recursive
 
 
@@ -79,14 +79,23 @@ def open_start(checkpoint: str, start: StartConfig) -> Source:
         UserError: it is not usable, or folded or relaxed in another way than `start` says.
     """
     source = open_source(checkpoint)
-    check_start(checkpoint, source.recursive, start)
+    check_start(checkpoint, source.model, source.recursive, start)
     return source
 
 
-def check_start(checkpoint: str, recursive: RecursiveConfig, start: StartConfig) -> None:
-    """Refuse a checkpoint that is folded or relaxed in another way than `start` says, if it says any."""
+def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig, start: StartConfig) -> None:
+    """Refuse a checkpoint of another family than `start` says, or folded or relaxed in another way, if it says any.
+
+    Sizes may differ, so that a row can be tried with a small model.
+    """
     if start.base is None:
         return
+    family = read_architecture(start.base, "start.base")[0].family
+    if model.family != family:
+        raise UserError(
+            f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
+            f"start.base = '{start.base}' says"
+        )
     described = _described(start)
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursive, name), getattr(described, name)
@@ -112,4 +121,7 @@ def planned_distillation(distill: DistillConfig, start: StartConfig) -> DistillC
 def check_distillation(distill: DistillConfig, start: StartConfig) -> None:
     """Refuse to train without the teacher that the recipe speaks of."""
     if distill.teacher is None and start.teacher is not None:
-        raise UserError(f"field 'distill.teacher': missing; expected the result of start.teacher = '{start.teacher}'")
+        raise UserError(
+            f"field 'distill.teacher': missing; expected the final/ of the recipe that start.teacher names, "
+            f"'{start.teacher}' (runs/paper.py makes it first)"
+        )

@@ -78,6 +78,35 @@ def newest_whole(out: Path, *, warn: bool) -> Path | None:
     )
 
 
+def check_identity(directory: Path, identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run whose identity, as JSON, is another.
+
+    Raises:
+        UserError: the first field in which they differ, with both values.
+    """
+    path = directory / STATE_FILE
+    stored = read_json(path).get("identity", {})
+    for name, value in identity.items():
+        if stored.get(name) != value:
+            field, found, expected = _first_difference(name, stored.get(name), value)
+            raise UserError(
+                f"{path}: field '{field}': found {found!r}, this run has {expected!r}; "
+                "resume with the same, name another run.out or add --run.overwrite true"
+            )
+
+
+def _first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+    """The innermost field in which two JSON values that differ do so first, and its values."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        inside = [(f"{name}.{key}", found.get(key), expected.get(key)) for key in found | expected]
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        inside = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
+    else:
+        return name, found, expected
+    differing = (_first_difference(*field) for field in inside if field[1] != field[2])
+    return next(differing, (name, found, expected))
+
+
 def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Set parameters and optimizer state from `step-N/`, written by any number of processes; returns N.
 

@@ -234,6 +234,7 @@ _PARTS = {
 def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
     """What training this model will take, for people."""
     run, processes = recipe.run, dry_run.processes
+    tokens = run.steps * run.batch_tokens
     device = "cpu" if run.device == "cpu" else "cuda"
     settings = [run.checkpointing, *(kind for kind in ("none", "layer", "loop") if kind != run.checkpointing)]
     estimates = {}
@@ -255,11 +256,6 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
         training.objective,
         training.teacher,
     )
-    peak = run.peak_flops or peak_flops(dry_run.gpu)
-    if peak is None:
-        raise UserError(f"command line: --gpu: found {dry_run.gpu!r}, whose peak is not known; give --run.peak_flops")
-    tokens = run.steps * run.batch_tokens
-    hours = tokens * flops / (peak * dry_run.mfu * processes) / 3600
     width = max(len(label) for label, _ in rows)
     return "\n".join(
         [
@@ -271,7 +267,17 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
             f"memory of one process on {device}, traced, without the libraries' own:",
             *(f"  {label:<{width}}  {human_bytes(size):>12}" for label, size in rows),
             f"  peak with checkpointing: {others}",
-            f"work: {human_count(flops)}FLOPs per token; {hours:,.1f} hours on {processes} x "
-            f"{peak / 1e12:.4g} TFLOP/s at {dry_run.mfu:.0%} MFU",
+            f"work: {human_count(flops)}FLOPs per token; {hours(tokens * flops, run, dry_run)}",
         ]
     )
+
+
+def hours(flops: float, run: RunConfig, dry_run: DryRun) -> str:
+    """How long so much work takes."""
+    if run.device == "cpu" and run.peak_flops is None:
+        return "for hours on CPUs give --run.peak_flops"
+    peak = run.peak_flops or peak_flops(dry_run.gpu)
+    if peak is None:
+        raise UserError(f"command line: --gpu: found {dry_run.gpu!r}, whose peak is not known; give --run.peak_flops")
+    found = flops / (peak * dry_run.mfu * dry_run.processes) / 3600
+    return f"{found:,.1f} hours on {dry_run.processes} x {peak / 1e12:.4g} TFLOP/s at {dry_run.mfu:.0%} MFU"

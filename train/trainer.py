@@ -27,7 +27,7 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import META_FILE
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
-from train.checkpoints import STATE_FILE, CheckpointWriter, load_step, newest_whole
+from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole
 from train.compile import compile_layers
 from train.data import open_data
 from train.distributed import (
@@ -381,14 +381,7 @@ class Trainer:
         newest = newest_whole(self.out, warn=True)
         if newest is None:
             return  # interrupted before its first checkpoint
-        path = newest / STATE_FILE
-        identity = read_json(path).get("identity", {})
-        for name, expected in self.identity.items():
-            if identity.get(name) != expected:
-                raise UserError(
-                    f"{path}: field '{name}': found {identity.get(name)!r}, this run has {expected!r}; "
-                    "resume with the same, name another run.out or add --run.overwrite true"
-                )
+        check_identity(newest, self.identity)
 
     def _check_inputs_outside(self) -> None:
         """Refuse to overwrite a directory that this run reads from."""
