@@ -108,7 +108,7 @@ def heading(text: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
-    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers; a command's wrap."""
+    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers (report.css)."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
@@ -340,13 +340,13 @@ def throughput(results: Results) -> str:
 
 
 def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
-    """Tokens per second and the ratios to static batching and CSB of the vanilla model, by what is counted."""
+    """Tokens per second and the ratio to CSB of the vanilla model, by what is counted; first to static batching too."""
     stages = list(queue["rows"][0]["counted"])
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
 
     def cell(row: dict[str, Any], stage: str) -> str:
-        rate = number(row["counted"][stage]["tokens_per_second"])
-        return f"{rate} ({row['over_static'][stage]:.2f}, {row['over_csb'][stage]:.2f})"
+        over_static = f"{row['over_static'][stage]:.2f}, " if stage == stages[0] else ""
+        return f"{number(row['counted'][stage]['tokens_per_second'])} ({over_static}{row['over_csb'][stage]:.2f})"
 
     rows = [
         [f"{row['model']}, {row['strategy']}", sizes[row["model"]], row["batch"], *(cell(row, s) for s in stages)]
@@ -354,7 +354,7 @@ def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
     ]
     caption = (
         f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token. Tokens per second "
-        "(over static batching, over CSB of the vanilla model), by what is counted, each with all before it:"
+        "(over the vanilla model's static batching, blocks only, and its CSB), by what is counted, each and all before:"
     )
     return f"<p>{escape(caption)}</p>" + table(("", "N-emb", "batch", *stages), rows)
 
