@@ -168,9 +168,10 @@ def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[s
     exit_loops = found.exit_loops()
     pairs, loss = sums.pair_agreement / tokens, sums.loss / tokens
     fit, held_back = (found.samples(slice(start, None, 2)) for start in (0, 1))
-    if not held_back.num_tokens:
+    if arguments.calibrate and not held_back.num_tokens:
         raise UserError(f"{arguments.data}: found {len(found.lengths)} sample(s); expected at least 2 to calibrate")
-    calibrations = [calibrate(fit, held_back, wanted) for wanted in arguments.calibrate or (0.9, 0.95, 0.99)]
+    agreements = arguments.calibrate or ((0.9, 0.95, 0.99) if held_back.num_tokens else ())
+    calibrations = [calibrate(fit, held_back, wanted) for wanted in agreements]
     if arguments.calibrate:
         path = save_exit_thresholds(
             arguments.checkpoint, found.num_loops, calibrations, data=arguments.data, tokens=fit.num_tokens

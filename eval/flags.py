@@ -14,7 +14,7 @@ def add_stream_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is read and how."""
     parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
     parser.add_argument("--data", required=True, help="token shard directory, or files (a name or a glob)")
-    parser.add_argument("--split", default="heldout", help="split of the shards (default heldout)")
+    parser.add_argument("--split", default="heldout", help="split of the shards, or of python-stdlib (default heldout)")
     parser.add_argument("--text-field", default="text", help="field of a record that is the document (default text)")
     parser.add_argument(
         "--context", type=int, metavar="T", help="most positions of a block (default 2048 or the model's maximum)"

@@ -156,7 +156,11 @@ def quality(results: Results) -> str:
     for data, mode in data_sets:
         own = [result for result in perplexities if (result["data"], result["mode"]) == (data, mode)]
         floors = [floor for floor in bigrams if floor["data"] == data]
-        points = {names[r["checkpoint"]]: (r["non_embedding_params"], r["exits"][-1]["perplexity"]) for r in own}
+        points = {
+            names[r["checkpoint"]]: (r["non_embedding_params"], r["exits"][-1]["perplexity"])
+            for r in own
+            if r["exit_loop"] == r["num_loops"] - 1
+        }
         rows = [
             [
                 names[r["checkpoint"]],

@@ -58,7 +58,7 @@ class Corpus:
         self._text_field, self._group_field = text_field, group_field
         self._shards = open_shards(data, split) if Path(data).is_dir() else None
         if self._shards is None:
-            self._files = find_files(data, split="heldout")
+            self._files = find_files(data, split=split)
             return
         self._shards.check_tokenizer(tokenizer)
         self.num_tokens = self._shards.num_tokens
@@ -124,7 +124,8 @@ def packed_blocks(documents: Iterable[Document], context: int) -> Iterator[Block
 def document_blocks(documents: Iterable[Document], context: int, bos_id: int | None) -> Iterator[Block]:
     """Blocks of at most `context` targets of each document by itself.
 
-    With `bos_id` every token of the text is a target; without it the first is not, as nothing precedes it.
+    With `bos_id` every token of the text is a target; without it the first is not, as nothing precedes it, unless the
+    document has the BOS that training gives it.
     """
     for document in documents:
         tokens = document.tokens

@@ -114,15 +114,41 @@ def drawn_from(lengths: np.ndarray, exits: np.ndarray, num_loops: int, samples: 
     return Queue(cut, exits[np.repeat(begins[chosen], cut) + offsets].astype(np.int8), num_loops)
 
 
-def measure(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, rank: int | None) -> dict[str, Any]:
-    """Sizes and pass times of one model; rank None is the vanilla one."""
-    device, dtype = arguments.torch_device, arguments.torch_dtype
+@dataclass(frozen=True)
+class Plan:
+    """One model to measure: rank None is the vanilla one."""
+
+    setting: Setting
+    rank: int | None
+    recursive: RecursiveConfig
+    sizes: Sizes
+    limit: int
+    """Most sequences in a batch."""
+
+
+def plan(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, rank: int | None) -> Plan:
+    """What a model takes, before it exists.
+
+    Raises:
+        UserError: there is no such model, or no sequence fits beside it.
+    """
+    device = arguments.torch_device
     recursive = RecursiveConfig()
     if rank is not None:
         recursive = RecursiveConfig(num_loops=arguments.num_loops, lora_rank=LoraRanks.uniform(rank))
-    sizes = model_sizes(config, recursive, dtype)
-    limit = largest_batch(sizes, setting, setting.memory or free_memory_bytes(device), arguments.max_batch)
-    name = "vanilla" if rank is None else f"rank {rank}"
+    sizes = model_sizes(config, recursive, arguments.torch_dtype)
+    free = free_memory_bytes(device)
+    if device.type == "cpu":
+        free -= sizes.bytes  # decoding keeps packed copies of the weights
+    memory = min(setting.memory or free, free)
+    return Plan(setting, rank, recursive, sizes, largest_batch(sizes, setting, memory, arguments.max_batch))
+
+
+def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -> dict[str, Any]:
+    """Sizes and pass times of one model."""
+    device, dtype, setting = arguments.torch_device, arguments.torch_dtype, planned.setting
+    recursive, sizes, limit = planned.recursive, planned.sizes, planned.limit
+    name = "vanilla" if planned.rank is None else f"rank {planned.rank}"
     model = dummy_model(config, recursive, dtype, device)
     # The middle of the generation.
     length, times, stopped = setting.prefix + setting.decode // 2, [], None
@@ -136,7 +162,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, setting: Setting
             break
     return {
         "model": name,
-        "rank": rank,
+        "rank": planned.rank,
         "num_loops": recursive.num_loops,
         "non_embedding_params": sizes.non_embedding_params,
         "batch": times[-1].rows,
@@ -225,14 +251,16 @@ def study(arguments: argparse.Namespace) -> None:
         arguments.mean_loops = [1 + 0.2 * (arguments.num_loops - 1)]
     # Read before anything is measured, so that what is wrong with them shows now.
     queues = {setting: queues_of(arguments, setting.decode) for setting in settings}
+    ranks = (None, *arguments.lora_rank)
+    plans = {setting: [plan(arguments, config, setting, rank) for rank in ranks] for setting in settings}
     result: dict[str, Any] = {"kind": "throughput", "subject": str(subject), "complete": False, "settings": []}
     result |= {"num_loops": arguments.num_loops, "dtype": dtype_name(arguments.torch_dtype)}
     for setting in settings:
         entry: dict[str, Any] = {**asdict(setting), "models": [], "queues": []}
         result["settings"].append(entry)
         models = []
-        for rank in (None, *arguments.lora_rank):
-            models.append(measure(arguments, config, setting, rank))
+        for planned in plans[setting]:
+            models.append(measure(arguments, config, planned))
             entry["models"].append({**models[-1], "times": [asdict(point) for point in models[-1]["times"]]})
             save(arguments, result)
         print(f"\n{subject}, {setting}, {result['dtype']}: ms per token")

@@ -90,13 +90,8 @@ def assert_close(found, expected, tolerance=1e-12):
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on threads that other test processes hold up would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Small products on threads that other test processes hold up would take most of the time.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def test_a_recording_holds_what_every_loop_says_at_every_token(checkpoint, data,
     assert f"{result['static'][0]['perplexity']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_recording_goes_on_and_processes_share_it(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(exits, "SAMPLES_PER_PART", 4)
     run(checkpoint, data, tmp_path / "whole")
@@ -194,7 +195,7 @@ def test_bad_input_is_one_clear_line(checkpoint, data, tmp_path):
         ((checkpoint, data, tmp_path / "out", "--samples", 3), "field 'samples': found 2; expected 3"),
         ((checkpoint, data, tmp_path / "new", "--samples", 0), "--samples: found 0"),
         ((checkpoint, data, tmp_path / "new", "--calibrate", 95), "--calibrate: found 95"),
-        ((checkpoint, one, tmp_path / "one"), "expected at least 2 to calibrate"),
+        ((checkpoint, one, tmp_path / "one", "--calibrate", 0.9), "expected at least 2 to calibrate"),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError) as error:
