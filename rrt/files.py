@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,28 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
 
 def _clean_up_after_killed(path: Path) -> None:
     """Remove what processes of this host that were killed left beside `path`, and put back what one had moved away."""
-    replaced = sorted(_leftovers(path, "replaced"), key=lambda leftover: leftover.stat().st_ctime_ns)
-    if replaced and not path.exists():
-        replaced.pop().rename(path)
-    for leftover in (*replaced, *_leftovers(path, "partial")):
+    for leftover in (*_leftovers(path, "partial"), *_leftovers(path, "removed")):
         shutil.rmtree(leftover, ignore_errors=True)
+    replaced = sorted(_leftovers(path, "replaced"), key=_changed)
+    if replaced and not path.exists():
+        with suppress(FileNotFoundError):  # another process that cleans up has put it back
+            replaced.pop().rename(path)
+    for leftover in replaced:
+        _discard(path, leftover)
+
+
+def _changed(leftover: Path) -> int:
+    try:
+        return leftover.stat().st_ctime_ns
+    except FileNotFoundError:  # another process cleans up
+        return 0
+
+
+def _discard(path: Path, replaced: Path) -> None:
+    """Delete what was moved away from `path`, under a name that is never put back: a kill may leave half of it."""
+    removed = path.with_name(_beside(path, "removed", replaced.name.removeprefix(_beside(path, "replaced", ""))))
+    with suppress(OSError):
+        shutil.rmtree(replaced.rename(removed), ignore_errors=True)
 
 
 def _beside(path: Path, kind: str, pid: object) -> str:
@@ -94,10 +111,10 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         elif not partial.exists():  # it was in place already
-            shutil.rmtree(replaced, ignore_errors=True)
+            _discard(path, replaced)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    _discard(path, replaced)
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -146,6 +146,10 @@ def test_a_dry_run_needs_neither_weights_nor_data(
     flops = training_flops_per_token(*read_architecture(model[1], "model.config"), 64)
     hours = 7152 * 2**21 * flops / (4 * 312e12 * 0.5) / 3600
     assert f"{hours:,.1f} hours on 4 x 312 TFLOP/s at 50% MFU" in text
+    traced = "traced, without the libraries' own"
+    assert f"{traced}:\n" in text
+    compiled = dry_run([*argv, "--dry-run", "4", "--run.compile", "true"], capsys, monkeypatch)
+    assert f"{traced} and as it is without run.compile:\n" in compiled
     with pytest.raises(UserError, match="--gpu: found 'K80', whose peak is not known"):
         dry_run([*argv, "--dry-run", "--gpu", "K80"], capsys, monkeypatch)
     with pytest.raises(UserError, match="--dry-run: found 0; expected a positive number of processes"):

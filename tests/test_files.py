@@ -173,6 +173,37 @@ def test_what_a_process_killed_at_its_end_had_replaced_goes_with_the_next_run(tm
     assert names(tmp_path) == ["out"] and names(old) == ["newest.txt"]
 
 
+def test_what_a_process_killed_while_it_deleted_the_replaced_left_is_never_put_back(tmp_path, old):
+    (old / "other.txt").write_text("other")
+    code = (
+        "import os, pathlib, shutil, signal, sys\n"
+        "from rrt.files import atomic_directory\n"
+        "def killed(path, ignore_errors=False):\n"
+        "    (pathlib.Path(path) / 'other.txt').unlink()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.rmtree = killed\n"
+        "with atomic_directory(pathlib.Path(sys.argv[1]), overwrite=True) as partial:\n"
+        "    (partial / 'new.txt').write_text('new')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(old)]).returncode == -signal.SIGKILL
+    (half_deleted,) = tmp_path.glob(".out.*")
+    assert names(old) == ["new.txt"] and names(half_deleted) == ["old.txt"]
+    old.rename(tmp_path / "elsewhere")
+    with atomic_directory(old):
+        assert not old.exists() and not half_deleted.exists()
+    assert names(tmp_path) == ["elsewhere", "out"] and names(old) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_leftover_that_another_process_takes_away_meanwhile_is_no_error(tmp_path, old, monkeypatch, there):
+    gone = tmp_path / f".out.replaced-{socket.gethostname()}-{os.getpid()}"
+    monkeypatch.setattr("rrt.files._leftovers", lambda path, kind: [gone] if kind == "replaced" else [])
+    out = old if there else tmp_path / "fresh"
+    with atomic_directory(out, overwrite=True) as partial:
+        (partial / "new.txt").write_text("new")
+    assert names(out) == ["new.txt"]
+
+
 def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
     synced = []
     monkeypatch.setattr("rrt.files.fsync", lambda path: synced.append((path, sorted(names(tmp_path)))))

@@ -67,6 +67,7 @@ def test_the_default_is_to_stop() -> None:
 def test_a_step_that_stops_the_run_is_not_remembered() -> None:
     guard = guard_after([1.0] * 4, window=4, on_bad_step="skip", max_skips=1)
     guard.fault(math.nan, 1.0)
+    assert guard.last_was_bad
     before = guard.state_dict()
     guard.fault(math.nan, 1.0)
     assert guard.must_stop and guard.state_dict() == before

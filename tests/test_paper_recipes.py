@@ -180,11 +180,26 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
     ],
 )
 def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> None:
-    flags = "--num-loops 2 --init average"
+    flags = "--num-loops 2 --init average --lora-rank 4"
     found = dataclasses.replace(recursive_flags(flags.split()), exit_loops=(0,), head_lora_rank=4)  # by training
     check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=flags))
     with pytest.raises(UserError, match=f"field 'checkpoint.path': x has {message}"):
         check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "other"),
+    [
+        ("--init average", "--lora-init zero"),
+        ("--init stepwise --lora-rank 4", "--norm-init zero"),
+        ("--init average --untie-norms", "--norm-init zero"),
+    ],
+)
+def test_what_has_no_effect_on_a_conversion_is_not_compared(flags: str, other: str) -> None:
+    both = [f"--num-loops 2 {flags}", f"--num-loops 2 {flags} {other}"]
+    for made, described in (both, reversed(both)):
+        start = StartConfig(base="pythia-160m", convert=described)
+        check_start("x", preset("pythia-160m"), recursive_flags(made.split()), start)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from training_util import (
     make_data,
     make_flags,
     metrics,
+    refuse_to_write,
     run_script,
     samples_of,
     steps_kept,
@@ -336,15 +337,46 @@ def test_another_run_in_the_same_directory_is_refused(
 def test_a_run_that_diverges_ends_with_one_message_and_its_checkpoint(flags: Flags, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train_until(3, flags(out, run__save_every=2))
-    with pytest.raises(
-        UserError, match=r"step 4: loss .*, gradient norm .*; expected finite numbers.*without .*/step-3"
-    ):
+    bad = "step 4: loss .*, gradient norm .*; expected finite numbers"
+    continues = f"which continues from step 3, or without {out / 'step-3'} from step 2$"
+    with pytest.raises(UserError, match=f"{bad}.*{continues}"):
         train_here(flags(out, optim__lr=1e30, run__keep=1))
     assert steps_kept(out) == [2, 3]  # step 3 was good, and spoilt the weights
+    with pytest.raises(UserError, match=f"{bad}.*{continues}"):
+        train_here(flags(out, run__keep=1))
+    assert steps_kept(out) == [2, 3]
     assert not (out / "final").exists()
     (out / "step-3").rename(tmp_path / "spoilt")
     train_here(flags(out))
     assert len(losses(out)) == 8
+
+
+def test_skipped_steps_cost_no_good_checkpoint(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings: dict[str, Any] = dict(guard__on_bad_step="skip", guard__max_skips=2, run__save_every=1, run__keep=1)
+    train_until(2, flags(out, **settings))
+    step_3 = dict(optim__lr=1e30, run__save_every=2, **{name: settings[name] for name in settings if "guard" in name})
+    with pytest.raises(UserError) as error:
+        train_here(flags(out, run__keep=1, **step_3))
+    assert str(error.value).startswith("step 6: loss ")
+    # Nothing was saved at step 4, nor was step 2 deleted.
+    assert str(error.value).endswith(
+        "; it comes after 2 skipped ones: lower optim.lr, or raise guard.max_skips, and run again, "
+        f"which continues from step 5, or without {out / 'step-5'} from step 2"
+    )
+    assert steps_kept(out) == [2, 5]
+
+
+def test_a_bad_step_is_told_though_the_step_before_cannot_be_saved(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train_until(3, flags(out, run__save_every=2))
+    refuse_to_write(monkeypatch, 3)
+    told = r"step 4: loss .*; .*step-3: cannot be written \(.*No space left.*which continues from step 2, or without"
+    with pytest.raises(UserError, match=told):
+        train_here(flags(out, optim__lr=1e30))
+    assert steps_kept(out) == [2] and not list(out.glob(".*"))
 
 
 def uptrain_with_a_poisoned_step(step: int, argv: list[str]) -> tuple[list[int], str | None]:

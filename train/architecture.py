@@ -96,7 +96,7 @@ def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig,
             f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
             f"start.base = '{start.base}' says"
         )
-    described = _described(start)
+    recursive, described = _without_unused(recursive), _without_unused(_described(start))
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursive, name), getattr(described, name)
         if found != expected:
@@ -104,6 +104,16 @@ def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig,
                 f"field 'checkpoint.path': {checkpoint} has {name} {found}; expected {expected}, as the recipe's "
                 f"start.convert = '{start.convert}' says"
             )
+
+
+def _without_unused(recursive: RecursiveConfig) -> RecursiveConfig:
+    """`recursive` with defaults in place of what has no effect on its fold, so that equal folds are equal."""
+    default = RecursiveConfig()
+    if recursive.init != "average" or (recursive.untie_norms and recursive.num_loops > 1):
+        recursive = replace(recursive, norm_init=default.norm_init)
+    if not recursive.lora_rank:
+        recursive = replace(recursive, lora_init=default.lora_init)
+    return recursive
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

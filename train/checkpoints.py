@@ -34,6 +34,11 @@ def step_directories(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(number), path) for number, path in found if number.isdigit())
 
 
+def whole_steps(out: Path) -> list[int]:
+    """The steps that can be resumed from, oldest first."""
+    return [step for step, path in step_directories(out) if damage(path) is None]
+
+
 def damage(directory: Path) -> str | None:
     """What `step-N/` lacks to be resumed from, or None."""
     try:
@@ -214,7 +219,7 @@ class CheckpointWriter:
         fsync(self._out)
 
     def _delete_old(self) -> None:
-        whole = [number for number, path in step_directories(self._out) if damage(path) is None]
+        whole = whole_steps(self._out)
         for number, path in step_directories(self._out):
             if number < whole[-self._keep :][0]:
                 try:

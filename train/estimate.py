@@ -264,7 +264,8 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
             f"train: {run.steps:,} steps of {human_count(run.batch_tokens)} tokens = {human_count(tokens)}; "
             f"{processes} process(es) x {accumulation(recipe, processes)} micro-batch(es) x {run.micro_batch} x "
             f"{recipe.data.seq_len}; {run.dtype}",
-            f"memory of one process on {device}, traced, without the libraries' own:",
+            f"memory of one process on {device}, traced, without the libraries' own"
+            f"{' and as it is without run.compile' if run.compile else ''}:",
             *(f"  {label:<{width}}  {human_bytes(size):>12}" for label, size in rows),
             f"  peak with checkpointing: {others}",
             f"work: {human_count(flops)}FLOPs per token; {hours(tokens * flops, run, dry_run)}",

@@ -15,6 +15,8 @@ class Guard:
         self.config = config
         self._recent = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
         self._skipped_in_a_row = 0
+        self.last_was_bad = False
+        """Whether the last step was at fault; the weights may be spoilt then, and be the cause."""
         self.must_stop = False
         """Whether the fault that was found last ends the run; if not, its step is to be skipped."""
 
@@ -22,6 +24,7 @@ class Guard:
         """What is wrong with a step, in words; None if nothing is, and then the step counts as a recent one."""
         found = {"loss": loss, "gradient norm": grad_norm}
         fault = self._not_finite(found) or self._spike(found)
+        self.last_was_bad = fault is not None
         if fault is None:
             self._skipped_in_a_row = 0
             for name, recent in self._recent.items():

@@ -27,7 +27,7 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import META_FILE
 from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
-from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole
+from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole, whole_steps
 from train.compile import compile_layers
 from train.data import open_data
 from train.distributed import (
@@ -262,7 +262,7 @@ class Trainer:
             write(record)
             if fault is not None:
                 self._stop_or_skip(fault)
-            if run.save_every and self.step % run.save_every == 0:
+            if run.save_every and self.step % run.save_every == 0 and fault is None:
                 self._save_step()
                 meter.restart(self.step)
 
@@ -329,14 +329,24 @@ class Trainer:
             self._print(f"skipped {message}")
             return
         self.step -= 1
-        before = f"step {self.step_saved}" if self.step_saved > 0 else "the start"
-        if self.step_saved < self.step and self.step > 0:
-            # The step before was good; what it made of the weights may be what is bad, so nothing goes for it.
-            self._save_step(delete_old=False)
+        try:
+            if self.step_saved < self.step and self.step > 0:
+                self._save_step()
             self.checkpoints.wait()
-            before = f"step {self.step}, or without {self.out / f'step-{self.step}'} from {before}"
-        remedy = "lower optim.lr, or skip such steps with --guard.on_bad_step skip, and run again"
-        raise AgreedError(f"{message}; {remedy}, which continues from {before}")
+        except AgreedError as error:
+            message += f"; {error}"
+        if self.recipe.guard.on_bad_step == "stop":
+            remedy = "lower optim.lr, or skip such steps with --guard.on_bad_step skip"
+        else:
+            skipped = self.recipe.guard.max_skips
+            remedy = f"it comes after {skipped} skipped ones: lower optim.lr, or raise guard.max_skips"
+        raise AgreedError(f"{message}; {remedy}, and run again, which continues from {from_main(self._continues_from)}")
+
+    def _continues_from(self) -> str:
+        """Where the same command goes on, and where without the newest checkpoint: its weights may be spoilt."""
+        older, newest = [0, 0, *whole_steps(self.out)][-2:]
+        before = f"step {older}" if older else "the start"
+        return f"step {newest}, or without {self.out / f'step-{newest}'} from {before}" if newest else before
 
     def _meter(self) -> Meter:
         run, device, start = self.recipe.run, self.processes.device, self.start
@@ -441,9 +451,11 @@ class Trainer:
         self.guard.load_state_dict(read_json(self.resumed / STATE_FILE)["guard"])
         self._print(f"resuming from {self.resumed}")
 
-    def _save_step(self, delete_old: bool = True) -> None:
+    def _save_step(self) -> None:
         state = {"identity": self.identity} if self.processes.is_main else {}
         state["guard"] = self.guard.state_dict()
+        # After a bad step the weights may be spoilt: nothing older goes for them.
+        delete_old = not self.guard.last_was_bad
         self.checkpoints.save(self.step, self.model, self.optimizer, state, delete_old)
         self.step_saved = self.step
 
