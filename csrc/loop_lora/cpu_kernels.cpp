@@ -102,10 +102,11 @@ using Operand = typename Product<D>::Operand;
 template <class D>
 constexpr int64_t kStepBytes = kPanel * Product<D>::kStep * sizeof(typename D::Storage);
 
-// What a product brings to the cache meanwhile, spread evenly: the hardware's own prefetching ends at every page.
+// What a product brings to the cache meanwhile, `stride` bytes per step: the hardware's own prefetching ends at every
+// page.
 struct Ahead {
   const char* from;
-  int64_t bytes;
+  int64_t stride;
 };
 
 // c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs: all of them at once if their sums fit
@@ -120,11 +121,11 @@ void multiply_panel(const typename D::Storage* w, int64_t steps, const Operand<D
   constexpr int64_t kPasses = kPanel / kWidth;
   static_assert(kPanel % kWidth == 0);
   const char* next_x = reinterpret_cast<const char*>(x + x_rows * kChunk);
-  const int64_t stride = ahead.bytes / (kPasses * kChunk);
+  const int64_t stride = ahead.stride / kPasses;
   for (int64_t pass = 0; pass < kPasses; ++pass) {
     typename D::Vec acc[ROWS][kVectors] = {};
     const typename D::Storage* from = w + pass * kWidth * P::kStep;
-    const char* next_w = ahead.from + pass * kChunk * stride;
+    const char* next_w = ahead.from + pass * steps * stride;
     for (int64_t step = 0; step < steps; ++step) {
       __builtin_prefetch(next_w + step * stride, 0, 2);
       if (stride > 64) __builtin_prefetch(next_w + step * stride + 64, 0, 2);
@@ -153,12 +154,12 @@ inline void multiply_rows(int64_t rows, const typename D::Storage* w, int64_t st
   }
 }
 
-// What the `share`th of `shares` products with the same chunk of a stream of weights brings: its part of the next, or
-// memory would rest after the first of them.
+// What the `share`th of `shares` products with the same chunk of a stream of weights brings: its part of the next, as
+// large, or memory would rest after the first of them.
 template <class D>
-inline Ahead next_chunk(const typename D::Storage* w, int64_t share = 0, int64_t shares = 1) {
-  constexpr int64_t kBytes = kChunk * kStepBytes<D>;
-  return {reinterpret_cast<const char*>(w) + kBytes + share * kBytes / shares, kBytes / shares};
+inline Ahead next_chunk(const typename D::Storage* w, int64_t steps, int64_t share = 0, int64_t shares = 1) {
+  const int64_t bytes = steps * kStepBytes<D>;
+  return {reinterpret_cast<const char*>(w) + bytes + share * bytes / shares, kStepBytes<D> / shares};
 }
 
 // to[column][row] = from[row][column] for `columns` columns (rows missing up to kPanel are zeros) of elements of
@@ -332,7 +333,7 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, piece->begin),
-                         sums + (piece->begin - row_begin) * kPanel, next_chunk<D>(w), work.rows);
+                         sums + (piece->begin - row_begin) * kPanel, next_chunk<D>(w, panel.steps(chunk)), work.rows);
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {
@@ -372,7 +373,7 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_rows<D>(piece->rows, w, panel.steps(chunk),
                          operands<D>(work.shrunk, work, work.segment_chunk[segment_index] + chunk, piece->begin),
-                         to + piece->begin * kPanel, next_chunk<D>(w), work.rows);
+                         to + piece->begin * kPanel, next_chunk<D>(w, panel.steps(chunk)), work.rows);
       }
     }
   }
@@ -418,7 +419,7 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < work.num_tiles; ++i) {
         const RowTile& tile = work.tiles[i];
         multiply_rows<D>(tile.rows, w, panel.steps(chunk), operands<D>(work.packed_x, work, chunk, tile.begin),
-                         sums + tile.begin * kPanel, next_chunk<D>(w, i, work.num_tiles), work.rows);
+                         sums + tile.begin * kPanel, next_chunk<D>(w, panel.steps(chunk), i, work.num_tiles), work.rows);
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "cuda/device.h"
+#include "loop_lora/launch.h"
 
 namespace rrt::loop_lora {
 
@@ -41,7 +42,6 @@ struct DecodeArgs {
   int padded_m;
   int parts_per_block;  // of the row kernel
   int num_segments;
-  static constexpr int kMaxSegments = 8;
   int segment_out[kMaxSegments];   // first output row of each; a multiple of a block's rows
   int segment_rank[kMaxSegments];  // first rank of each, a multiple of 8
   int segment_size[kMaxSegments];  // its rank, a multiple of 8

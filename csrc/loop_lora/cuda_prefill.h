@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cuda/device.h"
+#include "loop_lora/launch.h"
 
 namespace rrt::loop_lora {
 
@@ -29,7 +30,6 @@ struct PrefillArgs {
   int total_rank;
   int b_stride;
   int num_segments;
-  static constexpr int kMaxSegments = 8;
   int segment_out[kMaxSegments + 1];  // first output row of each, and n
   int segment_rank[kMaxSegments];     // first rank of each, a multiple of 8
   int segment_size[kMaxSegments];     // its rank, a multiple of 8
