@@ -33,6 +33,8 @@ MAX_BRANCH_TOKENS = 2048
 """Tokens of a row behind its common beginning: attention costs the square of a row's length."""
 LOGITS_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, 16 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
+MIN_LOGITS_ROWS = 128
+"""Of a piece, however large the vocabulary: each piece reads the whole head."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class Scorer:
 
     def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states [P, D] and targets int64 [P] -> log-likelihoods fp64 [P], and which targets are the argmax."""
-        rows = max(1, LOGITS_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
+        elements = LOGITS_ELEMENTS.get(hidden.device.type, LOGITS_ELEMENTS["cuda"])
+        rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
         values, hits = [], []
         for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = self.model.logits(h)

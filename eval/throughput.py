@@ -15,6 +15,7 @@ exit by confidence needs it; the prompts. One recording stands for all ranks: re
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -335,8 +336,10 @@ def main() -> None:
         raise UserError(
             f"--num-loops: found {arguments.num_loops}; expected at least 2 to compare with the vanilla model"
         )
-    if arguments.length_scale is not None and arguments.length_scale <= 0:
+    if arguments.length_scale is not None and not 0 < arguments.length_scale < math.inf:
         raise UserError(f"--length-scale: found {arguments.length_scale}; expected a positive number")
+    if arguments.length_scale is not None and arguments.trajectories and not arguments.mean_loops:
+        raise UserError("--length-scale: found with --trajectories, which have lengths; expected --mean-loops")
     for mean in arguments.mean_loops:
         if not 1 <= mean <= arguments.num_loops:
             raise UserError(f"--mean-loops: found {mean}; expected 1 to {arguments.num_loops}")

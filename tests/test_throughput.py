@@ -143,6 +143,8 @@ def test_bad_input_is_one_clear_line(checkpoint, recording, tmp_path):
         (("--trajectories", tmp_path / "absent"), "no such file"),
         (("--samples", 0), "--samples: found 0"),
         (("--length-scale", 0), "--length-scale: found 0"),
+        (("--length-scale", "nan"), "--length-scale: found nan"),
+        (("--length-scale", 3, "--trajectories", recording), "expected --mean-loops"),
         (("--json", tmp_path / "absent" / "out.json"), "--json: found"),
     ]
     for flags, message in cases:

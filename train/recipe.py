@@ -125,7 +125,7 @@ class RunConfig:
         default="none",
     )
     compile: bool = doc(
-        "torch.compile of the layers: slower to start, faster steps; needs a C++ compiler, on CUDA Triton",
+        "torch.compile of the layers: slower to start; needs a C++ compiler, on CUDA Triton",
         default=False,
     )
     wrap: Literal["stack", "layer"] = doc(
