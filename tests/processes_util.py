@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from rrt.errors import UserError
 
@@ -22,10 +23,7 @@ def run_on_two(function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
 
 
 def run_on(count: int, function: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    """`function(*args)` in ranks 0 to `count` - 1 at once; their results, which a `UserError` can be.
-
-    The processes stay for the next call, so `function` has to leave the process group that it joins.
-    """
+    """`function(*args)` in ranks 0 to `count` - 1 at once; their results, which a `UserError` can be."""
     return _group(count).run(function, args)
 
 
@@ -75,8 +73,11 @@ def _serve(rank: int, count: int, pipe: Connection) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            pipe.send(("done", function(*args)))
+            answer = ("done", function(*args))
         except UserError as error:
-            pipe.send(("done", error))
+            answer = ("done", error)
         except BaseException:
-            pipe.send(("failed", traceback.format_exc()))
+            answer = ("failed", traceback.format_exc())
+        if dist.is_initialized():  # commands that end in an error leave that to the end of their process
+            dist.destroy_process_group()
+        pipe.send(answer)

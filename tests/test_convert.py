@@ -494,7 +494,7 @@ def test_overwrite_replaces_the_whole_directory(bases, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_leaves_nothing_behind(stop, tmp_path):
-    base = make_hf_model(tmp_path / "base", "llama", num_layers=8, hidden_size=512, intermediate_size=1024)
+    base = make_hf_model(tmp_path / "base", "llama", num_layers=16, hidden_size=512, intermediate_size=1024)
     command = [sys.executable, "-m", "rrt.convert", "--base", base, "--out", tmp_path / "out", "--num-loops", "2"]
     process = subprocess.Popen(
         [*map(str, command), "--lora-rank", "256"],
