@@ -494,7 +494,7 @@ def test_overwrite_replaces_the_whole_directory(bases, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_leaves_nothing_behind(stop, tmp_path):
-    base = make_hf_model(tmp_path / "base", "llama", num_layers=16, hidden_size=512, intermediate_size=1024)
+    base = make_hf_model(tmp_path / "base", "llama", num_layers=8, hidden_size=512, intermediate_size=1024)
     command = [sys.executable, "-m", "rrt.convert", "--base", base, "--out", tmp_path / "out", "--num-loops", "2"]
     process = subprocess.Popen(
         [*map(str, command), "--lora-rank", "256"],
@@ -502,6 +502,7 @@ def test_a_stopped_command_leaves_nothing_behind(stop, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
