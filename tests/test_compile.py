@@ -6,14 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from processes_util import run_on_two
-from tokenizers_util import make_sentencepiece_tokenizer
 from training_util import (
-    VOCAB,
     Flags,
     losses,
-    make_checkpoint,
-    make_data,
-    make_flags,
+    make_inputs,
     run_script,
     train_here,
     train_until,
@@ -22,10 +18,7 @@ from training_util import (
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
-    directory = tmp_path_factory.mktemp("inputs")
-    tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
-    (directory / "data").mkdir()
-    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def train_traced(argv: list[str]) -> int:

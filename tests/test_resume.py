@@ -15,15 +15,11 @@ from typing import Any
 import pytest
 import torch
 from processes_util import run_on_two
-from tokenizers_util import make_sentencepiece_tokenizer
 from training_util import (
-    VOCAB,
     Flags,
     command_line,
     losses,
-    make_checkpoint,
-    make_data,
-    make_flags,
+    make_inputs,
     refuse_to_write,
     run_script,
     script_env,
@@ -42,10 +38,7 @@ from train.data import Mixture
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
-    directory = tmp_path_factory.mktemp("inputs")
-    tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
-    (directory / "data").mkdir()
-    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 FROZEN = {"exits__freeze": "true", "exits__head_lora_rank": 4, "optim__lr": 0.05}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers_util import training_texts
+from tokenizers_util import make_sentencepiece_tokenizer, training_texts
 from torch.distributed.checkpoint import FileSystemWriter
 
 from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
@@ -112,6 +112,13 @@ def make_flags(checkpoint: Path, data: Path) -> Flags:
         return to_flags(values, **overrides)
 
     return make
+
+
+def make_inputs(directory: Path) -> Flags:
+    """`make_flags` with a new relaxed model and data, `relaxed/` and `data/` in the existing `directory`."""
+    tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
+    (directory / "data").mkdir()
+    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
 
 
 def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:
