@@ -65,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print and write case by case."""
     timer = Timer(torch.device("cpu"), 0.0, arguments.rounds)
     cases: list[tuple[str, Any]] = []
     for name in arguments.dtype:
@@ -80,24 +81,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = [(section, measure) for section, measure in cases if section in arguments.only]
     result: dict[str, Any] = {}
     for section, measure in tqdm(chosen, unit="case", desc="training", disable=None):
-        result.setdefault(section, []).append(measure().record())
+        record = measure().record()
+        print_case(section, record)
+        result.setdefault(section, []).append(record)
+        if arguments.json is not None:  # what is measured stays, should a later case fail
+            write_result(arguments.json, result)
     if "traffic" in arguments.only:
         result["traffic"] = measure_traffic("gemma-2b", num_loops=2, ranks=[0, 512])
-    return result
+        print_traffic(result["traffic"])
+        if arguments.json is not None:
+            write_result(arguments.json, result)
 
 
-def print_result(result: dict[str, Any]) -> None:
-    for section in SECTIONS[:-1]:
-        for record in result.get(section, []):
-            case = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
-            print(f"\n{section}: {case}")
-            peaks = record.get("peak_bytes", {})
-            for name, seconds in record["seconds"].items():
-                ratio = record["speedup"].get(name)
-                against = "" if ratio is None else f"  {next(iter(record['seconds']))} is {ratio:.2f}x as fast"
-                peak = f"  peak {human_bytes(peaks[name])}" if name in peaks else ""
-                print(f"  {name:14s} {seconds['median'] * 1e3:10.1f} ms{peak}{against}")
-    for record in result.get("traffic", []):
+def print_case(section: str, record: dict[str, Any]) -> None:
+    case = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
+    lines = [f"\n{section}: {case}"]
+    peaks = record.get("peak_bytes", {})
+    for name, seconds in record["seconds"].items():
+        ratio = record["speedup"].get(name)
+        against = "" if ratio is None else f"  {next(iter(record['seconds']))} is {ratio:.2f}x as fast"
+        peak = f"  peak {human_bytes(peaks[name])}" if name in peaks else ""
+        lines.append(f"  {name:14s} {seconds['median'] * 1e3:10.1f} ms{peak}{against}")
+    tqdm.write("\n".join(lines))
+    sys.stdout.flush()
+
+
+def print_traffic(records: list[dict[str, Any]]) -> None:
+    for record in records:
         counts = ", ".join(f"{count} {kind}" for kind, count in record["counts"].items())
         print(
             f"traffic: {record['model']}, {record['num_loops']} loop(s), wrap {record['wrap']}: {counts}; gathers "
@@ -107,11 +117,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    result = run(arguments)
-    if arguments.json is not None:
-        write_result(arguments.json, result)
-    print_result(result)
+    run(parse_arguments())
 
 
 if __name__ == "__main__":

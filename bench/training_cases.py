@@ -205,13 +205,13 @@ class _TimedTrainer(Trainer):
     def _train_step(self, rate: float) -> tuple[float, float, str | None]:
         now = time.perf_counter()
         if self.step == 0:
-            self.samples: Samples = {"trainer": [], "bare loop": []}
+            self.timed: Samples = {"trainer": [], "bare loop": []}
         elif self.step > 1:  # the first is warm-up
-            self.samples["trainer"].append(now - self._began)
+            self.timed["trainer"].append(now - self._began)
         began = time.perf_counter()
         self.bare(0)
         if self.step > 0:
-            self.samples["bare loop"].append(time.perf_counter() - began)
+            self.timed["bare loop"].append(time.perf_counter() - began)
         self._began = time.perf_counter()
         return super()._train_step(rate)
 
@@ -253,11 +253,10 @@ def measure_trainer(steps: int) -> Measured:
             model, losses = our_losses(SMALL_LLAMA, torch.float32)
             trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512))
             trainer.run()
-    samples = trainer.samples
-    pairs = min(map(len, samples.values()))
+    pairs = min(map(len, trainer.timed.values()))
     return Measured(
         {"tokens": batch_tokens, "dtype": "float32", "steps": steps},
-        {name: values[:pairs] for name, values in samples.items()},
+        {name: values[:pairs] for name, values in trainer.timed.items()},
     )
 
 
