@@ -4,6 +4,7 @@ Dimensions: M rows, K in, N out, R rank, S segments (q, k, v or gate, up) with a
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ BASELINES = {
 The baselines get the rows of each loop and the mask for nothing; ours finds them in `loops`. With one loop no
 baseline selects, masks or scatters.
 """
+
+READING = "reading"
+"""On a CPU: going through a copy of W in the same rounds. What memory gives there changes within a run."""
 
 AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference between variants before the bench refuses to time them, relative to the norm."""
@@ -160,6 +164,13 @@ class Weights:
         packed = [ops.pack_linear(weight) for weight in plain] if pack else plain
         bias = normal((projection.outputs,), 1, dtype, device) if projection.bias else None
         return cls(projection, plain, packed, bias)
+
+    def read(self, index: int) -> Tensor:
+        """Reads a copy as fast as this machine can: sums it, narrow numbers in pairs as if they were of fp32."""
+        numbers = self.plain[index].flatten()
+        if numbers.itemsize < 4:
+            numbers = numbers[: len(numbers) // 2 * 2].view(torch.float32)
+        return numbers.sum()
 
 
 @dataclass(frozen=True)
@@ -347,7 +358,11 @@ def _run_group(
         where = f"{projection.name}, {rows} rows, rank {rank}, {loops} loops"
         check_agreement({name: warm_up[name] for name in same}, same[-1], where)
         del warm_up
+        if like.device.type == "cpu":
+            variants[READING] = Variant(weights.read)
         samples = timer.measure(variants, len(weights.plain))
+        num_bytes = projection.min_bytes(rows, rank, loops, like.itemsize)
+        reading = samples.pop(READING, None)
         yield {
             "projection": projection.name,
             "inputs": projection.inputs,
@@ -356,13 +371,20 @@ def _run_group(
             "rank": rank,
             "segment_ranks": adapters.ranks,
             "loops": loops,
-            "bytes": projection.min_bytes(rows, rank, loops, like.itemsize),
+            "bytes": num_bytes,
             "flops": projection.flops(rows, rank),
             "copies": len(weights.plain),
             "rounds": len(samples["ours"]),
             "seconds": {name: spread(values) for name, values in samples.items()},
             "speedup": {name: speedup(samples, "ours", name) for name in samples if name != "ours"},
+            **({} if reading is None else _over_reading(samples["ours"], reading, num_bytes / like.nbytes)),
         }
+
+
+def _over_reading(ours: list[float], reading: list[float], size: float) -> dict[str, Any]:
+    """Ours against reading as many bytes, `size` times those of `reading`, in the same rounds."""
+    ratios = [a / (size * b) for a, b in zip(ours, reading, strict=True)]
+    return {"reading": spread([size * seconds for seconds in reading]), "over_reading": statistics.median(ratios)}
 
 
 def run_layers(plan: LinearPlan, timer: Timer) -> Iterator[dict[str, Any]]:

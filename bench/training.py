@@ -6,7 +6,8 @@ Sections (--only takes some of them):
   loop, with fused AdamW, and against itself with compiled layers
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
-- trainer: the trainer's steps against a bare loop's: what data, sharding, logging and metrics cost
+- trainer: the trainer's steps against a bare loop's: what data, sharding, logging and metrics cost, with one
+  micro-batch of 4 x 512 tokens per step and with four
 - traffic: collectives and bytes of a step of Gemma 2B on 8 GPUs against its unrolled parent; counted, not timed
 
     python bench/training.py --only relaxation --rows 8192 --dtype bf16 --json out.json
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
             for rows in arguments.rows
         ]
     cases.append(("checkpointing", lambda: measure_checkpointing(timer)))
-    cases.append(("trainer", lambda: measure_trainer(2 * arguments.rounds)))
+    cases += [("trainer", lambda m=micro_batches: measure_trainer(2 * arguments.rounds, m)) for micro_batches in (1, 4)]
     chosen = [(section, measure) for section, measure in cases if section in arguments.only]
     result: dict[str, Any] = {}
     for section, measure in tqdm(chosen, unit="case", desc="training", disable=None):

@@ -107,13 +107,16 @@ def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Mod
     return hf, losses
 
 
-def optimizer_step(model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor]) -> Callable[[int], Tensor]:
-    """One step of fused AdamW on one batch, gradients clipped."""
+def optimizer_step(
+    model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor], micro_batches: int = 1
+) -> Callable[[int], Tensor]:
+    """One step of fused AdamW on a batch, or so many times on the same one, gradients clipped."""
     optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
 
     def step(_: int) -> Tensor:
-        loss = losses(*batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for _ in range(micro_batches):
+            loss = losses(*batch) / micro_batches
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -216,9 +219,12 @@ class _TimedTrainer(Trainer):
         return super()._train_step(rate)
 
 
-def measure_trainer(steps: int) -> Measured:
-    """The trainer's steps, with data, sharding, logging and metrics, against the model's in a bare loop."""
-    batch_tokens = 4 * 512
+def measure_trainer(steps: int, micro_batches: int) -> Measured:
+    """The trainer's steps, with data, sharding, logging and metrics, against the model's in a bare loop.
+
+    FSDP copies all weights and gradients once per step, however many micro-batches that has.
+    """
+    batch_tokens = micro_batches * 4 * 512
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         root = Path(directory)
         for name in ("tokenizer", "data"):
@@ -251,11 +257,11 @@ def measure_trainer(steps: int) -> Measured:
         with processes("cpu") as group:
             trainer = _TimedTrainer(recipe, start, group)
             model, losses = our_losses(SMALL_LLAMA, torch.float32)
-            trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512))
+            trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512), micro_batches)
             trainer.run()
     pairs = min(map(len, trainer.timed.values()))
     return Measured(
-        {"tokens": batch_tokens, "dtype": "float32", "steps": steps},
+        {"micro_batches": micro_batches, "tokens": batch_tokens, "dtype": "float32", "steps": steps},
         {name: values[:pairs] for name, values in trainer.timed.items()},
     )
 

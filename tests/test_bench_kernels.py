@@ -1,6 +1,7 @@
 """bench/kernels.py: floors by hand, variants that agree, cold copies, goals, and the command end to end."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_command_measures_every_section_and_writes_json_and_plot(tmp_path):
         assert record["over_floor"]["ours"] == pytest.approx(ours["median"] / record["floor_seconds"])
         assert record["rounds"] == 2
     for record in result["linear"]:
+        assert record["reading"]["median"] > 0 and 0 < record["over_reading"] < math.inf
         expected = {"base", "unfused", "concatenated", "merged"} if record["rank"] else {"base"}
         assert set(record["speedup"]) == expected
 
@@ -292,8 +294,10 @@ def record(rows: int, rank: int, loops: int, speed: dict[str, float], seconds: f
         "rank": rank,
         "loops": loops,
         "bytes": 100,
+        "flops": 50,
         "seconds": {"ours": {"median": seconds}},
         "speedup": speed,
+        "over_reading": seconds,
     }
 
 
@@ -305,16 +309,19 @@ def test_goals_are_computed_with_their_worst_case():
         record(16, 64, 3, slow, seconds=1.31),
         record(32, 64, 3, {"base": 1.0, "unfused": 1.0, "concatenated": 1.0}, seconds=9.0),
     ]
-    rates = {"read_bandwidth": {"bytes_per_second": 100.0}}
-    rank_zero, every_rank, everywhere, floor = bars({"dtype": "float32", "linear": records, "rates": rates})
+    rates = {"matmul": {"flops_per_second": 45.0}}
+    result = {"dtype": "float32", "linear": records, "rates": rates}
+    rank_zero, every_rank, everywhere, reading, floor = bars(result)
     assert (rank_zero["holds"], rank_zero["cases"], rank_zero["worst"]) == (True, 1, 1.5)
     assert (every_rank["holds"], every_rank["cases"], every_rank["worst"]) == (False, 2, 1.4)
     assert every_rank["cases_that_hold"] == 1 and every_rank["worst_case"] == "out, M=16, rank 64, 3 loops"
     assert (everywhere["holds"], everywhere["cases"], everywhere["worst"]) == (False, 4, 0.94)
-    assert (floor["holds"], floor["cases"], floor["worst"]) == (False, 2, pytest.approx(1.31))
+    assert (reading["holds"], reading["cases"], reading["worst"]) == (False, 2, 1.31)
+    assert (floor["holds"], floor["cases"], floor["worst"]) == (True, 2, pytest.approx(1.31 * 45 / 50))
 
-    wide, square, everywhere, floor = bars({"dtype": "bfloat16", "linear": records[:2], "rates": rates})
-    assert wide["holds"] is None and square["holds"] is None and everywhere["holds"] and floor["holds"]
+    wide, square, everywhere, reading, floor = bars({**result, "dtype": "bfloat16", "linear": records[:2]})
+    assert wide["holds"] is None and square["holds"] is None
+    assert everywhere["holds"] and reading["holds"] and floor["holds"]
 
     plan = {"rows": 256, "native": False, "seconds": {"all": {"median": 1.0}}}
     call, planning = bars({"dtype": "float16", "overhead": {"call": {"added": 11e-6}, "plan": plan}})

@@ -82,7 +82,8 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
   const int64_t chunk_bytes = std::min(p.m, kMaxBlockRows) * kChunk * kernels.operand_bytes[dtype];
   thread_local Scratch scratch;
   char* packed_x = scratch.reserve((x_chunks + shrunk_chunks) * chunk_bytes);
-  for (const RowBlock& block : plan_rows(groups, kernels.tile_rows, kMaxBlockRows)) {
+  const int64_t tile_rows = p.m <= kFewRows ? kernels.few_tile_rows[dtype] : kernels.tile_rows;
+  for (const RowBlock& block : plan_rows(groups, tile_rows, kMaxBlockRows)) {
     const CpuWork work{&p,
                        groups.order.data() + block.begin,
                        block.rows,

@@ -109,6 +109,16 @@ struct Ahead {
   int64_t stride;
 };
 
+// Tiles of few rows: as many as take a panel in one pass, a single stream of memory, if the weights are multiplied as
+// they lie. Widening them once per tile would cost more than that saves.
+template <class D>
+constexpr int64_t kFewTileRows = [] {
+  constexpr int64_t kOnePass = kMaxAccumulators / (kPanel / Product<D>::kLanes);
+  return sizeof(typename D::Storage) == sizeof(typename D::Acc) && kOnePass > 1 && kOnePass < RRT_TILE_ROWS
+             ? kOnePass
+             : RRT_TILE_ROWS;
+}();
+
 // c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs: all of them at once if their sums fit
 // the registers, so that a single stream is read, else in passes.
 template <class D, int ROWS>
@@ -453,6 +463,7 @@ void pack_panels(const PackWork& work, int64_t begin, int64_t end) {
 
 const CpuKernels RRT_KERNELS = {
     RRT_TILE_ROWS,
+    {kFewTileRows<Float32>, kFewTileRows<Float64>, kFewTileRows<BFloat16>, kFewTileRows<Float16>},
     {sizeof(Operand<Float32>), sizeof(Operand<Float64>), sizeof(Operand<BFloat16>), sizeof(Operand<Float16>)},
     {pack_rows<Float32>, pack_rows<Float64>, pack_rows<BFloat16>, pack_rows<Float16>},
     {shrink<Float32>, shrink<Float64>, shrink<BFloat16>, shrink<Float16>},

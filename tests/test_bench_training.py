@@ -1,0 +1,26 @@
+"""bench/training.py's section of the trainer, on a model small enough for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TINY_RUN = """
+import dataclasses, json
+from bench import training_cases as cases
+cases.SMALL_LLAMA = dataclasses.replace(
+    cases.SMALL_LLAMA, num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128
+)
+print(json.dumps(cases.measure_trainer(steps=4, micro_batches=2).record()))
+"""
+
+
+def test_the_trainer_is_timed_against_a_bare_loop_of_as_many_micro_batches():
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", TINY_RUN], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["micro_batches"], record["tokens"]) == (2, 2 * 4 * 512)
+    assert record["rounds"] == 2  # the first step warms up, and the last one's time is never taken
+    assert all(seconds["median"] > 0 for seconds in record["seconds"].values())
+    assert record["speedup"].keys() == {"bare loop"}
