@@ -13,7 +13,8 @@ Sections (--only takes some of them):
     python bench/training.py --only relaxation --rows 8192 --dtype bf16 --json out.json
     python bench/training.py --only traffic trainer
 
-Variants alternate; medians of the rounds, ratios within rounds. About 10 minutes on 2 cores with the defaults.
+Variants alternate; medians of the rounds, ratios within rounds. About 15 minutes on 2 cores
+with the defaults, 10 more where the CPU has no bf16 (transformers' products are emulated there).
 """
 
 import argparse

@@ -20,6 +20,7 @@ from bench.linear_cases import (
     LinearPlan,
     Projection,
     Weights,
+    _over_reading,
     add_floors,
     check_agreement,
     layer_records,
@@ -328,6 +329,12 @@ def test_goals_are_computed_with_their_worst_case():
     assert call["holds"] is False and planning["holds"] is None
     plan["native"] = True
     assert bars({"dtype": "float16", "overhead": {"call": {"added": 9e-6}, "plan": plan}})[1]["holds"] is False
+
+
+def test_ours_is_compared_with_reading_as_many_bytes_in_the_same_round():
+    compared = _over_reading(ours=[3.0, 8.0, 5.0], reading=[1.0, 2.0, 2.0], size=2.0)
+    assert compared["over_reading"] == 1.5  # of 1.5, 2 and 1.25
+    assert compared["reading"]["median"] == 4.0
 
 
 def test_a_layer_lacks_cases_that_a_projection_lacks():

@@ -11,7 +11,13 @@ from bench import training_cases as cases
 cases.SMALL_LLAMA = dataclasses.replace(
     cases.SMALL_LLAMA, num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128
 )
-print(json.dumps(cases.measure_trainer(steps=4, micro_batches=2).record()))
+calls, make = [], cases.our_losses
+def counting(*arguments):
+    model, losses = make(*arguments)
+    return model, lambda *batch: calls.append(1) or losses(*batch)
+cases.our_losses = counting
+record = cases.measure_trainer(steps=4, micro_batches=2).record()
+print(json.dumps(record | {"bare_losses": len(calls)}))
 """
 
 
@@ -21,6 +27,7 @@ def test_the_trainer_is_timed_against_a_bare_loop_of_as_many_micro_batches():
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert (record["micro_batches"], record["tokens"]) == (2, 2 * 4 * 512)
+    assert record["bare_losses"] == 4 * 2
     assert record["rounds"] == 2  # the first step warms up, and the last one's time is never taken
     assert all(seconds["median"] > 0 for seconds in record["seconds"].values())
     assert record["speedup"].keys() == {"bare loop"}

@@ -215,7 +215,8 @@ def test_a_row_is_bitwise_the_same_in_any_batch(dtype: torch.dtype, op: Any) -> 
     case = Case(23, 300, 37, 0, 3, True, (20, 17), (9, 150))
     inputs = make_inputs(case, dtype)
     whole = op(**inputs)
-    for rows in ([0], [7], [3, 4], [22, 0, 11], list(range(22, -1, -1)), [5] * 9, [1, 22, 8] * 70):
+    few = ([5, 1, 22, 9], [4, 17, 2, 11, 20, 3, 8], list(range(8, 16)))  # other tiles than one row or many
+    for rows in ([0], [7], [3, 4], [22, 0, 11], *few, list(range(22, -1, -1)), [5] * 9, [1, 22, 8] * 70):
         part = op(**{**inputs, "x": inputs["x"][rows], "loops": inputs["loops"][rows]})
         assert torch.equal(part, whole[rows]), rows
 

@@ -10,7 +10,7 @@ constexpr int64_t kChunk = 128;
 // Bounds the scratch memory; at this many rows, reading the weight once per block costs little.
 constexpr int64_t kMaxBlockRows = 192;
 
-// Up to here the weight's bytes take longer than the multiply-adds.
+// Up to here the bytes of weights that are multiplied as they lie take longer than the multiply-adds.
 constexpr int64_t kFewRows = 8;
 
 static constexpr int64_t num_chunks(int64_t steps) { return (steps + kChunk - 1) / kChunk; }
@@ -41,12 +41,12 @@ struct PackWork {
 
 struct CpuKernels {
   using Range = void (*)(const CpuWork& work, int64_t begin, int64_t end);
-  int64_t tile_rows;        // rows whose sums fit the registers
+  int64_t tile_rows;         // rows whose sums fit the registers
   int64_t few_tile_rows[4];  // the same where memory sets the time: see kFewTileRows; by Dtype
   int64_t operand_bytes[4];  // of a step; this and the rest by Dtype
-  Range pack_rows[4];       // over rows of the block
-  Range shrink[4];          // over present loops x panels of lora_a
-  Range expand[4];          // over panels of the weight
+  Range pack_rows[4];        // over rows of the block
+  Range shrink[4];           // over present loops x panels of lora_a
+  Range expand[4];           // over panels of the weight
   void (*pack_panels[4])(const PackWork& work, int64_t begin, int64_t end);
 };
 
