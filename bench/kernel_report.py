@@ -179,7 +179,18 @@ def _speedups(record: Record, names: Iterable[str]) -> list[str]:
 def print_linear(records: list[Record], title: str) -> None:
     """One line per case; "over" columns tell how many times faster ours is than that baseline."""
     baselines = [name for name in BASELINES if any(name in record["speedup"] for record in records)]
-    header = ["projection", "rank", "loops", "rows", "time", "+-", "rate", "time/floor"]
+    reading = any("over_reading" in record for record in records)
+    header = [
+        "projection",
+        "rank",
+        "loops",
+        "rows",
+        "time",
+        "+-",
+        "rate",
+        "time/floor",
+        *(["time/reading"] if reading else []),
+    ]
     rows = [
         [
             record["projection"],
@@ -190,6 +201,7 @@ def print_linear(records: list[Record], title: str) -> None:
             _spread(record),
             _rate(record),
             f"{record['over_floor']['ours']:.2f}",
+            *([f"{record['over_reading']:.2f}"] if reading else []),
             *_speedups(record, baselines),
         ]
         for record in records

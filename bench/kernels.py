@@ -4,6 +4,8 @@ The linears of one shared layer with rows of many loops mixed, attention over th
 beside the arithmetic; every number against baselines measured in the same run, in alternating order, on weights that
 are not in the cache. A floor is what the case's bytes take at the best read bandwidth of the run, or its FLOPs at the
 best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once.
+On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading), since what memory
+gives changes within a run.
 
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead

@@ -29,5 +29,4 @@ def test_the_trainer_is_timed_against_a_bare_loop_of_as_many_micro_batches():
     assert (record["micro_batches"], record["tokens"]) == (2, 2 * 4 * 512)
     assert record["bare_losses"] == 4 * 2
     assert record["rounds"] == 2  # the first step warms up, and the last one's time is never taken
-    assert all(seconds["median"] > 0 for seconds in record["seconds"].values())
     assert record["speedup"].keys() == {"bare loop"}
