@@ -176,13 +176,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
                 lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
                 texts_read = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances)]
+                rows = share_beginnings(texts_read)
                 read = {
                     "one by one": sum(len(text.inputs) for text in texts_read),
-                    "shared": sum(row.length for row in share_beginnings(texts_read)),
+                    "shared": sum(row.length for row in rows),
                     "scored": sum(len(text.targets) for text in texts_read),
+                    "through the head": sum(len(set(row.layout()[-1])) for row in rows),
                 }
                 head = config.vocab_size * config.hidden_size
-                flops = 2 * (read["shared"] * sizes.shared_params + read["scored"] * head)
+                flops = 2 * (read["shared"] * sizes.shared_params + read["through the head"] * head)
                 cases[-1] |= {
                     "rounds": len(samples["ours"]),
                     "seconds": {name: spread(values) for name, values in samples.items()},

@@ -9,8 +9,9 @@ Shapes as in `rrt.model`, and P scored positions of a batch.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
+from rrt._build import load_native
+from rrt.decoder import RowHead
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.tensors import dtype_name
@@ -31,9 +34,9 @@ MIN_SAVED_TOKENS = 8
 """A text joins a row if it makes the row's beginning save this many tokens more: longer rows cost attention."""
 MAX_BRANCH_TOKENS = 2048
 """Tokens of a row behind its common beginning: attention costs the square of a row's length."""
-LOGITS_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-"""Logits held at once, 16 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
-MIN_LOGITS_ROWS = 128
+LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
+MIN_LOGITS_ROWS = 64
 """Of a piece, however large the vocabulary: each piece reads the whole head."""
 
 
@@ -93,6 +96,12 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.cache = ResponseCache() if cache is None else cache
 
+    @cached_property
+    def _logits(self) -> Callable[[Tensor], Tensor]:
+        """States [rows, D] -> logits [rows, V]; on a CPU from a packed copy of the head, which few rows fit better."""
+        packed = self.model.embed.device.type == "cpu" and load_native().handle is not None
+        return RowHead(self.model) if packed else self.model.logits
+
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
         """The score of each request. `progress` shows a bar over the tokens that the model reads.
 
@@ -140,8 +149,10 @@ class Scorer:
         # Without branches a row is one text: the padding behind it changes nothing under causal attention.
         hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), **packed)[-1].flatten(0, 1)
         texts = [text for row in rows for text in row.texts]
-        targets = torch.tensor([target for text in texts for target in text.targets], device=device)
-        values, hits = self._token_scores(hidden[torch.tensor(scored, device=device)], targets)
+        targets = np.array([target for text in texts for target in text.targets])
+        # What texts share is scored once, though each has a target of its own there: the first of its continuation.
+        places, sources = np.unique(scored, return_inverse=True)
+        values, hits = self._token_scores(hidden[torch.from_numpy(places).to(device)], sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
         if not np.isfinite(values).all():
             raise UserError(
@@ -151,22 +162,31 @@ class Scorer:
         parts = zip(texts, np.split(values, ends), np.split(hits, ends), strict=True)
         return {text.key: (float(value.sum()), bool(hit.all())) for text, value, hit in parts}
 
-    def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states [P, D] and targets int64 [P] -> log-likelihoods fp64 [P], and which targets are the argmax."""
+    def _token_scores(self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-likelihoods fp64 [P] of tokens, and which of them are the argmax.
+
+        Args:
+            hidden: [S, D], the states that predict them.
+            sources, targets: int64 [P]; token `targets[i]` after state `sources[i]`.
+        """
         elements = LOGITS_ELEMENTS.get(hidden.device.type, LOGITS_ELEMENTS["cuda"])
         rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
+        order = np.argsort(sources, kind="stable")
+        ends = np.searchsorted(sources[order], range(rows, len(hidden), rows))
         values, hits = [], []
-        for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = self.model.logits(h)
+        for first, (h, chosen) in enumerate(zip(hidden.split(rows), np.split(order, ends), strict=True)):
+            row = torch.from_numpy(sources[chosen] - first * rows).to(h.device)
+            target = torch.from_numpy(targets[chosen]).to(h.device)
+            logits = self._logits(h)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            chosen = logits.gather(1, target[:, None])[:, 0]
             # Among equals the argmax is the first. It costs more than the maximum, so only they are asked.
-            hit = chosen == logits.amax(1)
-            hit[hit.clone()] = logits[hit].argmax(1) == target[hit]
+            hit = logits[row, target] == logits.amax(1)[row]
+            hit[hit.clone()] = logits[row[hit]].argmax(1) == target[hit]
             hits.append(hit)
             torch.log_softmax(logits, 1, out=logits)
-            values.append(logits.gather(1, target[:, None])[:, 0].double())
-        return torch.cat(values).cpu().numpy(), torch.cat(hits).cpu().numpy()
+            values.append(logits[row, target].double())
+        undone = np.argsort(order)
+        return torch.cat(values).cpu().numpy()[undone], torch.cat(hits).cpu().numpy()[undone]
 
 
 def share_beginnings(texts: list[Text]) -> list[Row]:

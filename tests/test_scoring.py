@@ -99,6 +99,18 @@ def test_the_head_runs_in_pieces_with_a_large_vocabulary(configs, monkeypatch):
     assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in expected]
 
 
+def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["vanilla"])
+    context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
+    expected = [alone(model, context, ending) for ending in endings]
+    read = []
+    head = scoring.RowHead(model)
+    monkeypatch.setattr(scoring.Scorer, "_logits", lambda _, hidden: read.append(len(hidden)) or head(hidden))
+    scores = Scorer(model, MAX_LENGTH, 4096).score([(context, ending) for ending in endings])
+    assert sum(read) == 1 + sum(len(ending) - 1 for ending in endings)
+    assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)
+
+
 def rows_of(requests):
     scorer = Scorer(None, MAX_LENGTH, 1)
     return share_beginnings([scorer.text(*request) for request in requests])
