@@ -21,8 +21,10 @@ from train.distributed import (
     fill_parameters,
     full_parameters,
     processes,
+    set_last_micro_batch,
     shard_model,
 )
+from train.objective import NEXT_TOKEN
 
 
 def sharded_gradients(
@@ -132,6 +134,21 @@ def test_copies_of_the_shards_add_an_all_reduce_per_unit() -> None:
     parameters = sum(parameter.numel() for parameter in build("relaxed, three loops").parameters())
     assert counts["all-reduce"] == 2
     assert moved["all-reduce"] == 4 * parameters
+
+
+@pytest.mark.parametrize(("compute_dtype", "sharded"), [(None, False), (torch.bfloat16, True)])
+def test_one_process_is_wrapped_only_to_compute_in_another_dtype(
+    compute_dtype: torch.dtype | None, sharded: bool
+) -> None:
+    with processes("cpu") as group:
+        model = build_sharded("relaxed, three loops", group.mesh, compute_dtype)
+        set_last_micro_batch(model, False)
+        assert {isinstance(parameter, DTensor) for parameter in model.parameters()} == {sharded}
+        inputs = torch.arange(12)[None]
+        loss, _ = NEXT_TOKEN.bind(model)(inputs, inputs)
+        set_last_micro_batch(model, True)
+        loss.backward()
+        assert all(isinstance(parameter.grad, DTensor) == sharded for parameter in model.parameters())
 
 
 def placements(name: str) -> dict[str, tuple[tuple[int, ...], int]]:

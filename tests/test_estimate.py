@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes_util import run_on_two
+from processes_util import run_on
 from tokenizers_util import make_sentencepiece_tokenizer, training_texts
 from training_util import make_checkpoint, make_flags, to_flags, train
 
@@ -168,12 +168,12 @@ def test_hours_on_cpus_need_their_peak() -> None:
     assert hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
 
 
-def check_estimate(command: Command[Any], argv: list[str], small: list[str]) -> None:
-    """Against two processes that have pretrained by `small` before, so that the libraries have what they keep."""
+def check_estimate(command: Command[Any], argv: list[str], small: list[str], count: int = 2) -> None:
+    """Against processes that have pretrained by `small` before, so that the libraries have what they keep."""
     recipe = read_recipe(command.recipe, "", argv)
-    estimate = estimate_memory(command.training(recipe), recipe, 2, "cpu")
-    run_on_two(memory_of_a_run, small, pretrain.COMMAND)
-    measured = max(run_on_two(memory_of_a_run, argv, command))
+    estimate = estimate_memory(command.training(recipe), recipe, count, "cpu")
+    run_on(count, memory_of_a_run, small, pretrain.COMMAND)
+    measured = max(run_on(count, memory_of_a_run, argv, command))
     print(f"estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert measured == pytest.approx(estimate.peak, rel=0.15)
 
@@ -195,6 +195,14 @@ def test_the_estimate_is_within_15_percent_of_two_processes(
 ) -> None:
     small = make_argv(inputs, **{**settings, "model__num_layers": 2, "run__out": tmp_path / "small"})
     check_estimate(pretrain.COMMAND, make_argv(inputs, **settings, run__out=tmp_path / "run"), small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_estimate_is_within_15_percent_of_one_process(dtype: str, inputs: Path, tmp_path: Path) -> None:
+    settings = {"run__dtype": dtype}
+    small = make_argv(inputs, **settings, model__num_layers=2, run__out=tmp_path / "small")
+    check_estimate(pretrain.COMMAND, make_argv(inputs, **settings, run__out=tmp_path / "run"), small, count=1)
 
 
 @pytest.mark.slow

@@ -230,7 +230,8 @@ def test_the_gradient_of_the_loss_is_passed_on() -> None:
     torch.testing.assert_close(thrice, 3 * once, rtol=1e-14, atol=0)
 
 
-def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "rows"), [("two exits", 4), ("all at once", 3)])
+def test_logits_never_exist_whole(case: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -246,13 +247,14 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
                     largest = max(largest, tensor.numel())
             return result
 
-    monkeypatch.setattr(losses, "MIN_CHUNK", 3)
+    monkeypatch.setattr(losses, "MIN_CHUNK", 4)
+    monkeypatch.setattr(losses, "MIN_CHUNK_COMPARED", 3)
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 0)
-    inputs = make_inputs(3, torch.float64, False)
+    inputs = make_inputs(len(CASES[case]), torch.float64, False)
     with Watch():
-        loss, _ = chunked(inputs, CASES["all at once"], temperature=2.0)
+        loss, _ = chunked(inputs, CASES[case], temperature=2.0)
         loss.backward()
-    assert 0 < largest <= 3 * VOCAB
+    assert (rows - 1) * VOCAB < largest <= rows * VOCAB
 
 
 def test_weights_that_make_no_sense_are_refused() -> None:

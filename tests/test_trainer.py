@@ -44,6 +44,7 @@ from rrt.model import RecursiveTransformer
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 from train import pretrain
+from train.distributed import full_parameters
 from train.flops import training_flops_per_token
 from train.recipe import OptimConfig
 from train.trainer import Trainer, learning_rate, make_optimizer
@@ -83,8 +84,7 @@ def uptrain_in_double(argv: list[str]) -> dict[str, torch.Tensor]:
         save_final = Trainer._save_final
 
         def keep(self: Trainer) -> None:
-            for name, parameter in self.model.named_parameters():
-                weights[name] = parameter.full_tensor().detach()  # type: ignore[attr-defined]
+            weights.update((name, tensor.clone()) for name, tensor in full_parameters(self.model))
             save_final(self)
 
         patch.setattr(Trainer, "_save_final", keep)

@@ -131,7 +131,8 @@ def shard_model(
     """Wrap `model` in place: the looped stack or its layers as units, embedding, norm and head as the root's.
 
     A step makes one all-gather and one reduce-scatter for each unit, whatever the loops and micro-batches, and with
-    a mesh of several copies one all-reduce of what was scattered.
+    a mesh of several copies one all-reduce of what was scattered. A single process that computes in the parameters'
+    own dtype stays as it is: FSDP would copy all its weights and gradients in every step.
 
     Args:
         mesh: of one dimension, or two: the parameters are sharded over the last and replicated over the first.
@@ -140,6 +141,8 @@ def shard_model(
         wrap: "stack" for the fewest collectives; "layer" lets them overlap with computation and needs
             reduce-scatter buffers of a layer's size only.
     """
+    if mesh.size() == 1 and compute_dtype is None:
+        return
     policy = (
         MixedPrecisionPolicy()
         if compute_dtype is None
@@ -168,12 +171,12 @@ _in_last_micro_batch: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _finish_at_first_loop(model: nn.Module, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook: the layer's backward reduces and frees only in loop 0, the last that it comes to."""
     finish = args[1] == 0 and _in_last_micro_batch.get(model, True)
+    assert isinstance(layer, FSDPModule)
     if output.requires_grad:
         output.register_hook(lambda _: _set_finish(layer, finish))
 
 
-def _set_finish(module: nn.Module, finish: bool) -> None:
-    assert isinstance(module, FSDPModule)
+def _set_finish(module: FSDPModule, finish: bool) -> None:
     module.set_requires_gradient_sync(finish)
     module.set_reshard_after_backward(finish)
 
@@ -181,7 +184,8 @@ def _set_finish(module: nn.Module, finish: bool) -> None:
 def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
     """`function` with the weights of `model` gathered and its backward prepared, as if it were `model.forward`.
 
-    For what uses the root's weights, embedding, norm and head, beyond the model's own forward.
+    Without FSDP it is `function` itself. For what uses the root's weights, embedding, norm and head, beyond the model's
+    own forward.
     """
     model.as_forward = function  # type: ignore[assignment]
     register_fsdp_forward_method(model, "as_forward")
@@ -193,8 +197,9 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
 
     Freeing at the last is what makes the optimizer's new weights be gathered in the next step.
     """
-    _in_last_micro_batch[model] = last
-    _set_finish(model, last)
+    if isinstance(model, FSDPModule):
+        _in_last_micro_batch[model] = last
+        _set_finish(model, last)
 
 
 @torch.no_grad()

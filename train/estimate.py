@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,7 +163,8 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
         whole, trained = (
             sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True)
         )
-        gathered = whole * compute_dtype.itemsize
+        sharded = isinstance(model, FSDPModule)
+        gathered = whole * compute_dtype.itemsize if sharded else 0
         tokens = torch.zeros(run.micro_batch, recipe.data.seq_len, dtype=torch.int64)
         # A second micro-batch meets the gradients of the first, further ones meet the same.
         traced = min(2, micro_batches)
@@ -182,8 +184,8 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
             optimizer=2 * gradients,
             gradients=gradients,
             gathered=gathered,
-            accumulated=4 * trained if micro_batches > 1 else 0,
-            reduced=4 * max(_unit_sizes(model, run)),
+            accumulated=4 * trained if sharded and micro_batches > 1 else 0,
+            reduced=4 * max(_unit_sizes(model, run)) if sharded else 0,
             activations=activations,
             loss=loss_bytes,
             teacher=teacher_bytes,
@@ -204,7 +206,7 @@ def _make_model(model: ModelConfig, recursive: RecursiveConfig, dtype: torch.dty
 def _local_bytes(model: RecursiveTransformer, only_trained: bool = False) -> int:
     """This process's part of the parameters."""
     chosen = (p for p in model.parameters() if p.requires_grad or not only_trained)
-    return sum(p.to_local().nbytes for p in chosen)  # type: ignore[attr-defined]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in chosen)
 
 
 def _unit_sizes(model: RecursiveTransformer, run: RunConfig) -> Iterator[int]:

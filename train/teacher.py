@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,15 +43,16 @@ class ShardedTeacher:
     """A frozen model, each process holding its part; a layer is gathered when it runs and freed after it.
 
     Embedding, norm and head stay gathered from `read` to the end of the loss: they are one unit, which would be
-    gathered twice otherwise.
+    gathered twice otherwise. A single process has the whole model and gathers nothing.
     """
 
     def __init__(self, model: RecursiveTransformer, mesh: DeviceMesh) -> None:
         """Shards `model`, which computes in its parameters' dtype, in place."""
         model.eval().requires_grad_(False)
-        for layer in model.stack.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        if mesh.size() > 1:
+            for layer in model.stack.layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
         self.model = model
         self._states = as_forward(model, lambda inputs: model.norm(model.hidden_states(inputs)[-1]))
 
@@ -72,4 +72,5 @@ class ShardedTeacher:
         try:
             yield Teacher(hidden, self.model.head_weight)
         finally:
-            cast(FSDPModule, self.model).reshard()
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()
