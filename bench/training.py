@@ -6,7 +6,7 @@ Sections (--only takes some of them):
   loop, with fused AdamW, and against itself with compiled layers
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
-- trainer: the trainer's steps against a bare loop's: what data, sharding, logging and metrics cost, with one
+- trainer: the trainer's steps against a bare loop's: what data, logging and metrics cost, with one
   micro-batch of 4 x 512 tokens per step and with four
 - traffic: collectives and bytes of a step of Gemma 2B on 8 GPUs against its unrolled parent; counted, not timed
 

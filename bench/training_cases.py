@@ -220,10 +220,7 @@ class _TimedTrainer(Trainer):
 
 
 def measure_trainer(steps: int, micro_batches: int) -> Measured:
-    """The trainer's steps, with data, sharding, logging and metrics, against the model's in a bare loop.
-
-    FSDP copies all weights and gradients once per step, however many micro-batches that has.
-    """
+    """The trainer's steps, with data, logging and metrics, against the model's in a bare loop: one process in fp32."""
     batch_tokens = micro_batches * 4 * 512
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         root = Path(directory)

@@ -4,12 +4,12 @@ Requests whose tokens begin alike (a question and its choices, a sentence and it
 common beginning, then what each has beyond it. A token sees the beginning and its own branch, at the position that it
 has in its own text, so a row gives what its texts give alone. Rows are sorted by length and batched by tokens.
 
-Shapes as in `rrt.model`, and P scored positions of a batch.
+Shapes as in `rrt.model`, M states that predict tokens, and P tokens that are scored.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
-from rrt._build import load_native
-from rrt.decoder import RowHead
+from rrt.decoder import RowHead, packs_rows
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
+from rrt.products import product_dtype
 from rrt.tensors import dtype_name
 
 Request = tuple[list[int], list[int]]
@@ -38,6 +38,8 @@ LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
 MIN_LOGITS_ROWS = 64
 """Of a piece, however large the vocabulary: each piece reads the whole head."""
+MAX_PACKED_ROWS = 128
+"""Of a piece with the packed head, which more rows gain nothing from."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class Row:
 
 
 class Scorer:
-    """Scores requests with a model; what is done is in the cache, batch by batch."""
+    """Scores requests with a model; what is done is in the cache, batch by batch.
+
+    Leave the model as it is while a scorer lives: on a CPU it keeps a packed copy of the head.
+    """
 
     def __init__(
         self, model: RecursiveTransformer, max_length: int, batch_tokens: int, cache: ResponseCache | None = None
@@ -97,10 +102,11 @@ class Scorer:
         self.cache = ResponseCache() if cache is None else cache
 
     @cached_property
-    def _logits(self) -> Callable[[Tensor], Tensor]:
-        """States [rows, D] -> logits [rows, V]; on a CPU from a packed copy of the head, which few rows fit better."""
-        packed = self.model.embed.device.type == "cpu" and load_native().handle is not None
-        return RowHead(self.model) if packed else self.model.logits
+    def _packed_head(self) -> RowHead | None:
+        """Where it is faster than the model's own head for so few rows (`bench/fewshot.py`)."""
+        weight = self.model.head_weight
+        native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
+        return RowHead(self.model, early=False) if packs_rows(weight) and not native_16_bits else None
 
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
         """The score of each request. `progress` shows a bar over the tokens that the model reads.
@@ -150,7 +156,7 @@ class Scorer:
         hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), **packed)[-1].flatten(0, 1)
         texts = [text for row in rows for text in row.texts]
         targets = np.array([target for text in texts for target in text.targets])
-        # What texts share is scored once, though each has a target of its own there: the first of its continuation.
+        # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
         values, hits = self._token_scores(hidden[torch.from_numpy(places).to(device)], sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
@@ -166,22 +172,25 @@ class Scorer:
         """Log-likelihoods fp64 [P] of tokens, and which of them are the argmax.
 
         Args:
-            hidden: [S, D], the states that predict them.
+            hidden: [M, D].
             sources, targets: int64 [P]; token `targets[i]` after state `sources[i]`.
         """
-        elements = LOGITS_ELEMENTS.get(hidden.device.type, LOGITS_ELEMENTS["cuda"])
+        device = hidden.device
+        elements = LOGITS_ELEMENTS.get(device.type, LOGITS_ELEMENTS["cuda"])
         rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
+        if self._packed_head is not None:
+            rows = min(rows, MAX_PACKED_ROWS)
         order = np.argsort(sources, kind="stable")
-        ends = np.searchsorted(sources[order], range(rows, len(hidden), rows))
+        counts = np.bincount(sources // rows).tolist()
+        places, wanted = (torch.from_numpy(numbers[order]).to(device) for numbers in (sources % rows, targets))
         values, hits = [], []
-        for first, (h, chosen) in enumerate(zip(hidden.split(rows), np.split(order, ends), strict=True)):
-            row = torch.from_numpy(sources[chosen] - first * rows).to(h.device)
-            target = torch.from_numpy(targets[chosen]).to(h.device)
-            logits = self._logits(h)
+        for h, row, target in zip(hidden.split(rows), places.split(counts), wanted.split(counts), strict=True):
+            logits = (self._packed_head or self.model.logits)(h)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # Among equals the argmax is the first. It costs more than the maximum, so only they are asked.
             hit = logits[row, target] == logits.amax(1)[row]
-            hit[hit.clone()] = logits[row[hit]].argmax(1) == target[hit]
+            asked, back = row[hit].unique(return_inverse=True)
+            hit[hit.clone()] = logits[asked].argmax(1)[back] == target[hit]
             hits.append(hit)
             torch.log_softmax(logits, 1, out=logits)
             values.append(logits[row, target].double())

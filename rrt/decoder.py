@@ -184,22 +184,28 @@ class Decoder:
             ops.loop_kv_write(k, v, self.cache.k[index], self.cache.v[index], self.cache.prefix_slots(loop))
 
 
-class RowHead:
-    """A model's final norm and head for rows of many loops, with the head as it is now: on the CPU a packed copy.
+def packs_rows(weight: Tensor) -> bool:
+    """Whether weights like this one are packed for few rows: on CPUs. The reference would unpack them in every call."""
+    return weight.device.type == "cpu" and load_native().handle is not None
 
-    On a CPU it is faster than the model's own `logits` for 128 rows, too (`bench/fewshot.py`).
+
+class RowHead:
+    """A model's final norm and head for rows of many loops, on the CPU a packed copy of the head.
+
+    Leave the model as it is while it lives.
     """
 
     @torch.no_grad()
-    def __init__(self, model: RecursiveTransformer) -> None:
+    def __init__(self, model: RecursiveTransformer, *, early: bool = True) -> None:
+        """`early`: with the LoRAs of the exits before the last."""
         self._norm = model.norm
-        self._last = 0
-        self._linear = _RowLinear(model.head_weight)
-        if model.head_lora_a is not None and model.head_lora_b is not None:
+        lora_a = lora_b = None
+        rank, self._last = 0, 0
+        if early and model.head_lora_a is not None and model.head_lora_b is not None:
             # The last loop's is zero.
             lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
-            self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[lora_a.shape[1]])
-            self._last = model.recursive.num_loops - 1
+            rank, self._last = lora_a.shape[1], model.recursive.num_loops - 1
+        self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[rank])
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
@@ -227,8 +233,7 @@ class _RowLinear:
         lora_a = weight.new_empty(1, 0, weight.shape[1]) if lora_a is None else lora_a
         lora_b = weight.new_empty(1, weight.shape[0], 0) if lora_b is None else lora_b
         tensors = [tensor.detach() for tensor in (weight, lora_a, lora_b)]
-        # Where the reference runs it would unpack them in every call.
-        if weight.device.type == "cpu" and load_native().handle is not None:
+        if packs_rows(weight):
             tensors = [ops.pack_linear(tensor) for tensor in tensors]
         self.weight, self.lora_a, self.lora_b = tensors
 

@@ -49,5 +49,6 @@ def test_command_measures_both_shapes_and_writes_json(tmp_path):
     for case in result["cases"]:
         assert case["same_greedy"] and case["max_difference"] <= 1e-4
         assert case["tokens"]["shared"] < case["tokens"]["one by one"]
+        assert case["tokens"]["through the head"] < case["tokens"]["scored"]
         assert set(case["seconds"]) == {"ours", "nothing shared", "hf, batch 2"} and case["over_floor"] > 0
         assert f"{case['speedup']:.2f}x" in done.stdout

@@ -12,6 +12,7 @@ import torch
 from processes_util import run_on_two
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from training_util import refuse_to_write
 
 from rrt.errors import UserError
@@ -28,10 +29,11 @@ def alone() -> Iterator[None]:
 class Run:
     """A model whose parameters and moments change with every step."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, sharded: bool = True) -> None:
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
-        fully_shard(self.model)
+        if sharded:
+            fully_shard(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.step = 0
 
@@ -43,12 +45,14 @@ class Run:
 
     def state(self) -> list[torch.Tensor]:
         moments = [self.optimizer.state[p][key] for p in self.model.parameters() for key in ("exp_avg", "exp_avg_sq")]
-        return [tensor.full_tensor().detach().clone() for tensor in (*self.model.parameters(), *moments)]  # type: ignore[attr-defined]
+        tensors = (*self.model.parameters(), *moments)
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        return [tensor.detach().clone() for tensor in whole]
 
 
-def save_steps(out: Path, *steps: int, keep: int = 9, background: bool = True) -> list[Any]:
+def save_steps(out: Path, *steps: int, keep: int = 9, background: bool = True, sharded: bool = True) -> list[Any]:
     """Advance a run and save it after each of `steps`; what its state was then."""
-    run, states = Run(), []
+    run, states = Run(sharded=sharded), []
     writer = CheckpointWriter(out, keep=keep, background=background)
     while run.step < max(steps):
         run.advance()
@@ -64,13 +68,15 @@ def steps(out: Path) -> list[int]:
     return [step for step, _ in step_directories(out)]
 
 
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("background", [True, False])
-def test_a_checkpoint_restores_every_tensor(background: bool, tmp_path: Path) -> None:
-    states = save_steps(tmp_path, 1, 3, background=background)
+def test_a_checkpoint_restores_every_tensor(background: bool, sharded: bool, tmp_path: Path) -> None:
+    states = save_steps(tmp_path, 1, 3, background=background, sharded=sharded)
     for step, expected in zip((1, 3), states, strict=True):
-        run = Run(seed=1)
-        assert load_step(tmp_path / f"step-{step}", run.model, run.optimizer) == step
-        assert all(torch.equal(found, tensor) for found, tensor in zip(run.state(), expected, strict=True))
+        for resumed_sharded in (True, False):
+            run = Run(seed=1, sharded=resumed_sharded)
+            assert load_step(tmp_path / f"step-{step}", run.model, run.optimizer) == step
+            assert all(torch.equal(found, tensor) for found, tensor in zip(run.state(), expected, strict=True))
     state = json.loads((tmp_path / "step-3" / STATE_FILE).read_text())
     assert (state["step"], state["a"]) == (3, 3)
     assert state["files"].keys() == {".metadata", "__0_0.distcp"}
@@ -150,8 +156,9 @@ def test_a_damaged_checkpoint_is_replaced_and_not_counted_among_those_kept(tmp_p
     assert steps(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize("sharded", [True, False])
 def test_training_goes_on_while_a_checkpoint_of_the_state_before_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, write = threading.Event(), FileSystemWriter.write_data
 
@@ -160,7 +167,7 @@ def test_training_goes_on_while_a_checkpoint_of_the_state_before_is_written(
         return write(self, *arguments)
 
     monkeypatch.setattr(FileSystemWriter, "write_data", write_later)
-    run = Run()
+    run = Run(sharded=sharded)
     run.advance()
     expected = run.state()
     writer = CheckpointWriter(tmp_path, keep=2, background=True)

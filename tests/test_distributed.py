@@ -136,18 +136,18 @@ def test_copies_of_the_shards_add_an_all_reduce_per_unit() -> None:
     assert moved["all-reduce"] == 4 * parameters
 
 
+@pytest.mark.parametrize("wrap", ["stack", "layer"])
 @pytest.mark.parametrize(("compute_dtype", "sharded"), [(None, False), (torch.bfloat16, True)])
 def test_one_process_is_wrapped_only_to_compute_in_another_dtype(
-    compute_dtype: torch.dtype | None, sharded: bool
+    compute_dtype: torch.dtype | None, sharded: bool, wrap: Wrap
 ) -> None:
     with processes("cpu") as group:
-        model = build_sharded("relaxed, three loops", group.mesh, compute_dtype)
-        set_last_micro_batch(model, False)
+        model = build_sharded("relaxed, three loops", group.mesh, compute_dtype, wrap)
         assert {isinstance(parameter, DTensor) for parameter in model.parameters()} == {sharded}
         inputs = torch.arange(12)[None]
-        loss, _ = NEXT_TOKEN.bind(model)(inputs, inputs)
-        set_last_micro_batch(model, True)
-        loss.backward()
+        for last in (False, True):
+            set_last_micro_batch(model, last)
+            NEXT_TOKEN.bind(model)(inputs, inputs)[0].backward()
         assert all(isinstance(parameter.grad, DTensor) == sharded for parameter in model.parameters())
 
 

@@ -178,10 +178,11 @@ def test_losses_are_those_of_whole_logits(
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-4), ("bf16", 0.05)])
 def test_uptraining_with_a_teacher_is_distillation_of_the_last_loop(
-    checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path
+    dtype: str, tolerance: float, checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path
 ) -> None:
-    overrides = {"distill__teacher": checkpoints["teacher"], "distill__weight": 0.25, "run__save_every": 2}
+    overrides = {"distill__teacher": checkpoints["teacher"], "distill__weight": 0.25, "run__dtype": dtype}
     expected = train_plainly(
         rrt.load_model(checkpoints["two"]).train(),
         data,
@@ -189,7 +190,7 @@ def test_uptraining_with_a_teacher_is_distillation_of_the_last_loop(
         rrt.load_model(checkpoints["teacher"]),
     )
     train(flags(checkpoints["two"], tmp_path / "run", **overrides), uptrain.COMMAND)
-    assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-4)
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=tolerance)
     record = metrics(tmp_path / "run")[0]
     parts = 0.75 * record["cross_entropy_loop_1"] + 0.25 * record["from_teacher_loop_1"]
     assert parts == pytest.approx(record["loss"], abs=1e-6)

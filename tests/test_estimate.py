@@ -168,6 +168,20 @@ def test_hours_on_cpus_need_their_peak() -> None:
     assert hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
 
 
+def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_path: Path) -> None:
+    for settings in ({}, {"run__shard_size": 1}):
+        plain, mixed = (
+            estimate_memory(pretrain.COMMAND.training(recipe), recipe, 1, "cpu")
+            for recipe in (
+                read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, run__dtype=dtype, **settings))
+                for dtype in ("fp32", "bf16")
+            )
+        )
+        assert plain.gathered == plain.accumulated == plain.reduced == 0
+        assert mixed.gathered == mixed.parameters / 2 and mixed.accumulated > 0 and mixed.reduced > 0
+        assert plain.peak < mixed.peak
+
+
 def check_estimate(command: Command[Any], argv: list[str], small: list[str], count: int = 2) -> None:
     """Against processes that have pretrained by `small` before, so that the libraries have what they keep."""
     recipe = read_recipe(command.recipe, "", argv)

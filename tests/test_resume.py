@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes_util import run_on_two
+from processes_util import run_on, run_on_two
 from training_util import (
     Flags,
     command_line,
@@ -48,14 +48,15 @@ TRAININGS = {
 }
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("training", TRAININGS)
-def test_two_processes_resume_bitwise(training: str, flags: Flags, tmp_path: Path) -> None:
+def test_runs_resume_bitwise(training: str, count: int, flags: Flags, tmp_path: Path) -> None:
     command, settings = TRAININGS[training]
-    run_on_two(train_here, flags(tmp_path / "whole", run__save_every=3, **settings), command)
+    run_on(count, train_here, flags(tmp_path / "whole", run__save_every=3, **settings), command)
     argv = flags(tmp_path / "parts", run__save_every=3, **settings)
-    run_on_two(train_until, 5, argv, command)
+    run_on(count, train_until, 5, argv, command)
     assert steps_kept(tmp_path / "parts") == [3]
-    run_on_two(train_here, argv, command)
+    run_on(count, train_here, argv, command)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
     assert final[0] == final[1]
@@ -84,18 +85,18 @@ def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Pat
     assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_data(
-    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    before: int, after: int, flags: Flags, tmp_path: Path
 ) -> None:
     settings = dict(steps=12, run__save_every=3, run__micro_batch=4)
     train_here(flags(tmp_path / "whole", **settings))
     out = tmp_path / "parts"
-    run_on_two(train_until, 7, flags(out, **settings))
+    run_on(before, train_until, 7, flags(out, **settings))
+    assert steps_kept(out) == [3, 6]
     (out / ".step-99").mkdir()  # as a killed run leaves it
     (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
-    capsys.readouterr()
-    train_here(flags(out, **settings))
-    assert f"resuming from {out / 'step-6'}" in capsys.readouterr().out
+    run_on(after, train_here, flags(out, **settings))
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
     assert not list(out.glob(".*"))
 

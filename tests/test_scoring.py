@@ -16,6 +16,7 @@ KINDS = {
     "vanilla": RecursiveConfig(),
     "relaxed": RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(3), untie_norms=True),
     "prefix": RecursiveConfig(num_loops=3, prefix_length=5),
+    "LoRA on the head": RecursiveConfig(num_loops=3, head_lora_rank=2),
 }
 MAX_LENGTH = 40
 
@@ -89,9 +90,11 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
         assert max(abs(a - b) for (a, _), (b, _) in zip(scores, by_size[0], strict=True)) <= 1e-4
 
 
-def test_the_head_runs_in_pieces_with_a_large_vocabulary(configs, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_head_runs_in_pieces_with_a_large_vocabulary(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
+    monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
     in_pieces = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
@@ -105,7 +108,7 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(configs
     expected = [alone(model, context, ending) for ending in endings]
     read = []
     head = scoring.RowHead(model)
-    monkeypatch.setattr(scoring.Scorer, "_logits", lambda _, hidden: read.append(len(hidden)) or head(hidden))
+    monkeypatch.setattr(Scorer, "_packed_head", lambda _, hidden: read.append(len(hidden)) or head(hidden))
     scores = Scorer(model, MAX_LENGTH, 4096).score([(context, ending) for ending in endings])
     assert sum(read) == 1 + sum(len(ending) - 1 for ending in endings)
     assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)

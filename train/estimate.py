@@ -96,12 +96,11 @@ class Memory:
 
     Attributes:
         parameters, optimizer, gradients: this process's part, fp32; AdamW keeps two moments.
-        gathered: whole weights in the compute dtype.
-        accumulated: whole fp32 gradients between micro-batches.
-        reduced: buffer of the largest reduce-scatter.
+        gathered, accumulated, reduced: FSDP's whole weights in the compute dtype, whole fp32 gradients between
+            micro-batches, and buffer of the largest reduce-scatter; 0 for a single process without FSDP.
         activations: what a forward keeps for its backward, merged weights included.
         loss: logits of a chunk with what the losses make of them, and the head's gradient.
-        teacher: this process's part; a layer and the head at a time are gathered as well.
+        teacher: this process's part; of several processes each gathers a layer and the head at a time as well.
     """
 
     parameters: int
@@ -163,8 +162,8 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
         whole, trained = (
             sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True)
         )
-        sharded = isinstance(model, FSDPModule)
-        gathered = whole * compute_dtype.itemsize if sharded else 0
+        wrapped = isinstance(model, FSDPModule)
+        gathered = whole * compute_dtype.itemsize if wrapped else 0
         tokens = torch.zeros(run.micro_batch, recipe.data.seq_len, dtype=torch.int64)
         # A second micro-batch meets the gradients of the first, further ones meet the same.
         traced = min(2, micro_batches)
@@ -184,8 +183,8 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
             optimizer=2 * gradients,
             gradients=gradients,
             gathered=gathered,
-            accumulated=4 * trained if sharded and micro_batches > 1 else 0,
-            reduced=4 * max(_unit_sizes(model, run)) if sharded else 0,
+            accumulated=4 * trained if wrapped and micro_batches > 1 else 0,
+            reduced=4 * max(_unit_sizes(model, run)) if wrapped else 0,
             activations=activations,
             loss=loss_bytes,
             teacher=teacher_bytes,

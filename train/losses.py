@@ -25,7 +25,8 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26}
 """What the matrices [C, V] of one chunk may take, unless they have the least number of rows only."""
 MIN_CHUNK = 512
-"""Rows of a chunk. With fewer the products with the head take longer: 1.36 times at 128, V = 256000, on a CPU."""
+"""So many rows a chunk may have whatever V is (0.5 GB in fp32 at 256,000): fewer slow down the products with the head,
+which read and add to a matrix of its size for each chunk."""
 MIN_CHUNK_COMPARED = 128
 """The same where distributions are compared, which takes several matrices [C, V] at a time."""
 
@@ -147,12 +148,13 @@ class _Task:
 
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
         """Pieces of the tokens, of nearly equal size; `itemsize` in bytes, of the logits."""
-        # As many [C, V] exist at one time, for any number of exits.
+        # As many [C, V] exist at one time, for any number of exits; one more where they are rounded to 16 bits.
         matrices, least = (8, MIN_CHUNK_COMPARED) if self.asks_teacher or self.asks_last_exit else (1, MIN_CHUNK)
         suitable = max(least, CHUNK_BYTES[device_type(self.targets)] // (vocab * itemsize * matrices))
         tokens = len(self.targets)
         pieces = max(1, -(-tokens // (self.chunk or suitable)))
-        bounds = [tokens * piece // pieces for piece in range(pieces + 1)]
+        # The first is the largest: its buffer serves all.
+        bounds = [-(-tokens * piece // pieces) for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
 
     def warm(self, logits: Tensor) -> Tensor:

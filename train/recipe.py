@@ -130,7 +130,7 @@ class RunConfig:
     )
     wrap: Literal["stack", "layer"] = doc(
         "unit of FSDP: the looped stack for the fewest collectives; its layers, for large blocks, overlap "
-        "communication and need smaller buffers",
+        "communication and need smaller buffers (a single process in fp32 has no FSDP)",
         default="stack",
     )
     shard_size: int = doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)

@@ -47,7 +47,7 @@ class ShardedTeacher:
     """
 
     def __init__(self, model: RecursiveTransformer, mesh: DeviceMesh) -> None:
-        """Shards `model`, which computes in its parameters' dtype, in place."""
+        """Shards `model`, which computes in its parameters' dtype, in place, where there are several processes."""
         model.eval().requires_grad_(False)
         if mesh.size() > 1:
             for layer in model.stack.layers:
