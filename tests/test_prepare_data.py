@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -167,6 +169,29 @@ def test_another_tokenizer_or_option_starts_anew(
     prepare_data([f"{corpus}/*"], other, interrupted, overwrite=True)
     assert "starting anew" in capsys.readouterr().out
     open_shards(interrupted, "train").check_tokenizer(load_tokenizer(other))
+
+
+def test_a_worker_does_not_collect_what_the_parent_left(
+    corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Left:
+        def __init__(self) -> None:
+            self.cycle, self.owner = self, os.getpid()
+
+        def __del__(self) -> None:
+            if os.getpid() != self.owner:
+                os.abort()
+
+    left, write_unit = [Left()], module.write_unit
+
+    def write(job: Any, unit: Any) -> None:
+        left.clear()
+        gc.collect()
+        write_unit(job, unit)
+
+    monkeypatch.setattr(module, "write_unit", write)
+    prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out")
+    assert leftovers(tmp_path) == ["out"]
 
 
 def test_a_file_that_changed_is_done_again_and_the_others_are_kept(

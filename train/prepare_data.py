@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -305,6 +306,8 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
 
 def work(job: Job, connection: Connection, parents: list[Connection]) -> None:
     """A worker: receive the index of a unit, do it, answer with None or the error; until the parent ends."""
+    # What the parent has left for its collector is not this process's: to end a thread, say, that was not forked along.
+    gc.freeze()
     for parent in parents:
         parent.close()  # copies that came with the fork; kept open they would hide the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
