@@ -182,14 +182,14 @@ def test_losses_are_those_of_whole_logits(
 def test_uptraining_with_a_teacher_is_distillation_of_the_last_loop(
     dtype: str, tolerance: float, checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path
 ) -> None:
-    overrides = {"distill__teacher": checkpoints["teacher"], "distill__weight": 0.25, "run__dtype": dtype}
+    overrides = {"distill__teacher": checkpoints["teacher"], "distill__weight": 0.25, "run__save_every": 2}
     expected = train_plainly(
         rrt.load_model(checkpoints["two"]).train(),
         data,
         lambda z, y, p: 0.75 * ce(z[1], y) + 0.25 * kl(z[1], p),
         rrt.load_model(checkpoints["teacher"]),
     )
-    train(flags(checkpoints["two"], tmp_path / "run", **overrides), uptrain.COMMAND)
+    train(flags(checkpoints["two"], tmp_path / "run", run__dtype=dtype, **overrides), uptrain.COMMAND)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=tolerance)
     record = metrics(tmp_path / "run")[0]
     parts = 0.75 * record["cross_entropy_loop_1"] + 0.25 * record["from_teacher_loop_1"]
