@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rrt import products
+from rrt import ops, products
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.errors import UserError
 from rrt.lora import LoopLinear
@@ -137,10 +137,13 @@ class Attention(nn.Module):
             k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=2)
             v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=2)
         causal = mask is None and x.shape[1] > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        return self.out(y.transpose(1, 2).flatten(2), loop)
+        if causal and ops.has_causal_attention(x):
+            y = ops.causal_attention(*(heads.transpose(1, 2) for heads in (q, k, v)), self.config.head_dim**-0.5)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
+            ).transpose(1, 2)
+        return self.out(y.flatten(2), loop)
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)

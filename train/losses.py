@@ -215,7 +215,7 @@ class _HeadProducts:
         self.weight_grad = zeros(head.weight, needs_weight)
         self.lora_a_grad = zeros(head.lora_a, needs_lora)
         self.lora_b_grad = zeros(head.lora_b, needs_lora)
-        self._buffer: Tensor | None = None
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def logits(self, hidden: Tensor, place: int) -> Tensor:
         """hidden [C, D] of the exit at `place` -> [C, V] in the wide dtype, valid until the next call."""
@@ -225,12 +225,22 @@ class _HeadProducts:
         return self._base_logits(hidden).add_((hidden @ lora_a.t()) @ lora_b.t())
 
     def _base_logits(self, hidden: Tensor) -> Tensor:
-        if hidden.dtype != self.wide:
+        if hidden.dtype != self.wide and device_type(hidden) == "cuda":
             return _product(hidden, self.weight.t(), self.wide)
-        if self._buffer is None or len(self._buffer) < len(hidden):
-            # Kept from chunk to chunk: fresh memory of this size costs the system as much time as the softmax.
-            self._buffer = hidden.new_empty(len(hidden), len(self.weight))
-        return torch.mm(hidden, self.weight.t(), out=self._buffer[: len(hidden)])
+        logits = torch.mm(hidden, self.weight.t(), out=self._buffer(len(hidden), hidden.dtype))
+        return self._in_buffer(logits, self.wide)
+
+    def _in_buffer(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """[C, V] in `dtype`; valid until the next call for that dtype."""
+        if matrix.dtype == dtype or device_type(matrix) == "cuda":
+            return matrix.to(dtype)
+        return self._buffer(len(matrix), dtype).copy_(matrix)
+
+    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        # Kept from chunk to chunk: fresh memory of this size costs the system as much time as the softmax.
+        if dtype not in self._buffers or len(self._buffers[dtype]) < rows:
+            self._buffers[dtype] = self.weight.new_empty(rows, len(self.weight), dtype=dtype)
+        return self._buffers[dtype][:rows]
 
     def backward(
         self, hidden: Tensor, slope: Tensor, row_weight: Tensor, place: int, needs_hidden: bool
@@ -241,7 +251,7 @@ class _HeadProducts:
             slope: gradient [C, V] by the logits, before it is multiplied by `row_weight`.
             row_weight: [C, 1] in the wide dtype, how much each token counts.
         """
-        slope = slope.to(hidden.dtype)
+        slope = self._in_buffer(slope, hidden.dtype)
         weighted = (hidden * row_weight).to(hidden.dtype)
         if self.weight_grad is not None:
             _add_product(self.weight_grad, slope.t(), weighted)
@@ -268,8 +278,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b"""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
+    elif device_type(a) == "cuda":
         total.add_(_product(a, b, total.dtype))
+    else:
+        total.add_(a @ b)
 
 
 class _ExitLosses(torch.autograd.Function):

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 
+#include "arena.h"
 #include "cpu_isa.h"
 #include "kv_cache/cpu_kernels.h"
 
@@ -34,28 +34,6 @@ int64_t dtype_size(Dtype dtype) {
     default: return 2;
   }
 }
-
-// Uninitialised memory, handed out in parts that begin on a cache line.
-class Arena {
- public:
-  template <class T>
-  int64_t reserve(int64_t count) {
-    const int64_t begin = size_;
-    size_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kLine) * kLine;
-    return begin;
-  }
-  void allocate() {
-    memory_.reset(new char[size_ + kLine]);
-    base_ = memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine;
-  }
-  char* at(int64_t begin) const { return base_ + begin; }
-
- private:
-  static constexpr int64_t kLine = 64;
-  int64_t size_ = 0;
-  std::unique_ptr<char[]> memory_;
-  char* base_ = nullptr;
-};
 
 template <class Acc>
 class StateMemory {

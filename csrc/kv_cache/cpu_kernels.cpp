@@ -10,40 +10,6 @@
 namespace rrt::kv_cache {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// e^x for x <= 0 (or NaN), to about 1e-7; 0 below e^-86, where floats end.
-inline F32 exp_negative(F32 x) {
-  const F32 least = F32{} - 86.0f;
-  const F32 bounded = x < least ? least : x;
-  // Adding 1.5 * 2^23 rounds to an integer n, which is then in the low bits; e^x = 2^n e^r with |r| <= log(2) / 2.
-  const F32 shifted = bounded * 1.44269504f + 12582912.0f;
-  const F32 n = shifted - 12582912.0f;
-  const F32 r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  F32 p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const F32 scaled = bit_cast<F32>(bit_cast<U32>(p) + (bit_cast<U32>(shifted) << 23));
-  return x < least ? F32{} : scaled;
-}
-
-inline F64 exp_negative(F64 x) {
-  for (int i = 0; i < kNumLanes<F64>; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-
-template <class D>
-inline typename D::Acc exp_one(typename D::Acc x) {
-  return exp_negative(typename D::Vec{} + x)[0];
-}
-
-template <class Acc>
-constexpr Acc kLowest = sizeof(Acc) == 4 ? static_cast<Acc>(-__FLT_MAX__) : static_cast<Acc>(-__DBL_MAX__);
-
 // Rotates the first rotary_dim elements of a head, which read(i) gives and write(i, value) takes.
 template <class Acc, class Read, class Write>
 inline void rotate(const Rope& rope, int64_t row, Read read, Write write) {
@@ -256,7 +222,7 @@ struct Attend {
 #ifdef __AVX512BF16__
   // Rounds to bfloat16; returns what the sum has to count, the rounded values.
   static F32 narrow_probabilities(F32 probability, uint32_t* to) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)probability);
+    const U16 narrow = Operands<BFloat16>::narrow(probability);
     std::memcpy(to, &narrow, sizeof(narrow));
     return BFloat16::widen(reinterpret_cast<const uint16_t*>(to));
   }

@@ -5,6 +5,12 @@ operator names, with one warning each. `build_info()` tells which.
 """
 
 from rrt._build import BuildInfo, build_info
+from rrt.ops.attention import (
+    causal_attention,
+    causal_attention_backward_reference,
+    causal_attention_reference,
+    has_causal_attention,
+)
 from rrt.ops.kv import (
     loop_kv_attention,
     loop_kv_attention_reference,
@@ -25,6 +31,10 @@ from rrt.ops.linear import (
 __all__ = [
     "BuildInfo",
     "build_info",
+    "causal_attention",
+    "causal_attention_backward_reference",
+    "causal_attention_reference",
+    "has_causal_attention",
     "loop_kv_attention",
     "loop_kv_attention_reference",
     "loop_kv_prefill",

@@ -1,0 +1,68 @@
+// The CPU kernels' inner parts, compiled once per instruction set and chosen at run time (cpu.cpp).
+#pragma once
+
+#include "attention/launch.h"
+
+namespace rrt::attention {
+
+constexpr int64_t kTile = 64;    // queries, and keys, that are multiplied at a time
+constexpr int64_t kPadDim = 32;  // no kernel's vector has more elements
+
+inline int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
+inline int64_t padded_dim(const Shape& shape) { return (shape.head_dim + kPadDim - 1) / kPadDim * kPadDim; }
+
+// One thread's memory, in elements of the accumulation type (double for float64, else float); operands of products
+// take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each.
+struct ForwardScratch {
+  void* keys;           // tiles of [kTile, dim]
+  void* values;         // tiles of [dim, kTile]
+  void* q;              // [dim, kTile]
+  void* scores;         // [kTile keys, kTile queries]
+  void* probabilities;  // the same
+  void* max;            // [kTile]
+  void* sum;            // [kTile]
+  void* out;            // [dim, kTile]
+};
+
+struct BackwardScratch {
+  // Of one tile of keys.
+  void* k_rows;     // [kTile, dim]
+  void* k_columns;  // [dim, kTile]
+  void* v_rows;     // [kTile, dim]
+  void* k_grad;     // [kTile, dim]
+  void* v_grad;     // [kTile, dim]
+  // Of all tiles of queries.
+  void* q_columns;    // tiles of [dim, kTile]
+  void* q_rows;       // tiles of [kTile, dim]
+  void* out_columns;  // the same of the output's gradient
+  void* out_rows;
+  void* lse;    // tiles of [kTile]
+  void* delta;  // tiles of [kTile]: output . its gradient
+  void* q_grad;  // tiles of [dim, kTile]
+  // Of one tile of keys and one of queries: [kTile keys, kTile queries].
+  void* scores;
+  void* probability_grads;
+  void* probabilities;  // as a left operand
+  void* score_rows;     // the scores' gradient as a left operand
+  void* score_pairs;    // and as a right one
+};
+
+struct CpuKernels {
+  // All are indexed by Dtype.
+  // Queries [first, end) of all query heads of one key/value head; `first` begins a tile.
+  void (*forward[4])(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_t first, int64_t end,
+                     const ForwardScratch& scratch);
+  // One query head.
+  void (*backward[4])(const BackwardParams& params, int64_t batch, int64_t head, const BackwardScratch& scratch);
+  // The sum of the shares in one key/value head.
+  void (*sum_shares[4])(const BackwardParams& params, int64_t batch, int64_t kv_head);
+};
+
+extern const CpuKernels kBaselineKernels;
+#ifdef RRT_X86
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace rrt::attention

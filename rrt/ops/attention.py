@@ -1,0 +1,167 @@
+"""`causal_attention`: attention of training, whose gradient is computed from the logarithms of the softmax's sums.
+
+Shapes: B sequences of T tokens, H query heads, H_kv key/value heads, D_h head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrt._build import register_op
+from rrt.ops.checks import Checks
+from rrt.products import device_type
+
+_check = Checks("causal_attention")
+_backward_check = Checks("causal_attention_backward")
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
+
+    A native kernel exists for CPUs, where its forward and backward take about a third of the time of PyTorch's in
+    bfloat16 (`bench/training.py --only attention`); it keeps the inputs, the result and one number per query, and
+    spreads B * H_kv parts of a backward over the threads. A key or value that is not finite spoils its neighbours too.
+
+    Args:
+        q: [B, T, H, D_h] float32, float64, bfloat16 or float16; H is a multiple of H_kv, and query head h reads
+            key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
+        k, v: [B, T, H_kv, D_h] of q's dtype.
+        scale: factor on the scores, before the softmax.
+
+    Returns:
+        [B, T, H, D_h] of q's dtype, accumulated in float32 (float64 for float64). The native kernel gives the same
+        bits whatever the number of threads.
+
+    Raises:
+        RuntimeError: a dtype, device or shape that does not fit; the message names the argument, what was found and
+            what was expected.
+    """
+    out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale)[0]
+    return out
+
+
+def has_causal_attention(tensor: Tensor) -> bool:
+    """Whether `causal_attention` has a native kernel where `tensor` is."""
+    return _NATIVE and device_type(tensor) == "cpu"
+
+
+def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`causal_attention` in plain PyTorch, on any device; rounds as PyTorch does.
+
+    Returns:
+        The result, and [B, H, T] float32 (float64) the logarithm of the sum of each query's exponentials.
+    """
+    _check_inputs(_check, q, k, v)
+    q_heads, k_heads, v_heads = _heads(q, k, v)
+    scores = _scores(q_heads, k_heads, scale)
+    out = scores.softmax(-1).to(v_heads.dtype) @ v_heads
+    return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def causal_attention_backward_reference(
+    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in plain PyTorch, by that of `out`; `lse` as `causal_attention_reference` gives it."""
+    _check_backward(out_grad, q, k, v, out, lse)
+    q_heads, k_heads, v_heads = _heads(q, k, v)
+    p = (_scores(q_heads, k_heads, scale) - lse[..., None]).exp()
+    grad = out_grad.transpose(1, 2).to(p.dtype)
+    delta = (grad * out.transpose(1, 2)).sum(-1, keepdim=True)
+    slope = p * (grad @ v_heads.transpose(-1, -2) - delta) * scale
+    grads = (slope @ k_heads, slope.transpose(-1, -2) @ q_heads, p.transpose(-1, -2) @ grad)
+    q_grad, k_grad, v_grad = (grad.transpose(1, 2) for grad in grads)
+    group = (k.shape[2], -1)
+    return (
+        q_grad.to(q.dtype).contiguous(),
+        k_grad.unflatten(2, group).sum(3).to(k.dtype),
+        v_grad.unflatten(2, group).sum(3).to(v.dtype),
+    )
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As [B, H, T, D_h] in at least float32, keys and values repeated for their query heads."""
+    wide = _wide(q)
+    group = q.shape[2] // max(1, k.shape[2])
+    return (
+        q.transpose(1, 2).to(wide),
+        k.repeat_interleave(group, 2).transpose(1, 2).to(wide),
+        v.repeat_interleave(group, 2).transpose(1, 2).to(wide),
+    )
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[B, H, T, T], minus infinity where a query does not see."""
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(unseen, float("-inf"))
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What csrc/attention/op.cpp checks, in the same order."""
+    check.float_dtype("q", q)
+    for name, tensor in (("k", k), ("v", v)):
+        check.dtype(name, tensor, q.dtype)
+    for name, tensor in (("k", k), ("v", v)):
+        check.same_device(name, tensor, q, "q")
+    check.shape("q", q, "B", "T", "H", "D_h")
+    batch, length, num_heads, head_dim = q.shape
+    check.shape("k", k, batch, length, "H_kv", head_dim)
+    num_kv_heads = k.shape[2]
+    check.shape("v", v, batch, length, num_kv_heads, head_dim)
+    if num_heads % num_kv_heads if num_kv_heads > 0 else num_heads:
+        check.fail("q", f"{num_heads} heads", f"a multiple of k's {num_kv_heads}")
+
+
+def _check_backward(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    check = _backward_check
+    _check_inputs(check, q, k, v)
+    for name, tensor in (("out_grad", out_grad), ("out", out)):
+        check.dtype(name, tensor, q.dtype)
+        check.same_device(name, tensor, q, "q")
+        check.shape(name, tensor, *q.shape)
+    check.dtype("lse", lse, _wide(q))
+    check.same_device("lse", lse, q, "q")
+    check.shape("lse", lse, q.shape[0], q.shape[2], q.shape[1])
+    check.contiguous("lse", lse)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _check_inputs(_check, q, k, v)
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_wide(q))
+
+
+def _backward_fake(
+    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(out_grad, q, k, v, out, lse)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _gradients(ctx: Any, out_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.rrt.causal_attention_backward.default(out_grad, *ctx.saved_tensors, ctx.scale), None)
+
+
+register_op(
+    "causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    causal_attention_reference,
+    _forward_fake,
+)
+register_op(
+    "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    causal_attention_backward_reference,
+    _backward_fake,
+)
+torch.library.register_autograd("rrt::causal_attention", _gradients, setup_context=_setup_context)
+_NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::causal_attention", "CPU")
