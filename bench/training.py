@@ -4,6 +4,7 @@ Sections (--only takes some of them):
 
 - step: an optimizer step of a Llama of 26 M parameters over 4 x 512 tokens, against transformers' model in the same
   loop, with fused AdamW, and against itself with compiled layers
+- attention: forward and backward of a layer's causal attention, with heads as three models have them, against PyTorch's
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
 - trainer: the trainer's steps against a bare loop's: what data, logging and metrics cost, with one
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.timing import Timer
 from bench.training_cases import (
+    measure_attention,
     measure_checkpointing,
     measure_relaxation,
     measure_step,
@@ -40,14 +42,18 @@ from rrt.errors import UserError
 from rrt.results import write_result
 from rrt.tensors import parse_dtype
 
-SECTIONS = ("step", "relaxation", "checkpointing", "trainer", "traffic")
+SECTIONS = ("step", "attention", "relaxation", "checkpointing", "trainer", "traffic")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="these sections (default all)")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"], help="of step and relaxation"
+        "--dtype",
+        choices=("fp32", "bf16"),
+        nargs="+",
+        default=["fp32", "bf16"],
+        help="of step, attention and relaxation",
     )
     parser.add_argument("--vocab", type=int, nargs="+", default=[16000], help="of step (default 16000)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
@@ -74,6 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.dtype:
         dtype = parse_dtype(name)
         cases += [("step", lambda v=vocab, d=dtype: measure_step(timer, v, d)) for vocab in arguments.vocab]
+        cases += [
+            ("attention", lambda n=name, t=length, d=dtype: measure_attention(timer, n, t, d))
+            for name, length in (("pythia-160m", 512), ("tinyllama-1.1b", 2048), ("gemma-2b", 512))
+        ]
         cases += [
             ("relaxation", lambda r=rows, d=dtype: measure_relaxation(timer, r, arguments.rank, d))
             for rows in arguments.rows

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import Samples, Timer, Variant, speedup, spread
 from bench.traffic import imagined_step
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model import LoopedStack, RecursiveTransformer, rope_cos_sin
+from rrt.ops import causal_attention
 from rrt.presets import preset
 from rrt.shards import ShardWriter
 from rrt.tensors import dtype_name
@@ -173,6 +175,29 @@ def measure_relaxation(
         step(0)
     samples = timer.measure({name: Variant(step) for name, step in runs.items()}, copies=1)
     return Measured({"rows": rows, "rank": rank, "dtype": dtype_name(dtype), "layer": "tinyllama-1.1b"}, samples)
+
+
+def measure_attention(timer: Timer, name: str, length: int, dtype: torch.dtype) -> Measured:
+    """Forward and backward of one layer's causal attention over 2048 tokens: ours and PyTorch's."""
+    config = preset(name)
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    sizes = [(2048 // length, length, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
+    *leaves, grad = (torch.randn(size).to(dtype) for size in sizes)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        return y.transpose(1, 2)
+
+    def run(attention: Callable[..., Tensor]) -> Callable[[int], Tensor]:
+        return lambda _: torch.autograd.grad(attention(*leaves), leaves, grad)[0]
+
+    runs = {"ours": run(lambda q, k, v: causal_attention(q, k, v, head_dim**-0.5)), "sdpa": run(sdpa)}
+    for step in runs.values():
+        step(0)
+    samples = timer.measure({name: Variant(step) for name, step in runs.items()}, copies=1)
+    return Measured({"heads_of": name, "length": length, "tokens": 2048, "dtype": dtype_name(dtype)}, samples)
 
 
 def measure_checkpointing(timer: Timer) -> Measured:

@@ -138,7 +138,8 @@ class Attention(nn.Module):
             v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=2)
         causal = mask is None and x.shape[1] > 1
         if causal and ops.has_causal_attention(x):
-            y = ops.causal_attention(*(heads.transpose(1, 2) for heads in (q, k, v)), self.config.head_dim**-0.5)
+            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]

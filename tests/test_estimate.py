@@ -179,7 +179,6 @@ def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_pa
         )
         assert plain.gathered == plain.accumulated == plain.reduced == 0
         assert mixed.gathered == mixed.parameters / 2 and mixed.accumulated > 0 and mixed.reduced > 0
-        assert plain.peak < mixed.peak
 
 
 def check_estimate(command: Command[Any], argv: list[str], small: list[str], count: int = 2) -> None:

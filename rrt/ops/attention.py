@@ -71,7 +71,7 @@ def causal_attention_backward_reference(
     slope = p * (grad @ v_heads.transpose(-1, -2) - delta) * scale
     grads = (slope @ k_heads, slope.transpose(-1, -2) @ q_heads, p.transpose(-1, -2) @ grad)
     q_grad, k_grad, v_grad = (grad.transpose(1, 2) for grad in grads)
-    group = (k.shape[2], -1)
+    group = (k.shape[2], q.shape[2] // max(1, k.shape[2]))
     return (
         q_grad.to(q.dtype).contiguous(),
         k_grad.unflatten(2, group).sum(3).to(k.dtype),
