@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
-from rrt.decoder import RowHead, packs_rows
+from rrt import ops
+from rrt.decoder import packs_rows
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.products import product_dtype
@@ -38,8 +39,6 @@ LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
 MIN_LOGITS_ROWS = 64
 """Of a piece, however large the vocabulary: each piece reads the whole head."""
-MAX_PACKED_ROWS = 128
-"""Of a piece with the packed head, which more rows gain nothing from."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,11 @@ class Scorer:
         self.cache = ResponseCache() if cache is None else cache
 
     @cached_property
-    def _packed_head(self) -> RowHead | None:
-        """Where it is faster than the model's own head for so few rows (`bench/fewshot.py`)."""
-        weight = self.model.head_weight
+    def _packed_head(self) -> Tensor | None:
+        """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""
+        weight = self.model.head_weight.detach()
         native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
-        return RowHead(self.model, early=False) if packs_rows(weight) and not native_16_bits else None
+        return ops.pack_linear(weight) if packs_rows(weight) and not native_16_bits else None
 
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
         """The score of each request. `progress` shows a bar over the tokens that the model reads.
@@ -149,9 +148,10 @@ class Scorer:
             scored += [index * width + place for place in row_scored]
         packed = {}
         if any(row.branches for row in rows):
-            branch = torch.from_numpy(owner).to(device)
-            mask = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-            packed = {"attention_mask": mask.tril_(), "positions": torch.from_numpy(positions).to(device)}
+            packed = {
+                "branches": torch.from_numpy(owner).to(device),
+                "positions": torch.from_numpy(positions).to(device),
+            }
         # Without branches a row is one text: the padding behind it changes nothing under causal attention.
         hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), **packed)[-1].flatten(0, 1)
         texts = [text for row in rows for text in row.texts]
@@ -175,17 +175,28 @@ class Scorer:
             hidden: [M, D].
             sources, targets: int64 [P]; token `targets[i]` after state `sources[i]`.
         """
+        if self._packed_head is None:
+            return self._scores_of_logits(hidden, sources, targets)
+        hidden = self.model.norm(hidden)
+        log_sum_exp, best = ops.logit_statistics(hidden, self._packed_head, self.model.config.vocab_size)
+        states, tokens = torch.from_numpy(sources), torch.from_numpy(targets)
+        wide = log_sum_exp.dtype
+        logits = (hidden[states].to(wide) * self.model.head_weight[tokens].to(wide)).sum(1)
+        return (logits - log_sum_exp[states]).double().numpy(), (best[states] == tokens).numpy()
+
+    def _scores_of_logits(
+        self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_token_scores` by the model's own head, piece by piece."""
         device = hidden.device
         elements = LOGITS_ELEMENTS.get(device.type, LOGITS_ELEMENTS["cuda"])
         rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
-        if self._packed_head is not None:
-            rows = min(rows, MAX_PACKED_ROWS)
         order = np.argsort(sources, kind="stable")
         counts = np.bincount(sources // rows).tolist()
         places, wanted = (torch.from_numpy(numbers[order]).to(device) for numbers in (sources % rows, targets))
         values, hits = [], []
         for h, row, target in zip(hidden.split(rows), places.split(counts), wanted.split(counts), strict=True):
-            logits = (self._packed_head or self.model.logits)(h)
+            logits = self.model.logits(h)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # Among equals the argmax is the first. It costs more than the maximum, so only they are asked.
             hit = logits[row, target] == logits.amax(1)[row]

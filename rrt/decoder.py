@@ -196,12 +196,11 @@ class RowHead:
     """
 
     @torch.no_grad()
-    def __init__(self, model: RecursiveTransformer, *, early: bool = True) -> None:
-        """`early`: with the LoRAs of the exits before the last."""
+    def __init__(self, model: RecursiveTransformer) -> None:
         self._norm = model.norm
         lora_a = lora_b = None
         rank, self._last = 0, 0
-        if early and model.head_lora_a is not None and model.head_lora_b is not None:
+        if model.head_lora_a is not None and model.head_lora_b is not None:
             # The last loop's is zero.
             lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
             rank, self._last = lora_a.shape[1], model.recursive.num_loops - 1

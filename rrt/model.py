@@ -10,6 +10,7 @@ P prefix length. `depth = loop * K + layer`.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -39,6 +40,19 @@ class Cache(Protocol):
     def advance(self, num_tokens: int) -> None:
         """Called once per forward, after every depth has appended its `num_tokens` positions."""
         ...
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What tokens see where texts lie in a row behind what they begin with alike (`RecursiveTransformer.forward`)."""
+
+    of: Tensor
+    """int32 [batch, T], contiguous."""
+
+    def mask(self) -> Tensor:
+        """bool [batch, 1, T, T]"""
+        keys, queries = self.of[:, None, None, :], self.of[:, None, :, None]
+        return ((keys == 0) | (keys == queries)).tril()
 
 
 class Norm(nn.Module):
@@ -120,12 +134,15 @@ class Attention(nn.Module):
         x: Tensor,
         loop: int,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Branches | None,
         depth: int,
         cache: Cache | None,
         prefix: Tensor | None,
     ) -> Tensor:
-        """x [batch, T, D] -> [batch, T, D]; `mask` bool [batch or 1, 1, T, P + S], or None for plain causal."""
+        """x [batch, T, D] -> [batch, T, D]; `mask` bool [batch or 1, 1, T, P + S], or None for plain causal.
+
+        Branches stand for their mask where the native operator takes them.
+        """
         q = self._split_heads(self.q(x, loop), self.config.num_heads)
         k = self._split_heads(self.k(x, loop), self.config.num_kv_heads)
         v = self._split_heads(self.v(x, loop), self.config.num_kv_heads)
@@ -137,9 +154,10 @@ class Attention(nn.Module):
             k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=2)
             v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=2)
         causal = mask is None and x.shape[1] > 1
-        if causal and ops.has_causal_attention(x):
+        if isinstance(mask, Branches) or (causal and ops.has_causal_attention(x)):
             q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5)
+            branches = mask.of if isinstance(mask, Branches) else None
+            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, branches)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
@@ -192,7 +210,7 @@ class Layer(nn.Module):
         x: Tensor,
         loop: int,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Branches | None,
         depth: int,
         cache: Cache | None,
         prefix: Tensor | None,
@@ -219,7 +237,7 @@ class LoopedStack(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Tensor | Branches | None = None,
         cache: Cache | None = None,
         num_loops: int | None = None,
     ) -> list[Tensor]:
@@ -231,7 +249,7 @@ class LoopedStack(nn.Module):
         return exits
 
     def _run_loop(
-        self, x: Tensor, loop: int, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, loop: int, rope: tuple[Tensor, Tensor], mask: Tensor | Branches | None, cache: Cache | None
     ) -> Tensor:
         for index, layer in enumerate(self.layers):
             depth = loop * len(self.layers) + index
@@ -275,6 +293,7 @@ class RecursiveTransformer(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: Cache | None = None,
         exit_loop: int | None = None,
     ) -> Tensor:
@@ -282,9 +301,10 @@ class RecursiveTransformer(nn.Module):
 
         Args:
             input_ids: [batch, T] int64.
-            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too. Or, with
-                `positions`, bool [batch, T, S]: the keys that each query sees, at least one.
-            positions: int64 [batch, T], where `attention_mask` lays out more than one text in a row.
+            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too.
+            positions, branches: int64 and int32 [batch, T], both or none, without mask and cache: several texts in a
+                row that begin alike. A token sees those before it that are of branch 0, the beginning, or of its own
+                branch, and `positions` says where in its text it is.
             cache: keys and values of earlier positions; this call's are appended.
             exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
 
@@ -293,7 +313,12 @@ class RecursiveTransformer(nn.Module):
         """
         last = self.recursive.num_loops - 1 if exit_loop is None else exit_loop
         exits = self.hidden_states(
-            input_ids, attention_mask=attention_mask, positions=positions, cache=cache, num_loops=last + 1
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            branches=branches,
+            cache=cache,
+            num_loops=last + 1,
         )
         return self.logits(exits[-1], last)
 
@@ -303,6 +328,7 @@ class RecursiveTransformer(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: Cache | None = None,
         num_loops: int | None = None,
     ) -> list[Tensor]:
@@ -316,8 +342,14 @@ class RecursiveTransformer(nn.Module):
                 f"exit_loop: found {num_loops - 1} (num_loops {num_loops}); expected a loop in [0, {loops})"
             )
         x = self.embed_tokens(input_ids)
-        past = 0 if cache is None else cache.length
-        positions, mask = self._positions_and_mask(input_ids, past, attention_mask, positions)
+        mask: Tensor | Branches | None
+        if positions is None and branches is None:
+            past = 0 if cache is None else cache.length
+            positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
+        elif positions is None or branches is None or attention_mask is not None or cache is not None:
+            raise UserError("positions and branches: found one of them, or a mask or a cache; expected both alone")
+        else:
+            mask = self._mask_of_branches(input_ids, positions, branches)
         rope = rope_cos_sin(self.config, positions, x.dtype)
         exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops)
         if cache is not None:
@@ -346,17 +378,11 @@ class RecursiveTransformer(nn.Module):
         return self.embed if self.head is None else self.head
 
     def _positions_and_mask(
-        self, input_ids: Tensor, past: int, attention_mask: Tensor | None, positions: Tensor | None
+        self, input_ids: Tensor, past: int, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Positions [batch or 1, T] and the attention mask, None where plain causal attention is meant."""
         length, device = input_ids.shape[1], input_ids.device
         prefix_length = self.recursive.prefix_length
-        if positions is not None:
-            wanted = (tuple(input_ids.shape), (*input_ids.shape, past + length))
-            found = (tuple(positions.shape), None if attention_mask is None else tuple(attention_mask.shape))
-            if attention_mask is None or found != wanted:
-                raise UserError(f"positions and attention_mask: found shapes {found}; expected {wanted}")
-            return positions, F.pad(attention_mask[:, None].bool(), (prefix_length, 0), value=True)
         queries = torch.arange(past, past + length, device=device)
         if attention_mask is None:
             positions = queries[None]
@@ -374,6 +400,16 @@ class RecursiveTransformer(nn.Module):
             own = (keys[None, :] == queries[:, None])[None, None]
             mask = mask & attention_mask.bool()[:, None, None, :] | own
         return positions, F.pad(mask, (prefix_length, 0), value=True)
+
+    def _mask_of_branches(self, input_ids: Tensor, positions: Tensor, branches: Tensor) -> Tensor | Branches:
+        for name, tensor in (("positions", positions), ("branches", branches)):
+            if tensor.shape != input_ids.shape:
+                expected = tuple(input_ids.shape)
+                raise UserError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}, as input_ids")
+        seen, prefix_length = Branches(branches.int().contiguous()), self.recursive.prefix_length
+        if prefix_length == 0 and ops.has_causal_attention(self.embed):
+            return seen
+        return F.pad(seen.mask(), (prefix_length, 0), value=True)
 
     def set_merge(self, merge: bool | None) -> None:
         """Compute every LoRA merged into its weight, or as separate products; None: as is cheaper for the rows."""

@@ -27,22 +27,22 @@ from rrt.ops import (
 from rrt.presets import preset
 from rrt.products import choices_of
 
-Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Attention = Callable[..., Tensor]
 
 
 class _Reference(torch.autograd.Function):
     """The references of both operators as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, lse = causal_attention_reference(q, k, v, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
+        out, lse = causal_attention_reference(q, k, v, scale, branches)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
+        ctx.rest = scale, branches
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (*causal_attention_backward_reference(grad, *ctx.saved_tensors, ctx.scale), None)
+        return (*causal_attention_backward_reference(grad, *ctx.saved_tensors, *ctx.rest), None, None)
 
 
 BOTH = pytest.mark.parametrize("attention", [causal_attention, _Reference.apply], ids=["op", "reference"])
@@ -82,11 +82,11 @@ def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     ]
 
 
-def results(attention: Attention, tensors: list[Tensor], scale: float) -> list[Tensor]:
+def results(attention: Attention, tensors: list[Tensor], scale: float, branches: Tensor | None = None) -> list[Tensor]:
     """The result and the gradients of q, k and v."""
     *leaves, grad = tensors
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = attention(*leaves, scale)
+    out = attention(*leaves, scale, branches)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -98,7 +98,7 @@ class Expected:
     sizes: list[Tensor]
 
 
-def expected(tensors: list[Tensor], scale: float) -> Expected:
+def expected(tensors: list[Tensor], scale: float, branches: Tensor | None = None) -> Expected:
     """The result and the gradients of q, k and v by the definition.
 
     PyTorch's own function is no oracle: its kernel for CPUs makes NaN of a negative scale.
@@ -107,6 +107,9 @@ def expected(tensors: list[Tensor], scale: float) -> Expected:
     heads = k.shape[1]
     k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
     unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    if branches is not None:
+        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
+        unseen = unseen | ((keys != 0) & (keys != queries))
     p = (q @ k.mT * scale).masked_fill(unseen, float("-inf")).softmax(-1)
     p_grad = grad @ v.mT
     delta = (p * p_grad).sum(-1, keepdim=True)
@@ -178,6 +181,17 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype) ->
     assert float((found[0].double() - out).norm() / out.norm()) < 2 * TOLERANCE[dtype]
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beginning", [0, 1, 40, 64, 100])
+def test_branches_see_the_beginning_and_themselves(beginning: int, dtype: torch.dtype, attention: Attention) -> None:
+    tensors = inputs(Case(2, 190, 4, 2, 20), dtype)
+    branches = torch.zeros(2, 190, dtype=torch.int32)
+    branches[0, beginning:] = 1 + torch.arange(190 - beginning) // 35
+    branches[1, 30:80], branches[1, 80:180], branches[1, 180:] = 3, 1, -1
+    assert_near(results(attention, tensors, 0.3, branches), expected(tensors, 0.3, branches).values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_future_changes_nothing(dtype: torch.dtype) -> None:
     q, k, v, grad = inputs(Case(1, 150, 2, 1, 32), dtype)
@@ -225,7 +239,9 @@ def test_gradients_match_finite_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration_passes_opcheck(dtype: torch.dtype) -> None:
     *leaves, grad = inputs(Case(2, 5, 4, 2, 8), dtype)
-    torch.library.opcheck(torch.ops.rrt.causal_attention.default, (*(x.requires_grad_() for x in leaves), 0.3))
+    branches = torch.tensor([[0, 0, 1, 1, 2]] * 2, dtype=torch.int32)
+    for rest in ((0.3,), (0.3, branches)):
+        torch.library.opcheck(torch.ops.rrt.causal_attention.default, (*(x.requires_grad_() for x in leaves), *rest))
     with torch.no_grad():
         out, lse = torch.ops.rrt.causal_attention.default(*leaves, 0.3)
         torch.library.opcheck(torch.ops.rrt.causal_attention_backward.default, (grad, *leaves, out, lse, 0.3))
@@ -240,6 +256,9 @@ MISTAKES: list[tuple[dict[str, Tensor], str]] = [
     ({"k": torch.zeros(2, 6, 2, 8)}, r"k: found shape \[2, 6, 2, 8\]; expected \[2, 5, H_kv, 8\]"),
     ({"v": torch.zeros(2, 5, 1, 8)}, r"v: found shape \[2, 5, 1, 8\]; expected \[2, 5, 2, 8\]"),
     ({"q": torch.zeros(2, 5, 3, 8)}, "q: found 3 heads; expected a multiple of k's 2"),
+    ({"branches": torch.zeros(2, 5, dtype=torch.int64)}, "branches: found dtype int64; expected int32"),
+    ({"branches": torch.zeros(2, 4, dtype=torch.int32)}, r"branches: found shape \[2, 4\]; expected \[2, 5\]"),
+    ({"branches": torch.zeros(5, 2, dtype=torch.int32).T}, r"branches: found strides \[1, 2\]; expected a contiguous"),
 ]
 BACKWARD_MISTAKES: list[tuple[dict[str, Tensor], str]] = [
     ({"out_grad": torch.zeros(2, 5, 4, 8, dtype=torch.float16)}, "out_grad: found dtype float16; expected float32"),
@@ -340,7 +359,8 @@ def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     if "RRT_CPU_ISA" in os.environ:
         pytest.skip("already the inner run")
-    result = run_this_file("(the_definition and not reference) or far_from or future or change_a_bit", RRT_CPU_ISA=isa)
+    tests = "((the_definition or branches) and not reference and not any_shape) or far_from or future or change_a_bit"
+    result = run_this_file(tests, RRT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout
 
 

@@ -183,10 +183,9 @@ def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name,
     model = recursive_model(name, **recursive)
     shared, *branches = torch.randint(0, 151, (18,), generator=torch.Generator().manual_seed(5)).split([7, 5, 6])
     owner = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)
-    mask = ((owner == 0) | (owner[:, None] == owner)).tril()[None]
     positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 13)])[None]
     row = torch.cat([shared, *branches])[None]
-    packed = model(row, attention_mask=mask, positions=positions)[0]
+    packed = model(row, branches=owner[None].int(), positions=positions)[0]
     for number, branch in enumerate(branches, start=1):
         alone = model(torch.cat([shared, branch])[None])[0]
         assert relative_error(packed[:7], alone[:7]) <= 1e-12
@@ -324,8 +323,10 @@ def test_wrong_attention_mask_shape_and_full_cache_are_refused():
     input_ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(rrt.UserError, match=r"attention_mask: found shape \(1, 3\); expected \(1, 4\)"):
         model(input_ids, attention_mask=torch.ones(1, 3))
-    with pytest.raises(rrt.UserError, match=r"found shapes \(\(1, 4\), \(1, 4\)\); expected \(\(1, 4\), \(1, 4, 4\)\)"):
+    with pytest.raises(rrt.UserError, match="positions and branches: found one of them, or a mask or a cache"):
         model(input_ids, attention_mask=torch.ones(1, 4), positions=input_ids)
+    with pytest.raises(rrt.UserError, match=r"branches: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
+        model(input_ids, positions=input_ids, branches=input_ids[:, :3])
     with pytest.raises(rrt.UserError, match="cache: position 4 does not fit"):
         model(input_ids, cache=ContiguousCache(model.config, 1, max_length=3, dtype=torch.float64))
 

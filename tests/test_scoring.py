@@ -91,24 +91,32 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_head_runs_in_pieces_with_a_large_vocabulary(packed, configs, monkeypatch):
+def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
     monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
-    in_pieces = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
-    assert [value for value, _ in in_pieces] == pytest.approx([value for value, _ in expected], abs=1e-12)
-    assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in expected]
+    others = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
+    assert [value for value, _ in others] == pytest.approx([value for value, _ in expected], abs=1e-12)
+    assert [greedy for _, greedy in others] == [greedy for _, greedy in expected]
 
 
-def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(configs, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed, configs, monkeypatch):
     model = random_model(configs["llama"], KINDS["vanilla"])
     context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
     expected = [alone(model, context, ending) for ending in endings]
     read = []
-    head = scoring.RowHead(model)
-    monkeypatch.setattr(Scorer, "_packed_head", lambda _, hidden: read.append(len(hidden)) or head(hidden))
+
+    def counted(function):
+        return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
+
+    monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
+    if packed:
+        monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))
+    else:
+        monkeypatch.setattr(model, "logits", counted(model.logits))
     scores = Scorer(model, MAX_LENGTH, 4096).score([(context, ending) for ending in endings])
     assert sum(read) == 1 + sum(len(ending) - 1 for ending in endings)
     assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)

@@ -30,17 +30,18 @@ class ForwardMemory {
  public:
   explicit ForwardMemory(const Shape& shape) {
     const int64_t dim = padded_dim(shape), tile = dim * kTile, tiles = tiles_of(shape.length);
-    const int64_t sizes[] = {tiles * tile, tiles * tile, tile, kTile * kTile, kTile * kTile, kTile, kTile, tile};
+    const int64_t pair = kTile * kTile;
+    const int64_t sizes[] = {tiles * tile, tiles * tile, tile, pair, pair, kTile, kTile, tile, tiles * kTile};
     for (int i = 0; i < kParts; ++i) parts_[i] = arena_.reserve<Acc>(sizes[i]);
     arena_.allocate();
   }
   ForwardScratch scratch() const {
     const auto at = [this](int part) -> void* { return arena_.at(parts_[part]); };
-    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
   }
 
  private:
-  static constexpr int kParts = 8;
+  static constexpr int kParts = 9;
   Arena arena_;
   int64_t parts_[kParts];
 };
@@ -52,18 +53,18 @@ class BackwardMemory {
     const int64_t tiles = tiles_of(shape.length), tile = padded_dim(shape) * kTile, pair = kTile * kTile;
     const int64_t all = tiles * tile, row = tiles * kTile;
     const int64_t sizes[] = {tile, tile, tile, tile, tile, all,  all,  all, all,
-                             row,  row,  all,  pair, pair, pair, pair, pair};
+                             row,  row,  all,  pair, pair, pair, pair, pair, row};
     for (int i = 0; i < kParts; ++i) parts_[i] = arena_.reserve<Acc>(sizes[i]);
     arena_.allocate();
   }
   BackwardScratch scratch() const {
     const auto at = [this](int part) -> void* { return arena_.at(parts_[part]); };
     return {at(0),  at(1),  at(2),  at(3),  at(4),  at(5),  at(6),  at(7), at(8),
-            at(9),  at(10), at(11), at(12), at(13), at(14), at(15), at(16)};
+            at(9),  at(10), at(11), at(12), at(13), at(14), at(15), at(16), at(17)};
   }
 
  private:
-  static constexpr int kParts = 17;
+  static constexpr int kParts = 18;
   Arena arena_;
   int64_t parts_[kParts];
 };

@@ -137,12 +137,39 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
-// Lanes of the queries from `query` on that come before `key` in a tile on the diagonal and so do not see it.
+// What the queries of a tile do not see of a tile of keys.
 template <class D>
-inline auto before(int64_t query, int64_t key) {
-  typename D::Vec number;
-  for (int i = 0; i < kLanes<D>; ++i) number[i] = static_cast<typename D::Acc>(i);
-  return number < static_cast<typename D::Acc>(key - query);
+struct Unseen {
+  using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+
+  const bool diagonal;  // both tiles are of the same tokens
+  const Acc* queries;   // branches of the tiles' tokens; null: there are none
+  const Acc* keys;
+
+  // Puts `value` into the lanes of queries, from `query` on, that do not see the key.
+  Vec set(Vec lanes, int64_t query, int64_t key, Acc value) const {
+    if (diagonal) {
+      Vec number;
+      for (int i = 0; i < kLanes<D>; ++i) number[i] = static_cast<Acc>(i);
+      lanes = number < static_cast<Acc>(key - query) ? Vec{} + value : lanes;
+    }
+    if (queries != nullptr && keys[key] != 0) {
+      lanes = load<Vec>(queries + query) != keys[key] ? Vec{} + value : lanes;
+    }
+    return lanes;
+  }
+};
+
+// A sequence's branches as numbers that vectors compare.
+template <class D>
+const typename D::Acc* stage_branches(const Shape& shape, int64_t batch, void* to) {
+  if (shape.branches == nullptr) return nullptr;
+  auto* numbers = static_cast<typename D::Acc*>(to);
+  for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
+    numbers[token] = token < shape.length ? shape.branches[batch * shape.length + token] : 0;
+  }
+  return numbers;
 }
 
 // Rows `from` [dim, kTile] transposed, each multiplied by its factor, to `count` tokens of a head.
@@ -182,7 +209,7 @@ struct Forward {
   const int64_t dim = padded_dim(shape);
 
   // Scores of a tile become probabilities, and `out` and the running softmax follow.
-  void softmax(bool diagonal) const {
+  void softmax(const Unseen<D>& unseen) const {
     auto* scores = static_cast<Acc*>(scratch.scores);
     auto* probabilities = static_cast<Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(scratch.out);
@@ -193,8 +220,7 @@ struct Forward {
       Vec max = old, sum = {};
       for (int64_t key = 0; key < kTile; ++key) {
         Acc* at = scores + key * kTile + query;
-        Vec score = load<Vec>(at) * static_cast<Acc>(shape.scale);
-        if (diagonal) score = before<D>(query, key) ? Vec{} + kLowest<Acc> : score;
+        const Vec score = unseen.set(load<Vec>(at) * static_cast<Acc>(shape.scale), query, key, kLowest<Acc>);
         std::memcpy(at, &score, sizeof(score));
         max = score > max ? score : max;
       }
@@ -238,6 +264,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
     stager.column_pairs(v, j * kTile, shape.length, values + j * size);
   }
   auto* out = static_cast<Acc*>(scratch.out);
+  const Acc* branches = stage_branches<D>(shape, batch, scratch.branches);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Head<D> q(params.q, batch, head);
     for (int64_t begin = first; begin < end; begin += kTile) {
@@ -251,7 +278,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
       for (int64_t j = 0; j <= begin / kTile; ++j) {
         multiply_rows<D, kMaxRows, false>(keys + j * size, dim / kPair<D>, queries, dim,
                                           static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
-        tile.softmax(j == begin / kTile);
+        tile.softmax({j == begin / kTile, branches == nullptr ? nullptr : branches + begin, branches + j * kTile});
         const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
         multiply_rows<D, kMaxRows, true>(values + j * size, tile.pair_stride, probabilities, kTile, out, kTile, dim,
                                          kTile);
@@ -298,12 +325,15 @@ struct Backward {
   void run() const {
     stage_queries();
     const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
+    const Acc* branches = stage_branches<D>(shape, batch, scratch.branches);
     for (int64_t j = 0; j < tiles; ++j) {
       stager.rows(k, j * kTile, shape.length, at<Unit>(scratch.k_rows));
       stager.column_pairs(k, j * kTile, shape.length, at<Unit>(scratch.k_columns));
       stager.rows(v, j * kTile, shape.length, at<Unit>(scratch.v_rows));
       for (int64_t i = 0; i < size; ++i) *at<Acc>(scratch.k_grad, i) = *at<Acc>(scratch.v_grad, i) = 0;
-      for (int64_t i = j; i < tiles; ++i) multiply(i, i == j);
+      for (int64_t i = j; i < tiles; ++i) {
+        multiply(i, {i == j, branches == nullptr ? nullptr : branches + i * kTile, branches + j * kTile});
+      }
       store_keys(j, at<Acc>(scratch.k_grad), params.k_grad, 0);
       store_keys(j, at<Acc>(scratch.v_grad), params.v_grad, 1);
     }
@@ -347,7 +377,7 @@ struct Backward {
   }
 
   // The tile of keys at hand against the tile of queries i.
-  void multiply(int64_t i, bool diagonal) const {
+  void multiply(int64_t i, const Unseen<D>& unseen) const {
     constexpr int64_t stride = kTile / kPair<D>;
     const Staged<D> q_columns{at<Unit>(scratch.q_columns, i * units), kTile};
     const Staged<D> out_columns{at<Unit>(scratch.out_columns, i * units), kTile};
@@ -355,7 +385,7 @@ struct Backward {
                                       at<Acc>(scratch.scores), kTile, kTile, kTile);
     multiply_rows<D, kMaxRows, false>(at<Unit>(scratch.v_rows), dim / kPair<D>, out_columns, dim,
                                       at<Acc>(scratch.probability_grads), kTile, kTile, kTile);
-    slopes(i, diagonal);
+    slopes(i, unseen);
     const Staged<D> q_rows{at<Unit>(scratch.q_rows, i * units), dim};
     const Staged<D> out_rows{at<Unit>(scratch.out_rows, i * units), dim};
     const Staged<D> score_pairs{at<Unit>(scratch.score_pairs), kTile};
@@ -368,7 +398,7 @@ struct Backward {
   }
 
   // Probabilities, and the gradient of the scores, as operands.
-  void slopes(int64_t i, bool diagonal) const {
+  void slopes(int64_t i, const Unseen<D>& unseen) const {
     const auto scale = static_cast<Acc>(shape.scale);
     for (int64_t query = 0; query < kTile; query += lanes) {
       const Vec lse = load<Vec>(at<Acc>(scratch.lse, i * kTile + query));
@@ -377,8 +407,8 @@ struct Backward {
         Vec slope[kPair<D>];
         for (int r = 0; r < kPair<D>; ++r) {
           const int64_t place = (key + r) * kTile + query;
-          Vec p = exp_negative(load<Vec>(at<Acc>(scratch.scores, place)) * scale - lse);
-          if (diagonal) p = before<D>(query, key + r) ? Vec{} : p;
+          const Vec score = load<Vec>(at<Acc>(scratch.scores, place)) * scale;
+          const Vec p = unseen.set(exp_negative(score - lse), query, key + r, 0);
           slope[r] = p * (load<Vec>(at<Acc>(scratch.probability_grads, place)) - delta) * scale;
           store_row<D>(p, at<Unit>(scratch.probabilities, (key + r) * (kTile / kPair<D>)), query);
           store_row<D>(slope[r], at<Unit>(scratch.score_rows, (key + r) * (kTile / kPair<D>)), query);

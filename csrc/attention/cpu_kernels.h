@@ -22,6 +22,7 @@ struct ForwardScratch {
   void* max;            // [kTile]
   void* sum;            // [kTile]
   void* out;            // [dim, kTile]
+  void* branches;       // tiles of [kTile]
 };
 
 struct BackwardScratch {
@@ -45,6 +46,7 @@ struct BackwardScratch {
   void* probabilities;  // as a left operand
   void* score_rows;     // the scores' gradient as a left operand
   void* score_pairs;    // and as a right one
+  void* branches;       // tiles of [kTile]
 };
 
 struct CpuKernels {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
 #include "attention/launch.h"
@@ -14,7 +15,8 @@ namespace {
 constexpr Checks forward_check{"causal_attention"};
 constexpr Checks backward_check{"causal_attention_backward"};
 
-attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                             const std::optional<Tensor>& branches) {
   const Dtype dtype = check.float_dtype("q", q);
   check.dtype("k", k, q.scalar_type());
   check.dtype("v", v, q.scalar_type());
@@ -28,7 +30,14 @@ attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor&
   if (num_kv_heads > 0 ? num_heads % num_kv_heads != 0 : num_heads != 0) {
     check.fail("q: found ", num_heads, " heads; expected a multiple of k's ", num_kv_heads);
   }
-  return {dtype, batch, length, num_heads, num_kv_heads, head_dim, scale};
+  if (branches) {
+    check.dtype("branches", *branches, ScalarType::Int);
+    check.same_device("branches", *branches, q, "q");
+    check.shape("branches", *branches, {{"B", batch}, {"T", length}});
+    check.contiguous("branches", *branches);
+  }
+  const int32_t* branch_of = branches ? branches->const_data_ptr<int32_t>() : nullptr;
+  return {dtype, batch, length, num_heads, num_kv_heads, head_dim, scale, branch_of};
 }
 
 // x with the elements of a head adjacent.
@@ -44,8 +53,9 @@ ScalarType lse_dtype(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  const attention::Shape shape = check_shape(forward_check, q, k, v, scale);
+std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                                const std::optional<Tensor>& branches) {
+  const attention::Shape shape = check_shape(forward_check, q, k, v, scale, branches);
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
   const int64_t lse_size[] = {shape.batch, shape.num_heads, shape.length};
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, lse_size, lse_dtype(q));
@@ -57,9 +67,10 @@ std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k
 
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& out_grad, const Tensor& q,
                                                                  const Tensor& k, const Tensor& v, const Tensor& out,
-                                                                 const Tensor& lse, double scale) {
+                                                                 const Tensor& lse, double scale,
+                                                                 const std::optional<Tensor>& branches) {
   const Checks& check = backward_check;
-  const attention::Shape shape = check_shape(check, q, k, v, scale);
+  const attention::Shape shape = check_shape(check, q, k, v, scale, branches);
   const auto check_like_q = [&](const char* name, const Tensor& tensor) {
     check.dtype(name, tensor, q.scalar_type());
     check.same_device(name, tensor, q, "q");
@@ -86,10 +97,11 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& o
 }  // namespace rrt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
-  library.def("causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
+  library.def(
+      "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? branches=None) -> (Tensor, Tensor)");
   library.def(
       "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale) -> (Tensor, Tensor, Tensor)");
+      "float scale, Tensor? branches=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {

@@ -1,6 +1,7 @@
 // Y = W X + b + B_loop (A_loop X) on the CPU, in three sweeps over a block of rows: bring the rows into loop
 // order and operand form, shrink them by their loop's lora_a, then read every panel of the weight once for all.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "cpu_isa.h"
@@ -101,6 +102,52 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
     sweep(parallel_for, kernels.pack_rows[dtype], work, block.rows, 4 * p.k);
     sweep(parallel_for, kernels.shrink[dtype], work, work.num_present * num_panels(p.total_rank), panel_cost);
     sweep(parallel_for, kernels.expand[dtype], work, num_panels(p.n), panel_cost);
+  }
+  scratch.trim();
+}
+
+void statistics_cpu(const StatisticsParams& p, ParallelFor parallel_for) {
+  const CpuKernels& kernels = kernels_for_this_cpu();
+  const int dtype = static_cast<int>(p.dtype);
+  Params rows{};
+  rows.k = p.k;
+  rows.x_row_stride = p.x_row_stride;
+  rows.x = p.x;
+  const std::vector<int32_t> loops(p.m, 0);
+  const LoopGroups groups = group_rows_by_loop(loops.data(), p.m, 1);
+  const int64_t most_rows = std::min(p.m, kMaxBlockRows);
+  thread_local Scratch scratch;
+  char* packed_x =
+      scratch.reserve(num_chunks(pack_steps(p.dtype, p.k)) * most_rows * kChunk * kernels.operand_bytes[dtype]);
+  const int64_t parts = (num_panels(p.n) + kPartPanels - 1) / kPartPanels;
+  std::vector<PartStatistics> statistics(parts * most_rows);
+  for (const RowBlock& block : plan_rows(groups, kernels.tile_rows, kMaxBlockRows)) {
+    StatisticsWork work{{}, p.n, p.k, p.weight, statistics.data()};
+    work.block.params = &rows;
+    work.block.order = groups.order.data() + block.begin;
+    work.block.rows = block.rows;
+    work.block.tiles = block.tiles.data();
+    work.block.num_tiles = static_cast<int64_t>(block.tiles.size());
+    work.block.packed_x = packed_x;
+    sweep(parallel_for, kernels.pack_rows[dtype], work.block, block.rows, 4 * p.k);
+    sweep(parallel_for, kernels.statistics[dtype], work, parts, kPartPanels * kPanel * block.rows * p.k);
+    for (int64_t row = 0; row < block.rows; ++row) {
+      PartStatistics total = statistics[row];
+      for (int64_t part = 1; part < parts; ++part) {
+        const PartStatistics& other = statistics[part * block.rows + row];
+        const double max = std::max(total.max, other.max);
+        total.sum = total.sum * std::exp(total.max - max) + other.sum * std::exp(other.max - max);
+        if (other.max > total.max) total.argmax = other.argmax;
+        total.max = max;
+      }
+      const double log_sum_exp = total.max + std::log(total.sum);
+      if (p.dtype == Dtype::kFloat64) {
+        static_cast<double*>(p.log_sum_exp)[block.begin + row] = log_sum_exp;
+      } else {
+        static_cast<float*>(p.log_sum_exp)[block.begin + row] = static_cast<float>(log_sum_exp);
+      }
+      p.argmax[block.begin + row] = total.argmax;
+    }
   }
   scratch.trim();
 }

@@ -1,10 +1,7 @@
 // Compiled once per instruction set (CMakeLists.txt): RRT_KERNELS names the table, RRT_TILE_ROWS the rows whose
 // accumulators its registers hold.
 #include "loop_lora/cpu_kernels.h"
-#include "simd.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "simd_products.h"
 
 namespace rrt::loop_lora {
 namespace {
@@ -446,6 +443,71 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
   }
 }
 
+// The softmax of a row over the outputs so far.
+template <class D>
+struct RowStatistics {
+  using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+  static constexpr int kVectors = kPanel / kLanes<D>;
+
+  Acc max;
+  Vec sum;  // of exp(logit - max), by lanes
+  int64_t argmax;
+
+  // A panel's logits; those of outputs that do not exist are the lowest number.
+  void add(const Acc* logits, int64_t first_output) {
+    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+    Vec panel[kVectors], largest = load<Vec>(logits);
+    for (int v = 0; v < kVectors; ++v) {
+      panel[v] = load<Vec>(logits + v * kLanes<D>);
+      largest = larger(panel[v], largest);
+    }
+    const Acc panel_max = reduce_lanes(largest, larger);
+    if (panel_max > max) {
+      sum *= exp_one<D>(max - panel_max);
+      max = panel_max;
+      int64_t lane = 0;
+      while (lane < kPanel - 1 && logits[lane] != panel_max) ++lane;
+      argmax = first_output + lane;
+    }
+    for (int v = 0; v < kVectors; ++v) sum += exp_negative(panel[v] - max);
+  }
+};
+
+// Tasks: parts of the outputs.
+template <class D>
+void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
+  using Acc = typename D::Acc;
+  const CpuWork& block = work.block;
+  alignas(64) Acc sums[kMaxBlockRows * kPanel];
+  RowStatistics<D> rows[kMaxBlockRows];
+  for (int64_t part = begin; part < end; ++part) {
+    for (int64_t row = 0; row < block.rows; ++row) rows[row] = RowStatistics<D>{kLowest<Acc>, typename D::Vec{}, part * kPartPanels * kPanel};
+    const int64_t last = smaller((part + 1) * kPartPanels, num_panels(work.n));
+    for (int64_t out = part * kPartPanels * kPanel; out < last * kPanel; out += kPanel) {
+      clear<D>(sums, block.rows * kPanel);
+      Panel<D> panel(true, static_cast<const typename D::Storage*>(work.weight), out, work.n, work.k, work.k);
+      for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
+        const typename D::Storage* w = panel.chunk(chunk);
+        for (int64_t i = 0; i < block.num_tiles; ++i) {
+          const RowTile& tile = block.tiles[i];
+          multiply_rows<D>(tile.rows, w, panel.steps(chunk), operands<D>(block.packed_x, block, chunk, tile.begin),
+                           sums + tile.begin * kPanel, next_chunk<D>(w, panel.steps(chunk), i, block.num_tiles),
+                           block.rows);
+        }
+      }
+      for (int64_t row = 0; row < block.rows; ++row) {
+        for (int64_t lane = work.n - out; lane < kPanel; ++lane) sums[row * kPanel + lane] = kLowest<Acc>;
+        rows[row].add(sums + row * kPanel, out);
+      }
+    }
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const Acc sum = reduce_lanes(rows[row].sum, [](Acc a, Acc b) { return a + b; });
+      work.parts[part * block.rows + row] = {rows[row].max, sum, rows[row].argmax};
+    }
+  }
+}
+
 template <class D>
 void pack_panels(const PackWork& work, int64_t begin, int64_t end) {
   constexpr int64_t kStep = Product<D>::kStep;
@@ -468,6 +530,7 @@ const CpuKernels RRT_KERNELS = {
     {pack_rows<Float32>, pack_rows<Float64>, pack_rows<BFloat16>, pack_rows<Float16>},
     {shrink<Float32>, shrink<Float64>, shrink<BFloat16>, shrink<Float16>},
     {expand<Float32>, expand<Float64>, expand<BFloat16>, expand<Float16>},
+    {statistics<Float32>, statistics<Float64>, statistics<BFloat16>, statistics<Float16>},
     {pack_panels<Float32>, pack_panels<Float64>, pack_panels<BFloat16>, pack_panels<Float16>},
 };
 

@@ -32,6 +32,23 @@ struct CpuWork {
   void* shrunk;                  // [chunks, rows, kChunk] operands: lora_a x in `order`
 };
 
+// Panels of one part of the outputs: parts are the same whatever the threads, and are merged in order.
+constexpr int64_t kPartPanels = 32;
+
+// The part of a row's softmax that is of one part of the outputs.
+struct PartStatistics {
+  double max;
+  double sum;      // of exp(logit - max)
+  int64_t argmax;  // the first of the largest
+};
+
+struct StatisticsWork {
+  CpuWork block;  // order, rows, tiles and packed_x
+  int64_t n, k;
+  const void* weight;
+  PartStatistics* parts;  // [parts, rows]
+};
+
 // Weights as the kernel of pack_linear sees them; tasks are panels, matrix after matrix.
 struct PackWork {
   const void* from;
@@ -47,6 +64,7 @@ struct CpuKernels {
   Range pack_rows[4];        // over rows of the block
   Range shrink[4];           // over present loops x panels of lora_a
   Range expand[4];           // over panels of the weight
+  void (*statistics[4])(const StatisticsWork& work, int64_t begin, int64_t end);  // over parts
   void (*pack_panels[4])(const PackWork& work, int64_t begin, int64_t end);
 };
 

@@ -52,6 +52,20 @@ struct Params {
 // The result of a row depends on that row and its loop alone: bitwise the same in any batch.
 void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for);
 
+// What a softmax over x W^T [m, n] needs of it, without that matrix in memory.
+struct StatisticsParams {
+  Dtype dtype;
+  int64_t m, n, k;
+  int64_t x_row_stride;  // elements from one row of x to the next; columns are adjacent
+  const void* x;
+  const void* weight;  // packed; n is at least 1
+  void* log_sum_exp;   // [m] float (double for float64): the logarithm of the sum of a row's exponentials
+  int64_t* argmax;     // [m]: the first of a row's largest
+};
+
+// Bitwise the same for a row in any batch.
+void statistics_cpu(const StatisticsParams& params, ParallelFor parallel_for);
+
 // `count` contiguous matrices [n, k] into their packed forms, one after the other.
 void pack_cpu(Dtype dtype, const void* from, int64_t count, int64_t n, int64_t k, void* to, ParallelFor parallel_for);
 

@@ -35,6 +35,12 @@ int64_t dense(const Shape& s, int64_t heads, int64_t b, int64_t t, int64_t h, in
   return ((b * s.length + t) * heads + h) * s.head_dim + i;
 }
 
+bool sees(const Shape& s, int64_t b, int64_t query, int64_t key) {
+  if (s.branches == nullptr) return true;
+  const int32_t* branch = s.branches + b * s.length;
+  return branch[key] == 0 || branch[key] == branch[query];
+}
+
 void check(const Shape& s, Random& random) {
   const Input q(s, s.num_heads, random), k(s, s.num_kv_heads, random), v(s, s.num_kv_heads, random);
   const Input out_grad(s, s.num_heads, random);
@@ -62,7 +68,7 @@ void check(const Shape& s, Random& random) {
             p[j] += q.at(b, t, h, i) * k.at(b, j, kv, i) * s.scale;
             p_grad[j] += out_grad.at(b, t, h, i) * v.at(b, j, kv, i);
           }
-          sum += p[j] = std::exp(p[j]);
+          sum += p[j] = sees(s, b, t, j) ? std::exp(p[j]) : 0;
         }
         lse_error.add(lse[(b * s.num_heads + h) * s.length + t], std::log(sum));
         for (int64_t j = 0; j <= t; ++j) delta += (p[j] /= sum) * p_grad[j];
@@ -115,6 +121,25 @@ void results_and_gradients_are_those_of_the_definition() {
   }
 }
 
+void branches_see_the_beginning_and_themselves() {
+  Random random(3);
+  for (Shape shape : {Shape{{}, 2, 150, 4, 2, 24, 0.3}, Shape{{}, 1, 70, 2, 1, 64, 0.2}}) {
+    std::vector<int32_t> branches(shape.batch * shape.length);
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      // A beginning that ends inside of a tile, or none; branches of different lengths; padding.
+      const int64_t beginning = b == 0 ? 10 : 0, padding = shape.length - 5;
+      for (int64_t t = beginning; t < shape.length; ++t) {
+        branches[b * shape.length + t] = t >= padding ? -1 : 1 + static_cast<int32_t>((t - beginning) / 30);
+      }
+    }
+    shape.branches = branches.data();
+    for (Dtype dtype : kDtypes) {
+      shape.dtype = dtype;
+      check(shape, random);
+    }
+  }
+}
+
 void threads_change_no_bit() {
   Random random(2);
   const Shape s{Dtype::kFloat32, 2, 150, 6, 2, 40, 0.2};
@@ -149,5 +174,6 @@ void nothing_is_computed_of_nothing() {
 
 int main() {
   if (lacks_instruction_set()) return kSkipped;
-  return run(results_and_gradients_are_those_of_the_definition, threads_change_no_bit, nothing_is_computed_of_nothing);
+  return run(results_and_gradients_are_those_of_the_definition, branches_see_the_beginning_and_themselves,
+             threads_change_no_bit, nothing_is_computed_of_nothing);
 }

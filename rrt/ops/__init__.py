@@ -20,6 +20,8 @@ from rrt.ops.kv import (
     loop_kv_write_reference,
 )
 from rrt.ops.linear import (
+    logit_statistics,
+    logit_statistics_reference,
     loop_lora_linear,
     loop_lora_linear_reference,
     loop_lora_prefill,
@@ -35,6 +37,8 @@ __all__ = [
     "causal_attention_backward_reference",
     "causal_attention_reference",
     "has_causal_attention",
+    "logit_statistics",
+    "logit_statistics_reference",
     "loop_kv_attention",
     "loop_kv_attention_reference",
     "loop_kv_prefill",

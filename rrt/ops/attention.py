@@ -16,7 +16,7 @@ _check = Checks("causal_attention")
 _backward_check = Checks("causal_attention_backward")
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
     """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
 
     A native kernel exists for CPUs, where its forward and backward take about a third of the time of PyTorch's in
@@ -28,6 +28,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
         k, v: [B, T, H_kv, D_h] of q's dtype.
         scale: factor on the scores, before the softmax.
+        branches: int32 [B, T], contiguous, of less than 2^24, or None. Of those before it a token then sees the ones of
+            branch 0 and of its own: several texts in a row, after what they begin with alike.
 
     Returns:
         [B, T, H, D_h] of q's dtype, accumulated in float32 (float64 for float64). The native kernel gives the same
@@ -37,7 +39,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         RuntimeError: a dtype, device or shape that does not fit; the message names the argument, what was found and
             what was expected.
     """
-    out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale)[0]
+    out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale, branches)[0]
     return out
 
 
@@ -46,26 +48,35 @@ def has_causal_attention(tensor: Tensor) -> bool:
     return _NATIVE and device_type(tensor) == "cpu"
 
 
-def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def causal_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`causal_attention` in plain PyTorch, on any device; rounds as PyTorch does.
 
     Returns:
         The result, and [B, H, T] float32 (float64) the logarithm of the sum of each query's exponentials.
     """
-    _check_inputs(_check, q, k, v)
+    _check_inputs(_check, q, k, v, branches)
     q_heads, k_heads, v_heads = _heads(q, k, v)
-    scores = _scores(q_heads, k_heads, scale)
+    scores = _scores(q_heads, k_heads, scale, branches)
     out = scores.softmax(-1).to(v_heads.dtype) @ v_heads
     return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1)
 
 
 def causal_attention_backward_reference(
-    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in plain PyTorch, by that of `out`; `lse` as `causal_attention_reference` gives it."""
-    _check_backward(out_grad, q, k, v, out, lse)
+    _check_backward(out_grad, q, k, v, out, lse, branches)
     q_heads, k_heads, v_heads = _heads(q, k, v)
-    p = (_scores(q_heads, k_heads, scale) - lse[..., None]).exp()
+    p = (_scores(q_heads, k_heads, scale, branches) - lse[..., None]).exp()
     grad = out_grad.transpose(1, 2).to(p.dtype)
     delta = (grad * out.transpose(1, 2)).sum(-1, keepdim=True)
     slope = p * (grad @ v_heads.transpose(-1, -2) - delta) * scale
@@ -90,9 +101,12 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
     """[B, H, T, T], minus infinity where a query does not see."""
     unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    if branches is not None:
+        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
+        unseen = unseen | (keys != 0) & (keys != queries)
     return (q @ k.transpose(-1, -2) * scale).masked_fill(unseen, float("-inf"))
 
 
@@ -100,7 +114,7 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tensor | None) -> None:
     """What csrc/attention/op.cpp checks, in the same order."""
     check.float_dtype("q", q)
     for name, tensor in (("k", k), ("v", v)):
@@ -114,11 +128,18 @@ def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
     check.shape("v", v, batch, length, num_kv_heads, head_dim)
     if num_heads % num_kv_heads if num_kv_heads > 0 else num_heads:
         check.fail("q", f"{num_heads} heads", f"a multiple of k's {num_kv_heads}")
+    if branches is not None:
+        check.dtype("branches", branches, torch.int32)
+        check.same_device("branches", branches, q, "q")
+        check.shape("branches", branches, batch, length)
+        check.contiguous("branches", branches)
 
 
-def _check_backward(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def _check_backward(
+    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Tensor | None
+) -> None:
     check = _backward_check
-    _check_inputs(check, q, k, v)
+    _check_inputs(check, q, k, v, branches)
     for name, tensor in (("out_grad", out_grad), ("out", out)):
         check.dtype(name, tensor, q.dtype)
         check.same_device(name, tensor, q, "q")
@@ -129,37 +150,47 @@ def _check_backward(out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     check.contiguous("lse", lse)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _check_inputs(_check, q, k, v)
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(_check, q, k, v, branches)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_wide(q))
 
 
 def _backward_fake(
-    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(out_grad, q, k, v, out, lse)
+    _check_backward(out_grad, q, k, v, out, lse, branches)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, ctx.branches = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
 
 
 def _gradients(ctx: Any, out_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.rrt.causal_attention_backward.default(out_grad, *ctx.saved_tensors, ctx.scale), None)
+    backward = torch.ops.rrt.causal_attention_backward.default
+    return (*backward(out_grad, *ctx.saved_tensors, ctx.scale, ctx.branches), None, None)
 
 
 register_op(
-    "causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? branches=None) -> (Tensor, Tensor)",
     causal_attention_reference,
     _forward_fake,
 )
 register_op(
-    "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+    "Tensor? branches=None) -> (Tensor, Tensor, Tensor)",
     causal_attention_backward_reference,
     _backward_fake,
 )

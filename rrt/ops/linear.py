@@ -178,6 +178,36 @@ def pack_linear_reference(weight: Tensor) -> Tensor:
     return panels.transpose(-3, -2).reshape(size).contiguous()
 
 
+def logit_statistics(x: Tensor, packed: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
+    """What a softmax over ``x W^T`` needs of it, without that matrix in memory. For CPUs; it has no gradient.
+
+    Args:
+        x: [M, K] float32, float64, bfloat16 or float16. Any strides; rows whose elements are not adjacent are copied.
+        packed: what `pack_linear` made of W [num_logits, K], of x's dtype.
+        num_logits: V, at least 1.
+
+    Returns:
+        For each row the logarithm of the sum of its exponentials, [M] float32 (float64 for float64), and the index of
+        its largest logit, the first of equals, [M] int64. Accumulated in float32 (float64); a row's results are bitwise
+        the same in any batch. The reference promises neither.
+
+    Raises:
+        RuntimeError: a dtype, device, shape or stride that does not fit.
+    """
+    log_sum_exp: Tensor
+    argmax: Tensor
+    log_sum_exp, argmax = torch.ops.rrt.logit_statistics.default(x, packed, num_logits)
+    return log_sum_exp, argmax
+
+
+def logit_statistics_reference(x: Tensor, packed: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
+    """`logit_statistics` in plain PyTorch, on any device."""
+    _check_statistics(x, packed, num_logits)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(wide), _unpack(packed, num_logits, x.shape[1]).to(wide))
+    return logits.logsumexp(1), logits.argmax(1)
+
+
 def _unpack(packed: Tensor, n: int, k: int) -> Tensor:
     width = packed.shape[-1] // _PANEL
     panels = packed.unflatten(-1, (_PANEL, width)).transpose(-3, -2)
@@ -200,6 +230,25 @@ def _packed_size(weight: Tensor) -> list[Any]:
 def _panel_size(dtype: torch.dtype, n: Any, k: Any) -> tuple[Any, Any, int]:
     width = 2 if dtype == torch.bfloat16 else 1
     return (n + _PANEL - 1) // _PANEL, (k + width - 1) // width, _PANEL * width
+
+
+def _check_statistics(x: Tensor, packed: Tensor, num_logits: int) -> None:
+    """What csrc/loop_lora/op.cpp checks, in the same order."""
+    check = Checks("logit_statistics")
+    check.float_dtype("x", x)
+    check.dtype("weight", packed, x.dtype)
+    check.same_device("weight", packed, x, "x")
+    check.shape("x", x, "M", "K")
+    if num_logits < 1:
+        check.fail("n", num_logits, "at least 1")
+    check.shape("weight", packed, *_panel_size(x.dtype, num_logits, x.shape[1]))
+    check.contiguous("weight", packed)
+
+
+def _logit_statistics_fake(x: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    _check_statistics(x, weight, n)
+    rows, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=torch.int64)
 
 
 def _segments(
@@ -438,6 +487,11 @@ register_op(
     loop_lora_prefill_reference,
     _loop_lora_prefill_fake,
     cpu=loop_lora_prefill_reference,
+)
+register_op(
+    "logit_statistics(Tensor x, Tensor weight, int n) -> (Tensor, Tensor)",
+    logit_statistics_reference,
+    _logit_statistics_fake,
 )
 register_op("pack_linear(Tensor weight) -> Tensor", pack_linear_reference, lambda w: w.new_empty(_packed_size(w)))
 torch.library.register_autograd("rrt::loop_lora_linear", _backward, setup_context=_setup_context)
