@@ -1,6 +1,7 @@
 // The CPU kernels of loop_lora_linear and pack_linear through launch.h, against sums in double.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <vector>
 
 #include "kernels.h"
@@ -198,9 +199,45 @@ void packed_weights_lie_as_launch_h_says() {
   }
 }
 
+void statistics_are_those_of_a_softmax() {
+  struct Size {
+    int64_t m, n, k, x_gap;
+  };
+  Random random(5);
+  for (const Size& size : {Size{0, 5, 3, 0}, Size{1, 1, 1, 0}, Size{3, 33, 0, 0}, Size{7, 1025, 40, 2},
+                           Size{13, 64, 257, 0}, Size{200, 31, 19, 1}}) {
+    for (Dtype dtype : kDtypes) {
+      const int before = failures;
+      const auto [m, n, k, x_gap] = size;
+      const int64_t stride = k + x_gap;
+      const Array x(dtype, m == 0 ? 0 : (m - 1) * stride + k, random), weight(dtype, n * k, random);
+      const Array packed = pack(dtype, weight, 1, n, k);
+      const Dtype wide = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+      Array log_sum_exp(wide, m);
+      std::vector<int64_t> argmax(m, -1);
+      statistics_cpu({dtype, m, n, k, stride, x.data(), packed.data(), log_sum_exp.data(), argmax.data()}, run_threaded);
+      RelativeError error;
+      for (int64_t row = 0; row < m; ++row) {
+        std::vector<double> logits(n);
+        double sum = 0;
+        for (int64_t out = 0; out < n; ++out) {
+          for (int64_t i = 0; i < k; ++i) logits[out] += x[row * stride + i] * weight[out * k + i];
+          sum += std::exp(logits[out]);
+        }
+        error.add(log_sum_exp[row], std::log(sum));
+        const double largest = *std::max_element(logits.begin(), logits.end());
+        CHECK(argmax[row] >= 0 && argmax[row] < n && logits[argmax[row]] >= largest - 256 * epsilon(wide));
+      }
+      if (m * k > 0 && n > 1) CHECK(error.below(64 * epsilon(wide)));
+      if (failures > before) std::cerr << "  m " << m << " n " << n << " dtype " << static_cast<int>(dtype) << '\n';
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   if (lacks_instruction_set()) return kSkipped;
-  return run(results_are_right_and_the_same_in_any_batch, packed_weights_lie_as_launch_h_says);
+  return run(results_are_right_and_the_same_in_any_batch, packed_weights_lie_as_launch_h_says,
+             statistics_are_those_of_a_softmax);
 }
