@@ -19,9 +19,8 @@ _backward_check = Checks("causal_attention_backward")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
     """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
 
-    A native kernel exists for CPUs, where its forward and backward take about a third of the time of PyTorch's in
-    bfloat16 (`bench/training.py --only attention`); it keeps the inputs, the result and one number per query, and
-    spreads B * H_kv parts of a backward over the threads. A key or value that is not finite spoils its neighbours too.
+    A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts of
+    a backward over the threads. A key or value that is not finite spoils earlier queries of its tile of 64 too.
 
     Args:
         q: [B, T, H, D_h] float32, float64, bfloat16 or float16; H is a multiple of H_kv, and query head h reads
