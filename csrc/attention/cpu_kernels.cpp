@@ -459,7 +459,8 @@ void sum_shares(const BackwardParams& params, int64_t batch, int64_t kv_head) {
         for (int64_t h = 0; h < group; ++h) sum += load<typename D::Vec>(from + h * s.length * padded_dim(s) + i);
         Acc values[kLanes<D>];
         std::memcpy(values, &sum, sizeof(values));
-        for (int64_t lane = 0; lane < smaller(kLanes<D>, s.head_dim - i); ++lane) to[i + lane] = D::narrow(values[lane]);
+        const int64_t width = smaller(kLanes<D>, s.head_dim - i);
+        for (int64_t lane = 0; lane < width; ++lane) to[i + lane] = D::narrow(values[lane]);
       }
     }
   }

@@ -482,9 +482,10 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
   alignas(64) Acc sums[kMaxBlockRows * kPanel];
   RowStatistics<D> rows[kMaxBlockRows];
   for (int64_t part = begin; part < end; ++part) {
-    for (int64_t row = 0; row < block.rows; ++row) rows[row] = RowStatistics<D>{kLowest<Acc>, typename D::Vec{}, part * kPartPanels * kPanel};
+    const int64_t first = part * kPartPanels * kPanel;
+    for (int64_t row = 0; row < block.rows; ++row) rows[row] = RowStatistics<D>{kLowest<Acc>, typename D::Vec{}, first};
     const int64_t last = smaller((part + 1) * kPartPanels, num_panels(work.n));
-    for (int64_t out = part * kPartPanels * kPanel; out < last * kPanel; out += kPanel) {
+    for (int64_t out = first; out < last * kPanel; out += kPanel) {
       clear<D>(sums, block.rows * kPanel);
       Panel<D> panel(true, static_cast<const typename D::Storage*>(work.weight), out, work.n, work.k, work.k);
       for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
