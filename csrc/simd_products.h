@@ -228,7 +228,8 @@ inline F32 exp_negative(F32 x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const F32 scaled = bit_cast<F32>(bit_cast<U32>(p) + (bit_cast<U32>(shifted) << 23));
-  return x < least ? F32{} : scaled;
+  // NaN as it came: the sum with `shifted` may have made a number of it.
+  return x >= least ? scaled : (x < least ? F32{} : x);
 }
 
 inline F64 exp_negative(F64 x) {

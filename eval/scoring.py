@@ -234,7 +234,7 @@ def share_beginnings(texts: list[Text]) -> list[Row]:
 def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length, longest first, so that memory runs out at once or not at all.
 
-    A batch has only rows with branches, which need a mask, or only rows without.
+    A batch has only rows with branches or only rows without.
     """
     rows = sorted(rows, key=lambda row: (row.branches, row.length), reverse=True)
     batch: list[Row] = []

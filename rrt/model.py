@@ -346,9 +346,11 @@ class RecursiveTransformer(nn.Module):
         if positions is None and branches is None:
             past = 0 if cache is None else cache.length
             positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
-        elif positions is None or branches is None or attention_mask is not None or cache is not None:
-            raise UserError("positions and branches: found one of them, or a mask or a cache; expected both alone")
         else:
+            given = {"positions": positions, "branches": branches, "attention_mask": attention_mask, "cache": cache}
+            found = [name for name, value in given.items() if value is not None]
+            if positions is None or branches is None or len(found) > 2:
+                raise UserError(f"positions and branches: found {', '.join(found)}; expected these two, or neither")
             mask = self._mask_of_branches(input_ids, positions, branches)
         rope = rope_cos_sin(self.config, positions, x.dtype)
         exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops)

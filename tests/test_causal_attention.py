@@ -188,7 +188,7 @@ def test_branches_see_the_beginning_and_themselves(beginning: int, dtype: torch.
     tensors = inputs(Case(2, 190, 4, 2, 20), dtype)
     branches = torch.zeros(2, 190, dtype=torch.int32)
     branches[0, beginning:] = 1 + torch.arange(190 - beginning) // 35
-    branches[1, 30:80], branches[1, 80:180], branches[1, 180:] = 3, 1, -1
+    branches[1, 30:80], branches[1, 80:180], branches[1, 180:] = 2**24 + 1, 2**24, -1
     assert_near(results(attention, tensors, 0.3, branches), expected(tensors, 0.3, branches).values)
 
 
@@ -225,10 +225,33 @@ def test_inputs_of_any_strides_are_accepted(attention: Attention) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("case", [Case(0, 5, 2, 1, 8), Case(2, 0, 2, 1, 8), Case(2, 5, 0, 0, 8)])
-def test_batches_without_tokens_or_heads_are_accepted(case: Case, attention: Attention) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [Case(0, 5, 2, 1, 8), Case(2, 0, 2, 1, 8), Case(2, 5, 0, 0, 8), Case(2, 900, 0, 2, 64), Case(2, 5, 2, 1, 0)],
+)
+def test_batches_without_tokens_heads_or_elements_are_accepted(case: Case, attention: Attention) -> None:
     tensors = inputs(case, torch.float32)
-    assert [x.shape for x in results(attention, tensors, 1.0)] == [tensors[i].shape for i in (0, 0, 1, 2)]
+    found = results(attention, tensors, 1.0)
+    assert [x.shape for x in found] == [tensors[i].shape for i in (0, 0, 1, 2)]
+    assert all(torch.all(x == 0) for x in found)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001], ids=hex)
+def test_no_nan_is_lost(bits: int) -> None:
+    bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for place in range(4):
+        tensors = inputs(Case(1, 70, 2, 2, 8), torch.float32)
+        tensors[place][0, 66, 0, 3] = bad
+        *_, q_grad, k_grad, v_grad = found = results(causal_attention, tensors, 0.3)
+        seen = (found[0][0, 66:, 0] if place < 3 else v_grad[0, :66, 0], q_grad[0, 66, 0], k_grad[0, 66, 0])
+        assert all(x.isnan().any() for x in seen)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    leaves = [x.requires_grad_() for x in inputs(Case(1, 5, 2, 2, 4), torch.float64)[:3]]
+    (first,) = torch.autograd.grad(causal_attention(*leaves, 1.0).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        first.sum().backward()
 
 
 def test_gradients_match_finite_differences() -> None:

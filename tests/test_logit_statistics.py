@@ -83,12 +83,16 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish(statistics: Statistics
 
 
 @BOTH
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_row_alone(bad: float, statistics: Statistics) -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F800000], ids=hex)  # NaNs and infinity
+def test_what_is_not_finite_shows_in_its_row_alone(bits: int, statistics: Statistics) -> None:
     x, weight = inputs(3, 100, 8, torch.float32)
+    bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for place in (0, 40, 99) if bad.isnan() else ():  # infinity may make a logit of minus infinity, which is no harm
+        broken = weight.clone()
+        broken[place, 2] = bad
+        assert not statistics(x, pack_linear(broken), 100)[0].isfinite().any()
     x[1, 2] = bad
-    finite = statistics(x, pack_linear(weight), 100)[0].isfinite()
-    assert finite.tolist() == [True, False, True]
+    assert statistics(x, pack_linear(weight), 100)[0].isfinite().tolist() == [True, False, True]
 
 
 @needs_native
@@ -124,17 +128,17 @@ def test_rows_of_any_strides_are_accepted(statistics: Statistics) -> None:
     ("mistake", "message"),
     [
         ({"x": torch.zeros(2, 8, dtype=torch.int64)}, "x: found dtype int64; expected float32, float64, bfloat16"),
-        ({"x": torch.zeros(2, 8, dtype=torch.float64)}, "weight: found dtype float32; expected float64"),
+        ({"x": torch.zeros(2, 8, dtype=torch.float64)}, "packed: found dtype float32; expected float64"),
         ({"x": torch.zeros(8)}, r"x: found shape \[8\]; expected \[M, K\]"),
-        ({"x": torch.zeros(2, 9)}, r"weight: found shape \[2, 8, 32\]; expected \[2, 9, 32\]"),
-        ({"n": 65}, r"weight: found shape \[2, 8, 32\]; expected \[3, 8, 32\]"),
-        ({"n": 0}, "n: found 0; expected at least 1"),
-        ({"weight": torch.zeros(2, 32, 8).mT}, r"weight: found strides \[256, 1, 8\]; expected a contiguous tensor"),
+        ({"x": torch.zeros(2, 9)}, r"packed: found shape \[2, 8, 32\]; expected \[2, 9, 32\]"),
+        ({"num_logits": 65}, r"packed: found shape \[2, 8, 32\]; expected \[3, 8, 32\]"),
+        ({"num_logits": 0}, "num_logits: found 0; expected at least 1"),
+        ({"packed": torch.zeros(2, 32, 8).mT}, r"packed: found strides \[256, 1, 8\]; expected a contiguous tensor"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_was_found_and_expected(mistake: dict[str, Any], message: str) -> None:
     x, weight = inputs(2, 64, 8, torch.float32)
-    given = {"x": x, "weight": pack_linear(weight), "n": 64, **mistake}
+    given = {"x": x, "packed": pack_linear(weight), "num_logits": 64, **mistake}
     meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in given.items()}
     for run in (
         lambda: torch.ops.rrt.logit_statistics(**given),

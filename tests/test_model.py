@@ -323,7 +323,9 @@ def test_wrong_attention_mask_shape_and_full_cache_are_refused():
     input_ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(rrt.UserError, match=r"attention_mask: found shape \(1, 3\); expected \(1, 4\)"):
         model(input_ids, attention_mask=torch.ones(1, 3))
-    with pytest.raises(rrt.UserError, match="positions and branches: found one of them, or a mask or a cache"):
+    with pytest.raises(
+        rrt.UserError, match="positions and branches: found positions, attention_mask; expected these two"
+    ):
         model(input_ids, attention_mask=torch.ones(1, 4), positions=input_ids)
     with pytest.raises(rrt.UserError, match=r"branches: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
         model(input_ids, positions=input_ids, branches=input_ids[:, :3])

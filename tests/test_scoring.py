@@ -93,6 +93,7 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
+    monkeypatch.setattr(scoring, "packs_rows", lambda weight: False)
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
     monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)

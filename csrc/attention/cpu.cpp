@@ -1,6 +1,7 @@
 // Causal attention on the CPU: scratch memory, and parts of the work dealt out to threads.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "arena.h"
 #include "attention/cpu_kernels.h"
@@ -139,6 +140,8 @@ void run_backward(BackwardParams params, ParallelFor parallel_for) {
 
 bool is_empty(const Shape& shape) { return shape.batch * shape.length * shape.num_heads == 0; }
 
+int64_t key_bytes(const Shape& s) { return s.batch * s.length * s.num_kv_heads * s.head_dim * bytes_of(s.dtype); }
+
 }  // namespace
 
 void forward_cpu(const ForwardParams& params, ParallelFor parallel_for) {
@@ -151,7 +154,13 @@ void forward_cpu(const ForwardParams& params, ParallelFor parallel_for) {
 }
 
 void backward_cpu(const BackwardParams& params, ParallelFor parallel_for) {
-  if (is_empty(params.shape)) return;
+  if (is_empty(params.shape)) {
+    // There may be keys without queries.
+    for (void* grad : {params.k_grad, params.v_grad}) {
+      if (key_bytes(params.shape) > 0) std::memset(grad, 0, key_bytes(params.shape));
+    }
+    return;
+  }
   if (params.shape.dtype == Dtype::kFloat64) {
     run_backward<double>(params, parallel_for);
   } else {

@@ -8,6 +8,8 @@
 //   backward:  P = exp(S - lse), dV += P dO, dP = V dO^T, dS = P (dP - delta), dK += dS Q, dQ^T += K^T dS
 #include "attention/cpu_kernels.h"
 
+#include <type_traits>
+
 #include "simd_products.h"
 
 namespace rrt::attention {
@@ -39,10 +41,11 @@ struct Stager {
 
   UnitVec load(const Head<D>& head, int64_t row, int64_t end, int64_t i) const {
     const int64_t left = row < end ? head_dim - i : 0;
+    Storage chunk[unit_lanes] = {};
+    if (left <= 0) return Op::load_units(chunk);
     const Storage* from = head.data + row * head.stride + i;
     if (left >= unit_lanes) return Op::load_units(from);
-    Storage chunk[unit_lanes] = {};
-    if (left > 0) std::memcpy(chunk, from, left * sizeof(chunk[0]));
+    std::memcpy(chunk, from, left * sizeof(chunk[0]));
     return Op::load_units(chunk);
   }
 
@@ -137,15 +140,25 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
-// What the queries of a tile do not see of a tile of keys.
+// What the queries of tile i do not see of the keys of tile j.
 template <class D>
 struct Unseen {
   using Acc = typename D::Acc;
   using Vec = typename D::Vec;
+  // As wide as Acc, so that comparisons make masks of its vectors.
+  using Branch = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using BranchVec = typename Register<Branch>::Type;
 
-  const bool diagonal;  // both tiles are of the same tokens
-  const Acc* queries;   // branches of the tiles' tokens; null: there are none
-  const Acc* keys;
+  const bool diagonal;
+  const Branch* queries = nullptr;  // branches of the tiles' tokens; null: there are none
+  const Branch* keys = nullptr;
+
+  // `branches` is what stage_branches returned.
+  Unseen(int64_t i, int64_t j, const Branch* branches) : diagonal(i == j) {
+    if (branches == nullptr) return;
+    queries = branches + i * kTile;
+    keys = branches + j * kTile;
+  }
 
   // Puts `value` into the lanes of queries, from `query` on, that do not see the key.
   Vec set(Vec lanes, int64_t query, int64_t key, Acc value) const {
@@ -155,22 +168,21 @@ struct Unseen {
       lanes = number < static_cast<Acc>(key - query) ? Vec{} + value : lanes;
     }
     if (queries != nullptr && keys[key] != 0) {
-      lanes = load<Vec>(queries + query) != keys[key] ? Vec{} + value : lanes;
+      lanes = load<BranchVec>(queries + query) != keys[key] ? Vec{} + value : lanes;
     }
     return lanes;
   }
-};
 
-// A sequence's branches as numbers that vectors compare.
-template <class D>
-const typename D::Acc* stage_branches(const Shape& shape, int64_t batch, void* to) {
-  if (shape.branches == nullptr) return nullptr;
-  auto* numbers = static_cast<typename D::Acc*>(to);
-  for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
-    numbers[token] = token < shape.length ? shape.branches[batch * shape.length + token] : 0;
+  // A sequence's branches up to the end of its last tile, or null.
+  static const Branch* stage_branches(const Shape& shape, int64_t batch, void* to) {
+    if (shape.branches == nullptr) return nullptr;
+    auto* branches = static_cast<Branch*>(to);
+    for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
+      branches[token] = token < shape.length ? shape.branches[batch * shape.length + token] : 0;
+    }
+    return branches;
   }
-  return numbers;
-}
+};
 
 // Rows `from` [dim, kTile] transposed, each multiplied by its factor, to `count` tokens of a head.
 template <class D>
@@ -264,7 +276,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
     stager.column_pairs(v, j * kTile, shape.length, values + j * size);
   }
   auto* out = static_cast<Acc*>(scratch.out);
-  const Acc* branches = stage_branches<D>(shape, batch, scratch.branches);
+  const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Head<D> q(params.q, batch, head);
     for (int64_t begin = first; begin < end; begin += kTile) {
@@ -278,7 +290,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
       for (int64_t j = 0; j <= begin / kTile; ++j) {
         multiply_rows<D, kMaxRows, false>(keys + j * size, dim / kPair<D>, queries, dim,
                                           static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
-        tile.softmax({j == begin / kTile, branches == nullptr ? nullptr : branches + begin, branches + j * kTile});
+        tile.softmax({begin / kTile, j, branches});
         const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
         multiply_rows<D, kMaxRows, true>(values + j * size, tile.pair_stride, probabilities, kTile, out, kTile, dim,
                                          kTile);
@@ -325,15 +337,13 @@ struct Backward {
   void run() const {
     stage_queries();
     const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
-    const Acc* branches = stage_branches<D>(shape, batch, scratch.branches);
+    const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
     for (int64_t j = 0; j < tiles; ++j) {
       stager.rows(k, j * kTile, shape.length, at<Unit>(scratch.k_rows));
       stager.column_pairs(k, j * kTile, shape.length, at<Unit>(scratch.k_columns));
       stager.rows(v, j * kTile, shape.length, at<Unit>(scratch.v_rows));
       for (int64_t i = 0; i < size; ++i) *at<Acc>(scratch.k_grad, i) = *at<Acc>(scratch.v_grad, i) = 0;
-      for (int64_t i = j; i < tiles; ++i) {
-        multiply(i, {i == j, branches == nullptr ? nullptr : branches + i * kTile, branches + j * kTile});
-      }
+      for (int64_t i = j; i < tiles; ++i) multiply(i, {i, j, branches});
       store_keys(j, at<Acc>(scratch.k_grad), params.k_grad, 0);
       store_keys(j, at<Acc>(scratch.v_grad), params.v_grad, 1);
     }

@@ -8,8 +8,8 @@ namespace rrt::attention {
 constexpr int64_t kTile = 64;    // queries, and keys, that are multiplied at a time
 constexpr int64_t kPadDim = 32;  // no kernel's vector has more elements
 
-inline int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
-inline int64_t padded_dim(const Shape& shape) { return (shape.head_dim + kPadDim - 1) / kPadDim * kPadDim; }
+static inline int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
+static inline int64_t padded_dim(const Shape& shape) { return (shape.head_dim + kPadDim - 1) / kPadDim * kPadDim; }
 
 // One thread's memory, in elements of the accumulation type (double for float64, else float); operands of products
 // take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each.
@@ -22,7 +22,7 @@ struct ForwardScratch {
   void* max;            // [kTile]
   void* sum;            // [kTile]
   void* out;            // [dim, kTile]
-  void* branches;       // tiles of [kTile]
+  void* branches;       // tiles of [kTile] integers
 };
 
 struct BackwardScratch {
@@ -46,7 +46,7 @@ struct BackwardScratch {
   void* probabilities;  // as a left operand
   void* score_rows;     // the scores' gradient as a left operand
   void* score_pairs;    // and as a right one
-  void* branches;       // tiles of [kTile]
+  void* branches;       // tiles of [kTile] integers
 };
 
 struct CpuKernels {

@@ -32,7 +32,7 @@ struct TileRows {
   }
 };
 
-// The same, read where it lies in a cache; kPair slots make a row of units.
+// The right operand of a product (see Staged), read where it lies in a cache; kPair slots make a row of units.
 template <class D>
 struct Direct {
   const typename D::Storage* cache;

@@ -1,5 +1,5 @@
-// rrt::loop_lora_linear, rrt::loop_lora_prefill, rrt::logit_statistics and rrt::pack_linear on torch's stable ABI: schemas, argument checks,
-// host planning. The kernels lie behind raw-pointer launch functions and know nothing of torch.
+// rrt::loop_lora_linear, rrt::loop_lora_prefill, rrt::logit_statistics and rrt::pack_linear on torch's stable ABI:
+// schemas, argument checks, host planning. The kernels lie behind raw-pointer launch functions and know nothing of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -254,26 +254,26 @@ Tensor pack_linear_cpu(const Tensor& weight) {
   return packed;
 }
 
-std::tuple<Tensor, Tensor> logit_statistics_cpu(const Tensor& x, const Tensor& weight, int64_t n) {
+std::tuple<Tensor, Tensor> logit_statistics_cpu(const Tensor& x, const Tensor& packed, int64_t num_logits) {
   constexpr Checks check{"logit_statistics"};
   const Dtype dtype = check.float_dtype("x", x);
-  check.dtype("weight", weight, x.scalar_type());
-  check.same_device("weight", weight, x, "x");
+  check.dtype("packed", packed, x.scalar_type());
+  check.same_device("packed", packed, x, "x");
   check.shape("x", x, {{"M"}, {"K"}});
-  if (n < 1) check.fail("n: found ", n, "; expected at least 1");
+  if (num_logits < 1) check.fail("num_logits: found ", num_logits, "; expected at least 1");
   const int64_t m = x.size(0), k = x.size(1);
-  check.shape("weight", weight,
-              {{"panels", loop_lora::num_panels(n)},
+  check.shape("packed", packed,
+              {{"panels", loop_lora::num_panels(num_logits)},
                {"steps", loop_lora::pack_steps(dtype, k)},
                {"values", loop_lora::kPanel * loop_lora::pack_step(dtype)}});
-  check.contiguous("weight", weight);
+  check.contiguous("packed", packed);
   const Tensor dense = with_dense_rows(x, dtype);
   const int64_t size[] = {m};
   Tensor log_sum_exp =
       torch::stable::new_empty(x, size, dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
   Tensor argmax = torch::stable::new_empty(x, size, ScalarType::Long);
-  loop_lora::statistics_cpu({dtype, m, n, k, m > 1 ? dense.stride(0) : k, dense.const_data_ptr(),
-                             weight.const_data_ptr(), log_sum_exp.mutable_data_ptr(),
+  loop_lora::statistics_cpu({dtype, m, num_logits, k, m > 1 ? dense.stride(0) : k, dense.const_data_ptr(),
+                             packed.const_data_ptr(), log_sum_exp.mutable_data_ptr(),
                              argmax.mutable_data_ptr<int64_t>()},
                             torch_parallel);
   return {log_sum_exp, argmax};
@@ -289,7 +289,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
       "loop_lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, int loop, "
       "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
-  library.def("logit_statistics(Tensor x, Tensor weight, int n) -> (Tensor, Tensor)");
+  library.def("logit_statistics(Tensor x, Tensor packed, int num_logits) -> (Tensor, Tensor)");
   library.def("pack_linear(Tensor weight) -> Tensor");
 }
 

@@ -3,7 +3,7 @@
 Shapes: B sequences of T tokens, H query heads, H_kv key/value heads, D_h head width.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,15 +19,16 @@ _backward_check = Checks("causal_attention_backward")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
     """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
 
-    A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts of
-    a backward over the threads. A key or value that is not finite spoils earlier queries of its tile of 64 too.
+    A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts
+    of a backward over the threads. What is not finite spoils other tokens too, also those that do not see it. There is
+    no second derivative.
 
     Args:
         q: [B, T, H, D_h] float32, float64, bfloat16 or float16; H is a multiple of H_kv, and query head h reads
             key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
         k, v: [B, T, H_kv, D_h] of q's dtype.
         scale: factor on the scores, before the softmax.
-        branches: int32 [B, T], contiguous, of less than 2^24, or None. Of those before it a token then sees the ones of
+        branches: int32 [B, T], contiguous, or None. Of those before it a token then sees the ones of
             branch 0 and of its own: several texts in a row, after what they begin with alike.
 
     Returns:
@@ -171,15 +172,20 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.branches = inputs
+    q, k, v, ctx.scale, branches = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, branches)
 
 
 def _gradients(ctx: Any, out_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, branches = ctx.saved_tensors
     backward = torch.ops.rrt.causal_attention_backward.default
-    return (*backward(out_grad, *ctx.saved_tensors, ctx.scale, ctx.branches), None, None)
+    return (*backward(out_grad, *tensors, ctx.scale, branches), None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError("rrt::causal_attention: has no second derivative")
 
 
 register_op(
@@ -194,4 +200,5 @@ register_op(
     _backward_fake,
 )
 torch.library.register_autograd("rrt::causal_attention", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("rrt::causal_attention_backward", _no_second_derivative)
 _NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::causal_attention", "CPU")

@@ -236,17 +236,17 @@ def _check_statistics(x: Tensor, packed: Tensor, num_logits: int) -> None:
     """What csrc/loop_lora/op.cpp checks, in the same order."""
     check = Checks("logit_statistics")
     check.float_dtype("x", x)
-    check.dtype("weight", packed, x.dtype)
-    check.same_device("weight", packed, x, "x")
+    check.dtype("packed", packed, x.dtype)
+    check.same_device("packed", packed, x, "x")
     check.shape("x", x, "M", "K")
     if num_logits < 1:
-        check.fail("n", num_logits, "at least 1")
-    check.shape("weight", packed, *_panel_size(x.dtype, num_logits, x.shape[1]))
-    check.contiguous("weight", packed)
+        check.fail("num_logits", num_logits, "at least 1")
+    check.shape("packed", packed, *_panel_size(x.dtype, num_logits, x.shape[1]))
+    check.contiguous("packed", packed)
 
 
-def _logit_statistics_fake(x: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    _check_statistics(x, weight, n)
+def _logit_statistics_fake(x: Tensor, packed: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
+    _check_statistics(x, packed, num_logits)
     rows, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=torch.int64)
 
@@ -489,7 +489,7 @@ register_op(
     cpu=loop_lora_prefill_reference,
 )
 register_op(
-    "logit_statistics(Tensor x, Tensor weight, int n) -> (Tensor, Tensor)",
+    "logit_statistics(Tensor x, Tensor packed, int num_logits) -> (Tensor, Tensor)",
     logit_statistics_reference,
     _logit_statistics_fake,
 )
