@@ -245,5 +245,9 @@ inline typename D::Acc exp_one(typename D::Acc x) {
 template <class Acc>
 constexpr Acc kLowest = sizeof(Acc) == 4 ? static_cast<Acc>(-__FLT_MAX__) : static_cast<Acc>(-__DBL_MAX__);
 
+// Below the lowest number: a softmax whose largest begins as that gives it no weight, even if it is all there is.
+template <class Acc>
+constexpr Acc kUnseen = static_cast<Acc>(-__builtin_inf());
+
 }  // namespace
 }  // namespace rrt

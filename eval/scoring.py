@@ -182,7 +182,9 @@ class Scorer:
         states, tokens = torch.from_numpy(sources), torch.from_numpy(targets)
         wide = log_sum_exp.dtype
         logits = (hidden[states].to(wide) * self.model.head_weight[tokens].to(wide)).sum(1)
-        return (logits - log_sum_exp[states]).double().numpy(), (best[states] == tokens).numpy()
+        # Two sums that round apart: a certain token's is 0.
+        values = (logits - log_sum_exp[states]).clamp_(max=0)
+        return values.double().numpy(), (best[states] == tokens).numpy()
 
     def _scores_of_logits(
         self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray

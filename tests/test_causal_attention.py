@@ -247,6 +247,26 @@ def test_no_nan_is_lost(bits: int) -> None:
         assert all(x.isnan().any() for x in seen)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_gives_all_it_sees_minus_infinity_does_not_look_elsewhere(
+    dtype: torch.dtype, attention: Attention
+) -> None:
+    q, k, v, _ = inputs(Case(1, 70, 1, 1, 8), dtype)
+    q[0, 0], k[0, 0] = 3e38, -3e38
+    out = attention(q, k, v, 1.0)
+    assert out[0, 0].isnan().all()
+
+
+@BOTH
+def test_gradients_of_a_sum_are_taken(attention: Attention) -> None:
+    leaves = [x.requires_grad_() for x in inputs(Case(2, 70, 4, 2, 24), torch.float64)[:3]]
+    found = torch.autograd.grad(attention(*leaves, 0.3).sum(), leaves)
+    ones = torch.ones(2, 70, 4, 24, dtype=torch.float64)
+    for one, other in zip(found, expected([*leaves, ones], 0.3).values[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_a_second_derivative_is_refused() -> None:
     leaves = [x.requires_grad_() for x in inputs(Case(1, 5, 2, 2, 4), torch.float64)[:3]]
     (first,) = torch.autograd.grad(causal_attention(*leaves, 1.0).sum(), leaves[:1], create_graph=True)

@@ -95,6 +95,14 @@ def test_what_is_not_finite_shows_in_its_row_alone(bits: int, statistics: Statis
     assert statistics(x, pack_linear(weight), 100)[0].isfinite().tolist() == [True, False, True]
 
 
+@BOTH
+@pytest.mark.parametrize("outputs", [32, 33, 70])
+def test_rows_of_minus_infinity_have_no_sum(outputs: int, statistics: Statistics) -> None:
+    x = torch.tensor([[-float("inf")], [1.0]])
+    log_sum_exp = statistics(x, pack_linear(torch.ones(outputs, 1)), outputs)[0]
+    assert not log_sum_exp[0].isfinite() and log_sum_exp[1].isfinite()
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(dtype: torch.dtype) -> None:

@@ -232,7 +232,7 @@ struct Forward {
       Vec max = old, sum = {};
       for (int64_t key = 0; key < kTile; ++key) {
         Acc* at = scores + key * kTile + query;
-        const Vec score = unseen.set(load<Vec>(at) * static_cast<Acc>(shape.scale), query, key, kLowest<Acc>);
+        const Vec score = unseen.set(load<Vec>(at) * static_cast<Acc>(shape.scale), query, key, kUnseen<Acc>);
         std::memcpy(at, &score, sizeof(score));
         max = score > max ? score : max;
       }

@@ -454,7 +454,7 @@ struct RowStatistics {
   Vec sum;  // of exp(logit - max), by lanes
   int64_t argmax;
 
-  // A panel's logits; those of outputs that do not exist are the lowest number.
+  // A panel's logits; those of outputs that do not exist are minus infinity.
   void add(const Acc* logits, int64_t first_output) {
     const auto larger = [](auto a, auto b) { return a > b ? a : b; };
     Vec panel[kVectors], largest = load<Vec>(logits);
@@ -498,7 +498,7 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
         }
       }
       for (int64_t row = 0; row < block.rows; ++row) {
-        for (int64_t lane = work.n - out; lane < kPanel; ++lane) sums[row * kPanel + lane] = kLowest<Acc>;
+        for (int64_t lane = work.n - out; lane < kPanel; ++lane) sums[row * kPanel + lane] = kUnseen<Acc>;
         rows[row].add(sums + row * kPanel, out);
       }
     }

@@ -20,8 +20,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Te
     """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
 
     A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts
-    of a backward over the threads. What is not finite spoils other tokens too, also those that do not see it. There is
-    no second derivative.
+    of a backward over the threads; where H_kv is less than H, that takes twice q's elements in float32 meanwhile. What
+    is not finite spoils other tokens too, also those that do not see it. There is no second derivative.
 
     Args:
         q: [B, T, H, D_h] float32, float64, bfloat16 or float16; H is a multiple of H_kv, and query head h reads
