@@ -1,12 +1,9 @@
 """causal_attention: the native kernels and the reference against float64."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +23,7 @@ from rrt.ops import (
 )
 from rrt.presets import preset
 from rrt.products import choices_of
+from tests.native_util import run_tests_of
 
 Attention = Callable[..., Tensor]
 
@@ -377,6 +375,13 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
         theirs = logits_and_gradients()
     model(ids, attention_mask=torch.ones_like(ids))
     assert calls == config.num_layers
+    branches = (torch.arange(70) // 20).int().expand(2, 70)
+    rows = {"branches": branches, "positions": torch.arange(70).expand(2, 70)}
+    with choices_of("cuda"):
+        masked = model(ids, **rows)
+    assert calls == config.num_layers
+    torch.testing.assert_close(model(ids, **rows), masked, rtol=1e-10, atol=1e-12)
+    assert calls == 2 * config.num_layers
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -386,29 +391,18 @@ def test_only_cpus_have_the_kernel() -> None:
     assert not has_causal_attention(torch.zeros(1, device="meta"))
 
 
-def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @needs_native
 @pytest.mark.parametrize("isa", [isa for isa in build_info().cpu_isas if isa != build_info().cpu_isa])
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     if "RRT_CPU_ISA" in os.environ:
         pytest.skip("already the inner run")
     tests = "((the_definition or branches) and not reference and not any_shape) or far_from or future or change_a_bit"
-    result = run_this_file(tests, RRT_CPU_ISA=isa)
+    result = run_tests_of(__file__, tests, RRT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout
 
 
 def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
     if os.environ.get("RRT_NATIVE") == "0":
         pytest.skip("already the inner run")
-    result = run_this_file("any_shape or named or opcheck or only_cpus", RRT_NATIVE="0")
+    result = run_tests_of(__file__, "any_shape or named or opcheck or only_cpus", RRT_NATIVE="0")
     assert result.returncode == 0, result.stdout

@@ -1,12 +1,9 @@
 """loop_kv_write, loop_kv_attention, loop_kv_prefill: native kernels and references against float64 oracles."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +23,7 @@ from rrt.ops import (
     loop_kv_write_reference,
 )
 from rrt.presets import preset
+from tests.native_util import run_tests_of
 
 
 class Ops(NamedTuple):
@@ -711,17 +709,6 @@ def test_the_fake_kernel_refuses_what_the_kernels_refuse(name: str) -> None:
         getattr(OPS, name)(**meta | {"v_cache": torch.zeros(4, 6, 2, 8, device="meta")})
 
 
-def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__, "-k", tests],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @needs_native
 @pytest.mark.parametrize("isa", [isa for isa in build_info().cpu_isas if isa != build_info().cpu_isa])
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
@@ -730,13 +717,13 @@ def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     tests = (
         "bitwise or change_a_bit or multiplied or ((the_definition or far_from) and not reference and not any_shape)"
     )
-    result = run_this_file(tests, RRT_CPU_ISA=isa)
+    result = run_tests_of(__file__, tests, RRT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout
 
 
 def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
     if os.environ.get("RRT_NATIVE") == "0":
         pytest.skip("already the inner run")
-    result = run_this_file("(slot or any_shape or named or opcheck) and not reference", RRT_NATIVE="0")
+    result = run_tests_of(__file__, "(slot or any_shape or named or opcheck) and not reference", RRT_NATIVE="0")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("switched off by RRT_NATIVE=0") == 1, "expected the warning, once per operator"

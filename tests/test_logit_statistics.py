@@ -1,10 +1,7 @@
 """logit_statistics: the native kernel and the reference against a softmax in float64."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rrt.ops import build_info, logit_statistics, logit_statistics_reference, pack_linear
+from tests.native_util import run_tests_of
 
 Statistics = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 BOTH = pytest.mark.parametrize("statistics", [logit_statistics, logit_statistics_reference], ids=["op", "reference"])
@@ -157,21 +155,17 @@ def test_a_bad_argument_is_named_with_what_was_found_and_expected(mistake: dict[
             run()
 
 
+def test_a_gradient_is_refused() -> None:
+    x, weight = inputs(3, 40, 7, torch.float32)
+    log_sum_exp, _ = logit_statistics(x.requires_grad_(), pack_linear(weight), 40)
+    with pytest.raises(RuntimeError, match="rrt::logit_statistics: has no gradient"):
+        log_sum_exp.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration_passes_opcheck(dtype: torch.dtype) -> None:
     x, weight = inputs(3, 40, 7, dtype)
     torch.library.opcheck(torch.ops.rrt.logit_statistics.default, (x, pack_linear(weight), 40))
-
-
-def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @needs_native
@@ -179,12 +173,12 @@ def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     if "RRT_CPU_ISA" in os.environ:
         pytest.skip("already the inner run")
-    result = run_this_file("not reference and not named and not opcheck", RRT_CPU_ISA=isa)
+    result = run_tests_of(__file__, "not reference and not named and not opcheck", RRT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout
 
 
 def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
     if os.environ.get("RRT_NATIVE") == "0":
         pytest.skip("already the inner run")
-    result = run_this_file("any_shape or named or opcheck", RRT_NATIVE="0")
+    result = run_tests_of(__file__, "any_shape or named or opcheck", RRT_NATIVE="0")
     assert result.returncode == 0, result.stdout

@@ -1,10 +1,7 @@
 """loop_lora_linear and pack_linear: native kernels and references against a row-by-row float64 oracle."""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rrt.ops import build_info, loop_lora_linear, loop_lora_linear_reference, pack_linear, pack_linear_reference
+from tests.native_util import run_tests_of
 
 
 def pack_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -455,29 +453,20 @@ def test_the_fake_kernel_refuses_what_the_kernels_refuse() -> None:
         loop_lora_linear(**{**meta, "weight": torch.zeros(6, 9, device="meta")})
 
 
-def run_this_file(tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @needs_native
 @pytest.mark.parametrize("isa", [isa for isa in build_info().cpu_isas if isa != build_info().cpu_isa])
 def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
     if "RRT_CPU_ISA" in os.environ:
         pytest.skip("already the inner run")
-    result = run_this_file("bitwise or same_bits or 16_bit or (the_definition and not reference)", RRT_CPU_ISA=isa)
+    result = run_tests_of(
+        __file__, "bitwise or same_bits or 16_bit or (the_definition and not reference)", RRT_CPU_ISA=isa
+    )
     assert result.returncode == 0, result.stdout
 
 
 def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
     if os.environ.get("RRT_NATIVE") == "0":
         pytest.skip("already the inner run")
-    result = run_this_file("any_shape or named or finite or opcheck", RRT_NATIVE="0")
+    result = run_tests_of(__file__, "any_shape or named or finite or opcheck", RRT_NATIVE="0")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("switched off by RRT_NATIVE=0") == 1, "expected exactly one warning"

@@ -26,7 +26,7 @@ struct Head {
         stride(view.token_stride) {}
 };
 
-// A tile of rows as an operand of products. Rows from `count` on, and elements beyond the head's, are zeros.
+// A tile of rows as an operand of products. Rows from `end` on, and elements beyond the head's, are zeros.
 template <class D>
 struct Stager {
   using Storage = typename D::Storage;

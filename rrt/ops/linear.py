@@ -4,7 +4,7 @@ M rows, K in, N out, R rank.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +251,10 @@ def _logit_statistics_fake(x: Tensor, packed: Tensor, num_logits: int) -> tuple[
     return x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=torch.int64)
 
 
+def _no_gradient(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError("rrt::logit_statistics: has no gradient")
+
+
 def _segments(
     n: int, total_rank: int, segment_out: Sequence[int], segment_rank: Sequence[int]
 ) -> list[tuple[slice, slice]]:
@@ -494,5 +498,6 @@ register_op(
     _logit_statistics_fake,
 )
 register_op("pack_linear(Tensor weight) -> Tensor", pack_linear_reference, lambda w: w.new_empty(_packed_size(w)))
+torch.library.register_autograd("rrt::logit_statistics", _no_gradient)
 torch.library.register_autograd("rrt::loop_lora_linear", _backward, setup_context=_setup_context)
 torch.library.register_autograd("rrt::loop_lora_prefill", _prefill_backward, setup_context=_setup_prefill_context)
