@@ -3,7 +3,7 @@
     python bench/fewshot.py --threads 1 2 --json out.json
 
 Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
-interface that the harness calls. The baseline is the `hf` model (transformers) at the faster of its batch sizes;
+interface that the harness calls; both have been loaded, and have scored the requests once. The baseline is the `hf` model (transformers) at the faster of its batch sizes;
 "nothing shared" is ours without the common beginnings, with the head on continuations only. The floor is what the
 linears of the tokens that ours reads, and the head of the states that it scores, take at the best matmul rate of the
 run.
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.timing import Rates, Timer, Variant, speedup, spread
 from eval import scoring
+from eval.response_cache import ResponseCache
 from eval.scoring import share_beginnings
 from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
 from rrt.cli import human_count, run_command
@@ -147,9 +148,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer, model = load_tokenizer(ours), load_model(ours)
         hf = HFLM(str(exported), device="cpu", dtype="float32", add_bos_token=True)
 
+        lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
+
         def score_ours(instances: list[Instance], min_saved_tokens: int) -> list[tuple[float, bool]]:
+            lm.scorer.cache = ResponseCache()
             with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
-                lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
                 return lm.loglikelihood(instances)
 
         def score_hf(instances: list[Instance], batch_size: int) -> list[tuple[float, bool]]:
@@ -175,7 +178,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 cases.append({"shape": shape, "threads": threads, "requests": len(requests)})
                 hf_names = [name for name in variants if name.startswith("hf")]
                 baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
-                lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
                 texts_read = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances)]
                 rows = share_beginnings(texts_read)
                 read = {
@@ -230,7 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="torch threads (default 1)")
     parser.add_argument("--documents", type=int, default=16, metavar="N", help="HellaSwag's documents (default 16)")
     parser.add_argument("--mix", type=int, default=128, metavar="N", help="about as many requests of all (default 128)")
-    parser.add_argument("--batch-tokens", type=int, default=512, metavar="N", help="of ours (default 512)")
+    parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="of ours (default 1024)")
     parser.add_argument(
         "--hf-batch-sizes", type=int, nargs="+", default=[4, 16], metavar="N", help="of the hf model (default 4 16)"
     )

@@ -65,7 +65,7 @@ PAPER_METRICS = {
 }
 """The seven tasks, each with what the paper's average takes of it."""
 
-BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 BOOTSTRAP_ITERATIONS = 1000
 """For the standard errors of metrics that are no means, such as LAMBADA's perplexity."""
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own

@@ -152,13 +152,15 @@ class Scorer:
                 "branches": torch.from_numpy(owner).to(device),
                 "positions": torch.from_numpy(positions).to(device),
             }
-        # Without branches a row is one text: the padding behind it changes nothing under causal attention.
-        hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), **packed)[-1].flatten(0, 1)
         texts = [text for row in rows for text in row.texts]
         targets = np.array([target for text in texts for target in text.targets])
         # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
-        values, hits = self._token_scores(hidden[torch.from_numpy(places).to(device)], sources, targets)
+        # Without branches a row is one text: the padding behind it changes nothing under causal attention.
+        hidden = self.model.hidden_states(
+            torch.from_numpy(tokens).to(device), asked=torch.from_numpy(places).to(device), **packed
+        )[-1]
+        values, hits = self._token_scores(hidden, sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
         if not np.isfinite(values).all():
             raise UserError(

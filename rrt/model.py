@@ -138,10 +138,12 @@ class Attention(nn.Module):
         depth: int,
         cache: Cache | None,
         prefix: Tensor | None,
+        asked: Tensor | None,
     ) -> Tensor:
-        """x [batch, T, D] -> [batch, T, D]; `mask` bool [batch or 1, 1, T, P + S], or None for plain causal.
+        """x [batch, T, D] -> [batch, T, D], or [N, D] of the tokens asked.
 
-        Branches stand for their mask where the native operator takes them.
+        `mask`: bool [batch or 1, 1, T, P + S], or None for plain causal. Branches stand for their mask where the native
+        operator takes them.
         """
         q = self._split_heads(self.q(x, loop), self.config.num_heads)
         k = self._split_heads(self.k(x, loop), self.config.num_kv_heads)
@@ -162,7 +164,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
             ).transpose(1, 2)
-        return self.out(y.flatten(2), loop)
+        return self.out(_only(asked, y.flatten(2)), loop)
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)
@@ -214,8 +216,11 @@ class Layer(nn.Module):
         depth: int,
         cache: Cache | None,
         prefix: Tensor | None,
+        asked: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attn(self.attn_norm(x, loop), loop, rope, mask, depth, cache, prefix)
+        """x [batch, T, D] -> [batch, T, D], or [N, D] of the tokens asked (`RecursiveTransformer.hidden_states`)."""
+        attended = self.attn(self.attn_norm(x, loop), loop, rope, mask, depth, cache, prefix, asked)
+        x = _only(asked, x)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x, loop), loop)
         x = x + attended
@@ -240,21 +245,33 @@ class LoopedStack(nn.Module):
         mask: Tensor | Branches | None = None,
         cache: Cache | None = None,
         num_loops: int | None = None,
+        asked: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all)."""
+        """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all).
+
+        Of the last one only the tokens asked, [N, D], if any are named.
+        """
+        num_loops = self.num_loops if num_loops is None else num_loops
         exits = []
-        for loop in range(self.num_loops if num_loops is None else num_loops):
-            x = self._run("loop", self._run_loop, x, loop, rope, mask, cache)
+        for loop in range(num_loops):
+            x = self._run("loop", self._run_loop, x, loop, rope, mask, cache, asked if loop == num_loops - 1 else None)
             exits.append(x)
         return exits
 
     def _run_loop(
-        self, x: Tensor, loop: int, rope: tuple[Tensor, Tensor], mask: Tensor | Branches | None, cache: Cache | None
+        self,
+        x: Tensor,
+        loop: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | Branches | None,
+        cache: Cache | None,
+        asked: Tensor | None,
     ) -> Tensor:
         for index, layer in enumerate(self.layers):
             depth = loop * len(self.layers) + index
             prefix = None if self.prefix is None else self.prefix[depth]
-            x = self._run("layer", layer, x, loop, rope, mask, depth, cache, prefix)
+            last = index == len(self.layers) - 1
+            x = self._run("layer", layer, x, loop, rope, mask, depth, cache, prefix, asked if last else None)
         return x
 
     def _run(self, unit: Checkpointing, function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -331,8 +348,13 @@ class RecursiveTransformer(nn.Module):
         branches: Tensor | None = None,
         cache: Cache | None = None,
         num_loops: int | None = None,
+        asked: Tensor | None = None,
     ) -> list[Tensor]:
         """The states [batch, T, D] after each of the first `num_loops` loops (default all), before the final norm.
+
+        Args:
+            asked: int64 [N], places in [0, batch * T): the last state of these tokens alone, [N, D], is given. What
+                follows attention in the last layer is not computed for the others.
 
         The other arguments are those of `forward`.
         """
@@ -353,7 +375,7 @@ class RecursiveTransformer(nn.Module):
                 raise UserError(f"positions and branches: found {', '.join(found)}; expected these two, or neither")
             mask = self._mask_of_branches(input_ids, positions, branches)
         rope = rope_cos_sin(self.config, positions, x.dtype)
-        exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops)
+        exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops, asked)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return exits
@@ -442,6 +464,11 @@ class RecursiveTransformer(nn.Module):
                 residual = name.endswith((".out.weight", ".down.weight"))
                 std = (2 * depth * width if residual else width) ** -0.5
                 parameter.normal_(0.0, std, generator=generator)
+
+
+def _only(asked: Tensor | None, x: Tensor) -> Tensor:
+    """Of x [batch, T, D] the tokens asked, [N, D]; None: all, as they are."""
+    return x if asked is None else x.flatten(0, 1)[asked]
 
 
 def _linear(config: ModelConfig, recursive: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:
