@@ -11,4 +11,20 @@ CpuIsa cpu_isa();
 
 const char* cpu_isa_name(CpuIsa isa);
 
+// A family's tables of kernels (*/cpu_kernels.h), which its cpu_kernels.cpp defines once per instruction set.
+#ifdef RRT_X86
+#define RRT_DECLARE_CPU_KERNELS(Table) \
+  extern const Table kBaselineKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels
+#define RRT_CPU_KERNELS {&kBaselineKernels, &kAvx2Kernels, &kAvx512Kernels, &kAvx512Bf16Kernels}
+#else
+#define RRT_DECLARE_CPU_KERNELS(Table) extern const Table kBaselineKernels
+#define RRT_CPU_KERNELS {&kBaselineKernels}
+#endif
+
+// choose_kernels<Table>(RRT_CPU_KERNELS): the table to use here, of those that are given in the order of CpuIsa.
+template <class Table, int N>
+const Table& choose_kernels(const Table* const (&tables)[N]) {
+  return *tables[static_cast<int>(cpu_isa())];
+}
+
 }  // namespace rrt

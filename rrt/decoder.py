@@ -284,7 +284,8 @@ class _DecodeLayer:
         if mlp.gate is None:
             return self.down(_activate_rows(mlp, inner), loops)
         gate, up = inner.chunk(2, dim=1)
-        return self.down(_activate_rows(mlp, gate) * up, loops)
+        gated = mlp.gated(gate, up) if mlp.gates_natively(gate) else _activate_rows(mlp, gate) * up
+        return self.down(gated, loops)
 
 
 def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:

@@ -36,19 +36,20 @@ class ContiguousCache:
         self.length = 0
 
     def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [batch, H_kv, T, D_h] of `depth`; return views of all [batch, H_kv, length + T, D_h].
+        """Append k, v [batch, T, H_kv, D_h] of `depth`; return views of all [batch, length + T, H_kv, D_h].
 
         Raises:
             UserError: the cache is full, or k is of another batch size.
         """
-        end = self.length + k.shape[2]
+        end = self.length + k.shape[1]
         if end > self.max_length:
             raise UserError(f"cache: position {end} does not fit; expected at most max_length = {self.max_length}")
         if k.shape[0] != self.k.shape[1]:
             raise UserError(f"cache: found a batch of {k.shape[0]}; expected {self.k.shape[1]}")
-        self.k[depth, :, :, self.length : end] = k
-        self.v[depth, :, :, self.length : end] = v
-        return self.k[depth, :, :, :end], self.v[depth, :, :, :end]
+        k_cache, v_cache = self.k[depth].transpose(1, 2), self.v[depth].transpose(1, 2)
+        k_cache[:, self.length : end] = k
+        v_cache[:, self.length : end] = v
+        return k_cache[:, :end], v_cache[:, :end]
 
     def advance(self, num_tokens: int) -> None:
         self.length += num_tokens

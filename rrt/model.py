@@ -34,7 +34,7 @@ class Cache(Protocol):
     """Positions held before this forward."""
 
     def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [batch, H_kv, T, D_h] of `depth`; return all keys and values [batch, H_kv, S, D_h]."""
+        """Append k, v [batch, T, H_kv, D_h] of `depth`; return all keys and values [batch, S, H_kv, D_h]."""
         ...
 
     def advance(self, num_tokens: int) -> None:
@@ -76,6 +76,8 @@ class Norm(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps) * weight.to(wide.dtype)
             return (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
+        if weight.dim() == 1 and weight.dtype == x.dtype and ops.has_native_kernels(x):
+            return ops.rms_norm(x, weight, self.eps, self.kind == "rmsnorm_1p")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = F.rms_norm(wide, x.shape[-1:], eps=self.eps)
         if self.kind == "rmsnorm_1p":
@@ -84,11 +86,10 @@ class Norm(nn.Module):
 
 
 def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines [batch or 1, 1, T, rotary_dim] of `positions` [batch or 1, T]."""
+    """Rotary cosines and sines [batch or 1, T, rotary_dim / 2] of `positions` [batch or 1, T]."""
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
     inverse_frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
-    angles = positions[:, None, :, None].float() * inverse_frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = positions[..., None].float() * inverse_frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -98,18 +99,14 @@ def rope_table(config: ModelConfig, num_positions: int, dtype: torch.dtype, devi
     The values are those of `rope_cos_sin`, rounded to the model's `dtype`, and held in fp32 (fp64 for fp64).
     """
     cos, sin = rope_cos_sin(config, torch.arange(num_positions, device=device)[None], dtype)
-    half = config.rotary_dim // 2
-    table = torch.cat((cos[0, 0, :, :half], sin[0, 0, :, :half]), dim=-1)
-    return table.to(torch.promote_types(dtype, torch.float32))
+    return torch.cat((cos[0], sin[0]), dim=-1).to(torch.promote_types(dtype, torch.float32))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `cos.shape[-1]` dimensions of each head of x [batch, heads, T, D_h]."""
-    rotary_dim = cos.shape[-1]
-    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+    """Rotate the first `rotary_dim` dimensions of each head of x [batch, T, heads, D_h]."""
+    if ops.has_native_kernels(x):
+        return ops.rotary_embedding(x, cos, sin)
+    return ops.rotary_embedding_reference(x, cos, sin)
 
 
 class Attention(nn.Module):
@@ -145,32 +142,30 @@ class Attention(nn.Module):
         `mask`: bool [batch or 1, 1, T, P + S], or None for plain causal. Branches stand for their mask where the native
         operator takes them.
         """
-        q = self._split_heads(self.q(x, loop), self.config.num_heads)
-        k = self._split_heads(self.k(x, loop), self.config.num_kv_heads)
-        v = self._split_heads(self.v(x, loop), self.config.num_kv_heads)
+        q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(depth, k, v)
         if prefix is not None:
             # Prefix keys carry no position: every query sees them alike.
-            k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=2)
-            v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=2)
+            k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=1)
+            v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=1)
         causal = mask is None and x.shape[1] > 1
-        if isinstance(mask, Branches) or (causal and ops.has_causal_attention(x)):
-            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        if isinstance(mask, Branches) or (causal and ops.has_native_kernels(x)):
             branches = mask.of if isinstance(mask, Branches) else None
             y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, branches)
         else:
+            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
             ).transpose(1, 2)
         return self.out(_only(asked, y.flatten(2)), loop)
 
-    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim))
 
     def _prefix_heads(self, x: Tensor, batch: int) -> Tensor:
-        return self._split_heads(x[None], self.config.num_kv_heads).expand(batch, -1, -1, -1)
+        return self._split_heads(x).expand(batch, -1, -1, -1)
 
 
 class MLP(nn.Module):
@@ -187,7 +182,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, loop: int) -> Tensor:
         if self.gate is None:
             return self.down(self.activate(self.up(x, loop)), loop)
-        return self.down(self.activate(self.gate(x, loop)) * self.up(x, loop), loop)
+        return self.down(self.gated(self.gate(x, loop), self.up(x, loop)), loop)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The activation of `gate` times `up`."""
+        if self.gates_natively(gate):
+            return ops.gated_activation(gate, up, self.activation)
+        return self.activate(gate) * up
+
+    def gates_natively(self, x: Tensor) -> bool:
+        """Whether `gated` is a native operator, which gives an element's result wherever it lies in x."""
+        return self.activation in ops.GATED_ACTIVATIONS and ops.has_native_kernels(x)
 
     def activate(self, x: Tensor) -> Tensor:
         if self.activation == "silu":
@@ -431,7 +436,7 @@ class RecursiveTransformer(nn.Module):
                 expected = tuple(input_ids.shape)
                 raise UserError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}, as input_ids")
         seen, prefix_length = Branches(branches.int().contiguous()), self.recursive.prefix_length
-        if prefix_length == 0 and ops.has_causal_attention(self.embed):
+        if prefix_length == 0 and ops.has_native_kernels(self.embed):
             return seen
         return F.pad(seen.mask(), (prefix_length, 0), value=True)
 

@@ -42,7 +42,7 @@ class PrefillLinears:
     def mlp(self, mlp: MLP, x: Tensor, loop: int) -> Tensor:
         """The feed-forward part of a layer: [M, D] -> [M, D]."""
         inner = self(mlp.up, x, loop)
-        inner = mlp.activate(inner) if mlp.gate is None else mlp.activate(self(mlp.gate, x, loop)) * inner
+        inner = mlp.activate(inner) if mlp.gate is None else mlp.gated(self(mlp.gate, x, loop), inner)
         return self(mlp.down, inner, loop)
 
 

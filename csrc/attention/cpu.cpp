@@ -5,7 +5,6 @@
 
 #include "arena.h"
 #include "attention/cpu_kernels.h"
-#include "cpu_isa.h"
 
 namespace rrt::attention {
 namespace {
@@ -15,16 +14,7 @@ constexpr int64_t kGrainWork = 1 << 16;
 // Rows (queries x query heads of one key/value head) of a part of the forward: each lays out the keys before it.
 constexpr int64_t kPartRows = 512;
 
-const CpuKernels& kernels_for_this_cpu() {
-  switch (cpu_isa()) {
-#ifdef RRT_X86
-    case CpuIsa::kAvx512Bf16: return kAvx512Bf16Kernels;
-    case CpuIsa::kAvx512: return kAvx512Kernels;
-    case CpuIsa::kAvx2: return kAvx2Kernels;
-#endif
-    default: return kBaselineKernels;
-  }
-}
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
 
 template <class Acc>
 class ForwardMemory {

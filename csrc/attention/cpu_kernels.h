@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/launch.h"
+#include "cpu_isa.h"
 
 namespace rrt::attention {
 
@@ -60,11 +61,6 @@ struct CpuKernels {
   void (*sum_shares[4])(const BackwardParams& params, int64_t batch, int64_t kv_head);
 };
 
-extern const CpuKernels kBaselineKernels;
-#ifdef RRT_X86
-extern const CpuKernels kAvx2Kernels;
-extern const CpuKernels kAvx512Kernels;
-extern const CpuKernels kAvx512Bf16Kernels;
-#endif
+RRT_DECLARE_CPU_KERNELS(CpuKernels);
 
 }  // namespace rrt::attention

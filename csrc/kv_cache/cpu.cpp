@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "arena.h"
-#include "cpu_isa.h"
 #include "kv_cache/cpu_kernels.h"
 
 namespace rrt::kv_cache {
@@ -16,16 +15,7 @@ static_assert(kSplitSlots % kTileSlots == 0);
 constexpr int64_t kGrainWork = 1 << 16;
 constexpr int64_t kGrainElements = 1 << 14;
 
-const CpuKernels& kernels_for_this_cpu() {
-  switch (cpu_isa()) {
-#ifdef RRT_X86
-    case CpuIsa::kAvx512Bf16: return kAvx512Bf16Kernels;
-    case CpuIsa::kAvx512: return kAvx512Kernels;
-    case CpuIsa::kAvx2: return kAvx2Kernels;
-#endif
-    default: return kBaselineKernels;
-  }
-}
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
 
 int64_t dtype_size(Dtype dtype) {
   switch (dtype) {

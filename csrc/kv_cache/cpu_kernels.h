@@ -1,6 +1,7 @@
 // The CPU kernels' inner parts, compiled once per instruction set and chosen at run time (cpu.cpp).
 #pragma once
 
+#include "cpu_isa.h"
 #include "kv_cache/launch.h"
 
 namespace rrt::kv_cache {
@@ -46,11 +47,6 @@ struct CpuKernels {
   void (*merge[4])(const AttentionWork& work, int64_t merge, int64_t kv_head);
 };
 
-extern const CpuKernels kBaselineKernels;
-#ifdef RRT_X86
-extern const CpuKernels kAvx2Kernels;
-extern const CpuKernels kAvx512Kernels;
-extern const CpuKernels kAvx512Bf16Kernels;
-#endif
+RRT_DECLARE_CPU_KERNELS(CpuKernels);
 
 }  // namespace rrt::kv_cache

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <memory>
 
-#include "cpu_isa.h"
 #include "huge_pages.h"
 #include "loop_lora/cpu_kernels.h"
 
@@ -14,16 +13,7 @@ namespace {
 // Multiply-adds that make a task worth a thread.
 constexpr int64_t kGrainWork = 1 << 16;
 
-const CpuKernels& kernels_for_this_cpu() {
-  switch (cpu_isa()) {
-#ifdef RRT_X86
-    case CpuIsa::kAvx512Bf16: return kAvx512Bf16Kernels;
-    case CpuIsa::kAvx512: return kAvx512Kernels;
-    case CpuIsa::kAvx2: return kAvx2Kernels;
-#endif
-    default: return kBaselineKernels;
-  }
-}
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
 
 template <class Work>
 void sweep(ParallelFor parallel_for, void (*range)(const Work&, int64_t, int64_t), const Work& work, int64_t size,

@@ -1,6 +1,7 @@
 // The CPU kernel's inner parts, compiled once per instruction set and chosen at run time (cpu.cpp).
 #pragma once
 
+#include "cpu_isa.h"
 #include "loop_lora/launch.h"
 
 namespace rrt::loop_lora {
@@ -68,11 +69,6 @@ struct CpuKernels {
   void (*pack_panels[4])(const PackWork& work, int64_t begin, int64_t end);
 };
 
-extern const CpuKernels kBaselineKernels;
-#ifdef RRT_X86
-extern const CpuKernels kAvx2Kernels;
-extern const CpuKernels kAvx512Kernels;
-extern const CpuKernels kAvx512Bf16Kernels;
-#endif
+RRT_DECLARE_CPU_KERNELS(CpuKernels);
 
 }  // namespace rrt::loop_lora

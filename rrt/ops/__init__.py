@@ -9,7 +9,18 @@ from rrt.ops.attention import (
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
-    has_causal_attention,
+)
+from rrt.ops.elementwise import (
+    GATED_ACTIVATIONS,
+    gated_activation,
+    gated_activation_backward_reference,
+    gated_activation_reference,
+    has_native_kernels,
+    rms_norm,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+    rotary_embedding,
+    rotary_embedding_reference,
 )
 from rrt.ops.kv import (
     loop_kv_attention,
@@ -31,12 +42,16 @@ from rrt.ops.linear import (
 )
 
 __all__ = [
+    "GATED_ACTIVATIONS",
     "BuildInfo",
     "build_info",
     "causal_attention",
     "causal_attention_backward_reference",
     "causal_attention_reference",
-    "has_causal_attention",
+    "gated_activation",
+    "gated_activation_backward_reference",
+    "gated_activation_reference",
+    "has_native_kernels",
     "logit_statistics",
     "logit_statistics_reference",
     "loop_kv_attention",
@@ -51,4 +66,9 @@ __all__ = [
     "loop_lora_prefill_reference",
     "pack_linear",
     "pack_linear_reference",
+    "rms_norm",
+    "rms_norm_backward_reference",
+    "rms_norm_reference",
+    "rotary_embedding",
+    "rotary_embedding_reference",
 ]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rrt._build import register_op
 from rrt.ops.checks import Checks
-from rrt.products import device_type
 
 _check = Checks("causal_attention")
 _backward_check = Checks("causal_attention_backward")
@@ -41,11 +40,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Te
     """
     out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale, branches)[0]
     return out
-
-
-def has_causal_attention(tensor: Tensor) -> bool:
-    """Whether `causal_attention` has a native kernel where `tensor` is."""
-    return _NATIVE and device_type(tensor) == "cpu"
 
 
 def causal_attention_reference(
@@ -201,4 +195,3 @@ register_op(
 )
 torch.library.register_autograd("rrt::causal_attention", _gradients, setup_context=_setup_context)
 torch.library.register_autograd("rrt::causal_attention_backward", _no_second_derivative)
-_NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::causal_attention", "CPU")

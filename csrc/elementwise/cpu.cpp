@@ -1,0 +1,59 @@
+// What lies between a layer's products, on the CPU: rows and elements dealt out to threads.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "elementwise/cpu_kernels.h"
+
+namespace rrt::elementwise {
+namespace {
+
+// Elements that are worth a thread.
+constexpr int64_t kGrainElements = 1 << 14;
+
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
+
+// Calls run(begin, end) over [0, count), each of `width` elements.
+template <class Run>
+void deal_out(int64_t count, int64_t width, ParallelFor parallel_for, const Run& run) {
+  parallel_for(
+      0, count, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width)),
+      [](int64_t begin, int64_t end, void* raw) { (*static_cast<const Run*>(raw))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&run)));
+}
+
+}  // namespace
+
+void rotary_cpu(const RotaryParams& p, ParallelFor parallel_for) {
+  const auto kernel = kernels_for_this_cpu().rotary[static_cast<int>(p.dtype)];
+  deal_out(p.batch * p.length, p.num_heads * p.head_dim, parallel_for,
+           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void norm_cpu(const NormParams& p, ParallelFor parallel_for) {
+  const auto kernel = kernels_for_this_cpu().norm[static_cast<int>(p.dtype)];
+  deal_out(p.rows, p.width, parallel_for, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void norm_backward_cpu(const NormBackwardParams& p, ParallelFor parallel_for) {
+  const CpuKernels& kernels = kernels_for_this_cpu();
+  const int dtype = static_cast<int>(p.dtype);
+  const std::unique_ptr<double[]> shares(new double[shares_of(p.rows) * p.width]);  // as large as either Acc needs
+  deal_out(shares_of(p.rows), kShareRows * p.width, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) kernels.norm_backward[dtype](p, share, shares.get());
+  });
+  deal_out(p.width, shares_of(p.rows), parallel_for,
+           [&](int64_t begin, int64_t end) { kernels.sum_shares[dtype](p, shares.get(), begin, end); });
+}
+
+void gate_cpu(const GateParams& p, ParallelFor parallel_for) {
+  const auto kernel = kernels_for_this_cpu().gate[static_cast<int>(p.dtype)];
+  deal_out(p.size, 1, parallel_for, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void gate_backward_cpu(const GateBackwardParams& p, ParallelFor parallel_for) {
+  const auto kernel = kernels_for_this_cpu().gate_backward[static_cast<int>(p.dtype)];
+  deal_out(p.size, 1, parallel_for, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+}  // namespace rrt::elementwise
