@@ -3,10 +3,11 @@
     python bench/fewshot.py --threads 1 2 --json out.json
 
 Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
-interface that the harness calls; both have been loaded, and have scored the requests once. The baseline is the `hf` model (transformers) at the faster of its batch sizes;
-"nothing shared" is ours without the common beginnings, with the head on continuations only. The floor is what the
-linears of the tokens that ours reads, and the head of the states that it scores, take at the best matmul rate of the
-run.
+interface that the harness calls; both have been loaded, and have scored the requests once. The baseline is the `hf`
+model (transformers) at the faster of its batch sizes; "nothing shared" is ours without the common beginnings, with the
+head on continuations only. The floor is what the linears of the tokens that ours reads, and the head of the states
+that it scores, take at the best matmul rate of the run; the last layer's for every token, though ours leaves out what
+is not scored.
 
 The requests have the form of the seven tasks, with nominal lengths and the standard library's prose for words. The
 random Llama of 35 M parameters has TinyLlama's vocabulary, so its head is half of its multiplications (of TinyLlama's

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
 from rrt import ops
-from rrt.decoder import packs_rows
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
-from rrt.products import product_dtype
+from rrt.packed import PackedLinears, packs_batches
 from rrt.tensors import dtype_name
 
 Request = tuple[list[int], list[int]]
@@ -37,6 +36,8 @@ MAX_BRANCH_TOKENS = 2048
 """Tokens of a row behind its common beginning: attention costs the square of a row's length."""
 LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
+PACKED_BYTES = 2**32
+"""Of packed copies of the layers, on CPUs; what does not fit is computed without."""
 MIN_LOGITS_ROWS = 64
 """Of a piece, however large the vocabulary: each piece reads the whole head."""
 
@@ -83,7 +84,7 @@ class Row:
 class Scorer:
     """Scores requests with a model; what is done is in the cache, batch by batch.
 
-    Leave the model as it is while a scorer lives: on a CPU it keeps a packed copy of the head.
+    Leave the model as it is while a scorer lives: on a CPU it keeps packed copies of the head and of the layers.
     """
 
     def __init__(
@@ -104,8 +105,11 @@ class Scorer:
     def _packed_head(self) -> Tensor | None:
         """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""
         weight = self.model.head_weight.detach()
-        native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
-        return ops.pack_linear(weight) if packs_rows(weight) and not native_16_bits else None
+        return ops.pack_linear(weight) if packs_batches(weight) else None
+
+    @cached_property
+    def _packed_layers(self) -> PackedLinears:
+        return PackedLinears(self.model.stack, PACKED_BYTES)
 
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
         """The score of each request. `progress` shows a bar over the tokens that the model reads.
@@ -146,9 +150,9 @@ class Scorer:
             tokens[index, :end], positions[index, :end], owner[index, :end] = row_tokens, row_positions, row_owner
             owner[index, end:] = -1  # padding sees the beginning and itself
             scored += [index * width + place for place in row_scored]
-        packed = {}
+        layout = {}
         if any(row.branches for row in rows):
-            packed = {
+            layout = {
                 "branches": torch.from_numpy(owner).to(device),
                 "positions": torch.from_numpy(positions).to(device),
             }
@@ -157,9 +161,9 @@ class Scorer:
         # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
         # Without branches a row is one text: the padding behind it changes nothing under causal attention.
-        hidden = self.model.hidden_states(
-            torch.from_numpy(tokens).to(device), asked=torch.from_numpy(places).to(device), **packed
-        )[-1]
+        asked = torch.from_numpy(places).to(device)
+        with self._packed_layers.in_use():
+            hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), asked=asked, **layout)[-1]
         values, hits = self._token_scores(hidden, sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
         if not np.isfinite(values).all():

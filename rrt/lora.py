@@ -35,6 +35,8 @@ class LoopLinear(nn.Module):
         self.num_loops = num_loops
         self.rank = min(rank, in_features, out_features)
         self.merge: bool | None = False
+        self.packed: list[Tensor] = []
+        """Each loop's merged weight as the native kernel reads it, while `rrt.packed.PackedLinears` are in use."""
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
@@ -75,6 +77,8 @@ class LoopLinear(nn.Module):
         """
         if isinstance(loop, Tensor):
             return self._forward_rows(x, loop)
+        if self.packed:
+            return ops.packed_linear(x, self.packed[loop], self.loop_bias(loop), self.out_features)
         rows = x.numel() // self.in_features
         dtype, wide = x.dtype, product_dtype(x, rows)
         x, bias = x.to(wide), self.loop_bias(loop)

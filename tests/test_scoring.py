@@ -93,9 +93,9 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
-    monkeypatch.setattr(scoring, "packs_rows", lambda weight: False)
+    monkeypatch.setattr(scoring, "packs_batches", lambda weight: False)
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
-    monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
+    monkeypatch.setattr(scoring, "packs_batches", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
     others = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
@@ -113,7 +113,7 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
     def counted(function):
         return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
 
-    monkeypatch.setattr(scoring, "packs_rows", lambda weight: packed)
+    monkeypatch.setattr(scoring, "packs_batches", lambda weight: packed)
     if packed:
         monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))
     else:

@@ -39,6 +39,7 @@ from rrt.ops.linear import (
     loop_lora_prefill_reference,
     pack_linear,
     pack_linear_reference,
+    packed_linear,
 )
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "loop_lora_prefill_reference",
     "pack_linear",
     "pack_linear_reference",
+    "packed_linear",
     "rms_norm",
     "rms_norm_backward_reference",
     "rms_norm_reference",

@@ -178,6 +178,29 @@ def pack_linear_reference(weight: Tensor) -> Tensor:
     return panels.transpose(-3, -2).reshape(size).contiguous()
 
 
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """``W x + b`` with a weight that `pack_linear` packed: `loop_lora_linear` without LoRA, for CPUs; no gradients.
+
+    Args:
+        x: [..., K].
+        packed: what `pack_linear` made of W [N, K], of x's dtype.
+        bias: [N], contiguous, or None.
+        out_features: N.
+
+    Returns:
+        [..., N]; a row's result is bitwise the same whatever other rows there are.
+
+    Raises:
+        RuntimeError: a dtype, device or shape that does not fit.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    lora_a = packed.new_empty(1, *_panel_size(x.dtype, 0, x.shape[-1]))
+    lora_b = packed.new_empty(1, *_panel_size(x.dtype, out_features, 0))
+    loops = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
+    y = loop_lora_linear(rows, packed, bias, lora_a, lora_b, loops, (out_features,), (0,))
+    return y.view(*x.shape[:-1], out_features)
+
+
 def logit_statistics(x: Tensor, packed: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
     """What a softmax over ``x W^T`` needs of it, without that matrix in memory. For CPUs; it has no gradient.
 

@@ -1,0 +1,60 @@
+"""Packed copies of a model's linears, for inference on many rows with weights that stay as they are.
+
+N out, K in of a linear, B loops.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rrt import ops
+from rrt.decoder import packs_rows
+from rrt.lora import LoopLinear
+from rrt.products import product_dtype
+
+
+def packs_batches(weight: Tensor) -> bool:
+    """Whether the native kernel is faster than PyTorch at many rows: on CPUs, but for 16 bits with instructions."""
+    native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
+    return packs_rows(weight) and not native_16_bits
+
+
+class PackedLinears:
+    """Linears of a module, packed for the native kernel, each with a LoRA once for every loop and merged with it.
+
+        packed = PackedLinears(model.stack, max_bytes)
+        with packed.in_use(), torch.no_grad():
+            model(...)
+
+    Nothing is packed where that would not be faster, or would round a merged weight to 16 bits, or beyond `max_bytes`
+    bytes, in the module's order. Leave the weights as they are while it lives.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module, max_bytes: int) -> None:
+        self.num_bytes = 0
+        self._packed: dict[LoopLinear, list[Tensor]] = {}
+        for linear in module.modules():
+            if not isinstance(linear, LoopLinear) or not packs_batches(linear.weight):
+                continue
+            if linear.lora_a is not None and linear.weight.dtype.itemsize == 2:
+                continue
+            copies = 1 if linear.lora_a is None else linear.num_loops
+            if self.num_bytes + copies * linear.weight.nbytes > max_bytes:
+                break
+            packed = [ops.pack_linear(linear.merged_weight(loop)) for loop in range(copies)]
+            self._packed[linear] = packed * (linear.num_loops // copies)
+            self.num_bytes += sum(copy.nbytes for copy in packed)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """What the module computes meanwhile goes through the packed copies. It has no gradients."""
+        try:
+            for linear, packed in self._packed.items():
+                linear.packed = packed
+            yield
+        finally:
+            for linear in self._packed:
+                linear.packed = []
