@@ -3,7 +3,8 @@
     python bench/fewshot.py --threads 1 2 --json out.json
 
 Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
-interface that the harness calls; both have been loaded, and have scored the requests once. The baseline is the `hf`
+interface that the harness calls. Each has a process of its own, set up as its command does, in which it has been
+loaded, and has scored the requests once. The baseline is the `hf`
 model (transformers) at the faster of its batch sizes; "nothing shared" is ours without the common beginnings, with the
 head on continuations only. The floor is what the linears of the tokens that ours reads, and the head of the states
 that it scores, take at the best matmul rate of the run; the last layer's for every token, though ours leaves out what
@@ -17,11 +18,15 @@ random Llama of 35 M parameters has TinyLlama's vocabulary, so its head is half 
 import argparse
 import dataclasses
 import importlib.util
+import multiprocessing
 import random
 import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +40,7 @@ from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import share_beginnings
 from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.cli import human_count, run_command
+from rrt.cli import human_count, keep_freed_memory, run_command
 from rrt.config import ModelConfig, RecursiveConfig
 from rrt.corpus import documents
 from rrt.errors import UserError
@@ -120,13 +125,65 @@ def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple
     return ours, exported
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure; returns the result."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
+Requests = list[tuple[str, str]]
+Scores = list[tuple[float, bool]]
+lm: Any
+"""The model of a process, as the harness sees it."""
 
+
+def load_ours(directory: Path, batch_tokens: int) -> None:
+    global lm
     from eval.harness_lm import HarnessLM
 
+    keep_freed_memory()
+    lm = HarnessLM(load_model(directory), load_tokenizer(directory), bos=True, batch_tokens=batch_tokens)
+
+
+def load_hf(directory: Path) -> None:
+    global lm
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(str(directory), device="cpu", dtype="float32", add_bos_token=True)
+
+
+def score_ours(requests: Requests, min_saved_tokens: int) -> Scores:
+    lm.scorer.cache = ResponseCache()
+    with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
+        return list(lm.loglikelihood(instances(requests)))
+
+
+def score_hf(requests: Requests, batch_size: int) -> Scores:
+    lm.batch_size_per_gpu = batch_size
+    return list(lm.loglikelihood(instances(requests), disable_tqdm=True))
+
+
+def instances(requests: Requests) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, pair, i, ("bench", i, 1)) for i, pair in enumerate(requests)]
+
+
+def tokens_read(requests: Requests) -> dict[str, int]:
+    texts = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances(requests))]
+    rows = share_beginnings(texts)
+    return {
+        "one by one": sum(len(text.inputs) for text in texts),
+        "shared": sum(row.length for row in rows),
+        "scored": sum(len(text.targets) for text in texts),
+        "through the head": sum(len(set(row.layout()[-1])) for row in rows),
+    }
+
+
+@contextmanager
+def process(load: Any, *arguments: Any) -> Iterator[Any]:
+    """A process that has called `load`; what this gives calls a function there and waits for its result."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=load, initargs=arguments) as executor:
+        yield lambda function, *arguments: executor.submit(function, *arguments).result()
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; returns the result."""
     config = dataclasses.replace(
         preset("tinyllama-1.1b"),
         vocab_size=arguments.vocab_size,
@@ -144,33 +201,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = model_sizes(config, RecursiveConfig(), torch.float32)
     print(f"a Llama of {human_count(sizes.total_params)} parameters in float32 on the CPU", flush=True)
     cases = []
-    with tempfile.TemporaryDirectory() as name:
-        ours, exported = make_models(Path(name), config, texts)
-        tokenizer, model = load_tokenizer(ours), load_model(ours)
-        hf = HFLM(str(exported), device="cpu", dtype="float32", add_bos_token=True)
-
-        lm = HarnessLM(model, tokenizer, bos=True, batch_tokens=arguments.batch_tokens)
-
-        def score_ours(instances: list[Instance], min_saved_tokens: int) -> list[tuple[float, bool]]:
-            lm.scorer.cache = ResponseCache()
-            with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
-                return lm.loglikelihood(instances)
-
-        def score_hf(instances: list[Instance], batch_size: int) -> list[tuple[float, bool]]:
-            hf.batch_size_per_gpu = batch_size
-            return hf.loglikelihood(instances, disable_tqdm=True)
-
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ours_directory, exported = make_models(directory, config, texts)
+        ours = stack.enter_context(process(load_ours, ours_directory, arguments.batch_tokens))
+        hf = stack.enter_context(process(load_hf, exported))
         device = torch.device("cpu")
         for threads in arguments.threads:
+            for each in (ours, hf):
+                each(torch.set_num_threads, threads)
             torch.set_num_threads(threads)
             rates = Rates(Timer(device, 1.0), torch.float32, 2**26)
             for shape, requests in shapes(arguments.documents, arguments.mix, words).items():
-                instances = [Instance("loglikelihood", {}, pair, i, (shape, i, 1)) for i, pair in enumerate(requests)]
                 variants = {
-                    "ours": Variant(lambda _, x=instances: score_ours(x, scoring.MIN_SAVED_TOKENS)),
-                    "nothing shared": Variant(lambda _, x=instances: score_ours(x, sys.maxsize)),
+                    "ours": Variant(lambda _, x=requests: ours(score_ours, x, scoring.MIN_SAVED_TOKENS)),
+                    "nothing shared": Variant(lambda _, x=requests: ours(score_ours, x, sys.maxsize)),
                 } | {
-                    f"hf, batch {size}": Variant(lambda _, x=instances, size=size: score_hf(x, size))
+                    f"hf, batch {size}": Variant(lambda _, x=requests, size=size: hf(score_hf, x, size))
                     for size in arguments.hf_batch_sizes
                 }
                 warm = {name: variant.call(0) for name, variant in variants.items()}
@@ -179,14 +226,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 cases.append({"shape": shape, "threads": threads, "requests": len(requests)})
                 hf_names = [name for name in variants if name.startswith("hf")]
                 baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
-                texts_read = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances)]
-                rows = share_beginnings(texts_read)
-                read = {
-                    "one by one": sum(len(text.inputs) for text in texts_read),
-                    "shared": sum(row.length for row in rows),
-                    "scored": sum(len(text.targets) for text in texts_read),
-                    "through the head": sum(len(set(row.layout()[-1])) for row in rows),
-                }
+                read = ours(tokens_read, requests)
                 head = config.vocab_size * config.hidden_size
                 flops = 2 * (read["shared"] * sizes.shared_params + read["through the head"] * head)
                 cases[-1] |= {

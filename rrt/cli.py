@@ -18,7 +18,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     SIGTERM and SIGHUP are turned into `SystemExit`, so that half-written output is cleaned up as on Ctrl-C.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     received: list[int] = []
 
     def stop(signum: int, _frame: FrameType | None) -> NoReturn:
@@ -51,7 +51,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc gives freed tensors of a few hundred kB and more back to the system, which clears each page anew.
 
     That is up to 7 % of what a small model computes on a CPU. Up to 256 MiB are kept; elsewhere nothing happens.
