@@ -119,7 +119,7 @@ def rms_norm_backward_reference(
     grad, normed, factor = out_grad.to(wide), x.to(wide) * scale, weight.to(wide) + weight_plus_one
     along = grad * factor
     x_grad = (along - normed * (along * normed).mean(-1, keepdim=True)) * scale
-    return x_grad.to(x.dtype), (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return x_grad.to(x.dtype), (grad * normed).reshape(x.shape[:-1].numel(), x.shape[-1]).sum(0).to(weight.dtype)
 
 
 def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -133,11 +133,10 @@ def gated_activation_backward_reference(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up in plain PyTorch."""
     _check_gate_backward(out_grad, gate, up, activation)
-    with torch.enable_grad():
-        leaf = gate.detach().requires_grad_()
-        activated = F.silu(leaf) if activation == "silu" else F.gelu(leaf, approximate="tanh")
-    (gate_grad,) = torch.autograd.grad(activated, leaf, out_grad * up)
-    return gate_grad, out_grad * activated.detach()
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(out_grad * up, gate), out_grad * F.silu(gate)
+    gate_grad = torch.ops.aten.gelu_backward(out_grad * up, gate, approximate="tanh")
+    return gate_grad, out_grad * F.gelu(gate, approximate="tanh")
 
 
 def _wide(x: Tensor) -> torch.dtype:
