@@ -41,12 +41,13 @@ class PackedLinears:
                 continue
             if linear.lora_a is not None and linear.weight.dtype.itemsize == 2:
                 continue
+            first = ops.pack_linear(linear.merged_weight(0))
             copies = 1 if linear.lora_a is None else linear.num_loops
-            if self.num_bytes + copies * linear.weight.nbytes > max_bytes:
+            if self.num_bytes + copies * first.nbytes > max_bytes:
                 break
-            packed = [ops.pack_linear(linear.merged_weight(loop)) for loop in range(copies)]
-            self._packed[linear] = packed * (linear.num_loops // copies)
-            self.num_bytes += sum(copy.nbytes for copy in packed)
+            others = [ops.pack_linear(linear.merged_weight(loop)) for loop in range(1, copies)]
+            self._packed[linear] = [first, *others] * (linear.num_loops // copies)
+            self.num_bytes += copies * first.nbytes
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -1,7 +1,10 @@
 """What every command does with bad input and signals."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +70,30 @@ def test_a_signal_ends_the_command_even_where_a_library_turns_it_into_an_error(n
 def test_an_ignored_interrupt_stays_ignored(capsys):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert outcome(lambda: os.kill(os.getpid(), signal.SIGINT), capsys) == (0, "")
+
+
+CHURN = """
+import ctypes, resource, sys
+import torch
+from rrt.cli import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        kept = [torch.ones(50_000 + 1000 * i) for i in range(40)]
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(3)
+print(faults(20))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_memory_that_is_freed_is_kept():
+    found = {
+        choice: int(subprocess.run([sys.executable, "-c", CHURN, choice], capture_output=True, check=True).stdout)
+        for choice in ("keep", "leave")
+    }
+    # 11 MB in each of 20 rounds are 55,000 pages.
+    assert found["keep"] < 500 < 10_000 < found["leave"]

@@ -301,6 +301,31 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
 
 
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"])
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "loop"])
+def test_states_of_the_tokens_asked_are_those_of_all(name, recursive, checkpointing):
+    model = recursive_model(name, **recursive)
+    model.stack.checkpointing = checkpointing
+    input_ids = torch.randint(0, 151, (3, 7), generator=torch.Generator().manual_seed(8))
+    places = torch.tensor([20, 0, 3, 3, 8])
+    for num_loops in (1, None):
+        everything = model.hidden_states(input_ids, num_loops=num_loops)
+        few = model.hidden_states(input_ids, num_loops=num_loops, asked=places)
+        assert len(few) == len(everything)
+        assert all(torch.equal(one, other) for one, other in zip(few[:-1], everything[:-1], strict=True))
+        assert few[-1].shape == (5, everything[-1].shape[-1])
+        assert relative_error(few[-1], everything[-1].flatten(0, 1)[places]) <= 1e-12
+    parameters = [parameter for parameter in model.stack.parameters() if parameter.requires_grad]
+    wanted, found = (
+        torch.autograd.grad(states.square().sum(), parameters, allow_unused=True)
+        for states in (everything[-1].flatten(0, 1)[places], few[-1])
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or relative_error(one, other) <= 1e-10
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
 def test_linears_give_each_row_its_own_loop(recursive):
