@@ -5,6 +5,8 @@ Sections (--only takes some of them):
 - step: an optimizer step of a Llama of 26 M parameters over 4 x 512 tokens, against transformers' model in the same
   loop, with fused AdamW, and against itself with compiled layers
 - attention: forward and backward of a layer's causal attention, with heads as three models have them, against PyTorch's
+- elementwise: forward and backward of what lies between a layer's products, over 2048 tokens of TinyLlama's widths,
+  against PyTorch's functions as the model calls them on a GPU
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
 - trainer: the trainer's steps against a bare loop's: what data, logging and metrics cost, with one
@@ -32,6 +34,7 @@ from bench.timing import Timer
 from bench.training_cases import (
     measure_attention,
     measure_checkpointing,
+    measure_elementwise,
     measure_relaxation,
     measure_step,
     measure_traffic,
@@ -42,7 +45,7 @@ from rrt.errors import UserError
 from rrt.results import write_result
 from rrt.tensors import parse_dtype
 
-SECTIONS = ("step", "attention", "relaxation", "checkpointing", "trainer", "traffic")
+SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "trainer", "traffic")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=("fp32", "bf16"),
         nargs="+",
         default=["fp32", "bf16"],
-        help="of step, attention and relaxation",
+        help="of step, attention, elementwise and relaxation",
     )
     parser.add_argument("--vocab", type=int, nargs="+", default=[16000], help="of step (default 16000)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
@@ -83,6 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
         cases += [
             ("attention", lambda n=name, t=length, d=dtype: measure_attention(timer, n, t, d))
             for name, length in (("pythia-160m", 512), ("tinyllama-1.1b", 2048), ("gemma-2b", 512))
+        ]
+        cases += [
+            ("elementwise", lambda n=name, d=dtype: measure_elementwise(timer, n, d))
+            for name in ("rotary_embedding", "rms_norm", "gated_activation")
         ]
         cases += [
             ("relaxation", lambda r=rows, d=dtype: measure_relaxation(timer, r, arguments.rank, d))

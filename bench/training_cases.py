@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bench.timing import Samples, Timer, Variant, speedup, spread
 from bench.traffic import imagined_step
+from rrt import ops
 from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model import LoopedStack, RecursiveTransformer, rope_cos_sin
-from rrt.ops import causal_attention
 from rrt.presets import preset
 from rrt.shards import ShardWriter
 from rrt.tensors import dtype_name
@@ -193,11 +193,52 @@ def measure_attention(timer: Timer, name: str, length: int, dtype: torch.dtype) 
     def run(attention: Callable[..., Tensor]) -> Callable[[int], Tensor]:
         return lambda _: torch.autograd.grad(attention(*leaves), leaves, grad)[0]
 
-    runs = {"ours": run(lambda q, k, v: causal_attention(q, k, v, head_dim**-0.5)), "sdpa": run(sdpa)}
+    runs = {"ours": run(lambda q, k, v: ops.causal_attention(q, k, v, head_dim**-0.5)), "sdpa": run(sdpa)}
     for step in runs.values():
         step(0)
     samples = timer.measure({name: Variant(step) for name, step in runs.items()}, copies=1)
     return Measured({"heads_of": name, "length": length, "tokens": 2048, "dtype": dtype_name(dtype)}, samples)
+
+
+def measure_elementwise(timer: Timer, name: str, dtype: torch.dtype) -> Measured:
+    """Forward and backward of an operator over 2048 tokens of TinyLlama's widths: ours and PyTorch's functions."""
+    config, tokens = preset("tinyllama-1.1b"), 2048
+    widths = {
+        "rotary_embedding": [(1, tokens, config.num_heads, config.head_dim)],
+        "rms_norm": [(tokens, config.hidden_size), (config.hidden_size,)],
+        "gated_activation": [(tokens, config.intermediate_size)] * 2,
+    }[name]
+    leaves = [torch.randn(width).to(dtype).requires_grad_() for width in widths]
+    grad = torch.randn(widths[0]).to(dtype)
+    cos_sin = rope_cos_sin(config, torch.arange(tokens)[None], dtype)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return weight * F.rms_norm(wide, x.shape[-1:], eps=config.norm_eps).to(x.dtype)
+
+    ours, pytorch = {
+        "rotary_embedding": (
+            lambda x: ops.rotary_embedding(x, *cos_sin),
+            lambda x: ops.rotary_embedding_reference(x, *cos_sin),
+        ),
+        "rms_norm": (lambda x, weight: ops.rms_norm(x, weight, config.norm_eps), norm),
+        "gated_activation": (
+            lambda gate, up: ops.gated_activation(gate, up, "silu"),
+            lambda gate, up: F.silu(gate) * up,
+        ),
+    }[name]
+
+    def run(function: Callable[..., Tensor]) -> Callable[[int], Tensor]:
+        return lambda _: torch.autograd.grad(function(*leaves), leaves, grad)[0]
+
+    runs = {"ours": run(ours), "pytorch": run(pytorch)}
+    for step in runs.values():
+        step(0)
+    samples = timer.measure({each: Variant(step) for each, step in runs.items()}, copies=1)
+    # Everything once: inputs and result, then the result's gradient, what it needs of the inputs, and their gradients.
+    inputs = sum(leaf.nbytes for leaf in leaves)
+    floor = 2 * grad.nbytes + (2 if name == "rotary_embedding" else 3) * inputs
+    return Measured({"operator": name, "tokens": tokens, "dtype": dtype_name(dtype), "floor_bytes": floor}, samples)
 
 
 def measure_checkpointing(timer: Timer) -> Measured:

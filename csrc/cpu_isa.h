@@ -4,6 +4,7 @@
 namespace rrt {
 
 enum class CpuIsa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr int kNumX86Isas = 4;
 
 // The widest that the CPU has, or what the environment variable RRT_CPU_ISA (baseline, avx2, avx512,
 // avx512_bf16) lowers it to; read once. Asking for more than the CPU has changes nothing.
@@ -24,6 +25,9 @@ const char* cpu_isa_name(CpuIsa isa);
 // choose_kernels<Table>(RRT_CPU_KERNELS): the table to use here, of those that are given in the order of CpuIsa.
 template <class Table, int N>
 const Table& choose_kernels(const Table* const (&tables)[N]) {
+#ifdef RRT_X86
+  static_assert(N == kNumX86Isas);
+#endif
   return *tables[static_cast<int>(cpu_isa())];
 }
 

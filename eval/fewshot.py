@@ -9,6 +9,8 @@ earlier one. Scores are those of the harness's own `hf` model on the exported ch
 Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
 
+On a CPU scoring keeps copies of the weights in the order that its kernels read: the head, and up to 4 GiB of layers.
+
 Finished requests are kept (--cache), so an interrupted run goes on where it stopped when it is started again.
 """
 
@@ -43,7 +45,7 @@ from eval.flags import (
 )
 from eval.response_cache import ResponseCache, code_digest
 from rrt.checkpoint import fingerprint
-from rrt.cli import human_count, run_command
+from rrt.cli import human_count, keep_freed_memory, run_command
 from rrt.errors import UserError
 from rrt.files import sha256_file
 from rrt.inspect import model_sizes
@@ -251,6 +253,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         f"finished requests: {cached:,} in {cache_path}",
         flush=True,
     )
+    if device.type == "cpu":
+        keep_freed_memory()
     lm = HarnessLM(model, tokenizer, bos=bos, batch_tokens=batch_tokens, cache=cache, progress=True)
     began = time.perf_counter()
     results = run_harness(lm, tasks, arguments.limit)

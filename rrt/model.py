@@ -135,7 +135,7 @@ class Attention(nn.Module):
         depth: int,
         cache: Cache | None,
         prefix: Tensor | None,
-        asked: Tensor | None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """x [batch, T, D] -> [batch, T, D], or [N, D] of the tokens asked.
 

@@ -41,21 +41,22 @@ class PackedLinears:
                 continue
             if linear.lora_a is not None and linear.weight.dtype.itemsize == 2:
                 continue
-            first = ops.pack_linear(linear.merged_weight(0))
             copies = 1 if linear.lora_a is None else linear.num_loops
-            if self.num_bytes + copies * first.nbytes > max_bytes:
+            num_bytes = copies * ops.pack_linear(linear.weight.to("meta")).nbytes
+            if self.num_bytes + num_bytes > max_bytes:
                 break
-            others = [ops.pack_linear(linear.merged_weight(loop)) for loop in range(1, copies)]
-            self._packed[linear] = [first, *others] * (linear.num_loops // copies)
-            self.num_bytes += copies * first.nbytes
+            packed = [ops.pack_linear(linear.merged_weight(loop)) for loop in range(copies)]
+            self._packed[linear] = packed * (linear.num_loops // copies)
+            self.num_bytes += num_bytes
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """What the module computes meanwhile goes through the packed copies. It has no gradients."""
+        before = {linear: linear.packed for linear in self._packed}
         try:
             for linear, packed in self._packed.items():
                 linear.packed = packed
             yield
         finally:
-            for linear in self._packed:
-                linear.packed = []
+            for linear, packed in before.items():
+                linear.packed = packed

@@ -316,6 +316,10 @@ def test_states_of_the_tokens_asked_are_those_of_all(name, recursive, checkpoint
         assert all(torch.equal(one, other) for one, other in zip(few[:-1], everything[:-1], strict=True))
         assert few[-1].shape == (5, everything[-1].shape[-1])
         assert relative_error(few[-1], everything[-1].flatten(0, 1)[places]) <= 1e-12
+    rows = {"branches": torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7).int()}
+    rows["positions"] = torch.tensor([0, 1, 2, 3, 4, 2, 3]).expand(3, 7)
+    packed, few_packed = model.hidden_states(input_ids, **rows), model.hidden_states(input_ids, asked=places, **rows)
+    assert relative_error(few_packed[-1], packed[-1].flatten(0, 1)[places]) <= 1e-12
     parameters = [parameter for parameter in model.stack.parameters() if parameter.requires_grad]
     wanted, found = (
         torch.autograd.grad(states.square().sum(), parameters, allow_unused=True)

@@ -7,10 +7,12 @@ from models_util import FAMILIES, make_hf_model
 from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import Scorer, batches, share_beginnings
+from rrt import ops
 from rrt.config import LoraRanks, RecursiveConfig
 from rrt.errors import UserError
 from rrt.loaders import open_source
 from rrt.model import RecursiveTransformer
+from rrt.ops import build_info
 
 KINDS = {
     "vanilla": RecursiveConfig(),
@@ -93,9 +95,11 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
-    monkeypatch.setattr(scoring, "packs_batches", lambda weight: False)
+    for module in ("eval.scoring", "rrt.packed"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: False)
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
-    monkeypatch.setattr(scoring, "packs_batches", lambda weight: packed)
+    for module in ("eval.scoring", "rrt.packed"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
     others = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
@@ -113,7 +117,8 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
     def counted(function):
         return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
 
-    monkeypatch.setattr(scoring, "packs_batches", lambda weight: packed)
+    for module in ("eval.scoring", "rrt.packed"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
     if packed:
         monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))
     else:
@@ -121,6 +126,21 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
     scores = Scorer(model, MAX_LENGTH, 4096).score([(context, ending) for ending in endings])
     assert sum(read) == 1 + sum(len(ending) - 1 for ending in endings)
     assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)
+
+
+@pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["relaxed"])
+    scorer = Scorer(model, MAX_LENGTH, 4096)
+    context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
+    rows = []
+    native = ops.packed_linear
+    monkeypatch.setattr(ops, "packed_linear", lambda x, *rest: rows.append(x[..., 0].numel()) or native(x, *rest))
+    scorer.score([(context, ending) for ending in endings])
+    read, scored = 20 + 0 + 1 + 3 + 2, 1 + 0 + 1 + 3 + 2
+    per_layer = 7  # q, k, v, out, gate, up, down
+    assert len(rows) == per_layer * model.config.num_layers
+    assert rows == [read] * (len(rows) - 4) + [scored] * 4
 
 
 def rows_of(requests):

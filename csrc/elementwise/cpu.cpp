@@ -1,6 +1,5 @@
 // What lies between a layer's products, on the CPU: rows and elements dealt out to threads.
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "elementwise/cpu_kernels.h"
@@ -38,7 +37,8 @@ void norm_cpu(const NormParams& p, ParallelFor parallel_for) {
 void norm_backward_cpu(const NormBackwardParams& p, ParallelFor parallel_for) {
   const CpuKernels& kernels = kernels_for_this_cpu();
   const int dtype = static_cast<int>(p.dtype);
-  const std::unique_ptr<double[]> shares(new double[shares_of(p.rows) * p.width]);  // as large as either Acc needs
+  const int64_t acc_bytes = p.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
+  const std::unique_ptr<char[]> shares(new char[shares_of(p.rows) * p.width * acc_bytes]);
   deal_out(shares_of(p.rows), kShareRows * p.width, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) kernels.norm_backward[dtype](p, share, shares.get());
   });

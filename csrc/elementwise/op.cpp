@@ -53,24 +53,30 @@ ScalarType wide_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The rows and the width of a norm's input.
-std::tuple<int64_t, int64_t> check_norm(const Checks& check, const Tensor& x, const Tensor& weight) {
-  check.float_dtype("x", x);
+struct NormSize {
+  Dtype dtype;
+  int64_t rows, width;
+};
+
+NormSize check_norm(const Checks& check, const Tensor& x, const Tensor& weight) {
+  const Dtype dtype = check.float_dtype("x", x);
   check_like(check, "weight", weight, x, "x");
   if (x.sizes().size() == 0) check.fail("x: found shape []; expected [..., D]");
   const int64_t width = x.size(-1);
   check.shape("weight", weight, {{"D", width}});
-  return {width > 0 ? x.numel() / width : 0, width};
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < static_cast<int64_t>(x.sizes().size()); ++i) rows *= x.size(i);
+  return {dtype, rows, width};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps, bool weight_plus_one) {
   constexpr Checks check{"rms_norm"};
-  const auto [rows, width] = check_norm(check, x, weight);
+  const auto [dtype, rows, width] = check_norm(check, x, weight);
   const Tensor dense = torch::stable::contiguous(x), dense_weight = torch::stable::contiguous(weight);
   const int64_t scale_size[] = {rows};
   Tensor out = empty_as(x), scale = torch::stable::new_empty(x, scale_size, wide_dtype(x));
-  elementwise::norm_cpu({check.float_dtype("x", x), rows, width, dense.const_data_ptr(), dense_weight.const_data_ptr(),
-                         eps, weight_plus_one, out.mutable_data_ptr(), scale.mutable_data_ptr()},
+  elementwise::norm_cpu({dtype, rows, width, dense.const_data_ptr(), dense_weight.const_data_ptr(), eps,
+                         weight_plus_one, out.mutable_data_ptr(), scale.mutable_data_ptr()},
                         torch_parallel);
   return {out, scale};
 }
@@ -78,7 +84,7 @@ std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Tensor& weight, d
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& out_grad, const Tensor& x, const Tensor& weight,
                                                  const Tensor& scale, bool weight_plus_one) {
   constexpr Checks check{"rms_norm_backward"};
-  const auto [rows, width] = check_norm(check, x, weight);
+  const auto [dtype, rows, width] = check_norm(check, x, weight);
   check_like(check, "out_grad", out_grad, x, "x");
   check_same_shape(check, "out_grad", out_grad, x);
   check.dtype("scale", scale, wide_dtype(x));
@@ -89,30 +95,33 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& out_grad, const T
                dense_weight = torch::stable::contiguous(weight);
   Tensor x_grad = empty_as(x), weight_grad = empty_as(weight);
   elementwise::norm_backward_cpu(
-      {check.float_dtype("x", x), rows, width, dense_grad.const_data_ptr(), dense.const_data_ptr(),
-       dense_weight.const_data_ptr(), weight_plus_one, scale.const_data_ptr(), x_grad.mutable_data_ptr(),
-       weight_grad.mutable_data_ptr()},
+      {dtype, rows, width, dense_grad.const_data_ptr(), dense.const_data_ptr(), dense_weight.const_data_ptr(),
+       weight_plus_one, scale.const_data_ptr(), x_grad.mutable_data_ptr(), weight_grad.mutable_data_ptr()},
       torch_parallel);
   return {x_grad, weight_grad};
 }
 
-elementwise::Activation check_gate(const Checks& check, const Tensor& gate, const Tensor& up,
-                                   const std::string& activation) {
-  check.float_dtype("gate", gate);
+struct GateKind {
+  Dtype dtype;
+  elementwise::Activation activation;
+};
+
+GateKind check_gate(const Checks& check, const Tensor& gate, const Tensor& up, const std::string& activation) {
+  const Dtype dtype = check.float_dtype("gate", gate);
   check_like(check, "up", up, gate, "gate");
   check_same_shape(check, "up", up, gate);
-  if (activation == "silu") return elementwise::Activation::kSilu;
+  if (activation == "silu") return {dtype, elementwise::Activation::kSilu};
   if (activation != "gelu_tanh") check.fail("activation: found ", activation, "; expected silu or gelu_tanh");
-  return elementwise::Activation::kGeluTanh;
+  return {dtype, elementwise::Activation::kGeluTanh};
 }
 
 Tensor gated_activation_cpu(const Tensor& gate, const Tensor& up, std::string activation) {
   constexpr Checks check{"gated_activation"};
-  const elementwise::Activation kind = check_gate(check, gate, up, activation);
+  const auto [dtype, kind] = check_gate(check, gate, up, activation);
   const Tensor dense_gate = torch::stable::contiguous(gate), dense_up = torch::stable::contiguous(up);
   Tensor out = empty_as(gate);
-  elementwise::gate_cpu({check.float_dtype("gate", gate), kind, gate.numel(), dense_gate.const_data_ptr(),
-                         dense_up.const_data_ptr(), out.mutable_data_ptr()},
+  elementwise::gate_cpu({dtype, kind, gate.numel(), dense_gate.const_data_ptr(), dense_up.const_data_ptr(),
+                         out.mutable_data_ptr()},
                         torch_parallel);
   return out;
 }
@@ -120,15 +129,15 @@ Tensor gated_activation_cpu(const Tensor& gate, const Tensor& up, std::string ac
 std::tuple<Tensor, Tensor> gated_activation_backward_cpu(const Tensor& out_grad, const Tensor& gate, const Tensor& up,
                                                          std::string activation) {
   constexpr Checks check{"gated_activation_backward"};
-  const elementwise::Activation kind = check_gate(check, gate, up, activation);
+  const auto [dtype, kind] = check_gate(check, gate, up, activation);
   check_like(check, "out_grad", out_grad, gate, "gate");
   check_same_shape(check, "out_grad", out_grad, gate);
   const Tensor dense_grad = torch::stable::contiguous(out_grad), dense_gate = torch::stable::contiguous(gate),
                dense_up = torch::stable::contiguous(up);
   Tensor gate_grad = empty_as(gate), up_grad = empty_as(gate);
   elementwise::gate_backward_cpu(
-      {check.float_dtype("gate", gate), kind, gate.numel(), dense_grad.const_data_ptr(), dense_gate.const_data_ptr(),
-       dense_up.const_data_ptr(), gate_grad.mutable_data_ptr(), up_grad.mutable_data_ptr()},
+      {dtype, kind, gate.numel(), dense_grad.const_data_ptr(), dense_gate.const_data_ptr(), dense_up.const_data_ptr(),
+       gate_grad.mutable_data_ptr(), up_grad.mutable_data_ptr()},
       torch_parallel);
   return {gate_grad, up_grad};
 }

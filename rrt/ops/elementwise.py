@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rrt._build import load_native, register_op
+from rrt._build import register_op
 from rrt.ops.checks import Checks
 from rrt.products import device_type
 
-_NATIVE = load_native().handle is not None
 GATED_ACTIVATIONS = ("silu", "gelu_tanh")
 
 _rotary_check = Checks("rotary_embedding")
@@ -59,7 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_plus_one: bool = Fals
 
     Returns:
         [..., D] of x's dtype, computed in float32 (float64). The native kernel's results, gradients included, are
-        bitwise the same whatever the number of threads, and a row's whatever other rows there are.
+        bitwise the same whatever the number of threads, and a row's whatever other rows there are. It takes subnormal
+        results for zeros where `rotary_embedding` does.
 
     Raises:
         RuntimeError: a dtype, device or shape that does not fit.
@@ -76,8 +76,8 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         activation: "silu", or "gelu_tanh", the approximation of gelu by tanh.
 
     Returns:
-        As `gate`. The native kernel computes in float32 (float64) and rounds once, an element's result is bitwise the
-        same wherever it lies.
+        As `gate`. The native kernel computes in float32 (float64) and rounds once; an element's result is bitwise the
+        same wherever it lies. It takes subnormal results for zeros where `rotary_embedding` does.
 
     Raises:
         RuntimeError: a dtype, device, shape or activation that does not fit.
@@ -284,3 +284,4 @@ torch.library.register_autograd("rrt::rms_norm", _norm_gradients, setup_context=
 torch.library.register_autograd("rrt::gated_activation", _gate_gradients, setup_context=_setup_gate)
 for _name in ("rms_norm", "gated_activation"):
     torch.library.register_autograd(f"rrt::{_name}_backward", _no_second_derivative(_name))
+_NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::rms_norm", "CPU")
