@@ -9,7 +9,8 @@ earlier one. Scores are those of the harness's own `hf` model on the exported ch
 Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
 
-On a CPU scoring keeps copies of the weights in the order that its kernels read: the head, and up to 4 GiB of layers.
+On a CPU, unless it has instructions for the dtype's 16 bits, scoring keeps copies of the weights in the order that its
+kernels read: the head, and up to 4 GiB of layers.
 
 Finished requests are kept (--cache), so an interrupted run goes on where it stopped when it is started again.
 """

@@ -101,6 +101,10 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.cache = ResponseCache() if cache is None else cache
 
+    def pack(self) -> None:
+        """Make the packed copies now, and not with the first batch."""
+        _ = self._packed_head, self._packed_layers
+
     @cached_property
     def _packed_head(self) -> Tensor | None:
         """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""

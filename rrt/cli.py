@@ -53,9 +53,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def keep_freed_memory() -> None:
     """For commands that make tensors of the same sizes again and again on a CPU; call it when the model is loaded.
 
-    glibc gives freed tensors of some 100 kB and more back to the system, which clears each page anew: 7 % of the time
-    of scoring with a small model. From now on tensors up to 32 MiB come from its heap, of which 256 MiB at the end, and
-    whatever lies below what is in use, are kept. Other C libraries are left as they are.
+    glibc gives the freed end of its heap, and what did not come from there, back to the system, which clears each page
+    anew: percents of the time of a small model. From now on tensors up to 32 MiB come from the heap, of which 256 MiB
+    at the end, and whatever lies below what is in use, are kept. Other C libraries are left as they are.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)

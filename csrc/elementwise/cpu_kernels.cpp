@@ -1,6 +1,6 @@
 // Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size.
 //
-// What lies between a layer's products: each a single pass over its operands, computed in Acc and rounded at the end.
+// What lies between a layer's products, in one pass, or two over a row: computed in Acc, rounded where it is stored.
 // The elements that do not fill a vector go through the same instructions, so that a result does not depend on where
 // in a tensor an element lies.
 #include "elementwise/cpu_kernels.h"
