@@ -16,7 +16,7 @@ from rrt.products import product_dtype
 
 
 def packs_batches(weight: Tensor) -> bool:
-    """Whether the native kernel is faster than PyTorch at many rows: on CPUs, but for 16 bits with instructions."""
+    """Whether weights like this one are packed for many rows: on CPUs, but for 16 bits with instructions."""
     native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
     return packs_rows(weight) and not native_16_bits
 
