@@ -10,7 +10,7 @@ Data sets come from the Hugging Face Hub, or with --data-dir from local files (e
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
 
 On a CPU, unless it has instructions for the dtype's 16 bits, scoring keeps copies of the weights in the order that its
-kernels read: the head, and up to 4 GiB of layers.
+kernels read (--packed-gib).
 
 Finished requests are kept (--cache), so an interrupted run goes on where it stopped when it is started again.
 """
@@ -198,6 +198,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_least("--num-fewshot", arguments.num_fewshot, 0)
     check_least("--limit", arguments.limit)
     check_least("--batch-tokens", arguments.batch_tokens)
+    if not 0 <= arguments.packed_gib < math.inf:
+        raise UserError(f"--packed-gib: found {arguments.packed_gib}; expected 0 or more")
     check_output_file("--json", arguments.json)
     if not arguments.tasks:
         raise UserError("--tasks: found none; expected names with commas between them")
@@ -254,9 +256,12 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         f"finished requests: {cached:,} in {cache_path}",
         flush=True,
     )
+    packed_bytes = int(arguments.packed_gib * 2**30)
     if device.type == "cpu":
         keep_freed_memory()
-    lm = HarnessLM(model, tokenizer, bos=bos, batch_tokens=batch_tokens, cache=cache, progress=True)
+    lm = HarnessLM(
+        model, tokenizer, bos=bos, batch_tokens=batch_tokens, cache=cache, packed_bytes=packed_bytes, progress=True
+    )
     began = time.perf_counter()
     results = run_harness(lm, tasks, arguments.limit)
     return {
@@ -321,6 +326,13 @@ def main() -> None:
         type=int,
         metavar="N",
         help=f"most tokens in a forward pass (default {BATCH_TOKENS['cpu']}, on CUDA {BATCH_TOKENS['cuda']})",
+    )
+    parser.add_argument(
+        "--packed-gib",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="most memory, on a CPU, for copies of the weights in its kernels' order, GiB (default 4; 0: slower)",
     )
     add_dtype_flag(parser, "dtype to compute in")
     add_device_flag(parser)

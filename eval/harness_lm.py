@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval.generation import Prompt, generate_texts
 from eval.response_cache import ResponseCache
-from eval.scoring import Request, Scorer
+from eval.scoring import PACKED_BYTES, Request, Scorer
 from rrt.errors import UserError
 from rrt.model import RecursiveTransformer
 from rrt.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ class HarnessLM(LM):
         batch_tokens: most tokens in a forward pass that scores.
         max_length: longest input, in tokens; default what the base was trained for.
         cache: responses of an earlier run, and where those of this one go.
+        packed_bytes: memory for packed copies of the weights, on a CPU.
         progress: show bars on stderr.
     """
 
@@ -45,6 +46,7 @@ class HarnessLM(LM):
         batch_tokens: int,
         max_length: int | None = None,
         cache: ResponseCache | None = None,
+        packed_bytes: int = PACKED_BYTES,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class HarnessLM(LM):
         self.bos = bos
         self.max_length = model.config.max_position_embeddings if max_length is None else max_length
         self.progress = progress
-        self.scorer = Scorer(model, self.max_length, batch_tokens, cache)
+        self.scorer = Scorer(model, self.max_length, batch_tokens, cache, packed_bytes)
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         self._device = model.embed.device
 

@@ -37,7 +37,7 @@ MAX_BRANCH_TOKENS = 2048
 LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
 PACKED_BYTES = 2**32
-"""Of packed copies of the layers, on CPUs; what does not fit is computed without."""
+"""Of packed copies of the head and the layers, on CPUs; what does not fit is computed without."""
 MIN_LOGITS_ROWS = 64
 """Of a piece, however large the vocabulary: each piece reads the whole head."""
 
@@ -88,15 +88,22 @@ class Scorer:
     """
 
     def __init__(
-        self, model: RecursiveTransformer, max_length: int, batch_tokens: int, cache: ResponseCache | None = None
+        self,
+        model: RecursiveTransformer,
+        max_length: int,
+        batch_tokens: int,
+        cache: ResponseCache | None = None,
+        packed_bytes: int = PACKED_BYTES,
     ) -> None:
         """
         Args:
             max_length: longest input in tokens; longer ones lose their beginning, BOS first.
             batch_tokens: most tokens in a batch, padding included, unless a single row has more: smaller batches have
                 less padding and stay in a CPU's caches, larger ones fill a GPU.
+            packed_bytes: memory for packed copies of the weights.
         """
         self.model = model
+        self.packed_bytes = packed_bytes
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.cache = ResponseCache() if cache is None else cache
@@ -109,11 +116,14 @@ class Scorer:
     def _packed_head(self) -> Tensor | None:
         """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""
         weight = self.model.head_weight.detach()
-        return ops.pack_linear(weight) if packs_batches(weight) else None
+        if not packs_batches(weight) or ops.pack_linear(weight.to("meta")).nbytes > self.packed_bytes:
+            return None
+        return ops.pack_linear(weight)
 
     @cached_property
     def _packed_layers(self) -> PackedLinears:
-        return PackedLinears(self.model.stack, PACKED_BYTES)
+        head = 0 if self._packed_head is None else self._packed_head.nbytes
+        return PackedLinears(self.model.stack, self.packed_bytes - head)
 
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
         """The score of each request. `progress` shows a bar over the tokens that the model reads.

@@ -141,6 +141,17 @@ def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, mon
     per_layer = 7  # q, k, v, out, gate, up, down
     assert len(rows) == per_layer * model.config.num_layers
     assert rows == [read] * (len(rows) - 4) + [scored] * 4
+    head = scorer._packed_head.nbytes
+    rows.clear()
+    heads_alone = Scorer(model, MAX_LENGTH, 4096, packed_bytes=head)
+    nothing = Scorer(model, MAX_LENGTH, 4096, packed_bytes=head - 1)
+    assert heads_alone._packed_head is not None and heads_alone._packed_layers.num_bytes == 0
+    assert nothing._packed_head is None and nothing._packed_layers.num_bytes < head
+    requests = [(context, ending) for ending in endings]
+    for limited in (heads_alone, Scorer(model, MAX_LENGTH, 4096, packed_bytes=0)):
+        found = [value for value, _ in limited.score(requests)]
+        assert found == pytest.approx([value for value, _ in scorer.score(requests)], abs=1e-10)
+    assert not rows
 
 
 def rows_of(requests):
