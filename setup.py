@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SWITCH_VALUES = ("auto", "0", "1")
-# Read by rrt/_build.py: why there is no such module.
+# Read by rrt/native.py: why there is no such module.
 FAILED_NOTES = {"rrt._native": "_native_failed.txt", "rrt._plan": "_plan_failed.txt"}
 MIN_TORCH, END_TORCH = (2, 11), (2, 14)
 

@@ -40,16 +40,16 @@ from bench.timing import Rates, Timer, Variant, speedup, spread
 from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import share_beginnings
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.cli import human_count, keep_freed_memory, run_command
-from rrt.config import ModelConfig, RecursiveConfig
-from rrt.corpus import documents
+from rrt.checkpoint.format import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint.presets import preset
+from rrt.checkpoint.source import load_model, meta_model
+from rrt.common.cli import human_count, keep_freed_memory, run_command
+from rrt.common.results import write_result
+from rrt.data.corpus import documents
 from rrt.errors import UserError
 from rrt.export import export
 from rrt.inspect import model_sizes
-from rrt.loaders import load_model, meta_model
-from rrt.presets import preset
-from rrt.results import write_result
+from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.tokenizer import load_tokenizer, train_bpe
 
 TOKENIZER_IDS = 8192

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_cases import AGREEMENT, mixed_loops, normal
 from rrt import ops
-from rrt._build import force_tiling
-from rrt.cli import run_command
+from rrt.common.cli import run_command
 from rrt.errors import UserError
+from rrt.native import force_tiling
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rrt.cli import run_command
+from rrt.common.cli import run_command
 from rrt.errors import UserError
 
 EXPECTED = ROOT / "csrc" / "cuda" / "resources.txt"

@@ -36,16 +36,16 @@ from bench.linear_cases import LinearPlan, add_floors, layer_records, projection
 from bench.overhead_cases import measure_call, measure_plan
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from rrt import ops
-from rrt.cli import human_bytes, run_command
-from rrt.config import ModelConfig
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.cli import human_bytes, run_command
+from rrt.common.files import read_json
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.files import read_json
-from rrt.hf import model_config_from_hf
 from rrt.info import free_memory_bytes
-from rrt.presets import PRESETS, preset, preset_dtype
-from rrt.recursive_args import add_dtype_flag, chosen_dtype
-from rrt.results import write_result
-from rrt.tensors import dtype_name
+from rrt.model.config import ModelConfig
+from rrt.model.flags import add_dtype_flag, chosen_dtype
 
 SECTIONS = ("linear", "attention", "overhead")
 MAX_LOOPS = 8

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
 from rrt import ops
-from rrt.config import ModelConfig
 from rrt.errors import UserError
+from rrt.model.config import ModelConfig
 
 BASELINES = {
     "base": "F.linear on the plain weight, no LoRA at all",

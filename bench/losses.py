@@ -23,11 +23,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import human_bytes, run_command
-from rrt.config import RecursiveConfig
-from rrt.model import RecursiveTransformer
-from rrt.presets import preset
-from rrt.results import write_result
+from rrt.checkpoint.presets import preset
+from rrt.common.cli import human_bytes, run_command
+from rrt.common.results import write_result
+from rrt.model.config import RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from train.distributed import processes, shard_model
 from train.losses import ExitWeights, Head, exit_losses
 from train.objective import early_exits

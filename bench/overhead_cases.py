@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench.timing import spread
 from rrt import ops
-from rrt.page_table import PageTable, make_page_table
+from rrt.decode.page_table import PageTable, make_page_table
 
 PLAN_ROWS = 256
 _PAGE_SIZE = 16

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
+from rrt.common.cli import run_command
+from rrt.common.files import read_json
 from rrt.errors import UserError
-from rrt.files import read_json
 
 STYLES = {"ours": "-o", "base": "--", "unfused": "-", "concatenated": "-", "merged": "-"}
 

@@ -27,9 +27,9 @@ import tokenizers
 from tqdm import tqdm
 
 from bench.timing import speedup, spread
-from rrt.cli import human_bytes, run_command
-from rrt.corpus import PYTHON_STDLIB, documents
-from rrt.results import write_result
+from rrt.common.cli import human_bytes, run_command
+from rrt.common.results import write_result
+from rrt.data.corpus import PYTHON_STDLIB, documents
 from rrt.tokenizer import train_bpe
 from train.prepare_data import batches, prepare_data
 

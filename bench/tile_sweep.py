@@ -23,13 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 from bench.linear_cases import Adapters, Projection, Weights, make_variants, mixed_loops, normal, projections
 from bench.timing import Timer, Variant, copies_beyond_cache, last_level_cache_bytes
-from rrt._build import force_tiling
-from rrt.cli import run_command
+from rrt.checkpoint.presets import PRESETS, preset
+from rrt.common.cli import run_command
+from rrt.common.files import atomic_write
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.files import atomic_write
+from rrt.native import force_tiling
 from rrt.ops import build_info
-from rrt.presets import PRESETS, preset
-from rrt.results import write_result
 
 TABLE = ROOT / "csrc" / "loop_lora" / "cuda_tiles_measured.h"
 ROWS = (8, 16, 32, 64)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rrt.config import ModelConfig, RecursiveConfig
-from rrt.model import RecursiveTransformer
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from train.distributed import Wrap, set_last_micro_batch, shard_model
 from train.estimate import pretended_processes
 

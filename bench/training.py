@@ -40,10 +40,10 @@ from bench.training_cases import (
     measure_traffic,
     measure_trainer,
 )
-from rrt.cli import human_bytes, run_command
+from rrt.checkpoint.tensor_files import parse_dtype
+from rrt.common.cli import human_bytes, run_command
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.results import write_result
-from rrt.tensors import parse_dtype
 
 SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "trainer", "traffic")
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from bench.timing import Samples, Timer, Variant, speedup, spread
 from bench.traffic import imagined_step
 from rrt import ops
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
-from rrt.model import LoopedStack, RecursiveTransformer, rope_cos_sin
-from rrt.presets import preset
+from rrt.checkpoint.presets import preset
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.transformer import LoopedStack, RecursiveTransformer, rope_cos_sin
 from rrt.shards import ShardWriter
-from rrt.tensors import dtype_name
 from rrt.tokenizer import load_tokenizer, train_bpe
 from train.compile import compile_layers
 from train.distributed import processes

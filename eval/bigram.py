@@ -16,9 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
+from rrt.common.cli import run_command
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.results import write_result
 from rrt.shards import TokenShards, open_shards
 
 DISCOUNT = 0.75

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.trajectories import Trajectories
-from rrt.exit_thresholds import Calibration
+from rrt.checkpoint.exit_thresholds import Calibration
 
 BINS = 20
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from rrt.checkpoint.source import Source
 from rrt.errors import UserError
-from rrt.loaders import Source
 from rrt.tokenizer import Tokenizer
 
 

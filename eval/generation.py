@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
-from rrt.decoder import Decoder
-from rrt.generate import generate
-from rrt.kv_cache import PagedCache, page_bytes
-from rrt.model import RecursiveTransformer
+from rrt.decode.decoder import Decoder
+from rrt.decode.greedy import generate
+from rrt.decode.kv_cache import PagedCache, page_bytes
+from rrt.model.transformer import RecursiveTransformer
 from rrt.tokenizer import Tokenizer
 
 CACHE_BYTES = 2 << 30

@@ -18,7 +18,7 @@ from eval.generation import Prompt, generate_texts
 from eval.response_cache import ResponseCache
 from eval.scoring import PACKED_BYTES, Request, Scorer
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from rrt.tokenizer import Tokenizer
 
 ENCODE_AT_ONCE = 4096

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from eval.simulate import Costs, Curve
-from rrt.config import ModelConfig, RecursiveConfig
-from rrt.decoder import Decoder
-from rrt.kv_cache import Chunk, PagedCache, Rows
-from rrt.loaders import meta_model
-from rrt.model import RecursiveTransformer
+from rrt.checkpoint.source import meta_model
+from rrt.decode.decoder import Decoder
+from rrt.decode.kv_cache import Chunk, PagedCache, Rows
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 
 PAGE_SIZE = 16
 MIN_ROUNDS = 3

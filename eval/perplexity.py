@@ -41,14 +41,14 @@ from eval.stream import (
     packed_blocks,
     read_exits,
 )
-from rrt.cli import run_command
+from rrt.checkpoint.source import load_model, open_source
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.cli import run_command
+from rrt.common.processes import Replica, first_reports_errors, replicas
+from rrt.common.results import write_result
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
-from rrt.loaders import load_model, open_source
-from rrt.processes import Replica, first_reports_errors, replicas
-from rrt.recursive_args import add_dtype_flag, chosen_dtype
-from rrt.results import write_result
-from rrt.tensors import dtype_name
+from rrt.model.flags import add_dtype_flag, chosen_dtype
 from rrt.tokenizer import check_vocab, load_tokenizer
 
 

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
 from eval.svg import Series, bars, number, plot
-from rrt.cli import human_bytes, human_count, run_command
+from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.files import atomic_write, read_json
+from rrt.common.results import result_header
 from rrt.errors import UserError
-from rrt.files import atomic_write, read_json
-from rrt.results import result_header
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_POINTS = 300

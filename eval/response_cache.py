@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rrt.common.files import sha256_file
 from rrt.errors import UserError
-from rrt.files import sha256_file
 
 CODE = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ Requests whose tokens begin alike (a question and its choices, a sentence and it
 common beginning, then what each has beyond it. A token sees the beginning and its own branch, at the position that it
 has in its own text, so a row gives what its texts give alone. Rows are sorted by length and batched by tokens.
 
-Shapes as in `rrt.model`, M states that predict tokens, and P tokens that are scored.
+Shapes as in `rrt.model.transformer`, M states that predict tokens, and P tokens that are scored.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
 from rrt import ops
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.decode.packed_weights import PackedLinears, packs_batches
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
-from rrt.packed import PackedLinears, packs_batches
-from rrt.tensors import dtype_name
+from rrt.model.transformer import RecursiveTransformer
 
 Request = tuple[list[int], list[int]]
 """Context and continuation, token ids; both have at least one."""

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rrt.corpus import find_files, grouped_documents, is_compressed
+from rrt.data.corpus import find_files, grouped_documents, is_compressed
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from rrt.shards import open_shards
 from rrt.tokenizer import Tokenizer
 

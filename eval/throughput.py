@@ -32,17 +32,17 @@ from eval.paper_study import print_study, repeat_study
 from eval.pass_times import batch_sizes, costs_of, dummy_model, measure_pass, measure_prefill
 from eval.simulate import Queue, depth_wise, drawn_lengths, sequence_wise, static, time_of
 from eval.trajectories import read_trajectories
-from rrt.cli import human_bytes, human_count, run_command
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
+from rrt.checkpoint.source import open_source
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.processes import pick_device
+from rrt.common.results import write_result
 from rrt.errors import UserError
 from rrt.info import free_memory_bytes
 from rrt.inspect import Sizes, model_sizes
-from rrt.loaders import open_source
-from rrt.presets import PRESETS, preset, preset_dtype
-from rrt.processes import pick_device
-from rrt.recursive_args import add_dtype_flag, chosen_dtype
-from rrt.results import write_result
-from rrt.tensors import dtype_name
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.flags import add_dtype_flag, chosen_dtype
 
 CDB = "CDB, oracle"
 

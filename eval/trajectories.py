@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rrt.common.files import read_json, write_json
 from rrt.errors import UserError
-from rrt.files import read_json, write_json
 
 FORMAT = "rrt-trajectories"
 VERSION = 2

@@ -7,11 +7,11 @@ from rrt.errors import UserError
 from rrt.version import __version__
 
 if TYPE_CHECKING:
-    from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
-    from rrt.decoder import Decoder
-    from rrt.kv_cache import PagedCache
-    from rrt.loaders import load_model, open_source
-    from rrt.model import RecursiveTransformer
+    from rrt.checkpoint.source import load_model, open_source
+    from rrt.decode.decoder import Decoder
+    from rrt.decode.kv_cache import PagedCache
+    from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+    from rrt.model.transformer import RecursiveTransformer
     from rrt.ops import build_info
     from rrt.tokenizer import load_tokenizer
 
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Decoder": "decoder",
-    "LoraRanks": "config",
-    "ModelConfig": "config",
-    "PagedCache": "kv_cache",
-    "RecursiveConfig": "config",
-    "RecursiveTransformer": "model",
+    "Decoder": "decode.decoder",
+    "LoraRanks": "model.config",
+    "ModelConfig": "model.config",
+    "PagedCache": "decode.kv_cache",
+    "RecursiveConfig": "model.config",
+    "RecursiveTransformer": "model.transformer",
     "build_info": "ops",
-    "load_model": "loaders",
+    "load_model": "checkpoint.source",
     "load_tokenizer": "tokenizer",
-    "open_source": "loaders",
+    "open_source": "checkpoint.source",
 }
 
 

@@ -1,6 +1,6 @@
 """Host planning from the C++ headers csrc/*/plan.h and csrc/kv_cache/page_table.h (csrc/python/plan.cpp).
 
-Not everywhere built: rrt._build.load_plan imports it. Arrays of the dtype named here are read in place, other
+Not everywhere built: rrt.native.load_plan imports it. Arrays of the dtype named here are read in place, other
 integers (lists, say) are copied. Every function raises ValueError for an argument out of its range.
 """
 
@@ -100,7 +100,7 @@ class OutOfPages(RuntimeError):
     """Fewer pages are free than an append needs. Raised before anything has changed."""
 
 class PageTable:
-    """As rrt.page_table.PageTable, which documents it."""
+    """As rrt.decode.page_table.PageTable, which documents it."""
 
     def __init__(self, num_pages: int, page_size: int) -> None: ...
     @property

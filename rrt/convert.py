@@ -2,7 +2,7 @@
 
     python -m rrt.convert --base gemma-2b --out runs/out/relaxed --num-loops 2 --lora-rank 512
 
-The rules of each initialisation are in :mod:`rrt.fold`. Tensors stream from the base's files to the
+The rules of each initialisation are in :mod:`rrt.folding.fold`. Tensors stream from the base's files to the
 checkpoint's, matrix by matrix: memory holds one matrix of every loop and the writer's buffer.
 """
 
@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rrt.checkpoint import CheckpointConfig, CheckpointWriter, make_provenance, write_checkpoint
-from rrt.cli import human_bytes, human_count, run_command
-from rrt.config import Init, LoraInit, LoraRanks, NormInit, RecursiveConfig, to_mapping
+from rrt.checkpoint.format import CheckpointConfig, CheckpointWriter, make_provenance, write_checkpoint
+from rrt.checkpoint.source import Source, meta_model, open_source
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.errors import UserError
-from rrt.fold import Folding, MatrixReport
+from rrt.folding.fold import Folding, MatrixReport
 from rrt.inspect import Sizes, model_sizes
-from rrt.loaders import Source, meta_model, open_source
-from rrt.lora import LoopLinear
-from rrt.model import Layer
-from rrt.recursive_args import (
+from rrt.model.config import Init, LoraInit, LoraRanks, NormInit, RecursiveConfig, to_mapping
+from rrt.model.flags import (
     add_dtype_flag,
     add_lora_rank_flags,
     add_prefix_length_flag,
@@ -33,8 +32,9 @@ from rrt.recursive_args import (
     chosen_dtype,
     lora_ranks,
 )
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import Layer
 from rrt.rewrite import check_output, tokenizer_of
-from rrt.tensors import dtype_name
 from rrt.tokenizer import Tokenizer
 
 _GROUP_OF_LINEAR = {

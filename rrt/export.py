@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rrt.checkpoint import make_provenance
-from rrt.cli import human_bytes, human_count, run_command
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.checkpoint.format import make_provenance
+from rrt.checkpoint.hf_layout import ARCHITECTURES, HFTensor, model_config_to_hf, tensor_table
+from rrt.checkpoint.source import Source, open_source, parameter_shapes
+from rrt.checkpoint.tensor_files import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name
+from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.files import atomic_directory, write_json
 from rrt.errors import UserError
-from rrt.files import atomic_directory, write_json
-from rrt.hf import ARCHITECTURES, HFTensor, model_config_to_hf, tensor_table
 from rrt.inspect import Sizes, model_sizes
-from rrt.loaders import Source, open_source, parameter_shapes
-from rrt.recursive_args import add_dtype_flag, chosen_dtype
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.flags import add_dtype_flag, chosen_dtype
 from rrt.rewrite import check_output, tokenizer_of
-from rrt.tensors import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name
 from rrt.tokenizer import Tokenizer
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from rrt._build import build_info, cuda_image, cuda_versions
-from rrt.cli import human_bytes, run_command
+from rrt.common.cli import human_bytes, run_command
+from rrt.native import build_info, cuda_image, cuda_versions
 from rrt.version import __version__
 
 _PACKAGES = ("numpy", "safetensors", "tokenizers", "sentencepiece")

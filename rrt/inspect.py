@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from rrt.cli import human_bytes, human_count, run_command
-from rrt.config import ModelConfig, RecursiveConfig, to_mapping
+from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
+from rrt.checkpoint.source import meta_model, open_source
+from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.errors import UserError
-from rrt.loaders import meta_model, open_source
-from rrt.lora import LoopLinear
-from rrt.model import RecursiveTransformer
-from rrt.presets import PRESETS, preset, preset_dtype
-from rrt.recursive_args import (
+from rrt.model.config import ModelConfig, RecursiveConfig, to_mapping
+from rrt.model.flags import (
     add_dtype_flag,
     add_lora_rank_flags,
     add_prefix_length_flag,
@@ -30,7 +29,8 @@ from rrt.recursive_args import (
     chosen_dtype,
     lora_ranks,
 )
-from rrt.tensors import dtype_name
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from rrt.common.files import check_output_directory
 from rrt.errors import UserError
-from rrt.files import check_output_directory
 from rrt.tokenizer import Tokenizer, check_vocab, load_tokenizer
 
 

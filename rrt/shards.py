@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from rrt.cli import run_command
-from rrt.corpus import SPLITS
+from rrt.common.cli import run_command
+from rrt.common.files import read_json, write_json
+from rrt.data.corpus import SPLITS
 from rrt.errors import UserError
-from rrt.files import read_json, write_json
 from rrt.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "rrt-tokens"

@@ -32,10 +32,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from rrt.cli import run_command
-from rrt.corpus import INPUT_HELP, documents
+from rrt.common.cli import run_command
+from rrt.common.files import atomic_directory, check_output_directory, read_json, sha256_file, write_json
+from rrt.data.corpus import INPUT_HELP, documents
 from rrt.errors import UserError
-from rrt.files import atomic_directory, check_output_directory, read_json, sha256_file, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.model",

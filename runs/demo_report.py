@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import human_count, run_command
+from rrt.checkpoint.source import open_source
+from rrt.common.cli import human_count, run_command
+from rrt.common.files import atomic_write, read_json
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.files import atomic_write, read_json
 from rrt.inspect import model_sizes
-from rrt.loaders import open_source
-from rrt.results import write_result
 
 # (title, training run, result before uptraining, result at the end)
 MODELS = (

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
-from rrt.corpus import stdlib_files
+from rrt.common.cli import run_command
+from rrt.common.files import atomic_write
+from rrt.data.corpus import stdlib_files
 from rrt.errors import UserError
-from rrt.files import atomic_write
 
 DOCUMENTS = 400
 CONTEXT_LINES, ENDING_LINES = 6, 2

@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
+from rrt.common.cli import run_command
+from rrt.common.files import read_json
 from rrt.errors import UserError
-from rrt.files import read_json
 from train.recipe import read_tables
 
 ROOT = Path(__file__).resolve().parents[1]

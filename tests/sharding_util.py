@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
-from rrt.model import Checkpointing, RecursiveTransformer
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.transformer import Checkpointing, RecursiveTransformer
 from train.distributed import Processes, Wrap, fill_parameters, set_last_micro_batch, shard_model
 from train.objective import NEXT_TOKEN
 

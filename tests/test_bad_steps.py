@@ -21,7 +21,7 @@ from training_util import (
 
 import rrt
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from rrt.shards import open_shards
 from train.trainer import Trainer
 

@@ -30,12 +30,12 @@ from bench.linear_cases import (
     run_layers,
 )
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.presets import PRESETS
 from rrt.errors import UserError
-from rrt.hf import model_config_from_hf
-from rrt.lora import LoopLinear
-from rrt.model import RecursiveTransformer
-from rrt.presets import PRESETS
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

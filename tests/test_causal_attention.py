@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rrt.config import RecursiveConfig
-from rrt.model import RecursiveTransformer
+from rrt.checkpoint.presets import preset
+from rrt.model.config import RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import (
     build_info,
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
 )
-from rrt.presets import preset
-from rrt.products import choices_of
+from rrt.ops.precision import choices_of
 from tests.native_util import run_tests_of
 
 Attention = Callable[..., Tensor]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rrt.checkpoint import (
+from rrt.checkpoint.format import (
     CheckpointConfig,
     fingerprint,
     is_checkpoint,
@@ -14,10 +14,10 @@ from rrt.checkpoint import (
     read_checkpoint_config,
     write_checkpoint,
 )
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.checkpoint.source import load_model
 from rrt.errors import UserError
-from rrt.loaders import load_model
-from rrt.model import RecursiveTransformer
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 
 MODEL = ModelConfig(
     family="gpt_neox",

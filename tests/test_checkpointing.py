@@ -4,7 +4,7 @@ import torch
 from sharding_util import build
 from torch import Tensor
 
-from rrt.model import Checkpointing, rope_cos_sin
+from rrt.model.transformer import Checkpointing, rope_cos_sin
 
 
 def kept_bytes(checkpointing: Checkpointing) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rrt.cli import run_command
+from rrt.common.cli import run_command
 from rrt.errors import UserError
 
 
@@ -75,7 +75,7 @@ def test_an_ignored_interrupt_stays_ignored(capsys):
 CHURN = """
 import ctypes, resource, sys
 import torch
-from rrt.cli import keep_freed_memory
+from rrt.common.cli import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults(rounds):

@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig, from_mapping, to_mapping
 from rrt.errors import UserError
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig, from_mapping, to_mapping
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from models_util import FAMILIES, make_hf_model
 from safetensors.torch import load_file, save_file
 from tokenizers_util import make_sentencepiece_tokenizer
 
-from rrt.cli import run_command
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.source import load_model, open_source, parameter_shapes
+from rrt.common.cli import run_command
 from rrt.convert import convert, main
 from rrt.errors import UserError
-from rrt.fold import kept_depths
-from rrt.loaders import load_model, open_source, parameter_shapes
-from rrt.svd import truncated_svd
+from rrt.folding.fold import kept_depths
+from rrt.folding.svd import truncated_svd
+from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.tokenizer import load_tokenizer
 
 LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")

@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrt import corpus
-from rrt.corpus import (
+from rrt.data import corpus
+from rrt.data.corpus import (
     STDLIB_HELDOUT,
     Part,
     documents,

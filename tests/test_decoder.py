@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rrt import ops
-from rrt.config import LoraRanks, RecursiveConfig
-from rrt.decoder import Decoder
+from rrt.checkpoint.presets import preset
+from rrt.decode.decoder import Decoder
+from rrt.decode.greedy import generate
+from rrt.decode.kv_cache import Chunk, PagedCache, Rows
 from rrt.errors import UserError
-from rrt.generate import generate
-from rrt.kv_cache import Chunk, PagedCache, Rows
-from rrt.model import RecursiveTransformer
-from rrt.presets import preset
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {

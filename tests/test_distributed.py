@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from bench.traffic import Traffic
 from rrt.errors import UserError
-from rrt.model import Checkpointing
+from rrt.model.transformer import Checkpointing
 from train.distributed import (
     Wrap,
     agree,

@@ -28,13 +28,13 @@ from training_util import (
 )
 
 import rrt
-from rrt.checkpoint import read_checkpoint_config
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.format import read_checkpoint_config
+from rrt.checkpoint.presets import preset
 from rrt.errors import UserError
 from rrt.export import plan_export
 from rrt.inspect import model_sizes
-from rrt.model import RecursiveTransformer
-from rrt.presets import preset
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.tokenizer import load_tokenizer
 from train import early_exit, uptrain
 from train.architecture import Training

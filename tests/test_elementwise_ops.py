@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rrt import ops
-from rrt.config import RecursiveConfig
-from rrt.model import RecursiveTransformer
+from rrt.checkpoint.presets import preset
+from rrt.model.config import RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import build_info
-from rrt.presets import preset
-from rrt.products import choices_of
+from rrt.ops.precision import choices_of
 from tests.native_util import run_tests_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

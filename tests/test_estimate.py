@@ -13,8 +13,8 @@ from processes_util import run_on
 from tokenizers_util import make_sentencepiece_tokenizer, training_texts
 from training_util import make_checkpoint, make_flags, to_flags, train
 
-from rrt.config import LoraRanks, RecursiveConfig
 from rrt.errors import UserError
+from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 from train import early_exit, pretrain

@@ -18,10 +18,10 @@ from tokenizers_util import make_bpe_tokenizer, training_texts
 from eval import exits
 from eval.calibration import exits_at, fit_thresholds, outcome, reliability, threshold_curve
 from eval.trajectories import Trajectories, read_trajectories
-from rrt.checkpoint import fingerprint
+from rrt.checkpoint.exit_thresholds import load_exit_thresholds
+from rrt.checkpoint.format import fingerprint
+from rrt.checkpoint.source import load_model
 from rrt.errors import UserError
-from rrt.exit_thresholds import load_exit_thresholds
-from rrt.loaders import load_model
 from rrt.tokenizer import load_tokenizer
 
 

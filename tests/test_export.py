@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers_util import make_bpe_tokenizer
 
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.cli import run_command
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.format import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.source import load_model, meta_model, open_source
+from rrt.checkpoint.tensor_files import TensorFiles
+from rrt.common.cli import run_command
 from rrt.convert import convert
 from rrt.export import export, main, plan_export, run_export
-from rrt.hf import model_config_from_hf
-from rrt.loaders import load_model, meta_model, open_source
-from rrt.tensors import TensorFiles
+from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.tokenizer import load_tokenizer
 
 RECURSIVE = {

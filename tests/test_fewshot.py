@@ -16,11 +16,11 @@ from tasks_util import write_task_files
 from tokenizers_util import make_bpe_tokenizer
 
 from eval import fewshot
-from rrt.checkpoint import fingerprint
-from rrt.config import RecursiveConfig
+from rrt.checkpoint.format import fingerprint
+from rrt.common.files import sha256_file
 from rrt.convert import convert
 from rrt.errors import UserError
-from rrt.files import sha256_file
+from rrt.model.config import RecursiveConfig
 from rrt.tokenizer import load_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from rrt.common.files import atomic_directory, atomic_write, read_json, sha256_file, write_json
 from rrt.errors import UserError
-from rrt.files import atomic_directory, atomic_write, read_json, sha256_file, write_json
 
 
 def names(directory):
@@ -140,7 +140,7 @@ def run_until_killed(path, at):
     """Overwrite `path` in another process, which is killed before its rename number `at` (from 0)."""
     code = (
         "import os, pathlib, signal, sys\n"
-        "from rrt.files import atomic_directory\n"
+        "from rrt.common.files import atomic_directory\n"
         "rename, left = pathlib.Path.rename, int(sys.argv[2])\n"
         "def killed(self, target):\n"
         "    global left\n"
@@ -177,7 +177,7 @@ def test_what_a_process_killed_while_it_deleted_the_replaced_left_is_never_put_b
     (old / "other.txt").write_text("other")
     code = (
         "import os, pathlib, shutil, signal, sys\n"
-        "from rrt.files import atomic_directory\n"
+        "from rrt.common.files import atomic_directory\n"
         "def killed(path, ignore_errors=False):\n"
         "    (pathlib.Path(path) / 'other.txt').unlink()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -197,7 +197,7 @@ def test_what_a_process_killed_while_it_deleted_the_replaced_left_is_never_put_b
 @pytest.mark.parametrize("there", [True, False])
 def test_a_leftover_that_another_process_takes_away_meanwhile_is_no_error(tmp_path, old, monkeypatch, there):
     gone = tmp_path / f".out.replaced-{socket.gethostname()}-{os.getpid()}"
-    monkeypatch.setattr("rrt.files._leftovers", lambda path, kind: [gone] if kind == "replaced" else [])
+    monkeypatch.setattr("rrt.common.files._leftovers", lambda path, kind: [gone] if kind == "replaced" else [])
     out = old if there else tmp_path / "fresh"
     with atomic_directory(out, overwrite=True) as partial:
         (partial / "new.txt").write_text("new")
@@ -206,7 +206,7 @@ def test_a_leftover_that_another_process_takes_away_meanwhile_is_no_error(tmp_pa
 
 def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
     synced = []
-    monkeypatch.setattr("rrt.files.fsync", lambda path: synced.append((path, sorted(names(tmp_path)))))
+    monkeypatch.setattr("rrt.common.files.fsync", lambda path: synced.append((path, sorted(names(tmp_path)))))
     with atomic_directory(old, overwrite=True):
         pass
     path, then = synced[-1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rrt.config import LoraRanks, RecursiveConfig
-from rrt.model import RecursiveTransformer
-from rrt.presets import preset
+from rrt.checkpoint.presets import preset
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from train.flops import peak_flops, training_flops_per_token
 
 TINY = replace(preset("pythia-160m"), vocab_size=96, hidden_size=48, num_layers=4, num_heads=3, num_kv_heads=3,

@@ -19,11 +19,11 @@ from lm_eval.tasks import TaskManager
 
 from eval.fewshot import PAPER_METRICS, load_tasks
 from eval.harness_lm import HarnessLM, split_tokens
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.format import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint.source import load_model, meta_model, open_source
 from rrt.errors import UserError
 from rrt.export import export
-from rrt.loaders import load_model, meta_model, open_source
+from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.tokenizer import load_tokenizer
 
 KINDS = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
-from rrt.config import ModelConfig
+from rrt.checkpoint.hf_layout import HEAD_KEYS, constant_keys, model_config_from_hf, model_config_to_hf, tensor_table
+from rrt.checkpoint.presets import PRESETS, preset
 from rrt.errors import UserError
-from rrt.hf import HEAD_KEYS, constant_keys, model_config_from_hf, model_config_to_hf, tensor_table
-from rrt.presets import PRESETS, preset
+from rrt.model.config import ModelConfig
 
 # Whole files, with every key that the published repositories carry.
 GEMMA_2B = {

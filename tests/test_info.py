@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rrt.info
+from rrt.common.results import write_result
 from rrt.ops import build_info
-from rrt.results import write_result
 from rrt.version import __version__
 
 

@@ -11,14 +11,14 @@ import torch
 import transformers
 from models_util import FAMILIES, make_hf_model
 
-from rrt.cli import run_command
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.hf_layout import tensor_table
+from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
+from rrt.checkpoint.source import open_source, parameter_shapes
+from rrt.common.cli import run_command
 from rrt.convert import convert
 from rrt.errors import UserError
-from rrt.hf import tensor_table
 from rrt.inspect import main, model_sizes
-from rrt.loaders import open_source, parameter_shapes
-from rrt.presets import PRESETS, preset, preset_dtype
+from rrt.model.config import LoraRanks, RecursiveConfig
 
 # Non-embedding parameters in billions, as the paper prints them: (preset, loops): {rank: count}.
 PAPER_COUNTS = {

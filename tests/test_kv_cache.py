@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from rrt.config import RecursiveConfig
+from rrt.checkpoint.presets import preset
+from rrt.decode.kv_cache import Chunk, PagedCache, Rows, page_bytes
+from rrt.decode.page_table import OutOfPages
 from rrt.errors import UserError
-from rrt.kv_cache import Chunk, PagedCache, Rows, page_bytes
-from rrt.page_table import OutOfPages
-from rrt.presets import preset
+from rrt.model.config import RecursiveConfig
 
 CONFIG = dataclasses.replace(
     preset("tinyllama-1.1b"), num_layers=6, num_heads=4, num_kv_heads=2, head_dim=6, hidden_size=24

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rrt.model import apply_rope, rope_cos_sin
+from rrt.checkpoint.presets import preset
+from rrt.model.transformer import apply_rope, rope_cos_sin
 from rrt.ops import (
     build_info,
     loop_kv_attention,
@@ -22,7 +23,6 @@ from rrt.ops import (
     loop_kv_write,
     loop_kv_write_reference,
 )
-from rrt.presets import preset
 from tests.native_util import run_tests_of
 
 

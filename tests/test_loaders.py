@@ -15,12 +15,12 @@ import transformers
 from models_util import FAMILIES, make_hf_model
 from safetensors.torch import load_file, save_file
 
-from rrt.checkpoint import CheckpointConfig, write_checkpoint
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
+from rrt.checkpoint.hf_layout import model_config_from_hf, tensor_table
+from rrt.checkpoint.source import load_model, open_source
 from rrt.errors import UserError
-from rrt.hf import model_config_from_hf, tensor_table
-from rrt.loaders import load_model, open_source
-from rrt.model import RecursiveTransformer
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 
 LAYOUTS = ("safetensors", "safetensors-shards", "bin", "bin-shards", "legacy-bin")
 
@@ -175,7 +175,7 @@ def test_constants_of_old_checkpoints_are_skipped_and_named_in_the_log(
     bases, family, dtype, named, layout, tmp_path, caplog
 ):
     directory = variant(bases[family], tmp_path / "old", with_constants(family, dtype), layout=layout)
-    with caplog.at_level(logging.INFO, logger="rrt.loaders"):
+    with caplog.at_level(logging.INFO, logger="rrt.checkpoint.source"):
         model = load_model(directory)
     assert_same_parameters(model, load_model(bases[family]))
     (record,) = caplog.records
@@ -363,7 +363,7 @@ def test_damaged_checkpoints_of_ours_are_refused(bases, tmp_path):
 # Runs in a process of its own, each case in a child. VmHWM counts mapped file pages too; 5 in clear_refs resets it.
 _MEASURE = """
 import json, os, sys, torch
-from rrt.loaders import load_model
+from rrt.checkpoint.source import load_model
 
 def status(field):
     lines = open("/proc/self/status").read().splitlines()

@@ -11,7 +11,7 @@ import torch
 from test_loop_lora_linear import CASES, DTYPES, Case, assert_matches_oracle, make_inputs
 from torch import Tensor
 
-from rrt._build import force_tiling
+from rrt.native import force_tiling
 from rrt.ops import loop_lora_linear, loop_lora_linear_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]

@@ -8,14 +8,14 @@ import torch
 import transformers
 
 import rrt
-from rrt import products
-from rrt.config import LoraRanks, RecursiveConfig
-from rrt.hf import model_config_from_hf
-from rrt.kv_cache import ContiguousCache
-from rrt.loaders import load_model, open_source
-from rrt.lora import LoopLinear
-from rrt.model import RecursiveTransformer
-from rrt.products import EMULATED_FROM_ROWS
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.source import load_model, open_source
+from rrt.decode.kv_cache import ContiguousCache
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
+from rrt.ops import precision
+from rrt.ops.precision import EMULATED_FROM_ROWS
 
 # Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
 # heads, partial rotary, sequential NeoX, other rotary bases.
@@ -229,7 +229,7 @@ def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
             parameter.normal_(generator=torch.Generator().manual_seed(index))
     linear.bfloat16()
     x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
-    monkeypatch.setattr(products, "_HAS_BF16_INSTRUCTIONS", False)
+    monkeypatch.setattr(precision, "_HAS_BF16_INSTRUCTIONS", False)
     for merge in (False, True):
         linear.merge = merge
         found = linear(x, 1)

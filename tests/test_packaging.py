@@ -15,7 +15,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from rrt._build import REBUILD, load_plan
+from rrt.native import REBUILD, load_plan
 from rrt.ops import build_info
 from rrt.version import __version__
 
@@ -66,7 +66,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         loop_lora_linear(torch.ones(1, 2), torch.ones(1, 2), None, a, a[..., :1], torch.zeros(1, dtype=torch.int32))
     imports = len(caught)
-    from rrt.page_table import make_page_table
+    from rrt.decode.page_table import make_page_table
     for _ in range(2):
         make_page_table(1, 1)
 ours = [str(w.message) for w in caught[:imports] if str(w.message).startswith("rrt:")]

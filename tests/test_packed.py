@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrt.config import LoraRanks, RecursiveConfig
-from rrt.lora import LoopLinear
-from rrt.model import RecursiveTransformer
+from rrt.checkpoint.presets import preset
+from rrt.decode.packed_weights import PackedLinears
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import build_info
-from rrt.packed import PackedLinears
-from rrt.presets import preset
 
 pytestmark = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
 IDS = torch.arange(30).view(2, 15)
@@ -99,7 +99,7 @@ def test_no_more_is_packed_than_fits(kind: str, monkeypatch: pytest.MonkeyPatch)
 
 @torch.no_grad()
 def test_a_merged_weight_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrt.products._HAS_BF16_INSTRUCTIONS", False)
+    monkeypatch.setattr("rrt.ops.precision._HAS_BF16_INSTRUCTIONS", False)
     relaxed, recursive = (
         make_model("tinyllama-1.1b", KINDS[kind], torch.bfloat16) for kind in ("relaxed", "recursive")
     )

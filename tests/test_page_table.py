@@ -11,13 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import rrt.page_table
-from rrt.page_table import OutOfPages, PageTable, make_page_table
+import rrt.decode.page_table
+from rrt.decode.page_table import OutOfPages, PageTable, make_page_table
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS = {"python": PageTable}
-if rrt.page_table._native is not None:
-    IMPLEMENTATIONS["native"] = rrt.page_table._native.PageTable
+if rrt.decode.page_table._native is not None:
+    IMPLEMENTATIONS["native"] = rrt.decode.page_table._native.PageTable
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -306,7 +306,7 @@ def test_check_finds_a_broken_account():
 
 def test_the_python_class_runs_where_native_code_is_switched_off_and_says_so_once():
     code = (
-        "import rrt.page_table as p; assert type(p.make_page_table(2, 2)) is p.PageTable\n"
+        "import rrt.decode.page_table as p; assert type(p.make_page_table(2, 2)) is p.PageTable\n"
         "table = p.make_page_table(1, 1)\n"
         "try: table.append(table.create(), 2)\n"
         "except p.OutOfPages: print('out of pages')"

@@ -14,10 +14,10 @@ from models_util import make_hf_model
 from tokenizers_util import make_bpe_tokenizer, training_texts
 
 import rrt
+from rrt.checkpoint.presets import preset
 from rrt.convert import recursive_flags
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
-from rrt.presets import preset
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 from train import early_exit, pretrain, uptrain

@@ -23,8 +23,8 @@ from tokenizers_util import make_bpe_tokenizer, training_texts
 from eval import perplexity
 from eval.bigram import DISCOUNT, bigram_loss
 from eval.stream import Document, batches, document_blocks, make_batch, packed_blocks, read_exits
+from rrt.checkpoint.source import load_model
 from rrt.errors import UserError
-from rrt.loaders import load_model
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrt._build import load_plan
+from rrt.native import load_plan
 
 plan = load_plan().module
 pytestmark = pytest.mark.skipif(plan is None, reason=f"no rrt._plan: {load_plan().reason}")

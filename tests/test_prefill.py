@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from test_decoder import FAMILIES, LOOPED, assert_close, make_decoder, make_model, prefill, random_tokens
 from torch import nn
 
+from rrt.decode.merged_weights import MergedWeights, PrefillLinears
 from rrt.errors import UserError
-from rrt.lora import LoopLinear
-from rrt.prefill import MergedWeights, PrefillLinears
+from rrt.model.loop_linear import LoopLinear
 
 EVERYTHING = 1 << 30
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 from processes_util import run_on_two
 
-from rrt import processes
+from rrt.common import processes
+from rrt.common.processes import first_reports_errors, replicas
 from rrt.errors import UserError
-from rrt.processes import first_reports_errors, replicas
 
 
 def test_an_error_of_one_process_is_raised_in_all():
@@ -53,9 +53,9 @@ def test_under_torchrun_an_error_reaches_the_terminal_once(tmp_path, late, met_b
     script = tmp_path / "command.py"
     script.write_text(
         "import os, time\n"
-        "from rrt.cli import run_command\n"
+        "from rrt.common.cli import run_command\n"
         "from rrt.errors import UserError\n"
-        "from rrt.processes import first_reports_errors\n"
+        "from rrt.common.processes import first_reports_errors\n"
         "rank = int(os.environ['RANK'])\n"
         "@first_reports_errors\n"
         "def main():\n"

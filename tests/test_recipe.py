@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrt.config import doc
 from rrt.errors import UserError
+from rrt.model.config import doc
 from train.pretrain import PretrainRecipe
 from train.recipe import OptimConfig, read_recipe, to_toml
 from train.trainer import accumulation

@@ -30,7 +30,7 @@ from training_util import (
 )
 
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from train import early_exit, uptrain
 from train.command import Command
 from train.data import Mixture

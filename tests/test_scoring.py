@@ -8,10 +8,10 @@ from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import Scorer, batches, share_beginnings
 from rrt import ops
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.source import open_source
 from rrt.errors import UserError
-from rrt.loaders import open_source
-from rrt.model import RecursiveTransformer
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import build_info
 
 KINDS = {
@@ -95,10 +95,10 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
-    for module in ("eval.scoring", "rrt.packed"):
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
         monkeypatch.setattr(f"{module}.packs_batches", lambda weight: False)
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
-    for module in ("eval.scoring", "rrt.packed"):
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
         monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
@@ -117,7 +117,7 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
     def counted(function):
         return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
 
-    for module in ("eval.scoring", "rrt.packed"):
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
         monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
     if packed:
         monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))

@@ -12,7 +12,7 @@ from sharding_util import backward, batch, build, build_sharded, next_token_loss
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-import rrt.model
+import rrt.model.transformer
 from train.distributed import Wrap, processes
 
 NAME = "relaxed, three loops"
@@ -69,9 +69,11 @@ def test_every_step_computes_with_the_weights_of_the_step_before(wrap: Wrap) -> 
 def gradients_with(checkpoint_options: dict[str, Any]) -> dict[str, Tensor]:
     """The gradients that an optimizer would find."""
     with processes("cpu") as group, pytest.MonkeyPatch.context() as patch:
-        original = rrt.model.checkpoint
+        original = rrt.model.transformer.checkpoint
         patch.setattr(
-            rrt.model, "checkpoint", lambda *args, **options: original(*args, **{**options, **checkpoint_options})
+            rrt.model.transformer,
+            "checkpoint",
+            lambda *args, **options: original(*args, **{**options, **checkpoint_options}),
         )
         model = build_sharded(NAME, group.mesh, None, "layer", "layer")
         parameters = dict(model.named_parameters())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rrt.checkpoint.tensor_files import SafetensorsWriter, TensorFiles, dtype_name, parse_dtype
 from rrt.errors import UserError
-from rrt.tensors import SafetensorsWriter, TensorFiles, dtype_name, parse_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 

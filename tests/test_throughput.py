@@ -14,10 +14,10 @@ from eval.pass_times import PassTimes, batch_sizes, costs_of, measure_pass
 from eval.simulate import Queue, depth_wise, time_of
 from eval.throughput import Setting, drawn_from, largest_batch, simulate
 from eval.trajectories import Recording, Sums, Trajectories
-from rrt.config import LoraRanks, RecursiveConfig
+from rrt.checkpoint.presets import preset
 from rrt.errors import UserError
 from rrt.inspect import model_sizes
-from rrt.presets import preset
+from rrt.model.config import LoraRanks, RecursiveConfig
 
 
 def run(*arguments):

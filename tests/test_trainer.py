@@ -40,7 +40,7 @@ from training_util import (
 
 import rrt
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from rrt.shards import ShardWriter
 from rrt.tokenizer import load_tokenizer
 from train import pretrain

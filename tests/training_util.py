@@ -15,11 +15,11 @@ import torch
 from tokenizers_util import make_sentencepiece_tokenizer, training_texts
 from torch.distributed.checkpoint import FileSystemWriter
 
-from rrt.checkpoint import CheckpointConfig, make_provenance, write_checkpoint
-from rrt.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.checkpoint.format import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint.presets import preset
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
-from rrt.presets import preset
+from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.shards import ShardWriter, open_shards
 from rrt.tokenizer import load_tokenizer
 from train import uptrain

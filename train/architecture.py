@@ -4,14 +4,14 @@ import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rrt.checkpoint import is_checkpoint, read_checkpoint_config
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.presets import PRESETS, preset
+from rrt.checkpoint.source import Source, open_source
+from rrt.common.files import read_json
 from rrt.convert import recursive_flags
 from rrt.errors import UserError
-from rrt.files import read_json
-from rrt.hf import model_config_from_hf
-from rrt.loaders import Source, open_source
-from rrt.presets import PRESETS, preset
+from rrt.model.config import ModelConfig, RecursiveConfig
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 

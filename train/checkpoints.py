@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from rrt.common.files import atomic_write, fsync, read_json
 from rrt.errors import UserError
-from rrt.files import atomic_write, fsync, read_json
 from train.distributed import AgreedError, agree
 
 STATE_FILE = "trainer.json"

@@ -3,7 +3,7 @@
 import torch
 
 from rrt.errors import UserError
-from rrt.model import LoopedStack
+from rrt.model.transformer import LoopedStack
 
 
 def compile_layers(stack: LoopedStack, device: torch.device) -> None:

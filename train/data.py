@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rrt.cli import human_count
+from rrt.common.cli import human_count
 from rrt.errors import UserError
 from rrt.shards import Shard, TokenShards, open_shards
 from rrt.tokenizer import Tokenizer

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from rrt.common.processes import join_processes
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
-from rrt.processes import join_processes
+from rrt.model.transformer import RecursiveTransformer
 
 T = TypeVar("T")
 Wrap = Literal["stack", "layer"]

@@ -25,12 +25,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
-from rrt.config import RecursiveConfig, doc
+from rrt.checkpoint.source import Source, parameter_shapes
+from rrt.common.cli import run_command
+from rrt.common.processes import first_reports_errors
 from rrt.errors import UserError
-from rrt.fold import seeded_generator
-from rrt.loaders import Source, parameter_shapes
-from rrt.processes import first_reports_errors
+from rrt.folding.fold import seeded_generator
+from rrt.model.config import RecursiveConfig, doc
 from rrt.tokenizer import load_tokenizer
 from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command

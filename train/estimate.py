@@ -23,11 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rrt.cli import human_bytes, human_count
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.common.cli import human_bytes, human_count
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
-from rrt.products import choices_of
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
+from rrt.ops.precision import choices_of
 from train.architecture import Training
 from train.distributed import mesh_dimensions, set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token

@@ -10,9 +10,9 @@ from collections.abc import Collection
 
 import torch
 
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.checkpoint.source import first_loops
 from rrt.inspect import model_sizes
-from rrt.loaders import first_loops
+from rrt.model.config import ModelConfig, RecursiveConfig
 from train.objective import Objective
 from train.recipe import RunConfig
 

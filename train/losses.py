@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rrt.products import device_type, product_dtype
+from rrt.ops.precision import device_type, product_dtype
 
 IGNORED = -100
 """The target of a position that has no loss."""

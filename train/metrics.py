@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from rrt.cli import human_bytes
+from rrt.common.cli import human_bytes
+from rrt.common.files import atomic_write
 from rrt.errors import UserError
-from rrt.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb-id"

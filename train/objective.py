@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rrt.errors import UserError
-from rrt.model import RecursiveTransformer
+from rrt.model.transformer import RecursiveTransformer
 from train.distributed import as_forward
 from train.losses import Divergence, ExitWeights, Head, Teacher, exit_losses
 from train.recipe import DistillConfig, ExitsConfig

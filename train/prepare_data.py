@@ -37,8 +37,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from rrt.cli import human_bytes, human_count, run_command
-from rrt.corpus import (
+from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.files import atomic_directory, check_output_directory
+from rrt.data.corpus import (
     INPUT_HELP,
     PYTHON_STDLIB,
     Part,
@@ -49,7 +50,6 @@ from rrt.corpus import (
     whole_file,
 )
 from rrt.errors import UserError
-from rrt.files import atomic_directory, check_output_directory
 from rrt.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, open_shards, token_dtype
 from rrt.tokenizer import Tokenizer, load_tokenizer
 

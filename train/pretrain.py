@@ -22,10 +22,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
-from rrt.config import ModelConfig, RecursiveConfig, doc
-from rrt.model import RecursiveTransformer
-from rrt.processes import first_reports_errors
+from rrt.common.cli import run_command
+from rrt.common.processes import first_reports_errors
+from rrt.model.config import ModelConfig, RecursiveConfig, doc
+from rrt.model.transformer import RecursiveTransformer
 from rrt.tokenizer import load_tokenizer
 from train.architecture import Training, planned_distillation, read_architecture, teacher_architecture
 from train.command import Command

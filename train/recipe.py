@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from rrt.config import doc, from_mapping
 from rrt.errors import UserError
-from rrt.model import Checkpointing
+from rrt.model.config import doc, from_mapping
+from rrt.model.transformer import Checkpointing
 from train.losses import Divergence
 
 T = TypeVar("T")

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rrt.checkpoint import CheckpointConfig, fingerprint, make_provenance, write_checkpoint
-from rrt.cli import human_count
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.checkpoint.format import CheckpointConfig, fingerprint, make_provenance, write_checkpoint
+from rrt.checkpoint.source import meta_model
+from rrt.checkpoint.tensor_files import parse_dtype
+from rrt.common.cli import human_count
+from rrt.common.files import atomic_write, read_json, sha256_file
 from rrt.errors import UserError
-from rrt.files import atomic_write, read_json, sha256_file
-from rrt.loaders import meta_model
-from rrt.model import RecursiveTransformer
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 from rrt.shards import META_FILE
-from rrt.tensors import parse_dtype
 from rrt.tokenizer import Tokenizer, check_vocab
 from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole, whole_steps
 from train.compile import compile_layers

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.cli import run_command
-from rrt.config import doc
-from rrt.loaders import FirstLoops, first_loops
-from rrt.processes import first_reports_errors
+from rrt.checkpoint.source import FirstLoops, first_loops
+from rrt.common.cli import run_command
+from rrt.common.processes import first_reports_errors
+from rrt.model.config import doc
 from rrt.tokenizer import load_tokenizer
 from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command

@@ -4,7 +4,7 @@ Importing this package loads the native library if there is one; otherwise the r
 operator names, with one warning each. `build_info()` tells which.
 """
 
-from rrt._build import BuildInfo, build_info
+from rrt.native import BuildInfo, build_info
 from rrt.ops.attention import (
     causal_attention,
     causal_attention_backward_reference,

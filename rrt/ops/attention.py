@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rrt._build import register_op
+from rrt.native import register_op
 from rrt.ops.checks import Checks
 
 _check = Checks("causal_attention")

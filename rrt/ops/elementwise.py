@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rrt._build import register_op
+from rrt.native import register_op
 from rrt.ops.checks import Checks
-from rrt.products import device_type
+from rrt.ops.precision import device_type
 
 GATED_ACTIVATIONS = ("silu", "gelu_tanh")
 

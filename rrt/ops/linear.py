@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
 
-from rrt._build import register_op
+from rrt.native import register_op
 from rrt.ops.checks import Checks
 
 MAX_SEGMENTS = 8

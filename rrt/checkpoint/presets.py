@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from rrt.config import ModelConfig
+from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.tensor_files import parse_dtype
 from rrt.errors import UserError
-from rrt.hf import model_config_from_hf
-from rrt.tensors import parse_dtype
+from rrt.model.config import ModelConfig
 
 
 def _pythia(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:

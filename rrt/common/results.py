@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rrt.checkpoint import code_version
-from rrt.files import write_json
+from rrt.checkpoint.format import code_version
+from rrt.common.files import write_json
 from rrt.info import cpu_info
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from rrt.config import ModelConfig, RecursiveConfig, from_mapping, to_mapping
+from rrt.checkpoint.tensor_files import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name, parse_dtype
+from rrt.common.files import atomic_directory, read_json, sha256_file, write_json
 from rrt.errors import UserError
-from rrt.files import atomic_directory, read_json, sha256_file, write_json
-from rrt.tensors import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name, parse_dtype
+from rrt.model.config import ModelConfig, RecursiveConfig, from_mapping, to_mapping
 from rrt.version import __version__
 
 FORMAT = "rrt"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrt.config import Init, RecursiveConfig
+from rrt.checkpoint.source import Source
+from rrt.checkpoint.tensor_files import dtype_name
 from rrt.errors import UserError
-from rrt.loaders import Source
-from rrt.svd import truncated_svd
-from rrt.tensors import dtype_name
+from rrt.folding.svd import truncated_svd
+from rrt.model.config import Init, RecursiveConfig
 
 _RANDOM_STD = 0.02
 

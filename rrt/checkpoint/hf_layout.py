@@ -1,6 +1,6 @@
 """The published layouts of the three families: `config.json` and tensor names, as tables.
 
-Nothing here reads tensors; :mod:`rrt.loaders` and :mod:`rrt.export` do, by these tables.
+Nothing here reads tensors; :mod:`rrt.checkpoint.source` and :mod:`rrt.export` do, by these tables.
 """
 
 import json
@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rrt.config import Family, ModelConfig
 from rrt.errors import UserError
+from rrt.model.config import Family, ModelConfig
 
 ARCHITECTURES: dict[Family, str] = {
     "gemma": "GemmaForCausalLM",

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rrt import ops, products
-from rrt.lora import LoopLinear
-from rrt.model import MLP
+from rrt import ops
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import MLP
+from rrt.ops import precision
 
 
 class PrefillLinears:
@@ -34,7 +35,7 @@ class PrefillLinears:
         if weight is None and len(x) * (linear.in_features + linear.out_features) > linear.weight.numel():
             weight = linear.merged_weight(loop)
         if weight is not None:
-            return products.linear(x, weight, linear.loop_bias(loop))
+            return precision.linear(x, weight, linear.loop_bias(loop))
         if x.is_cuda and x.element_size() == 2:
             return ops.loop_lora_prefill(x, linear.weight, linear.bias, linear.lora_a, linear.lora_b, loop)
         return linear(x, loop)

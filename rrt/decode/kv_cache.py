@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.decode.page_table import make_page_table
 from rrt.errors import UserError
-from rrt.page_table import make_page_table
+from rrt.model.config import ModelConfig, RecursiveConfig
 
 
 class ContiguousCache:

@@ -4,8 +4,8 @@ import argparse
 
 import torch
 
-from rrt.config import LoraRanks
-from rrt.tensors import DTYPE_NAMES, parse_dtype
+from rrt.checkpoint.tensor_files import DTYPE_NAMES, parse_dtype
+from rrt.model.config import LoraRanks
 
 LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
 

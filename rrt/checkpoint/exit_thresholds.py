@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rrt.checkpoint import fingerprint
+from rrt.checkpoint.format import fingerprint
+from rrt.common.files import read_json, write_json
 from rrt.errors import UserError
-from rrt.files import read_json, write_json
 
 FILE_NAME = "exit_thresholds.json"
 FORMAT = "rrt-exit-thresholds"

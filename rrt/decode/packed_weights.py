@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.decoder import packs_rows
-from rrt.lora import LoopLinear
-from rrt.products import product_dtype
+from rrt.decode.decoder import packs_rows
+from rrt.model.loop_linear import LoopLinear
+from rrt.ops.precision import product_dtype
 
 
 def packs_batches(weight: Tensor) -> bool:

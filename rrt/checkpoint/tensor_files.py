@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rrt.common.files import read_json
 from rrt.errors import UserError
-from rrt.files import read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 

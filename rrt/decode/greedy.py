@@ -6,9 +6,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rrt.decoder import Decoder
+from rrt.decode.decoder import Decoder
+from rrt.decode.kv_cache import Chunk, Rows
 from rrt.errors import UserError
-from rrt.kv_cache import Chunk, Rows
 
 
 def generate(

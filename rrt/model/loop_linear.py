@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.products import product_dtype
+from rrt.ops.precision import product_dtype
 
 
 class LoopLinear(nn.Module):
@@ -36,7 +36,7 @@ class LoopLinear(nn.Module):
         self.rank = min(rank, in_features, out_features)
         self.merge: bool | None = False
         self.packed: list[Tensor] = []
-        """Each loop's merged weight as the native kernel reads it, while `rrt.packed.PackedLinears` are in use."""
+        """Each loop's merged weight as the native kernel reads it, while `PackedLinears` are in use."""
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None

@@ -1,10 +1,10 @@
 """The model's inference path: passes of the shared block over rows of many sequences and loops.
 
-One pass runs the K shared layers once, for rows each at a loop of its own (see `rrt.kv_cache.Rows`). Decode rows
+One pass runs the K shared layers once, for rows each at a loop of its own (see `rrt.decode.kv_cache.Rows`). Decode rows
 go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
-chunks, which have many rows of one loop, go through `rrt.prefill`.
+chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`.
 
-Shapes as in `rrt.model`, and N kv-only and decode rows, M rows in all.
+Shapes as in `rrt.model.transformer`, and N kv-only and decode rows, M rows in all.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rrt import ops
-from rrt._build import load_native
+from rrt.decode.kv_cache import DecodePlan, PagedCache, PassPlan, PrefillPlan
+from rrt.decode.merged_weights import PrefillLinears
 from rrt.errors import UserError
-from rrt.kv_cache import DecodePlan, PagedCache, PassPlan, PrefillPlan
-from rrt.lora import LoopLinear
-from rrt.model import MLP, Layer, RecursiveTransformer, rope_table
-from rrt.prefill import PrefillLinears
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import MLP, Layer, RecursiveTransformer, rope_table
+from rrt.native import load_native
 
 
 class Decoder:

@@ -1,7 +1,7 @@
 """Gemma, Llama and GPT-NeoX decoders, vanilla, recursive or relaxed, in one file.
 
 The whole method: `LoopedStack` holds K shared layers and runs them B times; each linear adds the LoRA of
-the loop it runs in (:class:`rrt.lora.LoopLinear`). A vanilla model is one loop over all its layers.
+the loop it runs in (:class:`rrt.model.loop_linear.LoopLinear`). A vanilla model is one loop over all its layers.
 
 Shapes, used across the package: batch sequences of T tokens, S keys, M rows, D model width, H query heads,
 H_kv key/value heads, D_h head width, L depth, B loops, K shared layers per loop, R LoRA rank, V vocabulary,
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rrt import ops, products
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt import ops
 from rrt.errors import UserError
-from rrt.lora import LoopLinear
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.ops import precision
 
 Checkpointing = Literal["none", "layer", "loop"]
 """What keeps only its input in the forward of training, and is computed again in the backward."""
@@ -396,10 +397,10 @@ class RecursiveTransformer(nn.Module):
     def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
         """Final norm and head, with its LoRA for an exit after `loop` (default the last): [..., D] -> [..., V]."""
         normed = self.norm(hidden)
-        logits = products.linear(normed, self.head_weight)
+        logits = precision.linear(normed, self.head_weight)
         if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursive.num_loops - 1):
             return logits
-        return logits + products.linear(products.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
+        return logits + precision.linear(precision.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
 
     @property
     def head_weight(self) -> nn.Parameter:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rrt._build import load_plan, warn_without_plan
+from rrt.native import load_plan, warn_without_plan
 
 _MAX = 2**31 - 1
 _native = load_plan().module

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rrt.checkpoint import is_checkpoint, read_checkpoint_config
-from rrt.config import ModelConfig, RecursiveConfig
+from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
+from rrt.checkpoint.hf_layout import HEAD_KEYS, HFTensor, constant_keys, model_config_from_hf, tensor_table
+from rrt.checkpoint.tensor_files import PARAMETER_DTYPES, TensorFiles, dtype_name
+from rrt.common.files import read_json
 from rrt.errors import UserError
-from rrt.files import read_json
-from rrt.hf import HEAD_KEYS, HFTensor, constant_keys, model_config_from_hf, tensor_table
-from rrt.model import RecursiveTransformer
-from rrt.tensors import PARAMETER_DTYPES, TensorFiles, dtype_name
+from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
 
 log = logging.getLogger(__name__)
 
