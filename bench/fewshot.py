@@ -40,17 +40,20 @@ from bench.timing import Rates, Timer, Variant, speedup, spread
 from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import share_beginnings
-from rrt.checkpoint.format import CheckpointConfig, make_provenance, write_checkpoint
+from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.presets import preset
-from rrt.checkpoint.source import load_model, meta_model
+from rrt.checkpoint.source import load_model
 from rrt.common.cli import human_count, keep_freed_memory, run_command
+from rrt.common.provenance import make_provenance
 from rrt.common.results import write_result
+from rrt.data.bpe import train_bpe
 from rrt.data.corpus import documents
+from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from rrt.export import export
-from rrt.inspect import model_sizes
+from rrt.folding.unroll import export
 from rrt.model.config import ModelConfig, RecursiveConfig
-from rrt.tokenizer import load_tokenizer, train_bpe
+from rrt.model.meta import meta_model
+from rrt.model.sizes import model_sizes
 
 TOKENIZER_IDS = 8192
 """Of the tokenizer that is trained on the spot; the embedding can have more rows."""

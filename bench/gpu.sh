@@ -59,7 +59,7 @@ has_gpu() {
 test_() {
   # Only the files that have such tests: the others may need packages that the machine lacks.
   local files=()
-  [ $# -gt 0 ] || mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  [ $# -gt 0 ] || mapfile -t files < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
   run "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -p no:cacheprovider --timeout 120 \
     --junitxml "$results/test.xml" "${files[@]}" "$@"
 }

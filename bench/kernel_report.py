@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bench.linear_cases import BASELINES
-from rrt.checkpoint.tensor_files import dtype_name, parse_dtype
+from rrt.common.dtypes import dtype_name, parse_dtype
 
 Record = dict[str, Any]
 

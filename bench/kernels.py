@@ -36,16 +36,15 @@ from bench.linear_cases import LinearPlan, add_floors, layer_records, projection
 from bench.overhead_cases import measure_call, measure_plan
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from rrt import ops
-from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
-from rrt.checkpoint.tensor_files import dtype_name
 from rrt.common.cli import human_bytes, run_command
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
+from rrt.common.machine import free_memory_bytes
 from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.info import free_memory_bytes
 from rrt.model.config import ModelConfig
-from rrt.model.flags import add_dtype_flag, chosen_dtype
 
 SECTIONS = ("linear", "attention", "overhead")
 MAX_LOOPS = 8

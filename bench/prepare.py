@@ -29,8 +29,8 @@ from tqdm import tqdm
 from bench.timing import speedup, spread
 from rrt.common.cli import human_bytes, run_command
 from rrt.common.results import write_result
+from rrt.data.bpe import train_bpe
 from rrt.data.corpus import PYTHON_STDLIB, documents
-from rrt.tokenizer import train_bpe
 from train.prepare_data import batches, prepare_data
 
 OURS = "prepare_data.py"

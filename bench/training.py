@@ -40,8 +40,8 @@ from bench.training_cases import (
     measure_traffic,
     measure_trainer,
 )
-from rrt.checkpoint.tensor_files import parse_dtype
 from rrt.common.cli import human_bytes, run_command
+from rrt.common.dtypes import parse_dtype
 from rrt.common.results import write_result
 from rrt.errors import UserError
 

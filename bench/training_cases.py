@@ -17,11 +17,12 @@ from bench.timing import Samples, Timer, Variant, speedup, spread
 from bench.traffic import imagined_step
 from rrt import ops
 from rrt.checkpoint.presets import preset
-from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.dtypes import dtype_name
+from rrt.data.bpe import train_bpe
+from rrt.data.shards import ShardWriter
+from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import LoopedStack, RecursiveTransformer, rope_cos_sin
-from rrt.shards import ShardWriter
-from rrt.tokenizer import load_tokenizer, train_bpe
 from train.compile import compile_layers
 from train.distributed import processes
 from train.estimate import LiveMemory

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.common.cli import run_command
 from rrt.common.results import write_result
+from rrt.data.shards import TokenShards, open_shards
 from rrt.errors import UserError
-from rrt.shards import TokenShards, open_shards
 
 DISCOUNT = 0.75
 

@@ -47,17 +47,16 @@ from eval.stream import (
 )
 from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, digest_of, read_trajectories
 from rrt.checkpoint.exit_thresholds import save_exit_thresholds
-from rrt.checkpoint.format import fingerprint
 from rrt.checkpoint.source import load_model, open_source
-from rrt.checkpoint.tensor_files import dtype_name
 from rrt.common.cli import run_command
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
 from rrt.common.processes import Replica, first_reports_errors, replicas
+from rrt.common.provenance import fingerprint
 from rrt.common.results import write_result
+from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
-from rrt.model.flags import add_dtype_flag, chosen_dtype
 from rrt.model.transformer import RecursiveTransformer
-from rrt.tokenizer import check_vocab, load_tokenizer
 
 CURVE_THRESHOLDS = (0.0, *(i / 20 for i in range(1, 19)), 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 

@@ -45,17 +45,16 @@ from eval.flags import (
     notice_untrained,
 )
 from eval.response_cache import ResponseCache, code_digest
-from rrt.checkpoint.format import fingerprint
 from rrt.checkpoint.source import load_model, open_source
-from rrt.checkpoint.tensor_files import dtype_name
 from rrt.common.cli import human_count, keep_freed_memory, run_command
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import sha256_file
 from rrt.common.processes import pick_device
+from rrt.common.provenance import fingerprint
 from rrt.common.results import write_result
+from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
-from rrt.inspect import model_sizes
-from rrt.model.flags import add_dtype_flag, chosen_dtype
-from rrt.tokenizer import check_vocab, load_tokenizer
+from rrt.model.sizes import model_sizes
 
 PAPER_METRICS = {
     "lambada_openai": "acc",

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rrt.checkpoint.source import Source
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
-from rrt.tokenizer import Tokenizer
 
 
 def add_stream_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
+from rrt.data.tokenizer import Tokenizer
 from rrt.decode.decoder import Decoder
 from rrt.decode.greedy import generate
 from rrt.decode.kv_cache import PagedCache, page_bytes
 from rrt.model.transformer import RecursiveTransformer
-from rrt.tokenizer import Tokenizer
 
 CACHE_BYTES = 2 << 30
 """Keys and values held at once, unless a single sequence takes more."""

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from eval.generation import Prompt, generate_texts
 from eval.response_cache import ResponseCache
 from eval.scoring import PACKED_BYTES, Request, Scorer
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
-from rrt.tokenizer import Tokenizer
 
 ENCODE_AT_ONCE = 4096
 """Texts per call of the tokenizer, which spreads them over all cores."""

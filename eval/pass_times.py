@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from eval.simulate import Costs, Curve
-from rrt.checkpoint.source import meta_model
 from rrt.decode.decoder import Decoder
-from rrt.decode.kv_cache import Chunk, PagedCache, Rows
+from rrt.decode.kv_cache import PagedCache
+from rrt.decode.passes import Chunk, Rows
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
 
 PAGE_SIZE = 16

@@ -42,14 +42,13 @@ from eval.stream import (
     read_exits,
 )
 from rrt.checkpoint.source import load_model, open_source
-from rrt.checkpoint.tensor_files import dtype_name
 from rrt.common.cli import run_command
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import Replica, first_reports_errors, replicas
 from rrt.common.results import write_result
+from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
-from rrt.inspect import model_sizes
-from rrt.model.flags import add_dtype_flag, chosen_dtype
-from rrt.tokenizer import check_vocab, load_tokenizer
+from rrt.model.sizes import model_sizes
 
 
 class Sums:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval.response_cache import ResponseCache
 from rrt import ops
-from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.dtypes import dtype_name
 from rrt.decode.packed_weights import PackedLinears, packs_batches
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rrt.data.corpus import find_files, grouped_documents, is_compressed
+from rrt.data.shards import open_shards
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
-from rrt.shards import open_shards
-from rrt.tokenizer import Tokenizer
 
 Block = npt.NDArray[np.int64]
 """[2, n + 1]: tokens, of which all but the first are targets, and the group of each."""

@@ -34,15 +34,14 @@ from eval.simulate import Queue, depth_wise, drawn_lengths, sequence_wise, stati
 from eval.trajectories import read_trajectories
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
 from rrt.checkpoint.source import open_source
-from rrt.checkpoint.tensor_files import dtype_name
 from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
+from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
 from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.info import free_memory_bytes
-from rrt.inspect import Sizes, model_sizes
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
-from rrt.model.flags import add_dtype_flag, chosen_dtype
+from rrt.model.sizes import Sizes, model_sizes
 
 CDB = "CDB, oracle"
 

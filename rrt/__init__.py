@@ -8,12 +8,12 @@ from rrt.version import __version__
 
 if TYPE_CHECKING:
     from rrt.checkpoint.source import load_model, open_source
+    from rrt.data.tokenizer import load_tokenizer
     from rrt.decode.decoder import Decoder
     from rrt.decode.kv_cache import PagedCache
     from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
     from rrt.model.transformer import RecursiveTransformer
     from rrt.ops import build_info
-    from rrt.tokenizer import load_tokenizer
 
 __all__ = [
     "Decoder",
@@ -39,7 +39,7 @@ _MODULES = {
     "RecursiveTransformer": "model.transformer",
     "build_info": "ops",
     "load_model": "checkpoint.source",
-    "load_tokenizer": "tokenizer",
+    "load_tokenizer": "data.tokenizer",
     "open_source": "checkpoint.source",
 }
 

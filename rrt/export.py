@@ -2,142 +2,18 @@
 
     python -m rrt.export --checkpoint runs/out/relaxed --out runs/out/unrolled
 
-Depth l gets the weight W' + B_l A_l and its own copy of the norms and biases, so the exported model is as
-large as the base. A vanilla checkpoint keeps its tensors bit for bit. The LoRA on the head of a model with early
-exits is left out: the last loop, which is what the export computes, does without it.
+The work is done by :mod:`rrt.folding.unroll`.
 """
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from rrt.checkpoint.format import make_provenance
-from rrt.checkpoint.hf_layout import ARCHITECTURES, HFTensor, model_config_to_hf, tensor_table
-from rrt.checkpoint.source import Source, open_source, parameter_shapes
-from rrt.checkpoint.tensor_files import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name
+from rrt.checkpoint.hf_config import ARCHITECTURES
 from rrt.common.cli import human_bytes, human_count, run_command
-from rrt.common.files import atomic_directory, write_json
-from rrt.errors import UserError
-from rrt.inspect import Sizes, model_sizes
-from rrt.model.config import ModelConfig, RecursiveConfig
-from rrt.model.flags import add_dtype_flag, chosen_dtype
-from rrt.rewrite import check_output, tokenizer_of
-from rrt.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """Everything that is known before the first tensor is read; made by `plan_export`."""
-
-    source: Source
-    out: Path
-    dtype: torch.dtype
-    overwrite: bool
-    after: Sizes
-    tokenizer: Tokenizer | None
-    notices: tuple[str, ...]
-
-
-def plan_export(
-    checkpoint: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> ExportPlan:
-    """Open the checkpoint and check everything that can be checked before work starts. Arguments as in `export`."""
-    checkpoint, out = Path(checkpoint), Path(out)
-    source = open_source(checkpoint)
-    if source.recursive.prefix_length:
-        raise UserError(
-            f"{checkpoint / 'config.json'}: field 'recursive.prefix_length': found {source.recursive.prefix_length}; "
-            "expected 0: the HF layout has no place for prefix vectors"
-        )
-    check_output(out, checkpoint, overwrite)
-    tokenizer = tokenizer_of(checkpoint, source.model.vocab_size)
-    notices: tuple[str, ...] = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
-    if source.recursive.head_lora_rank:
-        notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
-    dtype = dtype or source.dtype
-    after = model_sizes(source.model, RecursiveConfig(), dtype)
-    return ExportPlan(source, out, dtype, overwrite, after, tokenizer, notices)
-
-
-def export(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> None:
-    """Write the unrolled HF directory `out`, whole or not at all.
-
-    Args:
-        checkpoint: one of our checkpoints, or an HF directory.
-        dtype: of the written tensors; default as stored. W' + B_l A_l is summed in fp32 and then cast.
-        progress: show a bar over the tensors on stderr.
-
-    Raises:
-        UserError: the checkpoint is unusable, has prefix vectors, or `out` exists.
-    """
-    run_export(plan_export(checkpoint, out, dtype=dtype, overwrite=overwrite), progress=progress)
-
-
-def run_export(plan: ExportPlan, *, progress: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Carry out a plan of `plan_export`."""
-    provenance = make_provenance("export", plan.source.directory)
-    with atomic_directory(plan.out, plan.overwrite) as directory:
-        writer = SafetensorsWriter(directory, max_shard_bytes)
-        for key, tensor in _unrolled(plan.source, plan.dtype, progress):
-            writer.add(key, tensor)
-        writer.finish()
-        write_json(directory / "config.json", model_config_to_hf(plan.source.model, dtype_name(plan.dtype)))
-        write_json(directory / "provenance.json", provenance)
-        if plan.tokenizer is not None:
-            plan.tokenizer.save(directory)
-
-
-def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tuple[str, Tensor]]:
-    shapes = parameter_shapes(source.model, source.recursive)
-    # Without a terminal the bar would fill a log file.
-    table = tqdm(tensor_table(source.model), unit="tensor", desc="exporting", disable=None if progress else True)
-    for entry in table:
-        parts = [_parameter(source, shapes, name).to(dtype) for name in entry.targets]
-        # A copy: shared tensors would otherwise be one memory under several keys, which safetensors refuses.
-        tensor = parts[0].clone() if len(parts) == 1 else _fused(source.model, entry, parts)
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{source.directory}: tensor '{entry.key}' is not finite in {dtype_name(dtype)}; "
-                "expected finite values: choose another --dtype"
-            )
-        yield entry.key, tensor
-
-
-def _fused(model: ModelConfig, entry: HFTensor, parts: list[Tensor]) -> Tensor:
-    """q, k, v [H * D_h, ...] as the one tensor [H * 3 * D_h, ...] that GPT-NeoX stores."""
-    per_head = [part.unflatten(0, (model.num_heads, model.head_dim)) for part in parts]
-    return torch.stack(per_head, dim=1).reshape(entry.shape)
-
-
-def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
-    """Parameter `name` of the vanilla model that computes the same as `source`."""
-    if not name.startswith("stack.layers."):
-        return source.get(name)
-    depth, rest = name.removeprefix("stack.layers.").split(".", 1)
-    loop, layer = divmod(int(depth), source.recursive.layers_per_loop(source.model))
-    shared_name = f"stack.layers.{layer}.{rest}"
-    shared = source.get(shared_name)
-    linear, _, leaf = shared_name.rpartition(".")
-    if "norm" in rest or leaf == "bias":
-        return shared[loop] if shared.dim() == 2 else shared
-    if f"{linear}.lora_a" not in shapes:
-        return shared
-    wide = torch.promote_types(shared.dtype, torch.float32)
-    lora_a, lora_b = (source.get(f"{linear}.{factor}")[loop].to(wide) for factor in ("lora_a", "lora_b"))
-    return torch.addmm(shared.to(wide), lora_b, lora_a)
+from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
+from rrt.folding.unroll import ExportPlan, plan_export, run_export
 
 
 def describe_plan(plan: ExportPlan) -> str:

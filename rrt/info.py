@@ -8,22 +8,20 @@ For bug reports, and for the records that benchmarks keep beside their numbers.
 
 import argparse
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rrt.common.cli import human_bytes, run_command
+from rrt.common.machine import cpu_info
 from rrt.native import build_info, cuda_image, cuda_versions
 from rrt.version import __version__
 
 _PACKAGES = ("numpy", "safetensors", "tokenizers", "sentencepiece")
-_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 def collect_info() -> dict[str, Any]:
@@ -52,47 +50,6 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that a process may still take; 4 GiB where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        limits.append(_cgroup_free_bytes(Path("/sys/fs/cgroup")))
-    except (OSError, ValueError):  # no such system, or no limit ("max")
-        pass
-    return min(limits, default=4 * 2**30)
-
-
-def _cgroup_free_bytes(group: Path) -> int:
-    """What is left of a cgroup's (v2) limit. Its use counts page cache, which the kernel gives up for it."""
-    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
-    return int((group / "memory.max").read_text()) - used
-
-
-def cpu_info() -> dict[str, Any]:
-    """Model, cores, threads and the instruction sets that matter here."""
-    fields: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip().lower()] = value.strip()
-    flags = set(fields.get("flags", fields.get("features", "")).split())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "usable_cores": usable,
-        "torch_threads": torch.get_num_threads(),
-        "flags": [flag for flag in _CPU_FLAGS if flag in flags],
-    }
 
 
 def _cuda() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rrt.common.cli import human_count, run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.common.results import write_result
 from rrt.errors import UserError
-from rrt.inspect import model_sizes
+from rrt.model.sizes import model_sizes
 
 # (title, training run, result before uptraining, result at the end)
 MODELS = (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rrt.info
+from rrt.common import machine
 from rrt.common.results import write_result
 from rrt.ops import build_info
 from rrt.version import __version__
@@ -57,7 +58,7 @@ def test_memory_that_a_container_may_still_take_counts_the_cache_of_files_as_fre
         ("memory.stat", "anon 300\nfile 400\ninactive_file 250\nactive_file 150\n"),
     ):
         (tmp_path / name).write_text(content)
-    assert rrt.info._cgroup_free_bytes(tmp_path) == 1000 - 700 + 250
+    assert machine._cgroup_free_bytes(tmp_path) == 1000 - 700 + 250
 
 
 @pytest.mark.gpu
@@ -73,5 +74,5 @@ def test_results_name_the_machine_and_the_code(tmp_path):
     write_result(tmp_path / "result.json", {"loss": 1.5})
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["loss"] == 1.5 and result["torch"] == torch.__version__
-    assert result["device"] == f"cpu: {rrt.info.cpu_info()['model']}" and result["cores"] >= 1
+    assert result["device"] == f"cpu: {machine.cpu_info()['model']}" and result["cores"] >= 1
     assert result["code_version"].startswith(__version__)

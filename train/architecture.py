@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
-from rrt.checkpoint.hf_layout import model_config_from_hf
+from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.checkpoint.source import Source, open_source
 from rrt.common.files import read_json

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rrt.common.cli import human_count
+from rrt.data.shards import Shard, TokenShards, open_shards
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
-from rrt.shards import Shard, TokenShards, open_shards
-from rrt.tokenizer import Tokenizer
 from train.permutation import Permutation
 from train.recipe import DataConfig
 

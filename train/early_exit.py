@@ -25,13 +25,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.checkpoint.source import Source, parameter_shapes
+from rrt.checkpoint.source import Source
 from rrt.common.cli import run_command
 from rrt.common.processes import first_reports_errors
+from rrt.common.schema import doc
+from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.fold import seeded_generator
-from rrt.model.config import RecursiveConfig, doc
-from rrt.tokenizer import load_tokenizer
+from rrt.model.config import RecursiveConfig
+from rrt.model.meta import parameter_shapes
 from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command
 from train.objective import early_exits

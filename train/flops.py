@@ -10,9 +10,9 @@ from collections.abc import Collection
 
 import torch
 
-from rrt.checkpoint.source import first_loops
-from rrt.inspect import model_sizes
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import first_loops
+from rrt.model.sizes import model_sizes
 from train.objective import Objective
 from train.recipe import RunConfig
 

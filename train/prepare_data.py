@@ -49,9 +49,9 @@ from rrt.data.corpus import (
     read_documents,
     whole_file,
 )
+from rrt.data.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, open_shards, token_dtype
+from rrt.data.tokenizer import Tokenizer, load_tokenizer
 from rrt.errors import UserError
-from rrt.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, open_shards, token_dtype
-from rrt.tokenizer import Tokenizer, load_tokenizer
 
 UNIT_FORMAT = 1  # change it when the documents of a unit would come out otherwise
 SMALLEST_UNIT, LARGEST_UNIT = 1 << 20, 1 << 26

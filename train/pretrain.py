@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.common.cli import run_command
 from rrt.common.processes import first_reports_errors
-from rrt.model.config import ModelConfig, RecursiveConfig, doc
+from rrt.common.schema import doc
+from rrt.data.tokenizer import load_tokenizer
+from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from rrt.tokenizer import load_tokenizer
 from train.architecture import Training, planned_distillation, read_architecture, teacher_architecture
 from train.command import Command
 from train.objective import uptraining

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from rrt.common.schema import doc, from_mapping
 from rrt.errors import UserError
-from rrt.model.config import doc, from_mapping
 from rrt.model.transformer import Checkpointing
 from train.losses import Divergence
 

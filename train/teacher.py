@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from rrt.checkpoint.source import Source, meta_model, open_source
+from rrt.checkpoint.source import Source, open_source
+from rrt.data.tokenizer import Tokenizer, load_tokenizer
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig
+from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
-from rrt.tokenizer import Tokenizer, load_tokenizer
 from train.distributed import Processes, agree, as_forward, fill_parameters
 from train.losses import Teacher
 

@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rrt.checkpoint.format import CheckpointConfig, fingerprint, make_provenance, write_checkpoint
-from rrt.checkpoint.source import meta_model
-from rrt.checkpoint.tensor_files import parse_dtype
+from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.common.cli import human_count
+from rrt.common.dtypes import parse_dtype
 from rrt.common.files import atomic_write, read_json, sha256_file
+from rrt.common.provenance import fingerprint, make_provenance
+from rrt.data.shards import META_FILE
+from rrt.data.tokenizer import Tokenizer, check_vocab
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
-from rrt.shards import META_FILE
-from rrt.tokenizer import Tokenizer, check_vocab
 from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole, whole_steps
 from train.compile import compile_layers
 from train.data import open_data

@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.checkpoint.source import FirstLoops, first_loops
+from rrt.checkpoint.source import FirstLoops
 from rrt.common.cli import run_command
 from rrt.common.processes import first_reports_errors
-from rrt.model.config import doc
-from rrt.tokenizer import load_tokenizer
+from rrt.common.schema import doc
+from rrt.data.tokenizer import load_tokenizer
+from rrt.model.meta import first_loops
 from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command
 from train.objective import uptraining

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: our format, Hugging Face layouts, presets."""

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rrt.checkpoint.format import fingerprint
 from rrt.common.files import read_json, write_json
+from rrt.common.provenance import fingerprint
 from rrt.errors import UserError
 
 FILE_NAME = "exit_thresholds.json"

@@ -7,24 +7,20 @@
 - provenance.json: stage, parent and its hash, command, code version, data, metrics
 """
 
-import hashlib
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rrt.checkpoint.tensor_files import MAX_SHARD_BYTES, SafetensorsWriter, dtype_name, parse_dtype
-from rrt.common.files import atomic_directory, read_json, sha256_file, write_json
+from rrt.checkpoint.tensor_files import MAX_SHARD_BYTES, SafetensorsWriter
+from rrt.common.dtypes import dtype_name, parse_dtype
+from rrt.common.files import atomic_directory, read_json, write_json
+from rrt.common.schema import from_mapping, to_mapping
 from rrt.errors import UserError
-from rrt.model.config import ModelConfig, RecursiveConfig, from_mapping, to_mapping
-from rrt.version import __version__
+from rrt.model.config import ModelConfig, RecursiveConfig
 
 FORMAT = "rrt"
 FORMAT_VERSION = 1
@@ -112,38 +108,3 @@ def write_checkpoint(
         writer = CheckpointWriter(partial, config, max_shard_bytes)
         yield writer
         writer.finish(provenance)
-
-
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's configuration and weight files."""
-    digest = hashlib.sha256()
-    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
-    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def code_version() -> str:
-    """The package's version, with the git commit if it runs from a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+{commit}"
-
-
-def make_provenance(stage: str, parent: Path | None, **details: Any) -> dict[str, Any]:
-    """Where a checkpoint comes from: stage, parent and its hash, command line, code version, time.
-
-    `details` (data, metrics, ...) are added as they are.
-    """
-    return {
-        "stage": stage,
-        "parent": None if parent is None else {"path": str(parent), "sha256": fingerprint(parent)},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "code_version": code_version(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **details,
-    }

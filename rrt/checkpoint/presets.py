@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from rrt.checkpoint.hf_layout import model_config_from_hf
-from rrt.checkpoint.tensor_files import parse_dtype
+from rrt.checkpoint.hf_config import model_config_from_hf
+from rrt.common.dtypes import parse_dtype
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
-from rrt.checkpoint.hf_layout import HEAD_KEYS, HFTensor, constant_keys, model_config_from_hf, tensor_table
-from rrt.checkpoint.tensor_files import PARAMETER_DTYPES, TensorFiles, dtype_name
+from rrt.checkpoint.hf_config import model_config_from_hf
+from rrt.checkpoint.hf_layout import HEAD_KEYS, HFTensor, constant_keys, tensor_table
+from rrt.checkpoint.tensor_files import TensorFiles
+from rrt.common.dtypes import PARAMETER_DTYPES, dtype_name
 from rrt.common.files import read_json
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import first_loops, meta_model, parameter_shapes
 from rrt.model.transformer import RecursiveTransformer
 
 log = logging.getLogger(__name__)
@@ -135,17 +138,6 @@ class CheckpointSource(Source):
         return self._files.get(name)
 
 
-def meta_model(model: ModelConfig, recursive: RecursiveConfig) -> RecursiveTransformer:
-    """The model without memory, for names, shapes and counts."""
-    with torch.device("meta"):
-        return RecursiveTransformer(model, recursive)
-
-
-def parameter_shapes(model: ModelConfig, recursive: RecursiveConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape."""
-    return {name: tuple(p.shape) for name, p in meta_model(model, recursive).named_parameters()}
-
-
 def open_source(directory: str | Path) -> Source:
     """Open an HF directory or one of our checkpoints, checking every tensor's name, shape and dtype.
 
@@ -161,29 +153,6 @@ def open_source(directory: str | Path) -> Source:
     if is_checkpoint(config):
         return CheckpointSource(directory)
     return HFSource(directory, model_config_from_hf(config, str(path)))
-
-
-def first_loops(
-    model: ModelConfig, recursive: RecursiveConfig, num_loops: int, where: str
-) -> tuple[ModelConfig, RecursiveConfig]:
-    """The configuration of the model that stops after the first `num_loops` loops; `where` names it in errors.
-
-    Raises:
-        UserError: it has not as many.
-    """
-    trained = recursive.num_loops
-    if not 1 <= num_loops <= trained:
-        hint = " (fold a vanilla model with python -m rrt.convert first)" if trained == 1 else ""
-        raise UserError(f"num_loops: found {num_loops}; {where} has {trained}: expected 1 to {trained}{hint}")
-    if num_loops == trained:
-        return model, recursive
-    exits = tuple(loop for loop in recursive.exit_loops if loop < num_loops - 1)
-    model = dataclasses.replace(model, num_layers=recursive.layers_per_loop(model) * num_loops)
-    if not recursive.head_lora_rank:
-        return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=exits)
-    # What is the last loop now has a head of its own, made for it alone.
-    model = dataclasses.replace(model, tie_embeddings=False)
-    return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=(), head_lora_rank=0)
 
 
 class FirstLoops(Source):

@@ -16,16 +16,6 @@ from rrt.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-DTYPE_NAMES = tuple(_DTYPES)
 # Only the first four hold parameters; the others are read where a tensor is to be skipped or refused by name.
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -42,19 +32,6 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
-PARAMETER_DTYPES = frozenset(_DTYPES.values())
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """``"bf16"`` or ``"bfloat16"`` -> `torch.bfloat16`. Raises `UserError` for another name."""
-    if name not in _DTYPES:
-        raise UserError(f"dtype: found {name!r}; expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> ``"bfloat16"``."""
-    return str(dtype).removeprefix("torch.")
 
 
 class TensorFiles:

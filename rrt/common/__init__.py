@@ -1,0 +1,1 @@
+"""Code that knows no model: files, commands, processes, results."""

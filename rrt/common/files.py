@@ -157,3 +157,10 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_output(out: Path, source: Path, overwrite: bool) -> None:
+    """Refuse to write over the directory that is read, or an `out` that `check_output_directory` refuses."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: holds the checkpoint that is read, {source}; expected another directory")
+    check_output_directory(out, overwrite)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rrt.checkpoint.format import code_version
 from rrt.common.files import write_json
-from rrt.info import cpu_info
+from rrt.common.machine import cpu_info
+from rrt.common.provenance import code_version
 
 
 def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Incremental decoding: paged cache, passes of the shared block over rows of any loops."""

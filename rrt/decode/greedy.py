@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rrt.decode.decoder import Decoder
-from rrt.decode.kv_cache import Chunk, Rows
+from rrt.decode.passes import Chunk, Rows
 from rrt.errors import UserError
 
 

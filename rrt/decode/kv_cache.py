@@ -1,7 +1,5 @@
 """Keys and values of earlier positions: contiguous for one batch, paged for many sequences at many loops."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rrt.decode.page_table import make_page_table
+from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PrefillPlan, Rows
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 
@@ -59,78 +58,6 @@ def page_bytes(config: ModelConfig, recursive: RecursiveConfig, page_size: int, 
     """Bytes of the keys and values of one page: `page_size` positions of all K shared layers, at one loop."""
     heads = recursive.layers_per_loop(config) * page_size * config.num_kv_heads
     return 2 * heads * config.head_dim * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive positions of one sequence at one loop, prefilled together."""
-
-    sequence: int
-    loop: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one pass, in this order: kv-only rows, decode rows, prefill chunks.
-
-    A kv-only row writes the keys and values that its state has at each layer and stays as it is: so a token that
-    has left at an earlier loop is seen by later tokens. The loop of a row may be any; a chunk has one.
-    """
-
-    sequences: ArrayLike = ()
-    """int64 [N]: the sequence of each kv-only and decode row."""
-    loops: ArrayLike = ()
-    """int32 [N]"""
-    positions: ArrayLike = ()
-    """int32 [N]: the row writes this position, and attends to those up to it."""
-    num_kv_only: int = 0
-    """How many of the N rows are kv-only; they come first."""
-    chunks: Sequence[Chunk] = ()
-    """Prefill chunks; their rows follow the N rows. Neighbours at the same loop are computed together."""
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """Tensors of the kv-only and decode rows of a pass: N rows, of which M decode."""
-
-    loops: Tensor
-    """int32 [N]"""
-    positions: Tensor
-    """int32 [N]"""
-    slot_mapping: Tensor
-    """int64 [N]"""
-    num_kv_only: int
-    block_tables: Tensor
-    """int32 [M, max_pages]"""
-    context_lens: Tensor
-    """int32 [M]"""
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """Tensors of neighbouring chunks at one loop: T rows of S chunks."""
-
-    loop: int
-    positions: Tensor
-    """int32 [T]"""
-    slot_mapping: Tensor
-    """int64 [T]"""
-    block_tables: Tensor
-    """int32 [S, max_pages]"""
-    query_start: Tensor
-    """int32 [S + 1]"""
-    context_lens: Tensor
-    """int32 [S]"""
-
-
-@dataclass(frozen=True)
-class PassPlan:
-    """What a pass needs of the cache: the same for all of its layers."""
-
-    decode: DecodePlan
-    prefills: tuple[PrefillPlan, ...]
 
 
 class PagedCache:

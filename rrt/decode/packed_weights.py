@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.decode.decoder import packs_rows
+from rrt.decode.row_linears import packs_rows
 from rrt.model.loop_linear import LoopLinear
 from rrt.ops.precision import product_dtype
 

@@ -1,0 +1,1 @@
+"""From L layers to K shared ones that run B times, and back."""

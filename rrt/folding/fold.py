@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rrt.checkpoint.source import Source
-from rrt.checkpoint.tensor_files import dtype_name
+from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 from rrt.folding.svd import truncated_svd
 from rrt.model.config import Init, RecursiveConfig

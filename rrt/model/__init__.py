@@ -1,0 +1,1 @@
+"""The model: configuration, layers, sizes; no files."""

@@ -2,9 +2,6 @@
 
 import argparse
 
-import torch
-
-from rrt.checkpoint.tensor_files import DTYPE_NAMES, parse_dtype
 from rrt.model.config import LoraRanks
 
 LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
@@ -48,15 +45,3 @@ def add_prefix_length_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-length", type=int, default=0, metavar="P", help="trainable prefix vectors per depth (default: 0)"
     )
-
-
-def add_dtype_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--dtype``; read it with `chosen_dtype`."""
-    parser.add_argument(
-        "--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help=f"{purpose}; auto: as stored (default: auto)"
-    )
-
-
-def chosen_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
-    """What ``--dtype`` says; None for auto."""
-    return None if arguments.dtype == "auto" else parse_dtype(arguments.dtype)

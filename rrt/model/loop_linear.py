@@ -3,6 +3,8 @@
 Dimensions: N out, K in (of this linear), B loops, R rank, M rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,3 +97,10 @@ class LoopLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, loops={self.num_loops}, rank={self.rank}"
+
+
+def loop_linears(module: nn.Module) -> Iterator[tuple[str, LoopLinear]]:
+    """Name and module of every `LoopLinear` within `module`."""
+    for name, child in module.named_modules():
+        if isinstance(child, LoopLinear):
+            yield name, child

@@ -1,0 +1,137 @@
+"""A layer's linears, and the head, for decode rows: few rows, each at a loop of its own.
+
+M rows, K in, N out, R rank of one linear.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rrt import ops
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import MLP, Layer, RecursiveTransformer
+from rrt.native import load_native
+
+
+def packs_rows(weight: Tensor) -> bool:
+    """Whether weights like this one are packed for few rows: on CPUs. The reference would unpack them in every call."""
+    return weight.device.type == "cpu" and load_native().handle is not None
+
+
+class RowHead:
+    """A model's final norm and head for rows of many loops, on the CPU a packed copy of the head.
+
+    Leave the model as it is while it lives.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: RecursiveTransformer) -> None:
+        self._norm = model.norm
+        lora_a = lora_b = None
+        rank, self._last = 0, 0
+        if model.head_lora_a is not None and model.head_lora_b is not None:
+            # The last loop's is zero.
+            lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
+            rank, self._last = lora_a.shape[1], model.recursive.num_loops - 1
+        self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[rank])
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
+        """x [M, D] -> [M, V]. `loops`: int32 [M], what each row exits after; default the last."""
+        if loops is None or self._last == 0:
+            loops = torch.full((len(x),), self._last, dtype=torch.int32, device=x.device)
+        return self._linear(self._norm(x), loops)
+
+
+class _RowLinear:
+    """Linears of one input as one call of `loop_lora_linear`: weights stacked, each one's LoRA a segment."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        segment_out: Sequence[int] | None = None,
+        segment_rank: Sequence[int] = (0,),
+    ) -> None:
+        self.bias = None if bias is None else bias.detach()
+        self.segment_out = [weight.shape[0]] if segment_out is None else list(segment_out)
+        self.segment_rank = list(segment_rank)
+        lora_a = weight.new_empty(1, 0, weight.shape[1]) if lora_a is None else lora_a
+        lora_b = weight.new_empty(1, weight.shape[0], 0) if lora_b is None else lora_b
+        tensors = [tensor.detach() for tensor in (weight, lora_a, lora_b)]
+        if packs_rows(weight):
+            tensors = [ops.pack_linear(tensor) for tensor in tensors]
+        self.weight, self.lora_a, self.lora_b = tensors
+
+    @classmethod
+    def fused(cls, *linears: LoopLinear) -> "_RowLinear":
+        num_loops, rank = linears[0].num_loops, max(linear.rank for linear in linears)
+        weight = _concatenate([linear.weight for linear in linears], dim=0)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        lora_a = weight.new_empty(num_loops, 0, weight.shape[1])
+        # Columns beyond a segment's own rank are not used, but must be finite.
+        lora_b = weight.new_zeros(num_loops, weight.shape[0], rank)
+        first = 0
+        for linear in linears:
+            end = first + linear.out_features
+            if linear.lora_a is not None and linear.lora_b is not None:
+                lora_a = torch.cat((lora_a, linear.lora_a), dim=1)
+                lora_b[:, first:end, : linear.rank] = linear.lora_b
+            first = end
+        return cls(
+            weight,
+            _concatenate(biases, dim=-1) if biases else None,
+            lora_a,
+            lora_b,
+            [linear.out_features for linear in linears],
+            [linear.rank for linear in linears],
+        )
+
+    def __call__(self, x: Tensor, loops: Tensor) -> Tensor:
+        """x [M, K], loops int32 [M] -> [M, N of all linears]."""
+        return ops.loop_lora_linear(
+            x, self.weight, self.bias, self.lora_a, self.lora_b, loops, self.segment_out, self.segment_rank
+        )
+
+
+class _DecodeLayer:
+    """A shared layer's linears for decode rows."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.module = layer
+        self.qkv = _RowLinear.fused(layer.attn.q, layer.attn.k, layer.attn.v)
+        self.out = _RowLinear.fused(layer.attn.out)
+        gated = [] if layer.mlp.gate is None else [layer.mlp.gate]
+        self.gate_up = _RowLinear.fused(*gated, layer.mlp.up)
+        self.down = _RowLinear.fused(layer.mlp.down)
+
+    def mlp(self, x: Tensor, loops: Tensor) -> Tensor:
+        mlp = self.module.mlp
+        inner = self.gate_up(x, loops)
+        if mlp.gate is None:
+            return self.down(_activate_rows(mlp, inner), loops)
+        gate, up = inner.chunk(2, dim=1)
+        gated = mlp.gated(gate, up) if mlp.gates_natively(gate) else _activate_rows(mlp, gate) * up
+        return self.down(gated, loops)
+
+
+def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:
+    """The activation of x [M, N], bit for bit the same for a row whatever the others are.
+
+    PyTorch's CPU loops compute whole vectors and the elements left over by different formulas, and split what has
+    32768 elements or more among threads anywhere. So a piece has fewer, and rows that end in the middle of a vector
+    come one by one.
+    """
+    if x.device.type != "cpu":
+        return mlp.activate(x)
+    rows = max(1, 32767 // x.shape[1]) if x.shape[1] % 64 == 0 else 1
+    return torch.cat([mlp.activate(piece.contiguous()) for piece in x.split(rows)])
+
+
+def _concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """One tensor stays as it is, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

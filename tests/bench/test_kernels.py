@@ -1,0 +1,435 @@
+"""bench/kernels.py: floors by hand, variants that agree, cold copies, goals, and the command end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.attention_cases import AttentionPlan
+from bench.attention_cases import make_variants as make_attention_variants
+from bench.kernel_report import bars, cuda_bars
+from bench.kernels import parse_arguments
+from bench.linear_cases import (
+    Adapters,
+    LinearPlan,
+    Projection,
+    Weights,
+    _over_reading,
+    add_floors,
+    check_agreement,
+    layer_records,
+    make_variants,
+    merged,
+    mixed_loops,
+    projections,
+    run_layers,
+)
+from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
+from rrt.checkpoint.hf_config import model_config_from_hf
+from rrt.checkpoint.presets import PRESETS
+from rrt.errors import UserError
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+SMALL = dict(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=4, max_position_embeddings=64)
+CONFIGS = {
+    "gemma": {**PRESETS["gemma-2b"], **SMALL, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16},
+    "llama": {**PRESETS["tinyllama-1.1b"], **SMALL, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt_neox": {**PRESETS["pythia-1b"], **SMALL, "num_attention_heads": 4, "rotary_pct": 0.5},
+}
+
+
+def run_kernels(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
+    """Result and output of a quick run on a small model's shapes."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["gemma"]))
+    out = tmp_path / "result.json"
+    flags = ["--config", config, "--quick", "--seconds-per-case", 0, "--cache-mib", 0.1, "--json", out, *arguments]
+    command = [sys.executable, str(ROOT / "bench" / "kernels.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_command_measures_every_section_and_writes_json_and_plot(tmp_path):
+    plot = tmp_path / "plot.png"
+    flags = ["--plot", plot, "--rows", 1, 4, "--loops", 1, 2, "--ranks", 0, 8, "--contexts", 40, "--dtype", "bf16"]
+    result, printed = run_kernels(tmp_path, *flags)
+    assert result["dtype"] == "bfloat16" and result["packed"] and result["timing"] == "clock"
+    assert {"code_version", "torch", "device", "command"} <= set(result)
+    assert not {"library", "rebuild"} & set(result["native"])
+
+    # M=1 cannot mix two loops: 3 cases per rank and projection.
+    names = [record["projection"] for record in result["linear"]]
+    assert {name: names.count(name) for name in names} == {"q,k,v": 6, "out": 6, "gate,up": 6, "down": 6}
+    read = result["rates"]["read_bandwidth"]
+    matmul = result["rates"]["matmul"]
+    assert read["bytes_per_second"] == max(read["all"].values()) == read["all"][read["way"]]
+    for record in [*result["linear"], *result["attention"]]:
+        by_bytes = record["bytes"] / read["bytes_per_second"]
+        by_flops = record["flops"] / matmul["flops_per_second"]
+        assert record["floor_seconds"] == pytest.approx(max(by_bytes, by_flops))
+        assert record["bound"] == ("bytes" if by_bytes >= by_flops else "flops")
+        ours = record["seconds"]["ours"]
+        assert 0 < ours["lower_quartile"] <= ours["median"] <= ours["upper_quartile"]
+        assert record["over_floor"]["ours"] == pytest.approx(ours["median"] / record["floor_seconds"])
+        assert record["rounds"] == 2
+    for record in result["linear"]:
+        assert {"reading", "over_reading"} <= set(record)
+        expected = {"base", "unfused", "concatenated", "merged"} if record["rank"] else {"base"}
+        assert set(record["speedup"]) == expected
+
+    assert len(result["layer"]) == 6
+    layer = result["layer"][-1]
+    parts = [r for r in result["linear"] if all(r[key] == layer[key] for key in ("rank", "loops", "rows"))]
+    assert layer["seconds"]["unfused"]["median"] == pytest.approx(
+        sum(part["seconds"]["unfused"]["median"] for part in parts)
+    )
+    assert layer["floor_seconds"] == pytest.approx(sum(part["floor_seconds"] for part in parts))
+
+    assert [(r["kind"], r["queries"]) for r in result["attention"]] == [("decode", 1), ("prefill", 40)]
+    assert set(result["attention"][0]["speedup"]) == {"sdpa", "sdpa grouped"}
+    assert set(result["overhead"]["plan"]["seconds"]) == {"append_many", "slots", "block_tables", "all"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert all(
+        word in printed
+        for word in ("gate,up", "layer", "decode", "best read bandwidth", "time/reading", "Goals", "F.linear")
+    )
+    again = tmp_path / "again.png"
+    command = [sys.executable, str(ROOT / "bench" / "plot_kernels.py"), str(tmp_path / "result.json"), str(again)]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert again.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_command_runs_on_cuda(tmp_path):
+    result, _ = run_kernels(tmp_path, "--device", "cuda", "--rows", 1, 8, "--contexts", 40)
+    assert result["timing"] in ("CUDA graphs", "CUDA events") and result["device"].startswith("cuda")
+    assert result["linear"] and result["attention"] and result["bars"] == []
+    assert all(record["seconds"]["ours"]["median"] > 0 for record in [*result["linear"], *result["attention"]])
+
+
+def test_unpacked_and_one_section(tmp_path):
+    result, _ = run_kernels(tmp_path, "--unpacked", "--only", "linear", "--rows", 2)
+    assert not result["packed"] and "attention" not in result and "overhead" not in result
+
+
+def test_bytes_and_flops_by_hand():
+    projection = Projection("q,k,v", inputs=8, segments=(8, 4, 4), bias=True)
+    assert projection.ranks(6) == (6, 4, 4)
+    # W 16 x 8, bias 16; per loop A 14 x 8, B 8 x 6 and twice 4 x 4; x 3 x 8, y 3 x 16.
+    adapters = 14 * 8 + 8 * 6 + 2 * 4 * 4
+    assert projection.min_bytes(rows=3, rank=6, loops=2, itemsize=2) == 2 * (128 + 16 + 2 * adapters + 24 + 48)
+    assert projection.flops(rows=3, rank=6) == 2 * 3 * (128 + adapters)
+    assert projection.min_bytes(rows=3, rank=0, loops=2, itemsize=4) == 4 * (128 + 16 + 24 + 48)
+
+    rates = Rates(Timer(CPU, 0), torch.float32, 0, read={"a": 50.0, "b": 100.0}, matmul={"c": 1000.0})
+    assert rates.floor(num_bytes=1000, flops=5000) == (10.0, "bytes")
+    assert rates.floor(num_bytes=1000, flops=20000) == (20.0, "flops")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_projections_are_the_models_linears(family):
+    config = model_config_from_hf(CONFIGS[family], family)
+    with torch.device("meta"):
+        recursive = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(20))
+        model = RecursiveTransformer(config, recursive)
+    layer = [m for m in model.stack.layers[0].modules() if isinstance(m, LoopLinear)]
+    expected = sorted((m.in_features, m.out_features, m.rank, m.bias is not None) for m in layer)
+    found = [
+        (p.inputs, out, rank, p.bias)
+        for p in projections(config)
+        for out, rank in zip(p.segments, p.ranks(20), strict=True)
+    ]
+    assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_variants_compute_the_definition(pack, loops, bias):
+    torch.manual_seed(0)
+    projection = Projection("q,k,v", inputs=24, segments=(20, 6, 6), bias=bias)
+    weights = Weights.make(projection, 2, torch.float64, CPU, pack)
+    adapters = Adapters.make(weights, 9, loops, pack)
+    assert adapters.ranks == (9, 6, 6)
+    x, rows_loops = torch.randn(7, 24, dtype=torch.float64), mixed_loops(7, loops)
+    assert sorted(set(rows_loops.tolist())) == list(range(loops))
+
+    def dense(loop: int) -> Tensor:
+        """W + B A, segment by segment."""
+        a = adapters.a[1][loop].split(adapters.ranks)
+        parts = [b_part @ a_part for b_part, a_part in zip(adapters.b[1][loop], a, strict=True)]
+        return weights.plain[1] + torch.cat(parts)
+
+    shift = 0 if weights.bias is None else weights.bias
+    expected = torch.stack([dense(loop) @ row + shift for row, loop in zip(x, rows_loops.tolist(), strict=True)])
+    variants = make_variants(weights, adapters, x, rows_loops)
+    for name in ("ours", "unfused", "concatenated"):
+        for copy in range(2):
+            torch.testing.assert_close(variants[name].call(copy), expected, rtol=1e-10, atol=1e-12)
+    groups = [(rows_loops == loop).nonzero().squeeze(1) for loop in range(loops)]
+    by_merged = merged(x, [dense(loop) for loop in range(loops)], weights.bias, groups)
+    torch.testing.assert_close(by_merged, expected, rtol=1e-10, atol=1e-12)
+    assert variants["merged"].copies_read == loops
+    base = x @ weights.plain[0].T + shift
+    torch.testing.assert_close(variants["base"].call(0), base, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(variants["merged"].call(0), base, rtol=1e-10, atol=1e-12)  # copies of W stand in
+
+
+def test_rank_zero_leaves_ours_and_base():
+    projection = Projection("out", inputs=16, segments=(12,))
+    weights = Weights.make(projection, 1, torch.float64, CPU, pack=True)
+    adapters = Adapters.make(weights, 0, 2, pack=True)
+    variants = make_variants(weights, adapters, torch.randn(4, 16, dtype=torch.float64), mixed_loops(4, 2))
+    assert list(variants) == ["ours", "base"]
+    torch.testing.assert_close(variants["ours"].call(0), variants["base"].call(0))
+
+
+def attention_plan(**changes: Any) -> AttentionPlan:
+    values = dict(num_heads=6, num_kv_heads=2, head_dim=16, contexts=[5], rows=[3], sequences=[2], chunk=4, page_size=4)
+    common = dict(dtype=torch.float64, device=CPU, cache_bytes=0, budget_bytes=2**30)
+    return AttentionPlan(**{**values, **common, **changes})
+
+
+@pytest.mark.parametrize(
+    "kind, count, context, queries", [("decode", 3, 9, 1), ("prefill", 2, 9, 4), ("prefill", 2, 4, 4)]
+)
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention_variants_compute_the_same(kind, count, context, queries, kv_heads):
+    plan = attention_plan(num_kv_heads=kv_heads)
+    variants = make_attention_variants(plan, kind, count, context, queries, copies=2)
+    assert ("sdpa grouped" in variants) == (kind == "decode" and kv_heads < 6)
+    for copy in range(2):
+        expected = variants["sdpa"].call(copy)
+        assert expected.shape == (count * queries, 6, 16)
+        for variant in variants.values():
+            torch.testing.assert_close(variant.call(copy), expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(variants["ours"].call(0), variants["ours"].call(1))  # other keys and values
+
+
+def test_attention_bytes_and_flops_by_hand():
+    plan = attention_plan()
+    # K and V of 2 sequences of 9 positions, 2 heads of 16; q and y of 2 x 4 queries, 6 heads of 16; float64.
+    assert plan.min_bytes(count=2, context=9, queries=4) == 8 * (2 * 2 * 9 * 2 * 16 + 2 * 2 * 4 * 6 * 16)
+    # The chunk's queries attend 6, 7, 8 and 9 positions; a dot product and a sum of 16 each.
+    assert plan.flops(count=2, context=9, queries=4) == 2 * 6 * (6 + 7 + 8 + 9) * 4 * 16
+
+
+def test_attention_leaves_out_what_does_not_fit():
+    # Four times 2 x 3 x 100 positions x 2 heads x 16 x 8 bytes for decode.
+    plan = attention_plan(contexts=[5, 100], sequences=[1], budget_bytes=4 * 2 * 3 * 100 * 256 - 1)
+    kept, left_out = plan.cases()
+    assert left_out == [("decode", 3, 100)] and len(kept) == 3
+
+
+def test_a_variant_that_differs_is_not_timed():
+    right = torch.ones(4)
+    check_agreement({"a": right, "b": right * 1.00001}, "a", "case")
+    for wrong in (right * 1.01, right * float("nan")):
+        with pytest.raises(RuntimeError, match="case: b differs from a by"):
+            check_agreement({"a": right, "b": wrong}, "a", "case")
+
+
+def test_copies_of_large_weights_two_of_small_many_of_a_tight_budget_fewer():
+    mib = 2**20
+    assert copies_beyond_cache(256 * mib, 600 * mib, cache_bytes=32 * mib, budget_bytes=2**40) == 2
+    assert copies_beyond_cache(16 * mib, 40 * mib, cache_bytes=32 * mib, budget_bytes=2**40) == 9
+    assert copies_beyond_cache(16 * mib, 40 * mib, cache_bytes=32 * mib, budget_bytes=200 * mib) == 5
+    assert copies_beyond_cache(16 * mib, 40 * mib, cache_bytes=32 * mib, budget_bytes=0) == 2
+
+
+def test_rounds_alternate_and_no_copy_is_read_again_before_all_others():
+    calls: list[tuple[str, int]] = []
+    sizes = {"one": 1, "three": 3, "two": 2}
+
+    def variant(name: str) -> Variant:
+        def call(copy: int) -> Tensor:
+            calls.append((name, copy))
+            return torch.empty(0)
+
+        return Variant(call, sizes[name])
+
+    copies = 5
+    samples = Timer(CPU, seconds=0, min_rounds=4).measure({name: variant(name) for name in sizes}, copies)
+    forward, backward = ["one", "three", "two"], ["two", "three", "one"]
+    assert [name for name, _ in calls] == forward + backward + forward + backward
+    reads = [(copy + i) % copies for name, copy in calls for i in range(sizes[name])]
+    assert reads == [i % copies for i in range(len(reads))]
+    assert all(len(values) == 4 and min(values) > 0 for values in samples.values())
+
+
+def test_speedup_is_the_median_of_the_rounds():
+    assert speedup({"ours": [1.0, 2.0, 1.0], "base": [3.0, 2.0, 9.0]}, "ours", "base") == 3.0
+
+
+def test_rates_are_the_best_of_several_ways():
+    rates = Rates(Timer(CPU, 0, min_rounds=1), torch.float32, buffer_bytes=2**20)
+    rates.probe()
+    first = dict(rates.read)
+    rates.probe()
+    assert {"sum, float32", "dot, float32", "copy"} < set(first) and len(first) == 5
+    assert all(rates.read[way] >= first[way] > 0 for way in first)
+    assert rates.best_read()[1] == max(rates.read.values())
+
+
+def test_size_of_the_last_level_cache_is_that_of_the_system_or_assumed(monkeypatch):
+    size, _ = last_level_cache_bytes(CPU)
+    assert size >= 2**16
+    monkeypatch.setattr("bench.timing.Path.glob", lambda *_: iter(()))
+    assert last_level_cache_bytes(CPU) == (64 * 2**20, False)
+
+
+def record(rows: int, rank: int, loops: int, speed: dict[str, float], seconds: float = 1.0) -> dict[str, Any]:
+    return {
+        "projection": "out",
+        "inputs": 64,
+        "segments": [64],
+        "rows": rows,
+        "rank": rank,
+        "loops": loops,
+        "bytes": 100,
+        "flops": 50,
+        "seconds": {"ours": {"median": seconds}},
+        "speedup": speed,
+        "over_reading": seconds,
+    }
+
+
+def test_goals_are_computed_with_their_worst_case():
+    slow = {"base": 1.0, "unfused": 1.6, "concatenated": 1.4}
+    records = [
+        record(1, 64, 1, {"base": 0.9, "unfused": 0.94, "concatenated": 1.0}),
+        record(8, 0, 2, {"base": 1.5}),
+        record(16, 64, 3, slow, seconds=1.31),
+        record(32, 64, 3, {"base": 1.0, "unfused": 1.0, "concatenated": 1.0}, seconds=9.0),
+    ]
+    rates = {"matmul": {"flops_per_second": 45.0}}
+    result = {"dtype": "float32", "linear": records, "rates": rates}
+    rank_zero, every_rank, everywhere, reading, floor = bars(result)
+    assert (rank_zero["holds"], rank_zero["cases"], rank_zero["worst"]) == (True, 1, 1.5)
+    assert (every_rank["holds"], every_rank["cases"], every_rank["worst"]) == (False, 2, 1.4)
+    assert every_rank["cases_that_hold"] == 1 and every_rank["worst_case"] == "out, M=16, rank 64, 3 loops"
+    assert (everywhere["holds"], everywhere["cases"], everywhere["worst"]) == (False, 4, 0.94)
+    assert (reading["holds"], reading["cases"], reading["worst"]) == (False, 2, 1.31)
+    assert (floor["holds"], floor["cases"], floor["worst"]) == (True, 2, pytest.approx(1.31 * 45 / 50))
+
+    wide, square, everywhere, reading, floor = bars({**result, "dtype": "bfloat16", "linear": records[:2]})
+    assert wide["holds"] is None and square["holds"] is None
+    assert everywhere["holds"] and reading["holds"] and floor["holds"]
+
+    plan = {"rows": 256, "native": False, "seconds": {"all": {"median": 1.0}}}
+    call, planning = bars({"dtype": "float16", "overhead": {"call": {"added": 11e-6}, "plan": plan}})
+    assert call["holds"] is False and planning["holds"] is None
+    plan["native"] = True
+    assert bars({"dtype": "float16", "overhead": {"call": {"added": 9e-6}, "plan": plan}})[1]["holds"] is False
+
+
+def test_ours_is_compared_with_reading_as_many_bytes_in_the_same_round():
+    compared = _over_reading(ours=[3.0, 8.0, 5.0], reading=[1.0, 2.0, 2.0], size=2.0)
+    assert compared["over_reading"] == 1.5  # of 1.5, 2 and 1.25
+    assert compared["reading"]["median"] == 4.0
+
+
+def test_a_layer_lacks_cases_that_a_projection_lacks():
+    full = {**record(1, 0, 1, {"base": 2.0}), "flops": 10, "floor_seconds": 0.5, "bound": "bytes"}
+    full["seconds"]["base"] = {"median": 2.0}
+    (layer,) = layer_records([full, full, {**full, "rows": 2}], num_projections=2)
+    assert layer["rows"] == 1 and layer["bytes"] == 200 and layer["floor_seconds"] == 1.0
+    assert layer["speedup"] == {"base": 2.0} and layer["over_floor"] == {"ours": 2.0, "base": 4.0}
+
+
+def test_a_layer_measured_as_one_call_has_the_floors_of_its_projections():
+    config = model_config_from_hf(CONFIGS["gemma"], "gemma")
+    plan = LinearPlan(projections(config), [4], [0, 3], [2], torch.float32, CPU, False, 2**14, 2**30)
+    timer = Timer(CPU, 0.0)
+    rates = Rates(timer, torch.float32, 2**16)
+    rates.probe()
+    base, lora = records = list(run_layers(plan, timer))
+    add_floors(records, rates)
+    assert (base["rank"], set(base["seconds"])) == (0, {"ours", "base"})
+    assert (lora["rank"], set(lora["seconds"])) == (3, {"ours", "base", "unfused", "concatenated", "merged"})
+    assert lora["bytes"] == sum(p.min_bytes(4, 3, 2, 4) for p in plan.projections)
+    floors = [rates.floor(part["bytes"], part["flops"])[0] for part in lora["parts"]]
+    assert len(floors) == 4 and lora["floor_seconds"] == pytest.approx(sum(floors))
+    assert lora["over_floor"]["ours"] == pytest.approx(lora["seconds"]["ours"]["median"] / lora["floor_seconds"])
+
+
+def test_goals_on_cuda_are_of_the_layer_and_of_decode_attention():
+    def layer(rows: int, rank: int, over_floor: float, unfused: float) -> dict[str, Any]:
+        speed = {"base": 1.0, "unfused": unfused, "concatenated": 1.5}
+        return {**record(rows, rank, 2, speed), "projection": "layer", "over_floor": {"ours": over_floor}}
+
+    def decode(context: int, seconds: float) -> dict[str, Any]:
+        return {
+            "kind": "decode",
+            "count": 32,
+            "context": context,
+            "bytes": 30,
+            "seconds": {"ours": {"median": seconds}},
+        }
+
+    result = {
+        "dtype": "bfloat16",
+        "layer": [layer(8, 64, 1.2, 2.5), layer(64, 512, 1.3, 1.9), layer(128, 64, 9.0, 0.1), layer(8, 0, 9.0, 0.1)],
+        "attention": [decode(512, 9.0), decode(1024, 1.0), decode(4096, 0.5)],
+        "rates": {"read_bandwidth": {"all": {"copy": 50.0}}},
+    }
+    floor, unfused, concatenated, attention = cuda_bars(result)
+    assert (floor["cases"], floor["holds"], floor["worst"]) == (2, False, 1.3)
+    assert (unfused["cases_that_hold"], unfused["worst_case"]) == (1, "layer, M=64, rank 512, 2 loops")
+    assert concatenated["holds"] is True
+    assert (attention["cases"], attention["cases_that_hold"], attention["worst"]) == (2, 1, pytest.approx(0.6))
+    assert cuda_bars({"dtype": "float32"}) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows", "0"], "--rows: found 0; expected a number in"),
+        (["--ranks", "-1"], "--ranks: found -1"),
+        (["--loops", "9"], "--loops: found 9; expected a number in [1, 8]"),
+        (["--rows", "2", "--loops", "3"], "--loops: found [3] with --rows [2]"),
+        (["--page-size", "0"], "--page-size: found 0"),
+        (["--seconds-per-case", "-1"], "--seconds-per-case: found -1.0"),
+        (["--cache-mib", "nan"], "--cache-mib: found nan"),
+        (["--json", "/no/such/place.json"], "--json: found /no/such/place.json; expected a file in a directory"),
+        (["--plot", "/tmp"], "--plot: found /tmp"),
+        (["--plot", "x.png", "--only", "attention"], "--plot: found with --only attention"),
+    ],
+)
+def test_bad_flags_are_named(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags])
+    with pytest.raises(UserError) as error:
+        parse_arguments()
+    assert message in str(error.value)
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", "x.png"])
+    with pytest.raises(UserError, match=r"matplotlib is not installed.*\[plot\]"):
+        parse_arguments()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda"])
+    with pytest.raises(UserError, match="--device: found cuda"):
+        parse_arguments()
+
+
+def test_too_little_memory_is_one_line_and_exit_status_two():
+    command = [sys.executable, str(ROOT / "bench" / "kernels.py"), "--quick", "--memory-gib", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --memory-gib: found 0.01; the weights take")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,32 @@
+"""bench/training.py's section of the trainer, on a model small enough for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TINY_RUN = """
+import dataclasses, json
+from bench import training_cases as cases
+cases.SMALL_LLAMA = dataclasses.replace(
+    cases.SMALL_LLAMA, num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128
+)
+calls, make = [], cases.our_losses
+def counting(*arguments):
+    model, losses = make(*arguments)
+    return model, lambda *batch: calls.append(1) or losses(*batch)
+cases.our_losses = counting
+record = cases.measure_trainer(steps=4, micro_batches=2).record()
+print(json.dumps(record | {"bare_losses": len(calls)}))
+"""
+
+
+def test_the_trainer_is_timed_against_a_bare_loop_of_as_many_micro_batches():
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", TINY_RUN], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["micro_batches"], record["tokens"]) == (2, 2 * 4 * 512)
+    assert record["bare_losses"] == 4 * 2
+    assert record["rounds"] == 2  # the first step warms up, and the last one's time is never taken
+    assert record["speedup"].keys() == {"bare loop"}

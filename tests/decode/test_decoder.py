@@ -1,0 +1,400 @@
+"""The paged inference path against the model's plain forward: passes, chunks, mixed loops, prefixes, generation."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rrt import ops
+from rrt.checkpoint.presets import preset
+from rrt.decode.decoder import Decoder
+from rrt.decode.greedy import generate
+from rrt.decode.kv_cache import PagedCache
+from rrt.decode.passes import Chunk, Rows
+from rrt.errors import UserError
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = {
+    "gemma": ("gemma-2b", dict(num_heads=4, num_kv_heads=1, head_dim=16)),
+    "llama": ("tinyllama-1.1b", dict(num_heads=6, num_kv_heads=2, head_dim=8)),
+    "gpt_neox": ("pythia-410m", dict(num_heads=4, num_kv_heads=4, head_dim=8)),
+}
+RANKS = LoraRanks(q=3, kv=5, out=0, ffn=7)
+LOOPED = {
+    "vanilla": RecursiveConfig(),
+    "recursive-2": RecursiveConfig(num_loops=2),
+    "recursive-3": RecursiveConfig(num_loops=3),
+    "relaxed-2": RecursiveConfig(num_loops=2, lora_rank=RANKS),
+    "relaxed-3-untied": RecursiveConfig(num_loops=3, lora_rank=LoraRanks(q=0, kv=2, out=9, ffn=4), untie_norms=True),
+    "prefix-2": RecursiveConfig(num_loops=2, prefix_length=5),
+    "head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5),
+    "relaxed-prefix-untied-3": RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True, prefix_length=8),
+}
+VOCABULARY = 97
+
+
+def make_model(family="llama", looped="relaxed-2", dtype=torch.float64, seed=0, **overrides):
+    """A random model whose norms, biases and adapters are far from where training would begin."""
+    name, heads = FAMILIES[family]
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=48, num_layers=6, intermediate_size=72, max_position_embeddings=64)
+    config = dataclasses.replace(preset(name), **{**sizes, **heads, **overrides})
+    model = RecursiveTransformer(config, LOOPED[looped]).to(dtype)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.dim() > 1 else 0.3))
+    return model.requires_grad_(False).eval()
+
+
+def make_decoder(model, num_pages=60, page_size=4, **options):
+    cache = PagedCache(model.config, model.recursive, num_pages, page_size, dtype=model.embed.dtype)
+    # What no row wrote must not be read: it would show as NaN.
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    return Decoder(model, cache, **options)
+
+
+def random_tokens(count, seed=0):
+    return torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def prefill(decoder, sequence, tokens, start=0):
+    """All loops over the tokens at [start, start + len) as one chunk: the state [T, D] after the last."""
+    cache = decoder.cache
+    cache.append(sequence, len(tokens))
+    x = decoder.embed(tokens)
+    for loop in range(cache.num_loops):
+        x = decoder.block(x, cache.plan(Rows(chunks=[Chunk(sequence, loop, start, len(tokens))])))
+    return x
+
+
+def decode(decoder, sequences, tokens, positions):
+    """All loops over one token of each sequence."""
+    cache = decoder.cache
+    for sequence in sequences:
+        cache.append(sequence, 1)
+    x = decoder.embed(torch.as_tensor(tokens))
+    for loop in range(cache.num_loops):
+        x = decoder.block(x, cache.plan(Rows(sequences, [loop] * len(sequences), positions)))
+    return x
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    assert found.isfinite().all()
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# Small products on threads that other test processes hold up would take most of the time.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def native():
+    if ops.build_info().library is None:
+        pytest.skip("the reference promises no bitwise independence of rows")
+
+
+@pytest.mark.parametrize("looped", LOOPED)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunks", [[1] * 11, [6, 1, 1, 1, 1, 1], [4, 5, 1, 1], [11]], ids=str)
+def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
+    model = make_model(family, looped)
+    decoder = make_decoder(model)
+    tokens, sequence, start, states = random_tokens(11), decoder.cache.allocate(), 0, []
+    for part in tokens.split(chunks):
+        if len(part) == 1:
+            states.append(decode(decoder, [sequence], part, [start]))
+        else:
+            states.append(prefill(decoder, sequence, part, start))
+        start += len(part)
+    assert_close(decoder.logits(torch.cat(states)), model(tokens[None])[0])
+
+
+def test_each_row_exits_through_the_head_lora_of_its_loop():
+    model = make_model("gemma", "head-lora-3")
+    x = torch.randn(7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    loops = torch.tensor([0, 2, 1, 1, 0, 2, 2], dtype=torch.int32)
+    found = make_decoder(model).logits(x, loops)
+    expected = torch.stack([model.logits(row, loop) for row, loop in zip(x, loops.tolist(), strict=True)])
+    assert_close(found, expected)
+    assert (found[0] - model.logits(x[0])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_chunking_of_a_prompt_gives_the_same_states(family):
+    model = make_model(family, "relaxed-prefix-untied-3")
+    tokens = random_tokens(21)
+    decoder = make_decoder(model)
+    single = prefill(decoder, decoder.cache.allocate(), tokens)
+    for sizes in ([20, 1], [4] * 5 + [1], [3, 8, 2, 7, 1], [1] * 21):
+        sequence, start, states = decoder.cache.allocate(), 0, []
+        for part in tokens.split(sizes):
+            states.append(prefill(decoder, sequence, part, start))
+            start += len(part)
+        assert_close(torch.cat(states), single)
+        decoder.cache.free(sequence)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_sequences_and_chunks_at_different_loops_in_one_pass(page_size):
+    """Two prompts and two decode rows, half a loop apart, through passes that mix them all."""
+    model = make_model("llama", "relaxed-2")
+    decoder = make_decoder(model, num_pages=200, page_size=page_size)
+    cache = decoder.cache
+    prompts = [random_tokens(n, seed=n) for n in (7, 5, 9, 4)]
+    a, b, c, d = (cache.allocate() for _ in prompts)
+    for sequence, prompt in ((a, prompts[0]), (b, prompts[1])):
+        prefill(decoder, sequence, prompt[:-1])
+        cache.append(sequence, 1)
+    for sequence, prompt in ((c, prompts[2]), (d, prompts[3])):
+        cache.append(sequence, len(prompt))
+    x_a, x_b = (decoder.embed(prompt[-1:]) for prompt in prompts[:2])
+    x_c, x_d = (decoder.embed(prompt) for prompt in prompts[2:])
+    # Pass 1: a and c enter loop 0. Pass 2: they are at loop 1 while b and d enter. Pass 3: b and d at loop 1.
+    x_a, x_c = decoder.block(torch.cat((x_a, x_c)), cache.plan(Rows([a], [0], [6], chunks=[Chunk(c, 0, 0, 9)]))).split(
+        [1, 9]
+    )
+    mixed = Rows([b, a], [0, 1], [4, 6], chunks=[Chunk(d, 0, 0, 4), Chunk(c, 1, 0, 9)])
+    x_b, x_a, x_d, x_c = decoder.block(torch.cat((x_b, x_a, x_d, x_c)), cache.plan(mixed)).split([1, 1, 4, 9])
+    x_b, x_d = decoder.block(torch.cat((x_b, x_d)), cache.plan(Rows([b], [1], [4], chunks=[Chunk(d, 1, 0, 4)]))).split(
+        [1, 4]
+    )
+    for prompt, states in zip(prompts, (x_a, x_b, x_c, x_d), strict=True):
+        assert_close(decoder.logits(states), model(prompt[None])[0, -len(states) :])
+
+
+def rows_after_prompts(decoder, count):
+    """`count` sequences of different lengths, each ready to decode at a loop of its own: (rows, x)."""
+    cache, loops = decoder.cache, decoder.cache.num_loops
+    rows = []
+    for i in range(count):
+        sequence = cache.allocate()
+        prefill(decoder, sequence, random_tokens(3 + 2 * i, seed=i))
+        cache.append(sequence, 1)
+        rows.append((sequence, i % loops, 3 + 2 * i))
+    x = torch.randn(count, decoder.model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    return rows, x.to(decoder.model.embed.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma with gated erf-gelu"])
+def test_a_decode_row_is_bitwise_the_same_in_any_company(native, family, dtype):
+    activation = dict(activation="gelu") if "erf" in family else {}
+    family = family.split()[0]
+    # PyTorch treats the ends of vectors apart (72), and splits large tensors among threads anywhere (14 x 5120).
+    for inner, threads in ((72, 1), (5120, 2), (5120, 3)):
+        model = make_model(family, "relaxed-3-untied", dtype, intermediate_size=inner, **activation)
+        decoder = make_decoder(model, num_pages=200)
+        rows, x = rows_after_prompts(decoder, 14)
+
+        def states(chosen, chunks=(), decoder=decoder, rows=rows, x=x):
+            sequences, loops, positions = zip(*(rows[i] for i in chosen), strict=True)
+            plan = decoder.cache.plan(Rows(sequences, loops, positions, chunks=chunks))
+            extra = torch.zeros(sum(chunk.length for chunk in chunks), x.shape[1], dtype=x.dtype)
+            out = decoder.block(torch.cat((x[list(chosen)], extra)), plan)[: len(chosen)]
+            return out, decoder.logits(out)
+
+        torch.set_num_threads(threads)
+        together = states(range(14))
+        for chosen in ([0], [5], [13], [1, 0], [13, 2, 7], [4, 8, 1, 0, 3, 9, 12]):
+            for alone, mixed in zip(states(chosen), together, strict=True):
+                assert torch.equal(alone, mixed[chosen])
+        with_chunk = states([3, 6], [Chunk(rows[9][0], 1, 0, 3)])
+        for alone, mixed in zip(with_chunk, together, strict=True):
+            assert torch.equal(alone, mixed[[3, 6]])
+
+
+@pytest.mark.parametrize("looped", ["relaxed-3-untied", "relaxed-prefix-untied-3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kv_only_rows_write_what_their_state_has_and_stay_as_they_are(family, looped):
+    model = make_model(family, looped)
+    decoder = make_decoder(model)
+    cache, reference = decoder.cache, make_decoder(model)
+    exited, other = cache.allocate(), cache.allocate()
+    prefill(decoder, exited, random_tokens(5))
+    prefill(decoder, other, random_tokens(6))
+    alone = reference.cache.allocate()
+    prefill(reference, alone, random_tokens(6))
+    for sequence in (exited, other):
+        cache.append(sequence, 1)
+    reference.cache.append(alone, 1)
+    x = torch.randn(2, 48, dtype=torch.float64)
+    out = decoder.block(x, cache.plan(Rows([exited, other], [2, 0], [5, 6], num_kv_only=1)))
+    assert torch.equal(out[0], x[0])
+    assert_close(out[1:], reference.block(x[1:], reference.cache.plan(Rows([alone], [0], [6]))))
+    # Expected by the model's own modules, for every layer.
+    slot = cache.plan(Rows([exited], [2], [5])).decode.slot_mapping[0]
+    cos_sin = decoder._cos_sin[5]
+    for index, layer in enumerate(model.stack.layers):
+        h = layer.attn_norm(x[:1], 2)
+        k, v = (linear(h, 2).unflatten(1, (-1, model.config.head_dim))[0] for linear in (layer.attn.k, layer.attn.v))
+        half = len(cos_sin) // 2
+        first, second = k[:, :half].clone(), k[:, half : 2 * half].clone()
+        k[:, :half] = first * cos_sin[:half] - second * cos_sin[half:]
+        k[:, half : 2 * half] = second * cos_sin[:half] + first * cos_sin[half:]
+        assert_close(cache.k[index].flatten(0, 1)[slot], k)
+        assert_close(cache.v[index].flatten(0, 1)[slot], v)
+
+
+def test_a_forked_sequence_decodes_like_one_that_was_never_forked():
+    model = make_model("gpt_neox", "relaxed-prefix-untied-3")
+    decoder = make_decoder(model)
+    tokens = random_tokens(9)
+    first = decoder.cache.allocate()
+    prefill(decoder, first, tokens[:6])
+    second = decoder.cache.fork(first)
+    used = decoder.cache.num_used_pages
+    other = torch.tensor([1, 2, 3])
+    for i in range(3):
+        states = decode(decoder, [first, second], [tokens[6 + i], other[i]], [6 + i, 6 + i])
+        for state, tail in zip(states, (tokens[6:], other), strict=True):
+            full = torch.cat((tokens[:6], tail[: i + 1]))
+            assert_close(decoder.logits(state[None]), model(full[None])[:, -1])
+    assert decoder.cache.num_used_pages > used
+    decoder.cache.free(first)
+    decoder.cache.free(second)
+    decoder.cache.check()
+
+
+def test_half_precision_is_as_close_to_fp32_as_the_plain_forward():
+    for dtype in (torch.bfloat16, torch.float16):
+        for family in FAMILIES:
+            model = make_model(family, "relaxed-2", torch.float32)
+            tokens = random_tokens(24)
+            exact = model(tokens[None])[0]
+            model.to(dtype)
+            plain = model(tokens[None])[0].float()
+            decoder = make_decoder(model)
+            sequence = decoder.cache.allocate()
+            states = [prefill(decoder, sequence, tokens[:12])]
+            states += [decode(decoder, [sequence], tokens[i : i + 1], [i]) for i in range(12, 24)]
+            paged = decoder.logits(torch.cat(states)).float()
+            assert (paged - exact).norm() <= 1.25 * (plain - exact).norm()
+
+
+def naive_greedy(model, prompt, count, eos=None):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+PROMPTS = [random_tokens(n, seed=n).tolist() for n in (1, 9, 4, 17, 2)]
+
+
+@pytest.mark.parametrize("looped", ["vanilla", "recursive-2", "relaxed-prefix-untied-3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_the_naive_full_forward(family, looped):
+    model = make_model(family, looped)
+    decoder = make_decoder(model, num_pages=300)
+    used = decoder.cache.num_used_pages
+    expected = [naive_greedy(model, prompt, 12) for prompt in PROMPTS]
+    for chunk_size in (1, 7, 512):
+        assert generate(decoder, PROMPTS, 12, chunk_size=chunk_size) == expected
+        assert (decoder.cache.num_used_pages, decoder.cache.num_sequences) == (used, 0)
+    eos = expected[3][4]
+    assert generate(decoder, PROMPTS, 12, eos_token_id=eos) == [naive_greedy(model, p, 12, eos) for p in PROMPTS]
+    wanted = [tokens[:length] for tokens, length in zip(expected, (3, 1, 12, 7, 2), strict=True)]
+    assert generate(decoder, PROMPTS, 12, should_stop=lambda new_tokens: new_tokens in wanted) == wanted
+    assert generate(decoder, PROMPTS[1:2], 12) == expected[1:2]
+    assert generate(decoder, PROMPTS, 1) == [tokens[:1] for tokens in expected]
+    assert generate(decoder, PROMPTS, 0) == [[]] * 5
+    assert generate(decoder, [], 5) == []
+    decoder.cache.check()
+
+
+def test_generation_takes_every_page_that_it_asked_for_and_no_more():
+    model = make_model("llama", "recursive-3")
+    pages = 3 * (2 + 3)  # 5 and 9 positions of 4 per page, at 3 loops
+    prompts = [[1, 2], [3] * 6]
+    assert len(generate(make_decoder(model, num_pages=pages), prompts, 4)[1]) == 4
+    decoder = make_decoder(model, num_pages=pages - 1)
+    with pytest.raises(UserError, match=f"cache: found {pages - 1} free pages; expected {pages} for 2 prompts: give"):
+        generate(decoder, prompts, 4)
+    assert decoder.cache.num_used_pages == decoder.cache.num_sequences == 0
+
+
+def test_generation_that_fails_gives_its_pages_back(monkeypatch):
+    decoder = make_decoder(make_model())
+    calls = []
+
+    def failing(x):
+        calls.append(x)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder, "logits", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generate(decoder, PROMPTS, 3)
+    assert calls
+    assert decoder.cache.num_used_pages == decoder.cache.num_sequences == 0
+
+
+def test_bad_generation_arguments_are_named():
+    decoder = make_decoder(make_model())
+    for prompts, options, message in (
+        ([[1], []], {}, r"prompts\[1\]: found no token; expected at least one"),
+        ([[1, VOCABULARY]], {}, r"prompts\[0\]: found token 97; expected tokens in \[0, 97\)"),
+        ([[-1]], {}, r"prompts\[0\]: found token -1"),
+        ([[1]], dict(max_new_tokens=-1), "max_new_tokens: found -1; expected at least 0"),
+        ([[1]], dict(chunk_size=0), "chunk_size: found 0; expected at least 1"),
+        ([[1] * 60], dict(max_new_tokens=6), r"need 65 positions; expected at most max_positions = 64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(decoder, prompts, **{**dict(max_new_tokens=2), **options})
+
+
+def test_positions_beyond_the_rotary_table_are_refused():
+    decoder = make_decoder(make_model(), max_positions=8)
+    sequence = decoder.cache.allocate()
+    prefill(decoder, sequence, random_tokens(8))
+    with pytest.raises(RuntimeError, match=r"positions\[0\]: found 8; expected a position in \[0, 8\)"):
+        decode(decoder, [sequence], [1], [8])
+
+
+def test_a_cache_for_another_model_is_refused():
+    model = make_model()
+    for cache, what in (
+        (PagedCache(model.config, RecursiveConfig(num_loops=3), 4, dtype=torch.float64), "configuration"),
+        (PagedCache(model.config, model.recursive, 4), "dtype torch.float32; expected the model's, torch.float64"),
+        (PagedCache(model.config, model.recursive, 4, dtype=torch.float64, device="meta"), "device meta; expected"),
+    ):
+        with pytest.raises(UserError, match=f"cache: found {what}"):
+            Decoder(model, cache)
+
+
+def test_a_state_of_another_shape_than_the_plan_is_refused():
+    decoder = make_decoder(make_model())
+    sequence = decoder.cache.allocate()
+    decoder.cache.append(sequence, 2)
+    plan = decoder.cache.plan(Rows([sequence], [0], [0], chunks=[Chunk(sequence, 1, 0, 2)]))
+    with pytest.raises(ValueError, match=r"x: found shape \[2, 48\]; expected \[3, 48\], as the plan has rows"):
+        decoder.block(torch.zeros(2, 48, dtype=torch.float64), plan)
+
+
+def test_an_empty_pass_does_nothing():
+    decoder = make_decoder(make_model())
+    assert decoder.block(torch.zeros(0, 48, dtype=torch.float64), decoder.cache.plan(Rows())).shape == (0, 48)
+    assert decoder.logits(torch.zeros(0, 48, dtype=torch.float64)).shape == (0, VOCABULARY)
+
+
+def test_the_references_decode_too():
+    """In a process without the native library, where every operator is its reference."""
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from rrt.ops import build_info; assert build_info().library is None\n"
+        "from tests.test_decoder import make_decoder, make_model, naive_greedy, PROMPTS, generate\n"
+        "model = make_model('gpt_neox', 'relaxed-prefix-untied-3')\n"
+        "found = generate(make_decoder(model, num_pages=300), PROMPTS, 5)\n"
+        "assert found == [naive_greedy(model, prompt, 5) for prompt in PROMPTS]\n"
+    )
+    environment = {**os.environ, "RRT_NATIVE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)

@@ -1,0 +1,241 @@
+"""eval/scoring.py: rows with common beginnings give what each text gives alone, under any batching."""
+
+import pytest
+import torch
+
+from eval import scoring
+from eval.response_cache import ResponseCache
+from eval.scoring import Scorer, batches, share_beginnings
+from rrt import ops
+from rrt.checkpoint.source import open_source
+from rrt.errors import UserError
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.transformer import RecursiveTransformer
+from rrt.ops import build_info
+from tests.util.models import FAMILIES, make_hf_model
+
+KINDS = {
+    "vanilla": RecursiveConfig(),
+    "relaxed": RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(3), untie_norms=True),
+    "prefix": RecursiveConfig(num_loops=3, prefix_length=5),
+    "LoRA on the head": RecursiveConfig(num_loops=3, head_lora_rank=2),
+}
+MAX_LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    return {family: open_source(make_hf_model(root / family, family)).model for family in FAMILIES}
+
+
+def random_model(config, recursive):
+    model = RecursiveTransformer(config, recursive).double().eval()
+    model.init_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    model.set_merge(True)
+    return model
+
+
+def tokens(length, seed):
+    return torch.randint(3, 151, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def request_mix():
+    """Choices behind one context, a context that is another's beginning, single tokens, repeats and long texts."""
+    context, sentence = tokens(17, 1), tokens(11, 2)
+    choices = [(context, tokens(length, 10 + length)) for length in (6, 1, 9, 4)]
+    begin_alike = [(context, [*tokens(3, 99), *tokens(length, 30 + length)]) for length in (2, 5)]
+    partial = [([*sentence, option], tokens(7, 3)) for option in (5, 6)]
+    one_token = [(context, [token]) for token in (7, 8, 7)]
+    longer = [(context + choices[2][1], tokens(5, 4))]
+    lone = [(tokens(length, 50 + length), tokens(2, length)) for length in (1, 1, 2, 13, 30)]
+    truncated = [(tokens(60, 5), tokens(3, 6)), (tokens(38, 7), tokens(4, 8)), (tokens(9, 9), tokens(MAX_LENGTH, 10))]
+    return choices + begin_alike + partial + one_token + longer + lone + truncated + choices[:2]
+
+
+@torch.no_grad()
+def alone(model, context, continuation):
+    """A request by itself: log-likelihood, and whether greedy decoding would give the continuation."""
+    text = (context + continuation)[-(MAX_LENGTH + 1) :]
+    logits = model(torch.tensor([text[:-1]]))[0, -len(continuation) :].log_softmax(-1)
+    targets = torch.tensor(continuation)
+    return logits.gather(1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
+
+
+@pytest.mark.parametrize("recursive", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursive, monkeypatch):
+    model = random_model(configs[family], recursive)
+    requests = request_mix()
+    # One whose every token is the argmax.
+    with torch.no_grad():
+        best = model(torch.tensor([requests[0][0]]))[0, -1].argmax().item()
+    requests.append((requests[0][0], [best]))
+    expected = [alone(model, *request) for request in requests]
+    assert expected[-1][1] and not all(greedy for _, greedy in expected)
+    for batch_tokens, max_branches in ((1, 0), (50, 2048), (130, 20), (4096, 2048)):
+        monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", max_branches)
+        scores = Scorer(model, MAX_LENGTH, batch_tokens).score(requests)
+        assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+        assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected, strict=True)) <= 1e-10
+    assert Scorer(model, MAX_LENGTH, 64).score([]) == []
+
+
+def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(configs):
+    model = random_model(configs["llama"], KINDS["relaxed"]).float()
+    by_size = [Scorer(model, MAX_LENGTH, size).score(request_mix()) for size in (1, 77, 4096)]
+    for scores in by_size[1:]:
+        assert max(abs(a - b) for (a, _), (b, _) in zip(scores, by_size[0], strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
+    model = random_model(configs["gemma"], KINDS["vanilla"])
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: False)
+    expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
+    monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
+    monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
+    others = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
+    assert [value for value, _ in others] == pytest.approx([value for value, _ in expected], abs=1e-12)
+    assert [greedy for _, greedy in others] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed, configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["vanilla"])
+    context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
+    expected = [alone(model, context, ending) for ending in endings]
+    read = []
+
+    def counted(function):
+        return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
+
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
+        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
+    if packed:
+        monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))
+    else:
+        monkeypatch.setattr(model, "logits", counted(model.logits))
+    scores = Scorer(model, MAX_LENGTH, 4096).score([(context, ending) for ending in endings])
+    assert sum(read) == 1 + sum(len(ending) - 1 for ending in endings)
+    assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)
+
+
+@pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["relaxed"])
+    scorer = Scorer(model, MAX_LENGTH, 4096)
+    context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
+    rows = []
+    native = ops.packed_linear
+    monkeypatch.setattr(ops, "packed_linear", lambda x, *rest: rows.append(x[..., 0].numel()) or native(x, *rest))
+    scorer.score([(context, ending) for ending in endings])
+    read, scored = 20 + 0 + 1 + 3 + 2, 1 + 0 + 1 + 3 + 2
+    per_layer = 7  # q, k, v, out, gate, up, down
+    assert len(rows) == per_layer * model.config.num_layers
+    assert rows == [read] * (len(rows) - 4) + [scored] * 4
+    head = scorer._packed_head.nbytes
+    rows.clear()
+    heads_alone = Scorer(model, MAX_LENGTH, 4096, packed_bytes=head)
+    nothing = Scorer(model, MAX_LENGTH, 4096, packed_bytes=head - 1)
+    assert heads_alone._packed_head is not None and heads_alone._packed_layers.num_bytes == 0
+    assert nothing._packed_head is None and nothing._packed_layers.num_bytes < head
+    requests = [(context, ending) for ending in endings]
+    for limited in (heads_alone, Scorer(model, MAX_LENGTH, 4096, packed_bytes=0)):
+        found = [value for value, _ in limited.score(requests)]
+        assert found == pytest.approx([value for value, _ in scorer.score(requests)], abs=1e-10)
+    assert not rows
+
+
+def rows_of(requests):
+    scorer = Scorer(None, MAX_LENGTH, 1)
+    return share_beginnings([scorer.text(*request) for request in requests])
+
+
+def test_a_context_is_computed_once_for_all_its_choices():
+    context = tokens(30, 1)
+    rows = rows_of([(context, tokens(length, length)) for length in (5, 6, 7, 8)])
+    assert [(row.shared, row.length) for row in rows] == [(30, 30 + 4 + 5 + 6 + 7)]
+
+
+def test_one_token_continuations_share_the_whole_row():
+    context = tokens(30, 1)
+    rows = rows_of([(context, [token]) for token in range(50, 54)])
+    assert [(row.shared, row.length, row.branches) for row in rows] == [(30, 30, False)]
+
+
+def test_two_options_in_the_context_share_what_is_before_them():
+    before, after = tokens(12, 1), tokens(6, 2)
+    (row,) = rows_of([([*before, option], after) for option in (4, 5)])
+    assert (row.shared, row.length) == (12, 12 + 2 * 6)
+
+
+def test_texts_with_little_in_common_stay_apart_and_rows_within_their_limit(monkeypatch):
+    assert len(rows_of([([1, 2, *tokens(20, seed)], tokens(3, seed)) for seed in range(5)])) == 5
+    monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", 40)
+    rows = rows_of([(tokens(20, 0), tokens(10, seed)) for seed in range(9)])
+    assert len(rows) > 1 and all(row.length - row.shared <= 40 for row in rows)
+    assert sum(len(row.texts) for row in rows) == 9
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 200, 10_000])
+def test_batches_hold_every_row_once_within_the_budget_with_padding(batch_tokens):
+    rows = rows_of(request_mix())
+    found = list(batches(rows, batch_tokens))
+    assert sorted(map(id, (row for batch in found for row in batch))) == sorted(map(id, rows))
+    for batch in found:
+        longest = max(row.length for row in batch)
+        assert len(batch) == 1 or longest * len(batch) <= batch_tokens
+        assert len({row.branches for row in batch}) == 1
+
+
+def test_finished_requests_are_not_computed_again(configs, tmp_path):
+    model = random_model(configs["llama"], KINDS["vanilla"])
+    requests = request_mix()
+    first = Scorer(model, MAX_LENGTH, 60, ResponseCache(tmp_path / "cache.jsonl")).score(requests)
+
+    class Unused:
+        def __getattr__(self, name):
+            raise AssertionError(f"the model was used: {name}")
+
+    again = Scorer(Unused(), MAX_LENGTH, 60, ResponseCache(tmp_path / "cache.jsonl")).score(requests)
+    assert again == first
+
+
+def test_of_equal_logits_only_the_first_is_the_greedy_token(configs):
+    model = random_model(configs["llama"], KINDS["vanilla"])
+    with torch.no_grad():
+        best = model(torch.tensor([tokens(9, 1)]))[0, -1].argmax().item()
+        twin = 150 if best != 150 else 149
+        model.head[twin] = model.head[best]
+    scores = Scorer(model, MAX_LENGTH, 60).score([(tokens(9, 1), [best]), (tokens(9, 1), [twin])])
+    assert scores[0][0] == scores[1][0]
+    assert [greedy for _, greedy in scores] == [best < twin, twin < best]
+
+
+def test_a_continuation_longer_than_the_model_reads_is_refused_before_any_work(configs):
+    cache = ResponseCache()
+    scorer = Scorer(random_model(configs["llama"], KINDS["vanilla"]), MAX_LENGTH, 60, cache)
+    with pytest.raises(UserError, match="continuation of 41 tokens; expected at most 40"):
+        scorer.score([*request_mix(), ([1], tokens(41, 0))])
+    assert len(cache) == 0
+
+
+def test_a_model_without_finite_numbers_is_refused_and_what_was_done_is_kept(configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["vanilla"]).float()
+    cache = ResponseCache()
+    scorer = Scorer(model, MAX_LENGTH, 1, cache)
+    scorer.score(request_mix()[:3])
+    done = len(cache)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="is nan in float32; expected a finite number"):
+        scorer.score(request_mix())
+    assert len(cache) == done == 3

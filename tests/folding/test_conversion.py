@@ -1,0 +1,516 @@
+"""Folding a base into a recursive or relaxed checkpoint: the rules of every init, the SVD, the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rrt.checkpoint.source import load_model, open_source
+from rrt.common.cli import run_command
+from rrt.convert import main
+from rrt.data.tokenizer import load_tokenizer
+from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.folding.fold import kept_depths
+from rrt.folding.svd import truncated_svd
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.meta import parameter_shapes
+from tests.util.models import FAMILIES, make_hf_model
+from tests.util.tokenizers import make_sentencepiece_tokenizer
+
+LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A six-layer fp32 base of each family."""
+    root = tmp_path_factory.mktemp("bases")
+    return {family: make_hf_model(root / family, family) for family in FAMILIES}
+
+
+def fold(base, out, *, num_loops=2, rank=0, **options):
+    """Convert, and return ({our name: tensor} of the base, the same of the new checkpoint, the report)."""
+    arguments = {name: options.pop(name) for name in ("dtype", "seed", "overwrite") if name in options}
+    ranks = rank if isinstance(rank, LoraRanks) else LoraRanks.uniform(rank)
+    recursive = RecursiveConfig(num_loops=num_loops, lora_rank=ranks, **options)
+    report = convert(base, out, recursive, **arguments)
+    return tensors(base), tensors(out), report
+
+
+def tensors(directory):
+    source = open_source(directory)
+    return {name: source.get(name) for name in parameter_shapes(source.model, source.recursive)}
+
+
+def block_names(new):
+    """(layer, name inside the layer) of every tied parameter of the block."""
+    names = [name.removeprefix("stack.layers.").split(".", 1) for name in new if name.startswith("stack.")]
+    return [(int(layer), name) for layer, name in names if "lora" not in name]
+
+
+def linears(new):
+    return [name.removesuffix(".weight") for name in new if name.endswith(".weight") and name.count(".") == 5]
+
+
+def test_stepwise_keeps_the_first_and_the_last_layer():
+    assert kept_depths("stepwise", 6, 2) == (0, 2, 5)
+    assert kept_depths("stepwise", 18, 2) == (0, 2, 4, 6, 8, 11, 13, 15, 17)
+    assert kept_depths("stepwise", 18, 3) == (0, 3, 7, 10, 14, 17)
+    assert kept_depths("stepwise", 22, 2) == (0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21)
+    assert kept_depths("stepwise", 16, 2) == (0, 2, 4, 6, 9, 11, 13, 15)
+    assert kept_depths("stepwise", 4, 4) == (0,)
+    assert kept_depths("stepwise", 5, 1) == (0, 1, 2, 3, 4)
+
+
+def test_fixed_start_keeps_every_bth_layer_and_lower_the_first_ones():
+    assert kept_depths("stepwise-fixed-start", 6, 2) == (0, 2, 4)
+    assert kept_depths("stepwise-fixed-start", 18, 3) == (0, 3, 6, 9, 12, 15)
+    assert kept_depths("lower", 6, 2) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("init", ["stepwise", "stepwise-fixed-start", "lower"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copying_inits_take_whole_layers_norms_and_biases_included(bases, family, init, tmp_path):
+    base, new, _ = fold(bases[family], tmp_path / "out", init=init)
+    kept = kept_depths(init, 6, 2)
+    assert len(block_names(new)) == sum(name.startswith("stack.") for name in base) / 2
+    for layer, name in block_names(new):
+        assert torch.equal(new[f"stack.layers.{layer}.{name}"], base[f"stack.layers.{kept[layer]}.{name}"]), name
+
+
+@pytest.mark.parametrize("num_loops", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_average_is_the_mean_over_the_loops_of_the_cycle(bases, family, num_loops, tmp_path):
+    base, new, _ = fold(bases[family], tmp_path / "out", num_loops=num_loops, init="average")
+    layers = 6 // num_loops
+    for layer, name in block_names(new):
+        looped = [base[f"stack.layers.{loop * layers + layer}.{name}"].double() for loop in range(num_loops)]
+        expected = torch.stack(looped).mean(0).float()
+        torch.testing.assert_close(new[f"stack.layers.{layer}.{name}"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_average_takes_norms_from_the_first_loop_or_zero_if_asked(bases, tmp_path):
+    base, choice, _ = fold(bases["gpt_neox"], tmp_path / "choice", init="average", norm_init="choice")
+    _, zero, _ = fold(bases["gpt_neox"], tmp_path / "zero", init="average", norm_init="zero")
+    _, mean, _ = fold(bases["gpt_neox"], tmp_path / "mean", init="average")
+    for name in mean:
+        if name.startswith("stack.") and "norm" in name:
+            assert torch.equal(choice[name], base[name])
+            assert not torch.equal(mean[name], base[name])
+            assert zero[name].count_nonzero() == 0
+        else:
+            assert torch.equal(choice[name], mean[name]) and torch.equal(zero[name], mean[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_draws_weights_and_resets_norms_and_biases(bases, family, tmp_path):
+    _, new, _ = fold(bases[family], tmp_path / "out", init="random")
+    identity = 0.0 if family == "gemma" else 1.0
+    drawn = []
+    for layer, name in block_names(new):
+        tensor = new[f"stack.layers.{layer}.{name}"]
+        if "bias" in name:
+            assert tensor.count_nonzero() == 0
+        elif "norm" in name:
+            assert torch.equal(tensor, torch.full_like(tensor, identity))
+        else:
+            drawn.append(tensor.flatten())
+    assert len({tensor[0].item() for tensor in drawn}) == len(drawn)
+    assert torch.cat(drawn).std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(torch.cat(drawn).mean().item()) < 0.001
+
+
+@pytest.mark.parametrize("init", ["stepwise", "average", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_final_norm_and_head_come_unchanged(bases, family, init, tmp_path):
+    base, new, _ = fold(bases[family], tmp_path / "out", init=init)
+    outside = [name for name in new if not name.startswith("stack.")]
+    assert "embed" in outside and "norm.weight" in outside and ("head" in outside) == (family != "gemma")
+    for name in outside:
+        assert torch.equal(new[name], base[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_with_untied_norms_reproduces_the_base(bases, family, init, tmp_path):
+    fold(bases[family], tmp_path / "full", rank=999, init=init, untie_norms=True)
+    fold(bases[family], tmp_path / "tied", rank=999, init=init)
+    base, full, tied = (load_model(d) for d in (bases[family], tmp_path / "full", tmp_path / "tied"))
+    input_ids = torch.randint(0, 151, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = base(input_ids)
+    assert (full(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (tied(input_ids) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_untied_norms_and_biases_are_the_bases_own_at_each_depth(bases, tmp_path):
+    base, new, _ = fold(bases["gpt_neox"], tmp_path / "out", num_loops=3, init="average", untie_norms=True)
+    names = [(layer, name) for layer, name in block_names(new) if "norm" in name or "bias" in name]
+    assert len(names) == 2 * 10
+    for layer, name in names:
+        for loop in range(3):
+            assert torch.equal(
+                new[f"stack.layers.{layer}.{name}"][loop], base[f"stack.layers.{2 * loop + layer}.{name}"]
+            )
+
+
+def spectra():
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(outputs, inputs, singular_values):
+        left = torch.linalg.qr(torch.randn(outputs, len(singular_values), generator=generator).double()).Q
+        right = torch.linalg.qr(torch.randn(inputs, len(singular_values), generator=generator).double()).Q
+        return left @ torch.diag(singular_values.double()) @ right.T
+
+    return {
+        "wide": torch.randn(24, 90, generator=generator).double(),
+        "tall": torch.randn(90, 24, generator=generator).double(),
+        "square": torch.randn(40, 40, generator=generator).double(),
+        "wide-decaying": matrix(30, 80, torch.logspace(0, -5, 30)),
+        "tall-decaying": matrix(80, 30, torch.logspace(0, -5, 30)),
+        "equal": matrix(30, 60, torch.ones(30)),
+        "tiny": 1e-9 * torch.randn(20, 30, generator=generator).double(),
+    }
+
+
+@pytest.mark.parametrize("name", spectra())
+def test_svd_is_optimal_at_every_rank_with_orthonormal_rows(name):
+    residual = spectra()[name]
+    singular_values = torch.linalg.svdvals(residual)
+    energy = residual.square().sum()
+    for rank in (1, 3, min(residual.shape) // 2, min(residual.shape) - 1, min(residual.shape)):
+        lora_a, lora_b = truncated_svd(residual, rank, torch.Generator())
+        assert lora_a.shape == (rank, residual.shape[1]) and lora_b.shape == (residual.shape[0], rank)
+        optimum = singular_values[rank:].square().sum()
+        assert (residual - lora_b @ lora_a).square().sum() <= (1 + 1e-4) * optimum + 1e-14 * energy
+        # B = U S and A = V^T: the singular values are B's column norms, and A's rows are orthonormal.
+        torch.testing.assert_close(lora_b.norm(dim=0), singular_values[:rank], rtol=1e-4, atol=1e-13)
+        torch.testing.assert_close(lora_a @ lora_a.T, torch.eye(rank).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_svd_beyond_the_residuals_rank_gives_zero_columns_and_random_unit_rows(shape):
+    generator = torch.Generator().manual_seed(1)
+    residual = torch.zeros(shape, dtype=torch.float64)
+    residual[:4] = torch.randn(4, shape[1], generator=generator).double()
+    factors = [truncated_svd(residual, 9, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    for lora_a, lora_b in factors:
+        torch.testing.assert_close(lora_b @ lora_a, residual)
+        assert lora_b[:, 4:].count_nonzero() == 0
+        torch.testing.assert_close(lora_a.norm(dim=1), torch.ones(9).double())
+    assert torch.equal(factors[0][0], factors[1][0])
+    assert not torch.isclose(factors[0][0][4:], factors[2][0][4:]).any()
+    all_zero_a, all_zero_b = truncated_svd(torch.zeros(shape).double(), 3, torch.Generator())
+    assert all_zero_b.count_nonzero() == 0
+    torch.testing.assert_close(all_zero_a.norm(dim=1), torch.ones(3).double())
+
+
+@pytest.mark.parametrize("init", ["average", "stepwise", "random"])
+@pytest.mark.parametrize(("family", "dtype"), [("gemma", torch.bfloat16), ("gpt_neox", torch.float32)])
+def test_lora_is_the_best_correction_of_the_weight_as_stored(family, dtype, init, tmp_path):
+    base_dir = make_hf_model(tmp_path / "base", family, dtype=dtype)
+    base, new, _ = fold(base_dir, tmp_path / "out", rank=LoraRanks(q=5, kv=3, out=4, ffn=7), init=init)
+    kept = kept_depths(init, 6, 2) if init == "stepwise" else (-1, -1, -1)
+    # Rounding the factors to the stored dtype is the one loss beyond the SVD's.
+    rounding = 2 * torch.finfo(dtype).eps ** 2
+    for name in linears(new):
+        layer, linear = name.removeprefix("stack.layers.").split(".", 1)
+        for loop in range(2):
+            depth = 3 * loop + int(layer)
+            weight, lora_a, lora_b = (new[f"{name}.{leaf}"].double() for leaf in ("weight", "lora_a", "lora_b"))
+            residual = base[f"stack.layers.{depth}.{linear}.weight"].double() - weight
+            if depth == kept[int(layer)]:
+                assert residual.count_nonzero() == 0
+                continue
+            tail = torch.linalg.svdvals(residual)[lora_a.shape[1] :].square().sum()
+            found = (residual - lora_b[loop] @ lora_a[loop]).square().sum()
+            assert found <= (1 + 1e-4) * tail + rounding * residual.square().sum(), name
+
+
+def test_rank_per_group_goes_to_the_linears_of_the_group(bases, tmp_path):
+    _, new, _ = fold(bases["llama"], tmp_path / "out", rank=LoraRanks(q=5, kv=3, out=0, ffn=7), init="average")
+    expected = {"attn.q": 5, "attn.k": 3, "attn.v": 3, "mlp.gate": 7, "mlp.up": 7, "mlp.down": 7}
+    for linear in LINEARS:
+        found = new.get(f"stack.layers.1.{linear}.lora_a")
+        assert (None if found is None else found.shape[1]) == expected.get(linear)
+
+
+def test_where_a_layer_was_kept_a_is_gaussian_and_b_zero_matrix_by_matrix(bases, tmp_path):
+    _, new, report = fold(bases["llama"], tmp_path / "out", rank=6, init="stepwise")
+    kept = kept_depths("stepwise", 6, 2)
+    drawn = []
+    for name in linears(new):
+        layer = int(name.split(".")[2])
+        for loop in range(2):
+            lora_a, lora_b = new[f"{name}.lora_a"][loop], new[f"{name}.lora_b"][loop]
+            if 3 * loop + layer == kept[layer]:
+                assert lora_b.count_nonzero() == 0
+                drawn.append(lora_a * lora_a.shape[1] ** 0.5)
+            else:
+                assert lora_b.count_nonzero() == lora_b.numel()
+                torch.testing.assert_close(lora_a @ lora_a.T, torch.eye(6), rtol=0, atol=1e-5)
+    # Layers 0, 2 and 5 are kept as shared layers 0, 1 and 2, which depths 0 and 3, 1 and 4, 2 and 5 use.
+    assert len(drawn) == 2 * 7
+    assert torch.cat([a.flatten() for a in drawn]).std().item() == pytest.approx(1.0, rel=0.05)
+    first = report.matrices[0]
+    assert first.tying_loss[0] == 0 and first.energy_kept[0] is None
+    assert first.tying_loss[1] > 0 and 0 < first.energy_kept[1] < 1
+
+
+def test_one_equal_matrix_among_different_ones_is_recognised(bases, tmp_path):
+    """Equality is decided per matrix, not per layer."""
+    base_dir = tmp_path / "base"
+    base_dir.mkdir()
+    weights = load_file(bases["llama"] / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].clone()
+    save_file(weights, base_dir / "model.safetensors")
+    (base_dir / "config.json").write_text((bases["llama"] / "config.json").read_text())
+    _, new, _ = fold(base_dir, tmp_path / "out", rank=4, init="average")
+    assert new["stack.layers.0.mlp.up.lora_b"].count_nonzero() == 0
+    assert new["stack.layers.0.mlp.gate.lora_b"].count_nonzero() > 0
+
+
+@torch.no_grad()
+def test_zero_init_starts_as_the_plain_recursive_model(bases, tmp_path):
+    _, new, report = fold(bases["llama"], tmp_path / "zero", rank=6, init="average", lora_init="zero")
+    fold(bases["llama"], tmp_path / "plain", init="average")
+    for name in linears(new):
+        assert new[f"{name}.lora_b"].count_nonzero() == 0
+        assert new[f"{name}.lora_a"].count_nonzero() == new[f"{name}.lora_a"].numel()
+    assert {kept for matrix in report.matrices for kept in matrix.energy_kept} == {0.0}
+    input_ids = torch.arange(20)[None]
+    assert torch.equal(load_model(tmp_path / "zero")(input_ids), load_model(tmp_path / "plain")(input_ids))
+
+
+def test_same_seed_same_bytes_another_seed_other_draws(bases, tmp_path):
+    options = dict(rank=4, init="stepwise")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fold(bases["llama"], tmp_path / name, seed=seed, **options)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_a_matrix_draws_the_same_whatever_the_others_draw(bases, tmp_path):
+    _, some, _ = fold(bases["llama"], tmp_path / "some", rank=LoraRanks(ffn=4), init="average", lora_init="zero")
+    _, all_groups, _ = fold(bases["llama"], tmp_path / "all", rank=4, init="average", lora_init="zero")
+    assert torch.equal(some["stack.layers.2.mlp.up.lora_a"], all_groups["stack.layers.2.mlp.up.lora_a"])
+    _, two, _ = fold(bases["llama"], tmp_path / "two", num_loops=2, init="random")
+    _, three, _ = fold(bases["llama"], tmp_path / "three", num_loops=3, init="random")
+    assert torch.equal(two["stack.layers.1.attn.k.weight"], three["stack.layers.1.attn.k.weight"])
+
+
+def test_ranks_beyond_the_smaller_side_are_capped_with_a_notice_per_group(bases, tmp_path):
+    _, new, report = fold(bases["llama"], tmp_path / "out", rank=20, init="average")
+    caps = [notice for notice in report.notices if "capped" in notice]
+    assert caps == ["LoRA rank of group kv: 20 is capped at 16, the smaller side of attn.k, attn.v"]
+    assert new["stack.layers.0.attn.k.lora_a"].shape == (2, 16, 32)
+    assert new["stack.layers.0.attn.q.lora_a"].shape == (2, 20, 32)
+
+
+def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
+    base, new, report = fold(bases["gemma"], tmp_path / "out", rank=5, init="average")
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["stage"] == "convert" and provenance["parent"]["path"] == str(bases["gemma"])
+    assert [matrix["name"] for matrix in provenance["matrices"]] == linears(new)
+    for matrix in provenance["matrices"]:
+        linear = matrix["name"].removeprefix("stack.layers.")
+        layer, linear = linear.split(".", 1)
+        for loop in range(2):
+            weight = base[f"stack.layers.{3 * loop + int(layer)}.{linear}.weight"]
+            residual = weight - new[f"{matrix['name']}.weight"]
+            lora = new[f"{matrix['name']}.lora_b"][loop] @ new[f"{matrix['name']}.lora_a"][loop]
+            lost, left = residual.square().sum(), (residual - lora).square().sum()
+            assert matrix["tying_loss"][loop] == pytest.approx((lost / weight.square().sum()).item(), rel=1e-4)
+            assert matrix["energy_kept"][loop] == pytest.approx((1 - left / lost).item(), abs=1e-4)
+    assert report.before.total_params == sum(tensor.numel() for tensor in base.values())
+    assert report.after.total_params == sum(tensor.numel() for tensor in new.values())
+    assert report.after.bytes == sum(tensor.nbytes for tensor in new.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_loop_is_the_vanilla_base(bases, family, tmp_path):
+    for init in ("stepwise", "average", "lower", "stepwise-fixed-start"):
+        base, new, _ = fold(bases[family], tmp_path / init, num_loops=1, init=init)
+        assert base.keys() == new.keys()
+        assert all(torch.equal(new[name], base[name]) for name in base)
+    again, vanilla, _ = fold(tmp_path / "average", tmp_path / "again", num_loops=2, init="average")
+    assert again.keys() == base.keys() and len(vanilla) < len(base)
+
+
+def test_dtype_is_the_bases_unless_asked_and_values_that_do_not_fit_are_refused(tmp_path):
+    base_dir = make_hf_model(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    _, new, _ = fold(base_dir, tmp_path / "auto", rank=3, init="average")
+    assert {tensor.dtype for tensor in new.values()} == {torch.bfloat16}
+    base, new, _ = fold(base_dir, tmp_path / "fp32", init="average", dtype=torch.float32)
+    assert {tensor.dtype for tensor in new.values()} == {torch.float32}
+    assert torch.equal(new["embed"], base["embed"].float())
+
+    weights = load_file(base_dir / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
+    save_file(weights, base_dir / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers.1.mlp.up.weight.*5e\+05; expected at most 6.55e\+04 for float16"):
+        fold(base_dir, tmp_path / "fp16", init="average", dtype=torch.float16)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, base_dir / "model.safetensors")
+    with pytest.raises(UserError, match=r"stack.layers.1.mlp.up.weight': found NaN or infinity"):
+        fold(base_dir, tmp_path / "nan", init="average")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auto", "base", "fp32"]
+
+
+def test_narrowing_to_bf16_leaves_no_residual_where_a_layer_was_kept(bases, tmp_path):
+    _, new, _ = fold(bases["llama"], tmp_path / "out", rank=4, init="lower", dtype=torch.bfloat16)
+    assert new["stack.layers.1.attn.q.lora_b"][0].count_nonzero() == 0
+    assert new["stack.layers.1.attn.q.lora_b"][1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("layout", ["sharded", "pickled"])
+def test_base_layout_does_not_matter(bases, layout, tmp_path):
+    if layout == "sharded":
+        other = make_hf_model(tmp_path / "base", "gpt_neox", max_shard_size="100KB")
+        assert len(list(other.glob("*.safetensors"))) > 1
+    else:
+        other = tmp_path / "base"
+        other.mkdir()
+        torch.save(load_file(bases["gpt_neox"] / "model.safetensors"), other / "pytorch_model.bin")
+        (other / "config.json").write_text((bases["gpt_neox"] / "config.json").read_text())
+    fold(bases["gpt_neox"], tmp_path / "single-out", rank=4, init="average")
+    fold(other, tmp_path / "other-out", rank=4, init="average")
+    single, found = (tmp_path / f"{name}-out" / "model.safetensors" for name in ("single", "other"))
+    assert single.read_bytes() == found.read_bytes()
+
+
+def test_tokenizer_comes_along_and_its_absence_is_noticed(bases, tmp_path):
+    _, _, report = fold(bases["llama"], tmp_path / "without")
+    assert any("has no tokenizer" in notice for notice in report.notices)
+    base = make_hf_model(tmp_path / "base", "llama", vocab_size=448)
+    make_sentencepiece_tokenizer(base)
+    _, _, report = fold(base, tmp_path / "with")
+    assert not report.notices
+    found, expected = load_tokenizer(tmp_path / "with"), load_tokenizer(base)
+    assert found.sha256 == expected.sha256
+    assert found.encode("x = 1\n") == expected.encode("x = 1\n")
+
+
+def test_prefix_vectors_are_drawn_for_every_depth_and_by_the_seed(bases, tmp_path):
+    _, new, _ = fold(bases["llama"], tmp_path / "a", init="average", prefix_length=4)
+    plain = tensors(tmp_path / "plain") if fold(bases["llama"], tmp_path / "plain", init="average") else {}
+    prefix = new.pop("stack.prefix")
+    assert prefix.shape[:2] == (open_source(bases["llama"]).model.num_layers, 4)
+    assert prefix.std() == pytest.approx(0.02, rel=0.2)
+    assert new.keys() == plain.keys() and all(torch.equal(new[name], plain[name]) for name in plain)
+    _, other, _ = fold(bases["llama"], tmp_path / "b", init="average", prefix_length=4, seed=1)
+    assert not torch.equal(other["stack.prefix"], prefix)
+    model = load_model(tmp_path / "a")
+    assert model(torch.arange(5)[None]).isfinite().all()
+
+
+def test_api_refuses_what_conversion_does_not_make(bases, tmp_path):
+    for field, options in {
+        "head_lora_rank": dict(head_lora_rank=4),
+        "exit_loops": dict(exit_loops=(0,)),
+        "lora_init": dict(lora_init="joint", rank=4),
+    }.items():
+        with pytest.raises(UserError, match=f"field '{field}'"):
+            fold(bases["llama"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def run_main(argv, capsys, monkeypatch):
+    """The command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(argument) for argument in argv]))
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_command_says_what_it_does_and_what_it_did(bases, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "deep" / "out"
+    argv = ["--base", bases["llama"], "--out", out, "--num-loops", 2, "--lora-rank", 20, "--lora-rank-ffn", 8]
+    code, stdout, stderr = run_main(argv, capsys, monkeypatch)
+    assert (code, stderr) == (0, "")
+    assert "6 layers, 74.59 K parameters (64.93 K non-embedding), 291.38 KiB float32" in stdout
+    assert "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 20, out 20, ffn 8" in stdout
+    assert "notice: LoRA rank of group kv: 20 is capped at 16" in stdout
+    assert "layer" in stdout and "all" in stdout and f"wrote {out}" in stdout
+    assert open_source(out).recursive == RecursiveConfig(
+        num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=20, out=20, ffn=8)
+    )
+
+
+def test_default_init_is_stepwise_without_lora_and_average_with(bases, tmp_path, capsys, monkeypatch):
+    for rank, init in ((0, "stepwise"), (2, "average")):
+        argv = ["--base", bases["llama"], "--out", tmp_path / init, "--num-loops", 3, "--lora-rank", rank]
+        assert run_main(argv, capsys, monkeypatch)[0] == 0
+        assert open_source(tmp_path / init).recursive.init == init
+
+
+def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys, monkeypatch):
+    fold(bases["llama"], tmp_path / "recursive", rank=2, init="average")
+    (tmp_path / "file").write_text("")
+    base = make_hf_model(tmp_path / "base", "llama")
+    (tmp_path / "broken").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    cases = {
+        "'num_loops': found 4, which does not divide the base's 6 layers; expected one of 1, 2": [
+            "--num-loops",
+            4,
+        ],
+        "'num_loops': found 0; expected a positive number": ["--num-loops", 0],
+        "'lora_rank.q': found -1; expected 0 (no LoRA) or more": ["--lora-rank", -1],
+        "'lora_rank.ffn': found -7": ["--lora-rank-ffn", -7],
+        "found a recursive or relaxed model (num_loops 2, LoRA rank 2); expected a vanilla base": [
+            "--base",
+            tmp_path / "recursive",
+        ],
+        "no such directory": ["--base", tmp_path / "absent"],
+        "config.json: no such file": ["--base", tmp_path / "broken"],
+        "already exists and is not empty": ["--out", tmp_path / "recursive"],
+        "file: is a file": ["--out", tmp_path / "file"],
+        "holds the checkpoint that is read": ["--out", base, "--overwrite"],
+    }
+    for message, flags in cases.items():
+        argv = ["--base", base, "--out", tmp_path / "out", "--num-loops", 2, *flags]
+        code, _, stderr = run_main(argv, capsys, monkeypatch)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+    code, _, stderr = run_main(["--base", base, "--out", tmp_path, "--num-loops", 2], capsys, monkeypatch)
+    assert code == 2 and "holds the checkpoint that is read" in stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_the_whole_directory(bases, tmp_path):
+    fold(bases["llama"], tmp_path / "out", rank=2, init="average")
+    (tmp_path / "out" / "stale").write_text("")
+    fold(bases["gemma"], tmp_path / "out", overwrite=True)
+    assert open_source(tmp_path / "out").model.family == "gemma"
+    assert not (tmp_path / "out" / "stale").exists()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_leaves_nothing_behind(stop, tmp_path):
+    base = make_hf_model(tmp_path / "base", "llama", num_layers=8, hidden_size=512, intermediate_size=1024)
+    command = [sys.executable, "-m", "rrt.convert", "--base", base, "--out", tmp_path / "out", "--num-loops", "2"]
+    process = subprocess.Popen(
+        [*map(str, command), "--lora-rank", "256"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[stop], stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,228 @@
+"""Sizes: the paper's parameter counts, the presets against transformers, K/V bytes and FLOPs by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from rrt.checkpoint.hf_layout import tensor_table
+from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
+from rrt.checkpoint.source import open_source
+from rrt.common.cli import run_command
+from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.inspect import main
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.meta import parameter_shapes
+from rrt.model.sizes import model_sizes
+from tests.util.models import FAMILIES, make_hf_model
+
+# Non-embedding parameters in billions, as the paper prints them: (preset, loops): {rank: count}.
+PAPER_COUNTS = {
+    ("gemma-2b", 2): {0: 0.99, 64: 1.07, 128: 1.15, 256: 1.30, 512: 1.60},
+    ("gemma-2b", 3): {0: 0.66, 64: 0.74, 128: 0.82, 256: 0.97, 512: 1.27},
+    ("tinyllama-1.1b", 2): {0: 0.48, 64: 0.53, 128: 0.58, 256: 0.68, 512: 0.86},
+    ("pythia-1b", 2): {0: 0.40, 64: 0.44, 128: 0.48, 256: 0.55, 512: 0.70},
+}
+MIXED_RANKS = {
+    (128, 256, 128, 256): 1.28,
+    (256, 128, 256, 256): 1.29,
+    (256, 256, 256, 128): 1.18,
+    (128, 128, 128, 64): 1.08,
+}
+
+
+def non_embedding_params(name, **recursive):
+    return model_sizes(preset(name), RecursiveConfig(**recursive), torch.bfloat16).non_embedding_params
+
+
+def as_printed(count):
+    """`count` in billions as the paper prints it: two decimals, some of its rows rounded and some cut."""
+    return round(count / 1e9, 2), count // 10**7 / 100
+
+
+@pytest.mark.parametrize(("name", "num_loops"), PAPER_COUNTS)
+def test_non_embedding_parameters_are_the_papers(name, num_loops):
+    for rank, expected in PAPER_COUNTS[name, num_loops].items():
+        found = non_embedding_params(name, num_loops=num_loops, lora_rank=LoraRanks.uniform(rank))
+        assert expected in as_printed(found), (rank, found)
+
+
+def test_mixed_ranks_are_the_papers():
+    for ranks, expected in MIXED_RANKS.items():
+        found = non_embedding_params("gemma-2b", num_loops=2, lora_rank=LoraRanks(*ranks))
+        assert expected in as_printed(found), (ranks, found)
+
+
+def test_base_models_are_the_papers():
+    for name, non_embedding, embedding in (
+        ("gemma-2b", 1.98, 0.52),
+        ("tinyllama-1.1b", 0.97, 0.13),
+        ("pythia-1b", 0.81, 0.21),
+    ):
+        sizes = model_sizes(preset(name), RecursiveConfig(), torch.bfloat16)
+        assert non_embedding in as_printed(sizes.non_embedding_params)
+        assert embedding in as_printed(sizes.embedding_params)
+
+
+def test_prefix_sizes_are_the_papers():
+    for name, length, millions in (
+        ("gemma-2b", 256, 9.4),
+        ("gemma-2b", 512, 18.9),
+        ("gemma-2b", 1024, 37.7),
+        ("gemma-2b", 2048, 75.5),
+        ("tinyllama-1.1b", 256, 11.5),
+    ):
+        recursive = RecursiveConfig(num_loops=2, prefix_length=length)
+        assert round(model_sizes(preset(name), recursive, torch.bfloat16).prefix_params / 1e6, 1) == millions
+
+
+def test_kinds_add_up_and_untied_norms_are_counted_per_depth():
+    config = preset("gemma-2b")
+    for untie_norms, norm_vectors in ((False, 2 * 9 + 1), (True, 2 * 18 + 1)):
+        recursive = RecursiveConfig(
+            num_loops=2, lora_rank=LoraRanks.uniform(8), prefix_length=4, untie_norms=untie_norms
+        )
+        sizes = model_sizes(config, recursive, torch.float32)
+        kinds = (sizes.embedding_params, sizes.shared_params, sizes.lora_params, sizes.prefix_params, sizes.norm_params)
+        assert sum(kinds) == sizes.total_params == sizes.bytes // 4
+        assert sizes.norm_params == norm_vectors * 2048
+    # 9 layers of q 2048 x 2048, k and v 256 x 2048, out 2048 x 2048, and three of 16384 x 2048.
+    assert sizes.shared_params == 9 * 2048 * (2048 + 2 * 256 + 2048 + 3 * 16384)
+    assert sizes.lora_params == 2 * 9 * 8 * (2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 16384))
+    tied, untied = (
+        model_sizes(preset("pythia-1b"), RecursiveConfig(num_loops=2, untie_norms=flag), torch.float16)
+        for flag in (False, True)
+    )
+    biases = 8 * (3 * 2048 + 2048 + 8192 + 2048)
+    assert tied.shared_params - untied.shared_params == biases
+    assert untied.norm_params - tied.norm_params == 2 * biases + 8 * 4 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gemma-2b", 2 * 18 * 1 * 256 * 2),
+        ("tinyllama-1.1b", 2 * 22 * 4 * 64 * 4),
+        ("pythia-1b", 2 * 16 * 8 * 256 * 2),
+        ("pythia-410m", 2 * 24 * 16 * 64 * 2),
+    ],
+)
+def test_kv_bytes_count_every_depth_whatever_the_loops(name, expected):
+    for num_loops in (1, 2):
+        sizes = model_sizes(preset(name), RecursiveConfig(num_loops=num_loops), preset_dtype(name))
+        assert sizes.kv_bytes_per_token == expected
+
+
+def test_flops_are_two_per_multiply_add_of_linears_lora_attention_and_head():
+    config = preset("tinyllama-1.1b")
+    recursive = RecursiveConfig(num_loops=2, lora_rank=LoraRanks(ffn=16))
+    sizes = model_sizes(config, recursive, torch.float32, context=100)
+    linears = 22 * 2048 * (2 * 2048 + 2 * 256 + 3 * 5632)
+    attention = 22 * 2 * 2048 * 100
+    head = 32000 * 2048
+    lora = 22 * 3 * 16 * (2048 + 5632)
+    assert sizes.flops_per_token == {
+        "plain": 2 * (linears + attention + head + lora),
+        "merged": 2 * (linears + attention + head),
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_tensor_table_is_transformers_own_key_by_key(name):
+    facts = {key: value for key, value in PRESETS[name].items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(PRESETS[name]["model_type"], **facts)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+    if preset(name).tie_embeddings:
+        del expected["lm_head.weight"]
+    elif preset(name).family == "gpt_neox" and "lm_head.weight" in expected:
+        # transformers 5 renames the head in memory; its files keep the published name.
+        expected["embed_out.weight"] = expected.pop("lm_head.weight")
+    assert {entry.key: entry.shape for entry in tensor_table(preset(name))} == expected
+
+
+def test_every_target_of_the_tables_is_a_parameter_of_our_model():
+    for name in PRESETS:
+        targets = [target for entry in tensor_table(preset(name)) for target in entry.targets]
+        assert sorted(targets) == sorted(parameter_shapes(preset(name), RecursiveConfig()))
+
+
+def test_unknown_preset_is_refused_by_name():
+    with pytest.raises(UserError, match=r"preset: found 'gemma-7b'; expected one of gemma-2b, tinyllama-1\.1b"):
+        preset("gemma-7b")
+
+
+def run_main(argv, capsys, monkeypatch):
+    """The command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(argument) for argument in argv]))
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_counts_are_those_of_its_tensors(family, tmp_path, capsys, monkeypatch):
+    base = make_hf_model(tmp_path / "base", family, dtype=torch.bfloat16)
+    recursive = RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(20), untie_norms=True)
+    convert(base, tmp_path / "relaxed", recursive)
+    for directory in (base, tmp_path / "relaxed"):
+        code, stdout, _ = run_main(["--checkpoint", directory, "--json"], capsys, monkeypatch)
+        found = json.loads(stdout)
+        source = open_source(directory)
+        tensors = {name: source.get(name) for name in parameter_shapes(source.model, source.recursive)}
+        assert code == 0
+        assert found["total_params"] == sum(tensor.numel() for tensor in tensors.values())
+        assert found["lora_params"] == sum(tensor.numel() for name, tensor in tensors.items() if "lora" in name)
+        assert found["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+        assert found["dtype"] == "bfloat16" and found["model"]["family"] == family
+    # A vanilla base with flags tells what convert would make of it.
+    flags = ["--num-loops", 2, "--lora-rank", 20, "--untie-norms", "--json"]
+    planned = json.loads(run_main(["--checkpoint", base, *flags], capsys, monkeypatch)[1])
+    assert {key: value for key, value in planned.items() if key != "recursive"} == {
+        key: value for key, value in found.items() if key != "recursive"
+    }
+
+
+def test_command_prints_a_table_or_json():
+    command = [sys.executable, "-m", "rrt.inspect", "--preset", "gemma-2b", "--num-loops", "2", "--lora-rank", "64"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--lora-rank-ffn", "32"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("18 = 2 loops x 9 layers", "q 64, kv 64, out 64, ffn 32", "18.00 KiB", "524,288,000"):
+        assert text in done.stdout
+
+
+def test_dtype_and_context_change_bytes_and_flops(capsys, monkeypatch):
+    argv = ["--preset", "pythia-160m", "--json"]
+    half = json.loads(run_main(argv, capsys, monkeypatch)[1])
+    full = json.loads(run_main([*argv, "--dtype", "float32", "--context", 1], capsys, monkeypatch)[1])
+    assert half["dtype"] == "float16" and full["bytes"] == 2 * half["bytes"]
+    assert full["kv_bytes_per_token"] == 2 * half["kv_bytes_per_token"]
+    assert half["flops_per_token"]["plain"] - full["flops_per_token"]["plain"] == 2 * 2 * 12 * 768 * 2047
+
+
+def test_bad_input_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    base = make_hf_model(tmp_path / "base", "llama")
+    convert(base, tmp_path / "recursive", RecursiveConfig(num_loops=2))
+    cases = {
+        "which does not divide the base's 18 layers": ["--preset", "gemma-2b", "--num-loops", 4],
+        "'lora_rank.kv': found -2": ["--preset", "gemma-2b", "--lora-rank-kv", -2],
+        "'prefix_length': found -1": ["--preset", "gemma-2b", "--prefix-length", -1],
+        "context: found 0": ["--preset", "gemma-2b", "--context", 0],
+        "no such directory": ["--checkpoint", tmp_path / "absent"],
+        "is recursive already (num_loops = 2)": ["--checkpoint", tmp_path / "recursive", "--lora-rank", 4],
+    }
+    for message, argv in cases.items():
+        code, stdout, stderr = run_main(argv, capsys, monkeypatch)
+        assert (code, stdout) == (2, "") and message in stderr and stderr.count("\n") == 1, stderr

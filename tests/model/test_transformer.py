@@ -1,0 +1,398 @@
+"""The hand-written model against transformers on random weights, and against itself."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+import rrt
+from rrt.checkpoint.hf_config import model_config_from_hf
+from rrt.checkpoint.source import load_model, open_source
+from rrt.decode.kv_cache import ContiguousCache
+from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.loop_linear import LoopLinear
+from rrt.model.transformer import RecursiveTransformer
+from rrt.ops import precision
+from rrt.ops.precision import EMULATED_FROM_ROWS
+
+# Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
+# heads, partial rotary, sequential NeoX, other rotary bases.
+VARIANTS = {
+    "gemma-mqa": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24)),
+    "gemma-mha-untied": (
+        "Gemma",
+        dict(num_attention_heads=3, num_key_value_heads=3, head_dim=40, tie_word_embeddings=False),
+    ),
+    "llama-gqa": ("Llama", dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, head_dim=14)),
+    "llama-mha-tied-theta": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        ),
+    ),
+    "neox-parallel": ("GPTNeoX", dict(num_attention_heads=4)),
+    "neox-sequential": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=3,
+            hidden_size=60,
+            use_parallel_residual=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "neox-full-rotary-tied": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        ),
+    ),
+}
+
+
+def make_hf(name, seed=0, **overrides):
+    """A random transformers model whose norms, biases and logits are far from their initial values."""
+    kind, options = VARIANTS[name]
+    sizes = dict(
+        vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024
+    )
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **overrides})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.08 if parameter.dim() > 1 else 0.3))
+    return model
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours loaded from its directory), fp32."""
+    hf = make_hf(request.param)
+    directory = tmp_path_factory.mktemp(request.param)
+    hf.save_pretrained(directory)
+    return hf, load_model(directory, torch.float32)
+
+
+def relative_error(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 255, 700])
+def test_logits_equal_transformers(pair, length):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (2, length), generator=torch.Generator().manual_seed(length))
+    assert relative_error(ours(input_ids), hf(input_ids).logits) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 4, 1], [11, 1]])
+def test_incremental_decoding_equals_transformers_full_forward(pair, chunks):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (3, sum(chunks)), generator=torch.Generator().manual_seed(1))
+    cache = ContiguousCache(ours.config, batch_size=3, max_length=sum(chunks))
+    logits = torch.cat([ours(part, cache=cache) for part in input_ids.split(chunks, dim=1)], dim=1)
+    assert relative_error(logits, hf(input_ids).logits) <= 2e-5
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_transformers_and_the_unpadded_rows(pair):
+    hf, ours = pair
+    input_ids = torch.randint(0, 151, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    mask[2, :19] = 0
+    ours_logits, hf_logits = ours(input_ids, attention_mask=mask), hf(input_ids, attention_mask=mask).logits
+    assert ours_logits.isfinite().all()
+    assert relative_error(ours_logits[mask.bool()], hf_logits[mask.bool()]) <= 2e-5
+    assert relative_error(ours_logits[1, 7:], ours(input_ids[1:2, 7:])[0]) <= 2e-5
+
+
+@torch.no_grad()
+def test_left_padded_incremental_decoding_equals_the_full_forward(pair):
+    _, ours = pair
+    input_ids = torch.randint(0, 151, (2, 15), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 15, dtype=torch.bool)
+    mask[0, :6] = False
+    cache = ContiguousCache(ours.config, batch_size=2, max_length=15)
+    parts, seen = [], 0
+    for part in input_ids.split([10, 1, 3, 1], dim=1):
+        seen += part.shape[1]
+        parts.append(ours(part, attention_mask=mask[:, :seen], cache=cache))
+    logits = torch.cat(parts, dim=1)
+    assert relative_error(logits[mask], ours(input_ids, attention_mask=mask)[mask]) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
+    hf = make_hf(name)
+    hf.save_pretrained(tmp_path)
+    input_ids = torch.randint(0, 151, (2, 100), generator=torch.Generator().manual_seed(4)).to(device)
+    hf = hf.to(device)
+    exact = hf(input_ids).logits
+    theirs = hf.to(torch.bfloat16)(input_ids).logits.float()
+    ours = load_model(tmp_path, torch.bfloat16, device)(input_ids)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def recursive_model(name="llama-gqa", seed=0, **recursive):
+    """A recursive or relaxed model in fp64 with random parameters everywhere, LoRA B and norms included."""
+    config = model_config_from_hf(make_hf(name).config.to_dict() | {"architectures": None}, "test")
+    model = RecursiveTransformer(config, RecursiveConfig(**recursive)).double().eval()
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+RELAXED = {
+    "recursive": dict(num_loops=2),
+    "relaxed": dict(num_loops=2, lora_rank=LoraRanks(q=3, kv=5, out=0, ffn=7)),
+    "untied": dict(num_loops=4, lora_rank=LoraRanks.uniform(2), untie_norms=True),
+    "prefix": dict(num_loops=2, prefix_length=3),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, recursive):
+    model = recursive_model(name, **recursive)
+    input_ids = torch.randint(0, 151, (2, 13), generator=torch.Generator().manual_seed(5))
+    cache = ContiguousCache(model.config, batch_size=2, max_length=13, dtype=torch.float64)
+    logits = torch.cat([model(part, cache=cache) for part in input_ids.split([6, 1, 4, 1, 1], dim=1)], dim=1)
+    assert relative_error(logits, model(input_ids)) <= 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name, recursive):
+    model = recursive_model(name, **recursive)
+    shared, *branches = torch.randint(0, 151, (18,), generator=torch.Generator().manual_seed(5)).split([7, 5, 6])
+    owner = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)
+    positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 13)])[None]
+    row = torch.cat([shared, *branches])[None]
+    packed = model(row, branches=owner[None].int(), positions=positions)[0]
+    for number, branch in enumerate(branches, start=1):
+        alone = model(torch.cat([shared, branch])[None])[0]
+        assert relative_error(packed[:7], alone[:7]) <= 1e-12
+        assert relative_error(packed[owner == number], alone[7:]) <= 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
+    model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True)
+    vanilla = RecursiveTransformer(model.config).double().eval()
+    for key, parameter in vanilla.named_parameters():
+        if not key.startswith("stack.layers."):
+            parameter.copy_(model.get_parameter(key))
+            continue
+        depth, rest = key.removeprefix("stack.layers.").split(".", 1)
+        loop, layer = divmod(int(depth), len(model.stack.layers))
+        shared = model.get_parameter(f"stack.layers.{layer}.{rest}")
+        if "norm" in rest or rest.endswith("bias"):
+            parameter.copy_(shared[loop])
+        else:
+            module = model.get_submodule(f"stack.layers.{layer}.{rest.removesuffix('.weight')}")
+            parameter.copy_(module.weight + module.lora_b[loop] @ module.lora_a[loop])
+    input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(6))
+    assert relative_error(model(input_ids), vanilla(input_ids)) <= 1e-12
+
+
+def test_lora_merges_from_the_rows_at_which_that_takes_fewer_flops():
+    linear = LoopLinear(2048, 2048, num_loops=2, rank=64)
+    assert (linear.merges(100), linear.merge) == (False, False)
+    linear.merge = None
+    assert [linear.merges(rows) for rows in (1365, 1366)] == [False, True]
+    linear.merge = True
+    assert linear.merges(1)
+
+
+def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
+    linear = LoopLinear(24, 40, num_loops=2, rank=3, bias=True)
+    with torch.no_grad():
+        for index, parameter in enumerate(linear.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(index))
+    linear.bfloat16()
+    x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
+    monkeypatch.setattr(precision, "_HAS_BF16_INSTRUCTIONS", False)
+    for merge in (False, True):
+        linear.merge = merge
+        found = linear(x, 1)
+        wide = copy.deepcopy(linear).float()
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, wide(x.float(), 1).bfloat16())
+
+
+def test_merged_and_plain_lora_give_the_same_logits_and_gradients():
+    results = []
+    for merge in (False, True):
+        model = recursive_model("neox-parallel", num_loops=2, lora_rank=LoraRanks.uniform(4))
+        model.set_merge(merge)
+        input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(7))
+        logits = model(input_ids)
+        logits.square().mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, plain_grads), (merged, merged_grads) = results
+    assert relative_error(merged, plain) <= 1e-12
+    for name, gradient in plain_grads.items():
+        assert relative_error(merged_grads[name], gradient) <= 1e-10, name
+
+
+@torch.no_grad()
+def test_prefix_vectors_change_every_position_and_see_no_later_token():
+    model = recursive_model(num_loops=2, prefix_length=3)
+    input_ids = torch.randint(0, 151, (1, 8), generator=torch.Generator().manual_seed(8))
+    before = model(input_ids)
+    model.stack.prefix.add_(0.5)
+    assert (model(input_ids) - before).abs().amax(-1).min() > 1e-6
+    changed = input_ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 151
+    assert torch.equal(model(changed)[:, :-1], model(input_ids)[:, :-1])
+
+
+@torch.no_grad()
+def test_exit_loop_runs_fewer_loops_and_equals_the_hidden_state_through_norm_and_head():
+    model = recursive_model(num_loops=4, lora_rank=LoraRanks.uniform(2))
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    calls = []
+    model.stack.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    exits = model.hidden_states(input_ids)
+    assert len(exits) == 4 and len(calls) == 4
+    calls.clear()
+    assert torch.equal(model(input_ids, exit_loop=1), model.logits(exits[1]))
+    assert len(calls) == 2
+    for loop in (-1, 4):
+        message = rf"exit_loop: found {loop} \(num_loops {loop + 1}\); expected a loop in \[0, 4\)"
+        with pytest.raises(rrt.UserError, match=message):
+            model(input_ids, exit_loop=loop)
+        with pytest.raises(rrt.UserError, match=message):
+            model.hidden_states(input_ids, num_loops=loop + 1)
+
+
+@torch.no_grad()
+def test_the_heads_lora_serves_the_loops_before_the_last():
+    model = recursive_model(num_loops=4, head_lora_rank=2)
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=generator)
+    plain = torch.nn.functional.linear(model.norm(hidden), model.head_weight)
+    assert torch.equal(model.logits(hidden), plain)
+    assert torch.equal(model.logits(hidden, 3), plain)
+    for loop in range(3):
+        weight = model.head_weight + model.head_lora_b[loop] @ model.head_lora_a[loop]
+        expected = torch.nn.functional.linear(model.norm(hidden), weight)
+        torch.testing.assert_close(model.logits(hidden, loop), expected)
+        assert (expected - plain).abs().max() > 1e-3
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
+
+
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"])
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "loop"])
+def test_states_of_the_tokens_asked_are_those_of_all(name, recursive, checkpointing):
+    model = recursive_model(name, **recursive)
+    model.stack.checkpointing = checkpointing
+    input_ids = torch.randint(0, 151, (3, 7), generator=torch.Generator().manual_seed(8))
+    places = torch.tensor([20, 0, 3, 3, 8])
+    for num_loops in (1, None):
+        everything = model.hidden_states(input_ids, num_loops=num_loops)
+        few = model.hidden_states(input_ids, num_loops=num_loops, asked=places)
+        assert len(few) == len(everything)
+        assert all(torch.equal(one, other) for one, other in zip(few[:-1], everything[:-1], strict=True))
+        assert few[-1].shape == (5, everything[-1].shape[-1])
+        assert relative_error(few[-1], everything[-1].flatten(0, 1)[places]) <= 1e-12
+    rows = {"branches": torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7).int()}
+    rows["positions"] = torch.tensor([0, 1, 2, 3, 4, 2, 3]).expand(3, 7)
+    packed, few_packed = model.hidden_states(input_ids, **rows), model.hidden_states(input_ids, asked=places, **rows)
+    assert relative_error(few_packed[-1], packed[-1].flatten(0, 1)[places]) <= 1e-12
+    parameters = [parameter for parameter in model.stack.parameters() if parameter.requires_grad]
+    wanted, found = (
+        torch.autograd.grad(states.square().sum(), parameters, allow_unused=True)
+        for states in (everything[-1].flatten(0, 1)[places], few[-1])
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or relative_error(one, other) <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+def test_linears_give_each_row_its_own_loop(recursive):
+    model = recursive_model("neox-parallel", **recursive)
+    loops = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    for linear in (model.stack.layers[0].attn.k, model.stack.layers[0].mlp.up):
+        expected = torch.stack([linear(row, int(loop)) for row, loop in zip(x, loops, strict=True)])
+        assert relative_error(linear(x, loops), expected) <= 1e-12
+
+
+def test_num_loops_must_divide_the_layers():
+    config = model_config_from_hf(make_hf("llama-gqa").config.to_dict(), "test")
+    with pytest.raises(rrt.UserError, match=r"'num_loops': found 3.*4 layers; expected one of 1, 2, 4"):
+        RecursiveTransformer(config, RecursiveConfig(num_loops=3))
+
+
+def test_wrong_attention_mask_shape_and_full_cache_are_refused():
+    model = recursive_model(num_loops=2)
+    input_ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(rrt.UserError, match=r"attention_mask: found shape \(1, 3\); expected \(1, 4\)"):
+        model(input_ids, attention_mask=torch.ones(1, 3))
+    with pytest.raises(
+        rrt.UserError, match="positions and branches: found positions, attention_mask; expected these two"
+    ):
+        model(input_ids, attention_mask=torch.ones(1, 4), positions=input_ids)
+    with pytest.raises(rrt.UserError, match=r"branches: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
+        model(input_ids, positions=input_ids, branches=input_ids[:, :3])
+    with pytest.raises(rrt.UserError, match="cache: position 4 does not fit"):
+        model(input_ids, cache=ContiguousCache(model.config, 1, max_length=3, dtype=torch.float64))
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RecursiveConfig().num_loops = 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa"])
+def test_lora_equals_peft_without_scaling(name, tmp_path):
+    """An oracle for the adapters that knows nothing of ours: peft with alpha = rank, which makes its scale 1."""
+    peft = pytest.importorskip("peft")
+    hf = make_hf(name)
+    hf.save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    model = RecursiveTransformer(source.model, RecursiveConfig(lora_rank=LoraRanks.uniform(3))).eval()
+    generator = torch.Generator().manual_seed(11)
+    for key, parameter in model.named_parameters():
+        is_lora = key.endswith(("lora_a", "lora_b"))
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) if is_lora else source.get(key))
+    targets = {"attn.q": "self_attn.q_proj", "attn.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
+    for layer in model.stack.layers:
+        for linear in ("attn.k", "attn.v", "mlp.gate", "mlp.up"):
+            layer.get_submodule(linear).lora_b.zero_()
+    modules = [target.rpartition(".")[2] for target in targets.values()]
+    adapted = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=3, target_modules=modules)).eval()
+    for depth, layer in enumerate(model.stack.layers):
+        for ours, theirs in targets.items():
+            module = adapted.get_submodule(f"base_model.model.model.layers.{depth}.{theirs}")
+            module.lora_A["default"].weight.copy_(layer.get_submodule(ours).lora_a[0])
+            module.lora_B["default"].weight.copy_(layer.get_submodule(ours).lora_b[0])
+    input_ids = torch.randint(0, 151, (2, 21), generator=generator)
+    expected = adapted(input_ids).logits
+    assert relative_error(model(input_ids), expected) <= 2e-5
+    with adapted.disable_adapter():
+        assert relative_error(adapted(input_ids).logits, expected) > 1e-2

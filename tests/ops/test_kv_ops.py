@@ -1,0 +1,728 @@
+"""loop_kv_write, loop_kv_attention, loop_kv_prefill: native kernels and references against float64 oracles."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rrt.checkpoint.presets import preset
+from rrt.model.transformer import apply_rope, rope_cos_sin
+from rrt.ops import (
+    build_info,
+    loop_kv_attention,
+    loop_kv_attention_reference,
+    loop_kv_prefill,
+    loop_kv_prefill_reference,
+    loop_kv_write,
+    loop_kv_write_reference,
+)
+from tests.util.native import run_tests_of
+
+
+class Ops(NamedTuple):
+    write: Callable[..., None]
+    attention: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+
+
+OPS = Ops(loop_kv_write, loop_kv_attention, loop_kv_prefill)
+REFERENCES = Ops(loop_kv_write_reference, loop_kv_attention_reference, loop_kv_prefill_reference)
+BOTH = pytest.mark.parametrize("ops", [OPS, REFERENCES], ids=["op", "reference"])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Of the result's norm: a few roundings of the dtype.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequence s has `contexts[s]` positions; in prefill the last `chunks[s]` of them are queries."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    contexts: tuple[int, ...]
+    chunks: tuple[int, ...] = ()
+    rotary_dim: int = 0
+
+
+CASES = [
+    Case(8, 1, 256, 16, (1, 17, 300), (1, 17, 21), rotary_dim=256),
+    Case(8, 2, 64, 32, (33, 64, 5, 255), (33, 10, 0, 70), rotary_dim=64),
+    Case(4, 4, 80, 64, (100, 1, 256, 257), (100, 1, 3, 2), rotary_dim=20),
+    Case(6, 2, 128, 16, (600, 16), (65, 16)),
+    Case(6, 3, 20, 1, (7, 70), (7, 66), rotary_dim=10),
+    Case(18, 1, 64, 7, (65,), (2,)),
+    Case(34, 2, 33, 5, (3, 129), (3, 30), rotary_dim=2),
+    Case(3, 1, 1, 3, (4, 2), (4, 1)),
+    Case(2, 1, 96, 16, (513, 0, 64), (5, 0, 64)),
+    Case(2, 2, 16, 4, (), ()),
+]
+
+
+@dataclass
+class Paged:
+    """Filled caches with the tables that lead there. All that no query may read is NaN or no page at all."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def make_paged(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Paged:
+    pages = [-(-context // case.page_size) for context in case.contexts]
+    num_pages = sum(pages) + 2
+    cache = torch.full((num_pages, case.page_size, case.kv_heads, case.head_dim), float("nan"), dtype=dtype)
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    tables = torch.tensor([-(2**31), 2**31 - 1, -1]).repeat(len(pages), max(pages, default=0) // 3 + 1).int()
+    paged = Paged([], [], cache, cache.clone(), tables, torch.tensor(case.contexts, dtype=torch.int32))
+    for s, context in enumerate(case.contexts):
+        own = [order.pop() for _ in range(pages[s])]
+        tables[s, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        for values, target in ((paged.k, paged.k_cache), (paged.v, paged.v_cache)):
+            values.append(normal(generator, context, case.kv_heads, case.head_dim, dtype=dtype))
+            for position in range(context):
+                target[own[position // case.page_size], position % case.page_size] = values[s][position]
+    return paged
+
+
+def make_rope(case: Case, positions: list[int], dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, Any]:
+    """(positions, cos_sin) as the operators take them. Cosines and sines of no angle at all, to tell them apart."""
+    if not case.rotary_dim:
+        return None, None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = normal(generator, max(positions, default=0) + 1, case.rotary_dim, dtype=wide)
+    return torch.tensor(positions, dtype=torch.int32), table
+
+
+def decode_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Paged, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    paged = make_paged(case, dtype, generator)
+    # A padding row's position lies outside the table.
+    positions = [context - 1 for context in case.contexts]
+    inputs = {
+        "q": normal(generator, len(case.contexts), case.heads, case.head_dim, dtype=dtype),
+        "k_cache": paged.k_cache,
+        "v_cache": paged.v_cache,
+        "block_tables": paged.block_tables,
+        "context_lens": paged.context_lens,
+        "scale": 0.7 * case.head_dim**-0.5,
+    }
+    return paged, inputs | dict(
+        zip(("positions", "cos_sin"), make_rope(case, positions, dtype, generator), strict=True)
+    )
+
+
+def prefill_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Paged, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    paged = make_paged(case, dtype, generator)
+    starts = [sum(case.chunks[:s]) for s in range(len(case.chunks) + 1)]
+    positions = [p for n, c in zip(case.contexts, case.chunks, strict=True) for p in range(n - c, n)]
+    inputs = {
+        "q": normal(generator, starts[-1], case.heads, case.head_dim, dtype=dtype),
+        "k_cache": paged.k_cache,
+        "v_cache": paged.v_cache,
+        "block_tables": paged.block_tables,
+        "query_start": torch.tensor(starts, dtype=torch.int32),
+        "context_lens": paged.context_lens,
+        "scale": 0.7 * case.head_dim**-0.5,
+    }
+    return paged, inputs | dict(
+        zip(("positions", "cos_sin"), make_rope(case, positions, dtype, generator), strict=True)
+    )
+
+
+def oracle_rope(x: Tensor, position: int, cos_sin: Tensor) -> Tensor:
+    """One head's vector, as complex numbers."""
+    half = cos_sin.shape[1] // 2
+    pairs = torch.complex(x[:half].double(), x[half : 2 * half].double())
+    turned = pairs * torch.complex(cos_sin[position, :half].double(), cos_sin[position, half:].double())
+    return torch.cat((turned.real, turned.imag, x[2 * half :].double()))
+
+
+def oracle_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Any, cos_sin: Tensor | None) -> Tensor:
+    """One query [H, D_h] over keys and values [S, H_kv, D_h], in float64, head by head."""
+    heads = []
+    for head, query in enumerate(q):
+        kv_head = head // (q.shape[0] // k.shape[1])
+        wide = query.double() if cos_sin is None else oracle_rope(query, int(position), cos_sin)
+        scores = k[:, kv_head].double() @ wide * scale
+        weights = (scores - scores.max()).exp()
+        heads.append(weights @ v[:, kv_head].double() / weights.sum())
+    return torch.stack(heads)
+
+
+def oracle_decode(paged: Paged, inputs: dict[str, Any]) -> Tensor:
+    out = torch.zeros(inputs["q"].shape, dtype=torch.float64)
+    for row, (k, v) in enumerate(zip(paged.k, paged.v, strict=True)):
+        if len(k):
+            position = None if inputs["positions"] is None else inputs["positions"][row]
+            out[row] = oracle_attention(inputs["q"][row], k, v, inputs["scale"], position, inputs["cos_sin"])
+    return out
+
+
+def oracle_prefill(paged: Paged, inputs: dict[str, Any]) -> Tensor:
+    rows = []
+    starts = inputs["query_start"].tolist()
+    for s, (k, v) in enumerate(zip(paged.k, paged.v, strict=True)):
+        for query in range(starts[s], starts[s + 1]):
+            seen = len(k) - (starts[s + 1] - query) + 1
+            position = None if inputs["positions"] is None else inputs["positions"][query]
+            rows.append(
+                oracle_attention(inputs["q"][query], k[:seen], v[:seen], inputs["scale"], position, inputs["cos_sin"])
+            )
+    return torch.stack(rows) if rows else torch.zeros(inputs["q"].shape, dtype=torch.float64)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
+    error = (actual.double() - expected.double()).norm()
+    assert error <= TOLERANCE[dtype] * expected.double().norm()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are filled with NaN, so that an element nobody writes is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_matches_the_definition(case: Case, dtype: torch.dtype, ops: Ops) -> None:
+    paged, inputs = decode_inputs(case, dtype)
+    with poisoned_memory():
+        out = ops.attention(**inputs)
+    assert_close(out, oracle_decode(paged, inputs), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_matches_the_definition(case: Case, dtype: torch.dtype, ops: Ops) -> None:
+    paged, inputs = prefill_inputs(case, dtype)
+    with poisoned_memory():
+        out = ops.prefill(**inputs)
+    assert_close(out, oracle_prefill(paged, inputs), dtype)
+
+
+any_shape = st.builds(
+    lambda kv_heads, group, head_dim, page_size, lengths, rotary: Case(
+        kv_heads * group,
+        kv_heads,
+        head_dim,
+        page_size,
+        tuple(context + chunk for context, chunk in lengths),
+        tuple(chunk for _, chunk in lengths),
+        min(rotary * 2, head_dim // 2 * 2),
+    ),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 20),
+    head_dim=st.integers(1, 70) | st.sampled_from([16, 32, 64]),
+    page_size=st.integers(1, 9) | st.just(64),
+    lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 40)), max_size=4),
+    rotary=st.integers(0, 40),
+)
+
+
+@settings(max_examples=25)
+@given(case=any_shape, dtype=st.sampled_from([torch.float64, torch.bfloat16]), seed=st.integers(0, 2**16))
+def test_decode_and_prefill_match_the_definition_for_any_shape(case: Case, dtype: torch.dtype, seed: int) -> None:
+    paged, inputs = decode_inputs(case, dtype, seed)
+    assert_close(loop_kv_attention(**inputs), oracle_decode(paged, inputs), dtype)
+    paged, inputs = prefill_inputs(case, dtype, seed)
+    assert_close(loop_kv_prefill(**inputs), oracle_prefill(paged, inputs), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary_dim", [0, 6, 20])
+def test_write_puts_each_row_into_its_slot_and_nothing_else(rotary_dim: int, dtype: torch.dtype, ops: Ops) -> None:
+    generator = torch.Generator().manual_seed(0)
+    case = Case(2, 2, 20, 3, (), rotary_dim=rotary_dim)
+    slots = [7, -1, 0, 14, -1, 8]
+    k, v = (normal(generator, len(slots), 2, 20, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((5, 3, 2, 20), float("nan"), dtype=dtype) for _ in range(2))
+    positions, cos_sin = make_rope(case, [4, 0, 9, 2, 0, 4], dtype, generator)
+    if positions is not None:
+        positions[1], positions[4] = 10**6, -3  # of rows that are skipped
+    ops.write(k, v, k_cache, v_cache, torch.tensor(slots), positions, cos_sin)
+    k_expected, v_expected = torch.full_like(k_cache, float("nan")), torch.full_like(v_cache, float("nan"))
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            v_expected[slot // 3, slot % 3] = v[row]
+            for head in range(2):
+                turned = oracle_rope(k[row, head], int(positions[row]), cos_sin) if rotary_dim else k[row, head]
+                k_expected[slot // 3, slot % 3, head] = turned.to(dtype)
+    torch.testing.assert_close(v_cache, v_expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(k_cache, k_expected, equal_nan=True)
+    unturned = slice(rotary_dim, None)
+    torch.testing.assert_close(k_cache[..., unturned], k_expected[..., unturned], rtol=0, atol=0, equal_nan=True)
+
+
+@BOTH
+def test_fused_rotation_equals_the_models_before_the_operators(ops: Ops) -> None:
+    generator = torch.Generator().manual_seed(1)
+    config = preset("pythia-160m")
+    heads, head_dim, length = config.num_heads, config.head_dim, 19
+    q, k, v = (normal(generator, length, heads, head_dim, dtype=torch.float32) for _ in range(3))
+    positions = torch.arange(length)
+    cos, sin = rope_cos_sin(config, positions[None], torch.float32)
+    cos_sin = torch.cat((cos[0], sin[0]), dim=1)
+
+    def run(q: Tensor, k: Tensor, *rope: Tensor) -> Tensor:
+        k_cache, v_cache = (torch.zeros(4, 6, heads, head_dim) for _ in range(2))
+        ops.write(k, v, k_cache, v_cache, positions, *rope)
+        tables = torch.arange(4, dtype=torch.int32)[None]
+        ends = torch.tensor([0, length]).int(), torch.tensor([length]).int()
+        prefilled = ops.prefill(q, k_cache, v_cache, tables, *ends, 0.3, *rope)
+        decoded = ops.attention(q, k_cache, v_cache, tables.expand(length, 4), positions.int() + 1, 0.3, *rope)
+        return torch.cat((k_cache.flatten(), prefilled.flatten(), decoded.flatten()))
+
+    fused = run(q, k, positions.int(), cos_sin)
+    q_turned, k_turned = (apply_rope(x[None], cos, sin)[0] for x in (q, k))
+    assert not torch.allclose(k, k_turned)
+    torch.testing.assert_close(fused, run(q_turned, k_turned), rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("context", [255, 256, 257, 511, 512, 513, 32768])
+def test_contexts_around_the_splits_and_the_longest(context: int, ops: Ops) -> None:
+    case = Case(2, 1, 64, 64, (context,), (2,))
+    paged, inputs = decode_inputs(case, torch.float64)
+    assert_close(ops.attention(**inputs), oracle_decode(paged, inputs), torch.float64)
+    paged, inputs = prefill_inputs(case, torch.float64)
+    assert_close(ops.prefill(**inputs), oracle_prefill(paged, inputs), torch.float64)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype, ops: Ops) -> None:
+    # Largest scores last, first, and all of them far below zero.
+    case = Case(4, 1, 32, 16, (300, 300, 300))
+    paged, inputs = decode_inputs(case, dtype)
+    inputs["q"].fill_(4.0)
+    for s, (first, last) in enumerate(((-30.0, 30.0), (30.0, -30.0), (-30.0, -29.0))):
+        paged.k[s].copy_(torch.linspace(first, last, 300).to(dtype)[:, None, None].expand_as(paged.k[s]))
+        slots = torch.arange(300)
+        paged.k_cache[paged.block_tables[s, slots // 16].long(), slots % 16] = paged.k[s]
+    expected, out = oracle_decode(paged, inputs), ops.attention(**inputs)
+    # A score of some hundreds is rounded before its exponential is taken.
+    rounding = 500 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert (out - expected).norm() <= (TOLERANCE[dtype] + rounding) * expected.norm()
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_the_scale_may_be_anything(case: Case, scale: float, ops: Ops) -> None:
+    for make, op, oracle in (
+        (decode_inputs, ops.attention, oracle_decode),
+        (prefill_inputs, ops.prefill, oracle_prefill),
+    ):
+        paged, inputs = make(case, torch.float32)
+        inputs["scale"] = scale
+        assert_close(op(**inputs), oracle(paged, inputs), torch.float32)
+
+
+@BOTH
+def test_a_context_of_zero_gives_zeros_and_reads_nothing(ops: Ops) -> None:
+    _, inputs = decode_inputs(Case(4, 2, 24, 8, (9, 0, 0, 5), rotary_dim=8), torch.float32)
+    inputs["q"][1:3] = float("nan")
+    with poisoned_memory():
+        out = ops.attention(**inputs)
+    assert torch.equal(out[1:3], torch.zeros(2, 4, 24))
+    assert out[[0, 3]].isfinite().all()
+
+
+@BOTH
+def test_batches_without_rows_heads_or_columns_are_accepted(ops: Ops) -> None:
+    def run(rows: int, heads: int, kv_heads: int, head_dim: int, num_pages: int = 2) -> None:
+        cache = torch.zeros(num_pages, 4, kv_heads, head_dim)
+        new = torch.zeros(rows, kv_heads, head_dim)
+        ops.write(new, new, cache, cache.clone(), torch.zeros(rows, dtype=torch.int64))
+        q, tables = torch.zeros(rows, heads, head_dim), torch.zeros(rows, 1, dtype=torch.int32)
+        ones = torch.ones(rows, dtype=torch.int32)
+        assert ops.attention(q, cache, cache, tables, ones, 1.0).shape == q.shape
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        assert ops.prefill(q, cache, cache, tables, starts, ones, 1.0).shape == q.shape
+
+    run(0, 4, 2, 8)
+    run(0, 4, 2, 8, num_pages=0)
+    run(3, 0, 2, 8)
+    run(3, 0, 0, 8)
+    run(3, 4, 2, 0)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_of_any_strides_are_accepted(dtype: torch.dtype, ops: Ops) -> None:
+    case = Case(4, 2, 32, 4, (9, 30, 2), (3, 9, 2), rotary_dim=8)
+
+    def every_other(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 77, dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+
+    def inside_a_fused_projection(x: Tensor) -> Tensor:
+        wide = torch.full((x.shape[0], x[0].numel() + 7), float("nan"), dtype=dtype)
+        wide[:, 5:-2] = x.flatten(1)
+        return wide[:, 5:-2].view(x.shape)
+
+    def strided(inputs: dict[str, Any], heads: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        floats = ("k_cache", "v_cache", "cos_sin")
+        return {
+            name: value
+            if not isinstance(value, Tensor) or name in floats
+            else (heads(value) if name in ("q", "k", "v") else every_other(value))
+            for name, value in inputs.items()
+        }
+
+    layouts = (inside_a_fused_projection, every_other, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+    _, decode = decode_inputs(case, dtype)
+    _, prefill = prefill_inputs(case, dtype)
+    write = {
+        "k": decode["q"][:, :2],
+        "v": decode["q"][:, 2:],
+        "slot_mapping": torch.tensor([3, 11, 6]),
+        "positions": decode["positions"],
+        "cos_sin": decode["cos_sin"],
+    }
+    caches = torch.zeros(2, 1 + len(layouts), 3, 4, 2, 32, dtype=dtype)
+    ops.write(**write, k_cache=caches[0, 0], v_cache=caches[1, 0])
+    for i, heads in enumerate(layouts, 1):
+        assert torch.equal(ops.attention(**strided(decode, heads)), ops.attention(**decode))
+        assert torch.equal(ops.prefill(**strided(prefill, heads)), ops.prefill(**prefill))
+        ops.write(**strided(write, heads), k_cache=caches[0, i], v_cache=caches[1, i])
+        assert torch.equal(caches[:, i], caches[:, 0])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_later_position_is_never_multiplied_in_even_by_zero(dtype: torch.dtype) -> None:
+    # 0 * NaN would be seen.
+    for case in (Case(1, 1, 32, 16, (75,), (75,)), Case(3, 1, 20, 16, (75,), (75,)), Case(2, 1, 32, 16, (75,), (3,))):
+        paged, inputs = prefill_inputs(case, dtype)
+        expected = loop_kv_prefill(**inputs)
+        for last in range(case.contexts[0] - case.chunks[0], case.contexts[0]):
+            page, offset = int(paged.block_tables[0, last // 16]), last % 16
+            inputs["k_cache"] = paged.k_cache.index_put(
+                (torch.tensor(page), torch.tensor(offset)), torch.tensor(float("nan"), dtype=dtype)
+            )
+            inputs["v_cache"] = paged.v_cache.index_put(
+                (torch.tensor(page), torch.tensor(offset)), torch.tensor(float("inf"), dtype=dtype)
+            )
+            before = last - (case.contexts[0] - case.chunks[0])
+            out = loop_kv_prefill(**inputs)
+            assert torch.equal(out[:before], expected[:before]) and out[before:].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_a_decode_row_is_bitwise_the_same_in_any_batch(head_dim: int, dtype: torch.dtype) -> None:
+    case = Case(6, 2, head_dim, 16, (700, 3, 256, 64, 0, 257, 90), rotary_dim=4)
+    _, inputs = decode_inputs(case, dtype)
+    whole = loop_kv_attention(**inputs)
+    per_row = ("q", "block_tables", "context_lens", "positions")
+    for rows in ([0], [2], [5, 4], [6, 0, 3, 1], list(range(6, -1, -1)), [1] * 9):
+        part = loop_kv_attention(**inputs | {name: inputs[name][rows] for name in per_row})
+        assert torch.equal(part, whole[rows]), rows
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequences_chunk_is_bitwise_the_same_in_any_batch(dtype: torch.dtype) -> None:
+    case = Case(4, 2, 64, 16, (300, 20, 700, 90), (100, 20, 3, 1))
+    _, inputs = prefill_inputs(case, dtype)
+    whole = loop_kv_prefill(**inputs).split(case.chunks)
+    queries = inputs["q"].split(case.chunks)
+    for order in ([0], [2], [3, 1], [2, 3, 0, 1]):
+        starts = torch.tensor([0] + [case.chunks[s] for s in order]).cumsum(0).int()
+        part = loop_kv_prefill(
+            **inputs
+            | {name: inputs[name][order] for name in ("block_tables", "context_lens")}
+            | {"q": torch.cat([queries[s] for s in order]), "query_start": starts}
+        )
+        assert torch.equal(part, torch.cat([whole[s] for s in order]))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_threads_nor_repetition_nor_the_pages_place_change_a_bit(dtype: torch.dtype) -> None:
+    case = Case(8, 2, 64, 16, (1500, 40, 800), (300, 40, 2))
+    _, decode = decode_inputs(case, dtype)
+    _, prefill = prefill_inputs(case, dtype)
+    shuffled = torch.randperm(decode["k_cache"].shape[0], generator=torch.Generator().manual_seed(5))
+
+    def moved(inputs: dict[str, Any]) -> dict[str, Any]:
+        inverse = shuffled.argsort()
+        needed = (inputs["block_tables"] >= 0) & (inputs["block_tables"] < len(shuffled))
+        tables = inverse[inputs["block_tables"].where(needed, 0).long()].int()
+        caches = {name: inputs[name][shuffled] for name in ("k_cache", "v_cache")}
+        return inputs | caches | {"block_tables": tables.where(needed, -1)}
+
+    with threads(1):
+        decoded, prefilled = loop_kv_attention(**decode), loop_kv_prefill(**prefill)
+        assert torch.equal(loop_kv_attention(**moved(decode)), decoded)
+        assert torch.equal(loop_kv_prefill(**moved(prefill)), prefilled)
+    for number in (1, 2, 4):
+        with threads(number):
+            assert torch.equal(loop_kv_attention(**decode), decoded)
+            assert torch.equal(loop_kv_prefill(**prefill), prefilled)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_in_chunks_or_token_by_token_gives_what_it_gives_whole(dtype: torch.dtype, ops: Ops) -> None:
+    length = 150
+    case = Case(4, 2, 32, 16, (length,), (length,))
+    _, inputs = prefill_inputs(case, dtype)
+    whole = ops.prefill(**inputs)
+    parts = []
+    for begin, end in ((0, 70), (70, 71), (71, 150)):
+        ends = {"query_start": torch.tensor([0, end - begin]).int(), "context_lens": torch.tensor([end]).int()}
+        parts.append(ops.prefill(**inputs | ends | {"q": inputs["q"][begin:end]}))
+    assert_close(torch.cat(parts), whole, dtype)
+    decoded = ops.attention(
+        inputs["q"],
+        inputs["k_cache"],
+        inputs["v_cache"],
+        inputs["block_tables"].expand(length, -1),
+        torch.arange(1, length + 1).int(),
+        inputs["scale"],
+    )
+    assert_close(decoded, whole, dtype)
+
+
+def write_arguments() -> dict[str, Any]:
+    return {
+        "k": torch.zeros(3, 2, 8),
+        "v": torch.zeros(3, 2, 8),
+        "k_cache": torch.zeros(4, 5, 2, 8),
+        "v_cache": torch.zeros(4, 5, 2, 8),
+        "slot_mapping": torch.tensor([0, -1, 19]),
+        "positions": torch.tensor([0, 99, 8]).int(),
+        "cos_sin": torch.zeros(9, 6),
+    }
+
+
+def attention_arguments() -> dict[str, Any]:
+    return {
+        "q": torch.zeros(3, 4, 8),
+        "k_cache": torch.zeros(4, 5, 2, 8),
+        "v_cache": torch.zeros(4, 5, 2, 8),
+        "block_tables": torch.tensor([[3, 0], [-1, -1], [1, 99]]).int(),
+        "context_lens": torch.tensor([10, 0, 5]).int(),
+        "scale": 1.0,
+        "positions": torch.tensor([8, 99, 4]).int(),
+        "cos_sin": torch.zeros(9, 6),
+    }
+
+
+def prefill_arguments() -> dict[str, Any]:
+    return attention_arguments() | {
+        "query_start": torch.tensor([0, 2, 2, 3]).int(),
+        "positions": torch.tensor([7, 8, 4]).int(),
+    }
+
+
+STRIDES = "expected a contiguous tensor (call .contiguous() once, when loading)"
+CACHE_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"k_cache": torch.zeros(4, 5, 2, 8).half()}, "k_cache: found dtype float16; expected float32"),
+    ({"v_cache": torch.zeros(4, 5, 2, 8).double()}, "v_cache: found dtype float64; expected float32"),
+    ({"v_cache": torch.zeros(4, 6, 2, 8)}, "v_cache: found shape [4, 6, 2, 8]; expected [4, 5, 2, 8]"),
+    ({"k_cache": torch.zeros(4, 5, 16).view(4, 5, 8, 2).mT}, f"k_cache: found strides [80, 16, 1, 2]; {STRIDES}"),
+    ({"v_cache": torch.zeros(4, 5, 2, 16)[..., :8]}, f"v_cache: found strides [160, 32, 16, 1]; {STRIDES}"),
+    ({"positions": None}, "positions: found None; expected positions and cos_sin together"),
+    ({"cos_sin": None}, "cos_sin: found None; expected positions and cos_sin together"),
+    ({"positions": torch.zeros(3)}, "positions: found dtype float32; expected int32"),
+    ({"cos_sin": torch.zeros(9, 6).double()}, "cos_sin: found dtype float64; expected float32"),
+    ({"positions": torch.zeros(2).int()}, "positions: found shape [2]; expected [3]"),
+    ({"cos_sin": torch.zeros(9)}, "cos_sin: found shape [9]; expected [max_positions, rotary_dim]"),
+    ({"cos_sin": torch.zeros(9, 5)}, "cos_sin: found rotary_dim 5; expected an even number of at most 8"),
+    ({"cos_sin": torch.zeros(9, 10)}, "cos_sin: found rotary_dim 10; expected an even number of at most 8"),
+    ({"cos_sin": torch.zeros(9, 12)[:, ::2]}, f"cos_sin: found strides [12, 2]; {STRIDES}"),
+    ({"positions": torch.tensor([8, 0, 9]).int()}, "positions[2]: found 9; expected a position in [0, 9)"),
+    ({"positions": torch.tensor([-1, 99, 9]).int()}, "positions[0]: found -1; expected a position in [0, 9)"),
+]
+WRITE_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    *CACHE_MISTAKES,
+    ({"k": torch.zeros(3, 2, 8).long()}, "k: found dtype int64; expected float32, float64, bfloat16 or float16"),
+    ({"v": torch.zeros(3, 2, 8).bfloat16()}, "v: found dtype bfloat16; expected float32"),
+    ({"slot_mapping": torch.zeros(3).int()}, "slot_mapping: found dtype int32; expected int64"),
+    ({"k": torch.zeros(3, 16)}, "k: found shape [3, 16]; expected [M, H_kv, D_h]"),
+    ({"v": torch.zeros(3, 1, 8)}, "v: found shape [3, 1, 8]; expected [3, 2, 8]"),
+    ({"k_cache": torch.zeros(4, 5, 2, 9)}, "k_cache: found shape [4, 5, 2, 9]; expected [num_pages, page_size, 2, 8]"),
+    ({"slot_mapping": torch.zeros(4).long()}, "slot_mapping: found shape [4]; expected [3]"),
+    (
+        {"slot_mapping": torch.tensor([0, 20, -9])},
+        "slot_mapping[1]: found 20; expected a slot in [0, 20), or -1 to skip the row",
+    ),
+    (
+        {"slot_mapping": torch.tensor([0, -1, -2])},
+        "slot_mapping[2]: found -2; expected a slot in [0, 20), or -1 to skip the row",
+    ),
+]
+ATTENTION_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    *CACHE_MISTAKES,
+    ({"q": torch.zeros(3, 4, 8).int()}, "q: found dtype int32; expected float32, float64, bfloat16 or float16"),
+    ({"block_tables": torch.zeros(3, 2).long()}, "block_tables: found dtype int64; expected int32"),
+    ({"context_lens": torch.zeros(3).long()}, "context_lens: found dtype int64; expected int32"),
+    (
+        {"k_cache": torch.zeros(4, 5, 2, 9)},
+        "k_cache: found shape [4, 5, 2, 9]; expected [num_pages, page_size, H_kv, 8]",
+    ),
+    ({"q": torch.zeros(3, 5, 8)}, "q: found 5 heads; expected a multiple of k_cache's 2"),
+    (
+        {"k_cache": torch.zeros(4, 5, 0, 8), "v_cache": torch.zeros(4, 5, 0, 8)},
+        "q: found 4 heads; expected a multiple of k_cache's 0",
+    ),
+    ({"context_lens": torch.zeros(2).int()}, "context_lens: found shape [2]; expected [3]"),
+    (
+        {"context_lens": torch.tensor([10, 0, 11]).int()},
+        "context_lens[2]: found 11; expected a length in [0, 10], what block_tables hold",
+    ),
+    (
+        {"context_lens": torch.tensor([10, -1, 11]).int()},
+        "context_lens[1]: found -1; expected a length in [0, 10], what block_tables hold",
+    ),
+    ({"context_lens": torch.tensor([10, 0, 6]).int()}, "block_tables[2, 1]: found 99; expected a page in [0, 4)"),
+    (
+        {"block_tables": torch.tensor([[3, -2], [4, 4], [1, 4]]).int()},
+        "block_tables[0, 1]: found -2; expected a page in [0, 4)",
+    ),
+]
+MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    *(("write", mistake, message) for mistake, message in WRITE_MISTAKES),
+    *(("attention", mistake, message) for mistake, message in ATTENTION_MISTAKES),
+    *(("prefill", mistake, message) for mistake, message in ATTENTION_MISTAKES),
+    ("attention", {"q": torch.zeros(3, 32)}, "q: found shape [3, 32]; expected [M, H, D_h]"),
+    ("prefill", {"q": torch.zeros(3, 32)}, "q: found shape [3, 32]; expected [T, H, D_h]"),
+    (
+        "attention",
+        {"block_tables": torch.zeros(2, 2).int()},
+        "block_tables: found shape [2, 2]; expected [3, max_pages]",
+    ),
+    ("prefill", {"block_tables": torch.zeros(3).int()}, "block_tables: found shape [3]; expected [S, max_pages]"),
+    ("prefill", {"query_start": torch.zeros(4).long()}, "query_start: found dtype int64; expected int32"),
+    ("prefill", {"query_start": torch.zeros(3).int()}, "query_start: found shape [3]; expected [4]"),
+    ("prefill", {"query_start": torch.tensor([1, 2, 2, 3]).int()}, "query_start[0]: found 1; expected 0"),
+    (
+        "prefill",
+        {"query_start": torch.tensor([0, 2, 1, 3]).int()},
+        "query_start[2]: found 1; expected at least 2, the entry before",
+    ),
+    (
+        "prefill",
+        {"query_start": torch.tensor([0, 2, 2, 4]).int()},
+        "query_start[3]: found 4; expected 3, the number of queries",
+    ),
+    (
+        "prefill",
+        {"context_lens": torch.tensor([1, 0, 5]).int()},
+        "context_lens[0]: found 1; expected at least 2, the queries of the sequence",
+    ),
+]
+ARGUMENTS = {"write": write_arguments, "attention": attention_arguments, "prefill": prefill_arguments}
+
+
+def in_order(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    schema = getattr(torch.ops.rrt, f"loop_kv_{name}").default._schema
+    return tuple(arguments[argument.name] for argument in schema.arguments)
+
+
+@BOTH
+@pytest.mark.parametrize(("name", "mistake", "message"), MISTAKES, ids=[f"{m[0]} {m[2]}" for m in MISTAKES])
+def test_a_bad_argument_is_named_with_what_was_found_and_expected(
+    name: str, mistake: dict[str, Any], message: str, ops: Ops
+) -> None:
+    arguments = ARGUMENTS[name]()
+    getattr(ops, name)(**arguments)
+    with pytest.raises(RuntimeError) as error:
+        getattr(ops, name)(**arguments | mistake)
+    assert str(error.value).splitlines()[0] == f"rrt::loop_kv_{name}: {message}"
+
+
+@BOTH
+def test_rotation_of_float64_takes_a_float64_table(ops: Ops) -> None:
+    arguments = attention_arguments()
+    for name in ("q", "k_cache", "v_cache"):
+        arguments[name] = arguments[name].double()
+    with pytest.raises(RuntimeError, match="cos_sin: found dtype float32; expected float64"):
+        ops.attention(**arguments)
+
+
+@BOTH
+def test_a_refused_write_writes_nothing(ops: Ops) -> None:
+    arguments = write_arguments() | {"k": torch.ones(3, 2, 8), "slot_mapping": torch.tensor([0, 1, 20])}
+    with pytest.raises(RuntimeError, match="slot_mapping"):
+        ops.write(**arguments)
+    assert not arguments["k_cache"].any()
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_registration_passes_opcheck(name: str, rope: bool) -> None:
+    arguments = ARGUMENTS[name]() | ({} if rope else {"positions": None, "cos_sin": None})
+    torch.library.opcheck(getattr(torch.ops.rrt, f"loop_kv_{name}").default, in_order(name, arguments))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_fake_kernel_refuses_what_the_kernels_refuse(name: str) -> None:
+    arguments = ARGUMENTS[name]()
+    meta = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    out = getattr(OPS, name)(**meta)
+    assert name == "write" or (out.shape == (3, 4, 8) and out.dtype == torch.float32 and out.is_meta)
+    with pytest.raises(RuntimeError, match=r"v_cache: found shape \[4, 6, 2, 8\]; expected \[4, 5, 2, 8\]"):
+        getattr(OPS, name)(**meta | {"v_cache": torch.zeros(4, 6, 2, 8, device="meta")})
+
+
+@needs_native
+@pytest.mark.parametrize("isa", [isa for isa in build_info().cpu_isas if isa != build_info().cpu_isa])
+def test_every_narrower_instruction_set_passes_too(isa: str) -> None:
+    if "RRT_CPU_ISA" in os.environ:
+        pytest.skip("already the inner run")
+    tests = (
+        "bitwise or change_a_bit or multiplied or ((the_definition or far_from) and not reference and not any_shape)"
+    )
+    result = run_tests_of(__file__, tests, RRT_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_reference_takes_the_operators_place_where_there_is_no_library() -> None:
+    if os.environ.get("RRT_NATIVE") == "0":
+        pytest.skip("already the inner run")
+    result = run_tests_of(__file__, "(slot or any_shape or named or opcheck) and not reference", RRT_NATIVE="0")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("switched off by RRT_NATIVE=0") == 1, "expected the warning, once per operator"

@@ -1,0 +1,303 @@
+"""Runs that are killed or asked to end, and go on as if they had not been."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rrt.errors import UserError
+from rrt.model.transformer import RecursiveTransformer
+from tests.util.processes import run_on, run_on_two
+from tests.util.training import (
+    Flags,
+    command_line,
+    losses,
+    make_inputs,
+    refuse_to_write,
+    run_script,
+    script_env,
+    steps_kept,
+    train,
+    train_here,
+    train_until,
+)
+from train import early_exit, uptrain
+from train.command import Command
+from train.data import Mixture
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+FROZEN = {"exits__freeze": "true", "exits__head_lora_rank": 4, "optim__lr": 0.05}
+TRAININGS = {
+    "uptraining": (uptrain.COMMAND, {}),
+    "frozen model with a LoRA on its head": (early_exit.COMMAND, FROZEN),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("training", TRAININGS)
+def test_runs_resume_bitwise(training: str, count: int, flags: Flags, tmp_path: Path) -> None:
+    command, settings = TRAININGS[training]
+    run_on(count, train_here, flags(tmp_path / "whole", run__save_every=3, **settings), command)
+    argv = flags(tmp_path / "parts", run__save_every=3, **settings)
+    run_on(count, train_until, 5, argv, command)
+    assert steps_kept(tmp_path / "parts") == [3]
+    run_on(count, train_here, argv, command)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert final[0] == final[1]
+
+
+def uptrain_with_noise(step: int | None, argv: list[str]) -> None:
+    """An uptraining that draws random numbers in every forward; it ends after `step` steps, if given."""
+    embed = RecursiveTransformer.embed_tokens
+
+    def embed_tokens(self: RecursiveTransformer, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = embed(self, input_ids)
+        return embedded + 0.1 * torch.randn_like(embedded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecursiveTransformer, "embed_tokens", embed_tokens)
+        train_here(argv) if step is None else train_until(step, argv)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Path) -> None:
+    run_on_two(uptrain_with_noise, None, flags(tmp_path / "whole", 6, run__save_every=2))
+    argv = flags(tmp_path / "parts", 6, run__save_every=2)
+    run_on_two(uptrain_with_noise, 3, argv)
+    run_on_two(uptrain_with_noise, None, argv)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    run_on_two(train_here, flags(tmp_path / "quiet", 6))
+    assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")
+
+
+def steps_taken(argv: list[str]) -> int:
+    """How many optimizer steps a training takes to its end."""
+    taken, whole = 0, Trainer._train_step
+
+    def count(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+        nonlocal taken
+        taken += 1
+        return whole(self, rate)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", count)
+        train_here(argv)
+    return taken
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_data(
+    before: int, after: int, flags: Flags, tmp_path: Path
+) -> None:
+    settings = dict(steps=12, run__save_every=3, run__micro_batch=4)
+    train_here(flags(tmp_path / "whole", **settings))
+    out = tmp_path / "parts"
+    run_on(before, train_until, 7, flags(out, **settings))
+    assert steps_kept(out) == [3, 6]
+    (out / ".step-99").mkdir()  # as a killed run leaves it
+    (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
+    assert set(run_on(after, steps_taken, flags(out, **settings))) == {12 - 6}
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(flags: Flags, tmp_path: Path) -> None:
+    argv = flags(tmp_path / "run", steps=4)
+    train_until(2, argv)
+    assert len(losses(tmp_path / "run")) == 2
+    train_here(argv)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_resumed_run_takes_the_optimizer_settings_of_its_recipe(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_until(5, flags(out, run__save_every=4))
+    trainer = train(flags(out, optim__weight_decay=0.3, optim__beta2=0.9))
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.9)}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    refuse_to_write(monkeypatch, 4)
+    with pytest.raises(UserError, match=r"step-4: cannot be written \(.*No space left.*\); earlier"):
+        train_here(flags(out, run__save_every=2))
+    assert steps_kept(out) == [2] and not list(out.glob(".*"))
+    monkeypatch.undo()
+    train_here(flags(out, run__save_every=2))
+
+
+def two_processes(argv: list[str], command: Command[Any]) -> list[ForkServerProcess]:
+    """A training by two new processes, as torchrun would start them; forked where torch is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.util.training"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [context.Process(target=_train, args=(rank, port, argv, command), daemon=True) for rank in range(2)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _train(rank: int, port: int, argv: list[str], command: Command[Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train_here(argv, command)
+
+
+def kill_repeatedly(kills: int, out: Path, argv: list[str], command: Command[Any], longest: float) -> None:
+    """Kill a run `kills` times, each time at a random moment in its first `longest` seconds, then let it finish."""
+    moments = random.Random(0)
+    for _ in range(kills):
+        started = two_processes(argv, command)
+        time.sleep(moments.uniform(0, longest))
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+        assert not (out / "final").exists(), "the run is too short for so many kills"
+    started = two_processes(argv, command)
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kills", "training"),
+    [
+        (2, "uptraining"),
+        pytest.param(20, "uptraining", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param(5, "frozen model with a LoRA on its head", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
+def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
+    kills: int, training: str, flags: Flags, tmp_path: Path
+) -> None:
+    command, settings = TRAININGS[training]
+    settings = dict(steps=20 * kills, run__micro_batch=4, **settings)
+    run_on_two(train_here, flags(tmp_path / "whole", **settings), command)
+    argv = flags(tmp_path / "killed", run__save_every=2, **settings)
+    kill_repeatedly(kills, tmp_path / "killed", argv, command, longest=3.0)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert final[0] == final[1]
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
+    """An uptraining whose last process gets a signal while it fetches its micro-batch number `at` (from 0)."""
+    batch, fetched = Mixture.batch, 0
+
+    def fetch(self: Mixture, first: int, count: int) -> Any:
+        nonlocal fetched
+        if fetched == at and os.environ.get("RANK") != "0":
+            os.kill(os.getpid(), name)
+        fetched += 1
+        return batch(self, first, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mixture, "batch", fetch)
+        train_here(argv)
+
+
+@pytest.mark.parametrize(
+    ("at", "saved"), [(4, 2), (5, 3), (0, None)], ids=["within a step", "at its end", "in the first"]
+)
+def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(
+    at: int, saved: int | None, flags: Flags, tmp_path: Path
+) -> None:
+    settings = dict(steps=6, run__micro_batch=2)  # two micro-batches a step
+    run_on_two(train_here, flags(tmp_path / "whole", **settings))
+    out = tmp_path / "stopped"
+    assert run_on_two(uptrain_signalled, flags(out, **settings), at, signal.SIGUSR1) == (None, None)
+    assert steps_kept(out) == ([] if saved is None else [saved])
+    assert not (out / "final").exists()
+    run_on_two(train_here, flags(out, **settings))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("at", "said"), [(9, "saved step 2 of 6"), (1, "no step was finished")])
+def test_a_run_asked_to_end_says_where_it_will_go_on(
+    at: int,
+    said: str,
+    flags: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    uptrain_signalled(flags(tmp_path / "run", steps=6), at, signal.SIGTERM)
+    assert capsys.readouterr().out.splitlines()[-1] == f"SIGTERM: {said}; the same command goes on from there"
+
+
+def wait_for_checkpoint(out: Path, process: "subprocess.Popen[Any]") -> None:
+    end = time.monotonic() + 100
+    while not steps_kept(out):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                child = int(path.parent.name)
+                found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
+    assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
+    out = tmp_path / "killed"
+    argv = flags(out, 60, run__save_every=5)
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+    assert not (out / "final").exists()
+    result = run_script(argv, processes=2)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to_worker", "exit_code"), [("SIGTERM", False, 1), ("SIGUSR1", False, 1), ("SIGUSR1", True, 0)]
+)
+def test_torchrun_passes_the_signal_on_and_itself_ends_as_documented(
+    name: str, to_worker: bool, exit_code: int, flags: Flags, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, 100_000, run__save_every=2, run__micro_batch=4)
+    env = script_env(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGUSR1")
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as process:
+        wait_for_checkpoint(out, process)
+        os.kill(descendants(process.pid)[0] if to_worker else process.pid, getattr(signal, name))
+        printed = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == exit_code
+    assert (
+        printed.splitlines()[-1]
+        == f"{name}: saved step {steps_kept(out)[-1]} of 100000; the same command goes on from there"
+    )
