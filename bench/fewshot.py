@@ -117,11 +117,11 @@ def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple
     tokenizer_dir.mkdir()
     train_bpe(texts, min(config.vocab_size, TOKENIZER_IDS), tokenizer_dir)
     generator = torch.Generator().manual_seed(0)
-    recursive = RecursiveConfig()
+    recursion = RecursiveConfig()
     with write_checkpoint(
-        ours, CheckpointConfig(config, recursive, torch.float32), make_provenance("bench", None)
+        ours, CheckpointConfig(config, recursion, torch.float32), make_provenance("bench", None)
     ) as writer:
-        for name, parameter in meta_model(config, recursive).named_parameters():
+        for name, parameter in meta_model(config, recursion).named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * (0.0 if "norm" in name else 0.04)
             writer.add(name, noise + ("norm" in name))
         load_tokenizer(tokenizer_dir).save(writer.directory)

@@ -49,7 +49,7 @@ class Traffic(TorchDispatchMode):
 
 def imagined_step(
     config: ModelConfig,
-    recursive: RecursiveConfig,
+    recursion: RecursiveConfig,
     wrap: Wrap,
     processes: int,
     accumulation: int = 1,
@@ -57,7 +57,7 @@ def imagined_step(
     """The traffic of one optimizer step in bf16 of a model of any size: its tensors have shapes but no memory."""
     traffic = Traffic()
     with pretended_processes(processes, 0) as mesh, FakeTensorMode():
-        model = RecursiveTransformer(config, recursive)
+        model = RecursiveTransformer(config, recursion)
         shard_model(model, mesh, torch.bfloat16, wrap)
         for micro_batch in range(accumulation):
             set_last_micro_batch(model, micro_batch == accumulation - 1)

@@ -28,7 +28,7 @@ from train.distributed import processes
 from train.estimate import LiveMemory
 from train.objective import NEXT_TOKEN
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig
-from train.trainer import Start, Trainer, make_optimizer
+from train.trainer import InitialModel, Trainer, make_optimizer
 
 SMALL_LLAMA = ModelConfig(
     family="llama",
@@ -302,7 +302,9 @@ def measure_trainer(steps: int, micro_batches: int) -> Measured:
             writer.finish({})
         start_model = RecursiveTransformer(SMALL_LLAMA)
         start_model.init_weights()
-        start = Start("bench", SMALL_LLAMA, RecursiveConfig(), tokenizer, lambda: start_model.get_parameter, None)
+        start = InitialModel(
+            "bench", SMALL_LLAMA, RecursiveConfig(), tokenizer, lambda: start_model.get_parameter, None
+        )
         recipe = _Recipe(
             DataConfig(str(root / "data"), seq_len=512),
             OptimConfig(),
@@ -353,15 +355,15 @@ def measure_traffic(name: str, num_loops: int, ranks: list[int]) -> list[dict[st
     config = preset(name)
     cases: list[tuple[str, RecursiveConfig, Any]] = [("parent", RecursiveConfig(), "stack")]
     for rank in ranks:
-        recursive = RecursiveConfig(num_loops=num_loops, lora_rank=LoraRanks.uniform(rank))
-        cases += [(f"rank {rank}", recursive, wrap) for wrap in ("stack", "layer")]
+        recursion = RecursiveConfig(num_loops=num_loops, lora_rank=LoraRanks.uniform(rank))
+        cases += [(f"rank {rank}", recursion, wrap) for wrap in ("stack", "layer")]
     records: list[dict[str, Any]] = []
-    for label, recursive, wrap in cases:
-        traffic = imagined_step(config, recursive, wrap, processes=8, accumulation=4)
+    for label, recursion, wrap in cases:
+        traffic = imagined_step(config, recursion, wrap, processes=8, accumulation=4)
         block = traffic.bytes["all-gather"] - 2 * _root_parameters(config)
         record = {
             "model": f"{name}, {label}",
-            "num_loops": recursive.num_loops,
+            "num_loops": recursion.num_loops,
             "wrap": wrap,
             "counts": dict(traffic.counts),
             "bytes": dict(traffic.bytes),

@@ -43,7 +43,7 @@ from eval.stream import (
     batches,
     document_blocks,
     make_batch,
-    read_exits,
+    score_exits,
 )
 from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, digest_of, read_trajectories
 from rrt.checkpoint.exit_thresholds import save_exit_thresholds
@@ -51,7 +51,7 @@ from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
-from rrt.common.processes import Replica, first_reports_errors, replicas
+from rrt.common.processes import Replica, replicas, report_error_once
 from rrt.common.provenance import fingerprint
 from rrt.common.results import write_result
 from rrt.data.tokenizer import check_vocab, load_tokenizer
@@ -77,7 +77,7 @@ def record(
     found, owners = [], []
     for blocks in batches(numbered, context, batch_size):
         batch = make_batch(blocks, bos_id)
-        found.append(read_exits(model, batch, range(model.recursive.num_loops), loss_confidence_token).cpu())
+        found.append(score_exits(model, batch, range(model.recursion.num_loops), loss_confidence_token).cpu())
         owners.append(batch.groups[batch.targets != PAD])
     order = torch.cat(owners).argsort(stable=True)
     loss, confidence, token = torch.cat(found, dim=1)[:, order].unbind(-1)
@@ -93,7 +93,7 @@ def record(
 def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
     """Record the samples that `--out` lacks."""
     source = open_source(arguments.checkpoint)
-    num_loops = source.recursive.num_loops
+    num_loops = source.recursion.num_loops
     if num_loops < 2:
         raise UserError(f"{arguments.checkpoint}: has 1 loop and no exit before its end; expected a looped checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
@@ -221,7 +221,7 @@ def print_tables(result: dict[str, Any]) -> None:
         print(f"{row['agreement']:>16}  {thresholds:>20}  {measured:>9}  {row['mean_loops']:>11.4f}")
 
 
-@first_reports_errors
+@report_error_once
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)

@@ -250,7 +250,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     parameters = human_count(sum(parameter.numel() for parameter in model.parameters()))
     print(
         f"{arguments.checkpoint}: {parameters} parameters in {dtype_name(dtype)} on {device}, exit after loop "
-        f"{exit_loop} of 0..{source.recursive.num_loops - 1}, texts begin {'with' if bos else 'without'} BOS\n"
+        f"{exit_loop} of 0..{source.recursion.num_loops - 1}, texts begin {'with' if bos else 'without'} BOS\n"
         f"{len(tasks['tasks'])} tasks: {', '.join(tasks['tasks'])}\n"
         f"finished requests: {cached:,} in {cache_path}",
         flush=True,
@@ -267,8 +267,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         "kind": "fewshot",
         "checkpoint": str(arguments.checkpoint),
         **identity,
-        "non_embedding_params": model_sizes(source.model, source.recursive, dtype).non_embedding_params,
-        "num_loops": source.recursive.num_loops,
+        "non_embedding_params": model_sizes(source.model, source.recursion, dtype).non_embedding_params,
+        "num_loops": source.recursion.num_loops,
         "bos": bos,
         "limit": arguments.limit,
         "num_fewshot": arguments.num_fewshot,

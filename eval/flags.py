@@ -55,7 +55,7 @@ def chosen_exit(source: Source, exit_loop: int | None) -> int:
     Raises:
         UserError: `source` has no exits, or none after that loop.
     """
-    num_loops = source.recursive.num_loops
+    num_loops = source.recursion.num_loops
     if exit_loop is None:
         return num_loops - 1
     if num_loops == 1:
@@ -71,7 +71,7 @@ def chosen_exit(source: Source, exit_loop: int | None) -> int:
 
 def notice_untrained(source: Source, loops: Iterable[int]) -> None:
     """Say which of the exits after these loops training did not touch."""
-    exits = (*source.recursive.exit_loops, source.recursive.num_loops - 1)
+    exits = (*source.recursion.exit_loops, source.recursion.num_loops - 1)
     if untrained := ", ".join(str(loop) for loop in loops if loop not in exits):
         print(f"notice: {source.directory}: exits that were not trained: after loop {untrained}", file=sys.stderr)
 

@@ -87,15 +87,15 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
 
 def _kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
     """Room for all prompts, if that is within `CACHE_BYTES`, else for as many as are, and at least for the longest."""
-    config, recursive, weight = model.config, model.recursive, model.embed
+    config, recursion, weight = model.config, model.recursion, model.embed
     needed = sorted(
-        (recursive.num_loops * -(-(recursive.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),
+        (recursion.num_loops * -(-(recursion.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),
         reverse=True,
     )
-    budget = CACHE_BYTES // page_bytes(config, recursive, PAGE_SIZE, weight.dtype)
-    prefix_pages = recursive.num_loops * -(-recursive.prefix_length // PAGE_SIZE)
+    budget = CACHE_BYTES // page_bytes(config, recursion, PAGE_SIZE, weight.dtype)
+    prefix_pages = recursion.num_loops * -(-recursion.prefix_length // PAGE_SIZE)
     num_pages = max(needed[0], min(budget, sum(needed[:MAX_SEQUENCES]))) + prefix_pages
-    return PagedCache(config, recursive, num_pages, PAGE_SIZE, weight.dtype, weight.device)
+    return PagedCache(config, recursion, num_pages, PAGE_SIZE, weight.dtype, weight.device)
 
 
 def _batches(prompts: list[Prompt], cache: PagedCache) -> Iterator[list[Prompt]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.simulate import Costs, Curve
 from rrt.decode.decoder import Decoder
 from rrt.decode.kv_cache import PagedCache
-from rrt.decode.passes import Chunk, Rows
+from rrt.decode.passes import Chunk, PassRows
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
@@ -45,10 +45,10 @@ class PassTimes:
 
 
 def dummy_model(
-    config: ModelConfig, recursive: RecursiveConfig, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype, device: torch.device
 ) -> RecursiveTransformer:
     """A model of random weights."""
-    model = meta_model(config, recursive).to(dtype).to_empty(device=device).eval()
+    model = meta_model(config, recursion).to(dtype).to_empty(device=device).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -62,9 +62,9 @@ def batch_sizes(largest: int) -> list[int]:
 
 def _with_context(model: RecursiveTransformer, num_sequences: int, length: int) -> tuple[Decoder, list[int]]:
     """A decoder whose cache holds sequences of `length` positions at every loop."""
-    config, recursive, weight = model.config, model.recursive, model.embed
-    pages = recursive.num_loops * -(-(recursive.prefix_length + length) // PAGE_SIZE) * (num_sequences + 1)
-    cache = PagedCache(config, recursive, pages, PAGE_SIZE, weight.dtype, weight.device)
+    config, recursion, weight = model.config, model.recursion, model.embed
+    pages = recursion.num_loops * -(-(recursion.prefix_length + length) // PAGE_SIZE) * (num_sequences + 1)
+    cache = PagedCache(config, recursion, pages, PAGE_SIZE, weight.dtype, weight.device)
     for values in (cache.k, cache.v):  # what lies in new memory can be slow numbers
         values.normal_()
     decoder = Decoder(model, cache, max(config.max_position_embeddings, length))
@@ -76,22 +76,22 @@ def _with_context(model: RecursiveTransformer, num_sequences: int, length: int) 
 
 def measure_pass(model: RecursiveTransformer, rows: int, length: int, seconds: float) -> PassTimes:
     """Measure passes of `rows` rows at position `length - 1`, the parts in turn, for about `seconds`."""
-    config, num_loops, device = model.config, model.recursive.num_loops, model.embed.device
+    config, num_loops, device = model.config, model.recursion.num_loops, model.embed.device
     decoder, sequences = _with_context(model, rows, length)
     plan = decoder.cache.plan
     positions = [length - 1] * rows
     x = torch.randn(rows * num_loops, config.hidden_size, device=device, dtype=model.embed.dtype)
     tokens = torch.randint(config.vocab_size, (rows,), device=device)
-    one_loop = plan(Rows(sequences, [0] * rows, positions))
+    one_loop = plan(PassRows(sequences, [0] * rows, positions))
     calls: dict[str, Callable[[], Tensor]] = {
         "embed": lambda: decoder.embed(tokens),
         "block": lambda: decoder.block(x[:rows], one_loop),
         "head": lambda: decoder.logits(x[:rows]),
     }
     if num_loops > 1:
-        spread = plan(Rows(sequences, np.arange(rows, dtype=np.int32) % num_loops, positions))
+        spread = plan(PassRows(sequences, np.arange(rows, dtype=np.int32) % num_loops, positions))
         later = np.repeat(np.arange(num_loops - 1, -1, -1, dtype=np.int32), rows)
-        with_kv_only = plan(Rows(sequences * num_loops, later, positions * num_loops, rows * (num_loops - 1)))
+        with_kv_only = plan(PassRows(sequences * num_loops, later, positions * num_loops, rows * (num_loops - 1)))
         calls["mixed"] = lambda: decoder.block(x[:rows], spread)
         calls["with_kv_only"] = lambda: decoder.block(x, with_kv_only)
     median = _medians(calls, device, seconds)
@@ -105,7 +105,8 @@ def measure_prefill(model: RecursiveTransformer, prefix: int, seconds: float) ->
     device = model.embed.device
     x = torch.randn(prefix, model.config.hidden_size, device=device, dtype=model.embed.dtype)
     plans = [
-        decoder.cache.plan(Rows(chunks=[Chunk(sequence, loop, 0, prefix)])) for loop in range(model.recursive.num_loops)
+        decoder.cache.plan(PassRows(chunks=[Chunk(sequence, loop, 0, prefix)]))
+        for loop in range(model.recursion.num_loops)
     ]
 
     def prefill() -> Tensor:

@@ -39,12 +39,12 @@ from eval.stream import (
     document_blocks,
     make_batch,
     packed_blocks,
-    read_exits,
+    score_exits,
 )
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
-from rrt.common.processes import Replica, first_reports_errors, replicas
+from rrt.common.processes import Replica, replicas, report_error_once
 from rrt.common.results import write_result
 from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
@@ -134,7 +134,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
                 dealt += sum(block.shape[1] - 1 for block in dealt_blocks)
                 if finite and index % replica.count == replica.rank:
                     batch = make_batch(dealt_blocks, bos_id)
-                    losses = read_exits(model, batch, loops, target_losses)
+                    losses = score_exits(model, batch, loops, target_losses)
                     sums.add(losses, batch.groups[batch.targets != PAD])
                     finite = bool(losses.isfinite().all())
                     bar.set_postfix(ppl=f"{perplexity(float(sums.loss[-1].sum() / sums.tokens.sum())):.3f}")
@@ -169,8 +169,8 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
         "split": arguments.split,
         "complete": stopped is None,
         "mode": arguments.mode,
-        "non_embedding_params": model_sizes(source.model, source.recursive, dtype).non_embedding_params,
-        "num_loops": source.recursive.num_loops,
+        "non_embedding_params": model_sizes(source.model, source.recursion, dtype).non_embedding_params,
+        "num_loops": source.recursion.num_loops,
         "context": context,
         "bos": bos_id is not None,
         "dtype": dtype_name(dtype),
@@ -203,7 +203,7 @@ def print_table(result: dict[str, Any]) -> None:
             )
 
 
-@first_reports_errors
+@report_error_once
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)

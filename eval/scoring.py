@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eval.response_cache import ResponseCache
 from rrt import ops
 from rrt.common.dtypes import dtype_name
-from rrt.decode.packed_weights import PackedLinears, packs_batches
+from rrt.decode.packed_weights import PackedLinears, should_pack_for_batches
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 
@@ -116,7 +116,7 @@ class Scorer:
     def _packed_head(self) -> Tensor | None:
         """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""
         weight = self.model.head_weight.detach()
-        if not packs_batches(weight) or ops.pack_linear(weight.to("meta")).nbytes > self.packed_bytes:
+        if not should_pack_for_batches(weight) or ops.pack_linear(weight.to("meta")).nbytes > self.packed_bytes:
             return None
         return ops.pack_linear(weight)
 

@@ -174,7 +174,7 @@ def batches(blocks: Iterable[Block], context: int, batch_size: int) -> Iterator[
 
 
 @torch.inference_mode()
-def read_exits(
+def score_exits(
     model: RecursiveTransformer, batch: Batch, loops: range, read: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """What `read` makes of the logits of each exit, at the positions that have a target.

@@ -120,7 +120,7 @@ class Plan:
 
     setting: Setting
     rank: int | None
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     sizes: Sizes
     limit: int
     """Most sequences in a batch."""
@@ -133,23 +133,23 @@ def plan(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, r
         UserError: there is no such model, or no sequence fits beside it.
     """
     device = arguments.torch_device
-    recursive = RecursiveConfig()
+    recursion = RecursiveConfig()
     if rank is not None:
-        recursive = RecursiveConfig(num_loops=arguments.num_loops, lora_rank=LoraRanks.uniform(rank))
-    sizes = model_sizes(config, recursive, arguments.torch_dtype)
+        recursion = RecursiveConfig(num_loops=arguments.num_loops, lora_rank=LoraRanks.uniform(rank))
+    sizes = model_sizes(config, recursion, arguments.torch_dtype)
     free = free_memory_bytes(device)
     if device.type == "cpu":
         free -= sizes.bytes  # decoding keeps packed copies of the weights
     memory = min(setting.memory or free, free)
-    return Plan(setting, rank, recursive, sizes, largest_batch(sizes, setting, memory, arguments.max_batch))
+    return Plan(setting, rank, recursion, sizes, largest_batch(sizes, setting, memory, arguments.max_batch))
 
 
 def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -> dict[str, Any]:
     """Sizes and pass times of one model."""
     device, dtype, setting = arguments.torch_device, arguments.torch_dtype, planned.setting
-    recursive, sizes, limit = planned.recursive, planned.sizes, planned.limit
+    recursion, sizes, limit = planned.recursion, planned.sizes, planned.limit
     name = "vanilla" if planned.rank is None else f"rank {planned.rank}"
-    model = dummy_model(config, recursive, dtype, device)
+    model = dummy_model(config, recursion, dtype, device)
     # The middle of the generation.
     length, times, stopped = setting.prefix + setting.decode // 2, [], None
     for rows in tqdm(batch_sizes(limit), desc=f"{setting}: {name}", unit="batch", disable=None, leave=False):
@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -
     return {
         "model": name,
         "rank": planned.rank,
-        "num_loops": recursive.num_loops,
+        "num_loops": recursion.num_loops,
         "non_embedding_params": sizes.non_embedding_params,
         "batch": times[-1].rows,
         "batch_limit": stopped or ("--max-batch" if limit == arguments.max_batch else "memory"),

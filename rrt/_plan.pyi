@@ -68,7 +68,7 @@ class AttentionPlan:
         """
 
     @property
-    def merges(self) -> NDArray[np.void]:
+    def should_merge(self) -> NDArray[np.void]:
         """Records (first_query, num_queries, num_splits, partial)."""
 
     @property

@@ -22,17 +22,17 @@ from rrt.model.sizes import Sizes
 
 def describe_plan(plan: ConversionPlan) -> str:
     """What the command is about to do, for people."""
-    recursive, model = plan.recursive, plan.source.model
-    layers = recursive.layers_per_loop(model)
-    norms = "norms and biases per depth" if recursive.untie_norms else "norms and biases tied"
-    lora = f"LoRA rank {recursive.lora_rank} ({recursive.lora_init})" if recursive.lora_rank else "no LoRA"
-    if recursive.prefix_length:
-        lora += f"; {recursive.prefix_length} prefix vectors per depth"
-    init = f"{recursive.init} (norms: {recursive.norm_init})" if recursive.init == "average" else recursive.init
+    recursion, model = plan.recursion, plan.source.model
+    layers = recursion.layers_per_loop(model)
+    norms = "norms and biases per depth" if recursion.untie_norms else "norms and biases tied"
+    lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
+    if recursion.prefix_length:
+        lora += f"; {recursion.prefix_length} prefix vectors per depth"
+    init = f"{recursion.init} (norms: {recursion.norm_init})" if recursion.init == "average" else recursion.init
     return "\n".join(
         (
             f"base  {plan.source.directory}: {model.family}, {model.num_layers} layers, {_size(plan.before)}",
-            f"new   {plan.out}: {recursive.num_loops} loops x {layers} layers, {_size(plan.after)}",
+            f"new   {plan.out}: {recursion.num_loops} loops x {layers} layers, {_size(plan.after)}",
             f"init  {init}; {lora}; {norms}; seed {plan.seed}",
             *(f"notice: {notice}" for notice in plan.notices),
         )
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe_plan(plan), flush=True)
     report = run_conversion(plan, progress=True)
-    if plan.recursive.num_loops > 1:
+    if plan.recursion.num_loops > 1:
         print(report_table(report))
     print(f"wrote {report.out} in {report.seconds:.1f} s: {_size(report.after)}")
 

@@ -18,12 +18,12 @@ from rrt.folding.unroll import ExportPlan, plan_export, run_export
 
 def describe_plan(plan: ExportPlan) -> str:
     """What the command is about to do, for people."""
-    model, recursive = plan.source.model, plan.source.recursive
-    layers = recursive.layers_per_loop(model)
+    model, recursion = plan.source.model, plan.source.recursion
+    layers = recursion.layers_per_loop(model)
     return "\n".join(
         (
-            f"from  {plan.source.directory}: {recursive.num_loops} loops x {layers} layers, "
-            f"LoRA rank {recursive.lora_rank}",
+            f"from  {plan.source.directory}: {recursion.num_loops} loops x {layers} layers, "
+            f"LoRA rank {recursion.lora_rank}",
             f"to    {plan.out}: {ARCHITECTURES[model.family]}, {model.num_layers} layers, {_size(plan)}",
             *(f"notice: {notice}" for notice in plan.notices),
         )

@@ -25,11 +25,11 @@ from rrt.model.sizes import Sizes, model_sizes
 
 def sizes_table(sizes: Sizes) -> str:
     """A table for people, one line per quantity."""
-    model, recursive = sizes.model, sizes.recursive
+    model, recursion = sizes.model, sizes.recursion
     rows = [
         ("family", model.family),
-        ("depth", f"{model.num_layers} = {recursive.num_loops} loops x {recursive.layers_per_loop(model)} layers"),
-        ("LoRA rank", str(recursive.lora_rank)),
+        ("depth", f"{model.num_layers} = {recursion.num_loops} loops x {recursion.layers_per_loop(model)} layers"),
+        ("LoRA rank", str(recursion.lora_rank)),
     ]
     for kind in ("embedding", "shared", "lora", "prefix", "norm", "non_embedding", "total"):
         count = getattr(sizes, f"{kind}_params")
@@ -64,10 +64,10 @@ def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfi
         return preset(arguments.preset), asked, preset_dtype(arguments.preset)
     source = open_source(arguments.checkpoint)
     if asked == RecursiveConfig():
-        return source.model, source.recursive, source.dtype
-    if source.recursive.num_loops > 1 or source.recursive.is_relaxed:
+        return source.model, source.recursion, source.dtype
+    if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
-            f"{arguments.checkpoint}: is recursive already (num_loops = {source.recursive.num_loops}); expected a "
+            f"{arguments.checkpoint}: is recursive already (num_loops = {source.recursion.num_loops}); expected a "
             "vanilla model with the flags that describe looping"
         )
     return source.model, asked, source.dtype
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args(argv)
-    model, recursive, stored = _subject(arguments)
-    sizes = model_sizes(model, recursive, chosen_dtype(arguments) or stored, arguments.context)
+    model, recursion, stored = _subject(arguments)
+    sizes = model_sizes(model, recursion, chosen_dtype(arguments) or stored, arguments.context)
     print(json.dumps(sizes.to_json(), indent=2) if arguments.json else sizes_table(sizes))
 
 

@@ -47,13 +47,13 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     rows = []
     for title, run, before, after in MODELS:
         source = open_source(out / run / "final")
-        sizes = model_sizes(source.model, source.recursive, source.dtype)
+        sizes = model_sizes(source.model, source.recursion, source.dtype)
         records = read_curve(out / run / "metrics.jsonl")
         speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
         rows.append(
             {
                 "model": title,
-                "num_loops": source.recursive.num_loops,
+                "num_loops": source.recursion.num_loops,
                 "non_embedding_params": sizes.non_embedding_params,
                 "lora_params": sizes.lora_params,
                 "tokens": records[-1]["tokens"],

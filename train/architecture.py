@@ -20,11 +20,11 @@ ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank")
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSpec:
     """What is trained, as far as it can be said without weights."""
 
     model: ModelConfig
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     objective: Objective = NEXT_TOKEN
     teacher: tuple[ModelConfig, RecursiveConfig] | None = None
 
@@ -41,7 +41,7 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
         values = read_json(file)
         if is_checkpoint(values):
             config = read_checkpoint_config(file)
-            return config.model, config.recursive
+            return config.model, config.recursion
         return model_config_from_hf(values, str(file)), RecursiveConfig()
     if name in PRESETS:
         return preset(name), RecursiveConfig()
@@ -63,9 +63,9 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
         return read_architecture(checkpoint, "checkpoint.path")
     if checkpoint == ABSENT:
         return read_architecture(start.base, "start.base")[0], _described(start)
-    model, recursive = read_architecture(checkpoint, "checkpoint.path")
-    check_start(checkpoint, model, recursive, start)
-    return model, recursive
+    model, recursion = read_architecture(checkpoint, "checkpoint.path")
+    check_start(checkpoint, model, recursion, start)
+    return model, recursion
 
 
 def _described(start: StartConfig) -> RecursiveConfig:
@@ -79,11 +79,11 @@ def open_start(checkpoint: str, start: StartConfig) -> Source:
         UserError: it is not usable, or folded or relaxed in another way than `start` says.
     """
     source = open_source(checkpoint)
-    check_start(checkpoint, source.model, source.recursive, start)
+    check_start(checkpoint, source.model, source.recursion, start)
     return source
 
 
-def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig, start: StartConfig) -> None:
+def check_start(checkpoint: str, model: ModelConfig, recursion: RecursiveConfig, start: StartConfig) -> None:
     """Refuse a checkpoint of another family than `start` says, or folded or relaxed in another way, if it says any.
 
     Sizes may differ, so that a row can be tried with a small model.
@@ -96,9 +96,9 @@ def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig,
             f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
             f"start.base = '{start.base}' says"
         )
-    recursive, described = _without_unused(recursive), _without_unused(_described(start))
+    recursion, described = _without_unused(recursion), _without_unused(_described(start))
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
-        found, expected = getattr(recursive, name), getattr(described, name)
+        found, expected = getattr(recursion, name), getattr(described, name)
         if found != expected:
             raise UserError(
                 f"field 'checkpoint.path': {checkpoint} has {name} {found}; expected {expected}, as the recipe's "
@@ -106,14 +106,14 @@ def check_start(checkpoint: str, model: ModelConfig, recursive: RecursiveConfig,
             )
 
 
-def _without_unused(recursive: RecursiveConfig) -> RecursiveConfig:
-    """`recursive` with defaults in place of what has no effect on its fold, so that equal folds are equal."""
+def _without_unused(recursion: RecursiveConfig) -> RecursiveConfig:
+    """`recursion` with defaults in place of what has no effect on its fold, so that equal folds are equal."""
     default = RecursiveConfig()
-    if recursive.init != "average" or (recursive.untie_norms and recursive.num_loops > 1):
-        recursive = replace(recursive, norm_init=default.norm_init)
-    if not recursive.lora_rank:
-        recursive = replace(recursive, lora_init=default.lora_init)
-    return recursive
+    if recursion.init != "average" or (recursion.untie_norms and recursion.num_loops > 1):
+        recursion = replace(recursion, norm_init=default.norm_init)
+    if not recursion.lora_rank:
+        recursion = replace(recursion, lora_init=default.lora_init)
+    return recursion
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

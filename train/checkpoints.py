@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from rrt.common.files import atomic_write, fsync, read_json
 from rrt.errors import UserError
-from train.distributed import AgreedError, agree
+from train.distributed import AgreedError, raise_everywhere
 
 STATE_FILE = "trainer.json"
 
@@ -36,10 +36,10 @@ def step_directories(out: Path) -> list[tuple[int, Path]]:
 
 def whole_steps(out: Path) -> list[int]:
     """The steps that can be resumed from, oldest first."""
-    return [step for step, path in step_directories(out) if damage(path) is None]
+    return [step for step, path in step_directories(out) if find_damage(path) is None]
 
 
-def damage(directory: Path) -> str | None:
+def find_damage(directory: Path) -> str | None:
     """What `step-N/` lacks to be resumed from, or None."""
     try:
         files = read_json(directory / STATE_FILE).get("files")
@@ -57,7 +57,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def newest_whole(out: Path, *, warn: bool) -> Path | None:
+def latest_complete(out: Path, *, warn: bool) -> Path | None:
     """The checkpoint to resume from, or None if the run has not saved any.
 
     Args:
@@ -69,7 +69,7 @@ def newest_whole(out: Path, *, warn: bool) -> Path | None:
     directories = [path for _, path in reversed(step_directories(out))]
     found = []
     for path in directories:
-        missing = damage(path)
+        missing = find_damage(path)
         if missing is None:
             return path
         found.append(f"{path.name}: {missing}")
@@ -187,7 +187,7 @@ class CheckpointWriter:
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            agree(writing.result)
+            raise_everywhere(writing.result)
 
     def close(self) -> None:
         """Let the checkpoint that is being written come to its end, without asking how."""

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from train.architecture import Training, check_distillation
-from train.distributed import Processes, agree, processes
+from train.architecture import TrainingSpec, check_distillation
+from train.distributed import Processes, processes, raise_everywhere
 from train.estimate import estimate_table
 from train.recipe import DistillConfig, StartConfig, read_command
-from train.trainer import Recipe, Start, Trainer
+from train.trainer import InitialModel, Recipe, Trainer
 
 
 class CommandRecipe(Recipe, Protocol):
@@ -28,9 +28,9 @@ class Command(Generic[R]):
     """A training command."""
 
     recipe: type[R]
-    training: Callable[[R], Training]
+    training: Callable[[R], TrainingSpec]
     """What a recipe trains, without its weights."""
-    start: Callable[[R], Start]
+    start: Callable[[R], InitialModel]
     """What it begins with. Opens and checks it."""
 
     def make_trainer(self, recipe: R, group: Processes) -> Trainer:
@@ -49,4 +49,4 @@ class Command(Generic[R]):
             print(estimate_table(recipe, self.training(recipe), dry_run))
             return
         with processes(recipe.run.device, recipe.run.shard_size) as group:
-            agree(lambda: self.make_trainer(recipe, group)).run()
+            raise_everywhere(lambda: self.make_trainer(recipe, group)).run()

@@ -86,7 +86,7 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def agree(action: Callable[[], T]) -> T:
+def raise_everywhere(action: Callable[[], T]) -> T:
     """Run `action` in every process; if it is bad input for any, it is a `UserError` in all.
 
     Bad input is a `UserError`, or the operating system's refusal of a file. Also a barrier: nobody returns
@@ -107,9 +107,9 @@ def agree(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def from_main(action: Callable[[], T]) -> T:
-    """What `action` gives the first process, in all of them; errors as in `agree`."""
-    result = agree(action if dist.get_rank() == 0 else lambda: None)
+def broadcast_from_main(action: Callable[[], T]) -> T:
+    """What `action` gives the first process, in all of them; errors as in `raise_everywhere`."""
+    result = raise_everywhere(action if dist.get_rank() == 0 else lambda: None)
     box = [result]
     dist.broadcast_object_list(box, src=0)
     return cast(T, box[0])

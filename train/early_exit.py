@@ -27,25 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.checkpoint.source import Source
 from rrt.common.cli import run_command
-from rrt.common.processes import first_reports_errors
-from rrt.common.schema import doc
+from rrt.common.processes import report_error_once
+from rrt.common.schema import field_doc
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.fold import seeded_generator
 from rrt.model.config import RecursiveConfig
 from rrt.model.meta import parameter_shapes
-from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.architecture import TrainingSpec, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command
 from train.objective import early_exits
 from train.recipe import DataConfig, DistillConfig, ExitsConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import Start
+from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """The model whose exits are trained."""
 
-    path: str = doc("a recursive checkpoint: uptrained (post-training) or fresh from rrt.convert (co-training)")
+    path: str = field_doc("a recursive checkpoint: uptrained (post-training) or fresh from rrt.convert (co-training)")
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,26 @@ class EarlyExitRecipe:
     guard: GuardConfig
 
 
-def with_exits(recursive: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
+def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
     """The configuration of the trained model, from the checkpoint's.
 
     Raises:
         UserError: the checkpoint has a LoRA on the head of another rank than the recipe asks for.
     """
     rank = exits.head_lora_rank
-    if recursive.head_lora_rank and rank != recursive.head_lora_rank:
+    if recursion.head_lora_rank and rank != recursion.head_lora_rank:
         raise UserError(
-            f"field 'exits.head_lora_rank': found {rank}; expected the checkpoint's, {recursive.head_lora_rank}"
+            f"field 'exits.head_lora_rank': found {rank}; expected the checkpoint's, {recursion.head_lora_rank}"
         )
-    return replace(recursive, exit_loops=tuple(range(recursive.num_loops - 1)), head_lora_rank=rank)
+    return replace(recursion, exit_loops=tuple(range(recursion.num_loops - 1)), head_lora_rank=rank)
 
 
-def initial_values(source: Source, recursive: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
+def initial_values(source: Source, recursion: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
     """Parameters by name: the checkpoint's, and for a new LoRA on the head a Gaussian A and zero B."""
-    shapes = parameter_shapes(source.model, recursive)
+    shapes = parameter_shapes(source.model, recursion)
 
     def get(name: str) -> Tensor:
-        if not name.startswith("head_lora_") or source.recursive.head_lora_rank:
+        if not name.startswith("head_lora_") or source.recursion.head_lora_rank:
             return source.get(name)
         if name == "head_lora_b":
             return torch.zeros(shapes[name])
@@ -88,29 +88,29 @@ def initial_values(source: Source, recursive: RecursiveConfig, seed: int) -> Cal
     return get
 
 
-def training(recipe: EarlyExitRecipe) -> Training:
+def training(recipe: EarlyExitRecipe) -> TrainingSpec:
     """What the recipe trains, without its weights."""
-    model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
+    model, recursion = start_architecture(recipe.checkpoint.path, recipe.start)
     distill = planned_distillation(recipe.distill, recipe.start)
-    return Training(
+    return TrainingSpec(
         model,
-        with_exits(recursive, recipe.exits),
-        early_exits(recipe.exits, distill, recursive.num_loops),
+        with_exits(recursion, recipe.exits),
+        early_exits(recipe.exits, distill, recursion.num_loops),
         teacher_architecture(distill),
     )
 
 
-def start(recipe: EarlyExitRecipe) -> Start:
+def start(recipe: EarlyExitRecipe) -> InitialModel:
     """Open the checkpoint."""
     source = open_start(recipe.checkpoint.path, recipe.start)
-    objective = early_exits(recipe.exits, recipe.distill, source.recursive.num_loops)
-    recursive = with_exits(source.recursive, recipe.exits)
-    return Start(
+    objective = early_exits(recipe.exits, recipe.distill, source.recursion.num_loops)
+    recursion = with_exits(source.recursion, recipe.exits)
+    return InitialModel(
         "early-exit",
         source.model,
-        recursive,
+        recursion,
         load_tokenizer(source.directory),
-        lambda: initial_values(source, recursive, recipe.run.seed),
+        lambda: initial_values(source, recursion, recipe.run.seed),
         source.directory,
         objective=objective,
         teacher=recipe.distill.teacher_path,
@@ -120,7 +120,7 @@ def start(recipe: EarlyExitRecipe) -> Start:
 COMMAND = Command(EarlyExitRecipe, training, start)
 
 
-@first_reports_errors
+@report_error_once
 def main() -> None:
     COMMAND.run(__doc__ or "")
 

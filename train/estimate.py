@@ -27,8 +27,8 @@ from rrt.common.cli import human_bytes, human_count
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from rrt.ops.precision import choices_of
-from train.architecture import Training
+from rrt.ops.precision import pretend_device
+from train.architecture import TrainingSpec
 from train.distributed import mesh_dimensions, set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token
 from train.recipe import DryRun, RunConfig
@@ -126,7 +126,7 @@ def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def estimate_memory(training: Training, recipe: Recipe, world_size: int, device: str) -> Memory:
+def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, device: str) -> Memory:
     """Trace the micro-batches of one step as process 0 of `world_size` runs them on a device of this type.
 
     Raises:
@@ -145,13 +145,13 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
         pretended_processes(world_size, run.shard_size) as mesh,
         FakeTensorMode(),
         LiveMemory() as memory,
-        choices_of(device),
+        pretend_device(device),
     ):
         teacher, teacher_bytes = None, 0
         if training.teacher is not None:
             teacher = ShardedTeacher(_make_model(*training.teacher, compute_dtype), mesh)
             teacher_bytes = _local_bytes(teacher.model)
-        model = _make_model(training.model, training.recursive, torch.float32)
+        model = _make_model(training.model, training.recursion, torch.float32)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(training.objective.trains(name))
         set_up_model(model, run, mesh)
@@ -192,12 +192,12 @@ def estimate_memory(training: Training, recipe: Recipe, world_size: int, device:
         )
 
 
-def _make_model(model: ModelConfig, recursive: RecursiveConfig, dtype: torch.dtype) -> RecursiveTransformer:
+def _make_model(model: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype) -> RecursiveTransformer:
     """In its dtype from the start: tensors without memory cannot be converted in place."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return RecursiveTransformer(model, recursive).train()
+        return RecursiveTransformer(model, recursion).train()
     finally:
         torch.set_default_dtype(default)
 
@@ -232,7 +232,7 @@ _PARTS = {
 }
 
 
-def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
+def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> str:
     """What training this model will take, for people."""
     run, processes = recipe.run, dry_run.processes
     tokens = run.steps * run.batch_tokens
@@ -251,7 +251,7 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
     others = ", ".join(f"{kind} {human_bytes(estimates[kind].peak)}" for kind in settings[1:])
     flops = run_flops_per_token(
         training.model,
-        training.recursive,
+        training.recursion,
         recipe.data.seq_len,
         run,
         training.objective,
@@ -260,8 +260,8 @@ def estimate_table(recipe: Recipe, training: Training, dry_run: DryRun) -> str:
     width = max(len(label) for label, _ in rows)
     return "\n".join(
         [
-            describe(training.model, training.recursive),
-            f"loss: {training.objective.describe(training.recursive.num_loops)}",
+            describe(training.model, training.recursion),
+            f"loss: {training.objective.describe(training.recursion.num_loops)}",
             f"train: {run.steps:,} steps of {human_count(run.batch_tokens)} tokens = {human_count(tokens)}; "
             f"{processes} process(es) x {accumulation(recipe, processes)} micro-batch(es) x {run.micro_batch} x "
             f"{recipe.data.seq_len}; {run.dtype}",

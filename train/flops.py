@@ -41,7 +41,7 @@ def peak_flops(device_name: str) -> float | None:
 
 def training_flops_per_token(
     model: ModelConfig,
-    recursive: RecursiveConfig,
+    recursion: RecursiveConfig,
     seq_len: int,
     *,
     merged_over: int | None = None,
@@ -62,16 +62,16 @@ def training_flops_per_token(
         teacher: the shape of a distillation's, whose forward pass is added.
     """
     context = (seq_len + 1) // 2
-    last = recursive.num_loops - 1
+    last = recursion.num_loops - 1
     exits = {last} if exits is None else exits
-    run = first_loops(model, recursive, max(exits) + 1, "the model")
+    run = first_loops(model, recursion, max(exits) + 1, "the model")
     sizes = model_sizes(*run, torch.float32, context)
     if merged_over is None:
         forward = float(sizes.flops_per_token["plain"])
     else:
         forward = sizes.flops_per_token["merged"] + sizes.merge_flops / merged_over
     forward += (len(exits) - 1) * 2 * model.vocab_size * model.hidden_size
-    rank = min(recursive.head_lora_rank, model.vocab_size, model.hidden_size)
+    rank = min(recursion.head_lora_rank, model.vocab_size, model.hidden_size)
     lora = sum(2 * rank * (model.vocab_size + model.hidden_size) for loop in exits if loop != last)
     trained = forward + lora + 2 * (lora if frozen else forward + lora)
     return trained + (model_sizes(*teacher, torch.float32, context).flops_per_token["plain"] if teacher else 0)
@@ -79,18 +79,18 @@ def training_flops_per_token(
 
 def run_flops_per_token(
     model: ModelConfig,
-    recursive: RecursiveConfig,
+    recursion: RecursiveConfig,
     seq_len: int,
     run: RunConfig,
     objective: Objective,
     teacher: tuple[ModelConfig, RecursiveConfig] | None,
 ) -> float:
     """`training_flops_per_token` with LoRA as `run.lora` says; "auto", a choice by linear, counts as the cheaper."""
-    tokens, exits = run.micro_batch * seq_len, objective.exits(recursive.num_loops)
+    tokens, exits = run.micro_batch * seq_len, objective.exits(recursion.num_loops)
     forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
     return min(
         training_flops_per_token(
-            model, recursive, seq_len, merged_over=form, exits=exits, frozen=objective.frozen, teacher=teacher
+            model, recursion, seq_len, merged_over=form, exits=exits, frozen=objective.frozen, teacher=teacher
         )
         for form in forms[run.lora]
     )

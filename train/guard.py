@@ -20,7 +20,7 @@ class Guard:
         self.must_stop = False
         """Whether the fault that was found last ends the run; if not, its step is to be skipped."""
 
-    def fault(self, loss: float, grad_norm: float) -> str | None:
+    def diagnose(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, in words; None if nothing is, and then the step counts as a recent one."""
         found = {"loss": loss, "gradient norm": grad_norm}
         fault = self._not_finite(found) or self._spike(found)

@@ -93,7 +93,7 @@ def exit_losses(
     """
     if len(weights) != len(exits) or weights[-1].last_exit:
         raise ValueError(f"weights: found {weights}; expected {len(exits)}, and the last exit not compared with itself")
-    task = _Task(targets, tuple(weights), teacher, divergence, temperature, chunk)
+    task = _LossSpec(targets, tuple(weights), teacher, divergence, temperature, chunk)
     if (teacher is None) == task.asks_teacher:
         raise ValueError("teacher: expected one if, and only if, some weight asks for it")
     if teacher is not None:
@@ -130,7 +130,7 @@ def divergence_and_slope(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tupl
 
 
 @dataclass(frozen=True)
-class _Task:
+class _LossSpec:
     targets: Tensor
     weights: tuple[ExitWeights, ...]
     teacher: Teacher | None
@@ -157,7 +157,7 @@ class _Task:
         bounds = [-(-tokens * piece // pieces) for piece in range(pieces + 1)]
         return [slice(first, end) for first, end in pairwise(bounds)]
 
-    def warm(self, logits: Tensor) -> Tensor:
+    def tempered_log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the divergence's temperature."""
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
@@ -165,7 +165,7 @@ class _Task:
         """The teacher's log-probabilities [C, V] of one chunk."""
         if self.teacher is None or not self.asks_teacher:
             return None
-        return self.warm(_product(self.teacher.hidden[rows], self.teacher.weight.t(), wide))
+        return self.tempered_log_probs(_product(self.teacher.hidden[rows], self.teacher.weight.t(), wide))
 
     def loss(
         self, weights: ExitWeights, rows: slice, log_q: Tensor, warm: Tensor, log_p: Sequence[Tensor | None]
@@ -289,7 +289,7 @@ class _ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, task: _Task, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, *exits: Tensor
+        ctx: Any, task: _LossSpec, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, *exits: Tensor
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(weight.dtype, torch.float32)
         _, needs_weight, needs_lora, _, *needs_exits = ctx.needs_input_grad
@@ -311,7 +311,7 @@ class _ExitLosses(torch.autograd.Function):
                     continue
                 hidden = exits[place][rows].to(head.dtype)
                 logits = head.logits(hidden, place)
-                warm = task.warm(logits) if distills and task.temperature != 1 else None
+                warm = task.tempered_log_probs(logits) if distills and task.temperature != 1 else None
                 log_q = torch.log_softmax(logits, dim=-1, out=logits)
                 if is_reference:
                     from_last = log_q.clone() if warm is None else warm

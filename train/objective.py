@@ -73,7 +73,7 @@ class Objective:
         """
 
         from_teacher: Teacher | None = None
-        num_loops = model.recursive.num_loops
+        num_loops = model.recursion.num_loops
         run = self.exits(num_loops)[-1] + 1  # of the loops after that nothing is asked
         weights = self.weights[: len(self.weights) - (num_loops - run)]
 

@@ -6,7 +6,7 @@ _MASK = 2**64 - 1
 _ROUNDS = 16  # as many as the smallest permutations need to come out equally often
 
 
-def hashed(*key: int, count: int) -> list[int]:
+def keyed_uint64s(*key: int, count: int) -> list[int]:
     """`count` numbers of 64 bits that depend on every number of the key."""
     digest = hashlib.shake_128(",".join(map(str, key)).encode()).digest(8 * count)
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(count)]
@@ -26,7 +26,7 @@ class Permutation:
         bits = max(2, (size - 1).bit_length())
         self._low_bits = (bits + 1) // 2
         self._low_mask, self._high_mask = 2**self._low_bits - 1, 2 ** (bits - self._low_bits) - 1
-        self._keys = hashed(*key, count=_ROUNDS)
+        self._keys = keyed_uint64s(*key, count=_ROUNDS)
 
     def __len__(self) -> int:
         return self._size

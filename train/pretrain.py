@@ -23,26 +23,26 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.common.cli import run_command
-from rrt.common.processes import first_reports_errors
-from rrt.common.schema import doc
+from rrt.common.processes import report_error_once
+from rrt.common.schema import field_doc
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from train.architecture import Training, planned_distillation, read_architecture, teacher_architecture
+from train.architecture import TrainingSpec, planned_distillation, read_architecture, teacher_architecture
 from train.command import Command
 from train.objective import uptraining
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import Start
+from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
     """The model to train."""
 
-    config: str = doc("its shape: a preset such as gemma-2b, an HF config.json, or a model directory")
-    tokenizer: str = doc("directory of the tokenizer that made the data")
-    num_layers: int | None = doc("layers, if not as many as `config` says", default=None)
-    num_loops: int = doc("loops over a block of num_layers / num_loops shared layers", default=1)
+    config: str = field_doc("its shape: a preset such as gemma-2b, an HF config.json, or a model directory")
+    tokenizer: str = field_doc("directory of the tokenizer that made the data")
+    num_layers: int | None = field_doc("layers, if not as many as `config` says", default=None)
+    num_loops: int = field_doc("loops over a block of num_layers / num_loops shared layers", default=1)
 
 
 @dataclass(frozen=True)
@@ -61,33 +61,33 @@ def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
     config, _ = read_architecture(recipe.model.config, "model.config")
     if recipe.model.num_layers is not None:
         config = replace(config, num_layers=recipe.model.num_layers)
-    recursive = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
-    recursive.layers_per_loop(config)
-    return config, recursive
+    recursion = RecursiveConfig(num_loops=recipe.model.num_loops, init="random")
+    recursion.layers_per_loop(config)
+    return config, recursion
 
 
-def training(recipe: PretrainRecipe) -> Training:
+def training(recipe: PretrainRecipe) -> TrainingSpec:
     """What the recipe trains, without data or tokenizer."""
     distill = planned_distillation(recipe.distill, recipe.start)
-    return Training(*architecture(recipe), uptraining(distill), teacher=teacher_architecture(distill))
+    return TrainingSpec(*architecture(recipe), uptraining(distill), teacher=teacher_architecture(distill))
 
 
-def start(recipe: PretrainRecipe) -> Start:
+def start(recipe: PretrainRecipe) -> InitialModel:
     """Weights that are drawn."""
-    config, recursive = architecture(recipe)
+    config, recursion = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
     def draw() -> Callable[[str], Tensor]:
         # Whole, by every process, in one order: the start is the same for any number of processes.
-        model = RecursiveTransformer(config, recursive)
+        model = RecursiveTransformer(config, recursion)
         model.init_weights(recipe.run.seed)
         return model.get_parameter
 
-    return Start(
+    return InitialModel(
         "pretrain",
         config,
-        recursive,
+        recursion,
         tokenizer,
         draw,
         None,
@@ -99,7 +99,7 @@ def start(recipe: PretrainRecipe) -> Start:
 COMMAND = Command(PretrainRecipe, training, start)
 
 
-@first_reports_errors
+@report_error_once
 def main() -> None:
     COMMAND.run(__doc__ or "")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from rrt.common.schema import doc, from_mapping
+from rrt.common.schema import field_doc, from_mapping
 from rrt.errors import UserError
 from rrt.model.transformer import Checkpointing
 from train.losses import Divergence
@@ -28,13 +28,13 @@ ABSENT = "-"
 class DataConfig:
     """What to train on."""
 
-    path: str | tuple[str, ...] = doc("token shards written by train/prepare_data.py; a list of several is mixed")
-    weights: tuple[float, ...] | None = doc(
+    path: str | tuple[str, ...] = field_doc("token shards written by train/prepare_data.py; a list of several is mixed")
+    weights: tuple[float, ...] | None = field_doc(
         "with several paths, the proportion of each in the samples; default: of their sizes", default=None
     )
-    split: str = doc("which split of the shards", default="train")
-    seq_len: int = doc("context length, tokens", default=2048)
-    offset: int = doc(
+    split: str = field_doc("which split of the shards", default="train")
+    seq_len: int = field_doc("context length, tokens", default=2048)
+    offset: int = field_doc(
         "tokens of the shuffled order to pass over: after an earlier run of so many, with the same data, seq_len and "
         "seed, all data are new until the epoch ends",
         default=0,
@@ -58,26 +58,28 @@ class DataConfig:
 class StartConfig:
     """Where checkpoint and teacher come from: runs/paper.py makes them, and --dry-run needs no others."""
 
-    base: str | None = doc(
+    base: str | None = field_doc(
         "preset of the pretrained model; training refuses a checkpoint that `convert` would not make", default=None
     )
-    convert: str = doc("flags of rrt.convert that make the checkpoint out of it; none for the model itself", default="")
-    after: str | None = doc("recipe beside this one whose result is trained further", default=None)
-    teacher: str | None = doc("recipe beside this one whose result is the teacher", default=None)
+    convert: str = field_doc(
+        "flags of rrt.convert that make the checkpoint out of it; none for the model itself", default=""
+    )
+    after: str | None = field_doc("recipe beside this one whose result is trained further", default=None)
+    teacher: str | None = field_doc("recipe beside this one whose result is the teacher", default=None)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with a linear warm-up and a cosine decay (the paper's schedule)."""
 
-    lr: float = doc("peak learning rate", default=2e-4)
-    warmup_steps: int = doc("optimizer steps of linear warm-up", default=200)
-    min_lr_ratio: float = doc("final learning rate as a fraction of the peak", default=0.0)
-    beta1: float = doc("decay of the first moment", default=0.9)
-    beta2: float = doc("decay of the second moment", default=0.95)
-    eps: float = doc("added to the root of the second moment", default=1e-8)
-    weight_decay: float = doc("decoupled decay of matrices; norms and biases have none", default=0.1)
-    grad_clip: float = doc("largest gradient norm; larger ones are scaled down to it; inf for none", default=1.0)
+    lr: float = field_doc("peak learning rate", default=2e-4)
+    warmup_steps: int = field_doc("optimizer steps of linear warm-up", default=200)
+    min_lr_ratio: float = field_doc("final learning rate as a fraction of the peak", default=0.0)
+    beta1: float = field_doc("decay of the first moment", default=0.9)
+    beta2: float = field_doc("decay of the second moment", default=0.95)
+    eps: float = field_doc("added to the root of the second moment", default=1e-8)
+    weight_decay: float = field_doc("decoupled decay of matrices; norms and biases have none", default=0.1)
+    grad_clip: float = field_doc("largest gradient norm; larger ones are scaled down to it; inf for none", default=1.0)
 
     def __post_init__(self) -> None:
         _positive(self, "optim", "grad_clip")
@@ -91,15 +93,17 @@ class OptimConfig:
 class GuardConfig:
     """What to do about a bad step: a loss or gradient norm that is not finite, or spikes."""
 
-    on_bad_step: Literal["stop", "skip"] = doc(
+    on_bad_step: Literal["stop", "skip"] = field_doc(
         "'stop' the run, saved before the weights change, or 'skip' the step: weights and optimizer stay as they were, "
         "its data counts as seen",
         default="stop",
     )
-    loss_spike: float = doc("a loss above this multiple of the recent median is a spike; inf for none", default=2.0)
-    grad_spike: float = doc("the same of the gradient norm before clipping", default=math.inf)
-    window: int = doc("good steps that the median is over; nothing is a spike before half of them", default=64)
-    max_skips: int = doc("bad steps in a row that may be skipped; one more stops the run", default=10)
+    loss_spike: float = field_doc(
+        "a loss above this multiple of the recent median is a spike; inf for none", default=2.0
+    )
+    grad_spike: float = field_doc("the same of the gradient norm before clipping", default=math.inf)
+    window: int = field_doc("good steps that the median is over; nothing is a spike before half of them", default=64)
+    max_skips: int = field_doc("bad steps in a row that may be skipped; one more stops the run", default=10)
 
     def __post_init__(self) -> None:
         _check(self, "guard", "a number above 1", lambda value: value > 1, "loss_spike", "grad_spike")
@@ -110,47 +114,51 @@ class GuardConfig:
 class RunConfig:
     """How much to train, in which pieces, and what to leave behind."""
 
-    out: str = doc("output directory: step-N/ (resumable), metrics.jsonl, tb/, final/ (the checkpoint)")
-    tokens: int = doc("training length, tokens; a multiple of batch_tokens, rounded down")
-    batch_tokens: int = doc("tokens per optimizer step over all processes", default=2**21)
-    micro_batch: int = doc("sequences per process in one forward", default=8)
-    dtype: Literal["bf16", "fp32"] = doc("compute dtype; parameters, optimizer and reductions are fp32", default="bf16")
-    lora: Literal["auto", "merged", "plain"] = doc(
+    out: str = field_doc("output directory: step-N/ (resumable), metrics.jsonl, tb/, final/ (the checkpoint)")
+    tokens: int = field_doc("training length, tokens; a multiple of batch_tokens, rounded down")
+    batch_tokens: int = field_doc("tokens per optimizer step over all processes", default=2**21)
+    micro_batch: int = field_doc("sequences per process in one forward", default=8)
+    dtype: Literal["bf16", "fp32"] = field_doc(
+        "compute dtype; parameters, optimizer and reductions are fp32", default="bf16"
+    )
+    lora: Literal["auto", "merged", "plain"] = field_doc(
         "compute each LoRA merged into its weight, or apart; auto: merged from the tokens a forward at which that "
         "takes fewer FLOPs, 4/3 of in*out/(in+out)",
         default="auto",
     )
-    checkpointing: Checkpointing = doc(
+    checkpointing: Checkpointing = field_doc(
         "compute activations again in the backward, keeping only the input of each layer, or of each loop",
         default="none",
     )
-    compile: bool = doc(
+    compile: bool = field_doc(
         "torch.compile of the layers: slower to start; needs a C++ compiler, on CUDA Triton",
         default=False,
     )
-    wrap: Literal["stack", "layer"] = doc(
+    wrap: Literal["stack", "layer"] = field_doc(
         "unit of FSDP: the looped stack for the fewest collectives; its layers, for large blocks, overlap "
         "communication and need smaller buffers (a single process in fp32 has no FSDP)",
         default="stack",
     )
-    shard_size: int = doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)
-    device: Literal["auto", "cpu", "cuda"] = doc("'auto' takes CUDA where it is", default="auto")
-    seed: int = doc("of the data order, and of the weights when training from scratch", default=0)
-    deterministic: bool = doc(
+    shard_size: int = field_doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)
+    device: Literal["auto", "cpu", "cuda"] = field_doc("'auto' takes CUDA where it is", default="auto")
+    seed: int = field_doc("of the data order, and of the weights when training from scratch", default=0)
+    deterministic: bool = field_doc(
         "the same bits from every run on GPUs too, slower; on CPUs they are the same anyway", default=False
     )
-    save_every: int = doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
-    keep: int = doc("how many resumable checkpoints to keep", default=2)
-    save_async: bool = doc(
+    save_every: int = field_doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
+    keep: int = field_doc("how many resumable checkpoints to keep", default=2)
+    save_async: bool = field_doc(
         "write checkpoints while training goes on, from a copy in host memory: 12 bytes per parameter, divided by the "
         "processes that share the model",
         default=True,
     )
-    log_every: int = doc("optimizer steps between progress lines; metrics.jsonl has every step", default=10)
-    wandb: str | None = doc("also log to this W&B project; needs the wandb package", default=None)
-    peak_flops: float | None = doc("FLOP/s of one device for MFU; default by the GPU's name, in bf16", default=None)
-    save_dtype: Literal["float32", "bfloat16", "float16"] = doc("dtype of final/", default="float32")
-    overwrite: bool = doc("delete an earlier run in `out` instead of resuming it", default=False)
+    log_every: int = field_doc("optimizer steps between progress lines; metrics.jsonl has every step", default=10)
+    wandb: str | None = field_doc("also log to this W&B project; needs the wandb package", default=None)
+    peak_flops: float | None = field_doc(
+        "FLOP/s of one device for MFU; default by the GPU's name, in bf16", default=None
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = field_doc("dtype of final/", default="float32")
+    overwrite: bool = field_doc("delete an earlier run in `out` instead of resuming it", default=False)
 
     def __post_init__(self) -> None:
         _positive(self, "run", "tokens", "batch_tokens", "micro_batch", "keep", "log_every")
@@ -187,10 +195,12 @@ class DryRun:
 class DistillConfig:
     """Distillation: (1 - weight) cross-entropy + weight x temperature^2 x divergence."""
 
-    teacher: str | None = doc("HF directory or checkpoint with the model's tokenizer; none: no teacher", default=None)
-    loss: Divergence = doc("divergence of the student's distribution from the teacher's", default="forward_kl")
-    temperature: float = doc("divides both models' logits in the divergence", default=1.0)
-    weight: float = doc("share of the divergence in the loss, from 0 to 1", default=0.5)
+    teacher: str | None = field_doc(
+        "HF directory or checkpoint with the model's tokenizer; none: no teacher", default=None
+    )
+    loss: Divergence = field_doc("divergence of the student's distribution from the teacher's", default="forward_kl")
+    temperature: float = field_doc("divides both models' logits in the divergence", default=1.0)
+    weight: float = field_doc("share of the divergence in the loss, from 0 to 1", default=0.5)
 
     def __post_init__(self) -> None:
         _check(self, "distill", "a positive number", lambda value: 0 < value < math.inf, "temperature")
@@ -211,17 +221,17 @@ class DistillConfig:
 class ExitsConfig:
     """Losses of the exits after the loops before the last (PAPER, Early-exit training)."""
 
-    weighting: Literal["weighted", "aggressive"] = doc(
+    weighting: Literal["weighted", "aggressive"] = field_doc(
         "weighted: exit i of B counts i / (1 + ... + B); aggressive: the last counts 1, the others coefficient",
         default="aggressive",
     )
-    coefficient: float = doc("weight of each exit before the last, under aggressive", default=0.1)
-    distill: Literal["none", "last", "teacher"] = doc(
+    coefficient: float = field_doc("weight of each exit before the last, under aggressive", default=0.1)
+    distill: Literal["none", "last", "teacher"] = field_doc(
         "what the exits before the last are distilled from: the last, which gets no gradient by that, or the teacher",
         default="none",
     )
-    head_lora_rank: int = doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
-    freeze: bool = doc("train the LoRA on the head only", default=False)
+    head_lora_rank: int = field_doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
+    freeze: bool = field_doc("train the LoRA on the head only", default=False)
 
     def __post_init__(self) -> None:
         _check(self, "exits", "a positive number", lambda value: 0 < value < math.inf, "coefficient")

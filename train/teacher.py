@@ -15,7 +15,7 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
-from train.distributed import Processes, agree, as_forward, fill_parameters
+from train.distributed import Processes, as_forward, fill_parameters, raise_everywhere
 from train.losses import Teacher
 
 
@@ -60,9 +60,9 @@ class ShardedTeacher:
     @classmethod
     def load(cls, source: Source, processes: Processes, dtype: torch.dtype) -> "ShardedTeacher":
         """Each process reads its own part, in `dtype`. Collective."""
-        teacher = cls(meta_model(source.model, source.recursive).to(dtype), processes.mesh)
+        teacher = cls(meta_model(source.model, source.recursion).to(dtype), processes.mesh)
         teacher.model.to_empty(device=processes.device)
-        agree(lambda: fill_parameters(teacher.model, source.get))
+        raise_everywhere(lambda: fill_parameters(teacher.model, source.get))
         return teacher
 
     @contextmanager

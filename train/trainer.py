@@ -28,16 +28,16 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
-from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, load_step, newest_whole, whole_steps
+from train.checkpoints import STATE_FILE, CheckpointWriter, check_identity, latest_complete, load_step, whole_steps
 from train.compile import compile_layers
 from train.data import open_data
 from train.distributed import (
     AgreedError,
     Processes,
-    agree,
+    broadcast_from_main,
     fill_parameters,
-    from_main,
     full_parameters,
+    raise_everywhere,
     set_last_micro_batch,
     shard_model,
 )
@@ -46,7 +46,7 @@ from train.guard import Guard
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import Meter, MetricsWriter, import_wandb, memory_bytes, progress_line
 from train.objective import NEXT_TOKEN, PART_NAMES, Objective
-from train.permutation import hashed
+from train.permutation import keyed_uint64s
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig, to_toml
 from train.teacher import ShardedTeacher, open_teacher
 
@@ -67,13 +67,13 @@ class Recipe(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class InitialModel:
     """The model that training begins with."""
 
     stage: str
     """What `provenance.json` calls this training."""
     model: ModelConfig
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     tokenizer: Tokenizer
     open: Callable[[], Callable[[str], Tensor]]
     """Called once, if no earlier part of the run is resumed, for what gives a parameter's initial value by name."""
@@ -132,13 +132,13 @@ def set_up_model(model: RecursiveTransformer, run: RunConfig, mesh: DeviceMesh) 
     shard_model(model, mesh, torch.bfloat16 if run.dtype == "bf16" else None, run.wrap)
 
 
-def describe(model: ModelConfig, recursive: RecursiveConfig) -> str:
+def describe(model: ModelConfig, recursion: RecursiveConfig) -> str:
     """A model in one line."""
-    shape = meta_model(model, recursive)
+    shape = meta_model(model, recursion)
     count, block = (sum(p.numel() for p in module.parameters()) for module in (shape, shape.stack))
     return (
-        f"{model.family}, {model.num_layers} layers as {recursive.num_loops} loop(s) of "
-        f"{recursive.layers_per_loop(model)}, LoRA rank {recursive.lora_rank}, {human_count(count)} parameters "
+        f"{model.family}, {model.num_layers} layers as {recursion.num_loops} loop(s) of "
+        f"{recursion.layers_per_loop(model)}, LoRA rank {recursion.lora_rank}, {human_count(count)} parameters "
         f"({human_count(block)} in the block)"
     )
 
@@ -164,7 +164,7 @@ class Trainer:
             run that this one cannot continue.
     """
 
-    def __init__(self, recipe: Recipe, start: Start, processes: Processes) -> None:
+    def __init__(self, recipe: Recipe, start: InitialModel, processes: Processes) -> None:
         self.recipe, self.start, self.processes = recipe, start, processes
         self.out = Path(recipe.run.out)
         self.steps = recipe.run.steps
@@ -205,7 +205,7 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
-        self.resumed = from_main(self._prepare_out)
+        self.resumed = broadcast_from_main(self._prepare_out)
         self._build()
         self._resume()
         self._describe()
@@ -227,12 +227,12 @@ class Trainer:
 
     def _build(self) -> None:
         run, device = self.recipe.run, self.processes.device
-        self.model = meta_model(self.start.model, self.start.recursive).float().train()
+        self.model = meta_model(self.start.model, self.start.recursion).float().train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.start.objective.trains(name))
         set_up_model(self.model, run, self.processes.mesh)
         if run.compile:
-            agree(lambda: compile_layers(self.model.stack, device))
+            raise_everywhere(lambda: compile_layers(self.model.stack, device))
         self.model.to_empty(device=device)
         dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
         teacher = self.teacher and ShardedTeacher.load(self.teacher, self.processes, dtype)
@@ -275,7 +275,7 @@ class Trainer:
         """
         run, processes = self.recipe.run, self.processes
         # A resumed run draws what the first one would have: no state of generators has to be kept.
-        torch.manual_seed(hashed(run.seed, self.step, processes.rank, count=1)[0])
+        torch.manual_seed(keyed_uint64s(run.seed, self.step, processes.rank, count=1)[0])
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=processes.device)
         parts = losses.new_zeros(len(self.start.objective.weights), len(PART_NAMES))
         for micro in range(self.accumulation):
@@ -294,10 +294,10 @@ class Trainer:
         sums = torch.cat((losses.sum()[None], parts.flatten()))
         dist.all_reduce(sums)
         mean, *means = (sums / processes.world_size).tolist()
-        self.parts = self.start.objective.named_parts(means, self.start.recursive.num_loops)
+        self.parts = self.start.objective.named_parts(means, self.start.recursion.num_loops)
         grad_norm = norm.item()
         # The same numbers in all processes, so all step or none does.
-        fault = self.guard.fault(mean, grad_norm)
+        fault = self.guard.diagnose(mean, grad_norm)
         if fault is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -341,7 +341,9 @@ class Trainer:
         else:
             skipped = self.recipe.guard.max_skips
             remedy = f"it comes after {skipped} skipped ones: lower optim.lr, or raise guard.max_skips"
-        raise AgreedError(f"{message}; {remedy}, and run again, which continues from {from_main(self._continues_from)}")
+        raise AgreedError(
+            f"{message}; {remedy}, and run again, which continues from {broadcast_from_main(self._continues_from)}"
+        )
 
     def _continues_from(self) -> str:
         """Where the same command goes on, and where without the newest checkpoint: its weights may be spoilt."""
@@ -353,11 +355,11 @@ class Trainer:
         run, device, start = self.recipe.run, self.processes.device, self.start
         flops = run_flops_per_token(
             start.model,
-            start.recursive,
+            start.recursion,
             self.recipe.data.seq_len,
             run,
             start.objective,
-            self.teacher and (self.teacher.model, self.teacher.recursive),
+            self.teacher and (self.teacher.model, self.teacher.recursion),
         )
         peak = run.peak_flops
         if peak is None and device.type == "cuda" and run.dtype == "bf16":
@@ -389,7 +391,7 @@ class Trainer:
             return
         if (self.out / "final").exists():
             raise UserError(f"{self.out}: holds a finished run; name another run.out or add --run.overwrite true")
-        newest = newest_whole(self.out, warn=True)
+        newest = latest_complete(self.out, warn=True)
         if newest is None:
             return  # interrupted before its first checkpoint
         check_identity(newest, self.identity)
@@ -407,7 +409,7 @@ class Trainer:
         identity = {
             "stage": self.start.stage,
             "model": dataclasses.asdict(self.start.model),
-            "recursive": dataclasses.asdict(self.start.recursive),
+            "recursion": dataclasses.asdict(self.start.recursion),
             "data.seq_len": self.recipe.data.seq_len,
             "data.split": self.recipe.data.split,
             "data.weights": self.recipe.data.weights,
@@ -441,12 +443,12 @@ class Trainer:
         # Running it again must resume, not delete.
         again = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
         atomic_write(self.out / RECIPE_FILE, to_toml(again))
-        return newest_whole(self.out, warn=False)
+        return latest_complete(self.out, warn=False)
 
     def _resume(self) -> None:
         self.step_saved = -1
         if self.resumed is None:
-            agree(lambda: fill_parameters(self.model, self.start.open()))
+            raise_everywhere(lambda: fill_parameters(self.model, self.start.open()))
             return
         self.step = self.step_saved = load_step(self.resumed, self.model, self.optimizer)
         self.guard.load_state_dict(read_json(self.resumed / STATE_FILE)["guard"])
@@ -465,7 +467,7 @@ class Trainer:
 
         Gathered first and written then, when no process waits in a collective that could time out.
         """
-        config = CheckpointConfig(self.start.model, self.start.recursive, parse_dtype(self.recipe.run.save_dtype))
+        config = CheckpointConfig(self.start.model, self.start.recursion, parse_dtype(self.recipe.run.save_dtype))
         target = self.out / "final"
         gathered = {}
         for name, tensor in full_parameters(self.model):
@@ -486,12 +488,12 @@ class Trainer:
         run, world = self.recipe.run, self.processes.world_size
         samples = self.steps * run.batch_tokens // self.recipe.data.seq_len
         self._print(
-            f"{self.start.stage}: {describe(self.start.model, self.start.recursive)}\n"
+            f"{self.start.stage}: {describe(self.start.model, self.start.recursion)}\n"
             f"{self.samples.describe(samples)}"
             f"train: {self.steps} steps of {human_count(run.batch_tokens)} tokens = {human_count(run.tokens)}; "
             f"{world} process(es) x {self.accumulation} micro-batch(es) x {run.micro_batch} x "
             f"{self.recipe.data.seq_len}; {run.dtype} on {self.processes.device.type}\n"
-            f"loss: {self.start.objective.describe(self.start.recursive.num_loops)}\n"
+            f"loss: {self.start.objective.describe(self.start.recursion.num_loops)}\n"
             f"{_warmup_note(self.recipe.optim, self.steps)}"
             "memory and hours: --dry-run estimates them"
         )

@@ -19,23 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.checkpoint.source import FirstLoops
 from rrt.common.cli import run_command
-from rrt.common.processes import first_reports_errors
-from rrt.common.schema import doc
+from rrt.common.processes import report_error_once
+from rrt.common.schema import field_doc
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.meta import first_loops
-from train.architecture import Training, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.architecture import TrainingSpec, open_start, planned_distillation, start_architecture, teacher_architecture
 from train.command import Command
 from train.objective import uptraining
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import Start
+from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """The model to uptrain."""
 
-    path: str = doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
-    num_loops: int | None = doc(
+    path: str = field_doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
+    num_loops: int | None = field_doc(
         "train its first loops only, as a model of their depth: 1 for K pretrained layers that are not looped; "
         "default all",
         default=None,
@@ -53,24 +53,24 @@ class UptrainRecipe:
     guard: GuardConfig
 
 
-def training(recipe: UptrainRecipe) -> Training:
+def training(recipe: UptrainRecipe) -> TrainingSpec:
     """What the recipe trains, without its weights."""
-    model, recursive = start_architecture(recipe.checkpoint.path, recipe.start)
+    model, recursion = start_architecture(recipe.checkpoint.path, recipe.start)
     if recipe.checkpoint.num_loops is not None:
-        model, recursive = first_loops(model, recursive, recipe.checkpoint.num_loops, "the checkpoint")
+        model, recursion = first_loops(model, recursion, recipe.checkpoint.num_loops, "the checkpoint")
     distill = planned_distillation(recipe.distill, recipe.start)
-    return Training(model, recursive, uptraining(distill), teacher=teacher_architecture(distill))
+    return TrainingSpec(model, recursion, uptraining(distill), teacher=teacher_architecture(distill))
 
 
-def start(recipe: UptrainRecipe) -> Start:
+def start(recipe: UptrainRecipe) -> InitialModel:
     """Open the checkpoint."""
     source = open_start(recipe.checkpoint.path, recipe.start)
     if recipe.checkpoint.num_loops is not None:
         source = FirstLoops(source, recipe.checkpoint.num_loops)
-    return Start(
+    return InitialModel(
         "uptrain",
         source.model,
-        source.recursive,
+        source.recursion,
         load_tokenizer(source.directory),
         lambda: source.get,
         source.directory,
@@ -82,7 +82,7 @@ def start(recipe: UptrainRecipe) -> Start:
 COMMAND = Command(UptrainRecipe, training, start)
 
 
-@first_reports_errors
+@report_error_once
 def main() -> None:
     COMMAND.run(__doc__ or "")
 

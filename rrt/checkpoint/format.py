@@ -1,6 +1,6 @@
 """Our checkpoint directory: both configurations, every shared tensor once, where it came from.
 
-- config.json: format, format_version, dtype, model (ModelConfig), recursive (RecursiveConfig)
+- config.json: format, format_version, dtype, model (ModelConfig), recursion (RecursiveConfig)
 - model.safetensors, or shards with an index over 5 GB; names as in `RecursiveTransformer.state_dict()`;
   LoRA stacked on the loop axis: lora_a [B, R, K], lora_b [B, N, R]
 - tokenizer files, as the base published them
@@ -31,7 +31,7 @@ class CheckpointConfig:
     """What `config.json` says. `dtype` is the dtype of the stored tensors."""
 
     model: ModelConfig
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     dtype: torch.dtype
 
     def to_json(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class CheckpointConfig:
             "format_version": FORMAT_VERSION,
             "dtype": dtype_name(self.dtype),
             "model": to_mapping(self.model),
-            "recursive": to_mapping(self.recursive),
+            "recursion": to_mapping(self.recursion),
         }
 
 
@@ -55,22 +55,22 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     version = data.get("format_version")
     if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
         raise UserError(f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}")
-    unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursive"})
+    unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursion"})
     if unknown:
         raise UserError(
-            f"{path}: unknown field {unknown[0]!r}; expected format, format_version, dtype, model, recursive"
+            f"{path}: unknown field {unknown[0]!r}; expected format, format_version, dtype, model, recursion"
         )
-    for key, kind in (("dtype", str), ("model", dict), ("recursive", dict)):
+    for key, kind in (("dtype", str), ("model", dict), ("recursion", dict)):
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: field '{key}': found {data.get(key)!r}; expected {kind.__name__}")
     try:
         dtype = parse_dtype(data["dtype"])
         model = from_mapping(ModelConfig, data["model"], str(path), "model.")
-        recursive = from_mapping(RecursiveConfig, data["recursive"], str(path), "recursive.")
-        recursive.layers_per_loop(model)
+        recursion = from_mapping(RecursiveConfig, data["recursion"], str(path), "recursion.")
+        recursion.layers_per_loop(model)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return CheckpointConfig(model, recursive, dtype)
+    return CheckpointConfig(model, recursion, dtype)
 
 
 class CheckpointWriter:

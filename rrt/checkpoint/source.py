@@ -65,7 +65,7 @@ class Source(ABC):
 
     directory: Path
     model: ModelConfig
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     dtype: torch.dtype
     """The stored dtype (of the embedding, if they differ)."""
 
@@ -79,7 +79,7 @@ class HFSource(Source):
     """An HF directory of one of the three families, as a vanilla model."""
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self.directory, self.model, self.recursive = directory, model, RecursiveConfig()
+        self.directory, self.model, self.recursion = directory, model, RecursiveConfig()
         self._files = TensorFiles(directory)
         head_keys = HEAD_KEYS[model.family]
         head_key = next((key for key in head_keys if key in self._files), head_keys[0])
@@ -128,10 +128,10 @@ class CheckpointSource(Source):
 
     def __init__(self, directory: Path) -> None:
         config = read_checkpoint_config(directory / "config.json")
-        self.directory, self.model, self.recursive = directory, config.model, config.recursive
+        self.directory, self.model, self.recursion = directory, config.model, config.recursion
         self.dtype = config.dtype
         self._files = TensorFiles(directory)
-        shapes = parameter_shapes(config.model, config.recursive)
+        shapes = parameter_shapes(config.model, config.recursion)
         _check_tensors(self._files, shapes, dtypes=frozenset((config.dtype,)))
 
     def get(self, name: str) -> Tensor:
@@ -163,12 +163,12 @@ class FirstLoops(Source):
 
     def __init__(self, source: Source, num_loops: int) -> None:
         self.directory, self.dtype, self._source = source.directory, source.dtype, source
-        self.model, self.recursive = first_loops(source.model, source.recursive, num_loops, str(source.directory))
-        self._shapes = parameter_shapes(self.model, self.recursive)
+        self.model, self.recursion = first_loops(source.model, source.recursion, num_loops, str(source.directory))
+        self._shapes = parameter_shapes(self.model, self.recursion)
 
     def get(self, name: str) -> Tensor:
-        if name == "head" and self._source.recursive.head_lora_rank > self.recursive.head_lora_rank:
-            return self._head_of_exit(self.recursive.num_loops - 1)
+        if name == "head" and self._source.recursion.head_lora_rank > self.recursion.head_lora_rank:
+            return self._head_of_exit(self.recursion.num_loops - 1)
         stored, shape = self._source.get(name), self._shapes[name]
         if stored.shape == shape:
             return stored
@@ -208,7 +208,7 @@ def load_model(
     source = open_source(directory)
     if num_loops is not None:
         source = FirstLoops(source, num_loops)
-    model = meta_model(source.model, source.recursive)
+    model = meta_model(source.model, source.recursion)
     parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
     for name, meta in parameters:
         value = torch.empty(meta.shape, dtype=dtype or source.dtype, device=device)

@@ -111,7 +111,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device: found {name!r}; expected one that is there ({error})".splitlines()[0]) from None
 
 
-def first_reports_errors(main: Callable[[], None]) -> Callable[[], None]:
+def report_error_once(main: Callable[[], None]) -> Callable[[], None]:
     """Of bad input that every process meets alike only the first tells; what one meets by itself, it tells."""
 
     @functools.wraps(main)

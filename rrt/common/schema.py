@@ -11,7 +11,7 @@ from rrt.errors import UserError
 T = TypeVar("T")
 
 
-def doc(text: str, **kwargs: Any) -> Any:
+def field_doc(text: str, **kwargs: Any) -> Any:
     """A dataclass field with a one-line description, which commands print as ``--help``."""
     return field(metadata={"doc": text}, **kwargs)
 

@@ -1,6 +1,6 @@
 """The model's inference path: passes of the shared block over rows of many sequences and loops.
 
-One pass runs the K shared layers once, for rows each at a loop of its own (see `rrt.decode.kv_cache.Rows`). Decode rows
+One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
 go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
 chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`.
 
@@ -56,7 +56,7 @@ class Decoder:
         """
         weight = model.embed
         for name, found, expected in (
-            ("configuration", (cache.config, cache.recursive), (model.config, model.recursive)),
+            ("configuration", (cache.config, cache.recursion), (model.config, model.recursion)),
             ("dtype", cache.k.dtype, weight.dtype),
             ("device", cache.k.device, weight.device),
         ):
@@ -86,7 +86,7 @@ class Decoder:
         """One pass: every row goes through the K layers at its own loop.
 
         Args:
-            x: [M, D], the rows in the order of `Rows`.
+            x: [M, D], the rows in the order of `PassRows`.
             plan: what `PagedCache.plan` made of the rows.
 
         Returns:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rrt.decode.decoder import Decoder
-from rrt.decode.passes import Chunk, Rows
+from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 
 
@@ -71,7 +71,7 @@ def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], sequences: list
             decoder,
             tokens,
             [
-                Rows(chunks=[Chunk(sequences[i], loop, begin, end - begin) for i, begin, end in pieces])
+                PassRows(chunks=[Chunk(sequences[i], loop, begin, end - begin) for i, begin, end in pieces])
                 for loop in range(decoder.cache.num_loops)
             ],
         )
@@ -86,11 +86,11 @@ def _decode(decoder: Decoder, tokens: list[int], sequences: list[int], positions
     for sequence in sequences:
         decoder.cache.append(sequence, 1)
     loops = range(decoder.cache.num_loops)
-    x = _all_loops(decoder, tokens, [Rows(sequences, [loop] * len(sequences), positions) for loop in loops])
+    x = _all_loops(decoder, tokens, [PassRows(sequences, [loop] * len(sequences), positions) for loop in loops])
     return _best(decoder, x)
 
 
-def _all_loops(decoder: Decoder, tokens: list[int], rows_of_loops: list[Rows]) -> Tensor:
+def _all_loops(decoder: Decoder, tokens: list[int], rows_of_loops: list[PassRows]) -> Tensor:
     x = decoder.embed(torch.tensor(tokens, device=decoder.cache.k.device))
     for rows in rows_of_loops:
         x = decoder.block(x, decoder.cache.plan(rows))

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rrt.decode.page_table import make_page_table
-from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PrefillPlan, Rows
+from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PassRows, PrefillPlan
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 
@@ -54,9 +54,9 @@ class ContiguousCache:
         self.length += num_tokens
 
 
-def page_bytes(config: ModelConfig, recursive: RecursiveConfig, page_size: int, dtype: torch.dtype) -> int:
+def page_bytes(config: ModelConfig, recursion: RecursiveConfig, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one page: `page_size` positions of all K shared layers, at one loop."""
-    heads = recursive.layers_per_loop(config) * page_size * config.num_kv_heads
+    heads = recursion.layers_per_loop(config) * page_size * config.num_kv_heads
     return 2 * heads * config.head_dim * dtype.itemsize
 
 
@@ -77,23 +77,23 @@ class PagedCache:
     def __init__(
         self,
         config: ModelConfig,
-        recursive: RecursiveConfig,
+        recursion: RecursiveConfig,
         num_pages: int,
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         """Raises `UserError` if num_pages or page_size is not positive, or the prefix does not fit."""
-        prefix_pages = recursive.num_loops * -(-recursive.prefix_length // max(page_size, 1))
+        prefix_pages = recursion.num_loops * -(-recursion.prefix_length // max(page_size, 1))
         for name, value, least in (("page_size", page_size, 1), ("num_pages", num_pages, max(prefix_pages, 1))):
             if value < least:
                 raise UserError(f"cache: {name}: found {value}; expected at least {least}")
         self.config = config
-        self.recursive = recursive
-        self.num_loops = recursive.num_loops
-        self.prefix_length = recursive.prefix_length
-        self.bytes_per_page = page_bytes(config, recursive, page_size, dtype)
-        layers = recursive.layers_per_loop(config)
+        self.recursion = recursion
+        self.num_loops = recursion.num_loops
+        self.prefix_length = recursion.prefix_length
+        self.bytes_per_page = page_bytes(config, recursion, page_size, dtype)
+        layers = recursion.layers_per_loop(config)
         shape = (layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
@@ -109,17 +109,17 @@ class PagedCache:
     def from_budget(
         cls,
         config: ModelConfig,
-        recursive: RecursiveConfig,
+        recursion: RecursiveConfig,
         num_bytes: int,
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "PagedCache":
         """A cache of as many pages as fit into `num_bytes` bytes. Raises `UserError` if too few do."""
-        each = page_bytes(config, recursive, max(page_size, 1), dtype)
+        each = page_bytes(config, recursion, max(page_size, 1), dtype)
         if num_bytes < each:
             raise UserError(f"cache: found a budget of {num_bytes} bytes; expected at least {each}, one page")
-        return cls(config, recursive, num_bytes // each, page_size, dtype, device)
+        return cls(config, recursion, num_bytes // each, page_size, dtype, device)
 
     @property
     def num_pages(self) -> int:
@@ -220,7 +220,7 @@ class PagedCache:
         self._handles[sequence] = 0
         self._free_sequences.append(sequence)
 
-    def plan(self, rows: Rows) -> PassPlan:
+    def plan(self, rows: PassRows) -> PassPlan:
         """The tensors of a pass over `rows`, whose positions have been appended.
 
         A pass writes keys and values, so positions in shared pages are refused: what was written before a fork or an

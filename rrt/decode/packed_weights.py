@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.decode.row_linears import packs_rows
+from rrt.decode.row_linears import should_pack_for_decode
 from rrt.model.loop_linear import LoopLinear
 from rrt.ops.precision import product_dtype
 
 
-def packs_batches(weight: Tensor) -> bool:
+def should_pack_for_batches(weight: Tensor) -> bool:
     """Whether weights like this one are packed for many rows: on CPUs, but for 16 bits with instructions."""
     native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
-    return packs_rows(weight) and not native_16_bits
+    return should_pack_for_decode(weight) and not native_16_bits
 
 
 class PackedLinears:
@@ -37,7 +37,7 @@ class PackedLinears:
         self.num_bytes = 0
         self._packed: dict[LoopLinear, list[Tensor]] = {}
         for linear in module.modules():
-            if not isinstance(linear, LoopLinear) or not packs_batches(linear.weight):
+            if not isinstance(linear, LoopLinear) or not should_pack_for_batches(linear.weight):
                 continue
             if linear.lora_a is not None and linear.weight.dtype.itemsize == 2:
                 continue

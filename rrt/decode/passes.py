@@ -18,7 +18,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PassRows:
     """The rows of one pass, in this order: kv-only rows, decode rows, prefill chunks.
 
     A kv-only row writes the keys and values that its state has at each layer and stays as it is: so a token that

@@ -15,7 +15,7 @@ from rrt.model.transformer import MLP, Layer, RecursiveTransformer
 from rrt.native import load_native
 
 
-def packs_rows(weight: Tensor) -> bool:
+def should_pack_for_decode(weight: Tensor) -> bool:
     """Whether weights like this one are packed for few rows: on CPUs. The reference would unpack them in every call."""
     return weight.device.type == "cpu" and load_native().handle is not None
 
@@ -34,7 +34,7 @@ class RowHead:
         if model.head_lora_a is not None and model.head_lora_b is not None:
             # The last loop's is zero.
             lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
-            rank, self._last = lora_a.shape[1], model.recursive.num_loops - 1
+            rank, self._last = lora_a.shape[1], model.recursion.num_loops - 1
         self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[rank])
 
     @torch.inference_mode()
@@ -63,7 +63,7 @@ class _RowLinear:
         lora_a = weight.new_empty(1, 0, weight.shape[1]) if lora_a is None else lora_a
         lora_b = weight.new_empty(1, weight.shape[0], 0) if lora_b is None else lora_b
         tensors = [tensor.detach() for tensor in (weight, lora_a, lora_b)]
-        if packs_rows(weight):
+        if should_pack_for_decode(weight):
             tensors = [ops.pack_linear(tensor) for tensor in tensors]
         self.weight, self.lora_a, self.lora_b = tensors
 

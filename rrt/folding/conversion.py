@@ -33,7 +33,7 @@ class ConversionPlan:
 
     source: Source
     out: Path
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     dtype: torch.dtype
     seed: int
     overwrite: bool
@@ -58,7 +58,7 @@ class ConversionReport:
 def plan_conversion(
     base: str | Path,
     out: str | Path,
-    recursive: RecursiveConfig,
+    recursion: RecursiveConfig,
     *,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -66,36 +66,36 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Open the base and check everything that can be checked before work starts. Arguments as in `convert`."""
     base, out = Path(base), Path(out)
-    _check_offered(recursive)
+    _check_offered(recursion)
     source = open_source(base)
-    if source.recursive.num_loops > 1 or source.recursive.is_relaxed:
+    if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
-            f"{base / 'config.json'}: field 'recursive': found a recursive or relaxed model (num_loops "
-            f"{source.recursive.num_loops}, LoRA rank {source.recursive.lora_rank}); expected a vanilla base: "
+            f"{base / 'config.json'}: field 'recursion': found a recursive or relaxed model (num_loops "
+            f"{source.recursion.num_loops}, LoRA rank {source.recursion.lora_rank}); expected a vanilla base: "
             "python -m rrt.export unrolls it into one"
         )
     check_output(out, base, overwrite)
     dtype = dtype or source.dtype
-    after = model_sizes(source.model, recursive, dtype)
+    after = model_sizes(source.model, recursion, dtype)
     tokenizer = tokenizer_of(base, source.model.vocab_size)
-    notices = list(_rank_caps(source, recursive))
+    notices = list(_rank_caps(source, recursion))
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    before = model_sizes(source.model, source.recursive, source.dtype)
-    return ConversionPlan(source, out, recursive, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
+    before = model_sizes(source.model, source.recursion, source.dtype)
+    return ConversionPlan(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
 
 
 def convert(
     base: str | Path,
     out: str | Path,
-    recursive: RecursiveConfig,
+    recursion: RecursiveConfig,
     *,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
-    """Fold the model in `base` as `recursive` says and write the checkpoint `out`, whole or not at all.
+    """Fold the model in `base` as `recursion` says and write the checkpoint `out`, whole or not at all.
 
     Args:
         base: HF directory, or a vanilla checkpoint of ours.
@@ -105,17 +105,17 @@ def convert(
 
     Raises:
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
-            values that are not finite or do not fit `dtype`, or `recursive` asks for what is not offered yet.
+            values that are not finite or do not fit `dtype`, or `recursion` asks for what is not offered yet.
     """
-    plan = plan_conversion(base, out, recursive, dtype=dtype, seed=seed, overwrite=overwrite)
+    plan = plan_conversion(base, out, recursion, dtype=dtype, seed=seed, overwrite=overwrite)
     return run_conversion(plan, progress=progress)
 
 
 def run_conversion(plan: ConversionPlan, *, progress: bool = False) -> ConversionReport:
     """Carry out a plan of `plan_conversion`."""
     start = time.monotonic()
-    folding = Folding(plan.source, plan.recursive, plan.dtype, plan.seed)
-    config = CheckpointConfig(plan.source.model, plan.recursive, plan.dtype)
+    folding = Folding(plan.source, plan.recursion, plan.dtype, plan.seed)
+    config = CheckpointConfig(plan.source.model, plan.recursion, plan.dtype)
     provenance = make_provenance("convert", plan.source.directory, seed=plan.seed)
     with write_checkpoint(plan.out, config, provenance, overwrite=plan.overwrite) as writer:
         matrices = tuple(_write_tensors(folding, writer, progress))
@@ -126,33 +126,33 @@ def run_conversion(plan: ConversionPlan, *, progress: bool = False) -> Conversio
     return ConversionReport(plan.out, plan.before, plan.after, matrices, plan.notices, time.monotonic() - start)
 
 
-def _check_offered(recursive: RecursiveConfig) -> None:
+def _check_offered(recursion: RecursiveConfig) -> None:
     default = RecursiveConfig()
     for name in ("head_lora_rank", "exit_loops"):
-        if getattr(recursive, name) != getattr(default, name):
+        if getattr(recursion, name) != getattr(default, name):
             raise UserError(
-                f"field '{name}': found {getattr(recursive, name)}; expected {getattr(default, name)}: "
+                f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
                 "conversion does not make this"
             )
-    if recursive.lora_init == "joint":
+    if recursion.lora_init == "joint":
         raise UserError("field 'lora_init': found 'joint'; expected 'svd' or 'zero': conversion does not make this")
 
 
-def _rank_caps(source: Source, recursive: RecursiveConfig) -> Iterator[str]:
+def _rank_caps(source: Source, recursion: RecursiveConfig) -> Iterator[str]:
     """A notice for each group in which a linear is too small for the rank that was asked."""
     capped: dict[tuple[LoraGroup, int], list[str]] = {}
-    for name, linear in loop_linears(meta_model(source.model, recursive).stack.layers[0]):
+    for name, linear in loop_linears(meta_model(source.model, recursion).stack.layers[0]):
         group = LORA_GROUP_OF_LINEAR[name]
-        if linear.rank < getattr(recursive.lora_rank, group):
+        if linear.rank < getattr(recursion.lora_rank, group):
             capped.setdefault((group, linear.rank), []).append(name)
     for (group, rank), names in capped.items():
-        asked = getattr(recursive.lora_rank, group)
+        asked = getattr(recursion.lora_rank, group)
         yield f"LoRA rank of group {group}: {asked} is capped at {rank}, the smaller side of {', '.join(names)}"
 
 
 def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -> Iterator[MatrixReport]:
     """Make and store every parameter of the new model; yields a report per linear of the block."""
-    model = meta_model(folding.source.model, folding.recursive)
+    model = meta_model(folding.source.model, folding.recursion)
     for name, parameter in model.named_parameters():
         if name == "stack.prefix":
             writer.add(name, folding.prefix(tuple(parameter.shape)))
@@ -177,7 +177,7 @@ def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -
 
 def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> None:
     """Norms and biases of one shared layer."""
-    untied = folding.recursive.untie_norms and folding.recursive.num_loops > 1
+    untied = folding.recursion.untie_norms and folding.recursion.num_loops > 1
     for name, _ in layer.named_parameters():
         if "norm" in name or name.endswith(".bias"):
             make = folding.untied if untied else folding.shared

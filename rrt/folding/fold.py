@@ -79,17 +79,17 @@ class MatrixReport:
 
 
 class Folding:
-    """The shared block and LoRAs that `recursive` makes of a vanilla `source`, tensor by tensor.
+    """The shared block and LoRAs that `recursion` makes of a vanilla `source`, tensor by tensor.
 
     Every tensor comes in `dtype`. Names are those of a layer's parameters: ``attn.q.weight``.
     """
 
-    def __init__(self, source: Source, recursive: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
-        self.source, self.recursive, self.dtype, self.seed = source, recursive, dtype, seed
-        self.layers_per_loop = recursive.layers_per_loop(source.model)
+    def __init__(self, source: Source, recursion: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
+        self.source, self.recursion, self.dtype, self.seed = source, recursion, dtype, seed
+        self.layers_per_loop = recursion.layers_per_loop(source.model)
         self._kept: tuple[int, ...] = ()
-        if recursive.init not in ("average", "random"):
-            self._kept = kept_depths(recursive.init, source.model.num_layers, recursive.num_loops)
+        if recursion.init not in ("average", "random"):
+            self._kept = kept_depths(recursion.init, source.model.num_layers, recursion.num_loops)
 
     def unlooped(self, name: str) -> Tensor:
         """A parameter outside the block (embedding, final norm, head), unchanged."""
@@ -108,7 +108,7 @@ class Folding:
 
     def untied(self, layer: int, name: str) -> Tensor:
         """A norm or bias per loop, as the base has it: [B, ...]."""
-        per_loop = [self._base(layer, loop, name) for loop in range(self.recursive.num_loops)]
+        per_loop = [self._base(layer, loop, name) for loop in range(self.recursion.num_loops)]
         return self._stored(torch.stack(per_loop), f"stack.layers.{layer}.{name}")
 
     def lora(self, layer: int, linear: str, shared: Tensor, rank: int) -> tuple[Tensor, Tensor, MatrixReport]:
@@ -124,7 +124,7 @@ class Folding:
         """
         name = f"stack.layers.{layer}.{linear}"
         factors_a, factors_b, losses, kept = [], [], [], []
-        for loop in range(self.recursive.num_loops):
+        for loop in range(self.recursion.num_loops):
             weight = self._base(layer, loop, f"{linear}.weight")
             generator = seeded_generator(self.seed, f"{name}.lora.{loop}")
             # Equal as stored: what only the cast to a narrower dtype lost is no residual to learn from.
@@ -133,7 +133,7 @@ class Folding:
             residual = wide - shared.double()
             energy = 0.0 if tied else residual.square().sum().item()
             losses.append(energy / (wide.square().sum().item() or energy) if energy else 0.0)
-            if tied or self.recursive.lora_init == "zero" or rank == 0:
+            if tied or self.recursion.lora_init == "zero" or rank == 0:
                 lora_a = torch.randn(rank, shared.shape[1], generator=generator) / math.sqrt(shared.shape[1])
                 lora_b = torch.zeros(shared.shape[0], rank)
             else:
@@ -146,19 +146,19 @@ class Folding:
         return torch.stack(factors_a), torch.stack(factors_b), report
 
     def _shared(self, layer: int, name: str, target: str) -> Tensor:
-        init, is_norm = self.recursive.init, "norm" in name
+        init, is_norm = self.recursion.init, "norm" in name
         if init == "random":
             return self._random(layer, name, target)
         if init != "average":
             return self._read(f"stack.layers.{self._kept[layer]}.{name}")
-        if is_norm and self.recursive.norm_init == "choice":
+        if is_norm and self.recursion.norm_init == "choice":
             return self._base(layer, 0, name)
-        if is_norm and self.recursive.norm_init == "zero":
+        if is_norm and self.recursion.norm_init == "zero":
             return torch.zeros_like(self._base(layer, 0, name))
         total = self._base(layer, 0, name).double()
-        for loop in range(1, self.recursive.num_loops):
+        for loop in range(1, self.recursion.num_loops):
             total += self._base(layer, loop, name)
-        return total / self.recursive.num_loops
+        return total / self.recursion.num_loops
 
     def _random(self, layer: int, name: str, target: str) -> Tensor:
         shape = self._base(layer, 0, name).shape

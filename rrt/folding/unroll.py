@@ -46,15 +46,15 @@ def plan_export(
     """Open the checkpoint and check everything that can be checked before work starts. Arguments as in `export`."""
     checkpoint, out = Path(checkpoint), Path(out)
     source = open_source(checkpoint)
-    if source.recursive.prefix_length:
+    if source.recursion.prefix_length:
         raise UserError(
-            f"{checkpoint / 'config.json'}: field 'recursive.prefix_length': found {source.recursive.prefix_length}; "
+            f"{checkpoint / 'config.json'}: field 'recursion.prefix_length': found {source.recursion.prefix_length}; "
             "expected 0: the HF layout has no place for prefix vectors"
         )
     check_output(out, checkpoint, overwrite)
     tokenizer = tokenizer_of(checkpoint, source.model.vocab_size)
     notices: tuple[str, ...] = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
-    if source.recursive.head_lora_rank:
+    if source.recursion.head_lora_rank:
         notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
     dtype = dtype or source.dtype
     after = model_sizes(source.model, RecursiveConfig(), dtype)
@@ -97,7 +97,7 @@ def run_export(plan: ExportPlan, *, progress: bool = False, max_shard_bytes: int
 
 
 def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tuple[str, Tensor]]:
-    shapes = parameter_shapes(source.model, source.recursive)
+    shapes = parameter_shapes(source.model, source.recursion)
     # Without a terminal the bar would fill a log file.
     table = tqdm(tensor_table(source.model), unit="tensor", desc="exporting", disable=None if progress else True)
     for entry in table:
@@ -123,7 +123,7 @@ def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) ->
     if not name.startswith("stack.layers."):
         return source.get(name)
     depth, rest = name.removeprefix("stack.layers.").split(".", 1)
-    loop, layer = divmod(int(depth), source.recursive.layers_per_loop(source.model))
+    loop, layer = divmod(int(depth), source.recursion.layers_per_loop(source.model))
     shared_name = f"stack.layers.{layer}.{rest}"
     shared = source.get(shared_name)
     linear, _, leaf = shared_name.rpartition(".")

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from rrt.common.schema import doc
+from rrt.common.schema import field_doc
 from rrt.errors import UserError
 
 # No real size comes near it, and sizes beyond it overflow in torch.
@@ -32,28 +32,28 @@ def _require_positive(config: object, names: tuple[str, ...]) -> None:
 class ModelConfig:
     """The base architecture: everything that an unlooped layer stack needs."""
 
-    family: Family = doc("architecture family, which decides the HF layout and the BOS rule")
-    vocab_size: int = doc("rows of the embedding")
-    hidden_size: int = doc("model width D")
-    num_layers: int = doc("depth L: how many layers a token passes at full depth")
-    num_heads: int = doc("query heads H")
-    num_kv_heads: int = doc("key/value heads H_kv; H for MHA, 1 for MQA")
-    head_dim: int = doc("width of one head D_h")
-    intermediate_size: int = doc("width of the feed-forward layer")
-    max_position_embeddings: int = doc("longest context the base was trained for, tokens")
-    activation: Literal["silu", "gelu_tanh", "gelu"] = doc("feed-forward nonlinearity; 'gelu' is the erf form")
-    gated_mlp: bool = doc("down(act(gate(x)) * up(x)) if true, down(act(up(x))) if false")
-    norm_type: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = doc("'rmsnorm_1p' multiplies by (1 + weight)")
-    norm_eps: float = doc("epsilon inside the norm's square root")
-    rope_theta: float = doc("base of the rotary frequencies")
-    rotary_fraction: float = doc("fraction of each head's dimensions that rotate")
-    use_bias: bool = doc("biases on every linear of attention and feed-forward")
-    parallel_residual: bool = doc("attention and feed-forward both read the layer's input")
-    tie_embeddings: bool = doc("the head is the embedding")
-    scale_embeddings: bool = doc("embeddings are multiplied by sqrt(hidden_size)")
-    bos_token_id: int | None = doc("begin-of-sequence token, if any", default=None)
-    eos_token_id: int | None = doc("end-of-sequence token, if any", default=None)
-    pad_token_id: int | None = doc("padding token, if any", default=None)
+    family: Family = field_doc("architecture family, which decides the HF layout and the BOS rule")
+    vocab_size: int = field_doc("rows of the embedding")
+    hidden_size: int = field_doc("model width D")
+    num_layers: int = field_doc("depth L: how many layers a token passes at full depth")
+    num_heads: int = field_doc("query heads H")
+    num_kv_heads: int = field_doc("key/value heads H_kv; H for MHA, 1 for MQA")
+    head_dim: int = field_doc("width of one head D_h")
+    intermediate_size: int = field_doc("width of the feed-forward layer")
+    max_position_embeddings: int = field_doc("longest context the base was trained for, tokens")
+    activation: Literal["silu", "gelu_tanh", "gelu"] = field_doc("feed-forward nonlinearity; 'gelu' is the erf form")
+    gated_mlp: bool = field_doc("down(act(gate(x)) * up(x)) if true, down(act(up(x))) if false")
+    norm_type: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = field_doc("'rmsnorm_1p' multiplies by (1 + weight)")
+    norm_eps: float = field_doc("epsilon inside the norm's square root")
+    rope_theta: float = field_doc("base of the rotary frequencies")
+    rotary_fraction: float = field_doc("fraction of each head's dimensions that rotate")
+    use_bias: bool = field_doc("biases on every linear of attention and feed-forward")
+    parallel_residual: bool = field_doc("attention and feed-forward both read the layer's input")
+    tie_embeddings: bool = field_doc("the head is the embedding")
+    scale_embeddings: bool = field_doc("embeddings are multiplied by sqrt(hidden_size)")
+    bos_token_id: int | None = field_doc("begin-of-sequence token, if any", default=None)
+    eos_token_id: int | None = field_doc("end-of-sequence token, if any", default=None)
+    pad_token_id: int | None = field_doc("padding token, if any", default=None)
 
     def __post_init__(self) -> None:
         sizes = "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size"
@@ -91,10 +91,10 @@ LORA_GROUP_OF_LINEAR: dict[str, LoraGroup] = {
 class LoraRanks:
     """LoRA rank of each group of linears; 0 means none. A rank is capped at min(in, out)."""
 
-    q: int = doc("query projection", default=0)
-    kv: int = doc("key and value projections, each", default=0)
-    out: int = doc("attention output projection", default=0)
-    ffn: int = doc("feed-forward linears, each", default=0)
+    q: int = field_doc("query projection", default=0)
+    kv: int = field_doc("key and value projections, each", default=0)
+    out: int = field_doc("attention output projection", default=0)
+    ffn: int = field_doc("feed-forward linears, each", default=0)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -122,16 +122,16 @@ class RecursiveConfig:
     The default is a vanilla model: one loop, nothing relaxed.
     """
 
-    num_loops: int = doc("loops B over the shared block; 1 is a vanilla model", default=1)
-    sharing: Literal["cycle"] = doc("depth l uses shared layer l mod K", default="cycle")
-    init: Init = doc("how the shared block is made from the base's layers", default="stepwise")
-    norm_init: NormInit = doc("norm weights under init 'average': mean, one layer's, or zero", default="average")
-    lora_rank: LoraRanks = doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
-    lora_init: LoraInit = doc("LoRA from the SVD of what tying lost, or zero", default="svd")
-    untie_norms: bool = doc("norms and biases of the block's layers per depth", default=False)
-    prefix_length: int = doc("trainable prefix vectors per depth", default=0)
-    exit_loops: tuple[int, ...] = doc("loops (from 0) before the last that were trained to exit", default=())
-    head_lora_rank: int = doc("rank of the LoRAs on the head, one for each loop before the last", default=0)
+    num_loops: int = field_doc("loops B over the shared block; 1 is a vanilla model", default=1)
+    sharing: Literal["cycle"] = field_doc("depth l uses shared layer l mod K", default="cycle")
+    init: Init = field_doc("how the shared block is made from the base's layers", default="stepwise")
+    norm_init: NormInit = field_doc("norm weights under init 'average': mean, one layer's, or zero", default="average")
+    lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
+    lora_init: LoraInit = field_doc("LoRA from the SVD of what tying lost, or zero", default="svd")
+    untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
+    prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)
+    exit_loops: tuple[int, ...] = field_doc("loops (from 0) before the last that were trained to exit", default=())
+    head_lora_rank: int = field_doc("rank of the LoRAs on the head, one for each loop before the last", default=0)
 
     def __post_init__(self) -> None:
         _require_positive(self, ("num_loops",))

@@ -56,7 +56,7 @@ class LoopLinear(nn.Module):
             return self.weight.to(dtype)
         return torch.addmm(self.weight.to(dtype), self.lora_b[loop].to(dtype), self.lora_a[loop].to(dtype))
 
-    def merges(self, rows: int) -> bool:
+    def should_merge(self, rows: int) -> bool:
         """Whether `rows` rows are computed merged. If `merge` is None, where that takes fewer FLOPs.
 
         Forward and backward take 6 R M (K + N) FLOPs plain; merged 6 R K N, or 8 R K N where checkpointing computes
@@ -72,7 +72,7 @@ class LoopLinear(nn.Module):
         Args:
             x: [..., K]; [M, K] when `loop` is a tensor.
             loop: one loop for all rows, computed merged (one GEMM with W + B_l A_l) or plain (three GEMMs)
-                as `merges` says; or an int32 tensor [M], one loop per row, by the native op.
+                as `should_merge` says; or an int32 tensor [M], one loop per row, by the native op.
 
         Returns:
             [..., N]
@@ -85,7 +85,7 @@ class LoopLinear(nn.Module):
         dtype, wide = x.dtype, product_dtype(x, rows)
         x, bias = x.to(wide), self.loop_bias(loop)
         bias = None if bias is None else bias.to(wide)
-        if self.lora_a is None or self.lora_b is None or self.merges(rows):
+        if self.lora_a is None or self.lora_b is None or self.should_merge(rows):
             return F.linear(x, self.merged_weight(loop, wide), bias).to(dtype)
         low_rank = F.linear(F.linear(x, self.lora_a[loop].to(wide)), self.lora_b[loop].to(wide))
         return (F.linear(x, self.weight.to(wide), bias) + low_rank).to(dtype)

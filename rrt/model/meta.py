@@ -9,35 +9,35 @@ from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 
 
-def meta_model(model: ModelConfig, recursive: RecursiveConfig) -> RecursiveTransformer:
+def meta_model(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveTransformer:
     """The model without memory, for names, shapes and counts."""
     with torch.device("meta"):
-        return RecursiveTransformer(model, recursive)
+        return RecursiveTransformer(model, recursion)
 
 
-def parameter_shapes(model: ModelConfig, recursive: RecursiveConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ModelConfig, recursion: RecursiveConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and shape."""
-    return {name: tuple(p.shape) for name, p in meta_model(model, recursive).named_parameters()}
+    return {name: tuple(p.shape) for name, p in meta_model(model, recursion).named_parameters()}
 
 
 def first_loops(
-    model: ModelConfig, recursive: RecursiveConfig, num_loops: int, where: str
+    model: ModelConfig, recursion: RecursiveConfig, num_loops: int, where: str
 ) -> tuple[ModelConfig, RecursiveConfig]:
     """The configuration of the model that stops after the first `num_loops` loops; `where` names it in errors.
 
     Raises:
         UserError: it has not as many.
     """
-    trained = recursive.num_loops
+    trained = recursion.num_loops
     if not 1 <= num_loops <= trained:
         hint = " (fold a vanilla model with python -m rrt.convert first)" if trained == 1 else ""
         raise UserError(f"num_loops: found {num_loops}; {where} has {trained}: expected 1 to {trained}{hint}")
     if num_loops == trained:
-        return model, recursive
-    exits = tuple(loop for loop in recursive.exit_loops if loop < num_loops - 1)
-    model = dataclasses.replace(model, num_layers=recursive.layers_per_loop(model) * num_loops)
-    if not recursive.head_lora_rank:
-        return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=exits)
+        return model, recursion
+    exits = tuple(loop for loop in recursion.exit_loops if loop < num_loops - 1)
+    model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)
+    if not recursion.head_lora_rank:
+        return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=exits)
     # What is the last loop now has a head of its own, made for it alone.
     model = dataclasses.replace(model, tie_embeddings=False)
-    return model, dataclasses.replace(recursive, num_loops=num_loops, exit_loops=(), head_lora_rank=0)
+    return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=(), head_lora_rank=0)

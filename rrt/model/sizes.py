@@ -36,7 +36,7 @@ class Sizes:
     """
 
     model: ModelConfig
-    recursive: RecursiveConfig
+    recursion: RecursiveConfig
     dtype: torch.dtype
     context: int
     embedding_params: int
@@ -53,12 +53,12 @@ class Sizes:
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        configs = {name: to_mapping(values.pop(name)) for name in ("model", "recursive")}
+        configs = {name: to_mapping(values.pop(name)) for name in ("model", "recursion")}
         return {**values, "dtype": dtype_name(self.dtype), **configs}
 
 
 def model_sizes(
-    model: ModelConfig, recursive: RecursiveConfig, dtype: torch.dtype, context: int | None = None
+    model: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype, context: int | None = None
 ) -> Sizes:
     """Sizes of the model of these configurations; `context` in positions, default the base's longest.
 
@@ -68,7 +68,7 @@ def model_sizes(
     context = model.max_position_embeddings if context is None else context
     if context < 1:
         raise UserError(f"context: found {context}; expected a positive number of positions")
-    meta = meta_model(model, recursive)
+    meta = meta_model(model, recursion)
     counts = dict.fromkeys(("embedding", "shared", "lora", "prefix", "norm"), 0)
     for name, parameter in meta.named_parameters():
         counts[_kind(name, parameter)] += parameter.numel()
@@ -76,7 +76,7 @@ def model_sizes(
     merged = sum(linear.rank * linear.weight.numel() for _, linear in loop_linears(meta.stack))
     return Sizes(
         model=model,
-        recursive=recursive,
+        recursion=recursion,
         dtype=dtype,
         context=context,
         **{f"{kind}_params": count for kind, count in counts.items()},
@@ -87,7 +87,7 @@ def model_sizes(
         flops_per_token={
             form: _flops_per_token(meta, context, merged=form == "merged") for form in ("plain", "merged")
         },
-        merge_flops=2 * recursive.num_loops * merged,
+        merge_flops=2 * recursion.num_loops * merged,
     )
 
 
@@ -109,8 +109,8 @@ def _flops_per_token(model: RecursiveTransformer, context: int, *, merged: bool)
     multiplies = sum(linear.weight.numel() for linear in linears)
     if not merged:
         multiplies += sum(linear.rank * (linear.in_features + linear.out_features) for linear in linears)
-    multiplies *= model.recursive.num_loops
+    multiplies *= model.recursion.num_loops
     # Scores and weighted sum over the positions attended to.
-    attended = context + model.recursive.prefix_length
+    attended = context + model.recursion.prefix_length
     multiplies += config.num_layers * 2 * config.num_heads * config.head_dim * attended
     return 2 * (multiplies + config.vocab_size * config.hidden_size)

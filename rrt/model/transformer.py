@@ -113,14 +113,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with separate q, k, v projections (MHA, GQA, MQA) and optional prefix vectors."""
 
-    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
         self.config = config
-        ranks, width = recursive.lora_rank, config.num_heads * config.head_dim
+        ranks, width = recursion.lora_rank, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
         def linear(inputs: int, outputs: int, rank: int) -> LoopLinear:
-            return _linear(config, recursive, inputs, outputs, rank)
+            return _linear(config, recursion, inputs, outputs, rank)
 
         self.q = linear(config.hidden_size, width, ranks.q)
         self.k = linear(config.hidden_size, kv_width, ranks.kv)
@@ -172,13 +172,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GeGLU, SwiGLU (`gated_mlp`) or the plain two-matrix feed-forward."""
 
-    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        hidden, inner, rank = config.hidden_size, config.intermediate_size, recursive.lora_rank.ffn
-        self.gate = _linear(config, recursive, hidden, inner, rank) if config.gated_mlp else None
-        self.up = _linear(config, recursive, hidden, inner, rank)
-        self.down = _linear(config, recursive, inner, hidden, rank)
+        hidden, inner, rank = config.hidden_size, config.intermediate_size, recursion.lora_rank.ffn
+        self.gate = _linear(config, recursion, hidden, inner, rank) if config.gated_mlp else None
+        self.up = _linear(config, recursion, hidden, inner, rank)
+        self.down = _linear(config, recursion, inner, hidden, rank)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
         if self.gate is None:
@@ -204,14 +204,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One shared decoder layer, sequential or with parallel residual."""
 
-    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
-        norm_loops = recursive.num_loops if recursive.untie_norms else 1
+        norm_loops = recursion.num_loops if recursion.untie_norms else 1
         self.parallel_residual = config.parallel_residual
         self.attn_norm = Norm(config, norm_loops)
-        self.attn = Attention(config, recursive)
+        self.attn = Attention(config, recursion)
         self.mlp_norm = Norm(config, norm_loops)
-        self.mlp = MLP(config, recursive)
+        self.mlp = MLP(config, recursion)
 
     def forward(
         self,
@@ -236,13 +236,13 @@ class Layer(nn.Module):
 class LoopedStack(nn.Module):
     """K shared layers run B times. Returns the hidden state after each loop, which is where exits are taken."""
 
-    def __init__(self, config: ModelConfig, recursive: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
-        self.num_loops = recursive.num_loops
-        self.layers = nn.ModuleList(Layer(config, recursive) for _ in range(recursive.layers_per_loop(config)))
+        self.num_loops = recursion.num_loops
+        self.layers = nn.ModuleList(Layer(config, recursion) for _ in range(recursion.layers_per_loop(config)))
         self.checkpointing: Checkpointing = "none"
-        shape = (config.num_layers, recursive.prefix_length, config.hidden_size)
-        self.prefix = nn.Parameter(torch.empty(shape)) if recursive.prefix_length else None
+        shape = (config.num_layers, recursion.prefix_length, config.hidden_size)
+        self.prefix = nn.Parameter(torch.empty(shape)) if recursion.prefix_length else None
 
     def forward(
         self,
@@ -296,17 +296,17 @@ class RecursiveTransformer(nn.Module):
         UserError: from the constructor, if `num_loops` does not divide `num_layers`.
     """
 
-    def __init__(self, config: ModelConfig, recursive: RecursiveConfig | None = None) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.recursive = recursive = recursive or RecursiveConfig()
+        self.recursion = recursion = recursion or RecursiveConfig()
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.stack = LoopedStack(config, recursive)
+        self.stack = LoopedStack(config, recursion)
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        rank = min(recursive.head_lora_rank, config.vocab_size, config.hidden_size)
+        rank = min(recursion.head_lora_rank, config.vocab_size, config.hidden_size)
         # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head as it is.
-        early = recursive.num_loops - 1
+        early = recursion.num_loops - 1
         self.head_lora_a = nn.Parameter(torch.empty(early, rank, config.hidden_size)) if rank else None
         self.head_lora_b = nn.Parameter(torch.empty(early, config.vocab_size, rank)) if rank else None
 
@@ -334,7 +334,7 @@ class RecursiveTransformer(nn.Module):
         Returns:
             [batch, T, V] in the parameters' dtype.
         """
-        last = self.recursive.num_loops - 1 if exit_loop is None else exit_loop
+        last = self.recursion.num_loops - 1 if exit_loop is None else exit_loop
         exits = self.hidden_states(
             input_ids,
             attention_mask=attention_mask,
@@ -364,7 +364,7 @@ class RecursiveTransformer(nn.Module):
 
         The other arguments are those of `forward`.
         """
-        loops = self.recursive.num_loops
+        loops = self.recursion.num_loops
         if num_loops is not None and not 1 <= num_loops <= loops:
             raise UserError(
                 f"exit_loop: found {num_loops - 1} (num_loops {num_loops}); expected a loop in [0, {loops})"
@@ -398,7 +398,7 @@ class RecursiveTransformer(nn.Module):
         """Final norm and head, with its LoRA for an exit after `loop` (default the last): [..., D] -> [..., V]."""
         normed = self.norm(hidden)
         logits = precision.linear(normed, self.head_weight)
-        if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursive.num_loops - 1):
+        if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursion.num_loops - 1):
             return logits
         return logits + precision.linear(precision.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
 
@@ -412,7 +412,7 @@ class RecursiveTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Positions [batch or 1, T] and the attention mask, None where plain causal attention is meant."""
         length, device = input_ids.shape[1], input_ids.device
-        prefix_length = self.recursive.prefix_length
+        prefix_length = self.recursion.prefix_length
         queries = torch.arange(past, past + length, device=device)
         if attention_mask is None:
             positions = queries[None]
@@ -436,7 +436,7 @@ class RecursiveTransformer(nn.Module):
             if tensor.shape != input_ids.shape:
                 expected = tuple(input_ids.shape)
                 raise UserError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}, as input_ids")
-        seen, prefix_length = Branches(branches.int().contiguous()), self.recursive.prefix_length
+        seen, prefix_length = Branches(branches.int().contiguous()), self.recursion.prefix_length
         if prefix_length == 0 and ops.has_native_kernels(self.embed):
             return seen
         return F.pad(seen.mask(), (prefix_length, 0), value=True)
@@ -477,12 +477,12 @@ def _only(asked: Tensor | None, x: Tensor) -> Tensor:
     return x if asked is None else x.flatten(0, 1)[asked]
 
 
-def _linear(config: ModelConfig, recursive: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:
+def _linear(config: ModelConfig, recursion: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:
     return LoopLinear(
         inputs,
         outputs,
-        num_loops=recursive.num_loops,
+        num_loops=recursion.num_loops,
         rank=rank,
         bias=config.use_bias,
-        untie_bias=recursive.untie_norms,
+        untie_bias=recursion.untie_norms,
     )

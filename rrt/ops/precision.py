@@ -13,7 +13,7 @@ _choices: list[str] = []
 
 
 @contextmanager
-def choices_of(device: str) -> Iterator[None]:
+def pretend_device(device: str) -> Iterator[None]:
     """Compute as on a device of this type wherever the tensors are: for estimates on tensors without memory."""
     _choices.append(device)
     try:

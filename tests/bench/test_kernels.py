@@ -140,8 +140,8 @@ def test_bytes_and_flops_by_hand():
 def test_projections_are_the_models_linears(family):
     config = model_config_from_hf(CONFIGS[family], family)
     with torch.device("meta"):
-        recursive = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(20))
-        model = RecursiveTransformer(config, recursive)
+        recursion = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(20))
+        model = RecursiveTransformer(config, recursion)
     layer = [m for m in model.stack.layers[0].modules() if isinstance(m, LoopLinear)]
     expected = sorted((m.in_features, m.out_features, m.rank, m.bias is not None) for m in layer)
     found = [

@@ -47,8 +47,8 @@ EVERYTHING = RecursiveConfig(
 )
 
 
-def random_model(recursive=EVERYTHING, seed=0):
-    model = RecursiveTransformer(MODEL, recursive).eval()
+def random_model(recursion=EVERYTHING, seed=0):
+    model = RecursiveTransformer(MODEL, recursion).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def random_model(recursive=EVERYTHING, seed=0):
 
 def write(out, model, dtype=torch.float32, **options):
     provenance = make_provenance("test", None)
-    with write_checkpoint(out, CheckpointConfig(MODEL, model.recursive, dtype), provenance, **options) as writer:
+    with write_checkpoint(out, CheckpointConfig(MODEL, model.recursion, dtype), provenance, **options) as writer:
         for name, parameter in model.named_parameters():
             writer.add(name, parameter)
     return out
@@ -121,20 +121,20 @@ def test_provenance_says_where_it_comes_from(checkpoint, monkeypatch):
         ({"format_version": 2}, "field 'format_version': found 2; expected 1"),
         ({"format_version": None}, "field 'format_version': found None; expected 1"),
         ({"format_version": True}, "field 'format_version': found True; expected 1"),
-        ({"extra": 1}, "unknown field 'extra'; expected format, format_version, dtype, model, recursive"),
+        ({"extra": 1}, "unknown field 'extra'; expected format, format_version, dtype, model, recursion"),
         ({"dtype": "int8"}, "dtype: found 'int8'; expected one of float32"),
         ({"dtype": 16}, "field 'dtype': found 16; expected str"),
         ({"model": [1]}, "field 'model': found [1]; expected dict"),
-        ({"recursive": None}, "field 'recursive': found None; expected dict"),
+        ({"recursion": None}, "field 'recursion': found None; expected dict"),
         ({"model__width": 3}, "unknown field 'model.width'; expected one of: family"),
         ({"model__family": "bert"}, "field 'model.family': found 'bert'; expected one of 'gemma', 'llama', 'gpt_neox'"),
         ({"model__head_dim": None}, "missing field 'model.head_dim'"),
         ({"model__num_layers": 0}, "field 'num_layers': found 0; expected a positive number"),
-        ({"recursive__num_loop": 2}, "unknown field 'recursive.num_loop'; expected one of: num_loops"),
-        ({"recursive__num_loops": "2"}, "field 'recursive.num_loops': found '2'; expected int"),
-        ({"recursive__num_loops": 3}, "field 'num_loops': found 3, which does not divide the base's 4 layers"),
-        ({"recursive__lora_rank": {"q": -1}}, "field 'lora_rank.q': found -1; expected 0 (no LoRA) or more"),
-        ({"recursive__exit_loops": [1]}, "field 'exit_loops': found 1; expected loops in [0, 1)"),
+        ({"recursion__num_loop": 2}, "unknown field 'recursion.num_loop'; expected one of: num_loops"),
+        ({"recursion__num_loops": "2"}, "field 'recursion.num_loops': found '2'; expected int"),
+        ({"recursion__num_loops": 3}, "field 'num_loops': found 3, which does not divide the base's 4 layers"),
+        ({"recursion__lora_rank": {"q": -1}}, "field 'lora_rank.q': found -1; expected 0 (no LoRA) or more"),
+        ({"recursion__exit_loops": [1]}, "field 'exit_loops': found 1; expected loops in [0, 1)"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(checkpoint, changes, message):

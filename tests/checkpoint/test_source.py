@@ -258,7 +258,7 @@ def test_parameters_go_to_the_device(bases, device):
 
 
 def test_an_hf_directory_has_one_loop(bases):
-    assert load_model(bases["llama"], num_loops=1).recursive == RecursiveConfig()
+    assert load_model(bases["llama"], num_loops=1).recursion == RecursiveConfig()
     assert refusal(bases["llama"], num_loops=2) == (
         f"num_loops: found 2; {bases['llama']} has 1: expected 1 to 1 "
         "(fold a vanilla model with python -m rrt.convert first)"
@@ -273,15 +273,15 @@ RELAXED = {
 }
 
 
-def write_native(out, base, recursive, dtype=torch.float32):
+def write_native(out, base, recursion, dtype=torch.float32):
     """A checkpoint of ours like `base`, with four layers and random parameters; returns its model."""
     config = dataclasses.replace(open_source(base).model, num_layers=4)
-    model = RecursiveTransformer(config, RecursiveConfig(**recursive)).to(dtype).eval()
+    model = RecursiveTransformer(config, RecursiveConfig(**recursion)).to(dtype).eval()
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    with write_checkpoint(out, CheckpointConfig(config, model.recursive, dtype), {}) as writer:
+    with write_checkpoint(out, CheckpointConfig(config, model.recursion, dtype), {}) as writer:
         for name, parameter in model.named_parameters():
             writer.add(name, parameter)
     return model
@@ -289,29 +289,29 @@ def write_native(out, base, recursive, dtype=torch.float32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
-def test_fewer_loops_than_stored_equal_the_exit_after_them(bases, family, recursive, tmp_path):
-    model = write_native(tmp_path / "checkpoint", bases[family], recursive)
+@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
+def test_fewer_loops_than_stored_equal_the_exit_after_them(bases, family, recursion, tmp_path):
+    model = write_native(tmp_path / "checkpoint", bases[family], recursion)
     input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(1))
     assert torch.equal(load_model(tmp_path / "checkpoint")(input_ids), model(input_ids))
-    for num_loops in range(1, model.recursive.num_loops + 1):
+    for num_loops in range(1, model.recursion.num_loops + 1):
         short = load_model(tmp_path / "checkpoint", num_loops=num_loops)
-        assert short.recursive.num_loops == num_loops
+        assert short.recursion.num_loops == num_loops
         assert short.config.num_layers == num_loops * len(model.stack.layers)
-        assert all(loop < num_loops - 1 for loop in short.recursive.exit_loops)
+        assert all(loop < num_loops - 1 for loop in short.recursion.exit_loops)
         assert torch.equal(short(input_ids), model(input_ids, exit_loop=num_loops - 1))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gemma", "gpt_neox"])
 def test_fewer_loops_take_the_lora_of_their_exit_into_the_head(bases, family, tmp_path):
-    recursive = dict(num_loops=4, head_lora_rank=3, exit_loops=(0, 1, 2))
-    model = write_native(tmp_path / "checkpoint", bases[family], recursive, torch.float64)
+    recursion = dict(num_loops=4, head_lora_rank=3, exit_loops=(0, 1, 2))
+    model = write_native(tmp_path / "checkpoint", bases[family], recursion, torch.float64)
     input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(1))
     assert torch.equal(load_model(tmp_path / "checkpoint")(input_ids, exit_loop=2), model(input_ids, exit_loop=2))
     for num_loops in range(1, 4):
         short = load_model(tmp_path / "checkpoint", num_loops=num_loops)
-        assert (short.recursive.head_lora_rank, short.recursive.exit_loops) == (0, ())
+        assert (short.recursion.head_lora_rank, short.recursion.exit_loops) == (0, ())
         expected = model(input_ids, exit_loop=num_loops - 1)
         torch.testing.assert_close(short(input_ids), expected, rtol=0, atol=1e-12)
     plain = load_model(tmp_path / "checkpoint", num_loops=4)

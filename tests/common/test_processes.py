@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rrt.common import processes
-from rrt.common.processes import first_reports_errors, replicas
+from rrt.common.processes import replicas, report_error_once
 from rrt.errors import UserError
 from tests.util.processes import run_on_two
 
@@ -32,7 +32,7 @@ def test_processes_other_than_the_first_give_it_time_to_tell_and_then_tell_thems
     monkeypatch.setattr(processes.time, "sleep", lambda s: waits.append((s, signal.getsignal(signal.SIGTERM))))
     before = signal.signal(signal.SIGTERM, lambda *_: None)
 
-    @first_reports_errors
+    @report_error_once
     def main():
         raise UserError("a bad file")
 

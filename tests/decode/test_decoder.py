@@ -14,7 +14,7 @@ from rrt.checkpoint.presets import preset
 from rrt.decode.decoder import Decoder
 from rrt.decode.greedy import generate
 from rrt.decode.kv_cache import PagedCache
-from rrt.decode.passes import Chunk, Rows
+from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
@@ -54,7 +54,7 @@ def make_model(family="llama", looped="relaxed-2", dtype=torch.float64, seed=0, 
 
 
 def make_decoder(model, num_pages=60, page_size=4, **options):
-    cache = PagedCache(model.config, model.recursive, num_pages, page_size, dtype=model.embed.dtype)
+    cache = PagedCache(model.config, model.recursion, num_pages, page_size, dtype=model.embed.dtype)
     # What no row wrote must not be read: it would show as NaN.
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
@@ -71,7 +71,7 @@ def prefill(decoder, sequence, tokens, start=0):
     cache.append(sequence, len(tokens))
     x = decoder.embed(tokens)
     for loop in range(cache.num_loops):
-        x = decoder.block(x, cache.plan(Rows(chunks=[Chunk(sequence, loop, start, len(tokens))])))
+        x = decoder.block(x, cache.plan(PassRows(chunks=[Chunk(sequence, loop, start, len(tokens))])))
     return x
 
 
@@ -82,7 +82,7 @@ def decode(decoder, sequences, tokens, positions):
         cache.append(sequence, 1)
     x = decoder.embed(torch.as_tensor(tokens))
     for loop in range(cache.num_loops):
-        x = decoder.block(x, cache.plan(Rows(sequences, [loop] * len(sequences), positions)))
+        x = decoder.block(x, cache.plan(PassRows(sequences, [loop] * len(sequences), positions)))
     return x
 
 
@@ -158,14 +158,14 @@ def test_sequences_and_chunks_at_different_loops_in_one_pass(page_size):
     x_a, x_b = (decoder.embed(prompt[-1:]) for prompt in prompts[:2])
     x_c, x_d = (decoder.embed(prompt) for prompt in prompts[2:])
     # Pass 1: a and c enter loop 0. Pass 2: they are at loop 1 while b and d enter. Pass 3: b and d at loop 1.
-    x_a, x_c = decoder.block(torch.cat((x_a, x_c)), cache.plan(Rows([a], [0], [6], chunks=[Chunk(c, 0, 0, 9)]))).split(
-        [1, 9]
-    )
-    mixed = Rows([b, a], [0, 1], [4, 6], chunks=[Chunk(d, 0, 0, 4), Chunk(c, 1, 0, 9)])
+    x_a, x_c = decoder.block(
+        torch.cat((x_a, x_c)), cache.plan(PassRows([a], [0], [6], chunks=[Chunk(c, 0, 0, 9)]))
+    ).split([1, 9])
+    mixed = PassRows([b, a], [0, 1], [4, 6], chunks=[Chunk(d, 0, 0, 4), Chunk(c, 1, 0, 9)])
     x_b, x_a, x_d, x_c = decoder.block(torch.cat((x_b, x_a, x_d, x_c)), cache.plan(mixed)).split([1, 1, 4, 9])
-    x_b, x_d = decoder.block(torch.cat((x_b, x_d)), cache.plan(Rows([b], [1], [4], chunks=[Chunk(d, 1, 0, 4)]))).split(
-        [1, 4]
-    )
+    x_b, x_d = decoder.block(
+        torch.cat((x_b, x_d)), cache.plan(PassRows([b], [1], [4], chunks=[Chunk(d, 1, 0, 4)]))
+    ).split([1, 4])
     for prompt, states in zip(prompts, (x_a, x_b, x_c, x_d), strict=True):
         assert_close(decoder.logits(states), model(prompt[None])[0, -len(states) :])
 
@@ -196,7 +196,7 @@ def test_a_decode_row_is_bitwise_the_same_in_any_company(native, family, dtype):
 
         def states(chosen, chunks=(), decoder=decoder, rows=rows, x=x):
             sequences, loops, positions = zip(*(rows[i] for i in chosen), strict=True)
-            plan = decoder.cache.plan(Rows(sequences, loops, positions, chunks=chunks))
+            plan = decoder.cache.plan(PassRows(sequences, loops, positions, chunks=chunks))
             extra = torch.zeros(sum(chunk.length for chunk in chunks), x.shape[1], dtype=x.dtype)
             out = decoder.block(torch.cat((x[list(chosen)], extra)), plan)[: len(chosen)]
             return out, decoder.logits(out)
@@ -226,11 +226,11 @@ def test_kv_only_rows_write_what_their_state_has_and_stay_as_they_are(family, lo
         cache.append(sequence, 1)
     reference.cache.append(alone, 1)
     x = torch.randn(2, 48, dtype=torch.float64)
-    out = decoder.block(x, cache.plan(Rows([exited, other], [2, 0], [5, 6], num_kv_only=1)))
+    out = decoder.block(x, cache.plan(PassRows([exited, other], [2, 0], [5, 6], num_kv_only=1)))
     assert torch.equal(out[0], x[0])
-    assert_close(out[1:], reference.block(x[1:], reference.cache.plan(Rows([alone], [0], [6]))))
+    assert_close(out[1:], reference.block(x[1:], reference.cache.plan(PassRows([alone], [0], [6]))))
     # Expected by the model's own modules, for every layer.
-    slot = cache.plan(Rows([exited], [2], [5])).decode.slot_mapping[0]
+    slot = cache.plan(PassRows([exited], [2], [5])).decode.slot_mapping[0]
     cos_sin = decoder._cos_sin[5]
     for index, layer in enumerate(model.stack.layers):
         h = layer.attn_norm(x[:1], 2)
@@ -364,8 +364,8 @@ def test_a_cache_for_another_model_is_refused():
     model = make_model()
     for cache, what in (
         (PagedCache(model.config, RecursiveConfig(num_loops=3), 4, dtype=torch.float64), "configuration"),
-        (PagedCache(model.config, model.recursive, 4), "dtype torch.float32; expected the model's, torch.float64"),
-        (PagedCache(model.config, model.recursive, 4, dtype=torch.float64, device="meta"), "device meta; expected"),
+        (PagedCache(model.config, model.recursion, 4), "dtype torch.float32; expected the model's, torch.float64"),
+        (PagedCache(model.config, model.recursion, 4, dtype=torch.float64, device="meta"), "device meta; expected"),
     ):
         with pytest.raises(UserError, match=f"cache: found {what}"):
             Decoder(model, cache)
@@ -375,14 +375,14 @@ def test_a_state_of_another_shape_than_the_plan_is_refused():
     decoder = make_decoder(make_model())
     sequence = decoder.cache.allocate()
     decoder.cache.append(sequence, 2)
-    plan = decoder.cache.plan(Rows([sequence], [0], [0], chunks=[Chunk(sequence, 1, 0, 2)]))
+    plan = decoder.cache.plan(PassRows([sequence], [0], [0], chunks=[Chunk(sequence, 1, 0, 2)]))
     with pytest.raises(ValueError, match=r"x: found shape \[2, 48\]; expected \[3, 48\], as the plan has rows"):
         decoder.block(torch.zeros(2, 48, dtype=torch.float64), plan)
 
 
 def test_an_empty_pass_does_nothing():
     decoder = make_decoder(make_model())
-    assert decoder.block(torch.zeros(0, 48, dtype=torch.float64), decoder.cache.plan(Rows())).shape == (0, 48)
+    assert decoder.block(torch.zeros(0, 48, dtype=torch.float64), decoder.cache.plan(PassRows())).shape == (0, 48)
     assert decoder.logits(torch.zeros(0, 48, dtype=torch.float64)).shape == (0, VOCABULARY)
 
 

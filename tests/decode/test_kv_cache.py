@@ -8,7 +8,7 @@ import torch
 from rrt.checkpoint.presets import preset
 from rrt.decode.kv_cache import PagedCache, page_bytes
 from rrt.decode.page_table import OutOfPages
-from rrt.decode.passes import Chunk, Rows
+from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 from rrt.model.config import RecursiveConfig
 
@@ -20,8 +20,8 @@ K = 2  # shared layers
 
 
 def make_cache(num_pages=40, page_size=4, prefix_length=0):
-    recursive = dataclasses.replace(RECURSIVE, prefix_length=prefix_length)
-    cache = PagedCache(CONFIG, recursive, num_pages, page_size)
+    recursion = dataclasses.replace(RECURSIVE, prefix_length=prefix_length)
+    cache = PagedCache(CONFIG, recursion, num_pages, page_size)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     return cache
@@ -31,7 +31,7 @@ def write(cache, sequence, loop, values):
     """Append one position per value; keys hold the value, values its negative, each layer its own multiple."""
     start = cache.length(sequence, loop)
     cache.append(sequence, len(values), loop)
-    rows = Rows([sequence] * len(values), [loop] * len(values), range(start, start + len(values)))
+    rows = PassRows([sequence] * len(values), [loop] * len(values), range(start, start + len(values)))
     slots = cache.plan(rows).decode.slot_mapping
     for layer in range(K):
         scaled = torch.tensor(values, dtype=torch.float32)[:, None, None] * (layer + 1)
@@ -206,7 +206,7 @@ def test_prefix_is_held_once_and_comes_before_position_0():
     for i, sequence in enumerate(sequences):
         for loop in range(3):
             assert read(cache, sequence, loop) == [100 * i + loop, 5]
-            pages = cache.plan(Rows([sequence], [loop], [1])).decode.block_tables[0].long()
+            pages = cache.plan(PassRows([sequence], [loop], [1])).decode.block_tables[0].long()
             assert (cache.k[:, pages].flatten(1, 2)[:, :6] == -1 - loop).all()
     # Of each prefix, the full page is shared and the partly filled one copied.
     assert cache.num_used_pages == used + 3 * 3
@@ -222,7 +222,7 @@ def test_a_pass_of_all_kinds_of_rows():
     cache.append(a, 6)
     cache.append(b, 3)
     chunks = [Chunk(a, 1, 2, 3), Chunk(b, 1, 0, 2), Chunk(b, 0, 1, 1)]
-    plan = cache.plan(Rows([a, b, a], [2, 0, 1], [5, 2, 3], num_kv_only=1, chunks=chunks))
+    plan = cache.plan(PassRows([a, b, a], [2, 0, 1], [5, 2, 3], num_kv_only=1, chunks=chunks))
     pages = {(s, loop): cache._table.pages(cache._handle(s, loop)) for s in (a, b) for loop in range(3)}
     decode = plan.decode
     assert decode.num_kv_only == 1
@@ -253,7 +253,7 @@ def test_a_pass_of_all_kinds_of_rows():
 
 
 def test_a_plan_of_no_rows_is_empty():
-    plan = make_cache().plan(Rows())
+    plan = make_cache().plan(PassRows())
     assert len(plan.decode.loops) == len(plan.decode.block_tables) == len(plan.prefills) == 0
 
 
@@ -288,13 +288,13 @@ def test_bad_arguments_are_named():
         (lambda: cache.alias(a, 0, -1), "loop: found -1"),
         (lambda: cache.truncate(a, 4), "length: found 4; expected 0 to 3, what the sequence holds"),
         (lambda: cache.truncate(a, -1, loop=0), "length: found -1; expected 0 to 3"),
-        (lambda: cache.plan(Rows([a], [0], [-1])), "positions: found -1; expected 0 or more"),
-        (lambda: cache.plan(Rows([a], [0], [3])), r"positions\[0\]: found 5; expected a position in \[0, 5\)"),
-        (lambda: cache.plan(Rows([a], [0], [1, 2])), "positions: found 2; expected 1, one for each row"),
-        (lambda: cache.plan(Rows([a], [0], [1], num_kv_only=2)), "num_kv_only: found 2; expected 0 to 1"),
-        (lambda: cache.plan(Rows(chunks=[Chunk(a, 0, 0, -1)])), "chunk: found start 0 and length -1"),
+        (lambda: cache.plan(PassRows([a], [0], [-1])), "positions: found -1; expected 0 or more"),
+        (lambda: cache.plan(PassRows([a], [0], [3])), r"positions\[0\]: found 5; expected a position in \[0, 5\)"),
+        (lambda: cache.plan(PassRows([a], [0], [1, 2])), "positions: found 2; expected 1, one for each row"),
+        (lambda: cache.plan(PassRows([a], [0], [1], num_kv_only=2)), "num_kv_only: found 2; expected 0 to 1"),
+        (lambda: cache.plan(PassRows(chunks=[Chunk(a, 0, 0, -1)])), "chunk: found start 0 and length -1"),
         (
-            lambda: cache.plan(Rows(chunks=[Chunk(a, 0, 2, 2)])),
+            lambda: cache.plan(PassRows(chunks=[Chunk(a, 0, 2, 2)])),
             "chunk: found start 2 and length 2; expected them within",
         ),
     ):
@@ -308,12 +308,12 @@ def test_a_pass_never_writes_into_shared_pages():
     first = cache.allocate()
     cache.append(first, 6)
     second = cache.fork(first)
-    for rows in (Rows([first], [0], [2]), Rows([second], [0], [2]), Rows(chunks=[Chunk(second, 0, 1, 3)])):
+    for rows in (PassRows([first], [0], [2]), PassRows([second], [0], [2]), PassRows(chunks=[Chunk(second, 0, 1, 3)])):
         with pytest.raises(ValueError, match="expected one in a page that no other sequence shares"):
             cache.plan(rows)
     cache.truncate(second, 2)
     cache.append(second, 1)
-    cache.plan(Rows([second], [0], [2]))
+    cache.plan(PassRows([second], [0], [2]))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_rows_that_cannot_be_are_named(rows, message):
     assert cache.allocate() == 0
     cache.append(0, 6)
     with pytest.raises(ValueError, match=message):
-        cache.plan(Rows(**rows))
+        cache.plan(PassRows(**rows))
 
 
 def test_counts_are_whole_numbers():

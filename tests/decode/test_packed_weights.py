@@ -24,7 +24,7 @@ KINDS = {
 }
 
 
-def make_model(name: str, recursive: RecursiveConfig, dtype: torch.dtype = torch.float64) -> RecursiveTransformer:
+def make_model(name: str, recursion: RecursiveConfig, dtype: torch.dtype = torch.float64) -> RecursiveTransformer:
     config = replace(
         preset(name),
         vocab_size=99,
@@ -35,7 +35,7 @@ def make_model(name: str, recursive: RecursiveConfig, dtype: torch.dtype = torch
         head_dim=10,
         intermediate_size=70,
     )
-    model = RecursiveTransformer(config, recursive)
+    model = RecursiveTransformer(config, recursion)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,16 +54,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recursive", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("recursion", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", ["gemma-2b", "tinyllama-1.1b", "pythia-160m"])
-def test_logits_are_the_models_own(name: str, recursive: RecursiveConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(name, recursive)
+def test_logits_are_the_models_own(name: str, recursion: RecursiveConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(name, recursion)
     expected = model(IDS)
     packed, calls = PackedLinears(model.stack, EVERYTHING), counted(monkeypatch)
     with packed.in_use():
         found = model(IDS)
     linears = [module for module in model.stack.modules() if isinstance(module, LoopLinear)]
-    prefix_products = 2 * model.config.num_layers if recursive.prefix_length else 0
+    prefix_products = 2 * model.config.num_layers if recursion.prefix_length else 0
     assert len(calls) == 2 * len(linears) + prefix_products
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     assert torch.equal(model(IDS), expected)
@@ -100,12 +100,12 @@ def test_no_more_is_packed_than_fits(kind: str, monkeypatch: pytest.MonkeyPatch)
 @torch.no_grad()
 def test_a_merged_weight_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rrt.ops.precision._HAS_BF16_INSTRUCTIONS", False)
-    relaxed, recursive = (
+    relaxed, recursion = (
         make_model("tinyllama-1.1b", KINDS[kind], torch.bfloat16) for kind in ("relaxed", "recursive")
     )
     assert PackedLinears(relaxed.stack, EVERYTHING).num_bytes == 0
-    packed = PackedLinears(recursive.stack, EVERYTHING)
+    packed = PackedLinears(recursion.stack, EVERYTHING)
     assert packed.num_bytes > 0
     with packed.in_use():
-        found = recursive(IDS)
-    torch.testing.assert_close(found, recursive(IDS), rtol=0.05, atol=0.05)
+        found = recursion(IDS)
+    torch.testing.assert_close(found, recursion(IDS), rtol=0.05, atol=0.05)

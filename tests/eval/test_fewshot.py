@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recursive(base, tmp_path_factory):
+def recursion(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("recursive") / "checkpoint"
     convert(base, out, RecursiveConfig(num_loops=2))
     return out
@@ -106,14 +106,14 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_with_the_same_table(base
 
 
 @needs_lm_eval
-def test_exits_bos_and_limit_change_what_is_measured_and_are_told(base, recursive, data_dir, run, capsys):
+def test_exits_bos_and_limit_change_what_is_measured_and_are_told(base, recursion, data_dir, run, capsys):
     flags = ["--data-dir", data_dir, "--tasks", "lambada_openai,hellaswag", "--limit", 4]
     perplexities = {}
     for name, checkpoint, *more in (
-        ("last", recursive),
-        ("exit 1", recursive, "--exit-loop", 1),
-        ("exit 0", recursive, "--exit-loop", 0),
-        ("no BOS", recursive, "--bos", "no"),
+        ("last", recursion),
+        ("exit 1", recursion, "--exit-loop", 1),
+        ("exit 0", recursion, "--exit-loop", 0),
+        ("no BOS", recursion, "--bos", "no"),
         ("vanilla", base),
     ):
         result, table = run("--checkpoint", checkpoint, *flags, *more)
@@ -126,7 +126,7 @@ def test_exits_bos_and_limit_change_what_is_measured_and_are_told(base, recursiv
 
 
 @needs_lm_eval
-def test_bad_input_is_one_clear_message(base, recursive, data_dir, run, tmp_path):
+def test_bad_input_is_one_clear_message(base, recursion, data_dir, run, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(data_dir, wrong)
     label = json.loads((wrong / "piqa.jsonl").read_text().splitlines()[0])["label"]
@@ -155,7 +155,7 @@ def test_bad_input_is_one_clear_message(base, recursive, data_dir, run, tmp_path
         (base, (*local, "--batch-tokens", "0"), "--batch-tokens: found 0"),
         (base, (*local, "--num-fewshot", "2"), "expected hellaswag.train.jsonl"),
         (base, (*local, "--exit-loop", "0"), "is not looped and has no exits"),
-        (recursive, (*local, "--exit-loop", "2"), "has 2 loops: expected 0 to 1"),
+        (recursion, (*local, "--exit-loop", "2"), "has 2 loops: expected 0 to 1"),
         (other, local, "the tokenizer has 500 ids; expected at least as many embedding rows as ids"),
         (headless, local, "no tokenizer"),
         (tmp_path / "nowhere", local, "no such directory"),

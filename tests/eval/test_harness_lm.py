@@ -47,11 +47,11 @@ def checkpoints(tmp_path_factory):
         tokenizer = load_tokenizer(make_bpe_tokenizer(root / f"{family}-tokenizer", family))
         ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
         base = make_hf_model(root / f"{family}-base", family, num_layers=4, vocab_size=tokenizer.vocab_size, **ids)
-        config, recursive = open_source(base).model, KINDS[family]
+        config, recursion = open_source(base).model, KINDS[family]
         out, generator = root / family, torch.Generator().manual_seed(0)
-        described = CheckpointConfig(config, recursive, torch.float32)
+        described = CheckpointConfig(config, recursion, torch.float32)
         with write_checkpoint(out, described, make_provenance("test", None)) as writer:
-            for name, parameter in meta_model(config, recursive).named_parameters():
+            for name, parameter in meta_model(config, recursion).named_parameters():
                 scale = 0.3 if "norm" in name or name.endswith("bias") else 0.15
                 writer.add(name, scale * torch.randn(parameter.shape, generator=generator) + ("norm.weight" in name))
             tokenizer.save(writer.directory)

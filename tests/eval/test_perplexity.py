@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from eval import perplexity
 from eval.bigram import DISCOUNT, bigram_loss
-from eval.stream import Document, batches, document_blocks, make_batch, packed_blocks, read_exits
+from eval.stream import Document, batches, document_blocks, make_batch, packed_blocks, score_exits
 from rrt.checkpoint.source import load_model
 from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
@@ -253,7 +253,7 @@ def test_logits_of_a_batch_never_exist_whole(model_dir, monkeypatch):
     monkeypatch.setattr("eval.stream._LOGITS_AT_ONCE", 7 * model.config.vocab_size)
     monkeypatch.setattr(model, "logits", lambda x, loop: rows.append(x.shape[0]) or logits(x, loop))
     batch = make_batch(list(packed_blocks(documents_of([65]), 32)), None)
-    losses = read_exits(model, batch, range(1), perplexity.target_losses)
+    losses = score_exits(model, batch, range(1), perplexity.target_losses)
     assert max(rows) == 7 and sum(rows) == 64 == losses.shape[1]
     whole = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none")
     torch.testing.assert_close(losses[0], whole)

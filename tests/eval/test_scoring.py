@@ -29,8 +29,8 @@ def configs(tmp_path_factory):
     return {family: open_source(make_hf_model(root / family, family)).model for family in FAMILIES}
 
 
-def random_model(config, recursive):
-    model = RecursiveTransformer(config, recursive).double().eval()
+def random_model(config, recursion):
+    model = RecursiveTransformer(config, recursion).double().eval()
     model.init_weights()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -66,10 +66,10 @@ def alone(model, context, continuation):
     return logits.gather(1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
 
 
-@pytest.mark.parametrize("recursive", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("recursion", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursive, monkeypatch):
-    model = random_model(configs[family], recursive)
+def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursion, monkeypatch):
+    model = random_model(configs[family], recursion)
     requests = request_mix()
     # One whose every token is the argmax.
     with torch.no_grad():

@@ -112,8 +112,8 @@ def test_recorded_samples_are_drawn_whole_and_cut_to_the_generated_length():
 
 
 def test_the_batch_is_what_memory_holds_beside_the_weights():
-    config, recursive = preset("gemma-2b"), RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(64))
-    sizes = model_sizes(config, recursive, torch.bfloat16)
+    config, recursion = preset("gemma-2b"), RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(64))
+    sizes = model_sizes(config, recursion, torch.bfloat16)
     setting = Setting.parse("64/256@16")
     each = 2 * 18 * 256 * 2 * 320  # keys and values of 18 depths, one head of 256, in two bytes
     assert largest_batch(sizes, setting, setting.memory, 10**6) == (16 * 2**30 - sizes.bytes) // each
@@ -126,8 +126,8 @@ def test_the_batch_is_what_memory_holds_beside_the_weights():
 def test_a_pass_of_a_prefix_and_of_three_loops_can_be_measured():
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4}
     small = replace(preset("pythia-160m"), **sizes, head_dim=16, vocab_size=99)
-    recursive = RecursiveConfig(num_loops=3, lora_rank=LoraRanks.uniform(2), prefix_length=3)
-    model = throughput.dummy_model(small, recursive, torch.float32, torch.device("cpu"))
+    recursion = RecursiveConfig(num_loops=3, lora_rank=LoraRanks.uniform(2), prefix_length=3)
+    model = throughput.dummy_model(small, recursion, torch.float32, torch.device("cpu"))
     point = measure_pass(model, rows=5, length=20, seconds=0)
     assert point.rows == 5 and min(point.embed, point.block, point.mixed, point.head) > 0 <= point.kv_only
 

@@ -38,14 +38,14 @@ def fold(base, out, *, num_loops=2, rank=0, **options):
     """Convert, and return ({our name: tensor} of the base, the same of the new checkpoint, the report)."""
     arguments = {name: options.pop(name) for name in ("dtype", "seed", "overwrite") if name in options}
     ranks = rank if isinstance(rank, LoraRanks) else LoraRanks.uniform(rank)
-    recursive = RecursiveConfig(num_loops=num_loops, lora_rank=ranks, **options)
-    report = convert(base, out, recursive, **arguments)
+    recursion = RecursiveConfig(num_loops=num_loops, lora_rank=ranks, **options)
+    report = convert(base, out, recursion, **arguments)
     return tensors(base), tensors(out), report
 
 
 def tensors(directory):
     source = open_source(directory)
-    return {name: source.get(name) for name in parameter_shapes(source.model, source.recursive)}
+    return {name: source.get(name) for name in parameter_shapes(source.model, source.recursion)}
 
 
 def block_names(new):
@@ -441,7 +441,7 @@ def test_command_says_what_it_does_and_what_it_did(bases, tmp_path, capsys, monk
     assert "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 20, out 20, ffn 8" in stdout
     assert "notice: LoRA rank of group kv: 20 is capped at 16" in stdout
     assert "layer" in stdout and "all" in stdout and f"wrote {out}" in stdout
-    assert open_source(out).recursive == RecursiveConfig(
+    assert open_source(out).recursion == RecursiveConfig(
         num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=20, out=20, ffn=8)
     )
 
@@ -450,7 +450,7 @@ def test_default_init_is_stepwise_without_lora_and_average_with(bases, tmp_path,
     for rank, init in ((0, "stepwise"), (2, "average")):
         argv = ["--base", bases["llama"], "--out", tmp_path / init, "--num-loops", 3, "--lora-rank", rank]
         assert run_main(argv, capsys, monkeypatch)[0] == 0
-        assert open_source(tmp_path / init).recursive.init == init
+        assert open_source(tmp_path / init).recursion.init == init
 
 
 def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys, monkeypatch):

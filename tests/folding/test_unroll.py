@@ -41,13 +41,13 @@ def bases(tmp_path_factory):
     return {family: make_hf_model(root / family, family) for family in FAMILIES}
 
 
-def random_checkpoint(base, out, recursive, dtype=torch.float32):
+def random_checkpoint(base, out, recursion, dtype=torch.float32):
     """A checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
     config = open_source(base).model
     generator = torch.Generator().manual_seed(0)
     provenance = make_provenance("test", None)
-    with write_checkpoint(out, CheckpointConfig(config, recursive, dtype), provenance) as writer:
-        for name, parameter in meta_model(config, recursive).named_parameters():
+    with write_checkpoint(out, CheckpointConfig(config, recursion, dtype), provenance) as writer:
+        for name, parameter in meta_model(config, recursion).named_parameters():
             scale = 0.3 if "norm" in name or name.endswith("bias") else 0.12
             writer.add(name, scale * torch.randn(parameter.shape, generator=generator) + ("norm.weight" in name))
     return out
@@ -60,10 +60,10 @@ def load_in_transformers(directory, dtype=torch.float32):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recursive", RECURSIVE.values(), ids=RECURSIVE)
+@pytest.mark.parametrize("recursion", RECURSIVE.values(), ids=RECURSIVE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_computes_our_logits_from_the_export(bases, family, recursive, tmp_path):
-    checkpoint = random_checkpoint(bases[family], tmp_path / "checkpoint", recursive)
+def test_transformers_computes_our_logits_from_the_export(bases, family, recursion, tmp_path):
+    checkpoint = random_checkpoint(bases[family], tmp_path / "checkpoint", recursion)
     export(checkpoint, tmp_path / "hf")
     input_ids = torch.randint(0, 151, (2, 30), generator=torch.Generator().manual_seed(1))
     expected = load_model(checkpoint)(input_ids)
@@ -95,8 +95,8 @@ def test_vanilla_round_trip_is_bit_for_bit(family, dtype, tmp_path):
 
 
 def test_relaxed_weights_are_summed_in_fp32_and_rounded_once(bases, tmp_path):
-    recursive = RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(6))
-    checkpoint = random_checkpoint(bases["gpt_neox"], tmp_path / "checkpoint", recursive, torch.bfloat16)
+    recursion = RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(6))
+    checkpoint = random_checkpoint(bases["gpt_neox"], tmp_path / "checkpoint", recursion, torch.bfloat16)
     export(checkpoint, tmp_path / "hf")
     export(checkpoint, tmp_path / "wide", dtype=torch.float32)
     source, found = open_source(checkpoint), load_file(tmp_path / "hf" / "model.safetensors")
@@ -168,7 +168,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
     save_file(weights, big / "model.safetensors")
     before = sorted(tmp_path.rglob("*"))
     cases = {
-        "'recursive.prefix_length': found 3; expected 0: the HF layout has no place": ["--checkpoint", prefix],
+        "'recursion.prefix_length': found 3; expected 0: the HF layout has no place": ["--checkpoint", prefix],
         "no such directory": ["--checkpoint", tmp_path / "absent"],
         "already exists and is not empty": ["--out", prefix],
         "holds the checkpoint that is read": ["--out", big, "--overwrite"],

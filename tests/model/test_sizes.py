@@ -37,8 +37,8 @@ MIXED_RANKS = {
 }
 
 
-def non_embedding_params(name, **recursive):
-    return model_sizes(preset(name), RecursiveConfig(**recursive), torch.bfloat16).non_embedding_params
+def non_embedding_params(name, **recursion):
+    return model_sizes(preset(name), RecursiveConfig(**recursion), torch.bfloat16).non_embedding_params
 
 
 def as_printed(count):
@@ -78,17 +78,17 @@ def test_prefix_sizes_are_the_papers():
         ("gemma-2b", 2048, 75.5),
         ("tinyllama-1.1b", 256, 11.5),
     ):
-        recursive = RecursiveConfig(num_loops=2, prefix_length=length)
-        assert round(model_sizes(preset(name), recursive, torch.bfloat16).prefix_params / 1e6, 1) == millions
+        recursion = RecursiveConfig(num_loops=2, prefix_length=length)
+        assert round(model_sizes(preset(name), recursion, torch.bfloat16).prefix_params / 1e6, 1) == millions
 
 
 def test_kinds_add_up_and_untied_norms_are_counted_per_depth():
     config = preset("gemma-2b")
     for untie_norms, norm_vectors in ((False, 2 * 9 + 1), (True, 2 * 18 + 1)):
-        recursive = RecursiveConfig(
+        recursion = RecursiveConfig(
             num_loops=2, lora_rank=LoraRanks.uniform(8), prefix_length=4, untie_norms=untie_norms
         )
-        sizes = model_sizes(config, recursive, torch.float32)
+        sizes = model_sizes(config, recursion, torch.float32)
         kinds = (sizes.embedding_params, sizes.shared_params, sizes.lora_params, sizes.prefix_params, sizes.norm_params)
         assert sum(kinds) == sizes.total_params == sizes.bytes // 4
         assert sizes.norm_params == norm_vectors * 2048
@@ -121,8 +121,8 @@ def test_kv_bytes_count_every_depth_whatever_the_loops(name, expected):
 
 def test_flops_are_two_per_multiply_add_of_linears_lora_attention_and_head():
     config = preset("tinyllama-1.1b")
-    recursive = RecursiveConfig(num_loops=2, lora_rank=LoraRanks(ffn=16))
-    sizes = model_sizes(config, recursive, torch.float32, context=100)
+    recursion = RecursiveConfig(num_loops=2, lora_rank=LoraRanks(ffn=16))
+    sizes = model_sizes(config, recursion, torch.float32, context=100)
     linears = 22 * 2048 * (2 * 2048 + 2 * 256 + 3 * 5632)
     attention = 22 * 2 * 2048 * 100
     head = 32000 * 2048
@@ -172,13 +172,13 @@ def run_main(argv, capsys, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoint_counts_are_those_of_its_tensors(family, tmp_path, capsys, monkeypatch):
     base = make_hf_model(tmp_path / "base", family, dtype=torch.bfloat16)
-    recursive = RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(20), untie_norms=True)
-    convert(base, tmp_path / "relaxed", recursive)
+    recursion = RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(20), untie_norms=True)
+    convert(base, tmp_path / "relaxed", recursion)
     for directory in (base, tmp_path / "relaxed"):
         code, stdout, _ = run_main(["--checkpoint", directory, "--json"], capsys, monkeypatch)
         found = json.loads(stdout)
         source = open_source(directory)
-        tensors = {name: source.get(name) for name in parameter_shapes(source.model, source.recursive)}
+        tensors = {name: source.get(name) for name in parameter_shapes(source.model, source.recursion)}
         assert code == 0
         assert found["total_params"] == sum(tensor.numel() for tensor in tensors.values())
         assert found["lora_params"] == sum(tensor.numel() for name, tensor in tensors.items() if "lora" in name)
@@ -187,8 +187,8 @@ def test_checkpoint_counts_are_those_of_its_tensors(family, tmp_path, capsys, mo
     # A vanilla base with flags tells what convert would make of it.
     flags = ["--num-loops", 2, "--lora-rank", 20, "--untie-norms", "--json"]
     planned = json.loads(run_main(["--checkpoint", base, *flags], capsys, monkeypatch)[1])
-    assert {key: value for key, value in planned.items() if key != "recursive"} == {
-        key: value for key, value in found.items() if key != "recursive"
+    assert {key: value for key, value in planned.items() if key != "recursion"} == {
+        key: value for key, value in found.items() if key != "recursion"
     }
 
 

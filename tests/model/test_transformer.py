@@ -145,10 +145,10 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
     assert (ours.float() - exact).norm() <= 1.1 * (theirs - exact).norm()
 
 
-def recursive_model(name="llama-gqa", seed=0, **recursive):
+def recursive_model(name="llama-gqa", seed=0, **recursion):
     """A recursive or relaxed model in fp64 with random parameters everywhere, LoRA B and norms included."""
     config = model_config_from_hf(make_hf(name).config.to_dict() | {"architectures": None}, "test")
-    model = RecursiveTransformer(config, RecursiveConfig(**recursive)).double().eval()
+    model = RecursiveTransformer(config, RecursiveConfig(**recursion)).double().eval()
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -166,10 +166,10 @@ RELAXED = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
-def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, recursive):
-    model = recursive_model(name, **recursive)
+def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, recursion):
+    model = recursive_model(name, **recursion)
     input_ids = torch.randint(0, 151, (2, 13), generator=torch.Generator().manual_seed(5))
     cache = ContiguousCache(model.config, batch_size=2, max_length=13, dtype=torch.float64)
     logits = torch.cat([model(part, cache=cache) for part in input_ids.split([6, 1, 4, 1, 1], dim=1)], dim=1)
@@ -177,10 +177,10 @@ def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, rec
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
-def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name, recursive):
-    model = recursive_model(name, **recursive)
+def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name, recursion):
+    model = recursive_model(name, **recursion)
     shared, *branches = torch.randint(0, 151, (18,), generator=torch.Generator().manual_seed(5)).split([7, 5, 6])
     owner = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)
     positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 13)])[None]
@@ -215,11 +215,11 @@ def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
 
 def test_lora_merges_from_the_rows_at_which_that_takes_fewer_flops():
     linear = LoopLinear(2048, 2048, num_loops=2, rank=64)
-    assert (linear.merges(100), linear.merge) == (False, False)
+    assert (linear.should_merge(100), linear.merge) == (False, False)
     linear.merge = None
-    assert [linear.merges(rows) for rows in (1365, 1366)] == [False, True]
+    assert [linear.should_merge(rows) for rows in (1365, 1366)] == [False, True]
     linear.merge = True
-    assert linear.merges(1)
+    assert linear.should_merge(1)
 
 
 def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
@@ -301,11 +301,11 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
 
 
-@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"])
 @pytest.mark.parametrize("checkpointing", ["none", "layer", "loop"])
-def test_states_of_the_tokens_asked_are_those_of_all(name, recursive, checkpointing):
-    model = recursive_model(name, **recursive)
+def test_states_of_the_tokens_asked_are_those_of_all(name, recursion, checkpointing):
+    model = recursive_model(name, **recursion)
     model.stack.checkpointing = checkpointing
     input_ids = torch.randint(0, 151, (3, 7), generator=torch.Generator().manual_seed(8))
     places = torch.tensor([20, 0, 3, 3, 8])
@@ -331,9 +331,9 @@ def test_states_of_the_tokens_asked_are_those_of_all(name, recursive, checkpoint
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recursive", RELAXED.values(), ids=RELAXED)
-def test_linears_give_each_row_its_own_loop(recursive):
-    model = recursive_model("neox-parallel", **recursive)
+@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
+def test_linears_give_each_row_its_own_loop(recursion):
+    model = recursive_model("neox-parallel", **recursion)
     loops = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
     for linear in (model.stack.layers[0].attn.k, model.stack.layers[0].mlp.up):

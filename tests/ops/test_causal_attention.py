@@ -21,7 +21,7 @@ from rrt.ops import (
     causal_attention_backward_reference,
     causal_attention_reference,
 )
-from rrt.ops.precision import choices_of
+from rrt.ops.precision import pretend_device
 from tests.util.native import run_tests_of
 
 Attention = Callable[..., Tensor]
@@ -370,13 +370,13 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
 
     ours = logits_and_gradients()
     assert calls == config.num_layers
-    with choices_of("cuda"):
+    with pretend_device("cuda"):
         theirs = logits_and_gradients()
     model(ids, attention_mask=torch.ones_like(ids))
     assert calls == config.num_layers
     branches = (torch.arange(70) // 20).int().expand(2, 70)
     rows = {"branches": branches, "positions": torch.arange(70).expand(2, 70)}
-    with choices_of("cuda"):
+    with pretend_device("cuda"):
         masked = model(ids, **rows)
     assert calls == config.num_layers
     torch.testing.assert_close(model(ids, **rows), masked, rtol=1e-10, atol=1e-12)

@@ -17,7 +17,7 @@ from rrt.checkpoint.presets import preset
 from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import build_info
-from rrt.ops.precision import choices_of
+from rrt.ops.precision import pretend_device
 from tests.util.native import run_tests_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -440,7 +440,7 @@ def test_the_model_trains_through_the_operators_as_through_pytorchs(name: str, m
         expected = {"rotary_embedding": 2 * layers}
     assert {op: calls.count(op) for op in dict.fromkeys(calls)} == expected
     calls.clear()
-    with choices_of("cuda"):
+    with pretend_device("cuda"):
         theirs = logits_and_gradients()
     assert not calls
     for one, other in zip(ours, theirs, strict=True):

@@ -31,4 +31,4 @@ def test_only_the_inputs_of_layers_or_of_loops_are_kept() -> None:
     everything, state, depth = kept_bytes("none")
     assert everything > 4 * depth * state
     assert kept_bytes("layer")[0] == depth * state
-    assert kept_bytes("loop")[0] == build("recursive").recursive.num_loops * state
+    assert kept_bytes("loop")[0] == build("recursive").recursion.num_loops * state

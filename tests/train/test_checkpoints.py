@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from rrt.errors import UserError
 from tests.util.processes import run_on_two
 from tests.util.training import refuse_to_write
-from train.checkpoints import STATE_FILE, CheckpointWriter, load_step, newest_whole, step_directories
+from train.checkpoints import STATE_FILE, CheckpointWriter, latest_complete, load_step, step_directories
 from train.distributed import AgreedError, processes
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_restores_every_tensor(background: bool, sharded: bool, tmp
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, 4, 8, keep=2)
-    assert steps(tmp_path) == [4, 8] and newest_whole(tmp_path, warn=True) == tmp_path / "step-8"
+    assert steps(tmp_path) == [4, 8] and latest_complete(tmp_path, warn=True) == tmp_path / "step-8"
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
@@ -96,16 +96,16 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
 
     monkeypatch.setattr("train.checkpoints.shutil.rmtree", refuse)
     save_steps(tmp_path, 1, 2, keep=1)
-    assert newest_whole(tmp_path, warn=True) == tmp_path / "step-2"
+    assert latest_complete(tmp_path, warn=True) == tmp_path / "step-2"
     warning = capfd.readouterr().err
     assert warning.startswith(f"warning: {tmp_path / 'step-1'}: cannot be deleted (") and "Permission denied" in warning
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path, warn=True) is None
+    assert latest_complete(tmp_path, warn=True) is None
     (tmp_path / "step-best").mkdir()
     (tmp_path / ".step-7").mkdir()
-    assert newest_whole(tmp_path, warn=True) is None
+    assert latest_complete(tmp_path, warn=True) is None
 
 
 def cut_in_half(path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
     damage, message = DAMAGES[kind]
     save_steps(tmp_path, 1, 2, 3)
     damage(tmp_path / "step-3")
-    assert newest_whole(tmp_path, warn=True) == tmp_path / "step-2"
+    assert latest_complete(tmp_path, warn=True) == tmp_path / "step-2"
     warning = capfd.readouterr().err
     assert warning.startswith(f"warning: {tmp_path / 'step-3'}: damaged ({message}") and warning.count("\n") == 1
 
@@ -143,7 +143,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_anew(tmp_path: P
     for path in tmp_path.glob("step-*/__0_0.distcp"):
         path.unlink()
     with pytest.raises(UserError, match=r"every checkpoint is damaged \(step-2: .*; step-1: .*\); restore one"):
-        newest_whole(tmp_path, warn=True)
+        latest_complete(tmp_path, warn=True)
 
 
 def test_a_damaged_checkpoint_is_replaced_and_not_counted_among_those_kept(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_replaced_and_not_counted_among_those_kept(tmp_p
     for step in (2, 3):
         DAMAGES["missing shard"][0](tmp_path / f"step-{step}")
     save_steps(tmp_path, 3, keep=2)
-    assert steps(tmp_path) == [1, 2, 3] and newest_whole(tmp_path, warn=True) == tmp_path / "step-3"
+    assert steps(tmp_path) == [1, 2, 3] and latest_complete(tmp_path, warn=True) == tmp_path / "step-3"
     save_steps(tmp_path, 4, keep=2)
     assert steps(tmp_path) == [3, 4]
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(
     refuse_to_write(monkeypatch, 2)
     with pytest.raises(AgreedError, match=r"step-2: cannot be written \(.*No space left.*\); earlier checkpoints are"):
         save_steps(tmp_path, 1, 2, background=background)
-    assert newest_whole(tmp_path, warn=False) == tmp_path / "step-1"
+    assert latest_complete(tmp_path, warn=False) == tmp_path / "step-1"
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 

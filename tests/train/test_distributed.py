@@ -17,10 +17,10 @@ from tests.util.processes import run_on
 from tests.util.sharding import MODELS, SEQUENCES, backward, batch, build, build_sharded, next_token_loss, whole
 from train.distributed import (
     Wrap,
-    agree,
     fill_parameters,
     full_parameters,
     processes,
+    raise_everywhere,
     set_last_micro_batch,
     shard_model,
 )
@@ -190,7 +190,7 @@ def disagree(kind: type[Exception], path: Path) -> None:
             if group.rank == 1:
                 raise kind("only here") if kind is UserError else kind(28, "No space left on device", str(path))
 
-        agree(action)
+        raise_everywhere(action)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_one_process_cannot_do_is_the_same_error_in_all(kind: type[Exceptio
 
 def rank_after_agreement() -> int:
     with processes("cpu") as group:
-        return agree(lambda: group.rank)
+        return raise_everywhere(lambda: group.rank)
 
 
 def test_agreement_gives_each_process_its_own_result() -> None:

@@ -37,7 +37,7 @@ from tests.util.training import (
     samples_of,
 )
 from train import early_exit, uptrain
-from train.architecture import Training
+from train.architecture import TrainingSpec
 from train.command import Command
 from train.distributed import Processes, processes
 from train.early_exit import EarlyExitRecipe
@@ -104,7 +104,7 @@ def train_plainly(
     found = []
     for step in range(steps):
         inputs, targets = samples.batch(step * BATCH, BATCH)
-        exits = [model(inputs, exit_loop=loop).flatten(0, 1) for loop in range(model.recursive.num_loops)]
+        exits = [model(inputs, exit_loop=loop).flatten(0, 1) for loop in range(model.recursion.num_loops)]
         with torch.no_grad():
             reference = exits[-1] if teacher is None else teacher(inputs).flatten(0, 1)
         loss = loss_of(exits, targets.flatten(), reference)
@@ -203,7 +203,7 @@ def test_the_final_checkpoint_names_its_exits_and_each_part_is_logged(
 ) -> None:
     train(flags(checkpoints["three"], tmp_path / "run", exits__distill="last"))
     config = read_checkpoint_config(tmp_path / "run" / "final" / "config.json")
-    assert config.recursive == RecursiveConfig(num_loops=3, lora_rank=LORA, exit_loops=(0, 1))
+    assert config.recursion == RecursiveConfig(num_loops=3, lora_rank=LORA, exit_loops=(0, 1))
     record = metrics(tmp_path / "run")[-1]
     logged = {f"{part}_loop_{loop}" for part in ("cross_entropy", "from_last_exit") for loop in (0, 1)}
     assert {key for key in record if "_loop_" in key} == logged | {"cross_entropy_loop_2"}
@@ -247,7 +247,7 @@ def test_a_frozen_model_learns_by_the_lora_on_its_head(
         assert (before(inputs, exit_loop=0) - after(inputs, exit_loop=0)).abs().max() > 1e-3
         truncated = rrt.load_model(tmp_path / "run" / "final", num_loops=1)
         torch.testing.assert_close(truncated(inputs), after(inputs, exit_loop=0), rtol=0, atol=1e-4)
-    sizes = [model_sizes(model.config, model.recursive, torch.float32) for model in (before, after)]
+    sizes = [model_sizes(model.config, model.recursion, torch.float32) for model in (before, after)]
     assert sizes[1].lora_params - sizes[0].lora_params == 2 * 4 * (32 + VOCAB)
     plan = plan_export(tmp_path / "run" / "final", tmp_path / "hf")
     assert plan.notices == ("the LoRA on the head is left out: only exits before the last loop use it",)
@@ -463,7 +463,7 @@ def test_distilling_three_exits_of_gemma_takes_little_more_memory_than_training_
     gemma, three = preset("gemma-2b"), RecursiveConfig(num_loops=3)
     objective = early_exits(ExitsConfig(distill="teacher"), DistillConfig(teacher="gemma-2b"), 3)
     plain, distilled = (
-        estimate_memory(Training(gemma, three, *rest), recipe, 8, "cuda")
+        estimate_memory(TrainingSpec(gemma, three, *rest), recipe, 8, "cuda")
         for rest in (
             (early_exits(ExitsConfig(), DistillConfig(), 3),),
             (objective, (gemma, RecursiveConfig())),

@@ -15,9 +15,9 @@ TINY = replace(preset("pythia-160m"), vocab_size=96, hidden_size=48, num_layers=
                head_dim=16, intermediate_size=80)  # fmt: skip
 
 
-def measured_flops(recursive: RecursiveConfig, batch: int, seq_len: int, merge: bool) -> float:
+def measured_flops(recursion: RecursiveConfig, batch: int, seq_len: int, merge: bool) -> float:
     """What PyTorch counts in one forward and backward, per token, without attention: it knows not every kernel's."""
-    model = RecursiveTransformer(TINY, recursive)
+    model = RecursiveTransformer(TINY, recursion)
     model.init_weights(0)
     model.set_merge(merge)
     tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
@@ -35,10 +35,10 @@ def attention_flops(seq_len: int) -> float:
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("loops", "rank"), [(1, 0), (2, 0), (2, 5), (4, 16)])
 def test_the_count_is_pytorchs_own_of_the_model_that_runs(loops: int, rank: int, merge: bool) -> None:
-    recursive = RecursiveConfig(num_loops=loops, lora_rank=LoraRanks.uniform(rank))
+    recursion = RecursiveConfig(num_loops=loops, lora_rank=LoraRanks.uniform(rank))
     batch, seq_len = 2, 33
-    counted = measured_flops(recursive, batch, seq_len, merge)
-    expected = training_flops_per_token(TINY, recursive, seq_len, merged_over=batch * seq_len if merge else None)
+    counted = measured_flops(recursion, batch, seq_len, merge)
+    expected = training_flops_per_token(TINY, recursion, seq_len, merged_over=batch * seq_len if merge else None)
     assert counted == pytest.approx(expected - attention_flops(seq_len), rel=1e-9)
 
 
@@ -48,14 +48,14 @@ def test_looping_saves_parameters_but_no_work() -> None:
 
 
 def test_every_exit_adds_a_head_and_a_teacher_its_forward() -> None:
-    recursive = RecursiveConfig(num_loops=2)
-    one = training_flops_per_token(TINY, recursive, 64)
-    two = training_flops_per_token(TINY, recursive, 64, exits=(0, 1))
+    recursion = RecursiveConfig(num_loops=2)
+    one = training_flops_per_token(TINY, recursion, 64)
+    two = training_flops_per_token(TINY, recursion, 64, exits=(0, 1))
     assert two - one == 3 * 2 * TINY.vocab_size * TINY.hidden_size
-    taught = training_flops_per_token(TINY, recursive, 64, teacher=(TINY, RecursiveConfig()))
+    taught = training_flops_per_token(TINY, recursion, 64, teacher=(TINY, RecursiveConfig()))
     assert taught == pytest.approx(one * 4 / 3)
     looped = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(16))
-    assert training_flops_per_token(TINY, recursive, 64, teacher=(TINY, looped)) > taught
+    assert training_flops_per_token(TINY, recursion, 64, teacher=(TINY, looped)) > taught
 
 
 def test_of_a_frozen_model_only_the_loras_on_the_head_have_a_backward() -> None:

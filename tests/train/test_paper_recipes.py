@@ -56,13 +56,13 @@ def test_a_row_is_the_papers_setting_and_fits_eight_processes(row: str) -> None:
     assert recipe.optim.warmup_steps == (200 if billions == 15 else 800)
     assert accumulation(recipe, 8) * recipe.run.micro_batch * 8 * 2048 == 2**21
     training = command.training(recipe)
-    recursive = training.recursive
+    recursion = training.recursion
     assert (training.teacher is not None) == ("teacher" in tables.get("start", {}))
-    assert bool(recursive.exit_loops) == ("exits" in tables)
+    assert bool(recursion.exit_loops) == ("exits" in tables)
     for found in re.findall(r"_r(\d+)_", row):
-        assert recursive.lora_rank == type(recursive.lora_rank).uniform(int(found))
+        assert recursion.lora_rank == type(recursion.lora_rank).uniform(int(found))
     for found in re.findall(r"(?:^|/)b(\d)_", row):
-        assert recursive.num_loops == (1 if "reduced" in row or "not_looped" in row else int(found))
+        assert recursion.num_loops == (1 if "reduced" in row or "not_looped" in row else int(found))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -115,7 +115,7 @@ def test_rows_have_the_papers_parameter_counts(row: str, billions: float) -> Non
     path = ROOT / "train" / "recipes" / f"{row}.toml"
     recipe, command = read(path, read_tables(path))
     training = command.training(recipe)
-    sizes = model_sizes(training.model, training.recursive, torch.float32)
+    sizes = model_sizes(training.model, training.recursion, torch.float32)
     assert sizes.non_embedding_params / 1e9 == pytest.approx(billions, abs=0.01)
 
 
@@ -163,8 +163,8 @@ def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
 
 def test_a_checkpoint_of_another_row_is_refused() -> None:
     start = StartConfig(base="pythia-160m", convert="--num-loops 2 --init average --lora-rank 4")
-    model, recursive = start_architecture(ABSENT, start)
-    assert (model.num_layers, recursive.num_loops, recursive.lora_rank.q) == (12, 2, 4)
+    model, recursion = start_architecture(ABSENT, start)
+    assert (model.num_layers, recursion.num_loops, recursion.lora_rank.q) == (12, 2, 4)
     with pytest.raises(UserError, match=r"has num_loops 1; expected 2, as the recipe's start\.convert = '--num-loops"):
         start_architecture("pythia-160m", start)
     assert start_architecture("pythia-160m", dataclasses.replace(start, convert=""))[1].num_loops == 1
@@ -229,7 +229,7 @@ def test_a_row_is_made_from_any_folder_by_one_command(tmp_path: Path) -> None:
     assert modules[:2] == ["rrt.convert", "torch.distributed.run"]
     out = tmp_path / "out" / "pythia-160m" / "b2_stepwise_not_looped_15b"
     model = rrt.load_model(out / "final")
-    assert (model.config.num_layers, model.recursive.num_loops) == (3, 1)
+    assert (model.config.num_layers, model.recursion.num_loops) == (3, 1)
     again = run()
     assert again.stdout.splitlines() == [made.stdout.splitlines()[-1]]
     assert "perplexity" in again.stdout

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.permutation import Permutation, hashed
+from train.permutation import Permutation, keyed_uint64s
 
 
 @settings(max_examples=40)
@@ -31,7 +31,7 @@ def test_a_place_beyond_the_end_is_refused() -> None:
 def test_the_key_decides_the_order() -> None:
     keys = [(0, 0), (0, 1), (1, 0), (1, 1), (11,), (0, 0, 0)]
     assert len({tuple(Permutation(50, *key)) for key in keys}) == len(keys)
-    assert len({number for key in keys for number in hashed(*key, count=3)}) == 3 * len(keys)
+    assert len({number for key in keys for number in keyed_uint64s(*key, count=3)}) == 3 * len(keys)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrt.common.schema import doc
+from rrt.common.schema import field_doc
 from rrt.errors import UserError
 from train.pretrain import PretrainRecipe
 from train.recipe import OptimConfig, read_recipe, to_toml
@@ -196,12 +196,12 @@ def test_help_shows_every_field_with_its_default_or_that_it_is_required(
 class AnyTable:
     """Every type of field."""
 
-    text: str = doc("text")
-    number: float = doc("number")
-    count: int = doc("count")
-    flag: bool = doc("flag")
-    choice: Literal["a", "b"] = doc("choice", default="a")
-    limit: int | None = doc("limit", default=None)
+    text: str = field_doc("text")
+    number: float = field_doc("number")
+    count: int = field_doc("count")
+    flag: bool = field_doc("flag")
+    choice: Literal["a", "b"] = field_doc("choice", default="a")
+    limit: int | None = field_doc("limit", default=None)
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def test_the_first_loops_train_as_a_model_of_their_own(
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
     trained = rrt.load_model(tmp_path / "run" / "final")
-    assert (trained.config.num_layers, trained.recursive.num_loops) == (2, 1)
+    assert (trained.config.num_layers, trained.recursion.num_loops) == (2, 1)
 
 
 def test_bf16_trains(flags: Flags, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_pretraining_starts_alike_on_any_number_of_processes(tokenizer: Path, da
     run_on_two(train_here, pretrain_flags(tmp_path / "two", tokenizer, data, model__num_loops=2), pretrain.COMMAND)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     model = rrt.load_model(tmp_path / "two" / "final")
-    assert (model.config.num_layers, model.recursive.num_loops, len(model.stack.layers)) == (2, 2, 1)
+    assert (model.config.num_layers, model.recursion.num_loops, len(model.stack.layers)) == (2, 2, 1)
     assert model.config.eos_token_id == load_tokenizer(tokenizer).eos_id
 
 
@@ -489,8 +489,8 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
 
 def test_norms_and_biases_are_not_decayed() -> None:
     config = replace(LLAMA, family="gpt_neox", norm_type="layernorm", use_bias=True, num_kv_heads=4)
-    recursive = replace(RELAXED, prefix_length=2)
-    model = RecursiveTransformer(config, recursive)
+    recursion = replace(RELAXED, prefix_length=2)
+    model = RecursiveTransformer(config, recursion)
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}

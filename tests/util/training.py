@@ -27,7 +27,7 @@ from train import uptrain
 from train.checkpoints import step_directories
 from train.command import Command
 from train.data import Mixture, Windows
-from train.distributed import AgreedError, agree, processes
+from train.distributed import AgreedError, processes, raise_everywhere
 from train.recipe import read_recipe
 from train.trainer import Trainer
 
@@ -71,15 +71,15 @@ def make_checkpoint(
     directory: Path,
     tokenizer: Path,
     config: ModelConfig = LLAMA,
-    recursive: RecursiveConfig = RELAXED,
+    recursion: RecursiveConfig = RELAXED,
     noise: float = 0.0,
 ) -> Path:
     """A random model; with noise every parameter is random, so that exits differ and all have a gradient."""
-    model = RecursiveTransformer(config, recursive)
+    model = RecursiveTransformer(config, recursion)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(5)
     with write_checkpoint(
-        directory, CheckpointConfig(config, recursive, torch.float32), make_provenance("convert", None)
+        directory, CheckpointConfig(config, recursion, torch.float32), make_provenance("convert", None)
     ) as writer:
         for name, parameter in model.named_parameters():
             writer.add(name, parameter.detach() + noise * torch.randn(parameter.shape, generator=generator))
@@ -126,7 +126,7 @@ def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:
     """The command's work in this process, or together with another one."""
     recipe = read_recipe(command.recipe, "", argv)
     with processes(recipe.run.device, recipe.run.shard_size) as group:
-        trainer: Trainer = agree(lambda: command.make_trainer(recipe, group))
+        trainer: Trainer = raise_everywhere(lambda: command.make_trainer(recipe, group))
         trainer.run()
         return trainer
 
