@@ -20,6 +20,7 @@ from rrt.common.dtypes import PARAMETER_DTYPES, dtype_name
 from rrt.common.files import read_json
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import merge_lora
 from rrt.model.meta import first_loops, meta_model, parameter_shapes
 from rrt.model.transformer import RecursiveTransformer
 
@@ -178,9 +179,7 @@ class FirstLoops(Source):
     def _head_of_exit(self, loop: int) -> Tensor:
         """The head [V, D] with the LoRA of an exit after `loop`, summed in fp32."""
         head = self._source.get("embed" if self._source.model.tie_embeddings else "head")
-        wide = torch.promote_types(head.dtype, torch.float32)
-        lora_a, lora_b = (self._source.get(f"head_lora_{factor}")[loop].to(wide) for factor in ("a", "b"))
-        return torch.addmm(head.to(wide), lora_b, lora_a)
+        return merge_lora(head, self._source.get("head_lora_a")[loop], self._source.get("head_lora_b")[loop])
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions: contiguous for one batch, paged for many sequences at many loops."""
+"""The key/value cache: pages of many sequences, each loop of a sequence with pages of its own."""
 
 from itertools import groupby
 from typing import Any
@@ -12,46 +12,6 @@ from rrt.decode.page_table import make_page_table
 from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PassRows, PrefillPlan
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
-
-
-class ContiguousCache:
-    """A preallocated cache: every depth (loop and shared layer) keeps keys and values of its own.
-
-    Holds k and v [L, batch, H_kv, max_length, D_h], `2 * L * H_kv * D_h` elements per token and sequence.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.max_length = max_length
-        self.length = 0
-
-    def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [batch, T, H_kv, D_h] of `depth`; return views of all [batch, length + T, H_kv, D_h].
-
-        Raises:
-            UserError: the cache is full, or k is of another batch size.
-        """
-        end = self.length + k.shape[1]
-        if end > self.max_length:
-            raise UserError(f"cache: position {end} does not fit; expected at most max_length = {self.max_length}")
-        if k.shape[0] != self.k.shape[1]:
-            raise UserError(f"cache: found a batch of {k.shape[0]}; expected {self.k.shape[1]}")
-        k_cache, v_cache = self.k[depth].transpose(1, 2), self.v[depth].transpose(1, 2)
-        k_cache[:, self.length : end] = k
-        v_cache[:, self.length : end] = v
-        return k_cache[:, :end], v_cache[:, :end]
-
-    def advance(self, num_tokens: int) -> None:
-        self.length += num_tokens
 
 
 def page_bytes(config: ModelConfig, recursion: RecursiveConfig, page_size: int, dtype: torch.dtype) -> int:

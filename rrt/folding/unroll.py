@@ -23,6 +23,7 @@ from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import merge_lora
 from rrt.model.meta import parameter_shapes
 from rrt.model.sizes import Sizes, model_sizes
 
@@ -131,6 +132,4 @@ def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) ->
         return shared[loop] if shared.dim() == 2 else shared
     if f"{linear}.lora_a" not in shapes:
         return shared
-    wide = torch.promote_types(shared.dtype, torch.float32)
-    lora_a, lora_b = (source.get(f"{linear}.{factor}")[loop].to(wide) for factor in ("lora_a", "lora_b"))
-    return torch.addmm(shared.to(wide), lora_b, lora_a)
+    return merge_lora(shared, source.get(f"{linear}.lora_a")[loop], source.get(f"{linear}.lora_b")[loop])

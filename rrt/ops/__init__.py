@@ -6,6 +6,7 @@ operator names, with one warning each. `build_info()` tells which.
 
 from rrt.native import BuildInfo, build_info
 from rrt.ops.attention import (
+    branch_mask,
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
@@ -45,6 +46,7 @@ from rrt.ops.linear import (
 __all__ = [
     "GATED_ACTIVATIONS",
     "BuildInfo",
+    "branch_mask",
     "build_info",
     "causal_attention",
     "causal_attention_backward_reference",

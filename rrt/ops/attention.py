@@ -95,13 +95,23 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def branch_mask(branch_ids: Tensor) -> Tensor:
+    """Mask for several texts packed into one row after a shared prefix.
+
+    Args:
+        branch_ids: integers [B, T]; 0 for the prefix, and a number of its own for each text.
+
+    Returns:
+        bool [B, 1, T, T]: query i sees key j if j <= i and j is of branch 0 or of i's branch.
+    """
+    keys, queries = branch_ids[:, None, None, :], branch_ids[:, None, :, None]
+    return ((keys == 0) | (keys == queries)).tril()
+
+
 def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
     """[B, H, T, T], minus infinity where a query does not see."""
-    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    if branches is not None:
-        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
-        unseen = unseen | (keys != 0) & (keys != queries)
-    return (q @ k.transpose(-1, -2) * scale).masked_fill(unseen, float("-inf"))
+    mask = branch_mask(q.new_zeros(1, q.shape[2]) if branches is None else branches)
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
 
 
 def _wide(q: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 
 from rrt import ops
 from rrt.checkpoint.presets import preset
+from rrt.checkpoint.source import load_model
 from rrt.decode.decoder import Decoder
 from rrt.decode.greedy import generate
 from rrt.decode.kv_cache import PagedCache
@@ -18,6 +19,8 @@ from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
+from tests.util.models import VARIANTS, make_variant
+from tests.util.pairwise import pairwise
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
@@ -96,25 +99,50 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
+def set_threads():
+    """`torch.set_num_threads` for the length of a test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def native():
     if ops.build_info().library is None:
         pytest.skip("the reference promises no bitwise independence of rows")
 
 
-@pytest.mark.parametrize("looped", LOOPED)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunks", [[1] * 11, [6, 1, 1, 1, 1, 1], [4, 5, 1, 1], [11]], ids=str)
-def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
-    model = make_model(family, looped)
-    decoder = make_decoder(model)
-    tokens, sequence, start, states = random_tokens(11), decoder.cache.allocate(), 0, []
+def decode_in_chunks(decoder, tokens, chunks):
+    """The logits [T, V] of a sequence that is fed in chunks, each of one token as a decode row."""
+    sequence, start, states = decoder.cache.allocate(), 0, []
     for part in tokens.split(chunks):
         if len(part) == 1:
             states.append(decode(decoder, [sequence], part, [start]))
         else:
             states.append(prefill(decoder, sequence, part, start))
         start += len(part)
-    assert_close(decoder.logits(torch.cat(states)), model(tokens[None])[0])
+    decoder.cache.free(sequence)
+    return decoder.logits(torch.cat(states))
+
+
+CHUNKS = [[1] * 11, [6, 1, 1, 1, 1, 1], [4, 5, 1, 1], [11]]
+
+
+@pytest.mark.parametrize(("family", "looped", "chunks"), pairwise(list(FAMILIES), list(LOOPED), CHUNKS), ids=str)
+def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
+    model = make_model(family, looped)
+    tokens = random_tokens(11)
+    assert_close(decode_in_chunks(make_decoder(model), tokens, chunks), model(tokens[None])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_incremental_decoding_equals_transformers(variant, tmp_path):
+    hf = make_variant(variant)
+    hf.save_pretrained(tmp_path)
+    decoder, tokens = make_decoder(load_model(tmp_path, torch.float32)), random_tokens(11)
+    expected = hf(tokens[None]).logits[0]
+    for chunks in CHUNKS:
+        assert_close(decode_in_chunks(decoder, tokens, chunks), expected, 2e-5)
 
 
 def test_each_row_exits_through_the_head_lora_of_its_loop():
@@ -183,32 +211,38 @@ def rows_after_prompts(decoder, count):
     return rows, x.to(decoder.model.embed.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma with gated erf-gelu"])
-def test_a_decode_row_is_bitwise_the_same_in_any_company(native, family, dtype):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# PyTorch treats the ends of vectors apart (72), and splits large tensors among threads anywhere (14 x 5120).
+INNER_AND_THREADS = [(72, 1), (5120, 2), (5120, 3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "inner_and_threads"),
+    pairwise([*FAMILIES, "gemma with gated erf-gelu"], DTYPES, INNER_AND_THREADS),
+    ids=str,
+)
+def test_a_decode_row_is_bitwise_the_same_in_any_batch(native, set_threads, family, dtype, inner_and_threads):
     activation = dict(activation="gelu") if "erf" in family else {}
-    family = family.split()[0]
-    # PyTorch treats the ends of vectors apart (72), and splits large tensors among threads anywhere (14 x 5120).
-    for inner, threads in ((72, 1), (5120, 2), (5120, 3)):
-        model = make_model(family, "relaxed-3-untied", dtype, intermediate_size=inner, **activation)
-        decoder = make_decoder(model, num_pages=200)
-        rows, x = rows_after_prompts(decoder, 14)
+    inner, threads = inner_and_threads
+    model = make_model(family.split()[0], "relaxed-3-untied", dtype, intermediate_size=inner, **activation)
+    decoder = make_decoder(model, num_pages=200)
+    rows, x = rows_after_prompts(decoder, 14)
 
-        def states(chosen, chunks=(), decoder=decoder, rows=rows, x=x):
-            sequences, loops, positions = zip(*(rows[i] for i in chosen), strict=True)
-            plan = decoder.cache.plan(PassRows(sequences, loops, positions, chunks=chunks))
-            extra = torch.zeros(sum(chunk.length for chunk in chunks), x.shape[1], dtype=x.dtype)
-            out = decoder.block(torch.cat((x[list(chosen)], extra)), plan)[: len(chosen)]
-            return out, decoder.logits(out)
+    def states(chosen, chunks=()):
+        sequences, loops, positions = zip(*(rows[i] for i in chosen), strict=True)
+        plan = decoder.cache.plan(PassRows(sequences, loops, positions, chunks=chunks))
+        extra = torch.zeros(sum(chunk.length for chunk in chunks), x.shape[1], dtype=x.dtype)
+        out = decoder.block(torch.cat((x[list(chosen)], extra)), plan)[: len(chosen)]
+        return out, decoder.logits(out)
 
-        torch.set_num_threads(threads)
-        together = states(range(14))
-        for chosen in ([0], [5], [13], [1, 0], [13, 2, 7], [4, 8, 1, 0, 3, 9, 12]):
-            for alone, mixed in zip(states(chosen), together, strict=True):
-                assert torch.equal(alone, mixed[chosen])
-        with_chunk = states([3, 6], [Chunk(rows[9][0], 1, 0, 3)])
-        for alone, mixed in zip(with_chunk, together, strict=True):
-            assert torch.equal(alone, mixed[[3, 6]])
+    set_threads(threads)
+    together = states(range(14))
+    for chosen in ([0], [5], [13], [1, 0], [13, 2, 7], [4, 8, 1, 0, 3, 9, 12]):
+        for alone, mixed in zip(states(chosen), together, strict=True):
+            assert torch.equal(alone, mixed[chosen])
+    with_chunk = states([3, 6], [Chunk(rows[9][0], 1, 0, 3)])
+    for alone, mixed in zip(with_chunk, together, strict=True):
+        assert torch.equal(alone, mixed[[3, 6]])
 
 
 @pytest.mark.parametrize("looped", ["relaxed-3-untied", "relaxed-prefix-untied-3"])
@@ -391,7 +425,7 @@ def test_the_references_decode_too():
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "from rrt.ops import build_info; assert build_info().library is None\n"
-        "from tests.test_decoder import make_decoder, make_model, naive_greedy, PROMPTS, generate\n"
+        "from tests.decode.test_decoder import make_decoder, make_model, naive_greedy, PROMPTS, generate\n"
         "model = make_model('gpt_neox', 'relaxed-prefix-untied-3')\n"
         "found = generate(make_decoder(model, num_pages=300), PROMPTS, 5)\n"
         "assert found == [naive_greedy(model, prompt, 5) for prompt in PROMPTS]\n"

@@ -372,10 +372,8 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
     assert calls == config.num_layers
     with pretend_device("cuda"):
         theirs = logits_and_gradients()
-    model(ids, attention_mask=torch.ones_like(ids))
-    assert calls == config.num_layers
     branches = (torch.arange(70) // 20).int().expand(2, 70)
-    rows = {"branches": branches, "positions": torch.arange(70).expand(2, 70)}
+    rows = {"branch_ids": branches, "positions": torch.arange(70).expand(2, 70)}
     with pretend_device("cuda"):
         masked = model(ids, **rows)
     assert calls == config.num_layers
