@@ -26,7 +26,7 @@ def _train_command(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """``python -m rrt.tokenizer``; see the head of this file."""
+    """Run ``python -m rrt.tokenizer``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.tokenizer", description="Train a tokenizer.")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a byte-level BPE and write a tokenizer directory")

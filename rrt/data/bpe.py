@@ -55,7 +55,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
 
 
 class _CountedTexts:
-    """Passes texts on and counts their characters, so that an empty corpus can be told."""
+    """Texts passed on with a count of their characters, to detect an empty corpus."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts

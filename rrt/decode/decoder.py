@@ -1,4 +1,4 @@
-"""The model's inference path: passes of the shared block over rows of many sequences and loops.
+"""The inference path: passes of the shared block over rows of many sequences and loops.
 
 One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
 go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
@@ -24,7 +24,7 @@ from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
 
 class Decoder:
-    """`RecursiveTransformer` on a `PagedCache`: embed the tokens, run the block loop by loop, take the logits.
+    """A `RecursiveTransformer` on a `PagedCache`: embed tokens, run the block loop by loop, take the logits.
 
         x = decoder.embed(tokens)
         for loop in range(num_loops):
@@ -32,8 +32,7 @@ class Decoder:
         logits = decoder.logits(x)
 
     Decode rows use the weights as they are now, on the CPU packed for few rows; prefill, norms and embedding use the
-    model itself. So leave the model as it is while a decoder lives, and after a change make another. Writes the keys
-    and values of the model's prefix vectors into the cache.
+    model itself. So do not change the model while a decoder lives; after a change, make another.
     """
 
     @torch.no_grad()
@@ -44,7 +43,8 @@ class Decoder:
         max_positions: int | None = None,
         merged_bytes: int = 0,
     ) -> None:
-        """
+        """Write the keys and values of the model's prefix vectors into the cache, and pack weights on the CPU.
+
         Args:
             max_positions: how long sequences may become; default what the base was trained for.
             merged_bytes: memory in which prefill may keep the weights merged with each loop's LoRA, so that a prompt
@@ -77,17 +77,17 @@ class Decoder:
         self._write_prefix()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [M] -> the rows [M, D] that enter loop 0."""
+        """Embed tokens int64 [M] into the rows [M, D] that enter loop 0."""
         with torch.inference_mode():
             return self.model.embed_tokens(tokens)
 
     @torch.inference_mode()
     def block(self, x: Tensor, plan: PassPlan) -> Tensor:
-        """One pass: every row goes through the K layers at its own loop.
+        """Run one pass: every row goes through the K layers at its own loop.
 
         Args:
             x: [M, D], the rows in the order of `PassRows`.
-            plan: what `PagedCache.plan` made of the rows.
+            plan: of the same rows, by `PagedCache.plan`.
 
         Returns:
             [M, D]: kv-only rows as they were, the others after their loop.
@@ -105,11 +105,11 @@ class Decoder:
         return torch.cat(done) if chunks else done[0]
 
     def logits(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
-        """Final norm and head: [M, D] -> [M, V], each row for itself.
+        """Apply the final norm and head to each row: [M, D] -> [M, V].
 
         Args:
-            loops: int32 [M], the loop that each row exits after; default the last. Only a LoRA on the head tells them
-                apart.
+            loops: int32 [M], the loop after which each row exits; default the last. It matters only where the head
+                has a LoRA.
         """
         return self._head(x, loops)
 
@@ -186,7 +186,7 @@ class Decoder:
 def _add_residuals(
     layer: Layer, x: Tensor, attended: Tensor, loop: int | Tensor, mlp: Callable[[Tensor, Any], Tensor]
 ) -> Tensor:
-    """What follows attention in a layer, sequential or with parallel residual: [M, D] -> [M, D]."""
+    """Finish a layer after attention, sequential or with parallel residual: [M, D] -> [M, D]."""
     residual = x + attended
     return residual + mlp(layer.mlp_norm(x if layer.parallel_residual else residual, loop), loop)
 

@@ -55,7 +55,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape)) if self.kind == "layernorm" else None
 
     def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
-        """x [..., D] -> [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
+        """Normalise x [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
         weight = self.weight if self.weight.dim() == 1 else self.weight[loop]
         if self.kind == "layernorm":
             bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         prefix: Tensor | None = None,
         selected_tokens: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, T, D], prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
+        """Attend within x [batch, T, D] and to prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
         q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
         if prefix is not None:
@@ -197,7 +197,7 @@ class Layer(nn.Module):
         prefix: Tensor | None = None,
         selected_tokens: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, T, D], prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
+        """Run the layer at `loop`: x [batch, T, D] -> [batch, T, D], or [N, D] of the selected tokens."""
         attended = self.attn(self.attn_norm(x, loop), loop, context, prefix, selected_tokens)
         x = _select(x, selected_tokens)
         if self.parallel_residual:
@@ -207,7 +207,7 @@ class Layer(nn.Module):
 
 
 class LoopedStack(nn.Module):
-    """K shared layers run B times. Returns the hidden state after each loop, which is where exits are taken."""
+    """K shared layers that run B times; exits are taken from the hidden state after each loop."""
 
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class LoopedStack(nn.Module):
         num_loops: int | None = None,
         selected_tokens: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all).
+        """Run the first `num_loops` loops (default all): x [batch, T, D] -> the state [batch, T, D] after each.
 
         The last of them holds only the selected tokens, [N, D], if any are named.
         """
@@ -348,7 +348,7 @@ class RecursiveTransformer(nn.Module):
         return self.embed if self.head is None else self.head
 
     def _context(self, x: Tensor, positions: Tensor | None, branch_ids: Tensor | None) -> ForwardContext:
-        """The context of a forward of x [batch, T, D]."""
+        """Make the context of a forward of x [batch, T, D]."""
         expected, prefix_length = tuple(x.shape[:2]), self.recursion.prefix_length
         for name, tensor in (("positions", positions), ("branch_ids", branch_ids)):
             if tensor is not None and tensor.shape != expected:
@@ -399,7 +399,7 @@ class RecursiveTransformer(nn.Module):
 
 
 def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """The rows [N, D] of x [batch, T, D] at `tokens`; x itself for None."""
+    """Take the rows [N, D] of x [batch, T, D] at `tokens`; None takes x as it is."""
     return x if tokens is None else x.flatten(0, 1)[tokens]
 
 

@@ -1,4 +1,4 @@
-"""What every command does with bad input and signals."""
+"""Behaviour of every command on bad input and signals."""
 
 import os
 import platform

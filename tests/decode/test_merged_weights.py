@@ -117,7 +117,7 @@ def other_memory(linear, name):
 
 
 def other_memory_twice(linear, name):
-    """What was freed in between may be handed out again."""
+    """Memory that was freed in between may be handed out again."""
     for _ in range(2):
         other_memory(linear, name)
 

@@ -22,7 +22,7 @@ from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import load_tokenizer
 from rrt.export import main
 from rrt.folding.conversion import convert
-from rrt.folding.unroll import export, plan_export, run_export
+from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
 from tests.util.models import FAMILIES, make_hf_model
@@ -124,8 +124,8 @@ def test_tokenizer_config_and_provenance_come_along(tmp_path):
 
 
 def test_shards_and_index_load_in_transformers(bases, tmp_path):
-    plan = plan_export(bases["gpt_neox"], tmp_path / "hf")
-    run_export(plan, max_shard_bytes=50_000)
+    prepared = prepare_export(bases["gpt_neox"], tmp_path / "hf")
+    run_export(prepared, max_shard_bytes=50_000)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3
     load_in_transformers(tmp_path / "hf")
     files, single = TensorFiles(tmp_path / "hf"), load_file(bases["gpt_neox"] / "model.safetensors")
