@@ -127,7 +127,7 @@ def decode_in_chunks(decoder, tokens, chunks):
 CHUNKS = [[1] * 11, [6, 1, 1, 1, 1, 1], [4, 5, 1, 1], [11]]
 
 
-@pytest.mark.parametrize(("family", "looped", "chunks"), pairwise(list(FAMILIES), list(LOOPED), CHUNKS), ids=str)
+@pairwise(family=list(FAMILIES), looped=list(LOOPED), chunks=CHUNKS)
 def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
     model = make_model(family, looped)
     tokens = random_tokens(11)
@@ -216,11 +216,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INNER_AND_THREADS = [(72, 1), (5120, 2), (5120, 3)]
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "inner_and_threads"),
-    pairwise([*FAMILIES, "gemma with gated erf-gelu"], DTYPES, INNER_AND_THREADS),
-    ids=str,
-)
+@pairwise(family=[*FAMILIES, "gemma with gated erf-gelu"], dtype=DTYPES, inner_and_threads=INNER_AND_THREADS)
 def test_a_decode_row_is_bitwise_the_same_in_any_batch(native, set_threads, family, dtype, inner_and_threads):
     activation = dict(activation="gelu") if "erf" in family else {}
     inner, threads = inner_and_threads

@@ -199,12 +199,13 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "recursion", "checkpointing"),
-    pairwise(["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"], list(RELAXED), ["none", "layer", "loop"]),
+@pairwise(
+    name=["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"],
+    recursion=RELAXED,
+    checkpointing=["none", "layer", "loop"],
 )
 def test_states_of_selected_tokens_are_those_of_all(name, recursion, checkpointing):
-    model = recursive_model(name, **RELAXED[recursion])
+    model = recursive_model(name, **recursion)
     model.stack.checkpointing = checkpointing
     input_ids = torch.randint(0, 151, (3, 7), generator=torch.Generator().manual_seed(8))
     places = torch.tensor([20, 0, 3, 3, 8])
