@@ -35,7 +35,7 @@ class PrefillLinears:
         if weight is None and len(x) * (linear.in_features + linear.out_features) > linear.weight.numel():
             weight = linear.merged_weight(loop)
         if weight is not None:
-            return precision.linear(x, weight, linear.loop_bias(loop))
+            return precision.upcasting_linear(x, weight, linear.loop_bias(loop))
         if x.is_cuda and x.element_size() == 2:
             return ops.loop_lora_prefill(x, linear.weight, linear.bias, linear.lora_a, linear.lora_b, loop)
         return linear(x, loop)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from rrt import ops
 from rrt.decode.row_linears import should_pack_for_decode
 from rrt.model.loop_linear import LoopLinear
-from rrt.ops.precision import product_dtype
+from rrt.ops.precision import matmul_dtype
 
 
 def should_pack_for_batches(weight: Tensor) -> bool:
     """Decide if a weight is packed for many rows: on CPUs, unless its 16-bit products have instructions there."""
-    native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
+    native_16_bits = weight.dtype.itemsize == 2 and matmul_dtype(weight) == weight.dtype
     return should_pack_for_decode(weight) and not native_16_bits
 
 

@@ -16,7 +16,7 @@ from rrt.native import load_native
 
 
 def should_pack_for_decode(weight: Tensor) -> bool:
-    """Decide if a weight is packed for few rows: on CPUs, unless the reference runs, which would unpack it each call."""
+    """Decide if a weight is packed for few rows: on CPUs, but not for the reference, which would unpack it per call."""
     return weight.device.type == "cpu" and load_native().handle is not None
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.ops.precision import product_dtype
+from rrt.ops.precision import matmul_dtype
 
 
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,7 +97,7 @@ class LoopLinear(nn.Module):
         if self.packed:
             return ops.packed_linear(x, self.packed[loop], self.loop_bias(loop), self.out_features)
         rows = x.numel() // self.in_features
-        dtype, wide = x.dtype, product_dtype(x, rows)
+        dtype, wide = x.dtype, matmul_dtype(x, rows)
         x, bias = x.to(wide), self.loop_bias(loop)
         bias = None if bias is None else bias.to(wide)
         if self.lora_a is None or self.lora_b is None or self.should_merge(rows):

@@ -337,10 +337,12 @@ class RecursiveTransformer(nn.Module):
     def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
         """Apply the final norm and the head, with its LoRA for an exit after `loop` (default the last): -> [..., V]."""
         normed = self.norm(hidden)
-        logits = precision.linear(normed, self.head_weight)
+        logits = precision.upcasting_linear(normed, self.head_weight)
         if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursion.num_loops - 1):
             return logits
-        return logits + precision.linear(precision.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
+        return logits + precision.upcasting_linear(
+            precision.upcasting_linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop]
+        )
 
     @property
     def head_weight(self) -> nn.Parameter:

@@ -13,7 +13,7 @@ from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.loop_linear import LoopLinear
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import precision
-from rrt.ops.precision import EMULATED_FROM_ROWS
+from rrt.ops.precision import MIN_UPCAST_ROWS
 from tests.util.models import VARIANTS, make_variant
 from tests.util.pairwise import pairwise
 
@@ -126,7 +126,7 @@ def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
         for index, parameter in enumerate(linear.parameters()):
             parameter.normal_(generator=torch.Generator().manual_seed(index))
     linear.bfloat16()
-    x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
+    x = torch.randn(MIN_UPCAST_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
     monkeypatch.setattr(precision, "_HAS_BF16_INSTRUCTIONS", False)
     for merge in (False, True):
         linear.merge = merge
