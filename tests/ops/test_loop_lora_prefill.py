@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rrt.ops import loop_lora_linear, loop_lora_prefill, loop_lora_prefill_reference
 from tests.ops.test_loop_lora_linear import (
-    BOTH_IDS,
     CASES,
     DTYPES,
     GRAD_CASES,
@@ -19,18 +18,18 @@ from tests.ops.test_loop_lora_linear import (
     make_inputs,
     pack_arguments,
 )
+from tests.util.pairwise import pairwise
 
-BOTH = pytest.mark.parametrize("op", [loop_lora_prefill, loop_lora_prefill_reference], ids=BOTH_IDS)
+IMPLEMENTATIONS = {"op": loop_lora_prefill, "reference": loop_lora_prefill_reference}
+BOTH = pytest.mark.parametrize("op", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 def of_one_loop(inputs: dict[str, Any], loop: int) -> dict[str, Any]:
-    """Arguments of loop_lora_linear as those of loop_lora_prefill, in the order of the schema."""
+    """Turn arguments of loop_lora_linear into those of loop_lora_prefill, in the order of the schema."""
     return {("loop" if name == "loops" else name): loop if name == "loops" else x for name, x in inputs.items()}
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pairwise(case=CASES, dtype=DTYPES, op=IMPLEMENTATIONS)
 def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None:
     inputs = make_inputs(case, dtype)
     for loop in {0, case.num_loops - 1}:
