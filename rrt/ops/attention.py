@@ -96,7 +96,7 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
-    """Scores [B, H, T, T], minus infinity at keys that a query does not see."""
+    """Compute scores [B, H, T, T], minus infinity at keys that a query does not see."""
     unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     if branches is not None:
         keys, queries = branches[:, None, None, :], branches[:, None, :, None]
