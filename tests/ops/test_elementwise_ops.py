@@ -227,7 +227,7 @@ def test_neither_threads_nor_repetition_change_a_bit(dtype: torch.dtype) -> None
 @pytest.mark.isa
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_lies_beside_changes_no_bit(dtype: torch.dtype) -> None:
+def test_an_elements_bits_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     (gate, up), _ = gate_inputs((501,), "silu", dtype)
     for activation in ops.GATED_ACTIVATIONS:
         whole = ops.gated_activation(gate, up, activation)
@@ -243,13 +243,11 @@ def test_what_lies_beside_changes_no_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inputs_of_any_strides_are_accepted(dtype: torch.dtype, functions: dict[str, Function]) -> None:
     for name, leaves, rest in cases(dtype):
-        wanted = results(functions[name], leaves, rest)
         apart = [leaf.repeat_interleave(2, -1)[..., ::2] for leaf in leaves]
         swapped = [leaf.transpose(0, -1).contiguous().transpose(0, -1) for leaf in leaves]
         assert not swapped[0].is_contiguous() and apart[0].stride(-1) == 2
         for others in (apart, swapped):
-            for one, other in zip(wanted, results(functions[name], others, rest), strict=True):
-                torch.testing.assert_close(one, other)
+            assert_defined(name, functions, others, rest)
     # A part of a fused projection, as the model has q and k.
     x, rest = normal(2, 9, 6, 8, dtype=dtype), [normal(1, 9, 4, dtype=dtype)] * 2
     part = functions["rotary"](x[:, :, 1:4], *rest)

@@ -90,7 +90,7 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish(statistics: Statistics
 @pytest.mark.isa
 @BOTH
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F800000], ids=hex)  # NaNs and infinity
-def test_what_is_not_finite_shows_in_its_row_alone(bits: int, statistics: Statistics) -> None:
+def test_nan_and_infinity_stay_in_their_row(bits: int, statistics: Statistics) -> None:
     x, weight = inputs(3, 100, 8, torch.float32)
     bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     for place in (0, 40, 99) if bad.isnan() else ():  # infinity may make a logit of minus infinity, which is no harm
