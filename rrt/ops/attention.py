@@ -109,7 +109,7 @@ def branch_mask(branch_ids: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
-    """Scores [B, H, T, T], minus infinity at keys that a query does not see."""
+    """Compute scores [B, H, T, T], minus infinity at keys that a query does not see."""
     mask = branch_mask(q.new_zeros(1, q.shape[2]) if branches is None else branches)
     return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
 

@@ -14,7 +14,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that operators sum in: float64 for float64, else float32."""
+    """Return the dtype that operators sum in: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

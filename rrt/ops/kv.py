@@ -62,7 +62,7 @@ def loop_kv_attention(
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
 ) -> Tensor:
-    """Attention of decode rows, one query each, over the pages of the row's own block table.
+    """Attend from decode rows, one query each, over the pages of the row's own block table.
 
     Args:
         q: [M, H, D_h] of the cache's dtype; H is a multiple of H_kv, and query head h reads key/value head
@@ -98,7 +98,7 @@ def loop_kv_prefill(
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of chunks of S sequences, their queries packed one after the other.
+    """Attend causally from chunks of S sequences, whose queries are packed one after the other.
 
     The chunk's own keys and values have been written by `loop_kv_write` before.
 

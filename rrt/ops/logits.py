@@ -17,7 +17,7 @@ _check = Checks("logit_statistics")
 
 
 def logit_statistics(x: Tensor, packed: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and argmax of each row of ``x W^T``, without that matrix in memory. For CPUs; it has no gradient.
+    """Compute log-sum-exp and argmax of each row of ``x W^T`` without that matrix in memory. For CPUs; no gradient.
 
     Args:
         x: [M, K] float32, float64, bfloat16 or float16. Any strides; rows whose elements are not adjacent are copied.

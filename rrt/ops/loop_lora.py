@@ -251,7 +251,7 @@ class _Arguments:
 def _segments(
     n: int, total_rank: int, segment_out: Sequence[int], segment_rank: Sequence[int]
 ) -> list[tuple[slice, slice]]:
-    """Per segment the slice of the weight's rows and of lora_a's; everything is one segment if none is given."""
+    """List per segment the slice of the weight's rows and of lora_a's; everything is one segment if none is given."""
     if not segment_out:
         return [(slice(0, n), slice(0, total_rank))]
     segments = []
@@ -278,7 +278,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients by the chain rule through T = A_l x, each loop's over its own rows."""
+    """Compute gradients by the chain rule through T = A_l x, each loop's over its own rows."""
     x, weight, lora_a, lora_b, loops = ctx.saved_tensors
     need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     grad_x = grad @ weight if need_x else None
@@ -311,7 +311,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _rows_by_loop(loop: int | None, loops: Tensor | None, num_loops: int) -> Iterator[tuple[int, Tensor | None]]:
-    """Each loop with a mask [M, 1] of its rows; or the one loop of all rows, without a mask."""
+    """Yield each loop with a mask [M, 1] of its rows; or the one loop of all rows, without a mask."""
     if loops is None:
         assert loop is not None
         yield loop, None
@@ -321,7 +321,7 @@ def _rows_by_loop(loop: int | None, loops: Tensor | None, num_loops: int) -> Ite
 
 
 def _only(rows: Tensor | None, values: Tensor) -> Tensor:
-    """Set other rows to zero. A mask and no index, for the number of rows is data, not shape.
+    """Set other rows to zero, by a mask: an index's length would depend on data, which tracing forbids.
 
     Applied on both sides of a product, so that one loop's infinities and NaN stay its own.
     """

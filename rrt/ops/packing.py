@@ -48,14 +48,14 @@ def pack_linear_reference(weight: Tensor) -> Tensor:
 
 
 def unpack_linear(packed: Tensor, n: int, k: int) -> Tensor:
-    """The [N, K] or [loops, N, K] that `pack_linear` packed."""
+    """Restore the [N, K] or [loops, N, K] that `pack_linear` packed."""
     width = packed.shape[-1] // PANEL_OUTPUTS
     by_panel = packed.unflatten(-1, (PANEL_OUTPUTS, width)).transpose(-3, -2)
     return by_panel.flatten(-2).flatten(-3, -2)[..., :n, :k]
 
 
 def packed_shape(dtype: torch.dtype, n: Any, k: Any) -> tuple[Any, Any, int]:
-    """Shape of one packed matrix [N, K]; N and K may be SymInts."""
+    """Compute the shape of one packed matrix [N, K]; N and K may be SymInts."""
     width = 2 if dtype == torch.bfloat16 else 1
     return (n + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS, (k + width - 1) // width, PANEL_OUTPUTS * width
 

@@ -1,10 +1,6 @@
 """The paged inference path against the model's plain forward: passes, chunks, mixed loops, prefixes, generation."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from rrt.model.transformer import RecursiveTransformer
 from tests.util.models import VARIANTS, make_variant
 from tests.util.pairwise import pairwise
 
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
     "gemma": ("gemma-2b", dict(num_heads=4, num_kv_heads=1, head_dim=16)),
     "llama": ("tinyllama-1.1b", dict(num_heads=6, num_kv_heads=2, head_dim=8)),
@@ -321,7 +316,9 @@ def naive_greedy(model, prompt, count, eos=None):
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (1, 9, 4, 17, 2)]
 
 
-@pytest.mark.parametrize("looped", ["vanilla", "recursive-2", "relaxed-prefix-untied-3"])
+@pytest.mark.parametrize(
+    "looped", ["vanilla", "recursive-2", pytest.param("relaxed-prefix-untied-3", marks=pytest.mark.fallback)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_equals_the_naive_full_forward(family, looped):
     model = make_model(family, looped)
@@ -414,17 +411,3 @@ def test_an_empty_pass_does_nothing():
     decoder = make_decoder(make_model())
     assert decoder.block(torch.zeros(0, 48, dtype=torch.float64), decoder.cache.plan(PassRows())).shape == (0, 48)
     assert decoder.logits(torch.zeros(0, 48, dtype=torch.float64)).shape == (0, VOCABULARY)
-
-
-def test_the_references_decode_too():
-    """In a process without the native library, where every operator is its reference."""
-    code = (
-        "import warnings; warnings.simplefilter('ignore')\n"
-        "from rrt.ops import build_info; assert build_info().library is None\n"
-        "from tests.decode.test_decoder import make_decoder, make_model, naive_greedy, PROMPTS, generate\n"
-        "model = make_model('gpt_neox', 'relaxed-prefix-untied-3')\n"
-        "found = generate(make_decoder(model, num_pages=300), PROMPTS, 5)\n"
-        "assert found == [naive_greedy(model, prompt, 5) for prompt in PROMPTS]\n"
-    )
-    environment = {**os.environ, "RRT_NATIVE": "0"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)

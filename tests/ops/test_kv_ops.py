@@ -511,7 +511,7 @@ def test_neither_threads_nor_repetition_nor_the_pages_place_change_a_bit(dtype: 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_prompt_in_chunks_or_token_by_token_gives_what_it_gives_whole(dtype: torch.dtype, ops: Ops) -> None:
+def test_a_prompt_in_chunks_or_token_by_token_matches_the_whole_prompt(dtype: torch.dtype, ops: Ops) -> None:
     length = 150
     case = Case(4, 2, 32, 16, (length,), (length,))
     paged, inputs = prefill_inputs(case, dtype)
