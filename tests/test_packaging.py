@@ -1,4 +1,4 @@
-"""The build, seen from outside: what it needs, what it says without it, what the modules depend on."""
+"""The build seen from outside: its requirements, its messages without them, and the modules' dependencies."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ needs_tools = pytest.mark.skipif(
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what building and importing need, without the modules."""
+    """A copy of the files that building and importing need, without the modules."""
     built = shutil.ignore_patterns("_native*", "_plan*.so", "_plan*.txt", "__pycache__")
     for name in ("csrc", "rrt"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
@@ -255,7 +255,7 @@ def test_an_installed_package_has_no_sources_to_be_stale_against(
 @needs_native
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
 def test_the_library_depends_on_torchs_c_interface_alone() -> None:
-    """That is what lets one file load with several versions of torch, with and without CUDA."""
+    """So that one file loads with several versions of torch, with and without CUDA."""
     library = str(build_info().library)
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic))
@@ -322,7 +322,7 @@ def test_cmake_alone_needs_neither_python_nor_torch(checkout: Path) -> None:
         ),
     ],
 )
-def test_what_cmake_is_asked_for_and_cannot_do_is_an_error(
+def test_an_option_that_cmake_cannot_satisfy_is_an_error(
     checkout: Path, options: tuple[str, ...], message: str
 ) -> None:
     result = configure(checkout, *options)

@@ -18,7 +18,7 @@ from rrt import ops
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.merged_weights import PrefillLinears
 from rrt.decode.passes import DecodePlan, PassPlan, PrefillPlan
-from rrt.decode.row_linears import RowHead, _DecodeLayer
+from rrt.decode.row_linears import DecodeLayer, RowHead
 from rrt.errors import UserError
 from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
@@ -72,7 +72,7 @@ class Decoder:
         self._linears = PrefillLinears(merged_bytes)
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
-        self._layers = [_DecodeLayer(layer) for layer in _layers(model)]
+        self._layers = [DecodeLayer(layer) for layer in _layers(model)]
         self._head = RowHead(model)
         self._write_prefix()
 

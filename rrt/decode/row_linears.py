@@ -98,7 +98,7 @@ class _RowLinear:
         )
 
 
-class _DecodeLayer:
+class DecodeLayer:
     """A shared layer's linears for decode rows."""
 
     def __init__(self, layer: Layer) -> None:

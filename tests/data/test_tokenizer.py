@@ -1,3 +1,5 @@
+"""Tokenizers of every published layout against the reference libraries, and the command that trains one."""
+
 import json
 import shutil
 import unicodedata

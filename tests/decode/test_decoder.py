@@ -38,7 +38,7 @@ VOCABULARY = 97
 
 
 def make_model(family="llama", looped="relaxed-2", dtype=torch.float64, seed=0, **overrides):
-    """A random model whose norms, biases and adapters are far from where training would begin."""
+    """Make a random model whose norms, biases and LoRAs are far from their initial values."""
     name, heads = FAMILIES[family]
     sizes = dict(vocab_size=VOCABULARY, hidden_size=48, num_layers=6, intermediate_size=72, max_position_embeddings=64)
     config = dataclasses.replace(preset(name), **{**sizes, **heads, **overrides})
@@ -64,7 +64,7 @@ def random_tokens(count, seed=0):
 
 
 def prefill(decoder, sequence, tokens, start=0):
-    """All loops over the tokens at [start, start + len) as one chunk: the state [T, D] after the last."""
+    """Run all loops over the tokens at [start, start + len) as one chunk -> the state [T, D] after the last."""
     cache = decoder.cache
     cache.append(sequence, len(tokens))
     x = decoder.embed(tokens)
@@ -74,7 +74,7 @@ def prefill(decoder, sequence, tokens, start=0):
 
 
 def decode(decoder, sequences, tokens, positions):
-    """All loops over one token of each sequence."""
+    """Run all loops over one token of each sequence -> the states [M, D]."""
     cache = decoder.cache
     for sequence in sequences:
         cache.append(sequence, 1)
@@ -107,7 +107,7 @@ def native():
 
 
 def decode_in_chunks(decoder, tokens, chunks):
-    """The logits [T, V] of a sequence that is fed in chunks, each of one token as a decode row."""
+    """Compute the logits [T, V] of a sequence that is fed in chunks; a chunk of one token is a decode row."""
     sequence, start, states = decoder.cache.allocate(), 0, []
     for part in tokens.split(chunks):
         if len(part) == 1:
@@ -194,7 +194,7 @@ def test_sequences_and_chunks_at_different_loops_in_one_pass(page_size):
 
 
 def rows_after_prompts(decoder, count):
-    """`count` sequences of different lengths, each ready to decode at a loop of its own: (rows, x)."""
+    """Prefill `count` sequences of different lengths, each to decode at a loop of its own next: (rows, x)."""
     cache, loops = decoder.cache, decoder.cache.num_loops
     rows = []
     for i in range(count):

@@ -29,7 +29,7 @@ def bases(tmp_path_factory):
 
 
 def texts_of_transformers(directory, prompts, count):
-    """The continuations that transformers finds, one prompt at a time."""
+    """Let transformers continue the prompts, one at a time."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     texts = []
@@ -41,7 +41,7 @@ def texts_of_transformers(directory, prompts, count):
 
 
 def run(capsys, directory, *flags, prompts=PROMPTS):
-    """The texts that the command prints."""
+    """Run the command; returns the texts that it prints."""
     generate.main(["--checkpoint", str(directory), *(f"--prompt={prompt}" for prompt in prompts), *flags])
     out = capsys.readouterr().out
     assert out.endswith("\n")

@@ -1,4 +1,4 @@
-"""The paged cache: what sequences and loops share, what they do not, exact accounts, the tensors of a pass."""
+"""The paged cache: pages that sequences and loops share or own, exact accounts, the tensors of a pass."""
 
 import dataclasses
 

@@ -21,10 +21,10 @@ def implementation(request):
 
 
 class Machine(RuleBasedStateMachine):
-    """Every implementation beside a dumb model: a sequence is the list of what was written to its positions.
+    """Every implementation beside a simple model, in which a sequence is the list of tokens at its positions.
 
-    Slots hold what a cache would: a token per position. So sharing, copies and reuse of pages are checked by what
-    the sequences read, and page counts by who shares how many pages.
+    Slots hold a token per position, as a cache would. So sharing, copies and reuse of pages are checked by the
+    tokens that sequences read, and page counts by the number of sharers.
     """
 
     @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 4))

@@ -42,7 +42,7 @@ def bases(tmp_path_factory):
 
 
 def random_checkpoint(base, out, recursion, dtype=torch.float32):
-    """A checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
+    """Write a checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
     config = open_source(base).model
     generator = torch.Generator().manual_seed(0)
     provenance = make_provenance("test", None)

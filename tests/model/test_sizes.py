@@ -38,7 +38,7 @@ def non_embedding_params(name, **recursion):
 
 
 def as_printed(count):
-    """`count` in billions as the paper prints it: two decimals, some of its rows rounded and some cut."""
+    """Format `count` in billions as the paper does: two decimals, some of its rows rounded and some cut."""
     return round(count / 1e9, 2), count // 10**7 / 100
 
 

@@ -55,7 +55,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
 
 
 def recursive_model(name="llama-gqa", seed=0, **recursion):
-    """A recursive or relaxed model in fp64 with random parameters everywhere, LoRA B and norms included."""
+    """Make a recursive or relaxed model in fp64 whose every parameter is random, LoRA B and norms included."""
     config = model_config_from_hf(make_variant(name).config.to_dict() | {"architectures": None}, "test")
     model = RecursiveTransformer(config, RecursiveConfig(**recursion)).double().eval()
     model.init_weights(seed)
@@ -268,7 +268,7 @@ def test_configs_are_frozen():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa"])
 def test_lora_equals_peft_without_scaling(name, tmp_path):
-    """An oracle for the adapters that knows nothing of ours: peft with alpha = rank, which makes its scale 1."""
+    """An independent oracle: peft with alpha = rank, which makes its scale 1."""
     peft = pytest.importorskip("peft")
     hf = make_variant(name)
     hf.save_pretrained(tmp_path)
