@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
 
     Call it when the model is loaded. glibc returns large freed blocks, and the freed end of its heap, to the system,
     which clears each page anew: several percent of a small model's time. From now on tensors up to 32 MiB come from
-    the heap, and up to 256 MiB at its end are kept. Other C libraries are left as they are.
+    the heap, and up to 256 MiB at its end are kept. Other C libraries are unaffected.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)

@@ -68,7 +68,7 @@ def join_processes(kind: str, asked_by: str, timeout: timedelta | None = None) -
     """
     own = torch.device(kind)
     if kind == "cuda":
-        # Asked of all local processes, not of this one's rank, so that all of them end here together.
+        # Checked for all local processes rather than this one's rank, so that all of them end here together.
         count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if count > gpus:
             raise UserError(f"{asked_by}: found {gpus} GPU(s); expected one for each of {count} process(es)")

@@ -156,7 +156,7 @@ class Tokenizer:
         if not (self.add_bos if bos is None else bos):
             return batch
         if self.bos_id is None:
-            raise UserError("bos=True was asked of a tokenizer that has no BOS token")
+            raise UserError("bos: found True; expected False or None, for the tokenizer has no BOS token")
         return [[self.bos_id, *ids] for ids in batch]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The inference path: passes of the shared block over rows of many sequences and loops.
 
 One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
-go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
+go through the native operators, and a row's result is bitwise independent of the other rows in the pass. Prefill
 chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`.
 
 Shapes as in `rrt.model.transformer`, and N kv-only and decode rows, M rows in all.
@@ -31,8 +31,8 @@ class Decoder:
             x = decoder.block(x, cache.plan(rows_at(loop)))
         logits = decoder.logits(x)
 
-    Decode rows use the weights as they are now, on the CPU packed for few rows; prefill, norms and embedding use the
-    model itself. So do not change the model while a decoder lives; after a change, make another.
+    Decode rows use a copy of the weights, which is made here and on the CPU packed for few rows; prefill, norms and
+    embedding use the model itself. So do not change the model while a decoder lives; after a change, make another.
     """
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class Decoder:
         """Write the keys and values of the model's prefix vectors into the cache, and pack weights on the CPU.
 
         Args:
-            max_positions: how long sequences may become; default what the base was trained for.
+            max_positions: length of the longest sequence; default the longest context that the base was trained for.
             merged_bytes: memory in which prefill may keep the weights merged with each loop's LoRA, so that a prompt
                 costs no more than without LoRA. All of them are B times the shared weights that have LoRA, in bytes.
 

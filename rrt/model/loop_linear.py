@@ -29,7 +29,7 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtyp
 
 
 class LoopLinear(nn.Module):
-    """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added as it is.
+    """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added unscaled.
 
     Parameters:
         weight [N, K]; bias [N], or [B, N] if untied, or None; lora_a [B, R, K] and lora_b [B, N, R], or

@@ -41,6 +41,6 @@ def first_loops(
     model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)
     if not recursion.head_lora_rank:
         return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=exits)
-    # What is the last loop now has a head of its own, made for it alone.
+    # The loop that becomes the last one gets a head of its own, merged with its LoRA.
     model = dataclasses.replace(model, tie_embeddings=False)
     return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=(), head_lora_rank=0)

@@ -268,7 +268,7 @@ class RecursiveTransformer(nn.Module):
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         rank = min(recursion.head_lora_rank, config.vocab_size, config.hidden_size)
-        # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head as it is.
+        # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head alone.
         early = recursion.num_loops - 1
         self.head_lora_a = nn.Parameter(torch.empty(early, rank, config.hidden_size)) if rank else None
         self.head_lora_b = nn.Parameter(torch.empty(early, config.vocab_size, rank)) if rank else None
@@ -313,7 +313,7 @@ class RecursiveTransformer(nn.Module):
 
         Args:
             selected_tokens: int64 [N], indices in [0, batch * T): the last state is that of these tokens alone,
-                [N, D]. The others skip what follows attention in the last layer.
+                [N, D]. The others skip the last layer after its attention.
 
         The other arguments and errors are those of `forward`.
         """
@@ -381,7 +381,7 @@ class RecursiveTransformer(nn.Module):
 
         Linears get a standard deviation of 1/sqrt(D) (0.022 at D = 2048), those that write to the residual stream
         1/sqrt(2 L D), the head 0.02. An embedding that is not the head gets 1, so that a token's own vector is not
-        drowned by what the first layers add to it (a small model learns several times slower at 0.02).
+        drowned by the outputs of the first layers (a small model learns several times slower at 0.02).
         """
         generator = torch.Generator(device=self.embed.device).manual_seed(seed)
         width, depth = self.config.hidden_size, self.config.num_layers
