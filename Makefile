@@ -7,7 +7,7 @@ NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path
 SANITIZED := build/sanitized
 EMULATED := build/emulated
 
-.PHONY: install demo test test-cpp clean
+.PHONY: install demo test test-ops test-cpp clean
 
 install: $(STAMP)
 
@@ -27,6 +27,14 @@ test: install test-cpp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
+	$(MAKE) test-ops
+
+# The operators again: with the kernels of each narrower instruction set that the CPU has, then with references alone.
+test-ops: export OMP_NUM_THREADS = 1
+test-ops: install
+	for isa in baseline avx2 avx512; do \
+	RRT_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m isa -k 'not reference' tests/ops || exit 1; done
+	RRT_NATIVE=0 $(BIN)/python -m pytest -q -m fallback tests/ops tests/decode
 
 # The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers; then the bodies of the
 # CUDA kernels, lane by lane on the CPU, and what the compiled ones take of a multiprocessor.

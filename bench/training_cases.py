@@ -22,7 +22,7 @@ from rrt.data.bpe import train_bpe
 from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
-from rrt.model.transformer import LoopedStack, RecursiveTransformer, rope_cos_sin
+from rrt.model.transformer import ForwardContext, LoopedStack, RecursiveTransformer, rope_cos_sin
 from train.compile import compile_layers
 from train.distributed import processes
 from train.estimate import LiveMemory
@@ -163,7 +163,7 @@ def measure_relaxation(
                 module.merge = form == "merged"
 
         def step(_: int) -> Tensor:
-            y: Tensor = stack(x, rope)[-1]
+            y: Tensor = stack(x, ForwardContext(rope))[-1]
             y.backward(x.detach())  # type: ignore[no-untyped-call]
             stack.zero_grad()
             x.grad = None

@@ -167,7 +167,7 @@ class Scorer:
         layout = {}
         if any(row.branches for row in rows):
             layout = {
-                "branches": torch.from_numpy(owner).to(device),
+                "branch_ids": torch.from_numpy(owner).to(device),
                 "positions": torch.from_numpy(positions).to(device),
             }
         texts = [text for row in rows for text in row.texts]
@@ -175,9 +175,10 @@ class Scorer:
         # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
         # Without branches a row is one text: the padding behind it changes nothing under causal attention.
-        asked = torch.from_numpy(places).to(device)
+        selected_tokens = torch.from_numpy(places).to(device)
         with self._packed_layers.in_use():
-            hidden = self.model.hidden_states(torch.from_numpy(tokens).to(device), asked=asked, **layout)[-1]
+            input_ids = torch.from_numpy(tokens).to(device)
+            hidden = self.model.hidden_states(input_ids, selected_tokens=selected_tokens, **layout)[-1]
         values, hits = self._token_scores(hidden, sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
         if not np.isfinite(values).all():

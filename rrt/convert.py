@@ -13,16 +13,16 @@ from pathlib import Path
 from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.schema import to_mapping
-from rrt.folding.conversion import ConversionPlan, ConversionReport, plan_conversion, run_conversion
+from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
 from rrt.folding.fold import MatrixReport
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraInit, LoraRanks, NormInit, RecursiveConfig
 from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
 from rrt.model.sizes import Sizes
 
 
-def describe_plan(plan: ConversionPlan) -> str:
-    """What the command is about to do, for people."""
-    recursion, model = plan.recursion, plan.source.model
+def describe(conversion: PreparedConversion) -> str:
+    """Describe what the command is about to do."""
+    recursion, model, base = conversion.recursion, conversion.source.model, conversion.source.directory
     layers = recursion.layers_per_loop(model)
     norms = "norms and biases per depth" if recursion.untie_norms else "norms and biases tied"
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
@@ -31,10 +31,10 @@ def describe_plan(plan: ConversionPlan) -> str:
     init = f"{recursion.init} (norms: {recursion.norm_init})" if recursion.init == "average" else recursion.init
     return "\n".join(
         (
-            f"base  {plan.source.directory}: {model.family}, {model.num_layers} layers, {_size(plan.before)}",
-            f"new   {plan.out}: {recursion.num_loops} loops x {layers} layers, {_size(plan.after)}",
-            f"init  {init}; {lora}; {norms}; seed {plan.seed}",
-            *(f"notice: {notice}" for notice in plan.notices),
+            f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
+            f"new   {conversion.out}: {recursion.num_loops} loops x {layers} layers, {_size(conversion.after)}",
+            f"init  {init}; {lora}; {norms}; seed {conversion.seed}",
+            *(f"notice: {notice}" for notice in conversion.notices),
         )
     )
 
@@ -47,7 +47,7 @@ def _size(sizes: Sizes) -> str:
 
 
 def report_table(report: ConversionReport) -> str:
-    """Per shared layer and group: share of ||W||^2 that tying lost, and of that what the LoRA keeps."""
+    """Format, per shared layer and group, the share of ||W||^2 that tying lost and the part of it that LoRA keeps."""
     groups = list(to_mapping(LoraRanks()))
     by_layer: dict[str, dict[str, list[MatrixReport]]] = {}
     for matrix in report.matrices:
@@ -68,7 +68,7 @@ def _lost_and_kept(matrices: list[MatrixReport]) -> str:
 
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
-    """What the command's flags that describe the new model say, without the others."""
+    """Parse only the command's flags that describe the new model."""
     parser = argparse.ArgumentParser(prog="python -m rrt.convert")
     _add_recursive_flags(parser)
     return _recursive_config(parser.parse_args(flags))
@@ -135,11 +135,11 @@ def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m rrt.convert``; see the head of this file."""
+    """Run ``python -m rrt.convert``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
     _add_flags(parser)
     arguments = parser.parse_args(argv)
-    plan = plan_conversion(
+    conversion = prepare_conversion(
         arguments.base,
         arguments.out,
         _recursive_config(arguments),
@@ -147,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )
-    print(describe_plan(plan), flush=True)
-    report = run_conversion(plan, progress=True)
-    if plan.recursion.num_loops > 1:
+    print(describe(conversion), flush=True)
+    report = run_conversion(conversion, progress=True)
+    if conversion.recursion.num_loops > 1:
         print(report_table(report))
     print(f"wrote {report.out} in {report.seconds:.1f} s: {_size(report.after)}")
 

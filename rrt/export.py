@@ -13,31 +13,30 @@ from pathlib import Path
 from rrt.checkpoint.hf_config import ARCHITECTURES
 from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
-from rrt.folding.unroll import ExportPlan, plan_export, run_export
+from rrt.folding.unroll import PreparedExport, prepare_export, run_export
 
 
-def describe_plan(plan: ExportPlan) -> str:
-    """What the command is about to do, for people."""
-    model, recursion = plan.source.model, plan.source.recursion
+def describe(prepared: PreparedExport) -> str:
+    """Describe what the command is about to do."""
+    model, recursion = prepared.source.model, prepared.source.recursion
     layers = recursion.layers_per_loop(model)
     return "\n".join(
         (
-            f"from  {plan.source.directory}: {recursion.num_loops} loops x {layers} layers, "
+            f"from  {prepared.source.directory}: {recursion.num_loops} loops x {layers} layers, "
             f"LoRA rank {recursion.lora_rank}",
-            f"to    {plan.out}: {ARCHITECTURES[model.family]}, {model.num_layers} layers, {_size(plan)}",
-            *(f"notice: {notice}" for notice in plan.notices),
+            f"to    {prepared.out}: {ARCHITECTURES[model.family]}, {model.num_layers} layers, {_size(prepared)}",
+            *(f"notice: {notice}" for notice in prepared.notices),
         )
     )
 
 
-def _size(plan: ExportPlan) -> str:
-    return (
-        f"{human_count(plan.after.total_params)} parameters, {human_bytes(plan.after.bytes)} {dtype_name(plan.dtype)}"
-    )
+def _size(prepared: PreparedExport) -> str:
+    sizes = prepared.after
+    return f"{human_count(sizes.total_params)} parameters, {human_bytes(sizes.bytes)} {dtype_name(prepared.dtype)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m rrt.export``; see the head of this file."""
+    """Run ``python -m rrt.export``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="one of our checkpoints, or an HF directory"
@@ -46,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_dtype_flag(parser, "dtype of the written tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     arguments = parser.parse_args(argv)
-    plan = plan_export(
+    prepared = prepare_export(
         arguments.checkpoint, arguments.out, dtype=chosen_dtype(arguments), overwrite=arguments.overwrite
     )
-    print(describe_plan(plan), flush=True)
+    print(describe(prepared), flush=True)
     start = time.monotonic()
-    run_export(plan, progress=True)
-    print(f"wrote {plan.out} in {time.monotonic() - start:.1f} s: {_size(plan)}")
+    run_export(prepared, progress=True)
+    print(f"wrote {prepared.out} in {time.monotonic() - start:.1f} s: {_size(prepared)}")
 
 
 if __name__ == "__main__":

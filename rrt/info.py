@@ -1,9 +1,9 @@
-"""What this installation is and runs on: versions, native library, devices.
+"""Print versions, native library and devices of this installation.
 
     python -m rrt.info
     python -m rrt.info --json
 
-For bug reports, and for the records that benchmarks keep beside their numbers.
+For bug reports; benchmarks keep the same facts beside their numbers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _PACKAGES = ("numpy", "safetensors", "tokenizers", "sentencepiece")
 
 
 def collect_info() -> dict[str, Any]:
-    """Everything the command prints, ready for JSON: keys versions, native, cpu, gpus and cuda.
+    """Collect all that the command prints, ready for JSON: keys versions, native, cpu, gpus and cuda.
 
     Asks each visible GPU which compiled image it runs, which opens a CUDA context on it.
     """
@@ -53,7 +53,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _cuda() -> dict[str, Any]:
-    """CUDA's versions as torch and as our library see them; None where either was built without CUDA."""
+    """Collect CUDA's versions by torch and by the native library; None where one was built without CUDA."""
     versions = cuda_versions()
     return {
         "torch": torch.version.cuda,

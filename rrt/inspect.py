@@ -24,7 +24,7 @@ from rrt.model.sizes import Sizes, model_sizes
 
 
 def sizes_table(sizes: Sizes) -> str:
-    """A table for people, one line per quantity."""
+    """Format the sizes as a table, one line per quantity."""
     model, recursion = sizes.model, sizes.recursion
     rows = [
         ("family", model.family),
@@ -58,23 +58,23 @@ def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfig, torch.dtype]:
-    """What the flags ask about, with the dtype that ``--dtype auto`` means."""
-    asked = _recursive_config(arguments)
+    """Find the model that the flags name, with the dtype that ``--dtype auto`` means."""
+    recursion = _recursive_config(arguments)
     if arguments.preset is not None:
-        return preset(arguments.preset), asked, preset_dtype(arguments.preset)
+        return preset(arguments.preset), recursion, preset_dtype(arguments.preset)
     source = open_source(arguments.checkpoint)
-    if asked == RecursiveConfig():
+    if recursion == RecursiveConfig():
         return source.model, source.recursion, source.dtype
     if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
             f"{arguments.checkpoint}: is recursive already (num_loops = {source.recursion.num_loops}); expected a "
             "vanilla model with the flags that describe looping"
         )
-    return source.model, asked, source.dtype
+    return source.model, recursion, source.dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m rrt.inspect``; see the head of this file."""
+    """Run ``python -m rrt.inspect``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory or a checkpoint of ours")

@@ -1,4 +1,4 @@
-"""The native modules: loading them, telling what they are, and registering operators with or without them."""
+"""The native modules: load them, report their builds, and register operators with or without them."""
 
 import ctypes
 import hashlib
@@ -23,14 +23,14 @@ REBUILD = "RRT_WITH_NATIVE=1 pip install --no-build-isolation --no-deps -e ."
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "_native.so"
 _PLAN_MODULE = _PACKAGE / f"_plan{EXTENSION_SUFFIXES[0]}"
-# setup.py writes them: why a module was not built.
+# Written by setup.py when a module could not be built; they hold the reason.
 _FAILED_NOTE = _PACKAGE / "_native_failed.txt"
 _PLAN_FAILED_NOTE = _PACKAGE / "_plan_failed.txt"
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What native code this process runs. Fields of the library are None or empty where there is none."""
+    """The native code that this process runs. Fields of the library are None or empty if none is loaded."""
 
     library: str | None
     """Path of the loaded native library; None if the PyTorch reference runs."""
@@ -39,7 +39,7 @@ class BuildInfo:
     rebuild: str
     """The command, from a checkout of the repository, that builds the library for this environment."""
     stale: bool
-    """The library was built from other sources than the checkout around it now has."""
+    """The checkout's native sources have changed since the library was built."""
     torch: str
     """Version of torch in this process."""
     torch_at_build: str | None
@@ -48,7 +48,7 @@ class BuildInfo:
     cpu_isas: tuple[str, ...]
     """Instruction sets compiled in, of "baseline", "avx2", "avx512", "avx512_bf16"."""
     cpu_isa: str | None
-    """The one in use: the widest that the CPU has, or that RRT_CPU_ISA lowers it to."""
+    """The one in use: the widest that the CPU has, unless RRT_CPU_ISA names a narrower one."""
     cuda: bool
     """CUDA sources were compiled in."""
     cuda_archs: tuple[str, ...]
@@ -75,7 +75,7 @@ class _Plan:
 _SWITCHED_OFF = "switched off by RRT_NATIVE=0"
 
 
-def _reason_for_none(path: Path, note: Path) -> str:
+def _reason_not_built(path: Path, note: Path) -> str:
     if note.is_file():
         return f"not built when rrt was installed: {note.read_text(encoding='utf-8').strip()}"
     return f"{path} does not exist: rrt was not installed, only found"
@@ -87,18 +87,18 @@ def _warn_stale(name: str) -> None:
 
 @cache
 def load_native() -> _Native:
-    """Load the library once. Any failure is kept as a reason, for an import must not fail on it."""
+    """Load the library once. A failure is kept as a reason, since importing rrt must not fail."""
     if os.environ.get("RRT_NATIVE") == "0":
         return _Native(None, _SWITCHED_OFF)
     if not _LIBRARY.is_file():
-        return _Native(None, _reason_for_none(_LIBRARY, _FAILED_NOTE))
+        return _Native(None, _reason_not_built(_LIBRARY, _FAILED_NOTE))
     try:
         torch.ops.load_library(_LIBRARY)
         handle = ctypes.CDLL(str(_LIBRARY))
         handle.rrt_build_info.restype = ctypes.c_char_p
         handle.rrt_cpu_isa.restype = ctypes.c_char_p
     except (OSError, AttributeError, RuntimeError) as error:
-        # torch says that it could not; the loader, why.
+        # torch only says that loading failed; the loader's own error, its cause, says why.
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         return _Native(None, f"{_LIBRARY}{_built_for()} does not load with torch {torch.__version__}: {cause}")
     if _is_stale(_library_facts(handle)["source_digest"]):
@@ -107,7 +107,7 @@ def load_native() -> _Native:
 
 
 def _built_for() -> str:
-    """What a library that does not load was built for, of the JSON of csrc/build_info.cpp.in in its bytes."""
+    """Read the versions that a library was built for from its bytes, which hold csrc/build_info.cpp.in's JSON."""
     content = _LIBRARY.read_bytes()
     found = [re.search(rb'\n  "' + key + rb'": "([^"]*)"', content) for key in (b"torch", b"nvcc")]
     torch_version, nvcc = (match[1].decode(errors="replace") if match else "" for match in found)
@@ -122,7 +122,7 @@ def load_plan() -> _Plan:
     if os.environ.get("RRT_NATIVE") == "0":
         return _Plan(None, _SWITCHED_OFF)
     if not _PLAN_MODULE.is_file():
-        return _Plan(None, _reason_for_none(_PLAN_MODULE, _PLAN_FAILED_NOTE))
+        return _Plan(None, _reason_not_built(_PLAN_MODULE, _PLAN_FAILED_NOTE))
     try:
         module = importlib.import_module("rrt._plan")
     except ImportError as error:
@@ -134,7 +134,7 @@ def load_plan() -> _Plan:
 
 @cache
 def warn_without_plan() -> None:
-    """Say once that Python plans in the place of `rrt._plan`, if it does."""
+    """Warn once if host planning runs in Python, for want of `rrt._plan`."""
     reason = load_plan().reason
     if reason is not None:
         warnings.warn(f"rrt: host planning runs in Python: {reason}. To build it: {REBUILD}", stacklevel=3)
@@ -149,7 +149,7 @@ _DIGEST_SUFFIXES = (".h", ".cuh", ".cpp", ".cu", ".in")
 
 
 def _source_digest(root: Path) -> str | None:
-    """As CMakeLists.txt computes it over the native sources; None outside a checkout."""
+    """Hash the native sources as CMakeLists.txt does; None outside a checkout."""
     if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
         return None
     names = ["CMakeLists.txt"]
@@ -170,7 +170,7 @@ def _is_stale(digest_at_build: str) -> bool:
 
 
 def build_info() -> BuildInfo:
-    """What was built and what is in use; touches no GPU."""
+    """Report the native modules that were built and those in use; touches no GPU."""
     native, plan = load_native(), load_plan()
     facts = _library_facts(native.handle) if native.handle is not None else {}
     return BuildInfo(
@@ -197,7 +197,10 @@ class _CudaVersions(ctypes.Structure):
 
 
 def cuda_versions() -> tuple[int, int] | None:
-    """(runtime linked in, newest the driver supports; 0 without a driver), as 13000 for 13.0. None without CUDA."""
+    """Return CUDA's versions: of the linked runtime, and the newest that the driver supports (0 without a driver).
+
+    13.0 is 13000. None if the library was built without CUDA.
+    """
     handle = load_native().handle
     if handle is None or not build_info().cuda:
         return None
@@ -207,9 +210,9 @@ def cuda_versions() -> tuple[int, int] | None:
 
 
 def cuda_image(device: int) -> int | None:
-    """Architecture (80, 90) of the compiled code that GPU `device` runs, or minus the CUDA error if none fits.
+    """Return the architecture (80, 90) of the code that GPU `device` runs, or minus the CUDA error if none fits.
 
-    None without CUDA in the build. Opens a CUDA context on the device.
+    None if the library was built without CUDA. Opens a CUDA context on the device.
     """
     handle = load_native().handle
     if handle is None or not build_info().cuda:
@@ -218,9 +221,10 @@ def cuda_image(device: int) -> int | None:
 
 
 def force_tiling(by_rows: bool, slices: int) -> None:
-    """For measurements: loop_lora_linear on CUDA runs its row or its column kernel, tiles cut in 1, 2, 4 or 8 slices.
+    """Make loop_lora_linear on CUDA run its row or column kernel, with tiles cut in 1, 2, 4 or 8 slices; to measure.
 
-    0 slices: as it chooses itself. Changes no result. Not while another thread runs the operator; without CUDA nothing.
+    0 slices restore the operator's own choice. Changes no result. Not safe while another thread runs the operator; a
+    library without CUDA ignores it.
     """
     handle = load_native().handle
     if handle is not None and build_info().cuda:
@@ -244,11 +248,16 @@ _fragment = torch.library.Library("rrt", "FRAGMENT")
 def register_op(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
 ) -> None:
-    """Give the operator `rrt::<schema>` a fake kernel and, wherever the library has no kernel, `reference`.
+    """Register a fake kernel for the operator `rrt::<schema>`, and `reference` wherever the library has no kernel.
 
-    The operator is defined here if the library did not define it. The first call of a reference in the
-    operator's place warns: once if there is no library, else once per operator and device type. `cpu` is the
-    kernel for CPUs of an operator that the library has none of.
+    The operator is defined here if the library did not define it. A reference that runs in a kernel's place warns:
+    once if there is no library, else once per operator and device type.
+
+    Args:
+        schema: the operator's name and signature.
+        reference: the operator in plain PyTorch.
+        fake: checks the arguments and returns empty results of the right shapes, for tracing and the meta device.
+        cpu: the CPU kernel, which never warns, of an operator that has no native one by design.
     """
     name = schema.partition("(")[0]
     load_native()
@@ -260,7 +269,7 @@ def register_op(
         _warn_reference_runs(name, device)
         return reference(*args)
 
-    # Native kernels are registered per backend, which comes before this key.
+    # Native kernels are registered per backend, which takes precedence over this key.
     _fragment.impl(name, reference_kernel, "CompositeExplicitAutograd")
     if cpu is not None:
         _fragment.impl(name, cpu, "CPU")

@@ -16,7 +16,7 @@ from rrt.errors import UserError
 
 
 def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
-    """The text of tokens `start` to `start + count` of the shard file `path`, document by document.
+    """Decode tokens `start` to `start + count` of the shard file `path`, document by document.
 
     Raises:
         UserError: not a shard of a directory that `prepare_data.py` wrote, or tokens that it does not have, or
@@ -41,12 +41,12 @@ def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m rrt.shards``; see the head of this file."""
+    """Run ``python -m rrt.shards``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.shards", description="Show the text of a shard's tokens.")
     parser.add_argument("shard", type=Path, help="a .bin file of a shard directory")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first token (default: 0)")
     parser.add_argument("--count", type=int, default=2048, metavar="N", help="tokens (default: 2048)")
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="what made the shards")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer that made the shards")
     arguments = parser.parse_args(argv)
     print(show_text(arguments.shard, arguments.start, arguments.count, load_tokenizer(arguments.tokenizer)))
 

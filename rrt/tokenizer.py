@@ -5,6 +5,7 @@ python -m rrt.tokenizer train --input python-stdlib --vocab-size 2048 --out runs
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rrt.common.cli import run_command
@@ -25,8 +26,8 @@ def _train_command(arguments: argparse.Namespace) -> None:
     print(f"wrote {out}: {trained.vocab_size} ids, BOS {trained.bos_id}, EOS {trained.eos_id}")
 
 
-def main() -> None:
-    """``python -m rrt.tokenizer``; see the head of this file."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``python -m rrt.tokenizer``; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m rrt.tokenizer", description="Train a tokenizer.")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a byte-level BPE and write a tokenizer directory")
@@ -36,7 +37,7 @@ def main() -> None:
     train.add_argument("--text-field", default="text", metavar="NAME", help="JSON field (default: text)")
     train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     train.set_defaults(run=_train_command)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
 

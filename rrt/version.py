@@ -1,3 +1,3 @@
-"""The one place the version is written: pyproject.toml and `rrt.info` read it."""
+"""The package's version; pyproject.toml and `rrt.info` read it here."""
 
 __version__ = "0.1.0"

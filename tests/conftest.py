@@ -13,7 +13,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For products with the same bits as in processes that have one core each."""
+    """Compute with one thread, for the same bits as in processes that have one core each."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

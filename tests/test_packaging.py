@@ -1,4 +1,4 @@
-"""The build, seen from outside: what it needs, what it says without it, what the modules depend on."""
+"""The build seen from outside: its requirements, its messages without them, and the modules' dependencies."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from rrt import native
 from rrt.native import REBUILD, load_plan
 from rrt.ops import build_info
 from rrt.version import __version__
@@ -24,7 +25,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TORCH = Path(torch.__file__).parent
 PLAN = load_plan().module
 needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
-needs_plan = pytest.mark.skipif(PLAN is None, reason=f"no rrt._plan: {load_plan().reason}")
 needs_tools = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler on PATH"
 )
@@ -32,7 +32,7 @@ needs_tools = pytest.mark.skipif(
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what building and importing need, without the modules."""
+    """A copy of the files that building and importing need, without the modules."""
     built = shutil.ignore_patterns("_native*", "_plan*.so", "_plan*.txt", "__pycache__")
     for name in ("csrc", "rrt"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
@@ -160,9 +160,7 @@ def test_without_pybind11_the_operators_are_built_all_the_same(
     assert f"rrt: installing without rrt._plan: {missing}" in result.stderr.splitlines()
     configure = Path(tools_that_record["CALLS"]).read_text(encoding="utf-8").splitlines()[0]
     assert "-DRRT_WITH_TORCH=1" in configure and "-DRRT_WITH_PYTHON=0" in configure
-    reason = f"not built when rrt was installed: {missing}"
-    expected = f"rrt: host planning runs in Python: {reason}. To build it: {REBUILD}"
-    assert report(checkout)["plan warnings"] == [expected]
+    assert (checkout / "rrt" / "_plan_failed.txt").read_text(encoding="utf-8").strip() == missing
 
     again = build(checkout, **tools_that_record)
     assert again.returncode == 0
@@ -196,13 +194,13 @@ def test_cuda_demanded_without_nvcc_is_an_error_that_says_what_to_do(checkout: P
 def test_modules_that_do_not_load_break_no_import(checkout: Path) -> None:
     library = checkout / "rrt" / "_native.so"
     library.write_bytes(b"not a library")
+    plan = checkout / "rrt" / f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
+    plan.write_bytes(b"not a module")
     facts = report(checkout)
     assert isinstance(facts["reason"], str)
     assert facts["reason"].startswith(f"{library} does not load with torch {torch.__version__}: ")
     assert len(facts["warnings"]) == 1 and "To build them: " in facts["warnings"][0]
-    plan = checkout / "rrt" / f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
-    plan.write_bytes(b"not a module")
-    (warning,) = report(checkout)["plan warnings"]
+    (warning,) = facts["plan warnings"]
     assert warning.startswith(f"rrt: host planning runs in Python: {plan} does not load: ")
 
 
@@ -227,36 +225,37 @@ def test_a_library_for_another_torch_names_both_versions_and_the_rebuild(checkou
 
 
 @needs_native
-def test_a_library_of_other_sources_is_reported_stale(checkout: Path) -> None:
+def test_modules_of_other_sources_are_reported_stale(checkout: Path) -> None:
     if build_info().stale:
         pytest.fail("the library here is stale: rebuild it")
     shutil.copy(ROOT / "rrt" / "_native.so", checkout / "rrt")
+    if PLAN is not None:
+        shutil.copy(str(PLAN.__file__), checkout / "rrt")
     for folder in ("tests", "bench"):
-        (checkout / "csrc" / folder / "more.cpp").write_text("// not in the library\n", encoding="utf-8")
+        (checkout / "csrc" / folder / "more.cpp").write_text("// not in the modules\n", encoding="utf-8")
     facts = report(checkout)
     assert (facts["reason"], facts["stale"], facts["warnings"]) == (None, False, [])
-    (checkout / "csrc" / "more.cpp").write_text("// of the library\n", encoding="utf-8")
+    assert PLAN is None or facts["plan warnings"] == []
+    (checkout / "csrc" / "more.cpp").write_text("// of the modules\n", encoding="utf-8")
     facts = report(checkout)
     assert facts["stale"] is True and len(facts["warnings"]) == 1
+    warning = f"rrt: rrt._plan was built from other sources than csrc/ has now; rebuild: {REBUILD}"
+    assert PLAN is None or facts["plan warnings"] == [warning]
+
+
+def test_an_installed_package_has_no_sources_to_be_stale_against(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_PACKAGE", checkout / "rrt")
+    assert native._is_stale("the digest of other sources")
     shutil.rmtree(checkout / "csrc")
-    assert report(checkout)["stale"] is False, "an installed package has no sources to compare with"
-
-
-@needs_plan
-def test_a_plan_module_of_other_sources_is_reported_stale(checkout: Path) -> None:
-    assert PLAN is not None and PLAN.__file__ is not None
-    shutil.copy(PLAN.__file__, checkout / "rrt")
-    assert report(checkout)["plan warnings"] == []
-    with (checkout / "csrc" / "python" / "plan.cpp").open("a", encoding="utf-8") as source:
-        source.write("// changed\n")
-    (warning,) = report(checkout)["plan warnings"]
-    assert warning == f"rrt: rrt._plan was built from other sources than csrc/ has now; rebuild: {REBUILD}"
+    assert not native._is_stale("the digest of other sources")
 
 
 @needs_native
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
 def test_the_library_depends_on_torchs_c_interface_alone() -> None:
-    """That is what lets one file load with several versions of torch, with and without CUDA."""
+    """So that one file loads with several versions of torch, with and without CUDA."""
     library = str(build_info().library)
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic))
@@ -323,7 +322,7 @@ def test_cmake_alone_needs_neither_python_nor_torch(checkout: Path) -> None:
         ),
     ],
 )
-def test_what_cmake_is_asked_for_and_cannot_do_is_an_error(
+def test_an_option_that_cmake_cannot_satisfy_is_an_error(
     checkout: Path, options: tuple[str, ...], message: str
 ) -> None:
     result = configure(checkout, *options)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rrt.ops.precision import device_type, product_dtype
+from rrt.ops.precision import device_type, matmul_dtype
 
 IGNORED = -100
 """The target of a position that has no loss."""
@@ -97,7 +97,7 @@ def exit_losses(
     if (teacher is None) == task.asks_teacher:
         raise ValueError("teacher: expected one if, and only if, some weight asks for it")
     if teacher is not None:
-        dtype = product_dtype(teacher.weight)
+        dtype = matmul_dtype(teacher.weight)
         teacher = Teacher(teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype))
     task = replace(task, teacher=teacher)
     loss, parts = _ExitLosses.apply(task, head.weight, head.lora_a, head.lora_b, *exits)  # type: ignore[no-untyped-call]
@@ -201,7 +201,7 @@ class _HeadProducts:
 
     def __init__(self, head: Head, wide: torch.dtype, needs_weight: bool, needs_lora: bool) -> None:
         self.wide = wide
-        self.dtype = dtype = product_dtype(head.weight)
+        self.dtype = dtype = matmul_dtype(head.weight)
         self.weight = head.weight.to(dtype)
         self.lora = (
             None

@@ -1,4 +1,4 @@
-"""Calibrated exits of a checkpoint: `exit_thresholds.json` beside `config.json`, which serving reads.
+"""Calibrated exits of a checkpoint: the file `exit_thresholds.json` beside `config.json`.
 
 A token exits after loop i, before the last, if the top-1 probability of that loop's logits is at least
 `thresholds[i]`; null never exits there. `eval/exits.py --calibrate` writes the file:
@@ -29,7 +29,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds for a wanted agreement, and what they gave on held-back tokens (None: no token exited early)."""
+    """Thresholds for a wanted agreement, and their results on held-back tokens (None: no token exited early)."""
 
     agreement: float
     thresholds: tuple[float | None, ...]
@@ -49,7 +49,7 @@ def save_exit_thresholds(
 
 
 def load_exit_thresholds(checkpoint: str | Path, agreement: float) -> tuple[float | None, ...]:
-    """The thresholds [B - 1] calibrated for `agreement`; see the head of this file.
+    """Read the thresholds [B - 1] calibrated for `agreement`; see the head of this file.
 
     Raises:
         UserError: no or a damaged file, another format or version, weights other than those that were calibrated,

@@ -1,4 +1,4 @@
-"""Our checkpoint directory: both configurations, every shared tensor once, where it came from.
+"""Our checkpoint directory: both configurations, every shared tensor once, and the provenance.
 
 - config.json: format, format_version, dtype, model (ModelConfig), recursion (RecursiveConfig)
 - model.safetensors, or shards with an index over 5 GB; names as in `RecursiveTransformer.state_dict()`;
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What `config.json` says. `dtype` is the dtype of the stored tensors."""
+    """Contents of `config.json`. `dtype` is that of the stored tensors."""
 
     model: ModelConfig
     recursion: RecursiveConfig
@@ -45,7 +45,7 @@ class CheckpointConfig:
 
 
 def is_checkpoint(config_json: dict[str, Any]) -> bool:
-    """Whether a parsed `config.json` is ours rather than an HF one."""
+    """Tell our parsed `config.json` from an HF one."""
     return config_json.get("format") == FORMAT
 
 
@@ -74,7 +74,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
 
 
 class CheckpointWriter:
-    """The contents of a checkpoint directory while it is being written; see `write_checkpoint`."""
+    """A checkpoint directory that is being written; see `write_checkpoint`."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, max_shard_bytes: int) -> None:
         self.directory = directory

@@ -97,7 +97,7 @@ class _HFConfig:
         return kind(value)
 
     def choice(self, key: str, values: dict[str, str], default: str) -> str:
-        """What the table `values` says for the name at `key`."""
+        """Look up the name at `key` in the table `values`."""
         value = self.data.get(key)
         value = default if value is None else value
         if not isinstance(value, str) or value not in values:
@@ -105,7 +105,7 @@ class _HFConfig:
         return values[value]
 
     def object(self, key: str) -> "_HFConfig":
-        """The JSON object at `key`, empty if it is absent."""
+        """Return the JSON object at `key`, empty if it is absent."""
         value = self.data.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.fail(key, value, "an object")
@@ -118,7 +118,7 @@ class _HFConfig:
         return default if value is None else value
 
     def token(self, key: str) -> int | None:
-        """A special token's id; of several (newer configs list stop tokens) the first."""
+        """Return a special token's id; of several (newer configs list stop tokens) the first."""
         value = self.data.get(key)
         if isinstance(value, list) and value:
             value = value[0]
@@ -128,7 +128,7 @@ class _HFConfig:
 
 
 def model_config_from_hf(data: dict[str, Any], where: str) -> ModelConfig:
-    """The `ModelConfig` of a parsed HF `config.json`, as old or current transformers write it.
+    """Read the `ModelConfig` from a parsed HF `config.json`, as old or current transformers write it.
 
     Args:
         where: the file's path, for errors.
@@ -208,7 +208,7 @@ def _refuse_unimplemented(hf: _HFConfig, family: Family) -> None:
 
 
 def _rope(hf: _HFConfig, family: Family) -> tuple[float, float]:
-    """(rope_theta, rotary_fraction) from the top level (old) or `rope_parameters` (current)."""
+    """Read (rope_theta, rotary_fraction) from the top level (old) or `rope_parameters` (current)."""
     nested = hf.object("rope_parameters")
     for key, value in nested.data.items():
         if key in ("rope_type", "type"):
@@ -226,7 +226,7 @@ def _rope(hf: _HFConfig, family: Family) -> tuple[float, float]:
 
 
 def _agreed(default: float, *places: tuple[_HFConfig, str]) -> float:
-    """The one number that is written in any of several places; different ones are refused."""
+    """Read a number that may be written in any of several places; refuse contradictions."""
     written = [(place, key) for place, key in places if place.data.get(key) is not None]
     values = [place.number(key, float) for place, key in written]
     for (place, key), value in zip(written[1:], values[1:], strict=True):
@@ -246,7 +246,7 @@ def _activation(hf: _HFConfig, family: Family) -> str:
 
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """An HF `config.json` for an unrolled model, readable by old and current transformers.
+    """Make the HF `config.json` of an unrolled model, readable by old and current transformers.
 
     Raises:
         UserError: the family's `config.json` cannot say what `config` says (a Llama with biases, ...).

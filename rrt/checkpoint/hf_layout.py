@@ -1,6 +1,6 @@
-"""The published layouts of the three families: names and shapes of tensors, as tables.
+"""Published tensor layouts of the three families, as tables of names and shapes.
 
-Nothing here reads tensors; :mod:`rrt.checkpoint.source` and :mod:`rrt.folding.unroll` do, by these tables.
+Nothing here reads tensors: :mod:`rrt.checkpoint.source` and :mod:`rrt.folding.unroll` do, by these tables.
 """
 
 from dataclasses import dataclass
@@ -62,14 +62,14 @@ _LAYER_CONSTANTS: dict[Family, tuple[str, ...]] = {
 
 
 def constant_keys(config: ModelConfig) -> dict[str, str]:
-    """Keys that a checkpoint may hold besides `tensor_table`'s, to be skipped: key -> its name within a layer."""
+    """List keys to skip, which a checkpoint may hold besides `tensor_table`'s: key -> its name within a layer."""
     prefix = _LAYER_PREFIX[config.family]
     names = _LAYER_CONSTANTS[config.family]
     return {f"{prefix}.{depth}.{name}": name for depth in range(config.num_layers) for name in names}
 
 
 def tensor_table(config: ModelConfig) -> list[HFTensor]:
-    """Every tensor of the family's HF checkpoint at this size, layer by layer, with shapes and targets."""
+    """List every tensor of the family's HF checkpoint at this size, layer by layer, with shapes and targets."""
     width, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {

@@ -1,4 +1,4 @@
-"""The published base models' `config.json`, as far as it decides shapes and the forward pass."""
+"""Published base models: the fields of their `config.json` that decide shapes and the forward pass."""
 
 from typing import Any
 
@@ -85,10 +85,10 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def preset(name: str) -> ModelConfig:
-    """The `ModelConfig` of a published base model. Raises `UserError` for a name not in `PRESETS`."""
+    """Return the `ModelConfig` of a published base model. Raises `UserError` for a name not in `PRESETS`."""
     return model_config_from_hf(_facts(name), f"preset {name}")
 
 
 def preset_dtype(name: str) -> torch.dtype:
-    """The dtype in which the weights of a preset were published."""
+    """Return the dtype in which the weights of a preset were published."""
     return parse_dtype(_facts(name)["torch_dtype"])

@@ -1,6 +1,6 @@
-"""Load models: HF directories of three families and our own checkpoints, through one interface.
+"""Loading of models: HF directories of three families and our own checkpoints, through one interface.
 
-`open_source` finds what a directory holds and hands out parameters by our names, one at a time, straight
+`open_source` detects the layout of a directory and hands out parameters by our names, one at a time, straight
 from the files; `load_model` fills a model from it. Every key, shape and dtype is accounted for first.
 """
 
@@ -20,6 +20,7 @@ from rrt.common.dtypes import PARAMETER_DTYPES, dtype_name
 from rrt.common.files import read_json
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import merge_lora
 from rrt.model.meta import first_loops, meta_model, parameter_shapes
 from rrt.model.transformer import RecursiveTransformer
 
@@ -32,7 +33,7 @@ def _check_tensors(
     skipped: set[str] | frozenset[str] = frozenset(),
     dtypes: frozenset[torch.dtype] = PARAMETER_DTYPES,
 ) -> None:
-    """One `UserError` listing every tensor that is missing, misshaped, of another dtype or unexpected."""
+    """Raise one `UserError` that lists every tensor missing, misshaped, of another dtype or unexpected."""
     problems = []
     for key, shape in expected.items():
         if key not in files:
@@ -71,7 +72,7 @@ class Source(ABC):
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
-        """Parameter `name`, backed by the mapped file: copy what you keep, do not write to it."""
+        """Return parameter `name`, backed by the mapped file: copy it to keep it, do not write to it."""
         ...
 
 
@@ -142,7 +143,7 @@ def open_source(directory: str | Path) -> Source:
     """Open an HF directory or one of our checkpoints, checking every tensor's name, shape and dtype.
 
     Raises:
-        UserError: what is wrong, with the file, the field, what was found and what was expected.
+        UserError: the directory is no usable model; names the file, the field, found and expected.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -156,7 +157,7 @@ def open_source(directory: str | Path) -> Source:
 
 
 class FirstLoops(Source):
-    """The first loops of another source as a model of its own: a static exit, or K layers that are not looped.
+    """The first loops of another source as a model of its own: a static exit, or K unlooped layers.
 
     A LoRA that the head has for its exit is merged into it.
     """
@@ -176,11 +177,9 @@ class FirstLoops(Source):
         return stored[: shape[0]] if stored.dim() == len(shape) else stored[0]
 
     def _head_of_exit(self, loop: int) -> Tensor:
-        """The head [V, D] with the LoRA of an exit after `loop`, summed in fp32."""
+        """Merge the head [V, D] with the LoRA of an exit after `loop`, in fp32."""
         head = self._source.get("embed" if self._source.model.tie_embeddings else "head")
-        wide = torch.promote_types(head.dtype, torch.float32)
-        lora_a, lora_b = (self._source.get(f"head_lora_{factor}")[loop].to(wide) for factor in ("a", "b"))
-        return torch.addmm(head.to(wide), lora_b, lora_a)
+        return merge_lora(head, self._source.get("head_lora_a")[loop], self._source.get("head_lora_b")[loop])
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Tensor files: safetensors and PyTorch pickles, single or sharded, read one tensor at a time; sharded writing."""
+"""Tensor files, single or sharded: safetensors and PyTorch pickles read, safetensors written, tensor by tensor."""
 
 import json
 import pickle
@@ -70,7 +70,7 @@ class TensorFiles:
 
     @staticmethod
     def _find(directory: Path) -> tuple[Path, list[Path], dict[str, str]]:
-        """The file found, the files that hold tensors, and the index (empty for a single file)."""
+        """Find the file that was looked for, the files that hold tensors, and the index (empty for a single file)."""
         for single in ("model.safetensors", "pytorch_model.bin"):
             path = directory / single
             if path.is_file():
@@ -99,7 +99,7 @@ class TensorFiles:
         return key in self._file
 
     def file(self, key: str) -> Path:
-        """The file that holds `key`."""
+        """Return the file that holds `key`."""
         return self._file[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ class TensorFiles:
         return self._dtype[key]
 
     def get(self, key: str) -> Tensor:
-        """The tensor, backed by the mapped file: copy what you keep, and do not write to it."""
+        """Return the tensor, backed by the mapped file: copy it to keep it, and do not write to it."""
         path = self._file[key]
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as stream:
@@ -165,7 +165,7 @@ def _pickle_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dty
 
 
 class SafetensorsWriter:
-    """Write `model.safetensors`, or shards with an index once `max_shard_bytes` is exceeded.
+    """Writer of `model.safetensors`, or of shards with an index once `max_shard_bytes` is exceeded.
 
     Each tensor goes to its file at once, so memory holds one. The header, which the format puts first, is
     written last into space kept for it (padded with blanks, as the format allows).

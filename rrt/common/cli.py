@@ -1,4 +1,4 @@
-"""What every command shares: error reporting, exit codes and formatting of sizes."""
+"""Shared parts of all commands: error reporting, exit codes and formatting of sizes."""
 
 import ctypes
 import signal
@@ -36,8 +36,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except BaseException as error:
         if received:
-            # Asked before anything else: what the signal raised inside a native library comes out of it
-            # as an error of the library's own (safetensors: ValueError).
+            # Checked first: an exception raised inside a native library may come out of it as an error of the
+            # library's own (safetensors: ValueError).
             _fail("interrupted", 128 + received[0])
         if isinstance(error, UserError):
             _fail(f"error: {error}", EXIT_USER_ERROR)
@@ -51,11 +51,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def keep_freed_memory() -> None:
-    """For commands that make tensors of the same sizes again and again on a CPU; call it when the model is loaded.
+    """Keep freed memory in the process, for commands that make tensors of the same sizes again and again on a CPU.
 
-    glibc gives the freed end of its heap, and what did not come from there, back to the system, which clears each page
-    anew: percents of the time of a small model. From now on tensors up to 32 MiB come from the heap, of which 256 MiB
-    at the end, and whatever lies below what is in use, are kept. Other C libraries are left as they are.
+    Call it when the model is loaded. glibc returns large freed blocks, and the freed end of its heap, to the system,
+    which clears each page anew: several percent of a small model's time. From now on tensors up to 32 MiB come from
+    the heap, and up to 256 MiB at its end are kept. Other C libraries are unaffected.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
@@ -68,7 +68,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def human_count(count: float) -> str:
-    """``1_984_000_000`` -> ``"1.98 B"`` (parameters, tokens)."""
+    """Format a count of parameters or tokens: ``1_984_000_000`` -> ``"1.98 B"``."""
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(count) >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -76,7 +76,7 @@ def human_count(count: float) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: ``5368709120`` -> ``"5.00 GiB"``."""
+    """Format bytes with a binary unit: ``5368709120`` -> ``"5.00 GiB"``."""
     for scale, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(count) >= scale:
             return f"{count / scale:.2f} {unit}"

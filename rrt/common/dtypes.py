@@ -20,24 +20,24 @@ PARAMETER_DTYPES = frozenset(_DTYPES.values())
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """``"bf16"`` or ``"bfloat16"`` -> `torch.bfloat16`. Raises `UserError` for another name."""
+    """Parse a name: ``"bf16"`` or ``"bfloat16"`` -> `torch.bfloat16`. Raises `UserError` for an unknown one."""
     if name not in _DTYPES:
         raise UserError(f"dtype: found {name!r}; expected one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> ``"bfloat16"``."""
+    """Format a dtype: `torch.bfloat16` -> ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def add_dtype_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--dtype``; read it with `chosen_dtype`."""
+    """Add ``--dtype``; read it with `chosen_dtype`."""
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help=f"{purpose}; auto: as stored (default: auto)"
     )
 
 
 def chosen_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
-    """What ``--dtype`` says; None for auto."""
+    """Read ``--dtype``; None for auto."""
     return None if arguments.dtype == "auto" else parse_dtype(arguments.dtype)

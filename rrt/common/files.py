@@ -1,4 +1,4 @@
-"""Output that is there whole or not at all: write beside, then rename."""
+"""All-or-nothing output: write beside the target, then rename."""
 
 import glob
 import hashlib
@@ -35,7 +35,7 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
 
 
 def _clean_up_after_killed(path: Path) -> None:
-    """Remove what processes of this host that were killed left beside `path`, and put back what one had moved away."""
+    """Remove what killed processes of this host left beside `path`, and put back what one had moved away."""
     for leftover in (*_leftovers(path, "partial"), *_leftovers(path, "removed")):
         shutil.rmtree(leftover, ignore_errors=True)
     replaced = sorted(_leftovers(path, "replaced"), key=_changed)
@@ -134,7 +134,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an unreadable file, bad JSON or another type is a `UserError`."""
+    """Read the JSON object in `path`. Raises `UserError` for an unreadable file, bad JSON or another type."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in chunks."""
+    """Compute the hex SHA-256 of a file's bytes, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

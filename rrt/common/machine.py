@@ -1,4 +1,4 @@
-"""The CPU's facts and the memory that is free."""
+"""Facts about the CPU, and free memory."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that a process may still take; 4 GiB where the system does not tell."""
+    """Return the bytes that a process may still take; 4 GiB where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []
@@ -26,14 +26,14 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def _cgroup_free_bytes(group: Path) -> int:
-    """What is left of a cgroup's (v2) limit. Its use counts page cache, which the kernel gives up for it."""
+    """Return what is left of a cgroup's (v2) limit. Page cache counts as free: the kernel gives it up."""
     statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
     return int((group / "memory.max").read_text()) - used
 
 
 def cpu_info() -> dict[str, Any]:
-    """Model, cores, threads and the instruction sets that matter here."""
+    """Return the CPU's model, cores, threads and the instruction sets that matter here."""
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -1,4 +1,4 @@
-"""Processes that torchrun started: how they join, how they share an evaluation, and who of them reports errors."""
+"""Processes that torchrun started: joining them, sharing an evaluation, and reporting an error once."""
 
 import functools
 import os
@@ -17,10 +17,10 @@ from torch._C._distributed_c10d import HashStore
 from rrt.errors import UserError
 
 LONGEST_WAIT = timedelta(days=7)
-"""For the others' work. One that died needs no timeout: torchrun ends all as soon as one has ended."""
+"""Timeout for the work of other processes. A dead one needs none: torchrun ends all when one has ended."""
 
 FIRST_TELLS_SECONDS = 5.0
-"""How long the others leave it to the first process to tell what all of them have met."""
+"""Time that the other processes give the first to report an error that all have met."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Replica:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each of them. A collective, with the exactness of the dtype."""
+        """Sum `values` over all processes, in their dtype; each gets the sum. A collective."""
         if self.count > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
 
     def wait(self, error: UserError | None = None) -> None:
-        """Return when every process has come here; if any brings an error, that is raised in all. A collective."""
+        """Wait for every process; if any passes an error, raise it in all. A collective."""
         found: list[UserError | None] = [error] * self.count
         if self.count > 1:
             dist.all_gather_object(found, error)
@@ -68,7 +68,7 @@ def join_processes(kind: str, asked_by: str, timeout: timedelta | None = None) -
     """
     own = torch.device(kind)
     if kind == "cuda":
-        # Asked of all local processes, not of this one's rank, so that all of them end here together.
+        # Checked for all local processes rather than this one's rank, so that all of them end here together.
         count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if count > gpus:
             raise UserError(f"{asked_by}: found {gpus} GPU(s); expected one for each of {count} process(es)")
@@ -102,7 +102,7 @@ def replicas(device: str = "auto") -> Iterator[Replica]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`name` as a device that is there; "auto" is CUDA where available."""
+    """Parse a device and check that it exists; "auto" is CUDA where available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -112,7 +112,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def report_error_once(main: Callable[[], None]) -> Callable[[], None]:
-    """Of bad input that every process meets alike only the first tells; what one meets by itself, it tells."""
+    """Wrap a command so that an error which every process meets is reported by the first process alone.
+
+    An error that one process meets by itself is still reported.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -120,8 +123,8 @@ def report_error_once(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError:
             if int(os.environ.get("RANK", "0")) != 0:
-                # torchrun ends all as soon as one has ended. If the first one ends now, it has told the same, and this
-                # one is to end without a word; to end before it would silence it.
+                # torchrun ends all as soon as one has ended. If the first process ends now, it has reported the same
+                # error and this one should end silently; ending earlier would silence the first.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(FIRST_TELLS_SECONDS)
             raise

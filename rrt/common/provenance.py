@@ -13,7 +13,7 @@ from rrt.version import __version__
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's configuration and weight files."""
+    """Compute the SHA-256 over the names and bytes of a checkpoint's configuration and weight files."""
     digest = hashlib.sha256()
     patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
     for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
@@ -22,7 +22,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def code_version() -> str:
-    """The package's version, with the git commit if it runs from a checkout."""
+    """Return the package's version, with the git commit if it runs from a checkout."""
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -33,7 +33,7 @@ def code_version() -> str:
 
 
 def make_provenance(stage: str, parent: Path | None, **details: Any) -> dict[str, Any]:
-    """Where a checkpoint comes from: stage, parent and its hash, command line, code version, time.
+    """Describe where a checkpoint comes from: stage, parent and its hash, command line, code version, time.
 
     `details` (data, metrics, ...) are added as they are.
     """

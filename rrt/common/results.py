@@ -1,4 +1,4 @@
-"""JSON results of evaluations and benchmarks: what was run, on what, with which code."""
+"""JSON results of evaluations and benchmarks, with the command, machine and code version."""
 
 import platform
 import shlex
@@ -15,7 +15,7 @@ from rrt.common.provenance import code_version
 
 
 def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Command line, code version, torch version, device and time."""
+    """Describe this run: command line, code version, torch version, device and time."""
     device = torch.device(device)
     cpu = cpu_info()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["model"]

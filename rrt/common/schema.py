@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def field_doc(text: str, **kwargs: Any) -> Any:
-    """A dataclass field with a one-line description, which commands print as ``--help``."""
+    """Declare a dataclass field with a one-line description, which commands print as ``--help``."""
     return field(metadata={"doc": text}, **kwargs)
 
 
@@ -28,7 +28,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _convert(value: Any, kind: Any, where: str, name: str) -> Any:
-    """`value` as type `kind`; JSON and TOML lists become tuples and integers may stand for floats."""
+    """Convert `value` to type `kind`; JSON and TOML lists become tuples, and integers may stand for floats."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in args:
@@ -89,5 +89,5 @@ def from_mapping(cls: type[T], data: dict[str, Any], where: str, prefix: str = "
 
 
 def to_mapping(value: Any) -> dict[str, Any]:
-    """The JSON form of a configuration (nested dataclasses become objects, tuples lists)."""
+    """Convert a configuration to JSON's types: nested dataclasses become objects, tuples lists."""
     return dataclasses.asdict(value)

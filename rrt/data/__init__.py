@@ -1,1 +1,1 @@
-"""From text to tokens: corpora, tokenizers, token shards."""
+"""Corpora, tokenizers and token shards."""

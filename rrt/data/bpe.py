@@ -14,7 +14,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
     """Train a byte-level BPE on `texts` and write it into the existing `directory`.
 
     Every text can be encoded and is decoded exactly. ``<s>`` (id 0) starts a sequence and ``</s>`` (1)
-    ends it, as in the Llama family; transformers' `AutoTokenizer` reads the directory alike. A corpus
+    ends it, as in the Llama family; transformers' `AutoTokenizer` reads the directory too. A corpus
     too small for `vocab_size` gives a smaller vocabulary.
 
     Raises:
@@ -55,7 +55,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
 
 
 class _CountedTexts:
-    """Passes texts on and counts their characters, so that an empty corpus can be told."""
+    """Texts passed on with a count of their characters, to detect an empty corpus."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts

@@ -63,7 +63,7 @@ class Part:
 def documents(
     inputs: str | Path | Sequence[str | Path], *, split: str = "train", text_field: str = "text"
 ) -> Iterator[str]:
-    """The documents of globs, files or ``python-stdlib``, in order.
+    """Read the documents of globs, files or ``python-stdlib``, in order.
 
     Only ``python-stdlib`` has a split of its own; of other inputs every document belongs to `split`.
 
@@ -75,7 +75,7 @@ def documents(
 
 
 def grouped_documents(path: Path, group_field: str, *, text_field: str = "text") -> Iterator[tuple[str, str | None]]:
-    """The documents of a file, each with what its record says in `group_field`, or None where that is absent.
+    """Read the documents of a file, each with its record's `group_field`, or None where that is absent.
 
     Args:
         group_field: a path into the record, such as ``meta.redpajama_set_name``; an object on the way may be a
@@ -86,7 +86,7 @@ def grouped_documents(path: Path, group_field: str, *, text_field: str = "text")
 
 
 def find_files(inputs: str | Path | Sequence[str | Path], *, split: str = "train") -> list[Path]:
-    """The files that `inputs` name: in the order given, sorted within a glob, each once."""
+    """List the files that `inputs` name: in the order given, sorted within a glob, each once."""
     names = [inputs] if isinstance(inputs, str | Path) else inputs
     found: dict[Path, None] = {}
     for name in names:
@@ -96,7 +96,7 @@ def find_files(inputs: str | Path | Sequence[str | Path], *, split: str = "train
 
 
 def stdlib_files(split: str) -> list[Path]:
-    """The standard library's sources in ``"train"`` or ``"heldout"``, sorted by their path in it."""
+    """List the standard library's sources in ``"train"`` or ``"heldout"``, sorted by their path in it."""
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     root = Path(sysconfig.get_path("stdlib"))
@@ -114,22 +114,22 @@ def stdlib_files(split: str) -> list[Path]:
 
 
 def whole_file(path: Path) -> Part:
-    """All of `path` as one part."""
+    """Make one part of all of `path`."""
     return Part(path, 0, path.stat().st_size)
 
 
 def is_divisible(path: Path) -> bool:
-    """Whether parts of the file can be read without what precedes them."""
+    """True if parts of the file can be read without what precedes them."""
     return path.name.endswith(".jsonl")
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file's text is several times its size on disk."""
+    """True if the file's text is several times its size on disk."""
     return path.suffix in (".gz", ".zst", PARQUET_SUFFIX)
 
 
 def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
-    """The documents of one part; empty ones are left out.
+    """Read the documents of one part; empty ones are left out.
 
     Raises:
         UserError: naming the file, and the line or row of a bad record.
@@ -139,7 +139,7 @@ def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
 
 
 def _read_records(part: Part, text_field: str, group_field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Documents with their records; of parquet only the columns of the two fields are read."""
+    """Read documents with their records; of parquet only the columns of the two fields."""
     name = part.path.name
     if name.endswith(LINES_SUFFIXES):
         yield from _read_lines(part, text_field)
@@ -275,7 +275,7 @@ def _plain_lines(part: Part) -> Iterator[bytes]:
 
 
 def _lines_before(part: Part) -> int:
-    """Lines that begin before the part (read again only to tell where an error is)."""
+    """Count the lines that begin before the part; read only to say where an error is."""
     if part.start == 0:
         return 0
     with part.path.open("rb") as stream:

@@ -42,7 +42,7 @@ class Shard:
     text_bytes: int
 
     def document(self, index: int) -> Tokens:
-        """The tokens of one document [length]."""
+        """Return the tokens of one document [length]."""
         stop = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.tokens)
         return self.tokens[int(self.starts[index]) : int(stop)]
 
@@ -78,7 +78,7 @@ class TokenShards:
         return sum(shard.text_bytes for shard in self.shards)
 
     def documents(self) -> Iterator[Tokens]:
-        """Every document's tokens [length], in the order of the corpus."""
+        """Yield every document's tokens [length], in the order of the corpus."""
         for shard in self.shards:
             for index in range(len(shard.starts)):
                 yield shard.document(index)
@@ -104,7 +104,7 @@ class TokenShards:
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """What `meta.json` says of one shard."""
+    """Entry of one shard in `meta.json`."""
 
     file: str
     tokens: int
@@ -150,12 +150,12 @@ def open_shards(directory: str | Path, split: str) -> TokenShards:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of token ids on disk."""
+    """Return the dtype of token ids on disk."""
     return _TOKEN_DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
 def document_bos(tokenizer: Tokenizer) -> int | None:
-    """The token that begins every document of `tokenizer`, or None."""
+    """Return the token that begins every document of `tokenizer`, or None."""
     return tokenizer.bos_id if tokenizer.add_bos else None
 
 
@@ -186,13 +186,13 @@ def _map_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
 
 
 class ShardWriter:
-    """Writes a shard directory: `append` documents in order, then `finish`.
+    """Writer of a shard directory: `append` documents in order, then `finish`.
 
     Use it as a context manager. Without `finish` there is no `meta.json`, so nothing that opens.
 
     Args:
         directory: an existing, empty directory.
-        tokenizer: what made the documents' tokens.
+        tokenizer: the one that made the documents' tokens.
         shard_tokens: a shard holds at most this many tokens, a single longer document excepted.
     """
 

@@ -42,7 +42,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Backend(Protocol):
-    """What `Tokenizer` needs of a library: text to ids without special tokens, and back."""
+    """Interface of a tokenizer library: text to ids without special tokens, and back."""
 
     vocab_size: int
     special_ids: frozenset[int]
@@ -54,10 +54,10 @@ class _Backend(Protocol):
     def token_id(self, token: str) -> int | None: ...
 
     def own_id(self, role: str) -> int | None:
-        """The id of ``"bos"``, ``"eos"`` or ``"pad"`` where the file itself says so."""
+        """Return the id of ``"bos"``, ``"eos"`` or ``"pad"`` if the file itself has it."""
 
     def adds_bos(self, bos_id: int | None) -> bool:
-        """Whether the file itself asks for BOS at the start of a text."""
+        """True if the file itself asks for BOS at the start of a text."""
 
 
 class _SentencePiece:
@@ -144,11 +144,11 @@ class Tokenizer:
     _backend: _Backend = field(repr=False)
 
     def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        """The ids of `text`, after BOS if `bos` (None: the family's rule). EOS is never added."""
+        """Encode `text`, after BOS if `bos` (None: the family's rule). EOS is never added."""
         return self.encode_batch([text], bos=bos)[0]
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool | None = None) -> list[list[int]]:
-        """`encode` for each text, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
+        """Encode each text, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
         try:
             batch = self._backend.encode(texts)
         except (UnicodeEncodeError, TypeError, RuntimeError):  # how the libraries refuse surrogates
@@ -156,19 +156,19 @@ class Tokenizer:
         if not (self.add_bos if bos is None else bos):
             return batch
         if self.bos_id is None:
-            raise UserError("bos=True was asked of a tokenizer that has no BOS token")
+            raise UserError("bos: found True; expected False or None, for the tokenizer has no BOS token")
         return [[self.bos_id, *ids] for ids in batch]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """What training documents become: BOS if the family has it, the text, EOS."""
+        """Encode training documents: BOS if the family has it, the text, EOS."""
         return [[*ids, self.eos_id] for ids in self.encode_batch(texts)]
 
     def encode_document(self, text: str) -> list[int]:
-        """`encode_documents` for one text."""
+        """Encode one training document as `encode_documents` does."""
         return self.encode_documents([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens, and ids that a padded embedding has beyond them, are left out."""
+        """Decode `ids` to text. Special tokens, and ids that only a padded embedding has, are left out."""
         skipped = self._backend.special_ids | {self.bos_id, self.eos_id, self.pad_id}
         known = self._backend.vocab_size
         return self._backend.decode([i for i in map(int, ids) if i not in skipped and 0 <= i < known])
@@ -249,7 +249,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> Non
 
 
 def tokenizer_of(directory: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer in `directory`, None if it has none.
+    """Load the tokenizer in `directory`, None if it has none.
 
     Raises:
         UserError: it has one that cannot be read, or whose ids exceed the `vocab_size` embedding rows.
@@ -262,7 +262,7 @@ def tokenizer_of(directory: Path, vocab_size: int) -> Tokenizer | None:
 
 
 class _Settings:
-    """What the JSON files of a directory say about its tokenizer; a missing file says nothing."""
+    """Settings of a tokenizer in the JSON files of its directory; a missing file is empty."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -283,7 +283,7 @@ class _Settings:
         return read_json(path) if path.is_file() else {}
 
     def special_id(self, role: str) -> int | None:
-        """`config.json`'s id of ``"bos"``, ``"eos"`` or ``"pad"``; the first of several."""
+        """Return `config.json`'s id of ``"bos"``, ``"eos"`` or ``"pad"``; the first of several."""
         key = f"{role}_token_id"
         value = self._config.get(key)
         if isinstance(value, list) and value:
@@ -291,7 +291,7 @@ class _Settings:
         return None if value is None else self._integer("config.json", key, value)
 
     def special_token(self, role: str) -> str | None:
-        """The string of a special token, from the first file that has it."""
+        """Return the string of a special token, from the first file that has it."""
         key = f"{role}_token"
         value = self._tokenizer_config.get(key, self._special_tokens_map.get(key))
         if isinstance(value, dict):
@@ -307,7 +307,7 @@ class _Settings:
 
     @property
     def add_bos(self) -> bool | None:
-        """Whether sequences start with BOS; None if no file says."""
+        """True if sequences start with BOS; None if no file says."""
         explicit = self._tokenizer_config.get("add_bos_token")
         if isinstance(explicit, bool):
             return explicit
@@ -323,7 +323,7 @@ def _load_backend(directory: Path) -> tuple[_Backend, Path]:
 
 
 def _parallelism_allowed() -> bool:
-    """The tokenizers library's own switch, here for SentencePiece too."""
+    """Read the tokenizers library's own switch, which is here for SentencePiece too."""
     return os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() not in ("0", "false", "off", "no", "n", "f", "")
 
 

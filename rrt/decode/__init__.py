@@ -1,1 +1,1 @@
-"""Incremental decoding: paged cache, passes of the shared block over rows of any loops."""
+"""Incremental decoding: a paged cache, and passes of the shared block over rows at any loops."""

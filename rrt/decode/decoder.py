@@ -1,7 +1,7 @@
-"""The model's inference path: passes of the shared block over rows of many sequences and loops.
+"""The inference path: passes of the shared block over rows of many sequences and loops.
 
 One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
-go through the native operators, and a row's result is bitwise the same whatever other rows are in the pass. Prefill
+go through the native operators, and a row's result is bitwise independent of the other rows in the pass. Prefill
 chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`.
 
 Shapes as in `rrt.model.transformer`, and N kv-only and decode rows, M rows in all.
@@ -18,22 +18,21 @@ from rrt import ops
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.merged_weights import PrefillLinears
 from rrt.decode.passes import DecodePlan, PassPlan, PrefillPlan
-from rrt.decode.row_linears import RowHead, _DecodeLayer
+from rrt.decode.row_linears import DecodeLayer, RowHead
 from rrt.errors import UserError
 from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
 
 class Decoder:
-    """`RecursiveTransformer` on a `PagedCache`: embed the tokens, run the block loop by loop, take the logits.
+    """A `RecursiveTransformer` on a `PagedCache`: embed tokens, run the block loop by loop, take the logits.
 
         x = decoder.embed(tokens)
         for loop in range(num_loops):
             x = decoder.block(x, cache.plan(rows_at(loop)))
         logits = decoder.logits(x)
 
-    Decode rows use the weights as they are now, on the CPU packed for few rows; prefill, norms and embedding use the
-    model itself. So leave the model as it is while a decoder lives, and after a change make another. Writes the keys
-    and values of the model's prefix vectors into the cache.
+    Decode rows use a copy of the weights, which is made here and on the CPU packed for few rows; prefill, norms and
+    embedding use the model itself. So do not change the model while a decoder lives; after a change, make another.
     """
 
     @torch.no_grad()
@@ -44,9 +43,10 @@ class Decoder:
         max_positions: int | None = None,
         merged_bytes: int = 0,
     ) -> None:
-        """
+        """Write the keys and values of the model's prefix vectors into the cache, and pack weights on the CPU.
+
         Args:
-            max_positions: how long sequences may become; default what the base was trained for.
+            max_positions: length of the longest sequence; default the longest context that the base was trained for.
             merged_bytes: memory in which prefill may keep the weights merged with each loop's LoRA, so that a prompt
                 costs no more than without LoRA. All of them are B times the shared weights that have LoRA, in bytes.
 
@@ -72,22 +72,22 @@ class Decoder:
         self._linears = PrefillLinears(merged_bytes)
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
-        self._layers = [_DecodeLayer(layer) for layer in _layers(model)]
+        self._layers = [DecodeLayer(layer) for layer in _layers(model)]
         self._head = RowHead(model)
         self._write_prefix()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [M] -> the rows [M, D] that enter loop 0."""
+        """Embed tokens int64 [M] into the rows [M, D] that enter loop 0."""
         with torch.inference_mode():
             return self.model.embed_tokens(tokens)
 
     @torch.inference_mode()
     def block(self, x: Tensor, plan: PassPlan) -> Tensor:
-        """One pass: every row goes through the K layers at its own loop.
+        """Run one pass: every row goes through the K layers at its own loop.
 
         Args:
             x: [M, D], the rows in the order of `PassRows`.
-            plan: what `PagedCache.plan` made of the rows.
+            plan: of the same rows, by `PagedCache.plan`.
 
         Returns:
             [M, D]: kv-only rows as they were, the others after their loop.
@@ -105,11 +105,11 @@ class Decoder:
         return torch.cat(done) if chunks else done[0]
 
     def logits(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
-        """Final norm and head: [M, D] -> [M, V], each row for itself.
+        """Apply the final norm and head to each row: [M, D] -> [M, V].
 
         Args:
-            loops: int32 [M], the loop that each row exits after; default the last. Only a LoRA on the head tells them
-                apart.
+            loops: int32 [M], the loop after which each row exits; default the last. It matters only where the head
+                has a LoRA.
         """
         return self._head(x, loops)
 
@@ -186,7 +186,7 @@ class Decoder:
 def _add_residuals(
     layer: Layer, x: Tensor, attended: Tensor, loop: int | Tensor, mlp: Callable[[Tensor, Any], Tensor]
 ) -> Tensor:
-    """What follows attention in a layer, sequential or with parallel residual: [M, D] -> [M, D]."""
+    """Finish a layer after attention, sequential or with parallel residual: [M, D] -> [M, D]."""
     residual = x + attended
     return residual + mlp(layer.mlp_norm(x if layer.parallel_residual else residual, loop), loop)
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch of prompts, every token through all loops: what other ways of serving are held against."""
+"""Greedy decoding of a batch of prompts, every token through all loops: the baseline for other ways of serving."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -20,13 +20,13 @@ def generate(
     should_stop: Callable[[list[int]], bool] = lambda new_tokens: False,
     chunk_size: int = 512,
 ) -> list[list[int]]:
-    """The most probable next token of each prompt, again and again.
+    """Continue each prompt by its most probable next token, again and again.
 
     Args:
-        prompts: token ids, BOS included where the model wants one; of any lengths above 0.
+        prompts: token ids, BOS included where the model expects one; each has at least one token.
         max_new_tokens: most tokens to add to each prompt.
         eos_token_id: a sequence ends with this token.
-        should_stop: asked after each new token, with all new ones of its prompt; a sequence also ends where it is true.
+        should_stop: called after each new token with all new tokens of its prompt; true ends the sequence.
         chunk_size: most prompt tokens in one pass.
 
     Returns:
@@ -61,7 +61,7 @@ def generate(
 
 
 def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], sequences: list[int], chunk_size: int) -> list[int]:
-    """The token after each prompt."""
+    """Run the prompts through all loops; returns the token after each."""
     following = [0] * len(prompts)
     for pieces in _pieces([len(prompt) for prompt in prompts], chunk_size):
         for i, begin, end in pieces:
@@ -103,7 +103,7 @@ def _best(decoder: Decoder, x: Tensor) -> list[int]:
 
 
 def _pieces(lengths: list[int], chunk_size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Passes over prompts of these lengths: (prompt, begin, end), together at most `chunk_size` tokens each."""
+    """Split prompts of these lengths into passes of (prompt, begin, end), at most `chunk_size` tokens each."""
     pieces, room = [], chunk_size
     for i, length in enumerate(lengths):
         begin = 0

@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions: contiguous for one batch, paged for many sequences at many loops."""
+"""The key/value cache: pages of many sequences, each loop of a sequence with pages of its own."""
 
 from itertools import groupby
 from typing import Any
@@ -14,54 +14,14 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 
 
-class ContiguousCache:
-    """A preallocated cache: every depth (loop and shared layer) keeps keys and values of its own.
-
-    Holds k and v [L, batch, H_kv, max_length, D_h], `2 * L * H_kv * D_h` elements per token and sequence.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.max_length = max_length
-        self.length = 0
-
-    def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [batch, T, H_kv, D_h] of `depth`; return views of all [batch, length + T, H_kv, D_h].
-
-        Raises:
-            UserError: the cache is full, or k is of another batch size.
-        """
-        end = self.length + k.shape[1]
-        if end > self.max_length:
-            raise UserError(f"cache: position {end} does not fit; expected at most max_length = {self.max_length}")
-        if k.shape[0] != self.k.shape[1]:
-            raise UserError(f"cache: found a batch of {k.shape[0]}; expected {self.k.shape[1]}")
-        k_cache, v_cache = self.k[depth].transpose(1, 2), self.v[depth].transpose(1, 2)
-        k_cache[:, self.length : end] = k
-        v_cache[:, self.length : end] = v
-        return k_cache[:, :end], v_cache[:, :end]
-
-    def advance(self, num_tokens: int) -> None:
-        self.length += num_tokens
-
-
 def page_bytes(config: ModelConfig, recursion: RecursiveConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one page: `page_size` positions of all K shared layers, at one loop."""
+    """Count the bytes of one page: keys and values of `page_size` positions of all K shared layers, at one loop."""
     heads = recursion.layers_per_loop(config) * page_size * config.num_kv_heads
     return 2 * heads * config.head_dim * dtype.itemsize
 
 
 class PagedCache:
-    """Keys and values in pages: every depth keeps its own, and sequences share what they have in common.
+    """A paged key/value cache: every depth keeps its own entries, and sequences share common beginnings.
 
     A page belongs to one loop of one sequence and holds `page_size` positions of all K layers of the block:
     page p of layer i is ``k[i, p]``, of k and v [K, num_pages, page_size, H_kv, D_h]. The loops of a sequence grow
@@ -70,7 +30,7 @@ class PagedCache:
     Keys and values of prefix vectors (`RecursiveConfig.prefix_length`) are held once: every sequence begins as a
     fork of them. They take the slots before position 0, and none of the lengths here count them.
 
-    Every method raises ValueError for a sequence that is not there, and a loop, length or position out of range.
+    Every method raises ValueError for an unknown sequence, and for a loop, length or position out of range.
     Sequences are small integers, reused after `free`.
     """
 
@@ -83,7 +43,7 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Raises `UserError` if num_pages or page_size is not positive, or the prefix does not fit."""
+        """Allocate all pages. Raises `UserError` if a size is not positive, or the prefix does not fit."""
         prefix_pages = recursion.num_loops * -(-recursion.prefix_length // max(page_size, 1))
         for name, value, least in (("page_size", page_size, 1), ("num_pages", num_pages, max(prefix_pages, 1))):
             if value < least:
@@ -115,7 +75,7 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "PagedCache":
-        """A cache of as many pages as fit into `num_bytes` bytes. Raises `UserError` if too few do."""
+        """Make a cache of as many pages as fit into `num_bytes` bytes. Raises `UserError` if none does."""
         each = page_bytes(config, recursion, max(page_size, 1), dtype)
         if num_bytes < each:
             raise UserError(f"cache: found a budget of {num_bytes} bytes; expected at least {each}, one page")
@@ -152,18 +112,18 @@ class PagedCache:
         return self.num_used_pages * self.bytes_per_page
 
     def pages_for(self, length: int) -> int:
-        """Pages that a new sequence takes to reach `length` positions at every loop."""
+        """Count the pages that a new sequence takes to reach `length` positions at every loop."""
         if length == 0:
             return 0
         shared = self.prefix_length // self.page_size
         return self.num_loops * (-(-(self.prefix_length + length) // self.page_size) - shared)
 
     def allocate(self) -> int:
-        """A new sequence of length 0 at every loop. It takes no page before its first append."""
+        """Start a sequence of length 0 at every loop. It takes no page before its first append."""
         return self._add([self._table.fork(handle) for handle in self._prefix])
 
     def length(self, sequence: int, loop: int) -> int:
-        """Positions that the sequence holds at `loop`."""
+        """Return the number of positions that the sequence holds at `loop`."""
         return self._table.length(self._handle(sequence, loop)) - self.prefix_length
 
     def append(self, sequence: int, count: int, loop: int | None = None) -> None:
@@ -174,8 +134,7 @@ class PagedCache:
     def append_rows(self, sequences: ArrayLike, loops: ArrayLike, counts: ArrayLike) -> None:
         """Make room for counts[i] more positions of sequences[i] at loops[i], all [M].
 
-        A page that is shared and partly filled is copied first, so what a pass has computed must have been written
-        before a fork.
+        A page that is shared and partly filled is copied first, so write a pass's keys and values before a fork.
 
         Raises:
             OutOfPages: too few pages are free; nothing has changed.
@@ -189,11 +148,11 @@ class PagedCache:
                 pages[:, targets] = pages[:, sources]
 
     def fork(self, sequence: int) -> int:
-        """A new sequence that shares all pages of `sequence`; what either appends does not show in the other."""
+        """Start a sequence that shares all pages of `sequence`; later appends to either do not show in the other."""
         return self._add([self._table.fork(self._handle(sequence, loop)) for loop in range(self.num_loops)])
 
     def alias(self, sequence: int, loop: int, of_loop: int) -> None:
-        """`loop` gives up its pages and shares those of `of_loop`, as if both had the same keys and values.
+        """Let `loop` share the pages of `of_loop` in place of its own, as if both had the same keys and values.
 
         Raises:
             UserError: the cache holds prefix vectors, which lie in the pages and differ from loop to loop.
@@ -221,10 +180,9 @@ class PagedCache:
         self._free_sequences.append(sequence)
 
     def plan(self, rows: PassRows) -> PassPlan:
-        """The tensors of a pass over `rows`, whose positions have been appended.
+        """Make the tensors of a pass over `rows`, whose positions have been appended.
 
-        A pass writes keys and values, so positions in shared pages are refused: what was written before a fork or an
-        alias stays. To write there again, truncate and append.
+        A pass writes keys and values, so positions in shared pages are refused. To write there, truncate and append.
         """
         handles = self._handles_of(rows.sequences, rows.loops)
         positions = np.array(_integers("positions", rows.positions), dtype=np.int32)
@@ -246,7 +204,7 @@ class PagedCache:
         return PassPlan(decode, tuple(self._plan_prefill(loop, list(chunks)) for loop, chunks in groups))
 
     def prefix_slots(self, loop: int) -> Tensor:
-        """The slots int64 [P] of the prefix at `loop`, for whoever computes its keys and values."""
+        """Return the slots int64 [P] in which the prefix keeps its keys and values at `loop`."""
         handles = np.full(self.prefix_length, self._prefix[loop])
         return self._tensor(self._table.slots(handles, np.arange(self.prefix_length, dtype=np.int32)))
 
@@ -299,7 +257,7 @@ class PagedCache:
         return int(self._handles_of([sequence], [loop])[0])
 
     def _handles_of(self, sequences: ArrayLike, loops: ArrayLike) -> NDArray[np.int64]:
-        """Handles int64 [M] of virtual sequences."""
+        """Look up the page table's handles int64 [M]."""
         rows, columns = _integers("sequences", sequences), _integers("loops", loops)
         if len(rows) != len(columns):
             raise ValueError(f"loops: found {len(columns)}; expected {len(rows)}, one for each sequence")

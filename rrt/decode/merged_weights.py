@@ -1,4 +1,4 @@
-"""Linears of prefill chunks: many rows, all of one loop, which is known before.
+"""Linears of prefill chunks, whose many rows are all at one loop: LoRA merged into weights, and kept.
 
 M rows, K in, N out, R rank of one linear.
 """
@@ -17,46 +17,46 @@ from rrt.ops import precision
 
 
 class PrefillLinears:
-    """Applies relaxed linears to chunks, each by the fewest operations.
+    """Relaxed linears applied to chunks, each by the fewest operations.
 
-    A merged weight W + B_l A_l makes a chunk cost what the base model's does, so merged weights are kept in
-    `merged_bytes` bytes of memory. What does not fit takes whichever multiplies least: W, A_l and B_l one after the
-    other, 2 M R (K + N) operations more than the base; or a weight merged for this chunk alone, 2 N K R more.
+    With a merged weight W + B_l A_l a chunk costs what it does without LoRA, so merged weights are kept, in at most
+    `merged_bytes` bytes. A linear beyond that takes the cheaper of two ways: separate products with W, A_l and B_l,
+    2 M R (K + N) FLOPs more than without LoRA; or a weight merged for this chunk alone, 2 N K R more.
     """
 
     def __init__(self, merged_bytes: int) -> None:
         self.merged = MergedWeights(merged_bytes)
 
     def __call__(self, linear: LoopLinear, x: Tensor, loop: int) -> Tensor:
-        """x [M, K] -> [M, N] at `loop`. For inference: a merged weight that is kept passes no gradients on."""
+        """Apply `linear` at `loop`: x [M, K] -> [M, N]. For inference: kept weights pass no gradients on."""
         if linear.lora_a is None or linear.lora_b is None:
             return linear(x, loop)
         weight = self.merged.get(linear, loop)
         if weight is None and len(x) * (linear.in_features + linear.out_features) > linear.weight.numel():
             weight = linear.merged_weight(loop)
         if weight is not None:
-            return precision.linear(x, weight, linear.loop_bias(loop))
+            return precision.upcasting_linear(x, weight, linear.loop_bias(loop))
         if x.is_cuda and x.element_size() == 2:
             return ops.loop_lora_prefill(x, linear.weight, linear.bias, linear.lora_a, linear.lora_b, loop)
         return linear(x, loop)
 
     def mlp(self, mlp: MLP, x: Tensor, loop: int) -> Tensor:
-        """The feed-forward part of a layer: [M, D] -> [M, D]."""
+        """Apply the feed-forward part of a layer: [M, D] -> [M, D]."""
         inner = self(mlp.up, x, loop)
         inner = mlp.activate(inner) if mlp.gate is None else mlp.gated(self(mlp.gate, x, loop), inner)
         return self(mlp.down, inner, loop)
 
 
 class MergedWeights:
-    """W + B_l A_l [N, K] of linears and loops, kept within `max_bytes` bytes and merged again after a change.
+    """A cache of merged weights W + B_l A_l [N, K], of at most `max_bytes` bytes, that notices changed parameters.
 
-    The first that are asked for stay. Passes need all of them in the same order: to replace the oldest would be to
-    replace each just before its next use.
+    The first weights that are requested stay: passes use all of them in the same order, so that an LRU cache would
+    evict each just before its next use.
 
-    A change of W, A or B is one in place, as PyTorch's version counters tell it (`copy_`, `load_state_dict`), or other
-    memory or another parameter in its place, or a step of any optimizer, since fused ones count nothing. Nor does what
-    is written through `.data`, which is not seen. Parameters made under `torch.inference_mode` have no counters: of
-    them nothing is kept.
+    A weight is merged again after its W, A or B was changed in place as PyTorch's version counters tell (`copy_`,
+    `load_state_dict`), was replaced by another parameter or other memory, or after a step of any optimizer (fused ones
+    leave the counters alone). Writes through `.data` go unnoticed. Parameters made under `torch.inference_mode` have
+    no counters, so their merged weights are not kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -66,7 +66,7 @@ class MergedWeights:
         self._steps = _optimizer_steps()
 
     def get(self, linear: LoopLinear, loop: int) -> Tensor | None:
-        """The merged weight of a linear that has LoRA, or None where there is no room for it."""
+        """Return the merged weight of a linear with LoRA, or None if there is no room for it."""
         kept = self._kept.get((linear, loop))
         if kept is not None:
             unchanged = all(source.is_still(now) for source, now in zip(kept.sources, _sources(linear), strict=True))
@@ -86,10 +86,10 @@ class MergedWeights:
 
 @dataclass(frozen=True)
 class _Source:
-    """A parameter as it was merged."""
+    """A parameter and its version at the time of merging."""
 
     parameter: Tensor
-    memory: Tensor  # held, so that no other parameter can come to lie there
+    memory: Tensor  # held, so that no other parameter can take its address
     version: int
 
     def is_still(self, now: Tensor) -> bool:
@@ -109,7 +109,7 @@ class _Steps:
 
 @cache
 def _optimizer_steps() -> _Steps:
-    """How many steps the optimizers of this process have made since the first call."""
+    """Count the steps of all optimizers of this process, from the first call on."""
     steps = _Steps()
 
     def count_one(*_: Any) -> None:

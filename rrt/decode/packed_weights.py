@@ -1,4 +1,4 @@
-"""Packed copies of a model's linears, for inference on many rows with weights that stay as they are.
+"""Packed copies of a model's linears, for inference on many rows with unchanging weights.
 
 N out, K in of a linear, B loops.
 """
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from rrt import ops
 from rrt.decode.row_linears import should_pack_for_decode
 from rrt.model.loop_linear import LoopLinear
-from rrt.ops.precision import product_dtype
+from rrt.ops.precision import matmul_dtype
 
 
 def should_pack_for_batches(weight: Tensor) -> bool:
-    """Whether weights like this one are packed for many rows: on CPUs, but for 16 bits with instructions."""
-    native_16_bits = weight.dtype.itemsize == 2 and product_dtype(weight) == weight.dtype
+    """Decide if a weight is packed for many rows: on CPUs, unless its 16-bit products have instructions there."""
+    native_16_bits = weight.dtype.itemsize == 2 and matmul_dtype(weight) == weight.dtype
     return should_pack_for_decode(weight) and not native_16_bits
 
 
 class PackedLinears:
-    """Linears of a module, packed for the native kernel, each with a LoRA once for every loop and merged with it.
+    """A module's linears, packed for the native kernel; one with LoRA is packed once per loop, merged.
 
         packed = PackedLinears(model.stack, max_bytes)
         with packed.in_use(), torch.no_grad():
             model(...)
 
-    Nothing is packed where that would not be faster, or would round a merged weight to 16 bits, or beyond `max_bytes`
-    bytes, in the module's order. Leave the weights as they are while it lives.
+    Linears are packed in the module's order until `max_bytes` bytes are used. Those are left out for which packing
+    is not faster, or would round a merged weight to 16 bits. Do not change the weights while this object lives.
     """
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class PackedLinears:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """What the module computes meanwhile goes through the packed copies. It has no gradients."""
+        """Run the module on its packed weights inside this context, without gradients."""
         before = {linear: linear.packed for linear in self._packed}
         try:
             for linear, packed in self._packed.items():

@@ -1,4 +1,4 @@
-"""Page accounting of the key/value cache, without tensors: which pages hold the positions of which sequence.
+"""Page accounting of the key/value cache, without tensors: the pages that hold each sequence's positions.
 
 A sequence here is a virtual one: one loop of one request. Pages are counted by reference, so that sequences share
 them; a shared page that is partly filled is copied before it is appended to. Full pages are never written again,
@@ -25,7 +25,7 @@ OutOfPages: type[RuntimeError] = _OutOfPages if _native is None else _native.Out
 
 
 def make_page_table(num_pages: int, page_size: int) -> "PageTable":
-    """The native page table of csrc/kv_cache/page_table.h; where it was not built, the Python one and one warning.
+    """Make a native page table (csrc/kv_cache/page_table.h), or, where it is not built, a Python one with a warning.
 
     Raises:
         ValueError: a number below 1 or above 2**31 - 1.
@@ -77,7 +77,7 @@ class PageTable:
         return len(self._sequences)
 
     def create(self) -> int:
-        """The handle of an empty sequence. Handles are never reused: a freed one stays an error."""
+        """Start an empty sequence; returns its handle. Handles are never reused: a freed one stays an error."""
         handle = self._next_handle
         self._next_handle += 1
         self._sequences[handle] = _Sequence()
@@ -90,13 +90,13 @@ class PageTable:
         return list(self._at(handle).pages)
 
     def refcount(self, page: int) -> int:
-        """How many sequences hold the page; 0 for a free one."""
+        """Count the sequences that hold the page; 0 for a free one."""
         if not 0 <= page < self.num_pages:
             _invalid("page", page, f"a page in [0, {self.num_pages})")
         return self._refcounts[page]
 
     def pages_needed(self, handle: int, count: int) -> int:
-        """Pages that `append(handle, count)` takes from the free ones, that of a copy included."""
+        """Count the free pages that `append(handle, count)` would take, that of a copy included."""
         sequence = self._at(handle)
         if not 0 <= count <= _MAX - sequence.length:
             _invalid("count", count, f"0 to {_MAX - sequence.length}")
@@ -116,7 +116,7 @@ class PageTable:
         return self.append_many([handle], [count])
 
     def append_many(self, handles: ArrayLike, counts: ArrayLike) -> list[tuple[int, int]]:
-        """`append` of many sequences, int64 [M] and int32 [M]: all of them, or none. A handle may come repeatedly."""
+        """Append to many sequences, int64 [M] and int32 [M]: to all, or to none. A handle may come repeatedly."""
         rows, numbers = _rows(handles, counts, "counts")
         copies: list[tuple[int, int]] = []
         undo: list[tuple[_Sequence, int, int | None]] = []
@@ -140,14 +140,14 @@ class PageTable:
         return copies
 
     def fork(self, handle: int) -> int:
-        """A new sequence of the same length that shares all pages."""
+        """Start a sequence of the same length that shares all pages."""
         source = self._at(handle)
         forked = self.create()
         self._share(self._at(forked), source)
         return forked
 
     def alias(self, handle: int, of: int) -> None:
-        """`handle` gives up its pages and shares those of `of` instead; later appends on either stay its own."""
+        """Let `handle` share the pages of `of` in place of its own; later appends to either stay its own."""
         sequence, source = self._at(handle), self._at(of)
         if sequence is not source:
             self._cut(sequence, 0)
@@ -165,9 +165,10 @@ class PageTable:
         del self._sequences[handle]
 
     def slots(self, handles: ArrayLike, positions: ArrayLike) -> NDArray[np.int64]:
-        """Slots `page * page_size + offset`, int64 [M], of positions int32 [M] of sequences int64 [M], to be written.
+        """Look up the slots to write, `page * page_size + offset` int64 [M].
 
-        Positions in a shared page are refused: a write would show in the other sequences. Truncate and append instead.
+        `handles` int64 [M] and `positions` int32 [M] name a position of a sequence each.
+        Positions in shared pages are refused: a write would show in the other sequences. Truncate and append instead.
         """
         rows, places = _rows(handles, positions, "positions")
         slots = np.empty(len(rows), dtype=np.int64)
@@ -183,7 +184,7 @@ class PageTable:
         return slots
 
     def block_tables(self, handles: ArrayLike) -> NDArray[np.int32]:
-        """The pages of each sequence, int32 [M, most pages of one], then zeros; handles int64 [M]."""
+        """Return the pages of each sequence, int32 [M, most pages of one], padded with zeros; handles int64 [M]."""
         tables = [self._at(handle).pages for handle in _integers("handles", handles)]
         padded = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
         for row, pages in zip(padded, tables, strict=True):
@@ -220,7 +221,7 @@ class PageTable:
         return count > 0 and sequence.length % self.page_size > 0 and self._refcounts[sequence.pages[-1]] > 1
 
     def _append_one(self, handle: int, count: int) -> int | None:
-        """Returns the page that is to be copied into the sequence's last one, if any."""
+        """Append to one sequence; returns the page to copy into its last one, if any."""
         sequence = self._at(handle)
         needed = self.pages_needed(handle, count)
         if needed > len(self._free):

@@ -19,10 +19,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PassRows:
-    """The rows of one pass, in this order: kv-only rows, decode rows, prefill chunks.
+    """Rows of one pass, in this order: kv-only rows, decode rows, prefill chunks.
 
-    A kv-only row writes the keys and values that its state has at each layer and stays as it is: so a token that
-    has left at an earlier loop is seen by later tokens. The loop of a row may be any; a chunk has one.
+    A kv-only row writes the keys and values of its unchanged state at each layer, so that later tokens see a token
+    that exited at an earlier loop. Each row has a loop of its own; a chunk has one for all its rows.
     """
 
     sequences: ArrayLike = ()
@@ -32,7 +32,7 @@ class PassRows:
     positions: ArrayLike = ()
     """int32 [N]: the row writes this position, and attends to those up to it."""
     num_kv_only: int = 0
-    """How many of the N rows are kv-only; they come first."""
+    """Number of kv-only rows, the first of the N rows."""
     chunks: Sequence[Chunk] = ()
     """Prefill chunks; their rows follow the N rows. Neighbours at the same loop are computed together."""
 
@@ -73,7 +73,7 @@ class PrefillPlan:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What a pass needs of the cache: the same for all of its layers."""
+    """Tensors of a pass that describe the cache, the same for all of its layers."""
 
     decode: DecodePlan
     prefills: tuple[PrefillPlan, ...]

@@ -1,4 +1,4 @@
-"""A layer's linears, and the head, for decode rows: few rows, each at a loop of its own.
+"""Linears of a layer, and the head, for decode rows: few rows, each at a loop of its own.
 
 M rows, K in, N out, R rank of one linear.
 """
@@ -16,14 +16,14 @@ from rrt.native import load_native
 
 
 def should_pack_for_decode(weight: Tensor) -> bool:
-    """Whether weights like this one are packed for few rows: on CPUs. The reference would unpack them in every call."""
+    """Decide if a weight is packed for few rows: on CPUs, but not for the reference, which would unpack it per call."""
     return weight.device.type == "cpu" and load_native().handle is not None
 
 
 class RowHead:
-    """A model's final norm and head for rows of many loops, on the CPU a packed copy of the head.
+    """A model's final norm and head for rows at any loops; on the CPU with a packed copy of the head.
 
-    Leave the model as it is while it lives.
+    Do not change the model while this object lives.
     """
 
     @torch.no_grad()
@@ -39,14 +39,14 @@ class RowHead:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
-        """x [M, D] -> [M, V]. `loops`: int32 [M], what each row exits after; default the last."""
+        """Compute logits: x [M, D] -> [M, V]. `loops` int32 [M]: after which each row exits; default the last."""
         if loops is None or self._last == 0:
             loops = torch.full((len(x),), self._last, dtype=torch.int32, device=x.device)
         return self._linear(self._norm(x), loops)
 
 
 class _RowLinear:
-    """Linears of one input as one call of `loop_lora_linear`: weights stacked, each one's LoRA a segment."""
+    """Linears of the same input fused into one `loop_lora_linear`: weights stacked, a segment for each LoRA."""
 
     def __init__(
         self,
@@ -92,13 +92,13 @@ class _RowLinear:
         )
 
     def __call__(self, x: Tensor, loops: Tensor) -> Tensor:
-        """x [M, K], loops int32 [M] -> [M, N of all linears]."""
+        """Apply the linears: x [M, K], loops int32 [M] -> [M, N of all linears]."""
         return ops.loop_lora_linear(
             x, self.weight, self.bias, self.lora_a, self.lora_b, loops, self.segment_out, self.segment_rank
         )
 
 
-class _DecodeLayer:
+class DecodeLayer:
     """A shared layer's linears for decode rows."""
 
     def __init__(self, layer: Layer) -> None:
@@ -120,11 +120,11 @@ class _DecodeLayer:
 
 
 def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:
-    """The activation of x [M, N], bit for bit the same for a row whatever the others are.
+    """Apply the activation to x [M, N], so that a row's bits do not depend on the other rows.
 
-    PyTorch's CPU loops compute whole vectors and the elements left over by different formulas, and split what has
-    32768 elements or more among threads anywhere. So a piece has fewer, and rows that end in the middle of a vector
-    come one by one.
+    PyTorch's CPU loops compute whole vectors and the elements left over by different formulas, and split tensors of
+    32768 or more elements among threads at any element. So pieces are smaller than that, and rows that end within a
+    vector are computed one by one.
     """
     if x.device.type != "cpu":
         return mlp.activate(x)
@@ -133,5 +133,5 @@ def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:
 
 
 def _concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """One tensor stays as it is, without a copy."""
+    """Concatenate without copying a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -1,1 +1,1 @@
-"""From L layers to K shared ones that run B times, and back."""
+"""Folding of L layers into K shared ones that run B times, and unrolling."""

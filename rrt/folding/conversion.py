@@ -28,8 +28,8 @@ from rrt.model.transformer import Layer
 
 
 @dataclass(frozen=True)
-class ConversionPlan:
-    """Everything that is known before the first tensor is read; made by `plan_conversion`."""
+class PreparedConversion:
+    """A conversion that has been checked and can run; made by `prepare_conversion`."""
 
     source: Source
     out: Path
@@ -45,7 +45,7 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did: sizes before and after, and per matrix what tying lost and LoRA kept."""
+    """Result of a conversion: sizes before and after, and per matrix what tying lost and LoRA kept."""
 
     out: Path
     before: Sizes
@@ -55,7 +55,7 @@ class ConversionReport:
     seconds: float
 
 
-def plan_conversion(
+def prepare_conversion(
     base: str | Path,
     out: str | Path,
     recursion: RecursiveConfig,
@@ -63,7 +63,7 @@ def plan_conversion(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> ConversionPlan:
+) -> PreparedConversion:
     """Open the base and check everything that can be checked before work starts. Arguments as in `convert`."""
     base, out = Path(base), Path(out)
     _check_offered(recursion)
@@ -82,7 +82,7 @@ def plan_conversion(
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
     before = model_sizes(source.model, source.recursion, source.dtype)
-    return ConversionPlan(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
+    return PreparedConversion(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
 
 
 def convert(
@@ -107,23 +107,25 @@ def convert(
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
             values that are not finite or do not fit `dtype`, or `recursion` asks for what is not offered yet.
     """
-    plan = plan_conversion(base, out, recursion, dtype=dtype, seed=seed, overwrite=overwrite)
-    return run_conversion(plan, progress=progress)
+    prepared = prepare_conversion(base, out, recursion, dtype=dtype, seed=seed, overwrite=overwrite)
+    return run_conversion(prepared, progress=progress)
 
 
-def run_conversion(plan: ConversionPlan, *, progress: bool = False) -> ConversionReport:
-    """Carry out a plan of `plan_conversion`."""
+def run_conversion(conversion: PreparedConversion, *, progress: bool = False) -> ConversionReport:
+    """Carry out a conversion that `prepare_conversion` has checked."""
     start = time.monotonic()
-    folding = Folding(plan.source, plan.recursion, plan.dtype, plan.seed)
-    config = CheckpointConfig(plan.source.model, plan.recursion, plan.dtype)
-    provenance = make_provenance("convert", plan.source.directory, seed=plan.seed)
-    with write_checkpoint(plan.out, config, provenance, overwrite=plan.overwrite) as writer:
+    folding = Folding(conversion.source, conversion.recursion, conversion.dtype, conversion.seed)
+    config = CheckpointConfig(conversion.source.model, conversion.recursion, conversion.dtype)
+    provenance = make_provenance("convert", conversion.source.directory, seed=conversion.seed)
+    with write_checkpoint(conversion.out, config, provenance, overwrite=conversion.overwrite) as writer:
         matrices = tuple(_write_tensors(folding, writer, progress))
-        if plan.tokenizer is not None:
-            plan.tokenizer.save(writer.directory)
-        provenance["notices"] = plan.notices
+        if conversion.tokenizer is not None:
+            conversion.tokenizer.save(writer.directory)
+        provenance["notices"] = conversion.notices
         provenance["matrices"] = [matrix.to_json() for matrix in matrices]
-    return ConversionReport(plan.out, plan.before, plan.after, matrices, plan.notices, time.monotonic() - start)
+    return ConversionReport(
+        conversion.out, conversion.before, conversion.after, matrices, conversion.notices, time.monotonic() - start
+    )
 
 
 def _check_offered(recursion: RecursiveConfig) -> None:
@@ -139,19 +141,19 @@ def _check_offered(recursion: RecursiveConfig) -> None:
 
 
 def _rank_caps(source: Source, recursion: RecursiveConfig) -> Iterator[str]:
-    """A notice for each group in which a linear is too small for the rank that was asked."""
+    """Yield a notice for each group in which a linear is too small for the rank in `recursion`."""
     capped: dict[tuple[LoraGroup, int], list[str]] = {}
     for name, linear in loop_linears(meta_model(source.model, recursion).stack.layers[0]):
         group = LORA_GROUP_OF_LINEAR[name]
         if linear.rank < getattr(recursion.lora_rank, group):
             capped.setdefault((group, linear.rank), []).append(name)
     for (group, rank), names in capped.items():
-        asked = getattr(recursion.lora_rank, group)
-        yield f"LoRA rank of group {group}: {asked} is capped at {rank}, the smaller side of {', '.join(names)}"
+        rank_wanted = getattr(recursion.lora_rank, group)
+        yield f"LoRA rank of group {group}: {rank_wanted} is capped at {rank}, the smaller side of {', '.join(names)}"
 
 
 def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -> Iterator[MatrixReport]:
-    """Make and store every parameter of the new model; yields a report per linear of the block."""
+    """Make and store every parameter of the new model; yield a report per linear of the block."""
     model = meta_model(folding.source.model, folding.recursion)
     for name, parameter in model.named_parameters():
         if name == "stack.prefix":
@@ -176,7 +178,7 @@ def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -
 
 
 def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> None:
-    """Norms and biases of one shared layer."""
+    """Make and store the norms and biases of one shared layer."""
     untied = folding.recursion.untie_norms and folding.recursion.num_loops > 1
     for name, _ in layer.named_parameters():
         if "norm" in name or name.endswith(".bias"):

@@ -1,4 +1,4 @@
-"""How L pretrained layers become K shared ones, and what each depth gets back as a LoRA (PAPER, Initialising).
+"""Initialisation of K shared layers and a LoRA per depth from L pretrained layers (arXiv 2410.20672, section 2).
 
 :class:`Folding` makes one tensor of the new model at a time from the base's files; it keeps none.
 """
@@ -21,7 +21,7 @@ _RANDOM_STD = 0.02
 
 
 def kept_depths(init: Init, num_layers: int, num_loops: int) -> tuple[int, ...]:
-    """The base layer, from 0, that each shared layer copies; for the inits that copy whole layers.
+    """Return the base layer, from 0, that each shared layer copies; for the inits that copy whole layers.
 
     "stepwise" spaces them evenly from the first layer to the last; "stepwise-fixed-start" evenly from the
     first, so that the last loop's final layer may go; "lower" takes the first K.
@@ -36,14 +36,14 @@ def kept_depths(init: Init, num_layers: int, num_loops: int) -> tuple[int, ...]:
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A generator for one tensor: what it draws depends on nothing that was drawn before."""
+    """Make a generator for one tensor, whose values then depend on `seed` and `name` alone."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What tying cost one linear and what its LoRA gives back, per loop.
+    """Loss of one linear by tying, and the part that its LoRA restores, per loop.
 
     Attributes:
         name: of the linear, such as ``stack.layers.0.attn.q``.
@@ -63,7 +63,7 @@ class MatrixReport:
 
     @property
     def mean_energy_kept(self) -> float | None:
-        """Over the loops that lost anything; None if none did."""
+        """Mean over the loops that lost anything; None if none did."""
         kept = [energy for energy in self.energy_kept if energy is not None]
         return sum(kept) / len(kept) if kept else None
 
@@ -79,9 +79,9 @@ class MatrixReport:
 
 
 class Folding:
-    """The shared block and LoRAs that `recursion` makes of a vanilla `source`, tensor by tensor.
+    """Maker of the shared block and LoRAs of `recursion` from a vanilla `source`, tensor by tensor.
 
-    Every tensor comes in `dtype`. Names are those of a layer's parameters: ``attn.q.weight``.
+    Every tensor has `dtype`. Names are those of a layer's parameters: ``attn.q.weight``.
     """
 
     def __init__(self, source: Source, recursion: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
@@ -92,27 +92,27 @@ class Folding:
             self._kept = kept_depths(recursion.init, source.model.num_layers, recursion.num_loops)
 
     def unlooped(self, name: str) -> Tensor:
-        """A parameter outside the block (embedding, final norm, head), unchanged."""
+        """Return a parameter outside the block (embedding, final norm, head), unchanged."""
         return self._stored(self._read(name), name)
 
     def prefix(self, shape: tuple[int, ...]) -> Tensor:
-        """New prefix vectors [L, P, D], about as large as embeddings: the paper does not say how it draws them."""
+        """Draw prefix vectors [L, P, D], about as large as embeddings: the paper does not say how it draws them."""
         return self._stored(
             torch.randn(shape, generator=seeded_generator(self.seed, "stack.prefix")) * _RANDOM_STD, "stack.prefix"
         )
 
     def shared(self, layer: int, name: str) -> Tensor:
-        """The tied parameter `name` of shared layer `layer`."""
+        """Make the tied parameter `name` of shared layer `layer`."""
         target = f"stack.layers.{layer}.{name}"
         return self._stored(self._shared(layer, name, target), target)
 
     def untied(self, layer: int, name: str) -> Tensor:
-        """A norm or bias per loop, as the base has it: [B, ...]."""
+        """Stack a norm or bias of the base over the loops: [B, ...]."""
         per_loop = [self._base(layer, loop, name) for loop in range(self.recursion.num_loops)]
         return self._stored(torch.stack(per_loop), f"stack.layers.{layer}.{name}")
 
     def lora(self, layer: int, linear: str, shared: Tensor, rank: int) -> tuple[Tensor, Tensor, MatrixReport]:
-        """LoRA of one linear at all loops, for the tied weight W' as stored.
+        """Make the LoRA of one linear at all loops, for the tied weight W' as stored.
 
         Args:
             linear: such as ``attn.q``.

@@ -1,11 +1,11 @@
-"""Low-rank factors of what tying lost: the SVD that initialises a LoRA (PAPER, Relaxation)."""
+"""Truncated SVD of the residual that tying leaves, to initialise a LoRA (arXiv 2410.20672, section 2.3)."""
 
 import torch
 from torch import Tensor
 
 
 def truncated_svd(residual: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The LoRA (A, B) with ``B A`` the best approximation of `residual` at `rank`: B = U_r S_r, A = V_r^T.
+    """Compute the LoRA (A, B) whose ``B A`` best approximates `residual` at `rank`: B = U_r S_r, A = V_r^T.
 
     Works on the eigenvectors Q of the small-side Gram matrix, several times faster than an SVD of a wide
     matrix. The square costs half of fp64's digits in the small singular values, but B A is formed as
@@ -41,5 +41,5 @@ def truncated_svd(residual: Tensor, rank: int, generator: torch.Generator) -> tu
 
 
 def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """The `rank` eigenvectors [n, rank] of a symmetric matrix [n, n], largest eigenvalue first."""
+    """Compute the `rank` leading eigenvectors [n, rank] of a symmetric matrix [n, n], largest eigenvalue first."""
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)

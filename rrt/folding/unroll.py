@@ -23,13 +23,14 @@ from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import merge_lora
 from rrt.model.meta import parameter_shapes
 from rrt.model.sizes import Sizes, model_sizes
 
 
 @dataclass(frozen=True)
-class ExportPlan:
-    """Everything that is known before the first tensor is read; made by `plan_export`."""
+class PreparedExport:
+    """An export that has been checked and can run; made by `prepare_export`."""
 
     source: Source
     out: Path
@@ -40,9 +41,9 @@ class ExportPlan:
     notices: tuple[str, ...]
 
 
-def plan_export(
+def prepare_export(
     checkpoint: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> ExportPlan:
+) -> PreparedExport:
     """Open the checkpoint and check everything that can be checked before work starts. Arguments as in `export`."""
     checkpoint, out = Path(checkpoint), Path(out)
     source = open_source(checkpoint)
@@ -58,7 +59,7 @@ def plan_export(
         notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
     dtype = dtype or source.dtype
     after = model_sizes(source.model, RecursiveConfig(), dtype)
-    return ExportPlan(source, out, dtype, overwrite, after, tokenizer, notices)
+    return PreparedExport(source, out, dtype, overwrite, after, tokenizer, notices)
 
 
 def export(
@@ -79,21 +80,21 @@ def export(
     Raises:
         UserError: the checkpoint is unusable, has prefix vectors, or `out` exists.
     """
-    run_export(plan_export(checkpoint, out, dtype=dtype, overwrite=overwrite), progress=progress)
+    run_export(prepare_export(checkpoint, out, dtype=dtype, overwrite=overwrite), progress=progress)
 
 
-def run_export(plan: ExportPlan, *, progress: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Carry out a plan of `plan_export`."""
-    provenance = make_provenance("export", plan.source.directory)
-    with atomic_directory(plan.out, plan.overwrite) as directory:
+def run_export(prepared: PreparedExport, *, progress: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Carry out an export that `prepare_export` has checked."""
+    provenance = make_provenance("export", prepared.source.directory)
+    with atomic_directory(prepared.out, prepared.overwrite) as directory:
         writer = SafetensorsWriter(directory, max_shard_bytes)
-        for key, tensor in _unrolled(plan.source, plan.dtype, progress):
+        for key, tensor in _unrolled(prepared.source, prepared.dtype, progress):
             writer.add(key, tensor)
         writer.finish()
-        write_json(directory / "config.json", model_config_to_hf(plan.source.model, dtype_name(plan.dtype)))
+        write_json(directory / "config.json", model_config_to_hf(prepared.source.model, dtype_name(prepared.dtype)))
         write_json(directory / "provenance.json", provenance)
-        if plan.tokenizer is not None:
-            plan.tokenizer.save(directory)
+        if prepared.tokenizer is not None:
+            prepared.tokenizer.save(directory)
 
 
 def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tuple[str, Tensor]]:
@@ -113,13 +114,13 @@ def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tu
 
 
 def _fused(model: ModelConfig, entry: HFTensor, parts: list[Tensor]) -> Tensor:
-    """q, k, v [H * D_h, ...] as the one tensor [H * 3 * D_h, ...] that GPT-NeoX stores."""
+    """Interleave q, k, v [H * D_h, ...] into the one tensor [H * 3 * D_h, ...] that GPT-NeoX stores."""
     per_head = [part.unflatten(0, (model.num_heads, model.head_dim)) for part in parts]
     return torch.stack(per_head, dim=1).reshape(entry.shape)
 
 
 def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
-    """Parameter `name` of the vanilla model that computes the same as `source`."""
+    """Make parameter `name` of the vanilla model that computes the same as `source`."""
     if not name.startswith("stack.layers."):
         return source.get(name)
     depth, rest = name.removeprefix("stack.layers.").split(".", 1)
@@ -131,6 +132,4 @@ def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) ->
         return shared[loop] if shared.dim() == 2 else shared
     if f"{linear}.lora_a" not in shapes:
         return shared
-    wide = torch.promote_types(shared.dtype, torch.float32)
-    lora_a, lora_b = (source.get(f"{linear}.{factor}")[loop].to(wide) for factor in ("lora_a", "lora_b"))
-    return torch.addmm(shared.to(wide), lora_b, lora_a)
+    return merge_lora(shared, source.get(f"{linear}.lora_a")[loop], source.get(f"{linear}.lora_b")[loop])

@@ -117,7 +117,7 @@ class LoraRanks:
 
 @dataclass(frozen=True)
 class RecursiveConfig:
-    """How the layers are folded into one block of K = L/B shared layers and relaxed again (PAPER sections 2, 3).
+    """Folding of L layers into one block of K = L/B shared ones, and its relaxation (arXiv 2410.20672, section 2).
 
     The default is a vanilla model: one loop, nothing relaxed.
     """
@@ -148,11 +148,11 @@ class RecursiveConfig:
 
     @property
     def is_relaxed(self) -> bool:
-        """Whether any parameter besides the norms and biases differs between depths."""
+        """True if any parameter besides norms and biases differs between depths."""
         return bool(self.lora_rank) or self.prefix_length > 0
 
     def layers_per_loop(self, model: ModelConfig) -> int:
-        """K = L/B. Raises `UserError` if B does not divide L."""
+        """Return K = L/B. Raises `UserError` if B does not divide L."""
         if model.num_layers % self.num_loops:
             divisors = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
             raise UserError(

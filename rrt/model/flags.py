@@ -1,4 +1,4 @@
-"""The command-line flags that describe a recursive model, shared by the commands that take them."""
+"""Command-line flags that describe a recursive model."""
 
 import argparse
 
@@ -8,7 +8,7 @@ LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "
 
 
 def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
-    """``--lora-rank`` and its overrides per group of linears; read them with `lora_ranks`."""
+    """Add ``--lora-rank`` and its overrides per group of linears; read them with `lora_ranks`."""
     parser.add_argument(
         "--lora-rank",
         type=int,
@@ -27,7 +27,7 @@ def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def lora_ranks(arguments: argparse.Namespace) -> LoraRanks:
-    """The ranks that the flags of `add_lora_rank_flags` say. Raises `UserError` for a negative one."""
+    """Read the flags of `add_lora_rank_flags`. Raises `UserError` for a negative rank."""
     ranks = {group: getattr(arguments, f"lora_rank_{group}") for group in LORA_GROUPS}
     return LoraRanks(**{group: arguments.lora_rank if rank is None else rank for group, rank in ranks.items()})
 

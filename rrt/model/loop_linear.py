@@ -1,4 +1,4 @@
-"""The linear layer of a looped block: one shared weight, one low-rank correction per loop (PAPER, Relaxation).
+"""The linear layer of a looped block: one shared weight and a LoRA per loop (arXiv 2410.20672, section 2.3).
 
 Dimensions: N out, K in (of this linear), B loops, R rank, M rows.
 """
@@ -10,11 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrt import ops
-from rrt.ops.precision import product_dtype
+from rrt.ops.precision import matmul_dtype
+
+
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Add a LoRA to its weight: ``W + B A``, computed and returned in `dtype`.
+
+    Args:
+        weight: W [N, K].
+        lora_a, lora_b: A [R, K] and B [N, R] of one loop.
+        dtype: default the weight's, but fp32 for a narrower one.
+
+    Returns:
+        [N, K]
+    """
+    dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype))
 
 
 class LoopLinear(nn.Module):
-    """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added as it is.
+    """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added unscaled.
 
     Parameters:
         weight [N, K]; bias [N], or [B, N] if untied, or None; lora_a [B, R, K] and lora_b [B, N, R], or
@@ -38,7 +53,7 @@ class LoopLinear(nn.Module):
         self.rank = min(rank, in_features, out_features)
         self.merge: bool | None = False
         self.packed: list[Tensor] = []
-        """Each loop's merged weight as the native kernel reads it, while `PackedLinears` are in use."""
+        """Each loop's merged weight in the native kernel's layout, while `PackedLinears` are in use."""
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
@@ -46,18 +61,18 @@ class LoopLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.empty(num_loops, out_features, self.rank)) if self.rank else None
 
     def loop_bias(self, loop: int) -> Tensor | None:
-        """The bias [N] that `loop` uses, or None."""
+        """Return the bias [N] that `loop` uses, or None."""
         return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
 
     def merged_weight(self, loop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``W + B_l A_l`` [N, K], computed in `dtype`, or the weight's own."""
+        """Return ``W + B_l A_l`` [N, K] of a loop l, computed in `dtype`, or the weight's own."""
         dtype = dtype or self.weight.dtype
         if self.lora_a is None or self.lora_b is None:
             return self.weight.to(dtype)
-        return torch.addmm(self.weight.to(dtype), self.lora_b[loop].to(dtype), self.lora_a[loop].to(dtype))
+        return merge_lora(self.weight, self.lora_a[loop], self.lora_b[loop], dtype)
 
     def should_merge(self, rows: int) -> bool:
-        """Whether `rows` rows are computed merged. If `merge` is None, where that takes fewer FLOPs.
+        """Decide whether `rows` rows are computed merged: as `merge` says or, if None, where that takes fewer FLOPs.
 
         Forward and backward take 6 R M (K + N) FLOPs plain; merged 6 R K N, or 8 R K N where checkpointing computes
         the merged weight again: fewer from M = 4 K N / (3 (K + N)), 1365 rows for 2048 x 2048.
@@ -82,7 +97,7 @@ class LoopLinear(nn.Module):
         if self.packed:
             return ops.packed_linear(x, self.packed[loop], self.loop_bias(loop), self.out_features)
         rows = x.numel() // self.in_features
-        dtype, wide = x.dtype, product_dtype(x, rows)
+        dtype, wide = x.dtype, matmul_dtype(x, rows)
         x, bias = x.to(wide), self.loop_bias(loop)
         bias = None if bias is None else bias.to(wide)
         if self.lora_a is None or self.lora_b is None or self.should_merge(rows):
@@ -100,7 +115,7 @@ class LoopLinear(nn.Module):
 
 
 def loop_linears(module: nn.Module) -> Iterator[tuple[str, LoopLinear]]:
-    """Name and module of every `LoopLinear` within `module`."""
+    """Yield name and module of every `LoopLinear` within `module`."""
     for name, child in module.named_modules():
         if isinstance(child, LoopLinear):
             yield name, child

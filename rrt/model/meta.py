@@ -10,23 +10,26 @@ from rrt.model.transformer import RecursiveTransformer
 
 
 def meta_model(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveTransformer:
-    """The model without memory, for names, shapes and counts."""
+    """Build the model without memory, for names, shapes and counts."""
     with torch.device("meta"):
         return RecursiveTransformer(model, recursion)
 
 
 def parameter_shapes(model: ModelConfig, recursion: RecursiveConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape."""
+    """Return every parameter's name and shape."""
     return {name: tuple(p.shape) for name, p in meta_model(model, recursion).named_parameters()}
 
 
 def first_loops(
     model: ModelConfig, recursion: RecursiveConfig, num_loops: int, where: str
 ) -> tuple[ModelConfig, RecursiveConfig]:
-    """The configuration of the model that stops after the first `num_loops` loops; `where` names it in errors.
+    """Derive the configuration of a model that stops after its first `num_loops` loops.
+
+    Args:
+        where: names the model in errors.
 
     Raises:
-        UserError: it has not as many.
+        UserError: it has fewer loops.
     """
     trained = recursion.num_loops
     if not 1 <= num_loops <= trained:
@@ -38,6 +41,6 @@ def first_loops(
     model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)
     if not recursion.head_lora_rank:
         return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=exits)
-    # What is the last loop now has a head of its own, made for it alone.
+    # The loop that becomes the last one gets a head of its own, merged with its LoRA.
     model = dataclasses.replace(model, tie_embeddings=False)
     return model, dataclasses.replace(recursion, num_loops=num_loops, exit_loops=(), head_lora_rank=0)

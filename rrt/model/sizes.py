@@ -19,7 +19,7 @@ from rrt.model.transformer import RecursiveTransformer
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model of one configuration takes. The `*_params` down to `norm_params` add up to `total_params`.
+    """Parameters, memory and FLOPs of a model. The `*_params` down to `norm_params` add up to `total_params`.
 
     Attributes:
         embedding_params: embedding, and the head where it is a matrix of its own.
@@ -60,7 +60,7 @@ class Sizes:
 def model_sizes(
     model: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype, context: int | None = None
 ) -> Sizes:
-    """Sizes of the model of these configurations; `context` in positions, default the base's longest.
+    """Count the sizes of a model; `context` in positions, default the longest of the base.
 
     Raises:
         UserError: `num_loops` does not divide `num_layers`, or the model cannot be built.

@@ -11,7 +11,7 @@ P prefix length. `depth = loop * K + layer`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,35 +25,22 @@ from rrt.model.loop_linear import LoopLinear
 from rrt.ops import precision
 
 Checkpointing = Literal["none", "layer", "loop"]
-"""What keeps only its input in the forward of training, and is computed again in the backward."""
-
-
-class Cache(Protocol):
-    """What incremental decoding needs of a key/value cache; every depth keeps its own entries."""
-
-    length: int
-    """Positions held before this forward."""
-
-    def update(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [batch, T, H_kv, D_h] of `depth`; return all keys and values [batch, S, H_kv, D_h]."""
-        ...
-
-    def advance(self, num_tokens: int) -> None:
-        """Called once per forward, after every depth has appended its `num_tokens` positions."""
-        ...
+"""The unit that keeps only its input in the forward of training and is recomputed in the backward."""
 
 
 @dataclass(frozen=True)
-class Branches:
-    """What tokens see where texts lie in a row behind what they begin with alike (`RecursiveTransformer.forward`)."""
+class ForwardContext:
+    """Inputs that all layers and loops of one forward share: rotary angles, and which tokens each query sees.
 
-    of: Tensor
-    """int32 [batch, T], contiguous."""
+    Without `mask` and `branch_ids`, attention is plainly causal.
+    """
 
-    def mask(self) -> Tensor:
-        """bool [batch, 1, T, T]"""
-        keys, queries = self.of[:, None, None, :], self.of[:, None, :, None]
-        return ((keys == 0) | (keys == queries)).tril()
+    rope: tuple[Tensor, Tensor]
+    """Cosines and sines [batch or 1, T, rotary_dim / 2], see `rope_cos_sin`."""
+    mask: Tensor | None = None
+    """bool [batch or 1, 1, T, P + T]; true where a query sees a key, prefix vectors first."""
+    branch_ids: Tensor | None = None
+    """int32 [batch, T], contiguous: stands for the mask `ops.branch_mask` where the native operator takes it."""
 
 
 class Norm(nn.Module):
@@ -68,7 +55,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape)) if self.kind == "layernorm" else None
 
     def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
-        """x [..., D] -> [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
+        """Normalise x [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
         weight = self.weight if self.weight.dim() == 1 else self.weight[loop]
         if self.kind == "layernorm":
             bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
@@ -87,7 +74,7 @@ class Norm(nn.Module):
 
 
 def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines [batch or 1, T, rotary_dim / 2] of `positions` [batch or 1, T]."""
+    """Compute rotary cosines and sines [batch or 1, T, rotary_dim / 2] of `positions` [batch or 1, T]."""
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
     inverse_frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
     angles = positions[..., None].float() * inverse_frequencies
@@ -95,7 +82,7 @@ def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> 
 
 
 def rope_table(config: ModelConfig, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The native operators' `cos_sin` [num_positions, rotary_dim]: cosines, then sines, of each angle.
+    """Make the native operators' `cos_sin` [num_positions, rotary_dim]: each position's cosines, then its sines.
 
     The values are those of `rope_cos_sin`, rounded to the model's `dtype`, and held in fp32 (fp64 for fp64).
     """
@@ -131,36 +118,25 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         loop: int,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | Branches | None,
-        depth: int,
-        cache: Cache | None,
-        prefix: Tensor | None,
-        asked: Tensor | None = None,
+        context: ForwardContext,
+        prefix: Tensor | None = None,
+        selected_tokens: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, T, D] -> [batch, T, D], or [N, D] of the tokens asked.
-
-        `mask`: bool [batch or 1, 1, T, P + S], or None for plain causal. Branches stand for their mask where the native
-        operator takes them.
-        """
+        """Attend within x [batch, T, D] and to prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
         q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.update(depth, k, v)
+        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
         if prefix is not None:
             # Prefix keys carry no position: every query sees them alike.
             k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=1)
             v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=1)
-        causal = mask is None and x.shape[1] > 1
-        if isinstance(mask, Branches) or (causal and ops.has_native_kernels(x)):
-            branches = mask.of if isinstance(mask, Branches) else None
-            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, branches)
+        if context.branch_ids is not None or (context.mask is None and ops.has_native_kernels(x)):
+            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, context.branch_ids)
         else:
             q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=k.shape[1] != q.shape[1]
             ).transpose(1, 2)
-        return self.out(_only(asked, y.flatten(2)), loop)
+        return self.out(_select(y.flatten(2), selected_tokens), loop)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim))
@@ -186,13 +162,13 @@ class MLP(nn.Module):
         return self.down(self.gated(self.gate(x, loop), self.up(x, loop)), loop)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The activation of `gate` times `up`."""
+        """Multiply the activation of `gate` by `up`."""
         if self.gates_natively(gate):
             return ops.gated_activation(gate, up, self.activation)
         return self.activate(gate) * up
 
     def gates_natively(self, x: Tensor) -> bool:
-        """Whether `gated` is a native operator, which gives an element's result wherever it lies in x."""
+        """True if `gated` is a native operator, whose result for an element does not depend on its place in x."""
         return self.activation in ops.GATED_ACTIVATIONS and ops.has_native_kernels(x)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -217,16 +193,13 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         loop: int,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | Branches | None,
-        depth: int,
-        cache: Cache | None,
-        prefix: Tensor | None,
-        asked: Tensor | None = None,
+        context: ForwardContext,
+        prefix: Tensor | None = None,
+        selected_tokens: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, T, D] -> [batch, T, D], or [N, D] of the tokens asked (`RecursiveTransformer.hidden_states`)."""
-        attended = self.attn(self.attn_norm(x, loop), loop, rope, mask, depth, cache, prefix, asked)
-        x = _only(asked, x)
+        """Run the layer at `loop`: x [batch, T, D] -> [batch, T, D], or [N, D] of the selected tokens."""
+        attended = self.attn(self.attn_norm(x, loop), loop, context, prefix, selected_tokens)
+        x = _select(x, selected_tokens)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x, loop), loop)
         x = x + attended
@@ -234,7 +207,7 @@ class Layer(nn.Module):
 
 
 class LoopedStack(nn.Module):
-    """K shared layers run B times. Returns the hidden state after each loop, which is where exits are taken."""
+    """K shared layers that run B times; exits are taken from the hidden state after each loop."""
 
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
@@ -247,41 +220,31 @@ class LoopedStack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | Branches | None = None,
-        cache: Cache | None = None,
+        context: ForwardContext,
         num_loops: int | None = None,
-        asked: Tensor | None = None,
+        selected_tokens: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [batch, T, D] -> the state [batch, T, D] after each of the first `num_loops` loops (default all).
+        """Run the first `num_loops` loops (default all): x [batch, T, D] -> the state [batch, T, D] after each.
 
-        Of the last one only the tokens asked, [N, D], if any are named.
+        The last of them holds only the selected tokens, [N, D], if any are named.
         """
         num_loops = self.num_loops if num_loops is None else num_loops
         exits = []
         for loop in range(num_loops):
-            x = self._run("loop", self._run_loop, x, loop, rope, mask, cache, asked if loop == num_loops - 1 else None)
+            selected = selected_tokens if loop == num_loops - 1 else None
+            x = self._run("loop", self._run_loop, x, loop, context, selected)
             exits.append(x)
         return exits
 
-    def _run_loop(
-        self,
-        x: Tensor,
-        loop: int,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | Branches | None,
-        cache: Cache | None,
-        asked: Tensor | None,
-    ) -> Tensor:
+    def _run_loop(self, x: Tensor, loop: int, context: ForwardContext, selected_tokens: Tensor | None) -> Tensor:
         for index, layer in enumerate(self.layers):
-            depth = loop * len(self.layers) + index
-            prefix = None if self.prefix is None else self.prefix[depth]
-            last = index == len(self.layers) - 1
-            x = self._run("layer", layer, x, loop, rope, mask, depth, cache, prefix, asked if last else None)
+            prefix = None if self.prefix is None else self.prefix[loop * len(self.layers) + index]
+            selected = selected_tokens if index == len(self.layers) - 1 else None
+            x = self._run("layer", layer, x, loop, context, prefix, selected)
         return x
 
     def _run(self, unit: Checkpointing, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """`function(*args)`; if it is the unit of checkpointing, its backward computes its activations again."""
+        """Call `function(*args)`; if it is the unit of checkpointing, its backward recomputes its activations."""
         if self.checkpointing != unit or not torch.is_grad_enabled():
             return function(*args)
         # The re-entrant kind silently loses the parameters' gradients under FSDP. No dropout: no random state.
@@ -305,7 +268,7 @@ class RecursiveTransformer(nn.Module):
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         rank = min(recursion.head_lora_rank, config.vocab_size, config.hidden_size)
-        # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head as it is.
+        # [B-1, R, D] and [B-1, V, R]: the last loop exits through the head alone.
         early = recursion.num_loops - 1
         self.head_lora_a = nn.Parameter(torch.empty(early, rank, config.hidden_size)) if rank else None
         self.head_lora_b = nn.Parameter(torch.empty(early, config.vocab_size, rank)) if rank else None
@@ -314,55 +277,45 @@ class RecursiveTransformer(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        branches: Tensor | None = None,
-        cache: Cache | None = None,
+        branch_ids: Tensor | None = None,
         exit_loop: int | None = None,
     ) -> Tensor:
-        """Logits of every position.
+        """Compute the logits of every position, each from the tokens up to it.
 
         Args:
             input_ids: [batch, T] int64.
-            attention_mask: bool or 0/1 [batch, S], false on left padding; S counts the cached positions too.
-            positions, branches: int64 and int32 [batch, T], both or none, without mask and cache: several texts in a
-                row that begin alike. A token sees those before it that are of branch 0, the beginning, or of its own
-                branch, and `positions` says where in its text it is.
-            cache: keys and values of earlier positions; this call's are appended.
+            positions, branch_ids: int64 and int32 [batch, T], both or neither, for several texts packed into one row
+                after a shared prefix. The prefix has branch 0 and each text a number of its own; a token sees the
+                tokens before it that are of branch 0 or its own. `positions` are those in the unpacked texts.
             exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
 
         Returns:
             [batch, T, V] in the parameters' dtype.
+
+        Raises:
+            UserError: `exit_loop` is out of range, or `positions` and `branch_ids` do not fit `input_ids`.
         """
         last = self.recursion.num_loops - 1 if exit_loop is None else exit_loop
-        exits = self.hidden_states(
-            input_ids,
-            attention_mask=attention_mask,
-            positions=positions,
-            branches=branches,
-            cache=cache,
-            num_loops=last + 1,
-        )
+        exits = self.hidden_states(input_ids, positions=positions, branch_ids=branch_ids, num_loops=last + 1)
         return self.logits(exits[-1], last)
 
     def hidden_states(
         self,
         input_ids: Tensor,
         *,
-        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        branches: Tensor | None = None,
-        cache: Cache | None = None,
+        branch_ids: Tensor | None = None,
         num_loops: int | None = None,
-        asked: Tensor | None = None,
+        selected_tokens: Tensor | None = None,
     ) -> list[Tensor]:
-        """The states [batch, T, D] after each of the first `num_loops` loops (default all), before the final norm.
+        """Compute the states [batch, T, D] after each of the first `num_loops` loops (default all), before the norm.
 
         Args:
-            asked: int64 [N], places in [0, batch * T): the last state of these tokens alone, [N, D], is given. What
-                follows attention in the last layer is not computed for the others.
+            selected_tokens: int64 [N], indices in [0, batch * T): the last state is that of these tokens alone,
+                [N, D]. The others skip the last layer after its attention.
 
-        The other arguments are those of `forward`.
+        The other arguments and errors are those of `forward`.
         """
         loops = self.recursion.num_loops
         if num_loops is not None and not 1 <= num_loops <= loops:
@@ -370,24 +323,11 @@ class RecursiveTransformer(nn.Module):
                 f"exit_loop: found {num_loops - 1} (num_loops {num_loops}); expected a loop in [0, {loops})"
             )
         x = self.embed_tokens(input_ids)
-        mask: Tensor | Branches | None
-        if positions is None and branches is None:
-            past = 0 if cache is None else cache.length
-            positions, mask = self._positions_and_mask(input_ids, past, attention_mask)
-        else:
-            given = {"positions": positions, "branches": branches, "attention_mask": attention_mask, "cache": cache}
-            found = [name for name, value in given.items() if value is not None]
-            if positions is None or branches is None or len(found) > 2:
-                raise UserError(f"positions and branches: found {', '.join(found)}; expected these two, or neither")
-            mask = self._mask_of_branches(input_ids, positions, branches)
-        rope = rope_cos_sin(self.config, positions, x.dtype)
-        exits: list[Tensor] = self.stack(x, rope, mask, cache, num_loops, asked)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
+        exits: list[Tensor] = self.stack(x, self._context(x, positions, branch_ids), num_loops, selected_tokens)
         return exits
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """input_ids [...] -> what the first loop reads, [..., D]."""
+        """Embed input_ids [...] -> [..., D], the input of loop 0."""
         x = F.embedding(input_ids, self.embed)
         if self.config.scale_embeddings:
             # The factor is rounded to the model's dtype first, as the published Gemma code does.
@@ -395,54 +335,42 @@ class RecursiveTransformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
-        """Final norm and head, with its LoRA for an exit after `loop` (default the last): [..., D] -> [..., V]."""
+        """Apply the final norm and the head, with its LoRA for an exit after `loop` (default the last): -> [..., V]."""
         normed = self.norm(hidden)
-        logits = precision.linear(normed, self.head_weight)
+        logits = precision.upcasting_linear(normed, self.head_weight)
         if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursion.num_loops - 1):
             return logits
-        return logits + precision.linear(precision.linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop])
+        return logits + precision.upcasting_linear(
+            precision.upcasting_linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop]
+        )
 
     @property
     def head_weight(self) -> nn.Parameter:
         """The head's matrix [V, D]: the embedding where they are tied."""
         return self.embed if self.head is None else self.head
 
-    def _positions_and_mask(
-        self, input_ids: Tensor, past: int, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Positions [batch or 1, T] and the attention mask, None where plain causal attention is meant."""
-        length, device = input_ids.shape[1], input_ids.device
-        prefix_length = self.recursion.prefix_length
-        queries = torch.arange(past, past + length, device=device)
-        if attention_mask is None:
-            positions = queries[None]
-            if prefix_length == 0 and (past == 0 or length == 1):
-                return positions, None
-        else:
-            expected = (input_ids.shape[0], past + length)
-            if tuple(attention_mask.shape) != expected:
-                raise UserError(f"attention_mask: found shape {tuple(attention_mask.shape)}; expected {expected}")
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        keys = torch.arange(past + length, device=device)
-        mask = (keys[None, :] <= queries[:, None])[None, None]
-        if attention_mask is not None:
-            # A padded query still sees itself: a row without any key would become NaN and spread.
-            own = (keys[None, :] == queries[:, None])[None, None]
-            mask = mask & attention_mask.bool()[:, None, None, :] | own
-        return positions, F.pad(mask, (prefix_length, 0), value=True)
-
-    def _mask_of_branches(self, input_ids: Tensor, positions: Tensor, branches: Tensor) -> Tensor | Branches:
-        for name, tensor in (("positions", positions), ("branches", branches)):
-            if tensor.shape != input_ids.shape:
-                expected = tuple(input_ids.shape)
+    def _context(self, x: Tensor, positions: Tensor | None, branch_ids: Tensor | None) -> ForwardContext:
+        """Make the context of a forward of x [batch, T, D]."""
+        expected, prefix_length = tuple(x.shape[:2]), self.recursion.prefix_length
+        for name, tensor in (("positions", positions), ("branch_ids", branch_ids)):
+            if tensor is not None and tensor.shape != expected:
                 raise UserError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}, as input_ids")
-        seen, prefix_length = Branches(branches.int().contiguous()), self.recursion.prefix_length
-        if prefix_length == 0 and ops.has_native_kernels(self.embed):
-            return seen
-        return F.pad(seen.mask(), (prefix_length, 0), value=True)
+        if (positions is None) != (branch_ids is None):
+            found = "positions" if branch_ids is None else "branch_ids"
+            raise UserError(f"positions and branch_ids: found {found} alone; expected both, or neither")
+        if positions is None or branch_ids is None:
+            rope = rope_cos_sin(self.config, torch.arange(expected[1], device=x.device)[None], x.dtype)
+            if prefix_length == 0:
+                return ForwardContext(rope)
+            branch_ids = torch.zeros(1, expected[1], dtype=torch.int32, device=x.device)
+        else:
+            rope, branch_ids = rope_cos_sin(self.config, positions, x.dtype), branch_ids.int().contiguous()
+            if prefix_length == 0 and ops.has_native_kernels(x):
+                return ForwardContext(rope, branch_ids=branch_ids)
+        return ForwardContext(rope, F.pad(ops.branch_mask(branch_ids), (prefix_length, 0), value=True))
 
     def set_merge(self, merge: bool | None) -> None:
-        """Compute every LoRA merged into its weight, or as separate products; None: as is cheaper for the rows."""
+        """Compute every LoRA merged into its weight, as separate products, or (None) by the cheaper of the two."""
         for module in self.modules():
             if isinstance(module, LoopLinear):
                 module.merge = merge
@@ -453,7 +381,7 @@ class RecursiveTransformer(nn.Module):
 
         Linears get a standard deviation of 1/sqrt(D) (0.022 at D = 2048), those that write to the residual stream
         1/sqrt(2 L D), the head 0.02. An embedding that is not the head gets 1, so that a token's own vector is not
-        drowned by what the first layers add to it (a small model learns several times slower at 0.02).
+        drowned by the outputs of the first layers (a small model learns several times slower at 0.02).
         """
         generator = torch.Generator(device=self.embed.device).manual_seed(seed)
         width, depth = self.config.hidden_size, self.config.num_layers
@@ -472,9 +400,9 @@ class RecursiveTransformer(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
 
-def _only(asked: Tensor | None, x: Tensor) -> Tensor:
-    """Of x [batch, T, D] the tokens asked, [N, D]; None: all, as they are."""
-    return x if asked is None else x.flatten(0, 1)[asked]
+def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Take the rows [N, D] of x [batch, T, D] at `tokens`; None takes x as it is."""
+    return x if tokens is None else x.flatten(0, 1)[tokens]
 
 
 def _linear(config: ModelConfig, recursion: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:

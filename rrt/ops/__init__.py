@@ -1,4 +1,4 @@
-"""Native operators: their Python face, their references in plain PyTorch, their gradients.
+"""The operators: native kernels, references in plain PyTorch, and gradients.
 
 Importing this package loads the native library if there is one; otherwise the references run under the same
 operator names, with one warning each. `build_info()` tells which.
@@ -6,6 +6,7 @@ operator names, with one warning each. `build_info()` tells which.
 
 from rrt.native import BuildInfo, build_info
 from rrt.ops.attention import (
+    branch_mask,
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
@@ -30,21 +31,19 @@ from rrt.ops.kv import (
     loop_kv_write,
     loop_kv_write_reference,
 )
-from rrt.ops.linear import (
-    logit_statistics,
-    logit_statistics_reference,
+from rrt.ops.logits import logit_statistics, logit_statistics_reference
+from rrt.ops.loop_lora import (
     loop_lora_linear,
     loop_lora_linear_reference,
     loop_lora_prefill,
     loop_lora_prefill_reference,
-    pack_linear,
-    pack_linear_reference,
-    packed_linear,
 )
+from rrt.ops.packing import pack_linear, pack_linear_reference, packed_linear
 
 __all__ = [
     "GATED_ACTIVATIONS",
     "BuildInfo",
+    "branch_mask",
     "build_info",
     "causal_attention",
     "causal_attention_backward_reference",

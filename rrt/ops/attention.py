@@ -1,4 +1,4 @@
-"""`causal_attention`: attention of training, whose gradient is computed from the logarithms of the softmax's sums.
+"""`causal_attention`: attention for training; its backward recomputes the softmax from each query's log-sum-exp.
 
 Shapes: B sequences of T tokens, H query heads, H_kv key/value heads, D_h head width.
 """
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from rrt.native import register_op
-from rrt.ops.checks import Checks
+from rrt.ops.checks import Checks, accumulation_dtype
 
 _check = Checks("causal_attention")
 _backward_check = Checks("causal_attention_backward")
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
-    """Every token attends to itself and those before it in its sequence; with gradients of q, k and v.
+    """Attend from every token to itself and those before it in its sequence; with gradients of q, k and v.
 
     A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts
-    of a backward over the threads; where H_kv is less than H, that takes twice q's elements in float32 meanwhile. What
-    is not finite spoils other tokens too, also those that do not see it. There is no second derivative.
+    of a backward over the threads; where H_kv is less than H, that takes twice q's elements in float32 meanwhile. NaN
+    or infinity may spread to other tokens, masked ones included. There is no second derivative.
 
     Args:
         q: [B, T, H, D_h] float32, float64, bfloat16 or float16; H is a multiple of H_kv, and query head h reads
             key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
         k, v: [B, T, H_kv, D_h] of q's dtype.
         scale: factor on the scores, before the softmax.
-        branches: int32 [B, T], contiguous, or None. Of those before it a token then sees the ones of
-            branch 0 and of its own: several texts in a row, after what they begin with alike.
+        branches: int32 [B, T], contiguous, or None: a number per token for several texts packed into one row after
+            a shared prefix. A token then sees, of those before it, the ones of branch 0 (the prefix) and of its own.
 
     Returns:
         [B, T, H, D_h] of q's dtype, accumulated in float32 (float64 for float64). The native kernel gives the same
@@ -67,8 +67,8 @@ def causal_attention_backward_reference(
     scale: float,
     branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in plain PyTorch, by that of `out`; `lse` as `causal_attention_reference` gives it."""
-    _check_backward(out_grad, q, k, v, out, lse, branches)
+    """Compute gradients of q, k and v in plain PyTorch; `lse` is `causal_attention_reference`'s second result."""
+    _check_backward(out_grad, q, k, v, out, lse, scale, branches)
     q_heads, k_heads, v_heads = _heads(q, k, v)
     p = (_scores(q_heads, k_heads, scale, branches) - lse[..., None]).exp()
     grad = out_grad.transpose(1, 2).to(p.dtype)
@@ -85,8 +85,8 @@ def causal_attention_backward_reference(
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As [B, H, T, D_h] in at least float32, keys and values repeated for their query heads."""
-    wide = _wide(q)
+    """Return all three as [B, H, T, D_h] in at least float32, keys and values repeated for their query heads."""
+    wide = accumulation_dtype(q)
     group = q.shape[2] // max(1, k.shape[2])
     return (
         q.transpose(1, 2).to(wide),
@@ -95,21 +95,27 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def branch_mask(branch_ids: Tensor) -> Tensor:
+    """Mask for several texts packed into one row after a shared prefix.
+
+    Args:
+        branch_ids: integers [B, T]; 0 for the prefix, and a number of its own for each text.
+
+    Returns:
+        bool [B, 1, T, T]: query i sees key j if j <= i and j is of branch 0 or of i's branch.
+    """
+    keys, queries = branch_ids[:, None, None, :], branch_ids[:, None, :, None]
+    return ((keys == 0) | (keys == queries)).tril()
+
+
 def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
-    """[B, H, T, T], minus infinity where a query does not see."""
-    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    if branches is not None:
-        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
-        unseen = unseen | (keys != 0) & (keys != queries)
-    return (q @ k.transpose(-1, -2) * scale).masked_fill(unseen, float("-inf"))
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+    """Compute scores [B, H, T, T], minus infinity at keys that a query does not see."""
+    mask = branch_mask(q.new_zeros(1, q.shape[2]) if branches is None else branches)
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
 
 
 def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tensor | None) -> None:
-    """What csrc/attention/op.cpp checks, in the same order."""
+    """Make the checks of csrc/attention/op.cpp, in its order."""
     check.float_dtype("q", q)
     for name, tensor in (("k", k), ("v", v)):
         check.dtype(name, tensor, q.dtype)
@@ -118,10 +124,8 @@ def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tens
     check.shape("q", q, "B", "T", "H", "D_h")
     batch, length, num_heads, head_dim = q.shape
     check.shape("k", k, batch, length, "H_kv", head_dim)
-    num_kv_heads = k.shape[2]
-    check.shape("v", v, batch, length, num_kv_heads, head_dim)
-    if num_heads % num_kv_heads if num_kv_heads > 0 else num_heads:
-        check.fail("q", f"{num_heads} heads", f"a multiple of k's {num_kv_heads}")
+    check.shape("v", v, batch, length, k.shape[2], head_dim)
+    check.multiple_of_kv_heads(num_heads, k.shape[2], "k")
     if branches is not None:
         check.dtype("branches", branches, torch.int32)
         check.same_device("branches", branches, q, "q")
@@ -130,28 +134,6 @@ def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tens
 
 
 def _check_backward(
-    out_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Tensor | None
-) -> None:
-    check = _backward_check
-    _check_inputs(check, q, k, v, branches)
-    for name, tensor in (("out_grad", out_grad), ("out", out)):
-        check.dtype(name, tensor, q.dtype)
-        check.same_device(name, tensor, q, "q")
-        check.shape(name, tensor, *q.shape)
-    check.dtype("lse", lse, _wide(q))
-    check.same_device("lse", lse, q, "q")
-    check.shape("lse", lse, q.shape[0], q.shape[2], q.shape[1])
-    check.contiguous("lse", lse)
-
-
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    _check_inputs(_check, q, k, v, branches)
-    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_wide(q))
-
-
-def _backward_fake(
     out_grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -161,8 +143,25 @@ def _backward_fake(
     scale: float,
     branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(out_grad, q, k, v, out, lse, branches)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    """Make the backward's checks; return the tensors that its results are shaped like."""
+    check = _backward_check
+    _check_inputs(check, q, k, v, branches)
+    for name, tensor in (("out_grad", out_grad), ("out", out)):
+        check.like(name, tensor, q, "q")
+        check.shape(name, tensor, *q.shape)
+    check.dtype("lse", lse, accumulation_dtype(q))
+    check.same_device("lse", lse, q, "q")
+    check.shape("lse", lse, q.shape[0], q.shape[2], q.shape[1])
+    check.contiguous("lse", lse)
+    return q, k, v
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(_check, q, k, v, branches)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulation_dtype(q))
+    return q.new_empty(q.shape), lse
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -191,7 +190,7 @@ register_op(
     "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "Tensor? branches=None) -> (Tensor, Tensor, Tensor)",
     causal_attention_backward_reference,
-    _backward_fake,
+    fake=lambda *arguments: tuple(x.new_empty(x.shape) for x in _check_backward(*arguments)),
 )
 torch.library.register_autograd("rrt::causal_attention", _gradients, setup_context=_setup_context)
 torch.library.register_autograd("rrt::causal_attention_backward", _no_second_derivative)

@@ -1,4 +1,4 @@
-"""Argument checks of the operators; csrc/checks.cpp makes the same with the same words."""
+"""Argument checks of the operators; csrc/checks.cpp makes the same ones with the same words."""
 
 from dataclasses import dataclass
 from typing import NoReturn
@@ -13,9 +13,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that operators sum in: float64 for float64, else float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Checks:
-    """Every check raises RuntimeError, as PyTorch's own operators do: what was found, and what was expected."""
+    """Checks of one operator's arguments.
+
+    Each raises RuntimeError, as PyTorch's own operators do, and names what was found and what was expected.
+    """
 
     op: str
 
@@ -34,8 +42,13 @@ class Checks:
         if tensor.device != first.device:
             self.fail(name, f"device {tensor.device}", f"{first_name}'s, {first.device}")
 
+    def like(self, name: str, tensor: Tensor, first: Tensor, first_name: str) -> None:
+        """Check that `tensor` has dtype and device of the operator's first argument."""
+        self.dtype(name, tensor, first.dtype)
+        self.same_device(name, tensor, first, first_name)
+
     def shape(self, name: str, tensor: Tensor, *expected: str | int | SymInt) -> None:
-        """A string stands for a dimension that may be anything."""
+        """Check each dimension; a string names one that may have any size."""
         shape = tensor.shape
         if len(shape) != len(expected) or any(
             not isinstance(want, str) and size != want for size, want in zip(shape, expected, strict=True)
@@ -49,3 +62,8 @@ class Checks:
                 f"strides {list(tensor.stride())}",
                 "a contiguous tensor (call .contiguous() once, when loading)",
             )
+
+    def multiple_of_kv_heads(self, num_heads: int, num_kv_heads: int, k_name: str) -> None:
+        """Check that the query heads share out evenly among the key/value heads."""
+        if num_heads % num_kv_heads if num_kv_heads > 0 else num_heads:
+            self.fail("q", f"{num_heads} heads", f"a multiple of {k_name}'s {num_kv_heads}")

@@ -1,4 +1,4 @@
-"""What lies between a layer's products: `rotary_embedding`, `rms_norm`, `gated_activation`, each in one pass on CPUs.
+"""`rotary_embedding`, `rms_norm`, `gated_activation`: a layer's elementwise operations, each in one pass on CPUs.
 
 Shapes: B sequences of T tokens, H heads, D_h head width, D model width.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rrt.native import register_op
-from rrt.ops.checks import Checks
+from rrt.ops.checks import Checks, accumulation_dtype
 from rrt.ops.precision import device_type
 
 GATED_ACTIVATIONS = ("silu", "gelu_tanh")
@@ -23,12 +23,12 @@ _gate_backward_check = Checks("gated_activation_backward")
 
 
 def has_native_kernels(tensor: Tensor) -> bool:
-    """Whether these operators, and `causal_attention`, have native kernels where `tensor` is: on CPUs."""
-    return _NATIVE and device_type(tensor) == "cpu"
+    """Tell if these operators, and `causal_attention`, run native kernels on `tensor`'s device: only on CPUs."""
+    return _HAS_CPU_KERNELS and device_type(tensor) == "cpu"
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns elements i and R/2 + i of each head by angle i of its token, for the first R elements (Su et al., 2021).
+    """Rotate elements i and R/2 + i of each head by angle i of its token, in the first R elements (Su et al., 2021).
 
     Args:
         x: [B, T, H, D_h] float32, float64, bfloat16 or float16. Any strides; heads whose elements are not adjacent are
@@ -37,7 +37,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Returns:
         [B, T, H, D_h] of x's dtype. The native kernel computes in float32 (float64) and rounds once; bfloat16 on CPUs
-        with AVX512-BF16 takes subnormal results for zeros. Differentiable in x, as often as is wanted.
+        with AVX512-BF16 flushes subnormal results to zero. Differentiable in x, any number of times.
 
     Raises:
         RuntimeError: a dtype, device or shape that does not fit; the message names the argument, what was found and
@@ -58,8 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_plus_one: bool = Fals
 
     Returns:
         [..., D] of x's dtype, computed in float32 (float64). The native kernel's results, gradients included, are
-        bitwise the same whatever the number of threads, and a row's whatever other rows there are. It takes subnormal
-        results for zeros where `rotary_embedding` does.
+        bitwise the same whatever the number of threads, and a row's whatever other rows there are. It flushes
+        subnormal results to zero where `rotary_embedding` does.
 
     Raises:
         RuntimeError: a dtype, device or shape that does not fit.
@@ -77,7 +77,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
     Returns:
         As `gate`. The native kernel computes in float32 (float64) and rounds once; an element's result is bitwise the
-        same wherever it lies. It takes subnormal results for zeros where `rotary_embedding` does.
+        same wherever it lies. It flushes subnormal results to zero where `rotary_embedding` does.
 
     Raises:
         RuntimeError: a dtype, device, shape or activation that does not fit.
@@ -99,10 +99,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, weight_plus_one: b
     """`rms_norm` in plain PyTorch, on any device.
 
     Returns:
-        The result, and float32 (float64) [rows] what each row was multiplied by.
+        The result, and each row's factor ``1 / sqrt(mean(x^2) + eps)``, float32 (float64) [rows].
     """
     _check_norm(_norm_check, x, weight)
-    wide = x.to(_wide(x))
+    wide = x.to(accumulation_dtype(x))
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     normed = wide * scale
     y = normed * (1.0 + weight.to(wide.dtype)) if weight_plus_one else weight * normed.to(x.dtype)
@@ -112,9 +112,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, weight_plus_one: b
 def rms_norm_backward_reference(
     out_grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, weight_plus_one: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight in plain PyTorch; `scale` as `rms_norm_reference` gives it."""
-    _check_norm_backward(out_grad, x, weight, scale)
-    wide = _wide(x)
+    """Compute gradients of x and weight in plain PyTorch; `scale` is `rms_norm_reference`'s second result."""
+    _check_norm_backward(out_grad, x, weight, scale, weight_plus_one)
+    wide = accumulation_dtype(x)
     scale = scale.view(*x.shape[:-1], 1)
     grad, normed, factor = out_grad.to(wide), x.to(wide) * scale, weight.to(wide) + weight_plus_one
     along = grad * factor
@@ -131,7 +131,7 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
 def gated_activation_backward_reference(
     out_grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up in plain PyTorch."""
+    """Compute gradients of gate and up in plain PyTorch."""
     _check_gate_backward(out_grad, gate, up, activation)
     if activation == "silu":
         return torch.ops.aten.silu_backward(out_grad * up, gate), out_grad * F.silu(gate)
@@ -139,89 +139,65 @@ def gated_activation_backward_reference(
     return gate_grad, out_grad * F.gelu(gate, approximate="tanh")
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+# The checks of csrc/elementwise/op.cpp, in its order. Those of operators with one result return its shape; those of
+# backward operators, the tensors that the gradients are shaped like.
 
 
-# What csrc/elementwise/op.cpp checks, in the same order.
-
-
-def _check_like(check: Checks, name: str, tensor: Tensor, first: Tensor, first_name: str) -> None:
-    check.dtype(name, tensor, first.dtype)
-    check.same_device(name, tensor, first, first_name)
-
-
-def _check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> torch.Size:
     check = _rotary_check
     check.float_dtype("x", x)
-    _check_like(check, "cos", cos, x, "x")
-    _check_like(check, "sin", sin, x, "x")
+    check.like("cos", cos, x, "x")
+    check.like("sin", sin, x, "x")
     check.shape("x", x, "B", "T", "H", "D_h")
     shared = cos.dim() == 3 and cos.shape[0] == 1
     check.shape("cos", cos, 1 if shared else x.shape[0], x.shape[1], "rotary_dim / 2")
     check.shape("sin", sin, *cos.shape)
     if 2 * cos.shape[2] > x.shape[3]:
         check.fail("cos", f"{cos.shape[2]} angles", f"at most half of x's D_h, {x.shape[3]}")
+    return x.shape
 
 
 def _check_norm(check: Checks, x: Tensor, weight: Tensor) -> None:
     check.float_dtype("x", x)
-    _check_like(check, "weight", weight, x, "x")
+    check.like("weight", weight, x, "x")
     if x.dim() == 0:
         check.fail("x", "shape []", "[..., D]")
     check.shape("weight", weight, x.shape[-1])
 
 
-def _check_norm_backward(out_grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
+def _check_norm_backward(
+    out_grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, weight_plus_one: bool
+) -> tuple[Tensor, Tensor]:
     check = _norm_backward_check
     _check_norm(check, x, weight)
-    _check_like(check, "out_grad", out_grad, x, "x")
+    check.like("out_grad", out_grad, x, "x")
     check.shape("out_grad", out_grad, *x.shape)
-    check.dtype("scale", scale, _wide(x))
+    check.dtype("scale", scale, accumulation_dtype(x))
     check.same_device("scale", scale, x, "x")
     check.shape("scale", scale, x.shape[:-1].numel())
     check.contiguous("scale", scale)
+    return x, weight
 
 
-def _check_gate(check: Checks, gate: Tensor, up: Tensor, activation: str) -> None:
+def _check_gate(check: Checks, gate: Tensor, up: Tensor, activation: str) -> torch.Size:
     check.float_dtype("gate", gate)
-    _check_like(check, "up", up, gate, "gate")
+    check.like("up", up, gate, "gate")
     check.shape("up", up, *gate.shape)
     if activation not in GATED_ACTIVATIONS:
         check.fail("activation", activation, " or ".join(GATED_ACTIVATIONS))
+    return gate.shape
 
 
-def _check_gate_backward(out_grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+def _check_gate_backward(out_grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     _check_gate(_gate_backward_check, gate, up, activation)
-    _check_like(_gate_backward_check, "out_grad", out_grad, gate, "gate")
+    _gate_backward_check.like("out_grad", out_grad, gate, "gate")
     _gate_backward_check.shape("out_grad", out_grad, *gate.shape)
-
-
-def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check_rotary(x, cos, sin)
-    return x.new_empty(x.shape)
+    return gate, up
 
 
 def _norm_fake(x: Tensor, weight: Tensor, eps: float, weight_plus_one: bool) -> tuple[Tensor, Tensor]:
     _check_norm(_norm_check, x, weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=_wide(x))
-
-
-def _norm_backward_fake(
-    out_grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, weight_plus_one: bool
-) -> tuple[Tensor, Tensor]:
-    _check_norm_backward(out_grad, x, weight, scale)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _gate_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    _check_gate(_gate_check, gate, up, activation)
-    return gate.new_empty(gate.shape)
-
-
-def _gate_backward_fake(out_grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    _check_gate_backward(out_grad, gate, up, activation)
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=accumulation_dtype(x))
 
 
 def _setup_rotary(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -259,7 +235,11 @@ def _no_second_derivative(name: str) -> Any:
     return refuse
 
 
-register_op("rotary_embedding(Tensor x, Tensor cos, Tensor sin) -> Tensor", rotary_embedding_reference, _rotary_fake)
+register_op(
+    "rotary_embedding(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    rotary_embedding_reference,
+    fake=lambda x, cos, sin: x.new_empty(_check_rotary(x, cos, sin)),
+)
 register_op(
     "rms_norm(Tensor x, Tensor weight, float eps, bool weight_plus_one) -> (Tensor, Tensor)",
     rms_norm_reference,
@@ -269,19 +249,21 @@ register_op(
     "rms_norm_backward(Tensor out_grad, Tensor x, Tensor weight, Tensor scale, bool weight_plus_one) -> "
     "(Tensor, Tensor)",
     rms_norm_backward_reference,
-    _norm_backward_fake,
+    fake=lambda *arguments: tuple(x.new_empty(x.shape) for x in _check_norm_backward(*arguments)),
 )
 register_op(
-    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", gated_activation_reference, _gate_fake
+    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor",
+    gated_activation_reference,
+    fake=lambda gate, up, activation: gate.new_empty(_check_gate(_gate_check, gate, up, activation)),
 )
 register_op(
     "gated_activation_backward(Tensor out_grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     gated_activation_backward_reference,
-    _gate_backward_fake,
+    fake=lambda *arguments: tuple(x.new_empty(x.shape) for x in _check_gate_backward(*arguments)),
 )
 torch.library.register_autograd("rrt::rotary_embedding", _rotary_gradients, setup_context=_setup_rotary)
 torch.library.register_autograd("rrt::rms_norm", _norm_gradients, setup_context=_setup_norm)
 torch.library.register_autograd("rrt::gated_activation", _gate_gradients, setup_context=_setup_gate)
 for _name in ("rms_norm", "gated_activation"):
     torch.library.register_autograd(f"rrt::{_name}_backward", _no_second_derivative(_name))
-_NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::rms_norm", "CPU")
+_HAS_CPU_KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("rrt::rms_norm", "CPU")

@@ -1,12 +1,12 @@
 """`loop_kv_write`, `loop_kv_attention`, `loop_kv_prefill`: keys and values in pages, and attention over them.
 
-On CUDA the values of slots, pages, lengths and positions are not looked at, which would wait for the device: a bad
+On CUDA the values of slots, pages, lengths and positions are not checked, for that would wait for the device: a bad
 slot is skipped, and a bad page or position makes its row NaN.
 
 Shapes: M rows (T queries of prefill), H query heads, H_kv key/value heads, D_h head width, S sequences. A cache
 is one shared layer's slice [num_pages, page_size, H_kv, D_h]; slot ``page * page_size + offset`` holds one
-position. A block table lists a row's pages in order of its positions; which loop a page belongs to is the
-cache's affair, so no operator here asks for it.
+position. A block table lists a row's pages in order of its positions. A page belongs to one loop, but only the
+cache's bookkeeping knows which: the operators need no loop.
 """
 
 from itertools import pairwise
@@ -32,14 +32,14 @@ def loop_kv_write(
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
 ) -> None:
-    """Write a key and a value per row into its slot of the cache; rotate the key first if asked to.
+    """Write a key and a value per row into its slot of the cache; rotate the key first if positions are given.
 
     Args:
         k, v: [M, H_kv, D_h] float32, float64, bfloat16 or float16. Any strides; heads whose elements are not
             adjacent are copied.
         k_cache, v_cache: [num_pages, page_size, H_kv, D_h], contiguous, of k's dtype; written in place.
         slot_mapping: int64 [M], each a slot in [0, num_pages * page_size), or -1 to skip the row (padding).
-            Slots must differ: what two rows write into one is unspecified.
+            Slots must differ: if two rows share one, its content is unspecified.
         positions, cos_sin: int32 [M] and [max_positions, rotary_dim] float32 (float64 for float64 k), or both
             None. Row ``positions[i]`` of cos_sin holds the cosines, then the sines, of rotary_dim / 2 angles; the
             first rotary_dim elements of each key head are rotated by them in halves (rotary position embedding),
@@ -62,7 +62,7 @@ def loop_kv_attention(
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
 ) -> Tensor:
-    """Attention of decode rows, one query each, over the pages of the row's own block table.
+    """Attend from decode rows, one query each, over the pages of the row's own block table.
 
     Args:
         q: [M, H, D_h] of the cache's dtype; H is a multiple of H_kv, and query head h reads key/value head
@@ -98,7 +98,7 @@ def loop_kv_prefill(
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of chunks of S sequences, their queries packed one after the other.
+    """Attend causally from chunks of S sequences, whose queries are packed one after the other.
 
     The chunk's own keys and values have been written by `loop_kv_write` before.
 
@@ -220,19 +220,19 @@ def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def _gather(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [context, H_kv, D_h] of the first `context` positions of a block table."""
+    """Collect keys and values [context, H_kv, D_h] of the first `context` positions of a block table."""
     pages = block_table[: -(-context // k_cache.shape[1])].long()
     return k_cache[pages].flatten(0, 1)[:context], v_cache[pages].flatten(0, 1)[:context]
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """q [T, H, D_h] over keys and values [S, H_kv, D_h], `mask` bool [T, S] -> [T, H, D_h]."""
+    """Attend from q [T, H, D_h] to keys and values [S, H_kv, D_h] under `mask` bool [T, S] -> [T, H, D_h]."""
     q, keys, values = (x.transpose(0, 1) for x in (q, keys, values))
     return F.scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=True).transpose(0, 1)
 
 
 def _first(bad: Tensor) -> tuple[int, ...] | None:
-    """Index of the first true entry."""
+    """Return the index of the first true entry, or None."""
     found = bad.nonzero()
     return tuple(found[0].tolist()) if len(found) else None
 
@@ -243,15 +243,14 @@ def _check_write(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    positions: Tensor | None,
-    cos_sin: Tensor | None,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
 ) -> None:
-    """What csrc/kv_cache/op.cpp checks, in the same order, but for the slots' and positions' values."""
+    """Make the checks of csrc/kv_cache/op.cpp, in its order, but for the slots' and positions' values."""
     check = _write_check
     check.float_dtype("k", k)
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check.dtype(name, tensor, k.dtype)
-        check.same_device(name, tensor, k, "k")
+        check.like(name, tensor, k, "k")
     check.dtype("slot_mapping", slot_mapping, torch.int64)
     check.same_device("slot_mapping", slot_mapping, k, "k")
     check.shape("k", k, "M", "H_kv", "D_h")
@@ -269,23 +268,23 @@ def _check_attention(
     block_tables: Tensor,
     query_start: Tensor | None,
     context_lens: Tensor,
-    positions: Tensor | None,
-    cos_sin: Tensor | None,
-) -> None:
-    """Both attention operators' checks in csrc/kv_cache/op.cpp's order, but for values; decode has no query_start."""
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+) -> torch.Size:
+    """Make both attention operators' checks, in csrc/kv_cache/op.cpp's order, but for the values of indices.
+
+    `loop_kv_attention` has no query_start. Returns the result's shape.
+    """
     check.float_dtype("q", q)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check.dtype(name, tensor, q.dtype)
-        check.same_device(name, tensor, q, "q")
+        check.like(name, tensor, q, "q")
     for name, index in (("block_tables", block_tables), ("query_start", query_start), ("context_lens", context_lens)):
         if index is not None:
             check.dtype(name, index, torch.int32)
             check.same_device(name, index, q, "q")
     check.shape("q", q, "M" if query_start is None else "T", "H", "D_h")
     _check_cache(check, k_cache, v_cache, "H_kv", q.shape[2])
-    num_kv_heads = k_cache.shape[2]
-    if q.shape[1] % num_kv_heads if num_kv_heads > 0 else q.shape[1]:
-        check.fail("q", f"{q.shape[1]} heads", f"a multiple of k_cache's {num_kv_heads}")
+    check.multiple_of_kv_heads(q.shape[1], k_cache.shape[2], "k_cache")
     rows: int | SymInt = q.shape[0]
     if query_start is None:
         check.shape("block_tables", block_tables, rows, "max_pages")
@@ -295,6 +294,7 @@ def _check_attention(
         check.shape("query_start", query_start, rows + 1)
     check.shape("context_lens", context_lens, rows)
     _check_rope(check, positions, cos_sin, q, "q")
+    return q.shape
 
 
 def _check_cache(
@@ -361,62 +361,25 @@ def _check_query_start(query_start: Tensor, num_queries: int) -> None:
         check.fail(f"query_start[{last}]", int(query_start[-1]), f"{num_queries}, the number of queries")
 
 
-def _loop_kv_write_fake(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    positions: Tensor | None = None,
-    cos_sin: Tensor | None = None,
-) -> None:
-    _check_write(k, v, k_cache, v_cache, slot_mapping, positions, cos_sin)
-
-
-def _loop_kv_attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    positions: Tensor | None = None,
-    cos_sin: Tensor | None = None,
-) -> Tensor:
-    _check_attention(_attention_check, q, k_cache, v_cache, block_tables, None, context_lens, positions, cos_sin)
-    return q.new_empty(q.shape)
-
-
-def _loop_kv_prefill_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    positions: Tensor | None = None,
-    cos_sin: Tensor | None = None,
-) -> Tensor:
-    _check_attention(_prefill_check, q, k_cache, v_cache, block_tables, query_start, context_lens, positions, cos_sin)
-    return q.new_empty(q.shape)
-
-
 register_op(
     "loop_kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
     "Tensor? positions=None, Tensor? cos_sin=None) -> ()",
     loop_kv_write_reference,
-    _loop_kv_write_fake,
+    fake=_check_write,
 )
 register_op(
     "loop_kv_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens, "
     "float scale, Tensor? positions=None, Tensor? cos_sin=None) -> Tensor",
     loop_kv_attention_reference,
-    _loop_kv_attention_fake,
+    fake=lambda q, k_cache, v_cache, tables, lengths, scale, *rope: q.new_empty(
+        _check_attention(_attention_check, q, k_cache, v_cache, tables, None, lengths, *rope)
+    ),
 )
 register_op(
     "loop_kv_prefill(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start, "
     "Tensor context_lens, float scale, Tensor? positions=None, Tensor? cos_sin=None) -> Tensor",
     loop_kv_prefill_reference,
-    _loop_kv_prefill_fake,
+    fake=lambda q, k_cache, v_cache, tables, starts, lengths, scale, *rope: q.new_empty(
+        _check_attention(_prefill_check, q, k_cache, v_cache, tables, starts, lengths, *rope)
+    ),
 )

@@ -1,4 +1,4 @@
-"""Our checkpoint directory: what is written, what is refused, and the fingerprint."""
+"""Our checkpoint directory: writing, strict reading, and the fingerprint."""
 
 import json
 

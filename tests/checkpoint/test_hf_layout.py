@@ -109,7 +109,7 @@ def without(data, *keys):
 
 
 def written_by_transformers(data, tmp_path):
-    """The file that the installed transformers makes of `data`."""
+    """Rewrite `data` as the installed transformers does."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text(json.dumps(data))
     transformers.AutoConfig.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
@@ -164,7 +164,7 @@ def test_facts_of_the_three_families():
 
 @pytest.mark.parametrize("family", BASE)
 @pytest.mark.parametrize("complete", [False, True])
-def test_what_the_installed_transformers_writes_is_read(family, complete):
+def test_a_config_written_by_the_installed_transformers_is_read(family, complete):
     options = dict(num_attention_heads=16, hidden_size=64, tie_word_embeddings=True, eos_token_id=[3, 4])
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": 777.0}
     if family == "gpt_neox":
@@ -280,7 +280,7 @@ def test_dtype_under_either_name_and_generation_settings_are_no_matter():
         ("llama", {"rms_norm_eps": float("nan")}, ["'rms_norm_eps'", "nan", "a positive number"]),
     ],
 )
-def test_what_is_not_implemented_or_wrong_is_refused_by_name(family, change, parts):
+def test_unimplemented_features_and_wrong_fields_are_refused_by_name(family, change, parts):
     message = refusal(BASE[family] | change)
     assert message.startswith("config.json: field ")
     for part in parts:

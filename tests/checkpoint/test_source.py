@@ -58,7 +58,7 @@ def write_file(path, tensors, legacy=False):
 
 
 def variant(base, out, change=lambda tensors: tensors, layout="safetensors", **config):
-    """A copy of `base` with other tensors, fields of config.json, or layout."""
+    """Copy `base` with other tensors, fields of config.json, or layout."""
     out.mkdir(parents=True)
     data = json.loads((base / "config.json").read_text()) | config
     (out / "config.json").write_text(json.dumps(data))
@@ -274,7 +274,7 @@ RELAXED = {
 
 
 def write_native(out, base, recursion, dtype=torch.float32):
-    """A checkpoint of ours like `base`, with four layers and random parameters; returns its model."""
+    """Write a checkpoint of ours like `base`, with four layers and random parameters; returns its model."""
     config = dataclasses.replace(open_source(base).model, num_layers=4)
     model = RecursiveTransformer(config, RecursiveConfig(**recursion)).to(dtype).eval()
     model.init_weights(0)

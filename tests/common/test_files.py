@@ -1,4 +1,4 @@
-"""Output that is there whole or not at all, and JSON that is read or refused in one line."""
+"""All-or-nothing output, and JSON that is read or refused in one line."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_an_interrupt_between_the_two_renames_puts_the_old_back(tmp_path, old, m
     assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
 
 
-def test_what_another_process_wrote_meanwhile_is_not_replaced_unasked(tmp_path):
+def test_output_that_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="out: already exists"), atomic_directory(out) as partial:
         (partial / "ours.txt").write_text("ours")
@@ -154,7 +154,7 @@ def run_until_killed(path, at):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_what_a_process_killed_between_the_two_renames_had_moved_away_comes_back(tmp_path, old):
+def test_old_output_comes_back_after_a_kill_between_the_two_renames(tmp_path, old):
     run_until_killed(old, 1)
     assert not old.exists() and len(names(tmp_path)) == 2
     with pytest.raises(UserError, match=r"out: already exists and is not empty"), atomic_directory(old):
@@ -162,7 +162,7 @@ def test_what_a_process_killed_between_the_two_renames_had_moved_away_comes_back
     assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
 
 
-def test_what_a_process_killed_at_its_end_had_replaced_goes_with_the_next_run(tmp_path, old):
+def test_replaced_output_of_a_killed_process_is_removed_by_the_next_run(tmp_path, old):
     run_until_killed(old, 1)
     (replaced,) = tmp_path.glob(".out.replaced-*")
     old.mkdir()
@@ -173,7 +173,7 @@ def test_what_a_process_killed_at_its_end_had_replaced_goes_with_the_next_run(tm
     assert names(tmp_path) == ["out"] and names(old) == ["newest.txt"]
 
 
-def test_what_a_process_killed_while_it_deleted_the_replaced_left_is_never_put_back(tmp_path, old):
+def test_half_deleted_output_of_a_killed_process_is_never_put_back(tmp_path, old):
     (old / "other.txt").write_text("other")
     code = (
         "import os, pathlib, shutil, signal, sys\n"
@@ -213,7 +213,7 @@ def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
     assert path == tmp_path and "out" in then and not any(".partial-" in name for name in then)
 
 
-def test_what_a_killed_process_left_behind_goes_with_the_next_run_and_a_living_ones_stays(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getppid()):

@@ -1,4 +1,4 @@
-"""Processes of one evaluation: an error of any of them ends all, and is told once."""
+"""Processes of one evaluation: an error of any of them ends all, and is reported once."""
 
 import signal
 import subprocess
@@ -27,7 +27,7 @@ def meet(rank_with_error):
         return None
 
 
-def test_processes_other_than_the_first_give_it_time_to_tell_and_then_tell_themselves(monkeypatch):
+def test_other_processes_give_the_first_time_to_report_and_then_report_themselves(monkeypatch):
     waits = []
     monkeypatch.setattr(processes.time, "sleep", lambda s: waits.append((s, signal.getsignal(signal.SIGTERM))))
     before = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -55,9 +55,9 @@ def test_under_torchrun_an_error_reaches_the_terminal_once(tmp_path, late, met_b
         "import os, time\n"
         "from rrt.common.cli import run_command\n"
         "from rrt.errors import UserError\n"
-        "from rrt.common.processes import first_reports_errors\n"
+        "from rrt.common.processes import report_error_once\n"
         "rank = int(os.environ['RANK'])\n"
-        "@first_reports_errors\n"
+        "@report_error_once\n"
         "def main():\n"
         f"    time.sleep(1.0 * (rank == {late}))\n"
         f"    if rank not in {met_by}:\n"

@@ -1,3 +1,5 @@
+"""Reading of corpora: documents of every kind of file, splits, and errors that name file and line."""
+
 import gzip
 import json
 import random
@@ -191,7 +193,7 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
         ("latin.txt", "not UTF-8 text"),
     ],
 )
-def test_what_is_no_corpus_is_refused_in_one_line(tmp_path: Path, pattern: str, message: str) -> None:
+def test_unreadable_inputs_are_refused_in_one_line(tmp_path: Path, pattern: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "table.arrow").write_bytes(b"ARROW1")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))

@@ -1,3 +1,5 @@
+"""Token shards: documents written and mapped back, and damaged directories."""
+
 import json
 import shutil
 from collections.abc import Callable

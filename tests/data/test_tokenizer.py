@@ -1,7 +1,7 @@
+"""Tokenizers of every published layout against the reference libraries, and the command that trains one."""
+
 import json
 import shutil
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rrt import tokenizer as tokenizer_command
 from rrt.data.bpe import train_bpe
 from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.errors import UserError
+from tests.util.commands import Done, run_main
 from tests.util.tokenizers import (
     SPECIAL_TOKENS,
     environment,
@@ -381,23 +383,25 @@ def test_training_refuses_too_small_a_vocabulary_and_no_text(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def run_train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rrt.tokenizer", "train", *arguments]
-    with environment(PYTHONPATH=str(ROOT)):
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def test_the_train_command_writes_a_tokenizer_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
 
+    def train(files: str, out: str) -> Done:
+        argv = ["train", "--input", files, "--vocab-size", 300, "--out", out]
+        return run_main(tokenizer_command.main, argv, capsys, monkeypatch)
 
-def test_the_train_command_writes_a_tokenizer_directory(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(training_texts()))
     (tmp_path / "b.jsonl").write_text('{"body": "more text"}\n')
-    done = run_train("--input", "*.txt", "--vocab-size", "300", "--out", "tok", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = train("*.txt", "tok")
+    assert done.code == 0, done.err
     assert load_tokenizer(tmp_path / "tok").vocab_size == 300
 
-    again = run_train("--input", "*.txt", "--vocab-size", "300", "--out", "tok", cwd=tmp_path)
-    assert again.returncode == 2 and "--overwrite" in again.stderr
-    bad = run_train("--input", "*.jsonl", "--vocab-size", "300", "--out", "other", cwd=tmp_path)
-    assert bad.returncode == 2
+    again = train("*.txt", "tok")
+    assert again.code == 2 and "--overwrite" in again.err
+    bad = train("*.jsonl", "other")
+    assert bad.code == 2
     expected = "error: b.jsonl:1: no field 'text' (fields found: 'body'); name the one with the text"
-    assert bad.stderr.splitlines()[-1] == expected
+    assert bad.err.splitlines()[-1] == expected
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""The paged cache: what sequences and loops share, what they do not, exact accounts, the tensors of a pass."""
+"""The paged cache: pages that sequences and loops share or own, exact accounts, the tensors of a pass."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def write(cache, sequence, loop, values):
 
 
 def read(cache, sequence, loop):
-    """What was written to the sequence's positions at `loop`, in their order; the same in all layers and heads."""
+    """Read the values at the sequence's positions at `loop`, in order; the same in all layers and heads."""
     length = cache.length(sequence, loop)
     if length == 0:
         return []

@@ -1,4 +1,4 @@
-"""Prefill's linears: merged weights within a budget, kept until a parameter changes; what is done for the others."""
+"""Prefill's linears: merged weights kept within a budget until a parameter changes, and the ways beyond it."""
 
 import copy
 
@@ -31,7 +31,7 @@ def states_of(model, merged_bytes, tokens):
 
 @pytest.mark.parametrize("looped", [name for name in LOOPED if "relaxed" in name or name == "recursive-2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_has_the_same_states_whatever_is_kept(family, looped):
+def test_a_prompt_has_the_same_states_for_any_budget(family, looped):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         model, tokens = make_model(family, looped, dtype), random_tokens(13)
         plain, none = states_of(model, 0, tokens)
@@ -117,7 +117,7 @@ def other_memory(linear, name):
 
 
 def other_memory_twice(linear, name):
-    """What was freed in between may be handed out again."""
+    """Memory that was freed in between may be handed out again."""
     for _ in range(2):
         other_memory(linear, name)
 
@@ -228,7 +228,7 @@ def test_a_negative_budget_is_refused():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rank", [8, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_on_a_gpu_too_rows_are_right_whatever_is_kept(dtype, rank):
+def test_rows_on_a_gpu_are_right_for_any_budget(dtype, rank):
     linear, x = make_linear(rank).cuda().to(dtype), torch.randn(9, 24, device="cuda", dtype=dtype)
     exact = copy.deepcopy(linear).double()(x.double(), 1)
     for budget in (0, EVERYTHING):

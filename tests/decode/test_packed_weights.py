@@ -44,7 +44,7 @@ def make_model(name: str, recursion: RecursiveConfig, dtype: torch.dtype = torch
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Outputs of each packed product that is computed from now on."""
+    """Record the number of outputs of each packed product from now on."""
     from rrt import ops
 
     calls: list[int] = []

@@ -43,7 +43,7 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_the_codes_digest_changes_with_any_file_that_responses_come_from(tmp_path):
-    names = ("eval/scoring.py", "rrt/ops/linear.py", "rrt/_native.so")
+    names = ("eval/scoring.py", "rrt/ops/loop_lora.py", "rrt/_native.so")
     for name in (*names, "train/trainer.py", "rrt/__pycache__/linear.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)

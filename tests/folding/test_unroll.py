@@ -17,14 +17,14 @@ from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.source import load_model, open_source
 from rrt.checkpoint.tensor_files import TensorFiles
-from rrt.common.cli import run_command
 from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import load_tokenizer
 from rrt.export import main
 from rrt.folding.conversion import convert
-from rrt.folding.unroll import export, plan_export, run_export
+from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
+from tests.util.commands import run_main
 from tests.util.models import FAMILIES, make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
@@ -42,7 +42,7 @@ def bases(tmp_path_factory):
 
 
 def random_checkpoint(base, out, recursion, dtype=torch.float32):
-    """A checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
+    """Write a checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
     config = open_source(base).model
     generator = torch.Generator().manual_seed(0)
     provenance = make_provenance("test", None)
@@ -124,8 +124,8 @@ def test_tokenizer_config_and_provenance_come_along(tmp_path):
 
 
 def test_shards_and_index_load_in_transformers(bases, tmp_path):
-    plan = plan_export(bases["gpt_neox"], tmp_path / "hf")
-    run_export(plan, max_shard_bytes=50_000)
+    prepared = prepare_export(bases["gpt_neox"], tmp_path / "hf")
+    run_export(prepared, max_shard_bytes=50_000)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3
     load_in_transformers(tmp_path / "hf")
     files, single = TensorFiles(tmp_path / "hf"), load_file(bases["gpt_neox"] / "model.safetensors")
@@ -140,20 +140,10 @@ def test_a_tied_layer_is_written_once_per_depth(bases, tmp_path):
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
-def run_main(argv, capsys, monkeypatch):
-    """The command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main([str(argument) for argument in argv]))
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
 def test_command_says_what_it_does(bases, tmp_path, capsys, monkeypatch):
     convert(bases["llama"], tmp_path / "recursive", RecursiveConfig(num_loops=2))
     argv = ["--checkpoint", tmp_path / "recursive", "--out", tmp_path / "hf", "--dtype", "bfloat16"]
-    code, stdout, stderr = run_main(argv, capsys, monkeypatch)
+    code, stdout, stderr = run_main(main, argv, capsys, monkeypatch)
     assert (code, stderr) == (0, "")
     assert "2 loops x 3 layers" in stdout and "LlamaForCausalLM, 6 layers, 74.59 K parameters" in stdout
     assert "no tokenizer" in stdout and f"wrote {tmp_path / 'hf'}" in stdout
@@ -176,12 +166,12 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
     }
     for message, flags in cases.items():
         argv = ["--checkpoint", big, "--out", tmp_path / "out", *flags]
-        code, _, stderr = run_main(argv, capsys, monkeypatch)
+        code, _, stderr = run_main(main, argv, capsys, monkeypatch)
         assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_stopped_command_leaves_nothing_behind(tmp_path):
+def test_a_terminated_command_leaves_nothing_behind(tmp_path):
     base = make_hf_model(tmp_path / "base", "llama", num_layers=8, hidden_size=512, intermediate_size=2048)
     convert(base, tmp_path / "recursive", RecursiveConfig(num_loops=2))
     command = [sys.executable, "-m", "rrt.export", "--checkpoint", tmp_path / "recursive", "--out", tmp_path / "out"]

@@ -5,76 +5,23 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 
 import rrt
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.source import load_model, open_source
-from rrt.decode.kv_cache import ContiguousCache
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.loop_linear import LoopLinear
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import precision
-from rrt.ops.precision import EMULATED_FROM_ROWS
-
-# Every value that the parity tests vary: head dims that are no power of two, GQA, MQA, MHA, tied and untied
-# heads, partial rotary, sequential NeoX, other rotary bases.
-VARIANTS = {
-    "gemma-mqa": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24)),
-    "gemma-mha-untied": (
-        "Gemma",
-        dict(num_attention_heads=3, num_key_value_heads=3, head_dim=40, tie_word_embeddings=False),
-    ),
-    "llama-gqa": ("Llama", dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, head_dim=14)),
-    "llama-mha-tied-theta": (
-        "Llama",
-        dict(
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        ),
-    ),
-    "neox-parallel": ("GPTNeoX", dict(num_attention_heads=4)),
-    "neox-sequential": (
-        "GPTNeoX",
-        dict(
-            num_attention_heads=3,
-            hidden_size=60,
-            use_parallel_residual=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5},
-        ),
-    ),
-    "neox-full-rotary-tied": (
-        "GPTNeoX",
-        dict(
-            num_attention_heads=4,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-        ),
-    ),
-}
-
-
-def make_hf(name, seed=0, **overrides):
-    """A random transformers model whose norms, biases and logits are far from their initial values."""
-    kind, options = VARIANTS[name]
-    sizes = dict(
-        vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024
-    )
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **overrides})
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.08 if parameter.dim() > 1 else 0.3))
-    return model
+from rrt.ops.precision import MIN_UPCAST_ROWS
+from tests.util.models import VARIANTS, make_variant
+from tests.util.pairwise import pairwise
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def pair(request, tmp_path_factory):
     """(transformers' model, ours loaded from its directory), fp32."""
-    hf = make_hf(request.param)
+    hf = make_variant(request.param)
     directory = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(directory)
     return hf, load_model(directory, torch.float32)
@@ -93,48 +40,10 @@ def test_logits_equal_transformers(pair, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 4, 1], [11, 1]])
-def test_incremental_decoding_equals_transformers_full_forward(pair, chunks):
-    hf, ours = pair
-    input_ids = torch.randint(0, 151, (3, sum(chunks)), generator=torch.Generator().manual_seed(1))
-    cache = ContiguousCache(ours.config, batch_size=3, max_length=sum(chunks))
-    logits = torch.cat([ours(part, cache=cache) for part in input_ids.split(chunks, dim=1)], dim=1)
-    assert relative_error(logits, hf(input_ids).logits) <= 2e-5
-
-
-@torch.no_grad()
-def test_left_padded_batch_equals_transformers_and_the_unpadded_rows(pair):
-    hf, ours = pair
-    input_ids = torch.randint(0, 151, (3, 20), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones(3, 20, dtype=torch.long)
-    mask[1, :7] = 0
-    mask[2, :19] = 0
-    ours_logits, hf_logits = ours(input_ids, attention_mask=mask), hf(input_ids, attention_mask=mask).logits
-    assert ours_logits.isfinite().all()
-    assert relative_error(ours_logits[mask.bool()], hf_logits[mask.bool()]) <= 2e-5
-    assert relative_error(ours_logits[1, 7:], ours(input_ids[1:2, 7:])[0]) <= 2e-5
-
-
-@torch.no_grad()
-def test_left_padded_incremental_decoding_equals_the_full_forward(pair):
-    _, ours = pair
-    input_ids = torch.randint(0, 151, (2, 15), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones(2, 15, dtype=torch.bool)
-    mask[0, :6] = False
-    cache = ContiguousCache(ours.config, batch_size=2, max_length=15)
-    parts, seen = [], 0
-    for part in input_ids.split([10, 1, 3, 1], dim=1):
-        seen += part.shape[1]
-        parts.append(ours(part, attention_mask=mask[:, :seen], cache=cache))
-    logits = torch.cat(parts, dim=1)
-    assert relative_error(logits[mask], ours(input_ids, attention_mask=mask)[mask]) <= 2e-5
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
-    hf = make_hf(name)
+    hf = make_variant(name)
     hf.save_pretrained(tmp_path)
     input_ids = torch.randint(0, 151, (2, 100), generator=torch.Generator().manual_seed(4)).to(device)
     hf = hf.to(device)
@@ -146,8 +55,8 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
 
 
 def recursive_model(name="llama-gqa", seed=0, **recursion):
-    """A recursive or relaxed model in fp64 with random parameters everywhere, LoRA B and norms included."""
-    config = model_config_from_hf(make_hf(name).config.to_dict() | {"architectures": None}, "test")
+    """Make a recursive or relaxed model in fp64 whose every parameter is random, LoRA B and norms included."""
+    config = model_config_from_hf(make_variant(name).config.to_dict() | {"architectures": None}, "test")
     model = RecursiveTransformer(config, RecursiveConfig(**recursion)).double().eval()
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -168,24 +77,13 @@ RELAXED = {
 @torch.no_grad()
 @pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
-def test_incremental_decoding_of_looped_models_equals_the_full_forward(name, recursion):
-    model = recursive_model(name, **recursion)
-    input_ids = torch.randint(0, 151, (2, 13), generator=torch.Generator().manual_seed(5))
-    cache = ContiguousCache(model.config, batch_size=2, max_length=13, dtype=torch.float64)
-    logits = torch.cat([model(part, cache=cache) for part in input_ids.split([6, 1, 4, 1, 1], dim=1)], dim=1)
-    assert relative_error(logits, model(input_ids)) <= 1e-12
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
 def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name, recursion):
     model = recursive_model(name, **recursion)
     shared, *branches = torch.randint(0, 151, (18,), generator=torch.Generator().manual_seed(5)).split([7, 5, 6])
     owner = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)
     positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 13)])[None]
     row = torch.cat([shared, *branches])[None]
-    packed = model(row, branches=owner[None].int(), positions=positions)[0]
+    packed = model(row, branch_ids=owner[None].int(), positions=positions)[0]
     for number, branch in enumerate(branches, start=1):
         alone = model(torch.cat([shared, branch])[None])[0]
         assert relative_error(packed[:7], alone[:7]) <= 1e-12
@@ -228,7 +126,7 @@ def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
         for index, parameter in enumerate(linear.parameters()):
             parameter.normal_(generator=torch.Generator().manual_seed(index))
     linear.bfloat16()
-    x = torch.randn(EMULATED_FROM_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
+    x = torch.randn(MIN_UPCAST_ROWS, 24, generator=torch.Generator().manual_seed(5)).bfloat16()
     monkeypatch.setattr(precision, "_HAS_BF16_INSTRUCTIONS", False)
     for merge in (False, True):
         linear.merge = merge
@@ -301,24 +199,27 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
 
 
-@pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"])
-@pytest.mark.parametrize("checkpointing", ["none", "layer", "loop"])
-def test_states_of_the_tokens_asked_are_those_of_all(name, recursion, checkpointing):
+@pairwise(
+    name=["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"],
+    recursion=RELAXED,
+    checkpointing=["none", "layer", "loop"],
+)
+def test_states_of_selected_tokens_are_those_of_all(name, recursion, checkpointing):
     model = recursive_model(name, **recursion)
     model.stack.checkpointing = checkpointing
     input_ids = torch.randint(0, 151, (3, 7), generator=torch.Generator().manual_seed(8))
     places = torch.tensor([20, 0, 3, 3, 8])
     for num_loops in (1, None):
         everything = model.hidden_states(input_ids, num_loops=num_loops)
-        few = model.hidden_states(input_ids, num_loops=num_loops, asked=places)
+        few = model.hidden_states(input_ids, num_loops=num_loops, selected_tokens=places)
         assert len(few) == len(everything)
         assert all(torch.equal(one, other) for one, other in zip(few[:-1], everything[:-1], strict=True))
         assert few[-1].shape == (5, everything[-1].shape[-1])
         assert relative_error(few[-1], everything[-1].flatten(0, 1)[places]) <= 1e-12
-    rows = {"branches": torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7).int()}
+    rows = {"branch_ids": torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7).int()}
     rows["positions"] = torch.tensor([0, 1, 2, 3, 4, 2, 3]).expand(3, 7)
-    packed, few_packed = model.hidden_states(input_ids, **rows), model.hidden_states(input_ids, asked=places, **rows)
+    packed = model.hidden_states(input_ids, **rows)
+    few_packed = model.hidden_states(input_ids, selected_tokens=places, **rows)
     assert relative_error(few_packed[-1], packed[-1].flatten(0, 1)[places]) <= 1e-12
     parameters = [parameter for parameter in model.stack.parameters() if parameter.requires_grad]
     wanted, found = (
@@ -342,24 +243,21 @@ def test_linears_give_each_row_its_own_loop(recursion):
 
 
 def test_num_loops_must_divide_the_layers():
-    config = model_config_from_hf(make_hf("llama-gqa").config.to_dict(), "test")
+    config = model_config_from_hf(make_variant("llama-gqa").config.to_dict(), "test")
     with pytest.raises(rrt.UserError, match=r"'num_loops': found 3.*4 layers; expected one of 1, 2, 4"):
         RecursiveTransformer(config, RecursiveConfig(num_loops=3))
 
 
-def test_wrong_attention_mask_shape_and_full_cache_are_refused():
+def test_positions_and_branch_ids_that_do_not_fit_are_refused():
     model = recursive_model(num_loops=2)
     input_ids = torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(rrt.UserError, match=r"attention_mask: found shape \(1, 3\); expected \(1, 4\)"):
-        model(input_ids, attention_mask=torch.ones(1, 3))
-    with pytest.raises(
-        rrt.UserError, match="positions and branches: found positions, attention_mask; expected these two"
-    ):
-        model(input_ids, attention_mask=torch.ones(1, 4), positions=input_ids)
-    with pytest.raises(rrt.UserError, match=r"branches: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
-        model(input_ids, positions=input_ids, branches=input_ids[:, :3])
-    with pytest.raises(rrt.UserError, match="cache: position 4 does not fit"):
-        model(input_ids, cache=ContiguousCache(model.config, 1, max_length=3, dtype=torch.float64))
+    for options in ({"positions": input_ids}, {"branch_ids": input_ids}):
+        [name] = options
+        message = f"positions and branch_ids: found {name} alone; expected both, or neither"
+        with pytest.raises(rrt.UserError, match=message):
+            model(input_ids, **options)
+    with pytest.raises(rrt.UserError, match=r"branch_ids: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
+        model(input_ids, positions=input_ids, branch_ids=input_ids[:, :3])
 
 
 def test_configs_are_frozen():
@@ -370,9 +268,9 @@ def test_configs_are_frozen():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa"])
 def test_lora_equals_peft_without_scaling(name, tmp_path):
-    """An oracle for the adapters that knows nothing of ours: peft with alpha = rank, which makes its scale 1."""
+    """An independent oracle: peft with alpha = rank, which makes its scale 1."""
     peft = pytest.importorskip("peft")
-    hf = make_hf(name)
+    hf = make_variant(name)
     hf.save_pretrained(tmp_path)
     source = open_source(tmp_path)
     model = RecursiveTransformer(source.model, RecursiveConfig(lora_rank=LoraRanks.uniform(3))).eval()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rrt.ops import loop_lora_linear, loop_lora_prefill, loop_lora_prefill_reference
 from tests.ops.test_loop_lora_linear import (
-    BOTH_IDS,
     CASES,
     DTYPES,
     GRAD_CASES,
@@ -19,18 +18,18 @@ from tests.ops.test_loop_lora_linear import (
     make_inputs,
     pack_arguments,
 )
+from tests.util.pairwise import pairwise
 
-BOTH = pytest.mark.parametrize("op", [loop_lora_prefill, loop_lora_prefill_reference], ids=BOTH_IDS)
+IMPLEMENTATIONS = {"op": loop_lora_prefill, "reference": loop_lora_prefill_reference}
+BOTH = pytest.mark.parametrize("op", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 def of_one_loop(inputs: dict[str, Any], loop: int) -> dict[str, Any]:
-    """Arguments of loop_lora_linear as those of loop_lora_prefill, in the order of the schema."""
+    """Turn arguments of loop_lora_linear into those of loop_lora_prefill, in the order of the schema."""
     return {("loop" if name == "loops" else name): loop if name == "loops" else x for name, x in inputs.items()}
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pairwise(case=CASES, dtype=DTYPES, op=IMPLEMENTATIONS)
 def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None:
     inputs = make_inputs(case, dtype)
     for loop in {0, case.num_loops - 1}:
@@ -51,12 +50,12 @@ def test_only_the_loops_own_adapters_and_columns_are_read(op: Any) -> None:
 
 @BOTH
 def test_x_of_any_strides_is_accepted(op: Any) -> None:
-    inputs = of_one_loop(make_inputs(Case(6, 18, 7, 4), torch.float32), 1)
-    expected = op(**inputs)
+    inputs = make_inputs(Case(6, 18, 7, 4), torch.float32)
+    inputs["loops"].fill_(1)
     wide = torch.full((6, 40), float("nan"))
     wide[:, 3:21] = inputs["x"]
     for x in (wide[:, 3:21], inputs["x"].T.contiguous().T):
-        torch.testing.assert_close(op(**{**inputs, "x": x}), expected)
+        assert_matches_oracle(op(**of_one_loop({**inputs, "x": x}, 1)), inputs)
 
 
 @BOTH

@@ -10,6 +10,7 @@ from rrt.ops import loop_lora_linear, loop_lora_prefill, loop_lora_prefill_refer
 from tests.ops.test_loop_lora_cuda import on_gpu
 from tests.ops.test_loop_lora_linear import CASES, DTYPES, MISTAKES, Case, assert_matches_oracle, make_inputs
 from tests.ops.test_loop_lora_prefill import leaves, of_one_loop
+from tests.util.rounding import unit_roundoff
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
@@ -50,7 +51,7 @@ def test_the_matrix_kernel_matches_fp64(case: Case, dtype: torch.dtype) -> None:
     assert found.dtype == dtype and found.isfinite().all()
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in on_gpu(inputs).items()}
     expected = loop_lora_prefill_reference(**of_one_loop(exact, case.num_loops - 1)).cpu()
-    tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    tolerance = 2 * unit_roundoff(dtype)  # A x and the result are rounded once each
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rrt.model.transformer import Checkpointing, rope_cos_sin
+from rrt.model.transformer import Checkpointing, ForwardContext, rope_cos_sin
 from tests.util.sharding import build
 
 
@@ -22,7 +22,7 @@ def kept_bytes(checkpointing: Checkpointing) -> tuple[int, int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stack(x, rope)
+        stack(x, ForwardContext(rope))
     total = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in other)
     return total, x.nbytes, model.config.num_layers
 

@@ -16,7 +16,7 @@ from rrt.checkpoint.format import read_checkpoint_config
 from rrt.checkpoint.presets import preset
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from rrt.folding.unroll import plan_export
+from rrt.folding.unroll import prepare_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.sizes import model_sizes
 from rrt.model.transformer import RecursiveTransformer
@@ -249,8 +249,8 @@ def test_a_frozen_model_learns_by_the_lora_on_its_head(
         torch.testing.assert_close(truncated(inputs), after(inputs, exit_loop=0), rtol=0, atol=1e-4)
     sizes = [model_sizes(model.config, model.recursion, torch.float32) for model in (before, after)]
     assert sizes[1].lora_params - sizes[0].lora_params == 2 * 4 * (32 + VOCAB)
-    plan = plan_export(tmp_path / "run" / "final", tmp_path / "hf")
-    assert plan.notices == ("the LoRA on the head is left out: only exits before the last loop use it",)
+    prepared = prepare_export(tmp_path / "run" / "final", tmp_path / "hf")
+    assert prepared.notices == ("the LoRA on the head is left out: only exits before the last loop use it",)
 
 
 def test_exits_with_a_lora_on_the_head_train_further(

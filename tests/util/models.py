@@ -18,6 +18,55 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# All that parity with transformers is tested on: head dims that are no power of two, GQA, MQA, MHA, tied and untied
+# heads, partial rotary, sequential NeoX, other rotary bases.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma-mqa": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24)),
+    "gemma-mha-untied": (
+        "Gemma",
+        dict(num_attention_heads=3, num_key_value_heads=3, head_dim=40, tie_word_embeddings=False),
+    ),
+    "llama-gqa": ("Llama", dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, head_dim=14)),
+    "llama-mha-tied-theta": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        ),
+    ),
+    "neox-parallel": ("GPTNeoX", dict(num_attention_heads=4)),
+    "neox-sequential": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=3,
+            hidden_size=60,
+            use_parallel_residual=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "neox-full-rotary-tied": (
+        "GPTNeoX",
+        dict(
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        ),
+    ),
+}
+
+
+def make_variant(name: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """Make a random transformers model of a variant; norms, biases and logits are far from their initial values."""
+    kind, options = VARIANTS[name]
+    sizes = dict(
+        vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024
+    )
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **overrides})
+    return _random_model(kind, config, seed)
+
+
 def make_hf_model(
     directory: Path,
     family: str,
@@ -36,10 +85,15 @@ def make_hf_model(
     sizes = dict(vocab_size=151, hidden_size=32, intermediate_size=80, max_position_embeddings=512)
     options = {**sizes, **_OPTIONS[family], **overrides}
     config = getattr(transformers, f"{_KINDS[family]}Config")(num_hidden_layers=num_layers, **options)
+    model = _random_model(_KINDS[family], config, seed)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return Path(directory)
+
+
+def _random_model(kind: str, config: transformers.PretrainedConfig, seed: int) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{_KINDS[family]}ForCausalLM")(config)
+    model: transformers.PreTrainedModel = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.08 if parameter.dim() > 1 else 0.3))
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
-    return Path(directory)
+    return model

@@ -1,18 +1,7 @@
-"""What the tests of native operators share: running a part of a test file again in another environment."""
+"""Markers of the operators' tests: which need the native library, and which `make test` runs again without or by it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import pytest
 
+from rrt.ops import build_info
 
-def run_tests_of(file: str, tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The tests of `file` that the expression `tests` (as for pytest's -k) chooses, in a process of their own."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", file, "-k", tests],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")

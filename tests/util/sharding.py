@@ -1,4 +1,4 @@
-"""Small models of every shape that sharding has to cope with, and a batch that processes share."""
+"""Small models of every shape that sharding must handle, and a batch that processes share."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ SEQUENCES, LENGTH = 12, 7
 
 
 def build(name: str) -> RecursiveTransformer:
-    """A model whose every parameter is random, so that every one has a gradient."""
+    """Make a model whose every parameter is random, so that every one has a gradient."""
     model = RecursiveTransformer(*MODELS[name]).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def backward(model: RecursiveTransformer, group: Processes, accumulation: int) -> float:
-    """Backward over this process's share of `batch()`; the mean loss of its share."""
+    """Run the backward of this process's share of `batch()`; returns the mean loss of the share."""
     inputs, targets = (part.chunk(group.world_size)[group.rank].chunk(accumulation) for part in batch())
     total = 0.0
     for micro in range(accumulation):
@@ -109,7 +109,7 @@ def backward(model: RecursiveTransformer, group: Processes, accumulation: int) -
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of whole logits [batch, T, V]."""
+    """Compute the mean cross-entropy of whole logits [batch, T, V]."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

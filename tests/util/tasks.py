@@ -1,4 +1,4 @@
-"""Small files of the seven tasks in the schemas of their data sets, made of real sentences and some beyond ASCII."""
+"""Small files of the seven few-shot tasks in their data sets' schemas, of real sentences and some beyond ASCII."""
 
 import json
 import random

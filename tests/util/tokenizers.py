@@ -23,7 +23,7 @@ TOKENIZER_CLASSES = {"gemma": "GemmaTokenizer", "llama": "LlamaTokenizer", "gpt_
 
 
 def training_texts() -> list[str]:
-    """A few files of the standard library."""
+    """Read a few files of the standard library."""
     package = Path(sysconfig.get_path("stdlib")) / "json"
     return [path.read_text(encoding="utf-8") for path in sorted(package.glob("*.py"))]
 
@@ -73,7 +73,7 @@ def make_bpe_tokenizer(directory: Path, family: str = "gpt_neox", vocab_size: in
 
 
 def write_hf_config(directory: Path, family: str, **fields: Any) -> None:
-    """Write a `config.json` that says as much as a tokenizer needs."""
+    """Write a `config.json` with the fields that a tokenizer needs."""
     (directory / "config.json").write_text(json.dumps({"model_type": family, **fields}))
 
 
@@ -129,7 +129,7 @@ def _converted_tokenizer(directory: Path, family: str, vocab_size: int) -> token
 
 
 def _merges(processor: Any, vocab: dict[str, int], symbols: list[str]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE: each piece's splits in two, in the order in which pieces win.
+    """List the merges of a SentencePiece BPE: each piece's splits in two, in the order in which pieces win.
 
     Runs of spaces that are symbols win first; other symbols are found before merging.
     """
@@ -154,7 +154,7 @@ def _merges(processor: Any, vocab: dict[str, int], symbols: list[str]) -> list[t
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the length of a block."""
+    """Set environment variables for the length of a block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny relaxed model with its data, and ways to run the commands on it."""
+"""A tiny relaxed model with its data, and ways to run the training commands on it."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def make_data(directory: Path, tokenizer: Path) -> Path:
 
 
 def samples_of(data: Path) -> Mixture:
-    """What the runs train on."""
+    """Write the token shards that the runs train on."""
     return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
