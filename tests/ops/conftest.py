@@ -1,4 +1,4 @@
-"""Leaves the tests out where the CPU lacks the instruction set that RRT_CPU_ISA names."""
+"""Skip the tests where the CPU lacks the instruction set that RRT_CPU_ISA names."""
 
 import os
 

@@ -67,7 +67,7 @@ BOTH = pytest.mark.parametrize("functions", IMPLEMENTATIONS.values(), ids=IMPLEM
 
 
 def define_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As a product of complex numbers."""
+    """Rotate by a product of complex numbers."""
     half = cos.shape[-1]
     turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin)[:, :, None]
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
@@ -123,7 +123,7 @@ def results(
 
 
 def sizes(name: str, leaves: list[Tensor], rest: list[Any], grad: Tensor) -> list[Tensor | float]:
-    """Norms of the terms of the result and of each gradient where they may cancel, else zero."""
+    """Compute norms of the terms of the result and of each gradient where they may cancel, else zero."""
     if name == "norm":
         (x, weight), (eps, plus_one) = leaves, rest
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
@@ -198,7 +198,7 @@ def test_any_shape(
 
 
 def cases(dtype: torch.dtype) -> list[tuple[str, list[Tensor], list[Any]]]:
-    """Large enough to be spread over threads."""
+    """Make inputs that are large enough to be spread over threads."""
     return [
         ("rotary", *rotary_inputs(2, 150, 8, 20, 7, False, dtype)),
         ("norm", *norm_inputs((2, 150, 150), False, dtype)),

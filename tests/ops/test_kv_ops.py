@@ -203,7 +203,7 @@ def assert_close(actual: Tensor, expected: Expected, dtype: torch.dtype) -> None
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors are filled with NaN, so that an element nobody writes is seen."""
+    """Fill new tensors with NaN, so that an element that nobody writes is noticed."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     try:

@@ -34,7 +34,7 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def poisoned_call(inputs: dict[str, Any]) -> Tensor:
-    """The operator's output and scratch come from memory that held NaN."""
+    """Call the operator with output and scratch in memory that held NaN."""
     for size in (1 << 16, 1 << 20, 1 << 24):
         torch.full((size,), float("nan"), device="cuda")
     return loop_lora_linear(**on_gpu(inputs)).cpu()

@@ -28,7 +28,7 @@ MATRIX_CASES = [
 
 
 def poisoned_call(inputs: dict[str, Any], loop: int) -> Tensor:
-    """The operator's output and scratch come from memory that held NaN."""
+    """Call the operator with output and scratch in memory that held NaN."""
     inputs = on_gpu(of_one_loop(inputs, loop))
     for size in (1 << 16, 1 << 20, 1 << 24):
         torch.full((size,), float("nan"), device="cuda")

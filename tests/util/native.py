@@ -1,4 +1,4 @@
-"""Markers of the operators' tests: which need the native library, and which `make test` runs again without or by it."""
+"""The marker of tests that need the native library."""
 
 import pytest
 
