@@ -34,7 +34,7 @@ def step_directories(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(number), path) for number, path in found if number.isdigit())
 
 
-def whole_steps(out: Path) -> list[int]:
+def complete_steps(out: Path) -> list[int]:
     """The steps that can be resumed from, oldest first."""
     return [step for step, path in step_directories(out) if find_damage(path) is None]
 
@@ -129,7 +129,7 @@ def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     return int(directory.name.removeprefix("step-"))
 
 
-class CheckpointWriter:
+class TrainingStateWriter:
     """Writes the checkpoints of one run and deletes all but its last `keep` whole ones.
 
     In the background, they are written from a copy in host memory, which is there for as long as that takes:
@@ -175,7 +175,7 @@ class CheckpointWriter:
             self.wait()
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this process knows that the checkpoint being written will not be; `wait` says why."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
@@ -219,7 +219,7 @@ class CheckpointWriter:
         fsync(self._out)
 
     def _delete_old(self) -> None:
-        whole = whole_steps(self._out)
+        whole = complete_steps(self._out)
         for number, path in step_directories(self._out):
             if number < whole[-self._keep :][0]:
                 try:

@@ -28,12 +28,12 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops.precision import pretend_device
-from train.architecture import TrainingSpec
+from train.architecture import TrainingSpec, describe_model
 from train.distributed import mesh_dimensions, set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token
-from train.recipe import DryRun, RunConfig
+from train.recipe import DryRun, Recipe, RunConfig, accumulation
 from train.teacher import ShardedTeacher
-from train.trainer import Recipe, accumulation, describe, set_up_model
+from train.trainer import set_up_model
 
 
 class LiveMemory(TorchDispatchMode):
@@ -152,9 +152,7 @@ def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, dev
             teacher = ShardedTeacher(_make_model(*training.teacher, compute_dtype), mesh)
             teacher_bytes = _local_bytes(teacher.model)
         model = _make_model(training.model, training.recursion, torch.float32)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(training.objective.trains(name))
-        set_up_model(model, run, mesh)
+        set_up_model(model, run, training.objective, mesh)
         losses = training.objective.bind(model, teacher)
         model.norm.register_forward_hook(note)
         gc.collect()
@@ -260,7 +258,7 @@ def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> s
     width = max(len(label) for label, _ in rows)
     return "\n".join(
         [
-            describe(training.model, training.recursion),
+            describe_model(training.model, training.recursion),
             f"loss: {training.objective.describe(training.recursion.num_loops)}",
             f"train: {run.steps:,} steps of {human_count(run.batch_tokens)} tokens = {human_count(tokens)}; "
             f"{processes} process(es) x {accumulation(recipe, processes)} micro-batch(es) x {run.micro_batch} x "

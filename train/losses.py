@@ -94,7 +94,7 @@ def exit_losses(
     if len(weights) != len(exits) or weights[-1].last_exit:
         raise ValueError(f"weights: found {weights}; expected {len(exits)}, and the last exit not compared with itself")
     task = _LossSpec(targets, tuple(weights), teacher, divergence, temperature, chunk)
-    if (teacher is None) == task.asks_teacher:
+    if (teacher is None) == task.needs_teacher:
         raise ValueError("teacher: expected one if, and only if, some weight asks for it")
     if teacher is not None:
         dtype = product_dtype(teacher.weight)
@@ -139,17 +139,17 @@ class _LossSpec:
     chunk: int | None
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return any(weights.teacher for weights in self.weights)
 
     @property
-    def asks_last_exit(self) -> bool:
+    def needs_last_exit(self) -> bool:
         return any(weights.last_exit for weights in self.weights)
 
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
         """Pieces of the tokens, of nearly equal size; `itemsize` in bytes, of the logits."""
         # As many [C, V] exist at one time, for any number of exits; one more where they are rounded to 16 bits.
-        matrices, least = (8, MIN_CHUNK_COMPARED) if self.asks_teacher or self.asks_last_exit else (1, MIN_CHUNK)
+        matrices, least = (8, MIN_CHUNK_COMPARED) if self.needs_teacher or self.needs_last_exit else (1, MIN_CHUNK)
         suitable = max(least, CHUNK_BYTES[device_type(self.targets)] // (vocab * itemsize * matrices))
         tokens = len(self.targets)
         pieces = max(1, -(-tokens // (self.chunk or suitable)))
@@ -163,7 +163,7 @@ class _LossSpec:
 
     def teacher_rows(self, rows: slice, wide: torch.dtype) -> Tensor | None:
         """The teacher's log-probabilities [C, V] of one chunk."""
-        if self.teacher is None or not self.asks_teacher:
+        if self.teacher is None or not self.needs_teacher:
             return None
         return self.tempered_log_probs(_product(self.teacher.hidden[rows], self.teacher.weight.t(), wide))
 
@@ -294,7 +294,7 @@ class _ExitLosses(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         _, needs_weight, needs_lora, _, *needs_exits = ctx.needs_input_grad
         head = _HeadProducts(Head(weight, lora_a, lora_b), wide, needs_weight, needs_lora)
-        distills = task.asks_teacher or task.asks_last_exit
+        distills = task.needs_teacher or task.needs_last_exit
         needs_gradient = needs_weight or needs_lora or any(needs_exits)
         gradients = [
             torch.zeros_like(exit) if needed else None for exit, needed in zip(exits, needs_exits, strict=True)
@@ -306,7 +306,7 @@ class _ExitLosses(torch.autograd.Function):
             from_teacher, from_last = task.teacher_rows(rows, wide), None
             # The last exit first: the others may be compared with it.
             for place in reversed(range(len(exits))):
-                weights, is_reference = task.weights[place], task.asks_last_exit and place == len(exits) - 1
+                weights, is_reference = task.weights[place], task.needs_last_exit and place == len(exits) - 1
                 if weights == ExitWeights() and not is_reference:
                     continue
                 hidden = exits[place][rows].to(head.dtype)

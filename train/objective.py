@@ -49,7 +49,7 @@ class Objective:
     frozen: bool = False
     """Only the LoRA on the head learns."""
 
-    def trains(self, name: str) -> bool:
+    def should_train(self, name: str) -> bool:
         """Whether a parameter of this name is trained: the LoRA on the head only where an exit before the last is."""
         if name.startswith("head_lora_"):
             return len(self.weights) > 1
@@ -127,12 +127,12 @@ class Objective:
         return "; ".join(terms)
 
 
-def uptraining(distill: DistillConfig) -> Objective:
+def uptraining_objective(distill: DistillConfig) -> Objective:
     """The loss of the last loop, distilled if there is a teacher."""
     return Objective((_last_exit(distill, 1.0),), distill.loss, distill.temperature)
 
 
-def early_exits(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
+def early_exit_objective(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
     """The losses of all loops.
 
     Raises:

@@ -23,7 +23,7 @@ from tests.util.training import (
     train_here,
     train_until,
 )
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 # As in the processes that these runs are compared with.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +92,7 @@ def uptrain_with_a_poisoned_step(step: int, argv: list[str]) -> tuple[list[int],
     whole_step, embed = Trainer._train_step, RecursiveTransformer.embed_tokens
     poisoned = False
 
-    def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+    def take(self: Trainer, rate: float) -> StepResult:
         nonlocal poisoned
         poisoned = self.step + 1 == step and self.processes.rank == 1
         return whole_step(self, rate)

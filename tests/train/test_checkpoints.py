@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from rrt.errors import UserError
 from tests.util.processes import run_on_two
 from tests.util.training import refuse_to_write
-from train.checkpoints import STATE_FILE, CheckpointWriter, latest_complete, load_step, step_directories
+from train.checkpoints import STATE_FILE, TrainingStateWriter, latest_complete, load_step, step_directories
 from train.distributed import AgreedError, processes
 
 
@@ -53,7 +53,7 @@ class Run:
 def save_steps(out: Path, *steps: int, keep: int = 9, background: bool = True, sharded: bool = True) -> list[Any]:
     """Advance a run and save it after each of `steps`; what its state was then."""
     run, states = Run(sharded=sharded), []
-    writer = CheckpointWriter(out, keep=keep, background=background)
+    writer = TrainingStateWriter(out, keep=keep, background=background)
     while run.step < max(steps):
         run.advance()
         if run.step in steps:
@@ -170,10 +170,10 @@ def test_training_goes_on_while_a_checkpoint_of_the_state_before_is_written(
     run = Run(sharded=sharded)
     run.advance()
     expected = run.state()
-    writer = CheckpointWriter(tmp_path, keep=2, background=True)
+    writer = TrainingStateWriter(tmp_path, keep=2, background=True)
     writer.save(1, run.model, run.optimizer, {"a": 1})
     run.advance()
-    assert not steps(tmp_path) and not writer.failed
+    assert not steps(tmp_path) and not writer.has_failed
     may_write.set()
     writer.save(2, run.model, run.optimizer, {"a": 2})
     assert 1 in steps(tmp_path)  # the next one waits for it
@@ -212,12 +212,12 @@ def fail_on_one(out: Path) -> tuple[bool, str]:
             refuse_to_write(patch, 2)
         run = Run()
         run.advance()
-        writer = CheckpointWriter(out, keep=1, background=True)
+        writer = TrainingStateWriter(out, keep=1, background=True)
         writer.save(2, run.model, run.optimizer, {"a": 2})
         with pytest.raises(AgreedError) as caught:
             writer.wait()
         writer.close()
-        return writer.failed, str(caught.value)
+        return writer.has_failed, str(caught.value)
 
 
 def test_what_one_process_cannot_write_none_takes_for_written(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_hours_on_cpus_need_their_peak() -> None:
 def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_path: Path) -> None:
     for settings in ({}, {"run__shard_size": 1}):
         plain, mixed = (
-            estimate_memory(pretrain.COMMAND.training(recipe), recipe, 1, "cpu")
+            estimate_memory(pretrain.COMMAND.make_training_spec(recipe), recipe, 1, "cpu")
             for recipe in (
                 read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, run__dtype=dtype, **settings))
                 for dtype in ("fp32", "bf16")
@@ -184,7 +184,7 @@ def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_pa
 def check_estimate(command: Command[Any], argv: list[str], small: list[str], count: int = 2) -> None:
     """Against processes that have pretrained by `small` before, so that the libraries have what they keep."""
     recipe = read_recipe(command.recipe, "", argv)
-    estimate = estimate_memory(command.training(recipe), recipe, count, "cpu")
+    estimate = estimate_memory(command.make_training_spec(recipe), recipe, count, "cpu")
     run_on(count, memory_of_a_run, small, pretrain.COMMAND)
     measured = max(run_on(count, memory_of_a_run, argv, command))
     print(f"estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")

@@ -34,7 +34,7 @@ from tests.util.training import (
 from train import early_exit, uptrain
 from train.command import Command
 from train.data import Mixture
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def steps_taken(argv: list[str]) -> int:
     """How many optimizer steps a training takes to its end."""
     taken, whole = 0, Trainer._train_step
 
-    def count(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+    def count(self: Trainer, rate: float) -> StepResult:
         nonlocal taken
         taken += 1
         return whole(self, rate)

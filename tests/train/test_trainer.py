@@ -46,8 +46,9 @@ from tests.util.training import (
 from train import pretrain
 from train.distributed import full_parameters
 from train.flops import training_flops_per_token
+from train.optimizer import learning_rate, make_optimizer
 from train.recipe import OptimConfig
-from train.trainer import Trainer, learning_rate, make_optimizer
+from train.trainer import StepResult, Trainer
 
 Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
 
@@ -241,7 +242,7 @@ def test_deterministic_algorithms_are_on_during_a_run_that_asks_for_them(
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     seen, step = [], Trainer._train_step
 
-    def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+    def take(self: Trainer, rate: float) -> StepResult:
         seen.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
         return step(self, rate)
 

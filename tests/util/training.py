@@ -29,7 +29,7 @@ from train.command import Command
 from train.data import Mixture, Windows
 from train.distributed import AgreedError, processes, raise_everywhere
 from train.recipe import read_recipe
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 420, 32, 8
@@ -141,7 +141,7 @@ def train_until(step: int, argv: list[str], command: Command[Any] = uptrain.COMM
     with pytest.MonkeyPatch.context() as patch:
         whole = Trainer._train_step
 
-        def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+        def take(self: Trainer, rate: float) -> StepResult:
             if self.step == step:
                 raise AgreedError("interrupted here")
             return whole(self, rate)
