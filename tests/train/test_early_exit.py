@@ -212,7 +212,7 @@ def test_the_final_checkpoint_names_its_exits_and_each_part_is_logged(
 
 
 def test_early_exits_learn(checkpoints: dict[str, Path], flags: Flags, tmp_path: Path) -> None:
-    train(flags(checkpoints["three"], tmp_path / "run", steps=24, exits__coefficient=0.3))
+    train(flags(checkpoints["three"], tmp_path / "run", steps=16, exits__coefficient=0.3))
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for loop in range(3):
         assert last[f"cross_entropy_loop_{loop}"] < first[f"cross_entropy_loop_{loop}"] - 0.5

@@ -61,14 +61,14 @@ def memory_of_a_run(argv: list[str], command: Command[Any]) -> int:
     return peak - before
 
 
-def make_argv(tmp_path: Path, **overrides: Any) -> list[str]:
+def make_argv(tmp_path: Path, num_layers: int = 8, **overrides: Any) -> list[str]:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB,
         "hidden_size": 384,
         "intermediate_size": 1024,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
         "hidden_act": "silu",
@@ -138,10 +138,10 @@ def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_a_dry_run_needs_neither_weights_nor_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_argv(tmp_path)[:2]
+    model = make_argv(tmp_path, num_layers=1)[:2]
     argv = [*model, "--data.seq_len", "64", "--run.tokens", "15000000000"]
     text = dry_run([*argv, "--dry-run", "4", "--mfu", "0.5", "--gpu", "A100"], capsys, monkeypatch)
-    assert text.startswith("llama, 8 layers as 1 loop(s) of 8, LoRA rank 0, 20.45 M parameters (14.16 M in the block)")
+    assert text.startswith("llama, 1 layers as 1 loop(s) of 1, LoRA rank 0, 8.06 M parameters (1.77 M in the block)")
     assert "train: 7,152 steps of 2.10 M tokens = 15.00 B; 4 process(es) x 1024 micro-batch(es) x 8 x 64" in text
     flops = training_flops_per_token(*read_architecture(model[1], "model.config"), 64)
     hours = 7152 * 2**21 * flops / (4 * 312e12 * 0.5) / 3600
@@ -173,7 +173,7 @@ def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_pa
         plain, mixed = (
             estimate_memory(pretrain.COMMAND.make_training_spec(recipe), recipe, 1, "cpu")
             for recipe in (
-                read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, run__dtype=dtype, **settings))
+                read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, 2, run__dtype=dtype, **settings))
                 for dtype in ("fp32", "bf16")
             )
         )
