@@ -72,7 +72,7 @@ def test_skipped_steps_cost_no_good_checkpoint(flags: Flags, tmp_path: Path) -> 
     assert steps_kept(out) == [2, 5]
 
 
-def test_a_bad_step_is_told_though_the_step_before_cannot_be_saved(
+def test_a_bad_step_is_reported_even_if_the_step_before_cannot_be_saved(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -147,7 +147,7 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, inputs: Pa
     assert losses(out) == losses(tmp_path / "whole")
 
 
-def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
+def test_the_guards_memory_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
     trainer = train(flags(tmp_path / "whole", run__save_every=3))
     train_until(5, flags(tmp_path / "parts", run__save_every=3))
     resumed = train(flags(tmp_path / "parts", run__save_every=3))

@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a small model: whole or not there, in the background or not, damaged ones passed over."""
+"""Resumable checkpoints of a small model: complete or absent, in the background or not, damaged ones skipped."""
 
 import errno
 import json
@@ -127,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(
     kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage, message = DAMAGES[kind]
@@ -220,7 +220,7 @@ def fail_on_one(out: Path) -> tuple[bool, str]:
         return writer.has_failed, str(caught.value)
 
 
-def test_what_one_process_cannot_write_none_takes_for_written(tmp_path: Path) -> None:
+def test_a_checkpoint_that_one_process_cannot_write_fails_in_all(tmp_path: Path) -> None:
     results = run_on_two(fail_on_one, tmp_path)
     assert results[0] == results[1]
     assert "step-2: cannot be written" in results[0][1] and "No space left" in results[0][1]

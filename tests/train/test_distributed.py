@@ -200,7 +200,7 @@ def disagree(kind: type[Exception], path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"), [(UserError, "only here"), (OSError, "/some/file: No space left on device")]
 )
-def test_what_one_process_cannot_do_is_the_same_error_in_all(kind: type[Exception], message: str) -> None:
+def test_an_error_of_one_process_is_raised_in_all(kind: type[Exception], message: str) -> None:
     for result in run_on(2, disagree, kind, Path("/some/file")):
         assert isinstance(result, UserError)
         assert str(result) == message

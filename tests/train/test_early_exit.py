@@ -292,7 +292,7 @@ def test_exits_take_the_final_norm_once() -> None:
 
 
 @pytest.mark.parametrize(("distill", "loops_run"), [("none", 2), ("last", 3)])
-def test_a_frozen_model_runs_no_loop_that_its_loss_does_not_ask_for(distill: Any, loops_run: int) -> None:
+def test_a_frozen_model_runs_only_the_loops_that_its_loss_needs(distill: Any, loops_run: int) -> None:
     model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3, head_lora_rank=2)).double()
     model.init_weights(0)
     objective = early_exit_objective(ExitsConfig(freeze=True, head_lora_rank=2, distill=distill), DistillConfig(), 3)

@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
         ("--lora-init zero", "lora_init svd; expected zero"),
     ],
 )
-def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> None:
+def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, message: str) -> None:
     flags = "--num-loops 2 --init average --lora-rank 4"
     found = dataclasses.replace(recursive_flags(flags.split()), exit_loops=(0,), head_lora_rank=4)  # by training
     check_conversion("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=flags))
@@ -267,7 +267,7 @@ def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> 
         ("--init average --untie-norms", "--norm-init zero"),
     ],
 )
-def test_what_has_no_effect_on_a_conversion_is_not_compared(flags: str, other: str) -> None:
+def test_conversion_flags_without_effect_are_not_compared(flags: str, other: str) -> None:
     both = [f"--num-loops 2 {flags}", f"--num-loops 2 {flags} {other}"]
     for made, described in (both, reversed(both)):
         start = StartConfig(base="pythia-160m", convert=described)

@@ -219,7 +219,7 @@ class AnyRecipe:
         limit=st.none() | st.integers(0, 9),
     )
 )
-def test_what_is_written_reads_back_the_same(table: AnyTable, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_written_recipe_reads_back_the_same(table: AnyTable, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.toml"
     path.write_bytes(to_toml(AnyRecipe(table)).encode())
     assert read_recipe(AnyRecipe, "", ["--recipe", str(path)]) == AnyRecipe(table)

@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to end, and go on as if they had not been."""
+"""Runs that are killed or interrupted, and resume as if they had not been."""
 
 import contextlib
 import os
@@ -74,7 +74,7 @@ def uptrain_with_noise(step: int | None, argv: list[str]) -> None:
         train_here(argv) if step is None else train_until(step, argv)
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Path) -> None:
+def test_random_numbers_are_the_same_after_a_resumption(flags: Flags, tmp_path: Path) -> None:
     run_on_two(uptrain_with_noise, None, flags(tmp_path / "whole", 6, run__save_every=2))
     argv = flags(tmp_path / "parts", 6, run__save_every=2)
     run_on_two(uptrain_with_noise, 3, argv)
@@ -85,7 +85,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Pat
 
 
 def steps_taken(argv: list[str]) -> int:
-    """How many optimizer steps a training takes to its end."""
+    """The number of optimizer steps that a training takes to its end."""
     taken, whole = 0, Trainer._train_step
 
     def count(self: Trainer, rate: float) -> StepResult:
@@ -227,7 +227,7 @@ def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
         train_here(argv)
 
 
-def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(flags: Flags, tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_its_last_finished_step_within_a_micro_batch(flags: Flags, tmp_path: Path) -> None:
     settings = dict(steps=4, run__micro_batch=2)  # two micro-batches a step
     run_on_two(train_here, flags(tmp_path / "whole", **settings))
     for at, saved in ((2, [1]), (3, [2]), (0, [])):  # within a step, at its end, in the first
@@ -240,7 +240,7 @@ def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(fl
 
 
 @pytest.mark.parametrize(("at", "said"), [(9, "saved step 2 of 6"), (1, "no step was finished")])
-def test_a_run_asked_to_end_says_where_it_will_go_on(
+def test_an_interrupted_run_says_that_the_same_command_resumes_it(
     at: int,
     said: str,
     flags: Flags,
@@ -271,7 +271,7 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
+def test_two_processes_killed_under_torchrun_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
     assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
     out = tmp_path / "killed"
     argv = flags(out, 60, run__save_every=5)

@@ -259,7 +259,7 @@ def test_a_finished_run_is_refused_and_overwritten_on_request(flags: Flags, tmp_
         train_here(["--recipe", str(out / "recipe.toml")])
 
 
-def test_overwriting_spares_what_is_no_run_and_what_the_run_reads(flags: Flags, tmp_path: Path, data: Path) -> None:
+def test_overwriting_spares_other_directories_and_the_runs_inputs(flags: Flags, tmp_path: Path, data: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("years of work")
     with pytest.raises(UserError, match="not empty and not a training run"):
