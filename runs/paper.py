@@ -98,7 +98,7 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], epilog="Flags after -- go to the row's training."
+        description=(__doc__ or "").split(":\n")[0], epilog="Flags after -- go to the row's training."
     )
     parser.add_argument("row", nargs="?", help="FAMILY/ROW; without it, list all rows")
     parser.add_argument("--base", type=Path, default=Path("BASE"), metavar="DIR", help="the published base model")

@@ -267,12 +267,12 @@ def estimate_table(recipe: Recipe, spec: TrainingSpec, dry_run: DryRun) -> str:
             f"{' and as it is without run.compile' if run.compile else ''}:",
             *(f"  {label:<{width}}  {human_bytes(size):>12}" for label, size in rows),
             f"  peak with checkpointing: {others}",
-            f"work: {human_count(flops)}FLOPs per token; {hours(tokens * flops, run, dry_run)}",
+            f"work: {human_count(flops)}FLOPs per token; {describe_hours(tokens * flops, run, dry_run)}",
         ]
     )
 
 
-def hours(flops: float, run: RunConfig, dry_run: DryRun) -> str:
+def describe_hours(flops: float, run: RunConfig, dry_run: DryRun) -> str:
     """Say how many hours so much work takes."""
     if run.device == "cpu" and run.peak_flops is None:
         return "for hours on CPUs give --run.peak_flops"

@@ -168,7 +168,7 @@ def make_units(files: dict[str, list[Path]], settings: list[Any]) -> list[Unit]:
     for split, parts in wholes.items():
         group: list[Part] = []
         weight = 0
-        for part in (piece for whole in parts for piece in cut(whole, unit_bytes)):
+        for part in (piece for whole in parts for piece in cut_part(whole, unit_bytes)):
             cost = part.size * (4 if is_compressed(part.path) else 1)
             if group and weight + cost > unit_bytes:
                 units.append(make_unit(split, group, settings))
@@ -180,7 +180,7 @@ def make_units(files: dict[str, list[Path]], settings: list[Any]) -> list[Unit]:
     return units
 
 
-def cut(part: Part, unit_bytes: int) -> Iterator[Part]:
+def cut_part(part: Part, unit_bytes: int) -> Iterator[Part]:
     """Cut `part` into ranges of `unit_bytes`, if its kind of file can be read from the middle."""
     if not is_divisible(part.path):
         yield part
@@ -293,7 +293,7 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
     for _ in range(workers):
         ours, theirs = context.Pipe()
         connections.append(ours)
-        process = context.Process(target=work, args=(job, theirs, connections), daemon=True)
+        process = context.Process(target=run_worker, args=(job, theirs, connections), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
@@ -306,7 +306,7 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
             process.join()
 
 
-def work(job: Job, connection: Connection, parents: list[Connection]) -> None:
+def run_worker(job: Job, connection: Connection, parents: list[Connection]) -> None:
     """Run a worker: receive the index of a unit, tokenise it, answer with None or the error, until the parent ends."""
     # The parent's garbage is not to be collected here: its finalizers may end a thread, say, that was not forked.
     gc.freeze()

@@ -20,7 +20,7 @@ from tests.util.training import make_checkpoint, make_flags, to_flags, train
 from train import early_exit, pretrain
 from train.architecture import read_architecture
 from train.command import Command
-from train.estimate import LiveMemory, estimate_memory, hours
+from train.estimate import LiveMemory, describe_hours, estimate_memory
 from train.flops import training_flops_per_token
 from train.recipe import DryRun, RunConfig, read_recipe
 from train.trainer import Trainer
@@ -163,9 +163,9 @@ def test_a_dry_run_needs_neither_weights_nor_data(
 
 def test_hours_on_cpus_need_their_peak() -> None:
     run, dry_run = RunConfig(out="x", tokens=2**21, device="cpu"), DryRun(processes=2, mfu=0.5, gpu="H100")
-    assert hours(7.2e15, run, dry_run) == "for hours on CPUs give --run.peak_flops"
+    assert describe_hours(7.2e15, run, dry_run) == "for hours on CPUs give --run.peak_flops"
     known = replace(run, peak_flops=1e12)
-    assert hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
+    assert describe_hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
 
 
 def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_path: Path) -> None:

@@ -286,6 +286,28 @@ def test_two_processes_killed_under_torchrun_resume_bitwise(flags: Flags, tmp_pa
 
 
 @pytest.mark.slow
+def test_workers_of_a_killed_torchrun_train_on_until_one_of_them_is_signalled(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, 100_000, run__save_every=2, run__micro_batch=4)
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        workers = descendants(process.pid)
+        process.kill()
+    assert len(workers) == 2
+    try:
+        wait_for_steps(out, len(losses(out)) + 10)
+        with pytest.raises(UserError, match="another training run writes to it"):
+            train_here(argv)
+    finally:
+        os.kill(workers[1], signal.SIGTERM)
+    end = time.monotonic() + 100
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert steps_kept(out)[-1] == len(losses(out)) >= 10 and not (out / "final").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "to_worker", "exit_code"), [("SIGTERM", False, 1), ("SIGUSR1", False, 1), ("SIGUSR1", True, 0)]
 )

@@ -30,7 +30,7 @@ def run_on(count: int, function: Callable[..., Any], *args: Any) -> tuple[Any, .
 
 @functools.cache
 def forkserver() -> ForkServerContext:
-    """Makes processes that are forked from one which has imported torch and the trainer already."""
+    """A context whose processes are forked from one that has imported torch and the trainer."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.util.training"])
     return context
