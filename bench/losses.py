@@ -30,10 +30,10 @@ from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from train.distributed import processes, shard_model
 from train.losses import ExitWeights, Head, exit_losses
-from train.objective import early_exits
+from train.objective import early_exit_objective
+from train.optimizer import make_optimizer
 from train.recipe import DistillConfig, ExitsConfig, OptimConfig
 from train.teacher import ShardedTeacher
-from train.trainer import make_optimizer
 
 TOKENS, SEQUENCE = 2048, 512
 
@@ -72,7 +72,7 @@ def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
     sizes: dict[str, Any] = dict(vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_layers=6)
     config = replace(preset("tinyllama-1.1b"), num_heads=8, num_kv_heads=2, head_dim=width // 8, **sizes)
     distill = DistillConfig(teacher="the model's base" if variant == "distilled" else None)
-    objective = early_exits(ExitsConfig(distill="teacher" if distill.teacher else "none"), distill, 3)
+    objective = early_exit_objective(ExitsConfig(distill="teacher" if distill.teacher else "none"), distill, 3)
     with processes("cpu") as group:
         before = status_bytes("VmRSS")
         model = RecursiveTransformer(config, RecursiveConfig(num_loops=3))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from train.distributed import Wrap, set_last_micro_batch, shard_model
-from train.estimate import pretended_processes
+from train.estimate import fake_processes
 
 _COLLECTIVES = {
     torch.ops.c10d._allgather_base_.default: "all-gather",
@@ -56,7 +56,7 @@ def imagined_step(
 ) -> Traffic:
     """The traffic of one optimizer step in bf16 of a model of any size: its tensors have shapes but no memory."""
     traffic = Traffic()
-    with pretended_processes(processes, 0) as mesh, FakeTensorMode():
+    with fake_processes(processes, 0) as mesh, FakeTensorMode():
         model = RecursiveTransformer(config, recursion)
         shard_model(model, mesh, torch.bfloat16, wrap)
         for micro_batch in range(accumulation):

@@ -23,12 +23,14 @@ from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import ForwardContext, LoopedStack, RecursiveTransformer, rope_cos_sin
+from train.architecture import InitialModel
 from train.compile import compile_layers
 from train.distributed import processes
 from train.estimate import LiveMemory
 from train.objective import NEXT_TOKEN
+from train.optimizer import make_optimizer
 from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig
-from train.trainer import InitialModel, Trainer, make_optimizer
+from train.trainer import StepResult, Trainer
 
 SMALL_LLAMA = ModelConfig(
     family="llama",
@@ -272,7 +274,7 @@ class _TimedTrainer(Trainer):
 
     bare: Callable[[int], Tensor]
 
-    def _train_step(self, rate: float) -> tuple[float, float, str | None]:
+    def _train_step(self, rate: float) -> StepResult:
         now = time.perf_counter()
         if self.step == 0:
             self.timed: Samples = {"trainer": [], "bare loop": []}

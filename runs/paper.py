@@ -1,12 +1,12 @@
-"""One row of the paper, from the base model to its perplexities, with one command:
+"""Make one row of the paper, from the base model to its perplexities, with one command:
 
     python runs/paper.py gemma/b2_average_svd_r512_15b --base models/gemma-2b --data data/slimpajama-gemma \\
         --out runs/out/paper
 
-Rows are the recipes in train/recipes; without one, all are listed. The rows that a row needs, its teacher or the model
-whose exits it trains, are made first. What is finished is kept and an interrupted training goes on: run it again.
-`--print` shows the commands instead, `--` hands further flags to the row's training. docs/REPRODUCTION.md says which
-row belongs to which of the paper's tables.
+Without a row it lists them all: FAMILY/ROW for each row of train/recipes/FAMILY.toml. The rows that a row needs, its
+teacher or the model whose exits it trains, are made first. Finished steps are kept and an interrupted training goes on
+when the command is run again. `--print` shows the commands instead; flags after `--` go to the row's own training.
+docs/REPRODUCTION.md says which setting of the paper each row is.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rrt.common.cli import run_command
 from rrt.common.files import read_json
 from rrt.errors import UserError
-from train.recipe import read_tables
+from train.recipe_table import Settings, read_rows, read_settings, similar
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "train" / "recipes"
@@ -31,7 +31,7 @@ RECIPES = ROOT / "train" / "recipes"
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the path that is there when it has been run."""
+    """A command and the path that it makes."""
 
     command: list[str]
     makes: Path
@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user has, and where results go."""
+    """The user's files, the directory for results, and the number of processes."""
 
     base: Path
     data: Path
@@ -47,46 +47,45 @@ class Inputs:
     gpus: int
 
 
-def rows() -> list[str]:
-    """Every row, as folder/name."""
-    return sorted(f"{path.parent.name}/{path.stem}" for path in RECIPES.glob("*/*.toml") if path.parent.name != "parts")
+def rows() -> dict[str, Settings]:
+    """Every row of the paper's, as family/name, in the order of the files."""
+    found = {
+        f"{path.stem}/{name}": settings
+        for path in sorted(RECIPES.glob("*.toml"))
+        for name, settings in read_rows(path).items()
+    }
+    # The others are for any checkpoint of the family.
+    return {row: settings for row, settings in found.items() if "start" in settings or "model" in settings}
 
 
 def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
-    """The commands of a row in order, those of the rows that it needs first; they may come more than once.
+    """The commands of a row in order, those of the rows that it needs first, some more than once.
 
     Args:
         further: flags of the row's own training.
     """
-    recipe = RECIPES / f"{row}.toml"
-    tables = read_tables(recipe)
-    start, out = tables.get("start", {}), inputs.out / row
-    flags = ["--recipe", str(recipe), "--data.path", str(inputs.data), "--run.out", str(out)]
+    family, name = row.split("/")
+    recipe = f"{RECIPES / family}.toml#{name}"
+    settings = read_settings(recipe)
+    start, out = settings.get("start", {}), inputs.out / row
+    flags = ["--recipe", recipe, "--data.path", str(inputs.data), "--run.out", str(out)]
     needed = {}
     for field in ("after", "teacher"):
         if field in start:
-            needed[field] = f"{recipe.parent.name}/{Path(start[field]).stem}"
+            needed[field] = f"{family}/{start[field]}"
             yield from steps(needed[field], inputs)
     if "teacher" in needed:
         flags += ["--distill.teacher", str(inputs.out / needed["teacher"] / "final")]
-    script = "early_exit" if "exits" in tables else "uptrain"
-    if "model" in tables:
+    script = "early_exit" if "exits" in settings else "uptrain"
+    if "model" in settings:
         script = "pretrain"
         flags += ["--model.tokenizer", str(inputs.base)]
     elif "after" in needed:
         flags += ["--checkpoint.path", str(inputs.out / needed["after"] / "final")]
     elif start.get("convert"):
         folded = inputs.out / "start" / row
-        convert = [
-            "-m",
-            "rrt.convert",
-            "--base",
-            str(inputs.base),
-            "--out",
-            str(folded),
-            *shlex.split(start["convert"]),
-        ]
-        yield Step([sys.executable, *convert], folded)
+        convert = ["-m", "rrt.convert", "--base", str(inputs.base), "--out", str(folded)]
+        yield Step([sys.executable, *convert, *shlex.split(start["convert"])], folded)
         flags += ["--checkpoint.path", str(folded)]
     else:
         flags += ["--checkpoint.path", str(inputs.base)]
@@ -99,9 +98,9 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], epilog="What follows -- goes to the row's training."
+        description=(__doc__ or "").split(":\n")[0], epilog="Flags after -- go to the row's training."
     )
-    parser.add_argument("row", nargs="?", help="folder/name of a recipe")
+    parser.add_argument("row", nargs="?", help="FAMILY/ROW; without it, list all rows")
     parser.add_argument("--base", type=Path, default=Path("BASE"), metavar="DIR", help="the published base model")
     parser.add_argument("--data", type=Path, default=Path("DATA"), metavar="DIR", help="token shards of the corpus")
     parser.add_argument("--out", type=Path, default=Path("runs/out/paper"), metavar="DIR", help="(runs/out/paper)")
@@ -115,7 +114,10 @@ def main() -> None:
         print("\n".join(rows()))
         return
     if arguments.row not in rows():
-        raise UserError(f"row: found {arguments.row!r}; expected one of those that runs/paper.py lists without a row")
+        raise UserError(
+            f"row: found {arguments.row!r}; expected one that runs/paper.py lists without a row, such as "
+            f"{similar(arguments.row, rows())}"
+        )
     inputs = Inputs(arguments.base, arguments.data, arguments.out, arguments.gpus)
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
@@ -126,7 +128,7 @@ def main() -> None:
         made.add(step.makes)
         print(f"$ {shlex.join(step.command)}", flush=True)
         if not arguments.print and subprocess.run(step.command, env=env).returncode:
-            raise UserError(f"{step.makes}: not made: the command above failed; mend it and run this again")
+            raise UserError(f"{step.makes}: not made, the command above failed; run this again to go on from there")
     if not arguments.print:
         result = inputs.out / arguments.row / "perplexity.json"
         print(f"{arguments.row}: perplexity {read_json(result)['perplexity']:.2f} ({result})")

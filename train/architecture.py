@@ -1,32 +1,67 @@
-"""Shapes of models by name, file, directory or recipe, without their weights."""
+"""The model that a recipe trains: its shape by name, file, directory or recipe, and where its weights come from."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.checkpoint.source import Source, open_source
+from rrt.common.cli import human_count
 from rrt.common.files import read_json
 from rrt.convert import recursive_flags
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import meta_model
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 
 ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank")
-"""What a checkpoint's `RecursiveConfig` has from early-exit training; all else is from rrt.convert."""
+"""Fields of a checkpoint's `RecursiveConfig` that early-exit training sets; all others are from rrt.convert."""
 
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What is trained, as far as it can be said without weights."""
+    """A training as far as it can be described without weights, for a dry run."""
 
     model: ModelConfig
     recursion: RecursiveConfig
     objective: Objective = NEXT_TOKEN
     teacher: tuple[ModelConfig, RecursiveConfig] | None = None
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that training begins with, opened and checked."""
+
+    stage: str
+    """The name of this training in `provenance.json`."""
+    model: ModelConfig
+    recursion: RecursiveConfig
+    tokenizer: Tokenizer
+    open_parameters: Callable[[], Callable[[str], Tensor]]
+    """Gives a function from a parameter's name to its initial value; not called when a run is resumed."""
+    parent: Path | None
+    """The checkpoint that the parameters come from."""
+    objective: Objective = NEXT_TOKEN
+    teacher: Path | None = None
+    """The model that the objective distills from."""
+
+
+def describe_model(model: ModelConfig, recursion: RecursiveConfig) -> str:
+    """A model in one line."""
+    meta = meta_model(model, recursion)
+    count, block = (sum(p.numel() for p in module.parameters()) for module in (meta, meta.stack))
+    return (
+        f"{model.family}, {model.num_layers} layers as {recursion.num_loops} loop(s) of "
+        f"{recursion.layers_per_loop(model)}, LoRA rank {recursion.lora_rank}, {human_count(count)} parameters "
+        f"({human_count(block)} in the block)"
+    )
 
 
 def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConfig]:
@@ -51,8 +86,8 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
     )
 
 
-def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig, RecursiveConfig]:
-    """The shape of a checkpoint, or of the one that `start` describes if there is none.
+def checkpoint_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig, RecursiveConfig]:
+    """The shape of a checkpoint or, where none is given, of the one that `start` describes.
 
     Raises:
         UserError: neither is given, or the checkpoint is folded or relaxed in another way than `start` says.
@@ -62,31 +97,34 @@ def start_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig
             raise UserError("missing 'checkpoint.path', or 'start.base' in its place; give one of them")
         return read_architecture(checkpoint, "checkpoint.path")
     if checkpoint == ABSENT:
-        return read_architecture(start.base, "start.base")[0], _described(start)
+        return read_architecture(start.base, "start.base")[0], _described_recursion(start)
     model, recursion = read_architecture(checkpoint, "checkpoint.path")
-    check_start(checkpoint, model, recursion, start)
+    check_conversion(checkpoint, model, recursion, start)
     return model, recursion
 
 
-def _described(start: StartConfig) -> RecursiveConfig:
+def _described_recursion(start: StartConfig) -> RecursiveConfig:
     return recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
 
 
-def open_start(checkpoint: str, start: StartConfig) -> Source:
-    """The checkpoint that training begins with.
+def open_checkpoint(checkpoint: str, start: StartConfig) -> Source:
+    """Open the checkpoint that training begins with.
 
     Raises:
         UserError: it is not usable, or folded or relaxed in another way than `start` says.
     """
     source = open_source(checkpoint)
-    check_start(checkpoint, source.model, source.recursion, start)
+    check_conversion(checkpoint, source.model, source.recursion, start)
     return source
 
 
-def check_start(checkpoint: str, model: ModelConfig, recursion: RecursiveConfig, start: StartConfig) -> None:
-    """Refuse a checkpoint of another family than `start` says, or folded or relaxed in another way, if it says any.
+def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveConfig, start: StartConfig) -> None:
+    """Check that a checkpoint has the family, fold and relaxation that `start` describes, if it describes any.
 
     Sizes may differ, so that a row can be tried with a small model.
+
+    Raises:
+        UserError: the first field in which they differ.
     """
     if start.base is None:
         return
@@ -96,7 +134,7 @@ def check_start(checkpoint: str, model: ModelConfig, recursion: RecursiveConfig,
             f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
             f"start.base = '{start.base}' says"
         )
-    recursion, described = _without_unused(recursion), _without_unused(_described(start))
+    recursion, described = _without_unused(recursion), _without_unused(_described_recursion(start))
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursion, name), getattr(described, name)
         if found != expected:
@@ -121,17 +159,21 @@ def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, Recursive
     return None if distill.teacher is None else read_architecture(distill.teacher, "distill.teacher")
 
 
-def planned_distillation(distill: DistillConfig, start: StartConfig) -> DistillConfig:
-    """For a dry run: a teacher that is yet to be made has the base's shape, as all of the paper's do."""
+def with_stand_in_teacher(distill: DistillConfig, start: StartConfig) -> DistillConfig:
+    """Put the base in the place of a teacher that is yet to be made, for a dry run: all the paper's have its shape."""
     if distill.teacher is None and start.teacher is not None:
         return replace(distill, teacher=start.base)
     return distill
 
 
 def check_distillation(distill: DistillConfig, start: StartConfig) -> None:
-    """Refuse to train without the teacher that the recipe speaks of."""
+    """Check that the teacher is there which the recipe's row needs.
+
+    Raises:
+        UserError: it is missing.
+    """
     if distill.teacher is None and start.teacher is not None:
         raise UserError(
-            f"field 'distill.teacher': missing; expected the final/ of the recipe that start.teacher names, "
+            f"field 'distill.teacher': missing; expected the final/ of the row that start.teacher names, "
             f"'{start.teacher}' (runs/paper.py makes it first)"
         )

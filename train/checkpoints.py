@@ -1,8 +1,8 @@
-"""Resumable checkpoints of a training run: `step-N/`, sharded, written in the background, whole or not there.
+"""Resumable checkpoints of a training run, `step-N/`: sharded, written in the background, complete or not there.
 
-A checkpoint is written as `.step-N`. When every process's files are on disk the first process writes
-`trainer.json`, which lists them with their sizes, and then gives the directory its name. A run killed at any
-moment therefore leaves whole checkpoints only, and one damaged later (a file lost or cut short) is told by its list.
+A checkpoint is written as `.step-N`. When every process's files are on disk the first process writes `trainer.json`,
+which lists them with their sizes, and then gives the directory its name. So a run killed at any moment leaves complete
+checkpoints only, and the list shows if one was damaged later (a file lost or cut short).
 """
 
 import copy
@@ -34,13 +34,13 @@ def step_directories(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(number), path) for number, path in found if number.isdigit())
 
 
-def whole_steps(out: Path) -> list[int]:
+def complete_steps(out: Path) -> list[int]:
     """The steps that can be resumed from, oldest first."""
     return [step for step, path in step_directories(out) if find_damage(path) is None]
 
 
 def find_damage(directory: Path) -> str | None:
-    """What `step-N/` lacks to be resumed from, or None."""
+    """Describe why `step-N/` cannot be resumed from; None if it is complete."""
     try:
         files = read_json(directory / STATE_FILE).get("files")
     except UserError as error:
@@ -58,10 +58,10 @@ def find_damage(directory: Path) -> str | None:
 
 
 def latest_complete(out: Path, *, warn: bool) -> Path | None:
-    """The checkpoint to resume from, or None if the run has not saved any.
+    """The checkpoint to resume from, or None if the run has saved none.
 
     Args:
-        warn: name on stderr each damaged checkpoint that is passed over.
+        warn: name each damaged checkpoint that is skipped on stderr.
 
     Raises:
         UserError: there are checkpoints, all of them damaged.
@@ -84,10 +84,10 @@ def latest_complete(out: Path, *, warn: bool) -> Path | None:
 
 
 def check_identity(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a run whose identity, as JSON, is another.
+    """Check that a checkpoint is of the run with this identity (JSON).
 
     Raises:
-        UserError: the first field in which they differ, with both values.
+        UserError: it is of another; names the first field in which they differ, with both values.
     """
     path = directory / STATE_FILE
     stored = read_json(path).get("identity", {})
@@ -101,7 +101,7 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
-    """The innermost field in which two JSON values that differ do so first, and its values."""
+    """The first field, as deep inside as possible, in which two JSON values differ, and its values."""
     if isinstance(found, dict) and isinstance(expected, dict):
         inside = [(f"{name}.{key}", found.get(key), expected.get(key)) for key in found | expected]
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
@@ -115,7 +115,7 @@ def _first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, A
 def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Set parameters and optimizer state from `step-N/`, written by any number of processes; returns N.
 
-    The optimizer's settings stay as they are: they are the recipe's, which may have changed.
+    The optimizer keeps its settings, which are the recipe's and may have changed since.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -129,21 +129,21 @@ def load_step(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     return int(directory.name.removeprefix("step-"))
 
 
-class CheckpointWriter:
-    """Writes the checkpoints of one run and deletes all but its last `keep` whole ones.
+class TrainingStateWriter:
+    """Writes the resumable checkpoints of one run and deletes all but its last `keep` complete ones.
 
-    In the background, they are written from a copy in host memory, which is there for as long as that takes:
-    12 bytes per parameter (weight and two moments in fp32), divided by the processes that share the model. One is
-    written at a time: the next waits for it, and so must the end of the run.
+    In the background they are written from a copy in host memory, kept until then: 12 bytes per parameter (weight and
+    two moments in fp32), divided by the processes that share the model. One is written at a time: the next waits for
+    it, and so must the end of the run.
 
     Args:
         out: the run's directory.
-        background: write while training goes on; else `save` returns when the checkpoint is there.
+        background: write while training goes on; otherwise `save` returns when the checkpoint is complete.
     """
 
     def __init__(self, out: Path, *, keep: int, background: bool) -> None:
         self._out, self._keep, self._background = out, keep, background
-        # Of its own: the main thread's collectives go on meanwhile. On the CPU, as the copy is.
+        # A group of its own, as the main thread's collectives go on meanwhile; on the CPU, where the copy is.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -156,11 +156,11 @@ class CheckpointWriter:
         state: dict[str, Any],
         delete_old: bool = True,
     ) -> None:
-        """Write `step-<step>/`, once the checkpoint before it is there. A collective.
+        """Write `step-<step>/`, once the checkpoint before it is complete. A collective.
 
         Args:
-            state: what the first process puts into `trainer.json` besides; values of JSON.
-            delete_old: whether older checkpoints than the last `keep` go for it.
+            state: further content of `trainer.json`, JSON values; the first process's counts.
+            delete_old: delete older checkpoints than the last `keep` afterwards.
 
         Raises:
             AgreedError: a process could not write this checkpoint, or the one before; earlier ones are intact.
@@ -175,12 +175,12 @@ class CheckpointWriter:
             self.wait()
 
     @property
-    def failed(self) -> bool:
-        """Whether this process knows that the checkpoint being written will not be; `wait` says why."""
+    def has_failed(self) -> bool:
+        """True if this process could not write the current checkpoint; `wait` raises the reason."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Return when the last checkpoint is there. A collective.
+        """Return when the last checkpoint is complete. A collective.
 
         Raises:
             AgreedError: a process could not write it; earlier checkpoints are intact.
@@ -190,7 +190,7 @@ class CheckpointWriter:
             raise_everywhere(writing.result)
 
     def close(self) -> None:
-        """Let the checkpoint that is being written come to its end, without asking how."""
+        """Wait for the checkpoint that is being written and ignore its errors."""
         self._thread.shutdown()
 
     def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any], delete_old: bool) -> None:
@@ -199,7 +199,7 @@ class CheckpointWriter:
         try:
             try:
                 save(tensors, checkpoint_id=partial, process_group=self._group)
-            except CheckpointException as error:  # raised in all processes, with what each of them met
+            except CheckpointException as error:  # raised in all processes, with the errors of each
                 raise OSError(_causes(error)) from None
             if is_main:
                 self._complete(partial, target, {"step": step, **state})
@@ -213,23 +213,23 @@ class CheckpointWriter:
     def _complete(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         atomic_write(partial / STATE_FILE, json.dumps({**state, "files": files}, indent=2))
-        if target.exists():  # damaged, or the run would have gone on from it
+        if target.exists():  # damaged, otherwise the run would have resumed from it
             _remove(target)
         partial.rename(target)
         fsync(self._out)
 
     def _delete_old(self) -> None:
-        whole = whole_steps(self._out)
+        complete = complete_steps(self._out)
         for number, path in step_directories(self._out):
-            if number < whole[-self._keep :][0]:
+            if number < complete[-self._keep :][0]:
                 try:
                     _remove(path)
-                except OSError as error:  # the new one is whole all the same
+                except OSError as error:  # the new checkpoint is complete all the same
                     print(f"warning: {path}: cannot be deleted ({error})", file=sys.stderr, flush=True)
 
 
 def _remove(directory: Path) -> None:
-    """Delete a checkpoint, under a hidden name: a half-deleted one must not look like one."""
+    """Delete a checkpoint under a hidden name, so that a half-deleted one does not look like a checkpoint."""
     shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.removed")))
 
 

@@ -9,22 +9,22 @@ from rrt.model.transformer import LoopedStack
 def compile_layers(stack: LoopedStack, device: torch.device) -> None:
     """Compile the forward of each layer of `stack`, in place.
 
-    All layers share their graphs, one for each loop. The hooks of FSDP and activation checkpointing stay outside of
-    them: they are on what calls a layer's forward.
+    All layers share their graphs, one for each loop. The hooks of FSDP and activation checkpointing stay outside the
+    graphs, as they are on `__call__`.
 
     Raises:
-        UserError: torch.compile does not work here, as where there is no compiler.
+        UserError: torch.compile does not work on this machine, for example without a C++ compiler.
     """
     check_compiler(device)
     config = torch._dynamo.config
-    # One per loop, and again for other strides or modes; past its limit torch refuses.
+    # A graph per loop, and more for other strides or modes; torch refuses to compile beyond its limit.
     config.recompile_limit = max(config.recompile_limit, 4 * stack.num_loops)
     for layer in stack.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile one addition.
+    """Try torch.compile on one addition.
 
     Raises:
         UserError: it fails.

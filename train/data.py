@@ -1,12 +1,11 @@
-"""Training windows out of token shards: the k-th sample of a run is a function of the seed and k.
+"""Training windows from token shards: the k-th sample of a run is a function of the seed and k.
 
 So resuming needs only a count, and the order is the same for any number of processes, each of which reads its own
-samples out of files that are mapped, never loaded. Nothing grows with the corpus: the shuffle is computed, not kept.
+samples from memory-mapped files. Nothing grows with the corpus: the shuffle is computed, not stored.
 
-Documents lie one after the other, each as `Tokenizer.encode_documents` made it: after BOS where the family has it
-(Gemma, Llama), before EOS in all. Windows are cut across them: a model learns from EOS and BOS that what came before
-is another text, and attention is not cut there. A window that begins within a document begins with BOS all the same
-where documents do.
+Documents follow each other as `Tokenizer.encode_documents` made them: with BOS in front where the family has it (Gemma,
+Llama), with EOS at the end in all. Windows are cut across documents without a mask in between; from EOS and BOS a model
+learns that another text begins. Where documents begin with BOS, so does every window.
 """
 
 import math
@@ -29,11 +28,11 @@ from train.recipe import DataConfig
 class Windows:
     """Windows of `seq_len + 1` tokens (inputs and their next tokens) of one corpus, shuffled anew every epoch.
 
-    Windows of one shard overlap by one token, so that in an epoch each token but the first is a target once;
-    what is left at a shard's end and fills no window is not used.
+    Windows of one shard overlap by one token, so that in an epoch each token but the first is a target once. The rest
+    at a shard's end that fills no window is not used.
 
     Args:
-        key: numbers that decide the order, with the epoch.
+        key: numbers that decide the order, together with the epoch.
 
     Raises:
         UserError: the shards hold no full window.
@@ -58,10 +57,10 @@ class Windows:
 
     def locate(self, position: int) -> tuple[Shard, int]:
         """The shard of the corpus's `position`-th sample, and the sample's first token in it."""
-        epoch, place = divmod(position, len(self))
+        epoch, rank = divmod(position, len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, Permutation(len(self), *self._key, epoch)
-        index = self._order[place]
+        index = self._order[rank]
         shard = int(np.searchsorted(self._first_window, index, side="right")) - 1
         return self.shards.shards[shard], int(index - self._first_window[shard]) * self.seq_len
 
@@ -73,20 +72,20 @@ class Mixture:
     of n to within the number of corpora.
 
     Args:
-        weights: of each corpus, in proportion; None for in proportion to their windows.
-        skip: samples of the order to leave out at its beginning.
+        weights: proportions of the corpora; None for those of their windows.
+        skip: samples to leave out at the beginning of the order.
     """
 
     def __init__(self, corpora: Sequence[Windows], weights: Sequence[float] | None = None, skip: int = 0) -> None:
         self.corpora, self.skip = corpora, skip
-        # As exact numbers: what they count must not depend on how far the run has come.
+        # Exact numbers: the counts must not depend on how far the run has come.
         exact = [Fraction(str(weight)) for weight in weights or map(len, corpora)]
         self.shares = [weight / sum(exact) for weight in exact]
-        # Of each corpus among itself and those after it.
+        # The share of each corpus among itself and those after it.
         self._turns = [weight / sum(exact[index:]) for index, weight in enumerate(exact)]
 
     def place(self, sample: int) -> str:
-        """Where the run's `sample`-th sample lies, as arguments of ``python -m rrt.shards``."""
+        """The place of the run's `sample`-th sample, as arguments of ``python -m rrt.shards``."""
         shard, start, count = self._locate(sample)
         return f"{shard.path} --start {start} --count {count}"
 
@@ -103,12 +102,12 @@ class Mixture:
         inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
         bos_id = self.corpora[0].shards.bos_id
         if bos_id is not None:
-            # Models pretrained with BOS put much of their attention there: a window always begins with it.
+            # Models pretrained with BOS put much of their attention there.
             inputs[:, 0] = bos_id
         return inputs, targets
 
     def describe(self, samples: int) -> str:
-        """A line per corpus, with what a run of so many samples sees of it."""
+        """A line per corpus: its size, its share and the epochs in a run of so many samples."""
         lines = []
         for corpus, share in zip(self.corpora, self.shares, strict=True):
             shards = corpus.shards
@@ -118,7 +117,7 @@ class Mixture:
                 f"{mixed}{float(samples * share / len(corpus)):.2f} epochs\n"
             )
         if self.skip:
-            lines.append(f"data: the first {human_count(self.skip * self.corpora[0].seq_len)} tokens are passed over\n")
+            lines.append(f"data: the first {human_count(self.skip * self.corpora[0].seq_len)} tokens are skipped\n")
         return "".join(lines)
 
     def _locate(self, sample: int) -> tuple[Shard, int, int]:
@@ -127,17 +126,17 @@ class Mixture:
         return *self.corpora[corpus].locate(position), self.corpora[corpus].seq_len + 1
 
     def _turn(self, rest: int) -> tuple[int, int]:
-        """The corpus of sample `rest` and how many samples before it are of that corpus."""
+        """The corpus of sample `rest`, and the number of samples before it that are of that corpus."""
         for corpus, turn in enumerate(self._turns[:-1]):
             before = rest * turn.numerator // turn.denominator
             if (rest + 1) * turn.numerator // turn.denominator > before:
                 return corpus, before
-            rest -= before  # which sample it is of those that the corpora after this one share
+            rest -= before  # its number among the samples of the corpora after this one
         return len(self.corpora) - 1, rest
 
 
 def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Mixture:
-    """The samples that a recipe names.
+    """Open the data that a recipe names.
 
     Raises:
         UserError: shards that are missing, damaged, too small, or made with another tokenizer.

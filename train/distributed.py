@@ -1,8 +1,8 @@
-"""Processes and sharding: how a looped model is wrapped by FSDP2, loaded into shards and gathered again.
+"""Processes and sharding: wrap a looped model with FSDP2, load it into shards and gather it again.
 
-A weight of the looped stack is gathered once a step, by the first loop of the forward, and its gradient is
-reduced once, when the backward has reached the first loop again: the block moves B times fewer bytes than the
-layers of its full-size parent. The stack is one FSDP unit; for large blocks, each of its layers is.
+A weight of the looped stack is gathered once a step, by the first loop of the forward, and its gradient is reduced
+once, when the backward has reached the first loop again: the block moves B times fewer bytes than the layers of its
+full-size parent. The stack is one FSDP unit or, for large blocks, each of its layers is.
 """
 
 import functools
@@ -29,12 +29,12 @@ Wrap = Literal["stack", "layer"]
 
 
 class AgreedError(UserError):
-    """Bad input that every process knows of."""
+    """A user's error that every process raises."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others, and the device it computes on."""
+    """This process's place among all processes, and its device."""
 
     rank: int
     world_size: int
@@ -69,7 +69,7 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
         shard_size: processes that share one copy of the parameters, neighbours by rank; 0 for all.
 
     Raises:
-        UserError: CUDA was asked for and is not there, more processes than GPUs were started, or `shard_size`
+        UserError: CUDA was requested and is not available, more processes than GPUs were started, or `shard_size`
             does not divide their number.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -82,15 +82,18 @@ def processes(device: str = "auto", shard_size: int = 0) -> Iterator[Processes]:
     except AgreedError:
         dist.destroy_process_group()
         raise
-    # Not after an error of this process alone: the others wait for it, and leaving the group in order would hang.
+    # Not after an error of this process alone: the others wait for it, and an orderly end of the group would hang.
     dist.destroy_process_group()
 
 
 def raise_everywhere(action: Callable[[], T]) -> T:
-    """Run `action` in every process; if it is bad input for any, it is a `UserError` in all.
+    """Run `action` in every process and return its result; a user's error in any process is raised in all.
 
-    Bad input is a `UserError`, or the operating system's refusal of a file. Also a barrier: nobody returns
-    before everybody has run `action`.
+    Such an error is a `UserError`, or an `OSError` such as a missing file. Also a barrier: no process returns before
+    all have run `action`.
+
+    Raises:
+        AgreedError: with the message of the first process that met an error.
     """
     result, message = None, None
     try:
@@ -108,7 +111,7 @@ def raise_everywhere(action: Callable[[], T]) -> T:
 
 
 def broadcast_from_main(action: Callable[[], T]) -> T:
-    """What `action` gives the first process, in all of them; errors as in `raise_everywhere`."""
+    """Run `action` in the first process and return its result in all; errors as in `raise_everywhere`."""
     result = raise_everywhere(action if dist.get_rank() == 0 else lambda: None)
     box = [result]
     dist.broadcast_object_list(box, src=0)
@@ -116,9 +119,9 @@ def broadcast_from_main(action: Callable[[], T]) -> T:
 
 
 def _shard_dim(parameter: nn.Parameter, world_size: int) -> Shard:
-    """Shard along the first dimension that divides evenly: LoRA's first is only B loops long.
+    """Shard along the first dimension that divides evenly, as LoRA's first is only B loops long.
 
-    Where none does, along the first: FSDP pads no other.
+    If none does, along the first: FSDP pads no other.
     """
     shape = parameter.shape
     even = [dim for dim in range(parameter.dim()) if shape[dim] % world_size == 0]
@@ -128,18 +131,18 @@ def _shard_dim(parameter: nn.Parameter, world_size: int) -> Shard:
 def shard_model(
     model: RecursiveTransformer, mesh: DeviceMesh, compute_dtype: torch.dtype | None, wrap: Wrap = "stack"
 ) -> None:
-    """Wrap `model` in place: the looped stack or its layers as units, embedding, norm and head as the root's.
+    """Wrap `model` in place: the looped stack or its layers are FSDP units; embedding, norm and head are the root's.
 
-    A step makes one all-gather and one reduce-scatter for each unit, whatever the loops and micro-batches, and with
-    a mesh of several copies one all-reduce of what was scattered. A single process that computes in the parameters'
-    own dtype stays as it is: FSDP would copy all its weights and gradients in every step.
+    A step makes one all-gather and one reduce-scatter for each unit, for any number of loops and micro-batches, and
+    with a mesh of several copies one all-reduce of the scattered gradients. A single process that computes in the
+    parameters' own dtype is not wrapped: FSDP would copy all its weights and gradients in every step.
 
     Args:
         mesh: of one dimension, or two: the parameters are sharded over the last and replicated over the first.
         compute_dtype: dtype of weights and activations in forward and backward; gradients are reduced in
             fp32. None computes in the parameters' own dtype.
-        wrap: "stack" for the fewest collectives; "layer" lets them overlap with computation and needs
-            reduce-scatter buffers of a layer's size only.
+        wrap: "stack" for the fewest collectives; "layer" overlaps them with computation and needs reduce-scatter
+            buffers of one layer's size only.
     """
     if mesh.size() == 1 and compute_dtype is None:
         return
@@ -155,7 +158,7 @@ def shard_model(
     def shard(module: nn.Module, **options: bool) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, **options)
 
-    # Kept after each forward: the next loop, or the backward, needs the same weights.
+    # Not resharded after the forward: the next loop, or the backward, needs the same weights.
     if wrap == "layer":
         for layer in model.stack.layers:
             shard(layer, reshard_after_forward=False)
@@ -169,7 +172,7 @@ _in_last_micro_batch: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _finish_at_first_loop(model: nn.Module, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook: the layer's backward reduces and frees only in loop 0, the last that it comes to."""
+    """Forward hook: let the layer's backward reduce and free only in loop 0, which it reaches last."""
     finish = args[1] == 0 and _in_last_micro_batch.get(model, True)
     assert isinstance(layer, FSDPModule)
     if output.requires_grad:
@@ -182,10 +185,10 @@ def _set_finish(module: FSDPModule, finish: bool) -> None:
 
 
 def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
-    """`function` with the weights of `model` gathered and its backward prepared, as if it were `model.forward`.
+    """Wrap `function` so that FSDP treats it as `model.forward`: weights gathered, backward prepared.
 
-    Without FSDP it is `function` itself. For what uses the root's weights, embedding, norm and head, beyond the model's
-    own forward.
+    For functions that use the root's weights (embedding, norm, head) outside the model's own forward. Without FSDP it
+    is `function` itself.
     """
     model.as_forward = function  # type: ignore[assignment]
     register_fsdp_forward_method(model, "as_forward")
@@ -193,9 +196,9 @@ def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Between micro-batches keep gathered weights and unreduced gradients; reduce and free at the last.
+    """Keep gathered weights and unreduced gradients between micro-batches; reduce and free after the last.
 
-    Freeing at the last is what makes the optimizer's new weights be gathered in the next step.
+    Weights freed after the last are gathered anew in the next step, as the optimizer has changed them.
     """
     if isinstance(model, FSDPModule):
         _in_last_micro_batch[model] = last
@@ -204,9 +207,9 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
 
 @torch.no_grad()
 def fill_parameters(model: nn.Module, get: Callable[[str], Tensor]) -> None:
-    """Set every parameter of a sharded model from `get(name)`, each process keeping its own part.
+    """Set every parameter of a sharded model from `get(name)`; each process keeps its own part.
 
-    No communication: each process reads (mapped) tensors one at a time.
+    Without communication: each process reads (mapped) tensors one at a time.
     """
     for name, parameter in model.named_parameters():
         stored = get(name).to(parameter.device, parameter.dtype)

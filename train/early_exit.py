@@ -1,5 +1,5 @@
 """Train the exits after every loop: torchrun --nproc-per-node 8 train/early_exit.py \\
-    --recipe train/recipes/gemma_15b.toml --checkpoint.path models/gemma-b2-r512-15b/final --exits.distill last \\
+    --recipe train/recipes/gemma.toml#15b --checkpoint.path models/gemma-b2-r512-15b/final --exits.distill last \\
     --data.path data/slimpajama-gemma --run.out models/gemma-b2-r512-exits
 
 Small, on a laptop without a GPU (after `make demo`):
@@ -8,10 +8,10 @@ Small, on a laptop without a GPU (after `make demo`):
         --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
         --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/exits
 
-Each exit goes through the model's own final norm and head (PAPER, Early-exit training). From an uptrained checkpoint
+Each exit goes through the model's own final norm and head (arXiv 2410.20672, section 2.4). From an uptrained checkpoint
 this is post-training; from a converted one it is co-training, uptraining with the exits' losses. The settings of the
 paper: `--exits.weighting weighted`; `aggressive` with a coefficient of 0.3, 0.1, 0.05 or 0.01; `--exits.distill last`;
-`--exits.freeze true --exits.head_lora_rank 128`. `final/` says in `exit_loops` which loops were trained.
+`--exits.freeze true --exits.head_lora_rank 128`. The `config.json` of `final/` lists the trained exits as `exit_loops`.
 """
 
 import math
@@ -34,15 +34,21 @@ from rrt.errors import UserError
 from rrt.folding.fold import seeded_generator
 from rrt.model.config import RecursiveConfig
 from rrt.model.meta import parameter_shapes
-from train.architecture import TrainingSpec, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.architecture import (
+    InitialModel,
+    TrainingSpec,
+    checkpoint_architecture,
+    open_checkpoint,
+    teacher_architecture,
+    with_stand_in_teacher,
+)
 from train.command import Command
-from train.objective import early_exits
+from train.objective import early_exit_objective
 from train.recipe import DataConfig, DistillConfig, ExitsConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class EarlyExitCheckpointConfig:
     """The model whose exits are trained."""
 
     path: str = field_doc("a recursive checkpoint: uptrained (post-training) or fresh from rrt.convert (co-training)")
@@ -50,7 +56,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EarlyExitRecipe:
-    checkpoint: CheckpointConfig
+    checkpoint: EarlyExitCheckpointConfig
     start: StartConfig
     exits: ExitsConfig
     distill: DistillConfig
@@ -61,7 +67,7 @@ class EarlyExitRecipe:
 
 
 def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
-    """The configuration of the trained model, from the checkpoint's.
+    """The checkpoint's configuration with the exits that the recipe trains.
 
     Raises:
         UserError: the checkpoint has a LoRA on the head of another rank than the recipe asks for.
@@ -75,7 +81,7 @@ def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfi
 
 
 def initial_values(source: Source, recursion: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
-    """Parameters by name: the checkpoint's, and for a new LoRA on the head a Gaussian A and zero B."""
+    """A function from a parameter's name to its value: the checkpoint's; a new LoRA on the head has B = 0."""
     shapes = parameter_shapes(source.model, recursion)
 
     def get(name: str) -> Tensor:
@@ -88,22 +94,22 @@ def initial_values(source: Source, recursion: RecursiveConfig, seed: int) -> Cal
     return get
 
 
-def training(recipe: EarlyExitRecipe) -> TrainingSpec:
-    """What the recipe trains, without its weights."""
-    model, recursion = start_architecture(recipe.checkpoint.path, recipe.start)
-    distill = planned_distillation(recipe.distill, recipe.start)
+def make_training_spec(recipe: EarlyExitRecipe) -> TrainingSpec:
+    """Describe the recipe's training without weights."""
+    model, recursion = checkpoint_architecture(recipe.checkpoint.path, recipe.start)
+    distill = with_stand_in_teacher(recipe.distill, recipe.start)
     return TrainingSpec(
         model,
         with_exits(recursion, recipe.exits),
-        early_exits(recipe.exits, distill, recursion.num_loops),
+        early_exit_objective(recipe.exits, distill, recursion.num_loops),
         teacher_architecture(distill),
     )
 
 
-def start(recipe: EarlyExitRecipe) -> InitialModel:
+def open_initial_model(recipe: EarlyExitRecipe) -> InitialModel:
     """Open the checkpoint."""
-    source = open_start(recipe.checkpoint.path, recipe.start)
-    objective = early_exits(recipe.exits, recipe.distill, source.recursion.num_loops)
+    source = open_checkpoint(recipe.checkpoint.path, recipe.start)
+    objective = early_exit_objective(recipe.exits, recipe.distill, source.recursion.num_loops)
     recursion = with_exits(source.recursion, recipe.exits)
     return InitialModel(
         "early-exit",
@@ -117,7 +123,7 @@ def start(recipe: EarlyExitRecipe) -> InitialModel:
     )
 
 
-COMMAND = Command(EarlyExitRecipe, training, start)
+COMMAND = Command(EarlyExitRecipe, make_training_spec, open_initial_model)
 
 
 @report_error_once

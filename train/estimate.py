@@ -1,8 +1,8 @@
-"""What a run will take, before it runs and without weights: memory of a process, FLOPs, hours.
+"""Estimate of a run before it starts and without weights: memory of a process, FLOPs, hours.
 
-Memory is no formula: an optimizer step of the very model, sharding and losses that would run is traced on tensors that
-have sizes but no memory, in a process group that pretends to have all the processes. What the trace does not see is
-what the libraries take for themselves (a CUDA context with NCCL: about 1 GiB) and what the allocator wastes.
+The memory is traced, not a formula: one optimizer step of the same model, sharding and losses runs on fake tensors,
+which have sizes but no memory, in a fake process group of the full size. The trace does not see the memory of the
+libraries themselves (a CUDA context with NCCL: about 1 GiB) or the allocator's fragmentation.
 """
 
 import gc
@@ -28,16 +28,16 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops.precision import pretend_device
-from train.architecture import TrainingSpec
+from train.architecture import TrainingSpec, describe_model
 from train.distributed import mesh_dimensions, set_last_micro_batch
 from train.flops import peak_flops, run_flops_per_token
-from train.recipe import DryRun, RunConfig
+from train.recipe import DryRun, Recipe, RunConfig, accumulation
 from train.teacher import ShardedTeacher
-from train.trainer import Recipe, accumulation, describe, set_up_model
+from train.trainer import set_up_model
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensor storages that operators made and that still exist.
+    """Counts the bytes of tensor storages that operators made and that still exist.
 
     Attributes:
         live, peak: bytes now, and at most so far.
@@ -59,7 +59,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def __enter__(self) -> "LiveMemory":
-        # FSDP frees gathered weights by shrinking their storage, which no operator does.
+        # FSDP frees gathered weights by resizing their storage, without an operator.
         self._resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -96,11 +96,11 @@ class Memory:
 
     Attributes:
         parameters, optimizer, gradients: this process's part, fp32; AdamW keeps two moments.
-        gathered, accumulated, reduced: FSDP's whole weights in the compute dtype, whole fp32 gradients between
+        gathered, accumulated, reduced: FSDP's unsharded weights in the compute dtype, unsharded fp32 gradients between
             micro-batches, and buffer of the largest reduce-scatter; 0 for a single process without FSDP.
-        activations: what a forward keeps for its backward, merged weights included.
-        loss: logits of a chunk with what the losses make of them, and the head's gradient.
-        teacher: this process's part; of several processes each gathers a layer and the head at a time as well.
+        activations: kept by a forward for its backward, merged weights included.
+        loss: logits of a chunk and matrices derived from them, and the head's gradient.
+        teacher: this process's part; each of several processes also gathers a layer and the head at a time.
     """
 
     parameters: int
@@ -116,8 +116,8 @@ class Memory:
 
 
 @contextmanager
-def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
-    """The mesh of `count` processes, of which this one is the first and the only one."""
+def fake_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
+    """Give the mesh of `count` processes, of which this one is the first and only this one exists."""
     dimensions = mesh_dimensions(count, shard_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
@@ -126,7 +126,7 @@ def pretended_processes(count: int, shard_size: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, device: str) -> Memory:
+def estimate_memory(spec: TrainingSpec, recipe: Recipe, world_size: int, device: str) -> Memory:
     """Trace the micro-batches of one step as process 0 of `world_size` runs them on a device of this type.
 
     Raises:
@@ -142,20 +142,18 @@ def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, dev
         at_norm = memory.live
 
     with (
-        pretended_processes(world_size, run.shard_size) as mesh,
+        fake_processes(world_size, run.shard_size) as mesh,
         FakeTensorMode(),
         LiveMemory() as memory,
         pretend_device(device),
     ):
         teacher, teacher_bytes = None, 0
-        if training.teacher is not None:
-            teacher = ShardedTeacher(_make_model(*training.teacher, compute_dtype), mesh)
+        if spec.teacher is not None:
+            teacher = ShardedTeacher(_make_model(*spec.teacher, compute_dtype), mesh)
             teacher_bytes = _local_bytes(teacher.model)
-        model = _make_model(training.model, training.recursion, torch.float32)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(training.objective.trains(name))
-        set_up_model(model, run, mesh)
-        losses = training.objective.bind(model, teacher)
+        model = _make_model(spec.model, spec.recursion, torch.float32)
+        set_up_model(model, run, spec.objective, mesh)
+        losses = spec.objective.bind(model, teacher)
         model.norm.register_forward_hook(note)
         gc.collect()
         memory.peak = memory.live
@@ -165,7 +163,7 @@ def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, dev
         wrapped = isinstance(model, FSDPModule)
         gathered = whole * compute_dtype.itemsize if wrapped else 0
         tokens = torch.zeros(run.micro_batch, recipe.data.seq_len, dtype=torch.int64)
-        # A second micro-batch meets the gradients of the first, further ones meet the same.
+        # The second micro-batch adds to the gradients of the first; further ones take no more memory.
         traced = min(2, micro_batches)
         for micro in range(traced):
             set_last_micro_batch(model, micro == traced - 1)
@@ -193,7 +191,7 @@ def estimate_memory(training: TrainingSpec, recipe: Recipe, world_size: int, dev
 
 
 def _make_model(model: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype) -> RecursiveTransformer:
-    """In its dtype from the start: tensors without memory cannot be converted in place."""
+    """Make a model in its dtype: fake tensors cannot be converted in place."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -209,7 +207,7 @@ def _local_bytes(model: RecursiveTransformer, only_trained: bool = False) -> int
 
 
 def _unit_sizes(model: RecursiveTransformer, run: RunConfig) -> Iterator[int]:
-    """Trained parameters of each unit of FSDP."""
+    """Trained parameters of each FSDP unit."""
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -232,8 +230,8 @@ _PARTS = {
 }
 
 
-def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> str:
-    """What training this model will take, for people."""
+def estimate_table(recipe: Recipe, spec: TrainingSpec, dry_run: DryRun) -> str:
+    """The printed table of a dry run."""
     run, processes = recipe.run, dry_run.processes
     tokens = run.steps * run.batch_tokens
     device = "cpu" if run.device == "cpu" else "cuda"
@@ -241,7 +239,7 @@ def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> s
     estimates = {}
     for kind in settings:
         changed = replace(recipe, run=replace(run, checkpointing=kind))  # type: ignore[type-var]
-        estimates[kind] = estimate_memory(training, changed, processes, device)
+        estimates[kind] = estimate_memory(spec, changed, processes, device)
     memory = estimates[run.checkpointing]
     rows = [
         (text.format(run.checkpointing), getattr(memory, name))
@@ -250,18 +248,18 @@ def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> s
     ]
     others = ", ".join(f"{kind} {human_bytes(estimates[kind].peak)}" for kind in settings[1:])
     flops = run_flops_per_token(
-        training.model,
-        training.recursion,
+        spec.model,
+        spec.recursion,
         recipe.data.seq_len,
         run,
-        training.objective,
-        training.teacher,
+        spec.objective,
+        spec.teacher,
     )
     width = max(len(label) for label, _ in rows)
     return "\n".join(
         [
-            describe(training.model, training.recursion),
-            f"loss: {training.objective.describe(training.recursion.num_loops)}",
+            describe_model(spec.model, spec.recursion),
+            f"loss: {spec.objective.describe(spec.recursion.num_loops)}",
             f"train: {run.steps:,} steps of {human_count(run.batch_tokens)} tokens = {human_count(tokens)}; "
             f"{processes} process(es) x {accumulation(recipe, processes)} micro-batch(es) x {run.micro_batch} x "
             f"{recipe.data.seq_len}; {run.dtype}",
@@ -269,13 +267,13 @@ def estimate_table(recipe: Recipe, training: TrainingSpec, dry_run: DryRun) -> s
             f"{' and as it is without run.compile' if run.compile else ''}:",
             *(f"  {label:<{width}}  {human_bytes(size):>12}" for label, size in rows),
             f"  peak with checkpointing: {others}",
-            f"work: {human_count(flops)}FLOPs per token; {hours(tokens * flops, run, dry_run)}",
+            f"work: {human_count(flops)}FLOPs per token; {describe_hours(tokens * flops, run, dry_run)}",
         ]
     )
 
 
-def hours(flops: float, run: RunConfig, dry_run: DryRun) -> str:
-    """How long so much work takes."""
+def describe_hours(flops: float, run: RunConfig, dry_run: DryRun) -> str:
+    """Say how many hours so much work takes."""
     if run.device == "cpu" and run.peak_flops is None:
         return "for hours on CPUs give --run.peak_flops"
     peak = run.peak_flops or peak_flops(dry_run.gpu)

@@ -1,8 +1,8 @@
-"""Floating-point work of training a looped model, and what devices can do: the two sides of MFU.
+"""FLOPs per token of training a looped model, and the peak FLOP/s of devices: the two sides of MFU.
 
-MFU, model FLOPs utilisation, is tokens per second x FLOPs per token / peak FLOP/s of all devices. The FLOPs are
-those that the method needs, with LoRA in the form that computes it; what the backward pass computes again to save
-memory does not count.
+MFU, model FLOPs utilisation, is tokens per second x FLOPs per token / peak FLOP/s of all devices. The FLOPs are those
+that the method needs, with LoRA merged or apart as it is computed; activations that are recomputed to save memory do
+not count.
 """
 
 import re
@@ -16,7 +16,7 @@ from rrt.model.sizes import model_sizes
 from train.objective import Objective
 from train.recipe import RunConfig
 
-# Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets, by whole words of the device's name.
+# Dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets; keys are whole words of the device's name.
 PEAK_FLOPS = {
     "GH200": 989e12,
     "H200": 989e12,
@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by its name, the first in the table; None for one that it does not have."""
+    """Peak dense bf16 FLOP/s of a GPU by its name, the first match in the table; None without one."""
     return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
@@ -56,10 +56,10 @@ def training_flops_per_token(
     nothing.
 
     Args:
-        merged_over: tokens of the micro-batch for which W + B A is made once; None for LoRA as products of their own.
-        exits: the loops after which the loss needs logits; default the last.
+        merged_over: tokens of the micro-batch for which W + B A is formed once; None for LoRA as products of its own.
+        exits: the loops after which the loss needs logits; by default the last.
         frozen: only the LoRA on the head has a backward pass.
-        teacher: the shape of a distillation's, whose forward pass is added.
+        teacher: the shape of the teacher, whose forward pass is added.
     """
     context = (seq_len + 1) // 2
     last = recursion.num_loops - 1
@@ -85,8 +85,8 @@ def run_flops_per_token(
     objective: Objective,
     teacher: tuple[ModelConfig, RecursiveConfig] | None,
 ) -> float:
-    """`training_flops_per_token` with LoRA as `run.lora` says; "auto", a choice by linear, counts as the cheaper."""
-    tokens, exits = run.micro_batch * seq_len, objective.exits(recursion.num_loops)
+    """`training_flops_per_token` of a run; `run.lora = "auto"`, a choice by linear, counts as the cheaper form."""
+    tokens, exits = run.micro_batch * seq_len, objective.exit_loops(recursion.num_loops)
     forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
     return min(
         training_flops_per_token(

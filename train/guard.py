@@ -1,4 +1,4 @@
-"""Steps that must not reach the weights: a loss or gradient norm that is not finite, or far above the recent ones."""
+"""Bad steps, kept from the weights: loss or gradient norm not finite, or far above the recent ones."""
 
 import math
 import statistics
@@ -9,19 +9,19 @@ from train.recipe import GuardConfig
 
 
 class Guard:
-    """Judges steps by the recent ones. Every process must ask about the same numbers, and then has the same answer."""
+    """Judges each step by the recent ones. Processes that pass the same numbers get the same answers."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._recent = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
         self._skipped_in_a_row = 0
         self.last_was_bad = False
-        """Whether the last step was at fault; the weights may be spoilt then, and be the cause."""
+        """True if the last step was bad; spoilt weights may be the cause."""
         self.must_stop = False
-        """Whether the fault that was found last ends the run; if not, its step is to be skipped."""
+        """True if the last bad step ends the run; otherwise it is skipped."""
 
     def diagnose(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, in words; None if nothing is, and then the step counts as a recent one."""
+        """Describe what is wrong with a step, or return None and count it among the recent ones."""
         found = {"loss": loss, "gradient norm": grad_norm}
         fault = self._not_finite(found) or self._spike(found)
         self.last_was_bad = fault is not None
@@ -31,7 +31,7 @@ class Guard:
                 recent.append(found[name])
         else:
             self.must_stop = self.config.on_bad_step == "stop" or self._skipped_in_a_row >= self.config.max_skips
-            # A step that ends the run is none of it: it comes again when the run goes on.
+            # Not counted if it ends the run: the step is retried on resume.
             self._skipped_in_a_row += not self.must_stop
         return fault
 
@@ -48,7 +48,7 @@ class Guard:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON, which restores exactly."""
+        """The guard's memory as JSON, from which it is restored exactly."""
         return {
             "recent": {name: list(recent) for name, recent in self._recent.items()},
             "skipped_in_a_row": self._skipped_in_a_row,

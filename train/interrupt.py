@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end; all processes agree on the micro-batch after which they do."""
+"""Interruption by SIGTERM or SIGUSR1: all processes agree on the micro-batch after which they save and end."""
 
 import signal
 from types import FrameType
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """The run was asked to end; raised in all processes at the same place. `signal` names what asked."""
+    """The run is to save and end, because of `signal`; raised in all processes at the same place."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -18,11 +18,11 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Notes the signals while it is entered, for as often as they come: launchers and Slurm both send them."""
+    """Notes the signals inside its context, even if sent repeatedly, as by a launcher and by Slurm."""
 
     def __init__(self) -> None:
         self._received = 0
-        # On the CPU, so that asking does not wait for the device.
+        # On the CPU, so that `check` does not wait for the device.
         self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Interrupt":
@@ -37,10 +37,10 @@ class Interrupt:
         self._received = signum
 
     def check(self, failed: bool) -> bool:
-        """Whether `failed` in any process. A collective of two integers over the CPU.
+        """Tell if `failed` in any process. A collective of two integers over the CPU.
 
         Raises:
-            Interrupted: any process was asked to end.
+            Interrupted: any process received a signal.
         """
         flags = torch.tensor([self._received, int(failed)])
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)

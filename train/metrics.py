@@ -1,4 +1,4 @@
-"""What a training run tells about itself: a progress line, `metrics.jsonl`, TensorBoard, and W&B if asked for."""
+"""Reports of a training run: a progress line, `metrics.jsonl`, TensorBoard, and optionally W&B."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ class Meter:
     Args:
         step, steps: optimizer steps done and to do in all.
         flops_per_token: of training, forward and backward.
-        peak_flops: of all devices together; None where nobody knows it, and then there is no MFU.
+        peak_flops: of all devices together; None if unknown, and then there is no MFU.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Meter:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Leave what took time since the last reading, such as a checkpoint, out of the next one's speed."""
+        """Measure the next speed from here, so that it leaves out what came before, such as a checkpoint."""
         self._window_first, self._window_began = step, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed since the last reading, and what it says about the rest."""
+        """Speed and utilisation since the last reading, and the time left."""
         now = time.perf_counter()
         speed = (step - self._window_first) * self._tokens_per_step / (now - self._window_began)
         self._window_first, self._window_began = step, now
@@ -61,7 +61,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def progress_line(record: dict[str, Any], steps: int) -> str:
-    """A record that holds a `Meter`'s reading, for people."""
+    """One printed line of a record that holds a `Meter`'s reading."""
     hours, rest = divmod(round(record["eta_seconds"]), 3600)
     mfu = f"MFU {record['mfu']:.1%}  " if "mfu" in record else ""
     return (
@@ -82,13 +82,13 @@ def import_wandb() -> Any:
 
 
 class MetricsWriter:
-    """Every step's record into `metrics.jsonl` and TensorBoard, both cut back to `step` when a run resumes, and W&B.
+    """Writes every step's record to `metrics.jsonl` and TensorBoard, cut back to `step` when a run resumes, and W&B.
 
     A number that is not finite is null in the file and left out of the curves; text goes to the file only.
 
     Args:
         wandb_project: None for no W&B. A resumed run continues its W&B run.
-        config: what W&B shows as the run's settings.
+        config: the run's settings, shown by W&B.
     """
 
     def __init__(self, out: Path, step: int, wandb_project: str | None, config: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class MetricsWriter:
         self._wandb = None if wandb_project is None else _start_wandb(out, wandb_project, config)
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` holds "step" and anything else that JSON can hold."""
+        """Write one record, which holds "step" and any other JSON values."""
         finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self._stream.write(json.dumps({key: finite.get(key) for key in record}) + "\n")
         self._stream.flush()
@@ -125,6 +125,6 @@ def _start_wandb(out: Path, project: str, config: dict[str, Any]) -> Any:
         atomic_write(id_file, uuid.uuid4().hex)
     run_id = id_file.read_text(encoding="utf-8").strip()
     run = wandb.init(project=project, id=run_id, resume="allow", name=out.name, dir=str(out), config=config)
-    # The curves' axis: W&B's own counter refuses to go back to where a run resumes.
+    # The axis of the curves: W&B's own counter cannot go back to the step where a run resumes.
     run.define_metric("train/*", step_metric="step")
     return run

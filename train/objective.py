@@ -1,4 +1,4 @@
-"""What a training run minimises: which exits of the model have a loss, and how it is weighted."""
+"""The loss of a training run: which exits of the model have one, and how they are weighted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ PART_NAMES = ("cross_entropy", "from_teacher", "from_last_exit")
 """The parts of an exit's loss, in the order of `exit_losses`."""
 
 
-Source = Literal["none", "last", "teacher"]
+DistilledFrom = Literal["none", "last", "teacher"]
 
 
-def _shares(distill: DistillConfig, coefficient: float, source: Source) -> ExitWeights:
-    """The weights of an exit that counts `coefficient` and is distilled from `source`."""
+def _exit_weights(distill: DistillConfig, coefficient: float, source: DistilledFrom) -> ExitWeights:
+    """Weights that add up to `coefficient` of an exit that is distilled from `source`."""
     divergence = 0.0 if source == "none" else coefficient * distill.weight
     return ExitWeights(
         cross_entropy=coefficient - divergence,
@@ -32,7 +32,7 @@ def _shares(distill: DistillConfig, coefficient: float, source: Source) -> ExitW
 
 
 def exit_coefficients(exits: ExitsConfig, num_loops: int) -> list[float]:
-    """How much the exit after each loop counts."""
+    """The weight of the exit after each loop in the total loss."""
     if exits.weighting == "aggressive":
         return [exits.coefficient] * (num_loops - 1) + [1.0]
     return [(loop + 1) / (num_loops * (num_loops + 1) / 2) for loop in range(num_loops)]
@@ -40,41 +40,41 @@ def exit_coefficients(exits: ExitsConfig, num_loops: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses by exit."""
+    """The losses of a model's exits."""
 
     weights: tuple[ExitWeights, ...]
-    """Of the last loop's exit, or of those of all loops in order."""
+    """One for the last loop's exit alone, or one for the exit of every loop in order."""
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
     frozen: bool = False
-    """Only the LoRA on the head learns."""
+    """Train only the LoRA on the head."""
 
-    def trains(self, name: str) -> bool:
-        """Whether a parameter of this name is trained: the LoRA on the head only where an exit before the last is."""
+    def should_train(self, name: str) -> bool:
+        """Decide by its name if a parameter is trained; the LoRA on the head is if exits before the last are."""
         if name.startswith("head_lora_"):
             return len(self.weights) > 1
         return not self.frozen
 
-    def exits(self, num_loops: int) -> list[int]:
+    def exit_loops(self, num_loops: int) -> list[int]:
         """The loops after which the loss needs logits."""
-        compared = any(weights.last_exit for weights in self.weights)
+        needs_last = any(weights.last_exit for weights in self.weights)
         return [
             loop
             for loop, weights in enumerate(self.weights, num_loops - len(self.weights))
-            if weights != ExitWeights() or (compared and loop == num_loops - 1)
+            if weights != ExitWeights() or (needs_last and loop == num_loops - 1)
         ]
 
     def bind(
         self, model: RecursiveTransformer, teacher: ShardedTeacher | None = None
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The function of (inputs, targets), each [batch, T] int64, that gives what `exit_losses` does.
+        """Make the function of (inputs, targets), each [batch, T] int64, that returns what `exit_losses` returns.
 
         It runs as a forward of the sharded model: the product with the head needs its gathered weights.
         """
 
         from_teacher: Teacher | None = None
         num_loops = model.recursion.num_loops
-        run = self.exits(num_loops)[-1] + 1  # of the loops after that nothing is asked
+        run = self.exit_loops(num_loops)[-1] + 1  # the loss needs no later loop
         weights = self.weights[: len(self.weights) - (num_loops - run)]
 
         def losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,18 +103,18 @@ class Objective:
         return distilled
 
     def named_parts(self, parts: list[float], num_loops: int) -> dict[str, float]:
-        """The flattened parts that `exit_losses` returns, by name and loop; nothing if the loss has one only."""
+        """Name the flattened parts of `exit_losses` by part and loop; empty if the loss has one part only."""
         named = {}
-        for place, weights in enumerate(self.weights):
-            loop = num_loops - len(self.weights) + place
-            asked = (weights != ExitWeights(), weights.teacher > 0, weights.last_exit > 0)
-            for column, (name, wanted) in enumerate(zip(PART_NAMES, asked, strict=True)):
-                if wanted:
-                    named[f"{name}_loop_{loop}"] = parts[place * len(PART_NAMES) + column]
+        for index, weights in enumerate(self.weights):
+            loop = num_loops - len(self.weights) + index
+            has_part = (weights != ExitWeights(), weights.teacher > 0, weights.last_exit > 0)
+            for column, (name, is_there) in enumerate(zip(PART_NAMES, has_part, strict=True)):
+                if is_there:
+                    named[f"{name}_loop_{loop}"] = parts[index * len(PART_NAMES) + column]
         return named if len(named) > 1 else {}
 
     def describe(self, num_loops: int) -> str:
-        """The loss in words."""
+        """Say the loss in words."""
         terms = []
         for loop, weights in enumerate(self.weights, num_loops - len(self.weights)):
             kinds = (
@@ -127,12 +127,12 @@ class Objective:
         return "; ".join(terms)
 
 
-def uptraining(distill: DistillConfig) -> Objective:
+def uptraining_objective(distill: DistillConfig) -> Objective:
     """The loss of the last loop, distilled if there is a teacher."""
     return Objective((_last_exit(distill, 1.0),), distill.loss, distill.temperature)
 
 
-def early_exits(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
+def early_exit_objective(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
     """The losses of all loops.
 
     Raises:
@@ -148,13 +148,13 @@ def early_exits(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> O
             "it unless exits.distill is 'teacher'"
         )
     *early, last = exit_coefficients(exits, num_loops)
-    weights = [_shares(distill, coefficient, exits.distill) for coefficient in early]
+    weights = [_exit_weights(distill, coefficient, exits.distill) for coefficient in early]
     weights.append(ExitWeights() if exits.freeze else _last_exit(distill, last))
     return Objective(tuple(weights), distill.loss, distill.temperature, exits.freeze)
 
 
 def _last_exit(distill: DistillConfig, coefficient: float) -> ExitWeights:
-    return _shares(distill, coefficient, "none" if distill.teacher is None else "teacher")
+    return _exit_weights(distill, coefficient, "none" if distill.teacher is None else "teacher")
 
 
 NEXT_TOKEN = Objective((ExitWeights(cross_entropy=1.0),))

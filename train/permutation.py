@@ -1,23 +1,23 @@
-"""Pseudo-random numbers and permutations that are computed from a key, not stored."""
+"""Pseudo-random numbers and permutations, computed from a key and never stored."""
 
 import hashlib
 
 _MASK = 2**64 - 1
-_ROUNDS = 16  # as many as the smallest permutations need to come out equally often
+_ROUNDS = 16  # so many that even the smallest permutations are all equally likely
 
 
 def keyed_uint64s(*key: int, count: int) -> list[int]:
-    """`count` numbers of 64 bits that depend on every number of the key."""
+    """Compute `count` numbers of 64 bits that depend on every number of the key."""
     digest = hashlib.shake_128(",".join(map(str, key)).encode()).digest(8 * count)
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(count)]
 
 
 class Permutation:
-    """The numbers from 0 to `size` - 1 in an order that the key decides; each costs some microseconds, no memory.
+    """The numbers from 0 to `size` - 1 in an order that the key decides; each takes microseconds and no memory.
 
     A Feistel network permutes the numbers of as many bits as `size` needs: the two halves of the bits are in turn
-    xored with a keyed hash of the other one, which is undone by doing it again. What it takes out of the range is
-    put through it again until it comes back (cycle walking), less than once on average.
+    xored with a keyed hash of the other half, which is invertible. A result outside the range goes through the network
+    again until it falls inside (cycle walking), less than once on average.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -31,18 +31,18 @@ class Permutation:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, place: int) -> int:
-        if not 0 <= place < self._size:
-            raise IndexError(place)
-        value = self._permuted(place)
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        value = self._permuted(index)
         while value >= self._size:
             value = self._permuted(value)
         return value
 
     def _permuted(self, value: int) -> int:
         high, low = value >> self._low_bits, value & self._low_mask
-        for turn, key in enumerate(self._keys):
-            if turn % 2:
+        for number, key in enumerate(self._keys):
+            if number % 2:
                 low ^= _mixed(high + key) & self._low_mask
             else:
                 high ^= _mixed(low + key) & self._high_mask
@@ -50,7 +50,7 @@ class Permutation:
 
 
 def _mixed(value: int) -> int:
-    """64 bits each of which depends on all of `value`'s (the finalizer of SplitMix64)."""
+    """Hash 64 bits so that each bit depends on all of `value`'s (the finalizer of SplitMix64)."""
     value &= _MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK

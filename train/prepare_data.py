@@ -4,10 +4,10 @@
     python train/prepare_data.py --input 'slimpajama/train/*/*.jsonl.zst' \\
         --heldout-input 'slimpajama/test/*/*.jsonl.zst' --tokenizer gemma-2b --out data/slimpajama-gemma
 
-The corpus is cut into units (groups of small files, byte ranges of large .jsonl files) that worker
-processes tokenise side by side. A finished unit stays in `<out>.partial`, under a name that says which
-bytes and which tokenizer made it; so the same command goes on after an interruption, a corrected
-input repeats no more than its own units, and the output does not depend on workers or interruptions.
+The corpus is cut into units (groups of small files, byte ranges of large .jsonl files) that worker processes tokenise
+in parallel. A finished unit stays in `<out>.partial` under a name that depends on its bytes and the tokenizer; so the
+same command continues after an interruption, a corrected input repeats only its own units, and the output does not
+depend on workers or interruptions.
 """
 
 import sys
@@ -53,14 +53,14 @@ from rrt.data.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, ope
 from rrt.data.tokenizer import Tokenizer, load_tokenizer
 from rrt.errors import UserError
 
-UNIT_FORMAT = 1  # change it when the documents of a unit would come out otherwise
+UNIT_FORMAT = 1  # increase it when the same input gives other tokens
 SMALLEST_UNIT, LARGEST_UNIT = 1 << 20, 1 << 26
 BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker does at a time, of one split; `name` is the same for the same work."""
+    """A worker's work at a time, in one split; `name` is the same for the same work."""
 
     split: str
     parts: tuple[Part, ...]
@@ -74,7 +74,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """What workers share."""
+    """All the work, with the settings that workers share."""
 
     units: list[Unit]
     tokenizer: Tokenizer
@@ -85,7 +85,7 @@ class Job:
         return self.directory / f"{unit.name}.bin"
 
     def documents_path(self, unit: Unit) -> Path:
-        """Per document its tokens and text bytes [documents, 2] int64; there only once the unit is whole."""
+        """Tokens and text bytes of each document [documents, 2] int64; there only when the unit is finished."""
         return self.directory / f"{unit.name}.npy"
 
 
@@ -144,11 +144,11 @@ def prepare_data(
 
 
 class EmptyCorpusError(UserError):
-    """There is nothing to tokenise, so nothing to keep either."""
+    """There is nothing to tokenise, and so no finished unit to keep."""
 
 
 def find_splits(inputs: Sequence[str], heldout_inputs: Sequence[str]) -> dict[str, list[Path]]:
-    """The files of each split; a file that is held out is not trained on."""
+    """Find the files of each split; a file that is held out is not trained on."""
     stdlib = [PYTHON_STDLIB] if PYTHON_STDLIB in inputs else []
     heldout = find_files([*stdlib, *heldout_inputs], split="heldout")
     held_out = {path.resolve() for path in heldout}
@@ -159,16 +159,16 @@ def find_splits(inputs: Sequence[str], heldout_inputs: Sequence[str]) -> dict[st
 
 
 def make_units(files: dict[str, list[Path]], settings: list[Any]) -> list[Unit]:
-    """Cut the corpus into units of similar work, in order. Depends on the files alone, not on the workers."""
+    """Cut the corpus into units of similar work, in order; they depend on the files, not on the workers."""
     wholes = {split: [whole_file(path) for path in paths] for split, paths in files.items()}
     total = sum(part.size for parts in wholes.values() for part in parts)
-    # A power of two, so that a corrected file seldom moves the borders of the others' units.
+    # A power of two, so that a corrected file seldom moves the borders of other units.
     unit_bytes = min(max(1 << (total // 4096).bit_length(), SMALLEST_UNIT), LARGEST_UNIT)
     units = []
     for split, parts in wholes.items():
         group: list[Part] = []
         weight = 0
-        for part in (piece for whole in parts for piece in cut(whole, unit_bytes)):
+        for part in (piece for whole in parts for piece in cut_part(whole, unit_bytes)):
             cost = part.size * (4 if is_compressed(part.path) else 1)
             if group and weight + cost > unit_bytes:
                 units.append(make_unit(split, group, settings))
@@ -180,8 +180,8 @@ def make_units(files: dict[str, list[Path]], settings: list[Any]) -> list[Unit]:
     return units
 
 
-def cut(part: Part, unit_bytes: int) -> Iterator[Part]:
-    """`part` in ranges of `unit_bytes`, if its kind of file can be read from the middle."""
+def cut_part(part: Part, unit_bytes: int) -> Iterator[Part]:
+    """Cut `part` into ranges of `unit_bytes`, if its kind of file can be read from the middle."""
     if not is_divisible(part.path):
         yield part
         return
@@ -190,7 +190,7 @@ def cut(part: Part, unit_bytes: int) -> Iterator[Part]:
 
 
 def make_unit(split: str, parts: list[Part], settings: list[Any]) -> Unit:
-    """A unit, named after everything that decides its tokens (a file's content by its time and size)."""
+    """Make a unit, named after everything that decides its tokens (time and size stand for a file's content)."""
     identity: list[Any] = [settings]
     for part in parts:
         status = part.path.stat()
@@ -217,7 +217,7 @@ def locked_directory(path: Path) -> Iterator[None]:
 
 
 def keep_finished(job: Job, overwrite: bool) -> set[str]:
-    """Names of the units that an earlier run finished; what else it left is removed.
+    """Return the names of the units that an earlier run finished, and remove its other files.
 
     Raises:
         UserError: all finished units are of other inputs or options, and `overwrite` is false.
@@ -246,7 +246,7 @@ def keep_finished(job: Job, overwrite: bool) -> set[str]:
 
 
 def tokenise(job: Job, finished: set[str], workers: int) -> None:
-    """Do the units that are not finished in worker processes, with a progress bar over bytes."""
+    """Tokenise the units that are not finished in worker processes, with a progress bar over bytes."""
     todo = [index for index, unit in enumerate(job.units) if unit.name not in finished]
     total = sum(unit.size for unit in job.units)
     with worker_pool(job, workers) as connections, progress_bar(total) as bar:
@@ -263,7 +263,9 @@ def tokenise(job: Job, finished: set[str], workers: int) -> None:
                 try:
                     failure = ready.recv()
                 except EOFError:
-                    raise UserError("a worker process was killed; was memory short? use fewer --workers") from None
+                    raise UserError(
+                        "a worker process was killed, perhaps for lack of memory; use fewer --workers"
+                    ) from None
                 if failure is not None:
                     raise failure
                 bar.update(job.units[index].size)
@@ -274,7 +276,7 @@ def tokenise(job: Job, finished: set[str], workers: int) -> None:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator["tqdm[Any]"]:
-    """Bytes done of `total` with time left; sparse where the output is no terminal."""
+    """Show bytes done of `total` with the time left, seldom if the output is not a terminal."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval, smoothing=0.05, desc="tokenising") as bar:
         yield bar
@@ -282,7 +284,7 @@ def progress_bar(total: int) -> Iterator["tqdm[Any]"]:
 
 @contextmanager
 def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
-    """Start workers and yield a connection to each; they end with the block, however it ends.
+    """Start workers and yield a connection to each; they end with the context, however it ends.
 
     They are forked before any thread exists, and share the loaded tokenizer's memory.
     """
@@ -291,7 +293,7 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
     for _ in range(workers):
         ours, theirs = context.Pipe()
         connections.append(ours)
-        process = context.Process(target=work, args=(job, theirs, connections), daemon=True)
+        process = context.Process(target=run_worker, args=(job, theirs, connections), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
@@ -304,12 +306,12 @@ def worker_pool(job: Job, workers: int) -> Iterator[list[Connection]]:
             process.join()
 
 
-def work(job: Job, connection: Connection, parents: list[Connection]) -> None:
-    """A worker: receive the index of a unit, do it, answer with None or the error; until the parent ends."""
-    # What the parent has left for its collector is not this process's: to end a thread, say, that was not forked along.
+def run_worker(job: Job, connection: Connection, parents: list[Connection]) -> None:
+    """Run a worker: receive the index of a unit, tokenise it, answer with None or the error, until the parent ends."""
+    # The parent's garbage is not to be collected here: its finalizers may end a thread, say, that was not forked.
     gc.freeze()
     for parent in parents:
-        parent.close()  # copies that came with the fork; kept open they would hide the parent's death
+        parent.close()  # the fork's copies, which would hide the parent's death if kept open
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is all the parallelism there is
@@ -327,7 +329,7 @@ def work(job: Job, connection: Connection, parents: list[Connection]) -> None:
 
 
 def write_unit(job: Job, unit: Unit) -> None:
-    """Tokenise one unit into its two files, the second of which says that both are whole."""
+    """Tokenise one unit into its two files; the second one marks both as complete."""
     dtype = token_dtype(job.tokenizer.vocab_size)
     rows: list[tuple[int, int]] = []
     unfinished = job.directory / f"{unit.name}.{os.getpid()}"
@@ -349,7 +351,7 @@ def write_unit(job: Job, unit: Unit) -> None:
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about `BATCH_CHARACTERS`."""
+    """Group texts into lists of about `BATCH_CHARACTERS`."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -363,7 +365,7 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any], overwrite: bool) -> None:
-    """Join the units into shards; `out` appears when all of it is there."""
+    """Join the units into shards; `out` appears when it is complete."""
     size = sum(job.tokens_path(unit).stat().st_size for unit in job.units)
     print(f"joining {len(job.units)} units, {human_bytes(size)} of tokens", flush=True)
     dtype = token_dtype(job.tokenizer.vocab_size)
@@ -382,7 +384,7 @@ def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any],
 
 
 def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> None:
-    """The table at the end."""
+    """Print the table of splits."""
     print(f"\n{'split':<8} {'shards':>6} {'documents':>11} {'tokens':>10} {'text':>11} {'bytes/token':>11}")
     text_bytes = 0
     for split in files:
@@ -396,7 +398,7 @@ def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> No
 
 
 def main() -> None:
-    """The command; see the head of this file."""
+    """Run the command described at the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
     parser.add_argument("--heldout-input", nargs="+", default=[], metavar="GLOB", help="files of the held-out split")

@@ -1,4 +1,4 @@
-"""Train from scratch: torchrun --nproc-per-node 8 train/pretrain.py --recipe train/recipes/gemma_15b.toml \\
+"""Train from scratch: torchrun --nproc-per-node 8 train/pretrain.py --recipe train/recipes/gemma.toml#15b \\
     --model.config gemma-2b --model.num_layers 9 --model.tokenizer gemma-2b \\
     --data.path data/slimpajama-gemma --run.out runs/out/reduced
 
@@ -28,11 +28,16 @@ from rrt.common.schema import field_doc
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from train.architecture import TrainingSpec, planned_distillation, read_architecture, teacher_architecture
+from train.architecture import (
+    InitialModel,
+    TrainingSpec,
+    read_architecture,
+    teacher_architecture,
+    with_stand_in_teacher,
+)
 from train.command import Command
-from train.objective import uptraining
+from train.objective import uptraining_objective
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class PretrainRecipe:
 
 
 def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
-    """The shape that the recipe describes."""
+    """The shape of the recipe's model."""
     config, _ = read_architecture(recipe.model.config, "model.config")
     if recipe.model.num_layers is not None:
         config = replace(config, num_layers=recipe.model.num_layers)
@@ -66,20 +71,20 @@ def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
     return config, recursion
 
 
-def training(recipe: PretrainRecipe) -> TrainingSpec:
-    """What the recipe trains, without data or tokenizer."""
-    distill = planned_distillation(recipe.distill, recipe.start)
-    return TrainingSpec(*architecture(recipe), uptraining(distill), teacher=teacher_architecture(distill))
+def make_training_spec(recipe: PretrainRecipe) -> TrainingSpec:
+    """Describe the recipe's training without data or tokenizer."""
+    distill = with_stand_in_teacher(recipe.distill, recipe.start)
+    return TrainingSpec(*architecture(recipe), uptraining_objective(distill), teacher=teacher_architecture(distill))
 
 
-def start(recipe: PretrainRecipe) -> InitialModel:
-    """Weights that are drawn."""
+def open_initial_model(recipe: PretrainRecipe) -> InitialModel:
+    """Describe a model with random weights, which are drawn when training starts."""
     config, recursion = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
     def draw() -> Callable[[str], Tensor]:
-        # Whole, by every process, in one order: the start is the same for any number of processes.
+        # Every process draws the whole model in one order, so that it is the same for any number of processes.
         model = RecursiveTransformer(config, recursion)
         model.init_weights(recipe.run.seed)
         return model.get_parameter
@@ -91,12 +96,12 @@ def start(recipe: PretrainRecipe) -> InitialModel:
         tokenizer,
         draw,
         None,
-        objective=uptraining(recipe.distill),
+        objective=uptraining_objective(recipe.distill),
         teacher=recipe.distill.teacher_path,
     )
 
 
-COMMAND = Command(PretrainRecipe, training, start)
+COMMAND = Command(PretrainRecipe, make_training_spec, open_initial_model)
 
 
 @report_error_once

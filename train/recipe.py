@@ -1,6 +1,6 @@
-"""Recipes: TOML files read into strict dataclasses, any field overridden by a flag (`--optim.lr 1e-4`).
+"""Recipes: TOML read into strict dataclasses, any field overridden by a flag (`--optim.lr 1e-4`).
 
-The dataclasses are the documentation: their field docs and defaults are what `--help` prints.
+The dataclasses are the documentation: `--help` prints their field docs and defaults.
 """
 
 import argparse
@@ -11,22 +11,23 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from rrt.common.schema import field_doc, from_mapping
 from rrt.errors import UserError
 from rrt.model.transformer import Checkpointing
 from train.losses import Divergence
+from train.recipe_table import read_settings
 
 T = TypeVar("T")
 
 ABSENT = "-"
-"""A required path that a dry run does without."""
+"""The value of a required path that a dry run does without."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on."""
+    """Data to train on."""
 
     path: str | tuple[str, ...] = field_doc("token shards written by train/prepare_data.py; a list of several is mixed")
     weights: tuple[float, ...] | None = field_doc(
@@ -35,7 +36,7 @@ class DataConfig:
     split: str = field_doc("which split of the shards", default="train")
     seq_len: int = field_doc("context length, tokens", default=2048)
     offset: int = field_doc(
-        "tokens of the shuffled order to pass over: after an earlier run of so many, with the same data, seq_len and "
+        "tokens of the shuffled order to skip: after an earlier run of so many tokens, with the same data, seq_len and "
         "seed, all data are new until the epoch ends",
         default=0,
     )
@@ -45,8 +46,8 @@ class DataConfig:
         _check(self, "data", "0 or more", lambda value: value >= 0, "offset")
         _check(self, "data", "at least one path", lambda value: len(value) > 0, "path")
         if self.weights is not None:
-            right = len(self.weights) == len(self.paths) and all(0 < weight < math.inf for weight in self.weights)
-            _check(self, "data", f"a positive number for each of {len(self.paths)} path(s)", lambda _: right, "weights")
+            fits = len(self.weights) == len(self.paths) and all(0 < weight < math.inf for weight in self.weights)
+            _check(self, "data", f"a positive number for each of {len(self.paths)} path(s)", lambda _: fits, "weights")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -56,16 +57,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """Where checkpoint and teacher come from: runs/paper.py makes them, and --dry-run needs no others."""
+    """Origin of checkpoint and teacher: runs/paper.py makes them, and --dry-run takes their shapes from here."""
 
     base: str | None = field_doc(
         "preset of the pretrained model; training refuses a checkpoint that `convert` would not make", default=None
     )
     convert: str = field_doc(
-        "flags of rrt.convert that make the checkpoint out of it; none for the model itself", default=""
+        "flags of rrt.convert that make the checkpoint from it; none for the base itself", default=""
     )
-    after: str | None = field_doc("recipe beside this one whose result is trained further", default=None)
-    teacher: str | None = field_doc("recipe beside this one whose result is the teacher", default=None)
+    after: str | None = field_doc("row beside this one whose result is trained further", default=None)
+    teacher: str | None = field_doc("row beside this one whose result is the teacher", default=None)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What to do about a bad step: a loss or gradient norm that is not finite, or spikes."""
+    """Bad steps, whose loss or gradient norm is not finite or spikes: stop the run or skip them."""
 
     on_bad_step: Literal["stop", "skip"] = field_doc(
         "'stop' the run, saved before the weights change, or 'skip' the step: weights and optimizer stay as they were, "
@@ -102,7 +103,7 @@ class GuardConfig:
         "a loss above this multiple of the recent median is a spike; inf for none", default=2.0
     )
     grad_spike: float = field_doc("the same of the gradient norm before clipping", default=math.inf)
-    window: int = field_doc("good steps that the median is over; nothing is a spike before half of them", default=64)
+    window: int = field_doc("good steps in the median; before half of them there are no spikes", default=64)
     max_skips: int = field_doc("bad steps in a row that may be skipped; one more stops the run", default=10)
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How much to train, in which pieces, and what to leave behind."""
+    """Length, batches, devices and output of the run."""
 
     out: str = field_doc("output directory: step-N/ (resumable), metrics.jsonl, tb/, final/ (the checkpoint)")
     tokens: int = field_doc("training length, tokens; a multiple of batch_tokens, rounded down")
@@ -122,16 +123,16 @@ class RunConfig:
         "compute dtype; parameters, optimizer and reductions are fp32", default="bf16"
     )
     lora: Literal["auto", "merged", "plain"] = field_doc(
-        "compute each LoRA merged into its weight, or apart; auto: merged from the tokens a forward at which that "
-        "takes fewer FLOPs, 4/3 of in*out/(in+out)",
+        "compute each LoRA merged into its weight, or as products of its own; auto: merged where that takes fewer "
+        "FLOPs, from 4/3 of in*out/(in+out) tokens per forward",
         default="auto",
     )
     checkpointing: Checkpointing = field_doc(
-        "compute activations again in the backward, keeping only the input of each layer, or of each loop",
+        "recompute activations in the backward, keeping only the input of each layer, or of each loop",
         default="none",
     )
     compile: bool = field_doc(
-        "torch.compile of the layers: slower to start; needs a C++ compiler, on CUDA Triton",
+        "torch.compile the layers: slower to start; needs a C++ compiler, on CUDA Triton",
         default=False,
     )
     wrap: Literal["stack", "layer"] = field_doc(
@@ -140,10 +141,10 @@ class RunConfig:
         default="stack",
     )
     shard_size: int = field_doc("processes that share one copy of the parameters (HSDP); 0 for all of them", default=0)
-    device: Literal["auto", "cpu", "cuda"] = field_doc("'auto' takes CUDA where it is", default="auto")
-    seed: int = field_doc("of the data order, and of the weights when training from scratch", default=0)
+    device: Literal["auto", "cpu", "cuda"] = field_doc("'auto' takes CUDA where it is available", default="auto")
+    seed: int = field_doc("seed of the data order, and of the weights when training from scratch", default=0)
     deterministic: bool = field_doc(
-        "the same bits from every run on GPUs too, slower; on CPUs they are the same anyway", default=False
+        "the same bits from every run on GPUs too, but slower; on CPUs they are always the same", default=False
     )
     save_every: int = field_doc("optimizer steps between resumable checkpoints; 0 saves only at the end", default=500)
     keep: int = field_doc("how many resumable checkpoints to keep", default=2)
@@ -178,7 +179,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DryRun:
-    """An estimate instead of a run."""
+    """The settings of an estimate, made in place of a run."""
 
     processes: int
     mfu: float
@@ -213,13 +214,13 @@ class DistillConfig:
 
     @property
     def teacher_path(self) -> Path | None:
-        """Of `teacher`, if there is one."""
+        """`teacher` as a path, if there is one."""
         return None if self.teacher is None else Path(self.teacher)
 
 
 @dataclass(frozen=True)
 class ExitsConfig:
-    """Losses of the exits after the loops before the last (PAPER, Early-exit training)."""
+    """Losses of the exits after the loops before the last (arXiv 2410.20672, section 2.4)."""
 
     weighting: Literal["weighted", "aggressive"] = field_doc(
         "weighted: exit i of B counts i / (1 + ... + B); aggressive: the last counts 1, the others coefficient",
@@ -227,7 +228,7 @@ class ExitsConfig:
     )
     coefficient: float = field_doc("weight of each exit before the last, under aggressive", default=0.1)
     distill: Literal["none", "last", "teacher"] = field_doc(
-        "what the exits before the last are distilled from: the last, which gets no gradient by that, or the teacher",
+        "distill the exits before the last from the last, which gets no gradient from it, or from the teacher",
         default="none",
     )
     head_lora_rank: int = field_doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
@@ -238,6 +239,34 @@ class ExitsConfig:
         _check(self, "exits", "0 or more", lambda value: value >= 0, "head_lora_rank")
         if self.freeze and not self.head_lora_rank:
             raise UserError("field 'exits.head_lora_rank': found 0; expected a positive rank with exits.freeze")
+
+
+class Recipe(Protocol):
+    """The tables that every training recipe has."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def guard(self) -> GuardConfig: ...
+
+
+def accumulation(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per process and optimizer step.
+
+    Raises:
+        UserError: `run.batch_tokens` is not a whole number of them.
+    """
+    tokens = recipe.run.micro_batch * recipe.data.seq_len * world_size
+    if recipe.run.batch_tokens % tokens:
+        raise UserError(
+            f"field 'run.batch_tokens': found {recipe.run.batch_tokens}; expected a multiple of {tokens} = "
+            f"run.micro_batch {recipe.run.micro_batch} x data.seq_len {recipe.data.seq_len} x {world_size} processes"
+        )
+    return recipe.run.batch_tokens // tokens
 
 
 def _check(config: object, table: str, expected: str, accept: Callable[[Any], bool], *names: str) -> None:
@@ -251,7 +280,7 @@ def _positive(config: object, table: str, *names: str) -> None:
 
 
 def _tables(cls: type) -> dict[str, type]:
-    """The dataclass of every table of a recipe, by the table's name."""
+    """The dataclass of each table of a recipe, by the table's name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -265,14 +294,14 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _parse_flag(text: str, kind: Any) -> Any:
-    """A flag's text as a TOML value of type `kind`; strings need no quotes."""
+    """Read a flag's text as a TOML value of type `kind`; strings need no quotes."""
     is_list = text.startswith("[") and any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
     if not is_list and (str in (kind, *typing.get_args(kind)) or _choices(kind)):
         return text
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text  # of a wrong type, and refused as that with its name
+        return text  # refused later, with the field's name and type
     return parsed["value"] if len(parsed) == 1 else text
 
 
@@ -293,7 +322,9 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="TOML file with the tables below; flags override it"
+        "--recipe",
+        metavar="FILE[#ROW]",
+        help="TOML file with the tables below, or a row of a file like train/recipes/gemma.toml; flags override it",
     )
     dry = parser.add_argument_group("estimate instead of training; needs no weights and no data")
     dry.add_argument(
@@ -316,39 +347,8 @@ def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_tables(path: Path, including: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
-    """The tables of a recipe file, with those of the files that it includes.
-
-    `include = ["a.toml", "b.toml"]`, before the first table, names files relative to the including one. Of a field in
-    several files the last counts, and the including file's own before all.
-
-    Raises:
-        UserError: a file that is not readable or no TOML, a value outside a table, or files that include each other.
-    """
-    if path.resolve() in (other.resolve() for other in including):
-        raise UserError(f"{including[-1]}: field 'include': found {path}, which includes this file itself")
-    try:
-        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        by = f", which {including[-1]} includes" if including else ""
-        raise UserError(f"{path}: {error.strerror}; expected a recipe (TOML){by}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
-    include = parsed.pop("include", [])
-    if not isinstance(include, list) or not all(isinstance(name, str) for name in include):
-        raise UserError(f"{path}: field 'include': found {include!r}; expected a list of files")
-    for table, content in parsed.items():
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: field '{table}': found {content!r}; expected a table [{table}]")
-    merged: dict[str, dict[str, Any]] = {}
-    for tables in (*(read_tables(path.parent / name, (*including, path)) for name in include), parsed):
-        for table, content in tables.items():
-            merged[table] = merged.get(table, {}) | content
-    return merged
-
-
 def read_recipe(cls: type[T], description: str, argv: list[str] | None = None) -> T:
-    """The recipe that `read_command` reads."""
+    """Parse the command line into a recipe, as `read_command` does."""
     return read_command(cls, description, argv)[0]
 
 
@@ -357,26 +357,27 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
 
     Args:
         cls: a dataclass whose fields are dataclasses, one per TOML table.
-        description: what `--help` says before the flags.
-        argv: instead of the command line's arguments.
+        description: printed by `--help` before the flags.
+        argv: arguments to parse in place of the command line's.
 
     Returns:
-        The recipe, and what `--dry-run` asks for, if it is there: then required paths may be missing, and are `ABSENT`.
+        The recipe, and the settings of `--dry-run` where it is given: then required paths may be missing, and are
+        `ABSENT`.
 
     Raises:
         UserError: the recipe is not readable, or a field is unknown, missing, mistyped or out of range.
     """
     arguments = vars(_make_parser(cls, description).parse_args(argv))
-    path: Path | None = arguments.pop("recipe")
+    file: str | None = arguments.pop("recipe")
     processes, mfu, gpu = (arguments.pop(name) for name in ("dry_run", "mfu", "gpu"))
     dry_run = None if processes is None else DryRun(processes, mfu, gpu)
     flags = {name: text for name, text in arguments.items() if text is not None}
     tables = _tables(cls)
-    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (read_tables(path) if path else {})
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (read_settings(file) if file else {})
     for name, text in flags.items():
         table, key = name.split(".")
         values[table][key] = _parse_flag(text, typing.get_type_hints(tables[table])[key])
-    where = "command line" if path is None else f"{path} with flags" if flags else str(path)
+    where = "command line" if file is None else f"{file} with flags" if flags else file
     missing = []
     for table, kind in tables.items():
         for field in dataclasses.fields(kind):
@@ -394,7 +395,7 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
 
 
 def to_toml(recipe: Any) -> str:
-    """The recipe with every default filled in, as TOML that `read_recipe` accepts."""
+    """Write the recipe, with every default filled in, as TOML that `read_recipe` accepts."""
     lines = []
     for section, table in dataclasses.asdict(recipe).items():
         lines.append(f"[{section}]")

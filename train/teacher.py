@@ -1,4 +1,4 @@
-"""A teacher for distillation: sharded, without gradients, giving hidden states and its head, never whole logits."""
+"""A teacher for distillation: sharded, without gradients; it gives hidden states and its head, never whole logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from train.losses import Teacher
 
 
 def open_teacher(path: Path, student: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> Source:
-    """Open a teacher and check that its logits mean the same tokens as the student's.
+    """Open a teacher and check that its logits are over the same tokens as the student's.
 
     Raises:
         UserError: it is no usable model, has another tokenizer or vocabulary, or a shorter context.
@@ -41,14 +41,14 @@ def open_teacher(path: Path, student: ModelConfig, tokenizer: Tokenizer, seq_len
 
 
 class ShardedTeacher:
-    """A frozen model, each process holding its part; a layer is gathered when it runs and freed after it.
+    """A frozen model of which each process holds a part; a layer is gathered to run and freed afterwards.
 
-    Embedding, norm and head stay gathered from `read` to the end of the loss: they are one unit, which would be
-    gathered twice otherwise. A single process has the whole model and gathers nothing.
+    Embedding, norm and head are one unit, which stays gathered while the loss uses it. A single process has the whole
+    model and gathers nothing.
     """
 
     def __init__(self, model: RecursiveTransformer, mesh: DeviceMesh) -> None:
-        """Shards `model`, which computes in its parameters' dtype, in place, where there are several processes."""
+        """Shard `model`, which computes in its parameters' dtype, in place if there are several processes."""
         model.eval().requires_grad_(False)
         if mesh.size() > 1:
             for layer in model.stack.layers:
@@ -59,7 +59,7 @@ class ShardedTeacher:
 
     @classmethod
     def load(cls, source: Source, processes: Processes, dtype: torch.dtype) -> "ShardedTeacher":
-        """Each process reads its own part, in `dtype`. Collective."""
+        """Load a teacher in `dtype`, of which each process reads its own part. A collective."""
         teacher = cls(meta_model(source.model, source.recursion).to(dtype), processes.mesh)
         teacher.model.to_empty(device=processes.device)
         raise_everywhere(lambda: fill_parameters(teacher.model, source.get))
@@ -67,7 +67,7 @@ class ShardedTeacher:
 
     @contextmanager
     def read(self, inputs: Tensor) -> Iterator[Teacher]:
-        """What makes the teacher's logits of inputs [batch, T], to be used inside the context only. Collective."""
+        """Run the teacher on inputs [batch, T]; use the result inside the context only. A collective."""
         with torch.no_grad():
             hidden = self._states(inputs).flatten(0, 1)
         try:

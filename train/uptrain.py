@@ -1,4 +1,4 @@
-"""Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma_15b.toml \\
+"""Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma.toml#15b \\
     --checkpoint.path runs/out/relaxed --data.path data/slimpajama-gemma --run.out runs/out/uptrained
 
 Small, on a laptop without a GPU (`make demo` does this and more):
@@ -7,8 +7,8 @@ Small, on a laptop without a GPU (`make demo` does this and more):
         --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
         --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/uptrained
 
-All parameters train: the shared block, every LoRA, norms, embedding and head (PAPER, Uptraining). Running the
-same command again continues from the newest `step-N/` in `run.out`. It also runs without torchrun, alone.
+All parameters train: the shared block, every LoRA, norms, embedding and head (arXiv 2410.20672, section 2.3). Running
+the same command again continues from the latest `step-N/` in `run.out`. Without torchrun it runs in one process.
 """
 
 import sys
@@ -23,15 +23,21 @@ from rrt.common.processes import report_error_once
 from rrt.common.schema import field_doc
 from rrt.data.tokenizer import load_tokenizer
 from rrt.model.meta import first_loops
-from train.architecture import TrainingSpec, open_start, planned_distillation, start_architecture, teacher_architecture
+from train.architecture import (
+    InitialModel,
+    TrainingSpec,
+    checkpoint_architecture,
+    open_checkpoint,
+    teacher_architecture,
+    with_stand_in_teacher,
+)
 from train.command import Command
-from train.objective import uptraining
+from train.objective import uptraining_objective
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
-from train.trainer import InitialModel
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class UptrainCheckpointConfig:
     """The model to uptrain."""
 
     path: str = field_doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
@@ -44,7 +50,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class UptrainRecipe:
-    checkpoint: CheckpointConfig
+    checkpoint: UptrainCheckpointConfig
     start: StartConfig
     distill: DistillConfig
     data: DataConfig
@@ -53,18 +59,18 @@ class UptrainRecipe:
     guard: GuardConfig
 
 
-def training(recipe: UptrainRecipe) -> TrainingSpec:
-    """What the recipe trains, without its weights."""
-    model, recursion = start_architecture(recipe.checkpoint.path, recipe.start)
+def make_training_spec(recipe: UptrainRecipe) -> TrainingSpec:
+    """Describe the recipe's training without weights."""
+    model, recursion = checkpoint_architecture(recipe.checkpoint.path, recipe.start)
     if recipe.checkpoint.num_loops is not None:
         model, recursion = first_loops(model, recursion, recipe.checkpoint.num_loops, "the checkpoint")
-    distill = planned_distillation(recipe.distill, recipe.start)
-    return TrainingSpec(model, recursion, uptraining(distill), teacher=teacher_architecture(distill))
+    distill = with_stand_in_teacher(recipe.distill, recipe.start)
+    return TrainingSpec(model, recursion, uptraining_objective(distill), teacher=teacher_architecture(distill))
 
 
-def start(recipe: UptrainRecipe) -> InitialModel:
+def open_initial_model(recipe: UptrainRecipe) -> InitialModel:
     """Open the checkpoint."""
-    source = open_start(recipe.checkpoint.path, recipe.start)
+    source = open_checkpoint(recipe.checkpoint.path, recipe.start)
     if recipe.checkpoint.num_loops is not None:
         source = FirstLoops(source, recipe.checkpoint.num_loops)
     return InitialModel(
@@ -74,12 +80,12 @@ def start(recipe: UptrainRecipe) -> InitialModel:
         load_tokenizer(source.directory),
         lambda: source.get,
         source.directory,
-        objective=uptraining(recipe.distill),
+        objective=uptraining_objective(recipe.distill),
         teacher=recipe.distill.teacher_path,
     )
 
 
-COMMAND = Command(UptrainRecipe, training, start)
+COMMAND = Command(UptrainRecipe, make_training_spec, open_initial_model)
 
 
 @report_error_once

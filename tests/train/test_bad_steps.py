@@ -23,7 +23,7 @@ from tests.util.training import (
     train_here,
     train_until,
 )
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 # As in the processes that these runs are compared with.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def test_skipped_steps_cost_no_good_checkpoint(flags: Flags, tmp_path: Path) -> 
     assert steps_kept(out) == [2, 5]
 
 
-def test_a_bad_step_is_told_though_the_step_before_cannot_be_saved(
+def test_a_bad_step_is_reported_even_if_the_step_before_cannot_be_saved(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -92,7 +92,7 @@ def uptrain_with_a_poisoned_step(step: int, argv: list[str]) -> tuple[list[int],
     whole_step, embed = Trainer._train_step, RecursiveTransformer.embed_tokens
     poisoned = False
 
-    def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+    def take(self: Trainer, rate: float) -> StepResult:
         nonlocal poisoned
         poisoned = self.step + 1 == step and self.processes.rank == 1
         return whole_step(self, rate)
@@ -147,7 +147,7 @@ def test_a_bad_step_stops_the_run_and_names_the_samples(flags: Flags, inputs: Pa
     assert losses(out) == losses(tmp_path / "whole")
 
 
-def test_what_the_guard_remembers_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
+def test_the_guards_memory_survives_a_resumption(flags: Flags, tmp_path: Path) -> None:
     trainer = train(flags(tmp_path / "whole", run__save_every=3))
     train_until(5, flags(tmp_path / "parts", run__save_every=3))
     resumed = train(flags(tmp_path / "parts", run__save_every=3))

@@ -1,4 +1,4 @@
-"""What activation checkpointing keeps from the forward for the backward."""
+"""Activation checkpointing: the tensors kept from the forward for the backward."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a small model: whole or not there, in the background or not, damaged ones passed over."""
+"""Resumable checkpoints of a small model: complete or absent, in the background or not, damaged ones skipped."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from rrt.errors import UserError
 from tests.util.processes import run_on_two
 from tests.util.training import refuse_to_write
-from train.checkpoints import STATE_FILE, CheckpointWriter, latest_complete, load_step, step_directories
+from train.checkpoints import STATE_FILE, TrainingStateWriter, latest_complete, load_step, step_directories
 from train.distributed import AgreedError, processes
 
 
@@ -53,7 +53,7 @@ class Run:
 def save_steps(out: Path, *steps: int, keep: int = 9, background: bool = True, sharded: bool = True) -> list[Any]:
     """Advance a run and save it after each of `steps`; what its state was then."""
     run, states = Run(sharded=sharded), []
-    writer = CheckpointWriter(out, keep=keep, background=background)
+    writer = TrainingStateWriter(out, keep=keep, background=background)
     while run.step < max(steps):
         run.advance()
         if run.step in steps:
@@ -127,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(
     kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage, message = DAMAGES[kind]
@@ -170,10 +170,10 @@ def test_training_goes_on_while_a_checkpoint_of_the_state_before_is_written(
     run = Run(sharded=sharded)
     run.advance()
     expected = run.state()
-    writer = CheckpointWriter(tmp_path, keep=2, background=True)
+    writer = TrainingStateWriter(tmp_path, keep=2, background=True)
     writer.save(1, run.model, run.optimizer, {"a": 1})
     run.advance()
-    assert not steps(tmp_path) and not writer.failed
+    assert not steps(tmp_path) and not writer.has_failed
     may_write.set()
     writer.save(2, run.model, run.optimizer, {"a": 2})
     assert 1 in steps(tmp_path)  # the next one waits for it
@@ -212,15 +212,15 @@ def fail_on_one(out: Path) -> tuple[bool, str]:
             refuse_to_write(patch, 2)
         run = Run()
         run.advance()
-        writer = CheckpointWriter(out, keep=1, background=True)
+        writer = TrainingStateWriter(out, keep=1, background=True)
         writer.save(2, run.model, run.optimizer, {"a": 2})
         with pytest.raises(AgreedError) as caught:
             writer.wait()
         writer.close()
-        return writer.failed, str(caught.value)
+        return writer.has_failed, str(caught.value)
 
 
-def test_what_one_process_cannot_write_none_takes_for_written(tmp_path: Path) -> None:
+def test_a_checkpoint_that_one_process_cannot_write_fails_in_all(tmp_path: Path) -> None:
     results = run_on_two(fail_on_one, tmp_path)
     assert results[0] == results[1]
     assert "step-2: cannot be written" in results[0][1] and "No space left" in results[0][1]

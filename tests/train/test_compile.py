@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from rrt.errors import UserError
 from tests.util.processes import run_on_two
 from tests.util.training import (
     Flags,
     losses,
     make_inputs,
-    run_script,
     train_here,
     train_until,
 )
@@ -35,34 +35,38 @@ def train_traced(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> in
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-EXITS: dict[str, Any] = {"exits__coefficient": 0.1, "exits__distill": "last"}
-FROZEN: dict[str, Any] = {"exits__freeze": "true", "exits__head_lora_rank": 4}
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 by layer": {"run__dtype": "bf16", "run__wrap": "layer", "run__checkpointing": "layer"},
     "fp32 by stack": {"run__lora": "merged", "run__checkpointing": "loop"},
 }
+TRAININGS: dict[str, tuple[Command[Any], dict[str, Any], int]] = {
+    "uptraining": (uptrain.COMMAND, {}, 2),
+    "exits": (early_exit.COMMAND, {"exits__coefficient": 0.1, "exits__distill": "last"}, 2),
+    "frozen": (early_exit.COMMAND, {"exits__freeze": "true", "exits__head_lora_rank": 4}, 1),
+}
+"""Commands with settings and the loops that run."""
 
 
-@pytest.mark.parametrize("options", ["bf16 by layer", pytest.param("fp32 by stack", marks=pytest.mark.slow)])
-def test_graphs_of_the_layers_are_one_for_each_loop_and_change_no_loss(
-    tmp_path: Path, flags: Flags, options: str
+@pytest.mark.parametrize(
+    ("training", "options"),
+    [
+        ("exits", "bf16 by layer"),
+        ("frozen", "fp32 by stack"),
+        pytest.param("uptraining", "bf16 by layer", marks=pytest.mark.slow),
+        pytest.param("uptraining", "fp32 by stack", marks=pytest.mark.slow),
+    ],
+)
+def test_graphs_of_the_layers_are_one_for_each_loop_that_runs_and_change_no_loss(
+    tmp_path: Path, flags: Flags, training: str, options: str
 ) -> None:
-    run_on_two(train_here, flags(tmp_path / "plain", 4, **OPTIONS[options]))
-    argv = flags(tmp_path / "compiled", 4, run__compile="true", **OPTIONS[options])
-    graphs = run_on_two(train_traced, argv)
-    assert set(graphs) == {1 + 2}  # one is the trial's
+    command, settings, loops = TRAININGS[training]
+    settings = settings | OPTIONS[options]
+    run_on_two(train_here, flags(tmp_path / "plain", 3, **settings), command)
+    argv = flags(tmp_path / "compiled", 3, run__compile="true", **settings)
+    graphs = run_on_two(train_traced, argv, command)
+    assert set(graphs) == {1 + loops}  # one is the trial's
     tolerance = 2e-3 if "bf16" in options else 1e-6
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
-
-
-@pytest.mark.parametrize(("settings", "loops"), [(EXITS, 2), (FROZEN, 1)], ids=["exits", "frozen"])
-def test_exits_are_trained_through_graphs_of_the_loops_that_run(
-    tmp_path: Path, flags: Flags, settings: dict[str, Any], loops: int
-) -> None:
-    train_here(flags(tmp_path / "plain", 4, **settings), early_exit.COMMAND)
-    graphs = train_traced(flags(tmp_path / "compiled", 4, run__compile="true", **settings), early_exit.COMMAND)
-    assert graphs == 1 + loops  # one is the trial's
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -80,13 +84,19 @@ def test_compiled_losses_are_those_of_the_plain_run_and_resume_bitwise(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_without_a_compiler_one_line_says_so(tmp_path: Path, flags: Flags) -> None:
+def train_without_compiler(argv: list[str], cache: Path) -> None:
+    from torch._inductor import config  # imported by torch.compile anyway
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        train_here(argv)
+
+
+def test_without_a_compiler_one_message_says_so(tmp_path: Path, flags: Flags) -> None:
     argv = flags(tmp_path / "run", 1, run__compile="true")
-    run = run_script(argv, CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    assert run.returncode == 2
-    assert (
-        run.stderr.strip()
-        .splitlines()[-1]
-        .startswith("error: field 'run.compile': found true, but torch.compile fails on cpu")
-    )
+    errors = run_on_two(train_without_compiler, argv, tmp_path / "cache")
+    for error in errors:
+        assert isinstance(error, UserError) and "\n" not in str(error)
+        assert str(error).startswith("field 'run.compile': found true, but torch.compile fails on cpu: ")
     assert not (tmp_path / "run" / "final").exists()

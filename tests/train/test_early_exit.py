@@ -43,10 +43,10 @@ from train.distributed import Processes, processes
 from train.early_exit import EarlyExitRecipe
 from train.estimate import estimate_memory
 from train.losses import ExitWeights
-from train.objective import early_exits, exit_coefficients, uptraining
+from train.objective import early_exit_objective, exit_coefficients, uptraining_objective
+from train.optimizer import learning_rate, make_optimizer
 from train.recipe import DistillConfig, ExitsConfig, OptimConfig, read_recipe
 from train.teacher import ShardedTeacher, open_teacher
-from train.trainer import learning_rate, make_optimizer
 
 STEPS = 3
 LLAMA = replace(training.LLAMA, num_layers=6)
@@ -212,7 +212,7 @@ def test_the_final_checkpoint_names_its_exits_and_each_part_is_logged(
 
 
 def test_early_exits_learn(checkpoints: dict[str, Path], flags: Flags, tmp_path: Path) -> None:
-    train(flags(checkpoints["three"], tmp_path / "run", steps=24, exits__coefficient=0.3))
+    train(flags(checkpoints["three"], tmp_path / "run", steps=16, exits__coefficient=0.3))
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for loop in range(3):
         assert last[f"cross_entropy_loop_{loop}"] < first[f"cross_entropy_loop_{loop}"] - 0.5
@@ -284,7 +284,7 @@ def test_exits_take_the_final_norm_once() -> None:
         model.norm.weight.mul_(torch.linspace(0.5, 3.0, 32))
     tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    objective = early_exits(ExitsConfig(), DistillConfig(), 3)
+    objective = early_exit_objective(ExitsConfig(), DistillConfig(), 3)
     _, parts = objective.bind(model)(inputs, targets)
     for loop in range(3):
         whole = ce(model(inputs, exit_loop=loop).flatten(0, 1), targets.flatten())
@@ -292,12 +292,12 @@ def test_exits_take_the_final_norm_once() -> None:
 
 
 @pytest.mark.parametrize(("distill", "loops_run"), [("none", 2), ("last", 3)])
-def test_a_frozen_model_runs_no_loop_that_its_loss_does_not_ask_for(distill: Any, loops_run: int) -> None:
+def test_a_frozen_model_runs_only_the_loops_that_its_loss_needs(distill: Any, loops_run: int) -> None:
     model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3, head_lora_rank=2)).double()
     model.init_weights(0)
-    objective = early_exits(ExitsConfig(freeze=True, head_lora_rank=2, distill=distill), DistillConfig(), 3)
+    objective = early_exit_objective(ExitsConfig(freeze=True, head_lora_rank=2, distill=distill), DistillConfig(), 3)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(objective.trains(name))
+        parameter.requires_grad_(objective.should_train(name))
     run: list[Any] = []
     model.stack.layers[0].register_forward_hook(lambda _, args, __: run.append(args[1]))
     tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -321,8 +321,8 @@ def test_the_two_weightings_are_the_papers() -> None:
     assert weighted == pytest.approx([1 / 6, 2 / 6, 3 / 6]) and sum(weighted) == pytest.approx(1)
     assert exit_coefficients(ExitsConfig(coefficient=0.05), 3) == [0.05, 0.05, 1.0]
     teacher = DistillConfig(teacher="x", weight=0.25)
-    assert uptraining(teacher).weights == (ExitWeights(0.75, teacher=0.25),)
-    from_last = early_exits(ExitsConfig(coefficient=0.2, distill="last"), teacher, 2)
+    assert uptraining_objective(teacher).weights == (ExitWeights(0.75, teacher=0.25),)
+    from_last = early_exit_objective(ExitsConfig(coefficient=0.2, distill="last"), teacher, 2)
     assert from_last.weights == (
         ExitWeights(pytest.approx(0.15), last_exit=pytest.approx(0.05)),
         ExitWeights(0.75, teacher=0.25),
@@ -461,11 +461,11 @@ def test_distilling_three_exits_of_gemma_takes_little_more_memory_than_training_
     recipe = read_recipe(EarlyExitRecipe, "", flags(Path("x"), Path("y"), run__dtype="bf16", data__seq_len=2048))
     recipe = replace(recipe, run=replace(recipe.run, batch_tokens=2**18, tokens=2**18))
     gemma, three = preset("gemma-2b"), RecursiveConfig(num_loops=3)
-    objective = early_exits(ExitsConfig(distill="teacher"), DistillConfig(teacher="gemma-2b"), 3)
+    objective = early_exit_objective(ExitsConfig(distill="teacher"), DistillConfig(teacher="gemma-2b"), 3)
     plain, distilled = (
         estimate_memory(TrainingSpec(gemma, three, *rest), recipe, 8, "cuda")
         for rest in (
-            (early_exits(ExitsConfig(), DistillConfig(), 3),),
+            (early_exit_objective(ExitsConfig(), DistillConfig(), 3),),
             (objective, (gemma, RecursiveConfig())),
         )
     )

@@ -20,7 +20,7 @@ from tests.util.training import make_checkpoint, make_flags, to_flags, train
 from train import early_exit, pretrain
 from train.architecture import read_architecture
 from train.command import Command
-from train.estimate import LiveMemory, estimate_memory, hours
+from train.estimate import LiveMemory, describe_hours, estimate_memory
 from train.flops import training_flops_per_token
 from train.recipe import DryRun, RunConfig, read_recipe
 from train.trainer import Trainer
@@ -61,14 +61,14 @@ def memory_of_a_run(argv: list[str], command: Command[Any]) -> int:
     return peak - before
 
 
-def make_argv(tmp_path: Path, **overrides: Any) -> list[str]:
+def make_argv(tmp_path: Path, num_layers: int = 8, **overrides: Any) -> list[str]:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB,
         "hidden_size": 384,
         "intermediate_size": 1024,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
         "hidden_act": "silu",
@@ -138,10 +138,10 @@ def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_a_dry_run_needs_neither_weights_nor_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_argv(tmp_path)[:2]
+    model = make_argv(tmp_path, num_layers=1)[:2]
     argv = [*model, "--data.seq_len", "64", "--run.tokens", "15000000000"]
     text = dry_run([*argv, "--dry-run", "4", "--mfu", "0.5", "--gpu", "A100"], capsys, monkeypatch)
-    assert text.startswith("llama, 8 layers as 1 loop(s) of 8, LoRA rank 0, 20.45 M parameters (14.16 M in the block)")
+    assert text.startswith("llama, 1 layers as 1 loop(s) of 1, LoRA rank 0, 8.06 M parameters (1.77 M in the block)")
     assert "train: 7,152 steps of 2.10 M tokens = 15.00 B; 4 process(es) x 1024 micro-batch(es) x 8 x 64" in text
     flops = training_flops_per_token(*read_architecture(model[1], "model.config"), 64)
     hours = 7152 * 2**21 * flops / (4 * 312e12 * 0.5) / 3600
@@ -163,17 +163,17 @@ def test_a_dry_run_needs_neither_weights_nor_data(
 
 def test_hours_on_cpus_need_their_peak() -> None:
     run, dry_run = RunConfig(out="x", tokens=2**21, device="cpu"), DryRun(processes=2, mfu=0.5, gpu="H100")
-    assert hours(7.2e15, run, dry_run) == "for hours on CPUs give --run.peak_flops"
+    assert describe_hours(7.2e15, run, dry_run) == "for hours on CPUs give --run.peak_flops"
     known = replace(run, peak_flops=1e12)
-    assert hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
+    assert describe_hours(7.2e15, known, dry_run) == "2.0 hours on 2 x 1 TFLOP/s at 50% MFU"
 
 
 def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_path: Path) -> None:
     for settings in ({}, {"run__shard_size": 1}):
         plain, mixed = (
-            estimate_memory(pretrain.COMMAND.training(recipe), recipe, 1, "cpu")
+            estimate_memory(pretrain.COMMAND.make_training_spec(recipe), recipe, 1, "cpu")
             for recipe in (
-                read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, run__dtype=dtype, **settings))
+                read_recipe(pretrain.COMMAND.recipe, "", make_argv(tmp_path, 2, run__dtype=dtype, **settings))
                 for dtype in ("fp32", "bf16")
             )
         )
@@ -184,7 +184,7 @@ def test_one_process_gathers_and_reduces_only_to_compute_in_another_dtype(tmp_pa
 def check_estimate(command: Command[Any], argv: list[str], small: list[str], count: int = 2) -> None:
     """Against processes that have pretrained by `small` before, so that the libraries have what they keep."""
     recipe = read_recipe(command.recipe, "", argv)
-    estimate = estimate_memory(command.training(recipe), recipe, count, "cpu")
+    estimate = estimate_memory(command.make_training_spec(recipe), recipe, count, "cpu")
     run_on(count, memory_of_a_run, small, pretrain.COMMAND)
     measured = max(run_on(count, memory_of_a_run, argv, command))
     print(f"estimated {estimate.peak / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")

@@ -16,7 +16,7 @@ TINY = replace(preset("pythia-160m"), vocab_size=96, hidden_size=48, num_layers=
 
 
 def measured_flops(recursion: RecursiveConfig, batch: int, seq_len: int, merge: bool) -> float:
-    """What PyTorch counts in one forward and backward, per token, without attention: it knows not every kernel's."""
+    """PyTorch's count for one forward and backward, per token, without attention (it lacks some of its kernels)."""
     model = RecursiveTransformer(TINY, recursion)
     model.init_weights(0)
     model.set_merge(merge)

@@ -1,4 +1,4 @@
-"""What the guard calls a bad step, and when it stops."""
+"""The guard: which steps are bad, and when it stops a run."""
 
 import json
 import math

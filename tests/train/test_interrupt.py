@@ -11,7 +11,7 @@ from train.interrupt import Interrupt, Interrupted
 
 
 def checks(failing_rank: int, signalled_rank: int, name: signal.Signals) -> list[str]:
-    """What three checks say, when one process fails before the second and one is signalled before the third."""
+    """Results of three checks, when one process fails before the second and one is signalled before the third."""
     found = []
     with processes("cpu") as group, Interrupt() as interrupt:
         for turn in range(3):
@@ -26,12 +26,12 @@ def checks(failing_rank: int, signalled_rank: int, name: signal.Signals) -> list
 
 
 @pytest.mark.parametrize(("rank", "name"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
-def test_what_one_process_is_told_all_hear_at_the_same_check(rank: int, name: signal.Signals) -> None:
+def test_an_interrupt_or_failure_of_one_process_reaches_all_at_the_same_check(rank: int, name: signal.Signals) -> None:
     results = run_on_two(checks, 1 - rank, rank, name)
     assert results[0] == results[1] == ["False", "True", name.name]
 
 
-def test_afterwards_the_signals_do_what_they_did_before() -> None:
+def test_signal_handlers_are_restored_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     with processes("cpu"), Interrupt():
         assert signal.getsignal(signal.SIGTERM) != before[0]

@@ -187,7 +187,7 @@ def test_parts_are_the_unweighted_means_of_each_exit() -> None:
     assert parts[0, 2] == parts[1, 1] == parts[2, 1] == parts[2, 2] == 0
 
 
-def test_no_gradient_reaches_the_last_exit_from_what_is_compared_with_it() -> None:
+def test_exits_that_are_distilled_from_the_last_give_it_no_gradient() -> None:
     inputs = make_inputs(2, torch.float64, False)
     loss, _ = chunked(inputs, CASES["last exit as reference only"])
     loss.backward()
@@ -209,7 +209,7 @@ def test_positions_that_are_ignored_change_nothing() -> None:
     assert nothing.item() == 0
 
 
-def test_what_needs_no_gradient_gets_none() -> None:
+def test_inputs_that_need_no_gradient_get_none() -> None:
     inputs = make_inputs(2, torch.float64, True)
     head = inputs["head"]
     head.weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a run writes about itself."""
+"""Metrics of a run: files, TensorBoard, W&B, progress lines."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def test_every_record_is_a_line_of_json_and_its_numbers_curves(tmp_path: Path) -
     assert [event.value for event in board.Scalars("train/tokens")] == [64, 128, 192]
 
 
-def test_a_resumed_run_cuts_off_what_comes_again(tmp_path: Path) -> None:
+def test_a_resumed_run_cuts_off_the_steps_that_it_repeats(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, 0, None, {})
     for step in (1, 2, 3):
         writer.write({"step": step, "loss": 1.0})

@@ -1,10 +1,11 @@
-"""Every recipe that is shipped: it reads, is the paper's, fits eight processes, and one command runs it."""
+"""The paper's rows: they read, have its settings, fit eight processes, and one command makes each."""
 
 import dataclasses
 import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +18,150 @@ from rrt.convert import recursive_flags
 from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.model.config import LoraRanks
 from rrt.model.sizes import model_sizes
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
 from train import early_exit, pretrain, uptrain
-from train.architecture import check_start, start_architecture
-from train.recipe import ABSENT, StartConfig, read_command, read_tables
-from train.trainer import accumulation
+from train.architecture import check_conversion, checkpoint_architecture
+from train.recipe import ABSENT, StartConfig, accumulation, read_command
+from train.recipe_table import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "train" / "recipes").glob("*.toml"))
 _spec = importlib.util.spec_from_file_location("paper", ROOT / "runs" / "paper.py")
 assert _spec is not None and _spec.loader is not None
 paper = importlib.util.module_from_spec(_spec)
 sys.modules["paper"] = paper
 _spec.loader.exec_module(paper)
 ROWS = paper.rows()
+COUNTS = {"gemma": 114, "pythia-160m": 8, "pythia-1b": 21, "pythia-410m": 8, "tinyllama": 22}
+ANY_CHECKPOINT = ["gemma.toml#15b", "gemma.toml#60b", "pythia-1b.toml#15b", "tinyllama.toml#15b"]
 STEPS = {15: 7152, 60: 28610, 75: 35762}
 
 
-def read(path: Path, tables: dict[str, Any]) -> tuple[Any, Any]:
-    """The recipe as its command reads it for a dry run, and the command."""
-    module = pretrain if "model" in tables else early_exit if "exits" in tables else uptrain
-    return read_command(module.COMMAND.recipe, "", ["--recipe", str(path), "--dry-run"])[0], module.COMMAND
+def read(recipe: str) -> tuple[Any, Any]:
+    """The recipe FILE#ROW as its command reads it for a dry run, and the command."""
+    recipe = str(ROOT / "train" / "recipes" / recipe)
+    settings = read_settings(recipe)
+    module = pretrain if "model" in settings else early_exit if "exits" in settings else uptrain
+    return read_command(module.COMMAND.recipe, "", ["--recipe", recipe, "--dry-run"])[0], module.COMMAND
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_a_row_is_the_papers_setting_and_fits_eight_processes(row: str) -> None:
-    path = ROOT / "train" / "recipes" / f"{row}.toml"
-    tables = read_tables(path)
-    recipe, command = read(path, tables)
-    if "exits" in tables or re.search(r"_\d+b$", row) is None:
-        billions = 15
-    else:
-        billions = int(row.rpartition("_")[2].removesuffix("b"))
-    assert recipe.run.steps == STEPS[billions]
-    assert (recipe.data.seq_len, recipe.run.batch_tokens, recipe.optim.lr) == (2048, 2**21, 2e-4)
-    assert recipe.optim.warmup_steps == (200 if billions == 15 else 800)
-    assert accumulation(recipe, 8) * recipe.run.micro_batch * 8 * 2048 == 2**21
-    training = command.training(recipe)
-    recursion = training.recursion
-    assert (training.teacher is not None) == ("teacher" in tables.get("start", {}))
-    assert bool(recursion.exit_loops) == ("exits" in tables)
-    for found in re.findall(r"_r(\d+)_", row):
-        assert recursion.lora_rank == type(recursion.lora_rank).uniform(int(found))
-    for found in re.findall(r"(?:^|/)b(\d)_", row):
-        assert recursion.num_loops == (1 if "reduced" in row or "not_looped" in row else int(found))
+def read_row(row: str) -> tuple[Any, Any]:
+    return read(row.replace("/", ".toml#"))
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_what_a_row_needs_is_made_by_rows_before_it(row: str) -> None:
-    made: list[Path] = []
-    for step in paper.steps(row, paper.Inputs(Path("base"), Path("data"), Path("out"), 8)):
-        for flag in ("--checkpoint.path", "--distill.teacher", "--checkpoint"):
-            if flag in step.command:
-                needed = Path(step.command[step.command.index(flag) + 1])
-                assert needed == Path("base") or needed in made
-        made.append(step.makes)
-    assert made[-2:] == [Path("out") / row / "final", Path("out") / row / "perplexity.json"]
+def test_every_family_has_all_its_rows() -> None:
+    assert Counter(row.partition("/")[0] for row in ROWS) == COUNTS
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_for_any_checkpoint_of_a_family_says_nothing_of_its_start(path: Path) -> None:
-    tables = read_tables(path)
-    recipe, _ = read(path, tables)
-    assert "start" not in tables
-    assert recipe.run.steps == STEPS[int(path.stem.rpartition("_")[2].removesuffix("b"))]
+@pytest.mark.parametrize("family", COUNTS)
+def test_rows_are_the_papers_settings_and_fit_eight_processes(family: str) -> None:
+    for row, settings in ROWS.items():
+        if not row.startswith(f"{family}/"):
+            continue
+        recipe, command = read_row(row)
+        if "exits" in settings or re.search(r"_\d+b$", row) is None:
+            billions = 15
+        else:
+            billions = int(row.rpartition("_")[2].removesuffix("b"))
+        assert recipe.run.steps == STEPS[billions], row
+        assert (recipe.data.seq_len, recipe.run.batch_tokens, recipe.optim.lr) == (2048, 2**21, 2e-4), row
+        assert recipe.optim.warmup_steps == (200 if billions == 15 else 800), row
+        assert accumulation(recipe, 8) * recipe.run.micro_batch * 8 * 2048 == 2**21, row
+        spec = command.make_training_spec(recipe)
+        assert (spec.teacher is not None) == ("teacher" in settings.get("start", {})), row
+        assert bool(spec.recursion.exit_loops) == ("exits" in settings), row
+        for found in re.findall(r"_r(\d+)_", row):
+            assert spec.recursion.lora_rank == LoraRanks.uniform(int(found)), row
+        for found in re.findall(r"/b(\d)_", row):
+            looped = "reduced" not in row and "not_looped" not in row
+            assert spec.recursion.num_loops == (int(found) if looped else 1), row
+        for init in re.findall(r"/b\d_(average|lower|random|stepwise_fixed_start|stepwise)", row):
+            assert spec.recursion.init == init.replace("_", "-"), row
 
 
-def test_a_dry_run_says_which_model_it_lacks() -> None:
-    recipe, command = read(RECIPES[0], read_tables(RECIPES[0]))
+def settings_of(row: str) -> dict[str, Any]:
+    """Everything in which a row's recipe differs from the defaults, by `table.field`."""
+    recipe, _ = read_row(row)
+    return {
+        f"{table.name}.{field.name}": value
+        for table in dataclasses.fields(recipe)
+        for field in dataclasses.fields(table.type)
+        if (value := getattr(getattr(recipe, table.name), field.name)) not in (field.default, ABSENT)
+    }
+
+
+def test_rows_resolve_to_the_settings_of_their_file() -> None:
+    common = {"run.micro_batch": 4, "run.tokens": 15_000_000_000}
+    longer = {"run.micro_batch": 4, "run.tokens": 60_000_000_000, "optim.warmup_steps": 800}
+    b2 = {"start.base": "gemma-2b", "start.convert": "--num-loops 2 --init stepwise"}
+    assert settings_of("tinyllama/b2_reduced_15b") == {
+        "model.config": "tinyllama-1.1b",
+        "model.num_layers": 11,
+        "run.tokens": 15_000_000_000,
+    }
+    assert settings_of("gemma/b3_reduced_kd_60b") == longer | {
+        "model.config": "gemma-2b",
+        "model.num_layers": 6,
+        "start.base": "gemma-2b",
+        "start.teacher": "full_15b",
+    }
+    assert settings_of("gemma/b2_average_svd_q128_kv128_out128_ffn64_15b") == common | {
+        "start.base": "gemma-2b",
+        "start.convert": "--num-loops 2 --init average --lora-rank-q 128 --lora-rank-kv 128 --lora-rank-out 128 "
+        "--lora-rank-ffn 64",
+    }
+    assert settings_of("gemma/b2_average_svd_r512_kd_60b") == longer | {
+        "start.base": "gemma-2b",
+        "start.convert": "--num-loops 2 --init average --lora-rank 512",
+        "start.teacher": "full_15b",
+    }
+    assert settings_of("gemma/b2_stepwise_jsd_15b") == common | b2 | {
+        "start.teacher": "full_15b",
+        "distill.loss": "jsd",
+    }
+    assert settings_of("gemma/b2_exits_aggressive_0.1_new_tokens") == common | b2 | {
+        "start.after": "b2_stepwise_kd_60b",
+        "data.offset": 60_000_000_000,
+    }
+    assert settings_of("gemma/b3_exits_frozen_head_lora_distill") == common | {
+        "start.base": "gemma-2b",
+        "start.convert": "--num-loops 3 --init stepwise",
+        "start.after": "b3_stepwise_kd_60b",
+        "exits.distill": "last",
+        "exits.head_lora_rank": 128,
+        "exits.freeze": True,
+    }
+    assert settings_of("pythia-160m/b2_stepwise_not_looped_15b") == {
+        "checkpoint.num_loops": 1,
+        "start.base": "pythia-160m",
+        "start.convert": "--num-loops 2 --init stepwise",
+        "run.micro_batch": 16,
+        "run.tokens": 15_000_000_000,
+    }
+
+
+def test_models_that_a_row_needs_are_made_before_it() -> None:
+    for row in ROWS:
+        made: list[Path] = []
+        for step in paper.steps(row, paper.Inputs(Path("base"), Path("data"), Path("out"), 8)):
+            for flag in ("--checkpoint.path", "--distill.teacher", "--checkpoint"):
+                if flag in step.command:
+                    needed = Path(step.command[step.command.index(flag) + 1])
+                    assert needed == Path("base") or needed in made, row
+            made.append(step.makes)
+        assert made[-2:] == [Path("out") / row / "final", Path("out") / row / "perplexity.json"]
+
+
+@pytest.mark.parametrize("recipe", ANY_CHECKPOINT)
+def test_a_row_for_any_checkpoint_of_a_family_says_nothing_of_its_start(recipe: str) -> None:
+    found, command = read(recipe)
+    assert found.start == StartConfig()
+    assert found.run.steps == STEPS[int(recipe.partition("#")[2].removesuffix("b"))]
+    assert recipe.replace(".toml#", "/") not in ROWS
     with pytest.raises(UserError, match=r"missing 'checkpoint.path', or 'start.base' in its place"):
-        command.training(recipe)
-
-
-def test_every_family_has_recipes() -> None:
-    assert {path.stem for path in RECIPES} == {"gemma_15b", "gemma_60b", "tinyllama_15b", "pythia_15b"}
-    assert {row.partition("/")[0] for row in ROWS} == {"gemma", "tinyllama", "pythia-1b", "pythia-410m", "pythia-160m"}
+        command.make_training_spec(found)
 
 
 @pytest.mark.parametrize(
@@ -112,27 +180,30 @@ def test_every_family_has_recipes() -> None:
     ],
 )
 def test_rows_have_the_papers_parameter_counts(row: str, billions: float) -> None:
-    path = ROOT / "train" / "recipes" / f"{row}.toml"
-    recipe, command = read(path, read_tables(path))
-    training = command.training(recipe)
-    sizes = model_sizes(training.model, training.recursion, torch.float32)
+    recipe, command = read_row(row)
+    spec = command.make_training_spec(recipe)
+    sizes = model_sizes(spec.model, spec.recursion, torch.float32)
     assert sizes.non_embedding_params / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_the_command_prints_its_steps_and_lists_its_rows() -> None:
-    def run(*argv: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([sys.executable, str(ROOT / "runs" / "paper.py"), *argv], capture_output=True, text=True)
+def test_the_command_prints_its_steps_and_lists_its_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["paper.py", *argv])
+        paper.main()
+        return capsys.readouterr().out
 
-    assert run().stdout.split() == ROWS
-    lines = run("gemma/b2_stepwise_forward_kl_15b", "--print", "--", "--run.wandb", "w").stdout
+    assert run().split() == list(ROWS)
+    lines = run("gemma/b2_stepwise_forward_kl_15b", "--print", "--", "--run.wandb", "w")
     commands = [line.split() for line in lines.splitlines()]
     scripts = [Path(part).stem for command in commands for part in command if part.endswith(".py")]
     assert scripts == ["uptrain", "perplexity", "uptrain", "perplexity"]
     assert [command[-2:] == ["--run.wandb", "w"] for command in commands] == [False, False, False, True, False]
-    wrong = run("gemma/none")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    error = wrong.stderr.splitlines()[-1]
-    assert error.startswith("error: row: found 'gemma/none'; expected one of those that runs/paper.py lists")
+    with pytest.raises(
+        UserError, match=r"^row: found 'gemma/b2_stepwise'; expected one that runs/paper.py lists .* such"
+    ):
+        run("gemma/b2_stepwise")
 
 
 def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
@@ -142,8 +213,9 @@ def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
     (tmp_path / "base").mkdir()
 
     def stand_in(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
-        """What a command finds at the paths that it is given; it makes its output, and an `rrt` is there for it."""
-        look = "import pathlib, sys; import rrt.convert; assert pathlib.Path('base').is_dir(); "
+        """Look for the base and an `rrt` as the command would, and make its output."""
+        look = "import importlib.util, pathlib, sys; "
+        look += "assert pathlib.Path('base').is_dir() and importlib.util.find_spec('rrt'); "
         make = "pathlib.Path(sys.argv[1]).mkdir(parents=True)"
         if "--json" in command:
             make = "pathlib.Path(sys.argv[1]).write_text('{\"perplexity\": 7.5}')"
@@ -163,11 +235,11 @@ def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
 
 def test_a_checkpoint_of_another_row_is_refused() -> None:
     start = StartConfig(base="pythia-160m", convert="--num-loops 2 --init average --lora-rank 4")
-    model, recursion = start_architecture(ABSENT, start)
+    model, recursion = checkpoint_architecture(ABSENT, start)
     assert (model.num_layers, recursion.num_loops, recursion.lora_rank.q) == (12, 2, 4)
     with pytest.raises(UserError, match=r"has num_loops 1; expected 2, as the recipe's start\.convert = '--num-loops"):
-        start_architecture("pythia-160m", start)
-    assert start_architecture("pythia-160m", dataclasses.replace(start, convert=""))[1].num_loops == 1
+        checkpoint_architecture("pythia-160m", start)
+    assert checkpoint_architecture("pythia-160m", dataclasses.replace(start, convert=""))[1].num_loops == 1
 
 
 @pytest.mark.parametrize(
@@ -179,12 +251,12 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
         ("--lora-init zero", "lora_init svd; expected zero"),
     ],
 )
-def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> None:
+def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, message: str) -> None:
     flags = "--num-loops 2 --init average --lora-rank 4"
     found = dataclasses.replace(recursive_flags(flags.split()), exit_loops=(0,), head_lora_rank=4)  # by training
-    check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=flags))
+    check_conversion("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=flags))
     with pytest.raises(UserError, match=f"field 'checkpoint.path': x has {message}"):
-        check_start("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
+        check_conversion("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
 
 
 @pytest.mark.parametrize(
@@ -195,11 +267,11 @@ def test_whatever_a_conversion_decides_is_compared(other: str, message: str) -> 
         ("--init average --untie-norms", "--norm-init zero"),
     ],
 )
-def test_what_has_no_effect_on_a_conversion_is_not_compared(flags: str, other: str) -> None:
+def test_conversion_flags_without_effect_are_not_compared(flags: str, other: str) -> None:
     both = [f"--num-loops 2 {flags}", f"--num-loops 2 {flags} {other}"]
     for made, described in (both, reversed(both)):
         start = StartConfig(base="pythia-160m", convert=described)
-        check_start("x", preset("pythia-160m"), recursive_flags(made.split()), start)
+        check_conversion("x", preset("pythia-160m"), recursive_flags(made.split()), start)
 
 
 @pytest.mark.slow

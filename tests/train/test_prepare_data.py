@@ -66,7 +66,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def leftovers(directory: Path) -> list[str]:
-    """What is in the output's parent beside the corpus."""
+    """Files in the output's parent other than the corpus."""
     return sorted(path.name for path in directory.iterdir() if path.name != "corpus")
 
 
@@ -171,7 +171,7 @@ def test_another_tokenizer_or_option_starts_anew(
     open_shards(interrupted, "train").check_tokenizer(load_tokenizer(other))
 
 
-def test_a_worker_does_not_collect_what_the_parent_left(
+def test_a_worker_does_not_collect_the_parents_garbage(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Left:
@@ -255,7 +255,7 @@ def test_two_runs_into_one_output_are_refused(corpus: Path, tokenizer: Path, tmp
         prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out")
 
 
-def test_a_worker_that_is_killed_is_told(
+def test_a_killed_worker_is_reported(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "write_unit", lambda job, unit: os.kill(os.getpid(), signal.SIGKILL))

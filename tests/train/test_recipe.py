@@ -1,4 +1,4 @@
-"""Reading recipes: TOML, flags, `--help`, errors; and the recipes that are shipped."""
+"""Reading recipes: TOML, flags, `--help` and errors."""
 
 import dataclasses
 import math
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from rrt.common.schema import field_doc
 from rrt.errors import UserError
 from train.pretrain import PretrainRecipe
-from train.recipe import OptimConfig, read_recipe, to_toml
-from train.trainer import accumulation
+from train.recipe import OptimConfig, accumulation, read_recipe, to_toml
 from train.uptrain import UptrainRecipe
 
 REQUIRED = {"checkpoint.path": "model", "data.path": "data", "run.out": "out", "run.tokens": "4194304"}
@@ -220,7 +219,7 @@ class AnyRecipe:
         limit=st.none() | st.integers(0, 9),
     )
 )
-def test_what_is_written_reads_back_the_same(table: AnyTable, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_written_recipe_reads_back_the_same(table: AnyTable, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.toml"
     path.write_bytes(to_toml(AnyRecipe(table)).encode())
     assert read_recipe(AnyRecipe, "", ["--recipe", str(path)]) == AnyRecipe(table)
@@ -245,33 +244,6 @@ def test_a_written_recipe_has_every_default_filled_in(tmp_path: Path) -> None:
     recipe = read(argv())
     assert read(["--recipe", write(tmp_path, to_toml(recipe))]) == recipe
     assert tomllib.loads(to_toml(recipe))["optim"] == dataclasses.asdict(OptimConfig())
-
-
-def test_included_files_count_before_the_including_one_and_later_ones_before_earlier(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "all.toml").write_text("[optim]\nlr = 1.0\nbeta1 = 0.5\nbeta2 = 0.5\n")
-    (tmp_path / "parts" / "some.toml").write_text('include = ["all.toml"]\n[optim]\nbeta1 = 0.6\nbeta2 = 0.6\n')
-    (tmp_path / "other.toml").write_text("[optim]\nbeta2 = 0.7\n[run]\nseed = 3\n")
-    path = write(tmp_path, 'include = ["parts/some.toml", "other.toml"]\n' + WHOLE + "[optim]\neps = 0.1\n")
-    recipe = read(["--recipe", path])
-    assert (recipe.optim.lr, recipe.optim.beta1, recipe.optim.beta2, recipe.optim.eps) == (1.0, 0.6, 0.7, 0.1)
-    assert recipe.run.seed == 3
-
-
-@pytest.mark.parametrize(
-    ("include", "message"),
-    [
-        ('"none.toml"', "{path}: field 'include': found 'none.toml'; expected a list of files"),
-        ('["none.toml"]', "none.toml: No such file or directory; expected a recipe (TOML), which {path} includes"),
-        ("[3]", "{path}: field 'include': found [3]; expected a list of files"),
-        ('["recipe.toml"]', "{path}: field 'include': found {path}, which includes this file itself"),
-        ('["circle.toml"]', "circle.toml: field 'include': found {path}, which includes this file itself"),
-    ],
-)
-def test_a_wrong_include_is_named(include: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "circle.toml").write_text('include = ["recipe.toml"]\n')
-    path = write(tmp_path, f"include = {include}\n" + WHOLE)
-    assert error_of(["--recipe", path]).endswith(message.format(path=path))
 
 
 def test_a_batch_that_is_no_whole_number_of_micro_batches_is_refused() -> None:

@@ -1,7 +1,6 @@
-"""Runs that are killed or asked to end, and go on as if they had not been."""
+"""Runs that are killed or interrupted, and resume as if they had not been."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ import torch
 
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
-from tests.util.processes import run_on, run_on_two
+from tests.util.processes import forkserver, run_on, run_on_two
 from tests.util.training import (
     Flags,
     command_line,
@@ -34,7 +33,7 @@ from tests.util.training import (
 from train import early_exit, uptrain
 from train.command import Command
 from train.data import Mixture
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize(("training", "count"), [("uptraining", 2), ("frozen model with a LoRA on its head", 1)])
 def test_runs_resume_bitwise(training: str, count: int, flags: Flags, tmp_path: Path) -> None:
     command, settings = TRAININGS[training]
     run_on(count, train_here, flags(tmp_path / "whole", run__save_every=3, **settings), command)
@@ -76,21 +74,21 @@ def uptrain_with_noise(step: int | None, argv: list[str]) -> None:
         train_here(argv) if step is None else train_until(step, argv)
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been(flags: Flags, tmp_path: Path) -> None:
+def test_random_numbers_are_the_same_after_a_resumption(flags: Flags, tmp_path: Path) -> None:
     run_on_two(uptrain_with_noise, None, flags(tmp_path / "whole", 6, run__save_every=2))
     argv = flags(tmp_path / "parts", 6, run__save_every=2)
     run_on_two(uptrain_with_noise, 3, argv)
     run_on_two(uptrain_with_noise, None, argv)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    run_on_two(train_here, flags(tmp_path / "quiet", 6))
-    assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")
+    run_on_two(train_here, flags(tmp_path / "quiet", 1))
+    assert losses(tmp_path / "quiet") != losses(tmp_path / "whole")[:1]
 
 
 def steps_taken(argv: list[str]) -> int:
-    """How many optimizer steps a training takes to its end."""
+    """The number of optimizer steps that a training takes to its end."""
     taken, whole = 0, Trainer._train_step
 
-    def count(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+    def count(self: Trainer, rate: float) -> StepResult:
         nonlocal taken
         taken += 1
         return whole(self, rate)
@@ -101,18 +99,17 @@ def steps_taken(argv: list[str]) -> int:
     return taken
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_with_the_same_data(
-    before: int, after: int, flags: Flags, tmp_path: Path
-) -> None:
-    settings = dict(steps=12, run__save_every=3, run__micro_batch=4)
+def test_other_numbers_of_processes_go_on_with_the_same_data(flags: Flags, tmp_path: Path) -> None:
+    settings = dict(steps=10, run__save_every=2, run__micro_batch=4)
     train_here(flags(tmp_path / "whole", **settings))
     out = tmp_path / "parts"
-    run_on(before, train_until, 7, flags(out, **settings))
-    assert steps_kept(out) == [3, 6]
+    run_on_two(train_until, 5, flags(out, **settings))
+    assert steps_kept(out) == [2, 4]
     (out / ".step-99").mkdir()  # as a killed run leaves it
     (out / ".step-99" / "__0_0.distcp").write_bytes(b"partial")
-    assert set(run_on(after, steps_taken, flags(out, **settings))) == {12 - 6}
+    train_until(7, flags(out, **settings))
+    assert steps_kept(out) == [4, 6]
+    assert run_on_two(steps_taken, flags(out, **settings)) == (10 - 6, 10 - 6)
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
     assert not list(out.glob(".*"))
 
@@ -146,13 +143,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
 
 
 def two_processes(argv: list[str], command: Command[Any]) -> list[ForkServerProcess]:
-    """A training by two new processes, as torchrun would start them; forked where torch is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.util.training"])
+    """A training by two new processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [context.Process(target=_train, args=(rank, port, argv, command), daemon=True) for rank in range(2)]
+    started = [forkserver().Process(target=_train, args=(rank, port, argv, command), daemon=True) for rank in range(2)]
     for process in started:
         process.start()
     return started
@@ -165,12 +160,24 @@ def _train(rank: int, port: int, argv: list[str], command: Command[Any]) -> None
     train_here(argv, command)
 
 
-def kill_repeatedly(kills: int, out: Path, argv: list[str], command: Command[Any], longest: float) -> None:
-    """Kill a run `kills` times, each time at a random moment in its first `longest` seconds, then let it finish."""
+def wait_for_steps(out: Path, count: int) -> None:
+    """Return when a run in progress has recorded so many steps, or an earlier part of it had."""
+    end, path = time.monotonic() + 100, out / "metrics.jsonl"
+    while count and not (path.is_file() and len(path.read_text().splitlines()) >= count):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+STEPS_PER_KILL = 8
+
+
+def kill_repeatedly(kills: int, out: Path, argv: list[str], command: Command[Any]) -> None:
+    """Kill a run `kills` times, each time at a random moment around a random one of its next steps; let it finish."""
     moments = random.Random(0)
-    for _ in range(kills):
+    for kill in range(kills):
         started = two_processes(argv, command)
-        time.sleep(moments.uniform(0, longest))
+        wait_for_steps(out, kill * STEPS_PER_KILL + moments.randrange(STEPS_PER_KILL))
+        time.sleep(moments.uniform(0, 0.05))
         for process in started:
             process.kill()
         for process in started:
@@ -194,10 +201,10 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
     kills: int, training: str, flags: Flags, tmp_path: Path
 ) -> None:
     command, settings = TRAININGS[training]
-    settings = dict(steps=20 * kills, run__micro_batch=4, **settings)
+    settings = dict(steps=STEPS_PER_KILL * kills + 6, run__micro_batch=4, **settings)
     run_on_two(train_here, flags(tmp_path / "whole", **settings), command)
     argv = flags(tmp_path / "killed", run__save_every=2, **settings)
-    kill_repeatedly(kills, tmp_path / "killed", argv, command, longest=3.0)
+    kill_repeatedly(kills, tmp_path / "killed", argv, command)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert final[0] == final[1]
@@ -220,24 +227,20 @@ def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:
         train_here(argv)
 
 
-@pytest.mark.parametrize(
-    ("at", "saved"), [(4, 2), (5, 3), (0, None)], ids=["within a step", "at its end", "in the first"]
-)
-def test_a_run_asked_to_end_saves_its_last_finished_step_within_a_micro_batch(
-    at: int, saved: int | None, flags: Flags, tmp_path: Path
-) -> None:
-    settings = dict(steps=6, run__micro_batch=2)  # two micro-batches a step
+def test_an_interrupted_run_saves_its_last_finished_step_within_a_micro_batch(flags: Flags, tmp_path: Path) -> None:
+    settings = dict(steps=4, run__micro_batch=2)  # two micro-batches a step
     run_on_two(train_here, flags(tmp_path / "whole", **settings))
-    out = tmp_path / "stopped"
-    assert run_on_two(uptrain_signalled, flags(out, **settings), at, signal.SIGUSR1) == (None, None)
-    assert steps_kept(out) == ([] if saved is None else [saved])
-    assert not (out / "final").exists()
-    run_on_two(train_here, flags(out, **settings))
-    assert losses(out) == losses(tmp_path / "whole")
+    for at, saved in ((2, [1]), (3, [2]), (0, [])):  # within a step, at its end, in the first
+        out = tmp_path / f"stopped-{at}"
+        assert run_on_two(uptrain_signalled, flags(out, **settings), at, signal.SIGUSR1) == (None, None)
+        assert steps_kept(out) == saved
+        assert not (out / "final").exists()
+        run_on_two(train_here, flags(out, **settings))
+        assert losses(out) == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("at", "said"), [(9, "saved step 2 of 6"), (1, "no step was finished")])
-def test_a_run_asked_to_end_says_where_it_will_go_on(
+def test_an_interrupted_run_says_that_the_same_command_resumes_it(
     at: int,
     said: str,
     flags: Flags,
@@ -268,7 +271,7 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags: Flags, tmp_path: Path) -> None:
+def test_two_processes_killed_under_torchrun_resume_bitwise(flags: Flags, tmp_path: Path) -> None:
     assert run_script(flags(tmp_path / "whole", 60, run__save_every=5), processes=2).returncode == 0
     out = tmp_path / "killed"
     argv = flags(out, 60, run__save_every=5)
@@ -280,6 +283,28 @@ def test_two_processes_killed_under_torchrun_go_on_as_if_they_had_not_been(flags
     result = run_script(argv, processes=2)
     assert (result.returncode, result.stderr) == (0, "")
     assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_torchrun_train_on_until_one_of_them_is_signalled(flags: Flags, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = flags(out, 100_000, run__save_every=2, run__micro_batch=4)
+    with subprocess.Popen(command_line(argv, 2), stdout=subprocess.DEVNULL, env=script_env()) as process:
+        wait_for_checkpoint(out, process)
+        workers = descendants(process.pid)
+        process.kill()
+    assert len(workers) == 2
+    try:
+        wait_for_steps(out, len(losses(out)) + 10)
+        with pytest.raises(UserError, match="another training run writes to it"):
+            train_here(argv)
+    finally:
+        os.kill(workers[1], signal.SIGTERM)
+    end = time.monotonic() + 100
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert steps_kept(out)[-1] == len(losses(out)) >= 10 and not (out / "final").exists()
 
 
 @pytest.mark.slow

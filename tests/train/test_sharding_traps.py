@@ -1,6 +1,6 @@
-"""What FSDP2 does wrong without a word, or with an obscure one, and how our wrapping keeps clear of it.
+"""Traps of FSDP2 that are silent or have an obscure message, which our wrapping avoids.
 
-Where a trap is silent, the test first falls into it, so that it is known to see it.
+For a silent trap the test first triggers it, to show that it would be noticed.
 """
 
 from typing import Any
@@ -117,7 +117,7 @@ class Tied(nn.Module):
 
 
 def tied_units() -> tuple[str, list[str]]:
-    """What torch says to tied weights in two units, and which of our parameters are no unit's but the root's."""
+    """Torch's error for tied weights in two units, and those of our parameters that only the root unit has."""
     with processes("cpu") as group:
         tied = Tied()
         for module in (tied.embed, tied.head, tied):

@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -28,13 +29,21 @@ def run_on(count: int, function: Callable[..., Any], *args: Any) -> tuple[Any, .
 
 
 @functools.cache
+def forkserver() -> ForkServerContext:
+    """A context whose processes are forked from one that has imported torch and the trainer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.util.training"])
+    return context
+
+
+@functools.cache
 def _group(count: int) -> "_Group":
     return _Group(count)
 
 
 class _Group:
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):

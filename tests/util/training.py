@@ -1,4 +1,4 @@
-"""A tiny relaxed model with its data, and ways to run the training commands on it."""
+"""Shared parts of the training tests: a tiny relaxed model with its data, and ways to run the commands on it."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ from train.command import Command
 from train.data import Mixture, Windows
 from train.distributed import AgreedError, processes, raise_everywhere
 from train.recipe import read_recipe
-from train.trainer import Trainer
+from train.trainer import StepResult, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 420, 32, 8
@@ -63,7 +63,7 @@ def make_data(directory: Path, tokenizer: Path) -> Path:
 
 
 def samples_of(data: Path) -> Mixture:
-    """Write the token shards that the runs train on."""
+    """The samples that the runs train on."""
     return Mixture([Windows(open_shards(data, "train"), LENGTH, 0, 0)])
 
 
@@ -94,7 +94,7 @@ def to_flags(values: dict[str, Any], **overrides: Any) -> list[str]:
 
 
 def make_flags(checkpoint: Path, data: Path) -> Flags:
-    """Gives flags of a training of `steps` steps, with overrides as in `to_flags`."""
+    """Make the function that gives the flags of a training of `steps` steps; overrides as in `to_flags`."""
 
     def make(out: Path, steps: int = 8, **overrides: Any) -> list[str]:
         values = {
@@ -123,7 +123,7 @@ def make_inputs(directory: Path) -> Flags:
 
 
 def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:
-    """The command's work in this process, or together with another one."""
+    """Run the command in this process, or together with another one."""
     recipe = read_recipe(command.recipe, "", argv)
     with processes(recipe.run.device, recipe.run.shard_size) as group:
         trainer: Trainer = raise_everywhere(lambda: command.make_trainer(recipe, group))
@@ -132,16 +132,16 @@ def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:
 
 
 def train_here(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> None:
-    """`train` for another process: what it leaves behind is all."""
+    """`train` for another process, to which the trainer cannot be returned."""
     train(argv, command)
 
 
 def train_until(step: int, argv: list[str], command: Command[Any] = uptrain.COMMAND) -> None:
-    """A training that ends before it has taken `step + 1` steps."""
+    """Train until `step` steps are taken, then end with an error."""
     with pytest.MonkeyPatch.context() as patch:
         whole = Trainer._train_step
 
-        def take(self: Trainer, rate: float) -> tuple[float, float, str | None]:
+        def take(self: Trainer, rate: float) -> StepResult:
             if self.step == step:
                 raise AgreedError("interrupted here")
             return whole(self, rate)
@@ -183,7 +183,7 @@ def steps_kept(out: Path) -> list[int]:
 
 
 def refuse_to_write(patch: pytest.MonkeyPatch, step: int) -> None:
-    """A disk that is full when `step` is written."""
+    """Simulate a disk that is full when `step` is written."""
     write = FileSystemWriter.write_data
 
     def full_disk(self: FileSystemWriter, *arguments: Any) -> Any:
