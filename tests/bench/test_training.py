@@ -7,7 +7,7 @@ from pathlib import Path
 
 TINY_RUN = """
 import dataclasses, json
-from bench import training_cases as cases
+from bench import trainer_cases, training_cases as cases
 cases.SMALL_LLAMA = dataclasses.replace(
     cases.SMALL_LLAMA, num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128
 )
@@ -16,7 +16,7 @@ def counting(*arguments):
     model, losses = make(*arguments)
     return model, lambda *batch: calls.append(1) or losses(*batch)
 cases.our_losses = counting
-record = cases.measure_trainer(steps=4, micro_batches=2).record()
+record = trainer_cases.measure_trainer(steps=4, micro_batches=2).record()
 print(json.dumps(record | {"bare_losses": len(calls)}))
 """
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eval import exits, perplexity, report, throughput
 from eval.paper_study import COUNTED
-from eval.report import frontier, labels_of
+from eval.report_page import frontier, shorten_all
 from eval.svg import Axis, Series, bars, number, plot
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
@@ -197,5 +197,5 @@ def test_a_plot_of_nothing_is_nothing_and_names_are_escaped():
 
 
 def test_checkpoints_have_short_names_unless_two_would_be_alike():
-    assert labels_of(["runs/a/final", "runs/b"]) == {"runs/a/final": "a", "runs/b": "b"}
-    assert labels_of(["x/a/final", "y/a"]) == {"x/a/final": "x/a/final", "y/a": "y/a"}
+    assert shorten_all(["runs/a/final", "runs/b"]) == {"runs/a/final": "a", "runs/b": "b"}
+    assert shorten_all(["x/a/final", "y/a"]) == {"x/a/final": "x/a/final", "y/a": "y/a"}
