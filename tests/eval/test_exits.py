@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +19,8 @@ from rrt.checkpoint.source import load_model
 from rrt.common.provenance import fingerprint
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.model.config import RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.processes import run_on_two
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
@@ -31,8 +32,7 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     make_bpe_tokenizer(directory / "base", "llama")
     make_hf_model(directory / "base", "llama", num_layers=3, vocab_size=load_tokenizer(directory / "base").vocab_size)
-    command = [sys.executable, "-m", "rrt.convert", "--base", directory / "base", "--out", directory / "folded"]
-    subprocess.run([*map(str, command), "--num-loops", "3", "--init", "average"], check=True, capture_output=True)
+    convert(directory / "base", directory / "folded", RecursiveConfig(num_loops=3, init="average"))
     return directory / "folded"
 
 

@@ -24,6 +24,8 @@ from rrt.checkpoint.source import load_model
 from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.model.config import LoraRanks, RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.processes import run_on_two
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
@@ -107,8 +109,7 @@ def slow_loss(model, stream, context, exit_loop=None, bos_id=None):
 def recursive_dir(model_dir, tmp_path_factory):
     """The model folded into two loops, with a LoRA."""
     converted = tmp_path_factory.mktemp("recursive") / "model"
-    command = [sys.executable, "-m", "rrt.convert", "--base", model_dir, "--out", converted, "--num-loops", "2"]
-    subprocess.run([*map(str, command), "--init", "average", "--lora-rank", "2"], check=True, capture_output=True)
+    convert(model_dir, converted, RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(2)))
     return converted
 
 
