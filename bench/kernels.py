@@ -1,18 +1,16 @@
 """Native operators against PyTorch and against the machine's limits: python bench/kernels.py --preset gemma-2b
 
-The linears of one shared layer with rows of many loops mixed, attention over the paged cache, and what a call costs
-beside the arithmetic; every number against baselines measured in the same run, in alternating order, on weights that
-are not in the cache. A floor is what the case's bytes take at the best read bandwidth of the run, or its FLOPs at the
-best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once.
-On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading), since what memory
-gives changes within a run.
+Measures the linears of one shared layer with rows of several loops mixed, attention over the paged cache, and the
+overhead of a call. Baselines run in the same rounds, in alternating order, on weights that are not in the cache. A
+case's floor is the time of its bytes at the best read bandwidth of the run, or of its FLOPs at the best matmul rate,
+whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once. On a CPU each linear
+is also compared with reading as many bytes in the same rounds (time/reading), since memory's speed changes in a run.
 
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead
 
 On a GPU everything is timed under CUDA graphs. About 10 minutes on a CPU with the defaults, in proportion to
---seconds-per-case; --quick: about a minute. Run nothing else beside it: on a busy machine threads wait for each other,
-which takes longer and measures nothing.
+--seconds-per-case; --quick: about a minute. Run nothing else beside it: on a busy machine threads wait for each other.
 """
 
 import argparse
@@ -100,10 +98,13 @@ def parse_arguments() -> argparse.Namespace:
         "--unpacked", action="store_true", help="weights as checkpoints have them, not pack_linear's (on cuda always)"
     )
     parser.add_argument(
-        "--memory-gib", type=float, metavar="G", help="memory for copies of the weights (default half of what is free)"
+        "--memory-gib",
+        type=float,
+        metavar="G",
+        help="memory for copies of the weights (default: half of the free)",
     )
     parser.add_argument(
-        "--cache-mib", type=float, metavar="M", help="size of the last-level cache (default: what the system says)"
+        "--cache-mib", type=float, metavar="M", help="size of the last-level cache (default: as the system reports)"
     )
     arguments = parser.parse_args()
     for name, (full, quick) in DEFAULTS.items():
@@ -232,7 +233,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         cases = ", ".join(f"{kind} of {count} at {context}" for kind, count, context in left_out)
         print(f"attention cases left out for want of memory: {cases}")
     seconds = arguments.seconds_per_case
-    # Half a second more for what is made, warmed up and cannot be repeated less often.
+    # Half a second more for tensors, warm-up and the least number of rounds.
     minutes = num_cases * (seconds + 0.5) / 60
     print(f"{num_cases} cases of {seconds} s or more: about {math.ceil(minutes)} min on an idle machine")
 

@@ -38,7 +38,7 @@ class LinearSpec:
     budget_bytes: int
 
     def groups(self) -> list[tuple[int, int, list[int]]]:
-        """Of each projection: rank, number of loops, and the numbers of rows that are at least as large."""
+        """Rank, number of loops, and the numbers of rows that can hold as many loops; the same for each projection."""
         pairs = [(rank, loops) for rank in self.ranks for loops in self.loops]
         groups = [(rank, loops, [rows for rows in self.rows if rows >= loops]) for rank, loops in pairs]
         return [group for group in groups if group[2]]
@@ -176,7 +176,7 @@ def _in_sequence(parts: list[Variant]) -> Variant:
 
 
 def add_floors(records: list[dict[str, Any]], rates: Rates) -> None:
-    """Add to each record `floor_seconds`, what sets it (`bound`), and every variant's `over_floor`.
+    """Add to each record `floor_seconds`, its `bound` (bytes or flops), and every variant's `over_floor`.
 
     A record with parts has the sum of their floors. Where ours multiplies faster than any F.linear of the run, its
     rate is the best matmul rate.

@@ -97,7 +97,14 @@ def unfused(
     groups: Sequence[Tensor],
     slices: Sequence[slice],
 ) -> Tensor:
-    """a[loop] [sum of R, K], b[loop][segment] [N of it, R of it], groups[loop]: its rows."""
+    """F.linear, then the LoRA of each loop on its rows.
+
+    Args:
+        a: per loop [sum of R, K].
+        b: per loop and segment [N of it, R of it].
+        groups: rows of each loop.
+        slices: outputs of each segment.
+    """
     y = F.linear(x, weight, bias)
     for a_of_loop, b_of_loop, rows in zip(a, b, groups, strict=True):
         alone = len(groups) == 1
@@ -120,7 +127,14 @@ def concatenated(
     mask: Tensor | None,
     slices: Sequence[slice],
 ) -> Tensor:
-    """a [sum over segments and loops of R, K], b[segment] [N of it, loops * R of it], mask of x's dtype, as x a^T."""
+    """F.linear, then the LoRAs of all loops at once, other loops masked to 0.
+
+    Args:
+        a: [sum over segments and loops of R, K].
+        b: per segment [N of it, loops * R of it].
+        mask: of x's dtype and the shape of x a^T; None with one loop.
+        slices: outputs of each segment.
+    """
     y = F.linear(x, weight, bias)
     shrunk = F.linear(x, a)
     if mask is not None:
@@ -131,7 +145,7 @@ def concatenated(
 
 
 def merged(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, groups: Sequence[Tensor]) -> Tensor:
-    """weights[loop] [N, K]."""
+    """One product per loop with its own dense weight, weights[loop] [N, K]."""
     if len(groups) == 1:
         return F.linear(x, weights[0], bias)
     y = x.new_empty(x.shape[0], weights[0].shape[0])
@@ -173,7 +187,7 @@ class Adapters:
 
     ranks: tuple[int, ...]
     lora_a: list[Tensor]
-    """[loops, sum of R, K], packed or not: what ours reads."""
+    """[loops, sum of R, K], packed or not; read by ours."""
     lora_b: list[Tensor]
     """[loops, N, largest R], packed or not."""
     a: list[list[Tensor]]
@@ -268,7 +282,7 @@ def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor
 
 
 def check_agreement(results: dict[str, Tensor], expected: str, where: str) -> None:
-    """Raises RuntimeError if any result is not, to rounding, that of `expected`."""
+    """Raise RuntimeError unless all results agree with that of `expected` within rounding."""
     wanted = results[expected].double()
     for name, result in results.items():
         difference = float((result.double() - wanted).norm() / wanted.norm())

@@ -3,9 +3,9 @@
     python bench/tabulate.py RESULT.json [...] --out bench/results/2026-11_epyc-avx512bf16_kernels-gemma-bf16.md \
         --note "One run."
 
-RESULT.json is what a benchmark, an evaluation or the demo wrote with --json (the demo: report.json). The page has, of
-each result, its command, code version, machine and date, and the tables that the benchmark prints, of bench/kernels.py
-a summary. Pages are named MONTH_MACHINE_SUBJECT.md and have at most 80 lines; raw results are not committed.
+RESULT.json comes from --json of a benchmark or an evaluation, or is the demo's report.json. The page has the command,
+code version, machine and date of each result, and the tables that its benchmark prints; of bench/kernels.py a summary.
+Pages are named MONTH_MACHINE_SUBJECT.md and have at most 80 lines. Raw results are not committed.
 """
 
 import argparse

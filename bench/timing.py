@@ -38,8 +38,8 @@ def copies_beyond_cache(read_bytes: int, held_bytes: int, cache_bytes: int, budg
     least two).
 
     Args:
-        read_bytes: what a call reads of a copy, at least.
-        held_bytes: what a copy takes in memory.
+        read_bytes: bytes that a call reads of a copy, at least.
+        held_bytes: memory of a copy.
     """
     wanted = 1 + math.ceil(4 * cache_bytes / read_bytes)
     return min(wanted, max(2, budget_bytes // held_bytes))
@@ -110,7 +110,7 @@ class Timer:
                     with torch.cuda.graph(graph):
                         chain(variant)
                     launches[name] = graph.replay
-            except RuntimeError:  # what the op does cannot be captured: it waits for the device
+            except RuntimeError:  # the op waits for the device, which cannot be captured
                 self.method = "CUDA events"
                 torch.cuda.synchronize(self.device)
         if self.method == "CUDA events":

@@ -295,7 +295,7 @@ def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
     ]
     caption = (
         f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token. Tokens per second "
-        "(over the vanilla model's static batching, blocks only, and its CSB), by what is counted, each and all before:"
+        "(over the vanilla model's static batching, blocks only, and its CSB), by the costs that are counted:"
     )
     return f"<p>{escape(caption)}</p>" + table(("", "N-emb", "batch", *stages), rows)
 

@@ -69,7 +69,7 @@ class Corpus:
         """All documents in order. Shards know only the bytes of all documents, which the first document gets.
 
         Raises:
-            UserError: a file or record that cannot be read, or `group_field` was asked for and no record has it.
+            UserError: a file or record that cannot be read, or no record has the `group_field` that was given.
         """
         if self._shards is None:
             yield from self._tokenised()

@@ -64,7 +64,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_spread(seconds: dict[str, float]) -> str:
-    """Half the distance of the quartiles over the median, of what `bench.timing.spread` gives; empty without them."""
+    """Half the distance of the quartiles over the median, in percent; empty if there are no quartiles."""
     if "lower_quartile" not in seconds:
         return ""
     return f"{(seconds['upper_quartile'] - seconds['lower_quartile']) / 2 / seconds['median']:.0%}"

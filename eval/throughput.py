@@ -50,7 +50,7 @@ CDB = "CDB, oracle"
 
 @dataclass(frozen=True)
 class Setting:
-    """Prompt and generated tokens of a sample, and bytes for weights and keys and values (0: what is free)."""
+    """Prompt and generated tokens of a sample, and bytes for weights, keys and values (0: all that are free)."""
 
     prefix: int
     decode: int
@@ -175,7 +175,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, spec: ModelSpec)
 
 
 def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]:
-    """Tokens per second of every model and strategy, by what is counted, and over the vanilla model's baselines.
+    """Tokens per second of every model and strategy at each stage of counting, and over the vanilla model's baselines.
 
     Of a row, `over_static` and `over_csb` are its ratios to static batching and to CSB of the vanilla model.
     """

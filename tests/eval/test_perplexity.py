@@ -76,7 +76,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts():
-    return [text[:230] for text in list(training_texts())[:3]]
+    return [text[:150] for text in list(training_texts())[:3]]
 
 
 @pytest.fixture(scope="module")
