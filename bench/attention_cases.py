@@ -1,4 +1,4 @@
-"""Attention over the paged cache as cases: decode rows and prefill chunks, against SDPA on gathered keys and values.
+"""Benchmark cases of attention over the paged cache: decode rows and prefill chunks, against SDPA on gathered K and V.
 
 Dimensions: M rows (S sequences of prefill), H query heads, H_kv key/value heads, D_h head width.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.linear_cases import check_agreement, normal
+from bench.linear_variants import check_agreement, normal
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
 from rrt import ops
 
@@ -23,8 +23,8 @@ BASELINES = {
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """What is to be measured of attention."""
+class AttentionSpec:
+    """The cases to measure: decode rows and prefill chunks, each at every context length."""
 
     num_heads: int
     num_kv_heads: int
@@ -43,7 +43,7 @@ class AttentionPlan:
     budget_bytes: int
 
     def cases(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
-        """Kind, rows or sequences, and context: the cases to run, and those that the memory is too small for."""
+        """Cases to run and cases that do not fit in memory, each as kind, rows or sequences, and context."""
         counts = [("decode", rows) for rows in self.rows] + [("prefill", count) for count in self.sequences]
         cases = [(kind, count, context) for kind, count in counts for context in self.contexts]
         # Two copies at least, each held twice: in pages and gathered.
@@ -52,7 +52,7 @@ class AttentionPlan:
         return kept, [case for case, ok in zip(cases, fits, strict=True) if not ok]
 
     def kv_bytes(self, count: int, context: int) -> int:
-        """Keys and values of all contexts, at one shared layer."""
+        """Bytes of the keys and values of all contexts, at one shared layer."""
         return 2 * count * context * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def min_bytes(self, count: int, context: int, queries: int) -> int:
@@ -61,24 +61,24 @@ class AttentionPlan:
         return self.kv_bytes(count, context) + ends
 
     def flops(self, count: int, context: int, queries: int) -> int:
-        """Multiplications and additions of q k^T and p v over what each query may attend, softmax not counted."""
-        attended = queries * context - queries * (queries - 1) // 2
-        return 4 * count * self.num_heads * self.head_dim * attended
+        """Multiplications and additions of q k^T and p v over the positions that each query sees, without softmax."""
+        seen = queries * context - queries * (queries - 1) // 2
+        return 4 * count * self.num_heads * self.head_dim * seen
 
 
-def run_attention(plan: AttentionPlan, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
+def run_attention(spec: AttentionSpec, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
     """Measure every case; yields a record each, without floors."""
-    for index, (kind, count, context) in enumerate(plan.cases()[0]):
+    for index, (kind, count, context) in enumerate(spec.cases()[0]):
         if index % 8 == 0:
             rates.probe()
-        yield _run_case(plan, timer, kind, count, context)
+        yield _run_case(spec, timer, kind, count, context)
 
 
-def _run_case(plan: AttentionPlan, timer: Timer, kind: str, count: int, context: int) -> dict[str, Any]:
-    queries = 1 if kind == "decode" else min(plan.chunk, context)
-    kv_bytes = plan.kv_bytes(count, context)
-    copies = copies_beyond_cache(kv_bytes, 2 * kv_bytes, plan.cache_bytes, plan.budget_bytes)
-    variants = make_variants(plan, kind, count, context, queries, copies)
+def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context: int) -> dict[str, Any]:
+    queries = 1 if kind == "decode" else min(spec.chunk, context)
+    kv_bytes = spec.kv_bytes(count, context)
+    copies = copies_beyond_cache(kv_bytes, 2 * kv_bytes, spec.cache_bytes, spec.budget_bytes)
+    variants = make_variants(spec, kind, count, context, queries, copies)
     check_agreement({name: v.call(0) for name, v in variants.items()}, "sdpa", f"{kind} of {count} at {context}")
     samples = timer.measure(variants, copies)
     return {
@@ -86,9 +86,9 @@ def _run_case(plan: AttentionPlan, timer: Timer, kind: str, count: int, context:
         "count": count,
         "context": context,
         "queries": queries,
-        "page_size": plan.page_size,
-        "bytes": plan.min_bytes(count, context, queries),
-        "flops": plan.flops(count, context, queries),
+        "page_size": spec.page_size,
+        "bytes": spec.min_bytes(count, context, queries),
+        "flops": spec.flops(count, context, queries),
         "copies": copies,
         "rounds": len(samples["ours"]),
         "seconds": {name: spread(values) for name, values in samples.items()},
@@ -97,14 +97,14 @@ def _run_case(plan: AttentionPlan, timer: Timer, kind: str, count: int, context:
 
 
 def make_variants(
-    plan: AttentionPlan, kind: str, count: int, context: int, queries: int, copies: int
+    spec: AttentionSpec, kind: str, count: int, context: int, queries: int, copies: int
 ) -> dict[str, Variant]:
-    """`ours` on pages in random order, SDPA on the same keys and values gathered; results [count * queries, H, D_h]."""
-    heads, kv_heads, dim, device = plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.device
-    pages_per_row = -(-context // plan.page_size)
+    """`ours` on pages in random order, SDPA on the same keys and values; results [count * queries, H, D_h]."""
+    heads, kv_heads, dim, device = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.device
+    pages_per_row = -(-context // spec.page_size)
     num_pages = copies * count * pages_per_row
-    cache_shape = (num_pages, plan.page_size, kv_heads, dim)
-    k_cache, v_cache = (normal(cache_shape, 1, plan.dtype, device) for _ in range(2))
+    cache_shape = (num_pages, spec.page_size, kv_heads, dim)
+    k_cache, v_cache = (normal(cache_shape, 1, spec.dtype, device) for _ in range(2))
     tables = torch.randperm(num_pages).to(device, torch.int32).view(copies, count, pages_per_row).unbind()
 
     def gather(cache: Tensor) -> list[Tensor]:
@@ -113,7 +113,7 @@ def make_variants(
         return [row.transpose(1, 2).contiguous() for row in rows]
 
     k, v = gather(k_cache), gather(v_cache)
-    q = normal((count * queries, heads, dim), 1, plan.dtype, device)
+    q = normal((count * queries, heads, dim), 1, spec.dtype, device)
     context_lens = torch.full((count,), context, dtype=torch.int32, device=device)
     scale = 1 / math.sqrt(dim)
     gqa = heads != kv_heads
@@ -134,9 +134,9 @@ def make_variants(
         return variants
 
     starts = torch.arange(count + 1, dtype=torch.int32, device=device) * queries
-    own = torch.arange(context - queries, context, device=device)
+    positions = torch.arange(context - queries, context, device=device)
     # A chunk that is the whole context is plain causal, which SDPA runs without a mask.
-    mask = torch.arange(context, device=device) <= own[:, None] if queries < context else None
+    mask = torch.arange(context, device=device) <= positions[:, None] if queries < context else None
 
     def sdpa(i: int) -> Tensor:
         y = F.scaled_dot_product_attention(

@@ -1,22 +1,20 @@
-"""Log-likelihood requests per second: eval/fewshot.py's model against the LM Evaluation Harness's own `hf` model.
+"""Log-likelihood requests per second of eval/fewshot.py against the LM Evaluation Harness's own `hf` model.
 
     python bench/fewshot.py --threads 1 2 --json out.json
 
 Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
-interface that the harness calls. Each has a process of its own, in which it has been loaded and has scored the requests
-once. Ours has packed its weights (seconds of that are recorded by themselves), and its process keeps freed memory, as
-eval/fewshot.py's does; hf's is as transformers has it. The baseline is hf at the faster of its batch sizes; "nothing
-shared" is ours without the common beginnings, with the head on continuations only. The floor is what the linears of the
-tokens that ours reads, and the head of the states that it scores, take at the best matmul rate of the run; the last
-layer's for every token, though ours leaves out what is not scored.
+interface that the harness calls. Each has a process of its own and has scored the requests once before. Ours has packed
+its weights, which is timed apart, and keeps freed memory, as eval/fewshot.py does. The baseline is hf at the faster of
+its batch sizes; "nothing shared" is ours without shared beginnings, with the head on continuations only. The floor is
+the time of the linears over all tokens that ours reads, and of the head over the states that it scores, at the best
+matmul rate of the run.
 
-The requests have the form of the seven tasks, with nominal lengths and the standard library's prose for words. The
-random Llama of 35 M parameters has TinyLlama's vocabulary, so its head is half of its multiplications (of TinyLlama's
-6 %, of Gemma 2B's 21 %): --hidden-size 512 --layers 8 --vocab-size 8192 has 15 %. Run nothing else beside it.
+Requests have the form of the seven tasks, with nominal lengths and the standard library's prose for words. The random
+Llama has TinyLlama's vocabulary, so its head is half of its multiplications (of TinyLlama's 6 %, of Gemma 2B's 21 %);
+with --hidden-size 512 --layers 8 --vocab-size 8192 it is 15 %. Run nothing else beside it.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import multiprocessing
 import random
@@ -28,6 +26,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,16 +35,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import Rates, Timer, Variant, speedup, spread
 from eval import scoring
 from eval.response_cache import ResponseCache
 from eval.scoring import share_beginnings
+from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.presets import preset
 from rrt.checkpoint.source import load_model
 from rrt.common.cli import human_count, keep_freed_memory, run_command
 from rrt.common.provenance import make_provenance
-from rrt.common.results import write_result
 from rrt.data.bpe import train_bpe
 from rrt.data.corpus import documents
 from rrt.data.tokenizer import load_tokenizer
@@ -55,15 +55,17 @@ from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.meta import meta_model
 from rrt.model.sizes import model_sizes
 
+KIND = "fewshot-speed"
+"""Of the result; "fewshot" is that of eval/fewshot.py."""
 TOKENIZER_IDS = 8192
-"""Of the tokenizer that is trained on the spot; the embedding can have more rows."""
+"""Vocabulary of the tokenizer that is trained on the spot; the embedding may have more rows."""
 GOALS = {"hellaswag": 3.5, "mix": 2.0}
-"""How many times the requests per second of the baseline."""
+"""Speedups over the baseline to reach."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Form:
-    """A task's requests: documents in its scored split, and lengths in words, each from a range."""
+    """Form of a task's requests: documents in its scored split, and ranges of lengths in words."""
 
     documents: int
     context: tuple[int, int]
@@ -83,8 +85,8 @@ FORMS = {
 }
 
 
-def requests_of(form: Form, count: int, words: list[str], rng: random.Random) -> list[tuple[str, str]]:
-    """Contexts and continuations of `count` documents."""
+def make_requests(form: Form, count: int, words: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Draw contexts and continuations of `count` documents."""
 
     def text(length: tuple[int, int]) -> str:
         size = rng.randint(*length)
@@ -93,26 +95,27 @@ def requests_of(form: Form, count: int, words: list[str], rng: random.Random) ->
 
     requests = []
     for _ in range(count):
-        context, same = text(form.context), text(form.choice)
+        context, ending = text(form.context), text(form.choice)
         for _ in range(form.choices):
             if form.option_in_context:
-                requests.append((f"{context} {text((1, 2))}", f" {same}"))
+                requests.append((f"{context} {text((1, 2))}", f" {ending}"))
             else:
                 requests.append((context, f" {text(form.choice)}"))
     return requests
 
 
-def shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
+def make_shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """The requests of HellaSwag's form, and a mix in which each task has its share."""
     rng = random.Random(0)
     all_requests = sum(form.documents * form.choices for form in FORMS.values())
     mix = []
     for form in FORMS.values():
-        mix += requests_of(form, max(1, round(form.documents * mix_requests / all_requests)), words, rng)
-    return {"hellaswag": requests_of(FORMS["hellaswag"], hellaswag_documents, words, rng), "mix": mix}
+        mix += make_requests(form, max(1, round(form.documents * mix_requests / all_requests)), words, rng)
+    return {"hellaswag": make_requests(FORMS["hellaswag"], hellaswag_documents, words, rng), "mix": mix}
 
 
 def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple[Path, Path]:
-    """A random checkpoint with a tokenizer of its vocabulary, and its export for the `hf` model."""
+    """Write a random checkpoint with a tokenizer of its vocabulary, and its export for the `hf` model."""
     ours, exported, tokenizer_dir = (directory / name for name in ("ours", "hf", "tokenizer"))
     tokenizer_dir.mkdir()
     train_bpe(texts, min(config.vocab_size, TOKENIZER_IDS), tokenizer_dir)
@@ -132,7 +135,7 @@ def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple
 Requests = list[tuple[str, str]]
 Scores = list[tuple[float, bool]]
 lm: Any
-"""The model of a process, as the harness sees it."""
+"""The language model of this process, as the harness sees it."""
 
 
 def load_ours(directory: Path, batch_tokens: int) -> None:
@@ -160,22 +163,23 @@ def load_hf(directory: Path) -> None:
 def score_ours(requests: Requests, min_saved_tokens: int) -> Scores:
     lm.scorer.cache = ResponseCache()
     with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
-        return list(lm.loglikelihood(instances(requests)))
+        return list(lm.loglikelihood(make_instances(requests)))
 
 
 def score_hf(requests: Requests, batch_size: int) -> Scores:
     lm.batch_size_per_gpu = batch_size
-    return list(lm.loglikelihood(instances(requests), disable_tqdm=True))
+    return list(lm.loglikelihood(make_instances(requests), disable_tqdm=True))
 
 
-def instances(requests: Requests) -> list[Any]:
+def make_instances(requests: Requests) -> list[Any]:
     from lm_eval.api.instance import Instance
 
     return [Instance("loglikelihood", {}, pair, i, ("bench", i, 1)) for i, pair in enumerate(requests)]
 
 
-def tokens_read(requests: Requests) -> dict[str, int]:
-    texts = [lm.scorer.text(*pair) for pair in lm.encode_pairs(instances(requests))]
+def count_tokens(requests: Requests) -> dict[str, int]:
+    """Count the tokens that ours reads with and without sharing, those scored, and the states that meet the head."""
+    texts = [lm.scorer.make_text(*pair) for pair in lm.encode_pairs(make_instances(requests))]
     rows = share_beginnings(texts)
     return {
         "one by one": sum(len(text.inputs) for text in texts),
@@ -186,8 +190,8 @@ def tokens_read(requests: Requests) -> dict[str, int]:
 
 
 @contextmanager
-def process(load: Any, *arguments: Any) -> Iterator[Any]:
-    """A process that has called `load`; what this gives calls a function there and waits for its result."""
+def process_with(load: Any, *arguments: Any) -> Iterator[Any]:
+    """A process that has called `load`; yields a function that calls others there and waits for their results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as executor:
         executor.submit(load, *arguments).result()
@@ -196,7 +200,7 @@ def process(load: Any, *arguments: Any) -> Iterator[Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns the result."""
-    config = dataclasses.replace(
+    config = replace(
         preset("tinyllama-1.1b"),
         vocab_size=arguments.vocab_size,
         hidden_size=arguments.hidden_size,
@@ -208,7 +212,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         eos_token_id=1,
     )
     texts = list(documents("python-stdlib", split="heldout"))
-    # Prose: the docstrings and comments, as far as they are words.
+    # Prose: words of docstrings and comments.
     words = [word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+[,.]?(?= )", text)]
     sizes = model_sizes(config, RecursiveConfig(), torch.float32)
     print(f"a Llama of {human_count(sizes.total_params)} parameters in float32 on the CPU", flush=True)
@@ -216,8 +220,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ours_directory, exported = make_models(directory, config, texts)
-        ours = stack.enter_context(process(load_ours, ours_directory, arguments.batch_tokens))
-        hf = stack.enter_context(process(load_hf, exported))
+        ours = stack.enter_context(process_with(load_ours, ours_directory, arguments.batch_tokens))
+        hf = stack.enter_context(process_with(load_hf, exported))
         packing = ours(seconds_to_pack)
         print(f"packed in {packing:.2f} s", flush=True)
         device = torch.device("cpu")
@@ -226,7 +230,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 each(torch.set_num_threads, threads)
             torch.set_num_threads(threads)
             rates = Rates(Timer(device, 1.0), torch.float32, 2**26)
-            for shape, requests in shapes(arguments.documents, arguments.mix, words).items():
+            for shape, requests in make_shapes(arguments.documents, arguments.mix, words).items():
                 variants = {
                     "ours": Variant(lambda _, x=requests: ours(score_ours, x, scoring.MIN_SAVED_TOKENS)),
                     "nothing shared": Variant(lambda _, x=requests: ours(score_ours, x, sys.maxsize)),
@@ -234,13 +238,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     f"hf, batch {size}": Variant(lambda _, x=requests, size=size: hf(score_hf, x, size))
                     for size in arguments.hf_batch_sizes
                 }
-                warm = {name: variant.call(0) for name, variant in variants.items()}
+                first = {name: variant.call(0) for name, variant in variants.items()}
                 samples = Timer(device, arguments.seconds_per_case, arguments.rounds).measure(variants, copies=1)
                 rates.probe()
                 cases.append({"shape": shape, "threads": threads, "requests": len(requests)})
                 hf_names = [name for name in variants if name.startswith("hf")]
                 baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
-                read = ours(tokens_read, requests)
+                read = ours(count_tokens, requests)
                 head = config.vocab_size * config.hidden_size
                 flops = 2 * (read["shared"] * sizes.shared_params + read["through the head"] * head)
                 cases[-1] |= {
@@ -254,17 +258,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     "tokens": read,
                     "floor_flops": flops,
                     "max_difference": max(
-                        abs(a - b) for (a, _), (b, _) in zip(warm["ours"], warm[baseline], strict=True)
+                        abs(a - b) for (a, _), (b, _) in zip(first["ours"], first[baseline], strict=True)
                     ),
-                    "same_greedy": [g for _, g in warm["ours"]] == [g for _, g in warm[baseline]],
+                    "same_greedy": [g for _, g in first["ours"]] == [g for _, g in first[baseline]],
                 }
-                print_case(cases[-1])
+                print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
             for case in cases:
                 if case["threads"] == threads:
                     case["floor_seconds"] = case["floor_flops"] / rates.best_matmul()[1]
                     case["over_floor"] = case["seconds"]["ours"]["median"] / case["floor_seconds"]
     return {
-        "model": {"config": dataclasses.asdict(config), "parameters": sizes.total_params},
+        "model": {"config": asdict(config), "parameters": sizes.total_params},
         "batch_tokens": arguments.batch_tokens,
         "packing_seconds": packing,
         "cases": cases,
@@ -272,15 +276,49 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_case(case: dict[str, Any]) -> None:
-    print(f"\n{case['shape']}, {case['requests']} requests, {case['threads']} threads, {case['rounds']} rounds")
-    for name, rate in case["requests_per_second"].items():
-        print(f"  {name:<16} {rate:>8.1f} requests/s")
-    print(
-        f"  ours / {case['baseline']}: {case['speedup']:.2f}x (goal {GOALS[case['shape']]}x); scores differ by at most "
-        f"{case['max_difference']:.1e}",
-        flush=True,
+def rates_table(cases: list[dict[str, Any]]) -> Table:
+    """A row per case and variant."""
+    rows = [
+        [
+            case["shape"],
+            str(case["threads"]),
+            str(case["requests"]),
+            name,
+            format_seconds(seconds["median"]),
+            format_spread(seconds),
+            f"{case['requests_per_second'][name]:.1f}",
+        ]
+        for case in cases
+        for name, seconds in case["seconds"].items()
+    ]
+    header = ["requests", "threads", "number", "variant", "time", "+-", "requests/s"]
+    return Table("Requests per second", header, rows, (0, 3), gap_after=2)
+
+
+def goals_table(cases: list[dict[str, Any]]) -> Table:
+    """Speedups over the baseline, beside the goals and the largest difference between scores."""
+    rows = [
+        [
+            case["shape"],
+            str(case["threads"]),
+            case["baseline"],
+            f"{case['speedup']:.2f}x",
+            f"{GOALS[case['shape']]}x",
+            f"{case['over_floor']:.2f}" if "over_floor" in case else "",
+            f"{case['max_difference']:.1e}",
+        ]
+        for case in cases
+    ]
+    header = ["requests", "threads", "baseline", "ours is as fast", "goal", "time/floor", "scores differ by"]
+    return Table("Ours against the baseline", header, rows, (0, 2))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    size = human_count(result["model"]["parameters"])
+    packing = (
+        f"A Llama of {size} parameters; packing its weights takes {format_seconds(result['packing_seconds'])} once."
     )
+    return [replace(goals_table(result["cases"]), notes=[packing]), rates_table(result["cases"])]
 
 
 def main() -> None:
@@ -299,7 +337,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds-per-case", type=float, default=0.0, metavar="S", help="more rounds until S have passed (default 0)"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    add_json_flag(parser, "fewshot")
     arguments = parser.parse_args()
     for module in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(module) is None:
@@ -313,11 +351,10 @@ def main() -> None:
         raise UserError("--threads and --hf-batch-sizes: expected numbers of 1 or more")
     if arguments.hidden_size % 128 or arguments.hidden_size < 128:
         raise UserError(f"--hidden-size: found {arguments.hidden_size}; expected a multiple of 128")
-    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
-        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    check_json_flag(arguments.json)
     result = run(arguments)
-    if arguments.json is not None:
-        write_result(arguments.json, result)
+    save_result(arguments.json, KIND, result)
+    print_tables(tables(result)[:1])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 #   bench/gpu.sh tiles               bench/tile_sweep.py: csrc/loop_lora/cuda_tiles_measured.h of this GPU
 #
 # Each part stands alone: where the library is missing, stale or without CUDA, it is built first. Each ends within
-# 9 minutes and leaves one file, $OUT/<part>.tar.gz, with report.json, the log and what was measured.
+# 9 minutes and leaves one file, $OUT/<part>.tar.gz, with report.json, the log and the results.
 # Environment: PYTHON (default python3), OUT (results folder, default bench/out).
 # Exit status: 0 all well, 2 usage, 3 no GPU visible, 124 out of time, else the part's own.
 set -uo pipefail
@@ -28,10 +28,10 @@ rm -rf "$results" "$results.tar.gz"
 mkdir "$results" || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # nvcc and compute-sanitizer
-LIMIT=520 # seconds; what is left of 9 minutes is for the report
+LIMIT=520 # seconds; the rest of 9 minutes is for the report
 started=$SECONDS
 
-# Usage: run COMMAND. In what is left of the time; the output goes to the log too.
+# Usage: run COMMAND, within the time that is left; the output goes to the log too.
 run() {
   local left=$((LIMIT - SECONDS + started))
   [ "$left" -gt 0 ] || return 124

@@ -1,7 +1,7 @@
-"""Every CUDA kernel instance once, on small shapes, against the references: python bench/gpu_cases.py
+"""Run every CUDA kernel instance once on small shapes, against the references: python bench/gpu_cases.py
 
-What compute-sanitizer runs (bench/gpu.sh sanitize): few launches, and memory straight from the driver, so that an
-access beside a tensor is one beside an allocation. --device cpu runs the same cases on the CPU's kernels.
+For compute-sanitizer (bench/gpu.sh sanitize): few launches, and memory straight from the driver, so that an access out
+of a tensor's bounds is out of an allocation's. --device cpu runs the same cases on the CPU's kernels.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.linear_cases import AGREEMENT, mixed_loops, normal
+from bench.linear_variants import AGREEMENT, mixed_loops, normal
 from rrt import ops
 from rrt.common.cli import run_command
 from rrt.errors import UserError
@@ -28,7 +28,7 @@ HALVES = (torch.bfloat16, torch.float16)
 ALL_DTYPES = (torch.float32, torch.float64, *HALVES)
 
 TILINGS: tuple[tuple[bool, int], ...] = ((False, 1), (True, 1), (True, 2), (True, 4), (True, 8))
-"""Of `force_tiling`: whether by rows, and slices."""
+"""Arguments of `force_tiling`: by_rows, slices."""
 
 
 def linear(

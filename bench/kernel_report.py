@@ -1,9 +1,11 @@
-"""Tables of bench/kernels.py, and its results against the speeds that were set as goals."""
+"""Tables of bench/kernels.py, and its results against the goals that were set."""
 
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.linear_cases import BASELINES
+from bench.linear_variants import BASELINES
+from eval.tables import Table, format_seconds, format_spread
 from rrt.common.dtypes import dtype_name, parse_dtype
 
 Record = dict[str, Any]
@@ -25,18 +27,18 @@ def _is_mixed(record: Record) -> bool:
     return record["rows"] in _MIXED_ROWS and record["loops"] > 1
 
 
-def _against(record: Record, *names: str) -> float:
-    """Speed over the fastest of the baselines; at rank 0 all are base."""
+def _speedup_over(record: Record, *names: str) -> float:
+    """Speedup over the fastest of these baselines; at rank 0 all are base."""
     speedups: dict[str, float] = record["speedup"]
     return min(speedups.get(name, speedups["base"]) for name in names)
 
 
-def _place(record: Record) -> str:
+def _name_case(record: Record) -> str:
     return f"{record['projection']}, M={record['rows']}, rank {record['rank']}, {record['loops']} loops"
 
 
-def _bar(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_most: bool = False) -> Record:
-    """One goal: in how many cases it holds, and the worst case. `holds` is None if nothing measured decides it."""
+def _goal(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_most: bool = False) -> Record:
+    """A goal with the number of cases in which it holds and the worst case. `holds` is None if none was measured."""
     found = list(values)
     held = sum(value <= limit if at_most else value >= limit for value, _ in found)
     worst = (max if at_most else min)(found, default=(None, None))
@@ -51,13 +53,13 @@ def _bar(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_mos
     }
 
 
-def bars(result: Record) -> list[Record]:
-    """The goals for this dtype on a CPU, computed from what was measured."""
+def cpu_goals(result: Record) -> list[Record]:
+    """The goals for this dtype on a CPU, evaluated on a result."""
     dtype, records = dtype_name(parse_dtype(result["dtype"])), result.get("linear", [])
     made = []
 
-    def speed(text: str, limit: float, which: Callable[[Record], bool], *names: str) -> None:
-        made.append(_bar(text, limit, [(_against(r, *names), _place(r)) for r in records if which(r)]))
+    def speed(text: str, limit: float, applies: Callable[[Record], bool], *names: str) -> None:
+        made.append(_goal(text, limit, [(_speedup_over(r, *names), _name_case(r)) for r in records if applies(r)]))
 
     if dtype == "float32":
         speed(
@@ -93,25 +95,27 @@ def bars(result: Record) -> list[Record]:
     if dtype in ("float32", "bfloat16") and records:
         mixed = [r for r in records if _is_mixed(r) and "over_reading" in r]
         text = f"2 to 16 rows of 2 or 3 loops: at most {_NEAR_FLOOR}x what reading its bytes takes in the same rounds"
-        over = [(r["over_reading"], _place(r)) for r in mixed]
-        made.append(_bar(text, _NEAR_FLOOR, over, at_most=True))
+        over = [(r["over_reading"], _name_case(r)) for r in mixed]
+        made.append(_goal(text, _NEAR_FLOOR, over, at_most=True))
         rate = result["rates"]["matmul"]["flops_per_second"]
-        over = [(min(r["over_reading"], r["seconds"]["ours"]["median"] * rate / r["flops"]), _place(r)) for r in mixed]
+        over = [
+            (min(r["over_reading"], r["seconds"]["ours"]["median"] * rate / r["flops"]), _name_case(r)) for r in mixed
+        ]
         text = "the same, or its FLOPs at the best matmul rate of the run, if that is longer"
-        made.append(_bar(text, _NEAR_FLOOR, over, at_most=True))
+        made.append(_goal(text, _NEAR_FLOOR, over, at_most=True))
     if "overhead" in result:
         call, plan = result["overhead"]["call"], result["overhead"]["plan"]
         text = "one call of the linear op: at most 10 us more than F.linear"
-        made.append(_bar(text, _CALL_ADDS_SECONDS, [(call["added"], "")], at_most=True))
-        # The Python planner is not what the goal is about.
+        made.append(_goal(text, _CALL_ADDS_SECONDS, [(call["added"], "")], at_most=True))
+        # The goal is one of the native planner.
         seconds = [(plan["seconds"]["all"]["median"], "")] if plan["native"] else []
         text = f"rrt._plan, one pass of {plan['rows']} rows: at most 20 us"
-        made.append(_bar(text, _PLAN_SECONDS, seconds, at_most=True))
+        made.append(_goal(text, _PLAN_SECONDS, seconds, at_most=True))
     return made
 
 
-def cuda_bars(result: Record) -> list[Record]:
-    """The goals on a GPU, for bfloat16 and float16, computed from what was measured."""
+def cuda_goals(result: Record) -> list[Record]:
+    """The goals on a GPU, for bfloat16 and float16, evaluated on a result."""
     if dtype_name(parse_dtype(result["dtype"])) not in ("bfloat16", "float16"):
         return []
     layers = [
@@ -119,12 +123,12 @@ def cuda_bars(result: Record) -> list[Record]:
         for record in result.get("layer", [])
         if record["rows"] in _LAYER_ROWS and record["rank"] in _LAYER_RANKS and record["loops"] == 2
     ]
-    which = "whole layer, 8 to 64 rows of 2 loops, ranks 64 to 512"
-    over = [(record["over_floor"]["ours"], _place(record)) for record in layers]
-    made = [_bar(f"{which}: at most {_LAYER_NEAR_FLOOR}x the floor", _LAYER_NEAR_FLOOR, over, at_most=True)]
+    cases = "whole layer, 8 to 64 rows of 2 loops, ranks 64 to 512"
+    over = [(record["over_floor"]["ours"], _name_case(record)) for record in layers]
+    made = [_goal(f"{cases}: at most {_LAYER_NEAR_FLOOR}x the floor", _LAYER_NEAR_FLOOR, over, at_most=True)]
     for name, limit in _LAYER_SPEED.items():
-        speeds = [(record["speedup"][name], _place(record)) for record in layers]
-        made.append(_bar(f"{which}: over {name} at least {limit}x", limit, speeds))
+        speeds = [(record["speedup"][name], _name_case(record)) for record in layers]
+        made.append(_goal(f"{cases}: over {name} at least {limit}x", limit, speeds))
     if "attention" in result:
         copy = result["rates"]["read_bandwidth"]["all"]["copy"]
         fractions = [
@@ -136,15 +140,11 @@ def cuda_bars(result: Record) -> list[Record]:
         ]
         rows = f"{_ATTENTION_ROWS} rows, contexts from {_ATTENTION_CONTEXT}"
         text = f"decode attention of {rows}: at least {_ATTENTION_BANDWIDTH:.0%} of a copy's bandwidth"
-        made.append(_bar(text, _ATTENTION_BANDWIDTH, fractions))
+        made.append(_goal(text, _ATTENTION_BANDWIDTH, fractions))
     return made
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def _rate(record: Record) -> str:
+def _format_rate(record: Record) -> str:
     """Achieved GB/s where bytes set the floor, else GFLOP/s or TFLOP/s."""
     seconds = record["seconds"]["ours"]["median"]
     if record["bound"] == "bytes":
@@ -153,109 +153,148 @@ def _rate(record: Record) -> str:
     return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.0f} GFLOP/s"
 
 
-def _spread(record: Record) -> str:
-    """Half the distance of the quartiles, over the median."""
-    ours = record["seconds"]["ours"]
-    if "lower_quartile" not in ours:
-        return ""
-    return f"{(ours['upper_quartile'] - ours['lower_quartile']) / 2 / ours['median']:.0%}"
+def _time_cells(record: Record) -> list[str]:
+    seconds = record["seconds"]["ours"]
+    over_floor = f"{record['over_floor']['ours']:.2f}"
+    return [format_seconds(seconds["median"]), format_spread(seconds), _format_rate(record), over_floor]
 
 
-def _print_table(header: list[str], rows: list[list[str]], gap_after: int) -> None:
-    """Right-aligned columns; a blank line where any of the first `gap_after` columns changes."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    before = None
-    for row in [header, *rows]:
-        if before is not None and row[:gap_after] != before:
-            print()
-        before = row[:gap_after]
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+_TIME_HEADER = ["time", "+-", "rate", "time/floor"]
 
 
-def _speedups(record: Record, names: Iterable[str]) -> list[str]:
+def _speedup_cells(record: Record, names: Iterable[str]) -> list[str]:
     return [f"{record['speedup'][name]:.2f}x" if name in record["speedup"] else "" for name in names]
 
 
-def print_linear(records: list[Record], title: str) -> None:
-    """One line per case; "over" columns tell how many times faster ours is than that baseline."""
-    baselines = [name for name in BASELINES if any(name in record["speedup"] for record in records)]
-    reading = any("over_reading" in record for record in records)
-    header = [
-        "projection",
-        "rank",
-        "loops",
-        "rows",
-        "time",
-        "+-",
-        "rate",
-        "time/floor",
-        *(["time/reading"] if reading else []),
-    ]
+def _measured_baselines(records: list[Record]) -> list[str]:
+    return [name for name in BASELINES if any(name in record["speedup"] for record in records)]
+
+
+def linear_table(records: list[Record], title: str) -> Table:
+    """A row per case; "over" columns say how many times faster ours is than that baseline."""
+    baselines = _measured_baselines(records)
+    has_reading = any("over_reading" in record for record in records)
+    reading = ["time/reading"] if has_reading else []
     rows = [
         [
             record["projection"],
-            str(record["rank"]),
-            str(record["loops"]),
-            str(record["rows"]),
-            _time(record["seconds"]["ours"]["median"]),
-            _spread(record),
-            _rate(record),
-            f"{record['over_floor']['ours']:.2f}",
-            *([f"{record['over_reading']:.2f}"] if reading else []),
-            *_speedups(record, baselines),
+            *(str(record[key]) for key in ("rank", "loops", "rows")),
+            *_time_cells(record),
+            *([f"{record['over_reading']:.2f}"] if has_reading else []),
+            *_speedup_cells(record, baselines),
         ]
         for record in records
     ]
-    print(f"\n{title}. Times are of ours (median, +- half the quartiles' distance); over: how many times faster it is")
-    _print_table([*header, *(f"over {name}" for name in baselines)], rows, gap_after=2)
+    over = (f"over {name}" for name in baselines)
+    header = ["projection", "rank", "loops", "rows", *_TIME_HEADER, *reading, *over]
+    return Table(f"{title}: time of ours (median, +- half the quartiles' distance)", header, rows, gap_after=2)
 
 
-def print_attention(records: list[Record]) -> None:
-    baselines = ("sdpa", "sdpa grouped")
-    header = ["attention", "count", "context", "time", "+-", "rate", "time/floor"]
+def linear_summary(records: list[Record]) -> Table:
+    """Medians and the worst case of all linears, by number of rows and by rank."""
+    baselines = _measured_baselines(records)
+    groups: dict[str, list[Record]] = {}
+    for key, name in (("rows", "M = {}"), ("rank", "rank {}")):
+        for value in sorted({record[key] for record in records}):
+            groups[name.format(value)] = [record for record in records if record[key] == value]
+
+    def cell(values: list[float], worst: Callable[[list[float]], float]) -> str:
+        return f"{statistics.median(values):.2f} ({worst(values):.2f})" if values else ""
+
+    rows = [
+        [
+            name,
+            str(len(group)),
+            cell([record["over_floor"]["ours"] for record in group], max),
+            cell([record["over_reading"] for record in group if "over_reading" in record], max),
+            *(cell([r["speedup"][base] for r in group if base in r["speedup"]], min) for base in baselines),
+        ]
+        for name, group in groups.items()
+    ]
+    header = ["cases", "number", "time/floor", "time/reading", *(f"over {name}" for name in baselines)]
+    return Table("Linears, all projections and numbers of loops: median (worst case) of ours", header, rows)
+
+
+def attention_table(records: list[Record]) -> Table:
+    """A row per case; "over" columns say how many times faster ours is than on gathered keys and values."""
+    baselines = [name for name in ("sdpa", "sdpa grouped") if any(name in record["speedup"] for record in records)]
     rows = [
         [
             record["kind"],
             str(record["count"]),
             str(record["context"]),
-            _time(record["seconds"]["ours"]["median"]),
-            _spread(record),
-            _rate(record),
-            f"{record['over_floor']['ours']:.2f}",
-            *_speedups(record, baselines),
+            *_time_cells(record),
+            *_speedup_cells(record, baselines),
         ]
         for record in records
     ]
-    print("\nAttention over pages; over: how many times faster ours is than on gathered keys and values")
-    _print_table([*header, *(f"over {name}" for name in baselines)], rows, gap_after=1)
+    header = ["attention", "count", "context", *_TIME_HEADER, *(f"over {name}" for name in baselines)]
+    return Table("Attention over pages (rows of decode, chunks of prefill): time of ours", header, rows, gap_after=1)
 
 
-def print_overhead(overhead: Record) -> None:
+def overhead_table(overhead: Record) -> Table:
+    """Times of a call of the linear op on a tiny input, and of the steps of planning a pass."""
     call, plan = overhead["call"], overhead["plan"]
-    times = ", ".join(f"{name} {_time(values['median'])}" for name, values in call["seconds"].items())
-    print(f"\nOne call on a tiny input: {times}; ours adds {_time(call['added'])}")
-    steps = ", ".join(f"{name} {_time(values['median'])}" for name, values in plan["seconds"].items())
-    print(f"Planning {plan['rows']} rows ({'rrt._plan' if plan['native'] else 'in Python'}): {steps}")
+    planner = "rrt._plan" if plan["native"] else "in Python"
+    times = {f"call of {name}": values for name, values in call["seconds"].items()}
+    times |= {f"planning {plan['rows']} rows, {name} ({planner})": values for name, values in plan["seconds"].items()}
+    rows = [[name, format_seconds(values["median"]), format_spread(values)] for name, values in times.items()]
+    return Table("Overhead", ["", "time", "+-"], rows)
 
 
-def print_bars(result: Record) -> None:
-    """The rates that the floors stand on, and the goals."""
+def goals_table(result: Record) -> Table:
+    """The goals of a result; below, the rates that the floors stand on."""
+    rows = []
+    for goal in result["goals"]:
+        verdict = {True: "holds", False: "FAILS", None: "not measured"}[goal["holds"]]
+        worst = ""
+        if goal["cases"]:
+            is_time = goal["cases"] == 1 and not goal["worst_case"]
+            worst = format_seconds(goal["worst"]) if is_time else f"{goal['worst']:.2f}"
+        cases = f"{goal['cases_that_hold']} of {goal['cases']}" if goal["cases"] else ""
+        rows.append([goal["goal"], verdict, cases, worst, goal["worst_case"] or ""])
+    notes = []
     if "rates" in result:
         read, matmul = result["rates"]["read_bandwidth"], result["rates"]["matmul"]
-        print(f"\nbest read bandwidth {read['bytes_per_second'] / 1e9:.1f} GB/s ({read['way']})")
-        print(f"best matmul rate {matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']})")
-        print(f"time by {result['timing']}")
-    if not result["bars"]:
-        print("no goals are set for what was measured")
-        return
-    print("\nGoals")
-    for bar in result["bars"]:
-        verdict = {True: "holds", False: "FAILS", None: "not measured"}[bar["holds"]]
-        text = f"{verdict:>12}  {bar['goal']}"
-        if bar["cases"] == 1 and not bar["worst_case"]:
-            text += f": {_time(bar['worst'])}"
-        elif bar["cases"]:
-            text += (
-                f": {bar['cases_that_hold']} of {bar['cases']} cases, worst {bar['worst']:.2f} ({bar['worst_case']})"
-            )
-        print(text)
+        notes = [
+            f"Best read bandwidth {read['bytes_per_second'] / 1e9:.1f} GB/s ({read['way']}), best matmul rate "
+            f"{matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']}); time by {result['timing']}."
+        ]
+    if not rows:
+        notes.append("No goals are set for these cases.")
+    return Table("Goals", ["goal", "", "cases", "worst", "worst case"], rows, (0, 1, 4), notes=notes)
+
+
+def tables(result: Record) -> list[Table]:
+    """Every case, for the terminal."""
+    made = []
+    if "linear" in result:
+        made.append(linear_table(result["linear"], "Linears"))
+        made.append(linear_table(result["layer"], "Whole layer, its projections one after the other"))
+    if "attention" in result:
+        made.append(attention_table(result["attention"]))
+    if "overhead" in result:
+        made.append(overhead_table(result["overhead"]))
+    return [*made, goals_table(result)]
+
+
+def summary_tables(result: Record) -> list[Table]:
+    """The goals, and less than a page of medians.
+
+    Of the layer every other number of rows, at the least and the largest rank; of attention the shortest and the
+    longest context.
+    """
+    made = [goals_table(result)]
+    if "linear" in result:
+        layer = result["layer"]
+        ranks = {pick(record["rank"] for record in layer) for pick in (min, max)}
+        rows = sorted({record["rows"] for record in layer})[::2]
+        chosen = [r for r in layer if r["rank"] in ranks and r["rows"] in rows and r["loops"] == min(2, r["rows"])]
+        made.append(linear_summary(result["linear"]))
+        made.append(linear_table(chosen or layer, "Whole layer, two loops mixed (one row: one loop)"))
+    if "attention" in result:
+        contexts = {pick(record["context"] for record in result["attention"]) for pick in (min, max)}
+        made.append(attention_table([record for record in result["attention"] if record["context"] in contexts]))
+    if "overhead" in result:
+        made.append(overhead_table(result["overhead"]))
+    return made

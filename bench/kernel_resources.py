@@ -1,6 +1,6 @@
-"""What every CUDA kernel takes of a multiprocessor, without a GPU: python bench/kernel_resources.py
+"""Registers, shared memory and occupancy of every CUDA kernel, without a GPU: python bench/kernel_resources.py
 
-Reads what ptxas said when the library was built (build/native-*, or --build), computes how many blocks and warps a
+Reads ptxas' report of the library's build (build/native-*, or --build), computes how many thread blocks and warps a
 multiprocessor holds, prints a table, and compares it with csrc/cuda/resources.txt. Exit status 1 if a kernel has come
 or gone, takes more registers or shared memory, or fits a multiprocessor fewer times; then either mend it or accept it:
 
@@ -26,10 +26,10 @@ EXPECTED = ROOT / "csrc" / "cuda" / "resources.txt"
 HEADER = "arch registers shared_bytes threads blocks warps kernel".split()
 
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10}
-"""Of one multiprocessor. The other limits are the same for both."""
+"""Shared memory of a multiprocessor; its other limits are the same for both architectures."""
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 RESERVED_SHARED_BYTES = 1024
-"""Of every block, beside what it asks for."""
+"""Reserved for the system in every thread block."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Kernel:
     name: str
     registers: int
     shared_bytes: int
-    """Static and dynamic, per block."""
+    """Static and dynamic, per thread block."""
     threads: int
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor holds at once."""
+        """Thread blocks that a multiprocessor holds at once."""
         warps = -(-self.threads // 32)
         # Registers are given to warps in units of 256, and to the warps of each of 4 schedulers alike.
         registers_per_warp = -(-self.registers * 32 // 256) * 256
@@ -63,7 +63,7 @@ class Kernel:
 
 
 def parse_ptxas(log: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(architecture, mangled name) to (registers, static shared bytes), from the output of ptxas -v."""
+    """Map (architecture, mangled name) to (registers, static shared bytes), from the output of ptxas -v."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     entry: tuple[str, str] | None = None
     for line in log.splitlines():
@@ -77,19 +77,19 @@ def parse_ptxas(log: str) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def short_name(demangled: str) -> str:
-    """`loop_lora::row_kernel<BFloat16, 8, 8>` of the demangled function."""
+    """Shorten a demangled function to `loop_lora::row_kernel<BFloat16, 8, 8>`."""
     name = re.sub(r"\(anonymous namespace\)::|\brrt::(device::)?", "", demangled)
     return re.sub(r"^void |\([^()]*\)$", "", name)
 
 
 def parse_launches(text: str) -> dict[str, tuple[int, int]]:
-    """Short name to (threads, dynamic shared bytes), from what list_launches prints."""
+    """Map short names to (threads, dynamic shared bytes), from the output of list_launches."""
     rows = (line.split("\t") for line in text.splitlines())
     return {name: (int(threads), int(shared)) for name, threads, shared in rows}
 
 
 def read_kernels(logs: list[Path], launches: dict[str, tuple[int, int]]) -> list[Kernel]:
-    """Raises `UserError` for a kernel of which only the compiler or only list_launches knows."""
+    """Join the compiler's and the launches' figures. Raises `UserError` for a kernel that only one of them has."""
     compiled = {key: value for path in logs for key, value in parse_ptxas(path.read_text()).items()}
     mangled = "\n".join(name for _, name in compiled)
     demangled = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
@@ -118,7 +118,7 @@ def format_table(kernels: list[Kernel], nvcc: str) -> str:
 
 
 def parse_table(text: str) -> tuple[str, list[Kernel]]:
-    """nvcc's version and the kernels of a committed table."""
+    """Read nvcc's version and the kernels from a committed table."""
     first, _, *lines = text.splitlines()
     kernels = []
     for line in lines:
@@ -128,7 +128,7 @@ def parse_table(text: str) -> tuple[str, list[Kernel]]:
 
 
 def compare(found: list[Kernel], expected: list[Kernel]) -> tuple[list[str], bool]:
-    """A line for each kernel that differs, and whether any is for the worse: more taken, fewer held, come or gone."""
+    """Describe each kernel that differs in a line; True if any got worse: takes more, fits less often, new or gone."""
     by_key = [{(kernel.arch, kernel.name): kernel for kernel in kernels} for kernels in (found, expected)]
     lines, worse = [], False
     for arch, name in sorted(by_key[0].keys() | by_key[1].keys()):
@@ -138,9 +138,9 @@ def compare(found: list[Kernel], expected: list[Kernel]) -> tuple[list[str], boo
             worse = True
             continue
         changes = [
-            f"{what} {getattr(old, what)} -> {getattr(new, what)}"
-            for what in ("registers", "shared_bytes", "threads", "blocks", "warps")
-            if getattr(old, what) != getattr(new, what)
+            f"{field} {getattr(old, field)} -> {getattr(new, field)}"
+            for field in ("registers", "shared_bytes", "threads", "blocks", "warps")
+            if getattr(old, field) != getattr(new, field)
         ]
         if changes:
             lines.append(f"{arch} {name}: {', '.join(changes)}")
@@ -148,8 +148,8 @@ def compare(found: list[Kernel], expected: list[Kernel]) -> tuple[list[str], boo
     return lines, worse
 
 
-def newest_build() -> Path | None:
-    """The build directory whose CUDA code was compiled last."""
+def find_newest_build() -> Path | None:
+    """Find the build directory whose CUDA code was compiled last."""
     logs = ROOT.glob("build/native-*/CMakeFiles/rrt_cuda_kernels.dir/**/*.ptxas")
     newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else ROOT / "build" / newest.relative_to(ROOT / "build").parts[0]
@@ -169,7 +169,7 @@ def main() -> None:
         "--update", action="store_true", help=f"write {EXPECTED.relative_to(ROOT)} instead of comparing"
     )
     arguments = parser.parse_args()
-    build = arguments.build or newest_build()
+    build = arguments.build or find_newest_build()
     if build is None:
         print("kernel resources: no CUDA code was compiled here (no nvcc): nothing to compare")
         return

@@ -1,18 +1,16 @@
 """Native operators against PyTorch and against the machine's limits: python bench/kernels.py --preset gemma-2b
 
-The linears of one shared layer with rows of many loops mixed, attention over the paged cache, and what a call costs
-beside the arithmetic; every number against baselines measured in the same run, in alternating order, on weights that
-are not in the cache. A floor is what the case's bytes take at the best read bandwidth of the run, or its FLOPs at the
-best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once.
-On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading), since what memory
-gives changes within a run.
+Measures the linears of one shared layer with rows of several loops mixed, attention over the paged cache, and the
+overhead of a call. Baselines run in the same rounds, in alternating order, on weights that are not in the cache. A
+case's floor is the time of its bytes at the best read bandwidth of the run, or of its FLOPs at the best matmul rate,
+whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once. On a CPU each linear
+is also compared with reading as many bytes in the same rounds (time/reading), since memory's speed changes in a run.
 
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead
 
 On a GPU everything is timed under CUDA graphs. About 10 minutes on a CPU with the defaults, in proportion to
---seconds-per-case; --quick: about a minute. Run nothing else beside it: on a busy machine threads wait for each other,
-which takes longer and measures nothing.
+--seconds-per-case; --quick: about a minute. Run nothing else beside it: on a busy machine threads wait for each other.
 """
 
 import argparse
@@ -29,12 +27,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import attention_cases, linear_cases
-from bench.attention_cases import AttentionPlan, run_attention
-from bench.kernel_report import bars, cuda_bars, print_attention, print_bars, print_linear, print_overhead
-from bench.linear_cases import LinearPlan, add_floors, layer_records, projections, run_layers, run_linear
-from bench.overhead_cases import measure_call, measure_plan
+from bench import attention_cases, linear_variants
+from bench.attention_cases import AttentionSpec, run_attention
+from bench.kernel_report import cpu_goals, cuda_goals, tables
+from bench.linear_cases import LinearSpec, add_floors, layer_records, run_layers, run_linear
+from bench.linear_variants import projections
+from bench.output import add_json_flag, check_json_flag, save_result
+from bench.overhead_cases import measure_call, measure_planning
 from bench.timing import Rates, Timer, last_level_cache_bytes
+from eval.flags import check_output_file
+from eval.tables import print_tables
 from rrt import ops
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
@@ -42,14 +44,13 @@ from rrt.common.cli import human_bytes, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
 from rrt.common.machine import free_memory_bytes
-from rrt.common.results import write_result
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 
 SECTIONS = ("linear", "attention", "overhead")
 MAX_LOOPS = 8
 
-# What the flags default to: (full, --quick).
+# Defaults of the flags: (full, --quick).
 DEFAULTS: dict[str, tuple[list[int], list[int]]] = {
     "rows": ([1, 2, 4, 8, 16, 32, 64, 128], [1, 8]),
     "ranks": ([0, 64, 128, 256, 512], [0, 64]),
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="gemma-2b", help="whose shapes (default gemma-2b)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="shapes of a HF config.json instead of a preset's")
     add_dtype_flag(parser, "dtype of weights and inputs (with --config auto is float32)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    add_json_flag(parser, "kernels")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also plot time over floor of the linears")
     numbers("--rows", "rows M of the linears; 8192 too on cuda")
     numbers("--ranks", "LoRA ranks, capped at min(in, out) of each adapter")
@@ -85,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     numbers("--sequences", f"sequences of a prefill, each with a chunk of {CHUNK} tokens at the end of its context")
     parser.add_argument("--page-size", type=int, default=32, metavar="N", help="positions per page (default 32)")
     parser.add_argument("--only", choices=SECTIONS, help="only this section (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few cases, briefly: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="few cases, briefly: shows that it runs, not how fast")
     parser.add_argument(
         "--seconds-per-case",
         type=float,
@@ -97,10 +98,13 @@ def parse_arguments() -> argparse.Namespace:
         "--unpacked", action="store_true", help="weights as checkpoints have them, not pack_linear's (on cuda always)"
     )
     parser.add_argument(
-        "--memory-gib", type=float, metavar="G", help="memory for copies of the weights (default half of what is free)"
+        "--memory-gib",
+        type=float,
+        metavar="G",
+        help="memory for copies of the weights (default: half of the free)",
     )
     parser.add_argument(
-        "--cache-mib", type=float, metavar="M", help="size of the last-level cache (default: what the system says)"
+        "--cache-mib", type=float, metavar="M", help="size of the last-level cache (default: as the system reports)"
     )
     arguments = parser.parse_args()
     for name, (full, quick) in DEFAULTS.items():
@@ -140,9 +144,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
-    for flag, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UserError(f"{flag}: found {path}; expected a file in a directory that exists")
+    check_json_flag(arguments.json)
+    check_output_file("--plot", arguments.plot)
     if arguments.plot is not None:
         if arguments.only not in (None, "linear"):
             raise UserError(f"--plot: found with --only {arguments.only}; expected --only linear or all sections")
@@ -153,7 +156,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.dtype]:
-    """Name, shapes and dtype of what the flags ask for."""
+    """Name, shapes and dtype that the flags choose."""
     if arguments.config is None:
         return arguments.preset, preset(arguments.preset), chosen_dtype(arguments) or preset_dtype(arguments.preset)
     config = model_config_from_hf(read_json(arguments.config), str(arguments.config))
@@ -161,7 +164,7 @@ def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.
 
 
 def native_facts() -> dict[str, Any]:
-    """What native code ran, without the place where it lies."""
+    """Build and instruction set of the native code, without its path."""
     facts = asdict(ops.build_info())
     facts["plan"] = facts["plan"] is not None
     return {"loaded": facts.pop("library") is not None, **{name: facts[name] for name in facts if name != "rebuild"}}
@@ -178,18 +181,18 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         cache_bytes, cache_known = int(arguments.cache_mib * 2**20), True
     budget = free_memory_bytes(device) // 2 if arguments.memory_gib is None else int(arguments.memory_gib * 2**30)
 
-    linear = LinearPlan(
+    linear = LinearSpec(
         projections=projections(config),
         rows=arguments.rows,
         ranks=arguments.ranks,
         loops=arguments.loops,
         dtype=dtype,
         device=device,
-        pack=device.type == "cpu" and not arguments.unpacked,
+        should_pack=device.type == "cpu" and not arguments.unpacked,
         cache_bytes=cache_bytes,
         budget_bytes=budget,
     )
-    attention = AttentionPlan(
+    attention = AttentionSpec(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -230,7 +233,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         cases = ", ".join(f"{kind} of {count} at {context}" for kind, count, context in left_out)
         print(f"attention cases left out for want of memory: {cases}")
     seconds = arguments.seconds_per_case
-    # Half a second more for what is made, warmed up and cannot be repeated less often.
+    # Half a second more for tensors, warm-up and the least number of rounds.
     minutes = num_cases * (seconds + 0.5) / 60
     print(f"{num_cases} cases of {seconds} s or more: about {math.ceil(minutes)} min on an idle machine")
 
@@ -241,7 +244,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
     result: dict[str, Any] = {
         "shapes": name,
         "dtype": dtype_name(dtype),
-        "packed": linear.pack,
+        "packed": linear.should_pack,
         "cache_bytes": cache_bytes,
         "cache_known": cache_known,
         "native": native,
@@ -257,7 +260,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
                 )
                 bar.update()
             rates.probe()
-            result |= {"linear_variants": linear_cases.BASELINES, "linear": records}
+            result |= {"linear_variants": linear_variants.BASELINES, "linear": records}
             if layer_cases:
                 result["layer"] = []
                 for record in run_layers(linear, timer):
@@ -278,14 +281,17 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
             }
     if "overhead" in sections:
         samples = 10 if arguments.quick else 200
-        result["overhead"] = {"call": measure_call(device, linear.pack, samples), "plan": measure_plan(samples)}
+        result["overhead"] = {
+            "call": measure_call(device, linear.should_pack, samples),
+            "plan": measure_planning(samples),
+        }
 
     add_floors([record for kind in ("linear", "layer", "attention") for record in result.get(kind, [])], rates)
     if num_cases:
         result |= {"rates": rates.summary(), "timing": timer.method}
     if "linear" in result and "layer" not in result:
         result["layer"] = layer_records(result["linear"], len(linear.projections))
-    result["bars"] = bars(result) if device.type == "cpu" else cuda_bars(result)
+    result["goals"] = cpu_goals(result) if device.type == "cpu" else cuda_goals(result)
     result["elapsed_seconds"] = time.perf_counter() - began
     return result, device
 
@@ -294,20 +300,12 @@ def main() -> None:
     arguments = parse_arguments()
     result, device = run(arguments)
     # Written before anything is printed: a closed pipe must not cost the run.
-    if arguments.json is not None:
-        write_result(arguments.json, result, device)
+    save_result(arguments.json, "kernels", result, device)
     if arguments.plot is not None:
         from bench.plot_kernels import plot
 
         plot(result, arguments.plot)
-    if "linear" in result:
-        print_linear(result["linear"], "Linears")
-        print_linear(result["layer"], "Whole layer, its projections one after the other")
-    if "attention" in result:
-        print_attention(result["attention"])
-    if "overhead" in result:
-        print_overhead(result["overhead"])
-    print_bars(result)
+    print_tables(tables(result))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 - exits: two optimizer steps of a Llama of three loops with a loss at every exit; with distillation of every exit from
   a teacher against without. The teacher's weights are not counted.
 
-Every measurement is a process of its own, variants in turn; its peak is what the system says it took at most, less
-what it took before the call (head: inputs exist; exits: nothing does). About 4 minutes on 2 cores.
+Every measurement is a process of its own, variants in turn. Peaks are of resident memory, less that before the call
+(head: with the inputs; exits: without a model). About 4 minutes on 2 cores.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.output import add_json_flag, check_json_flag, save_result
+from eval.tables import Table, format_seconds, print_tables
 from rrt.checkpoint.presets import preset
 from rrt.common.cli import human_bytes, run_command
-from rrt.common.results import write_result
 from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from train.distributed import processes, shard_model
@@ -36,10 +37,11 @@ from train.recipe import DistillConfig, ExitsConfig, OptimConfig
 from train.teacher import ShardedTeacher
 
 TOKENS, SEQUENCE = 2048, 512
+VARIANTS = {"head": ("chunked", "whole"), "exits": ("distilled", "plain")}
 
 
-def status_bytes(field: str) -> int:
-    """VmRSS or VmHWM, the peak of that, of this process."""
+def read_memory_bytes(field: str) -> int:
+    """Read VmRSS, the resident memory of this process, or VmHWM, its peak."""
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{field}:"))
 
@@ -61,9 +63,9 @@ def measure_head(variant: str, vocab: int, width: int) -> dict[str, float]:
         loss.backward()
         return time.perf_counter() - began
 
-    before = status_bytes("VmRSS")
+    before = read_memory_bytes("VmRSS")
     call()
-    peak = status_bytes("VmHWM") - before
+    peak = read_memory_bytes("VmHWM") - before
     return {"peak_bytes": peak, "seconds": call()}
 
 
@@ -74,7 +76,7 @@ def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
     distill = DistillConfig(teacher="the model's base" if variant == "distilled" else None)
     objective = early_exit_objective(ExitsConfig(distill="teacher" if distill.teacher else "none"), distill, 3)
     with processes("cpu") as group:
-        before = status_bytes("VmRSS")
+        before = read_memory_bytes("VmRSS")
         model = RecursiveTransformer(config, RecursiveConfig(num_loops=3))
         model.init_weights(0)
         shard_model(model, group.mesh, None)
@@ -92,13 +94,13 @@ def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-        return {"peak_bytes": status_bytes("VmHWM") - before - teacher_bytes, "seconds": seconds}
+        return {"peak_bytes": read_memory_bytes("VmHWM") - before - teacher_bytes, "seconds": seconds}
 
 
 def compare(
     measure: Callable[..., dict[str, float]], variants: tuple[str, str], sizes: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Medians of each variant and the ratios of the first to the second."""
+    """Measure both variants in turn: medians of each, and ratios of the first to the second."""
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     context = multiprocessing.get_context("spawn")
     for index in range(rounds):
@@ -114,25 +116,32 @@ def compare(
     return {"vocab": sizes[0], "width": sizes[1], "tokens": TOKENS, "rounds": rounds, **medians, "ratio": ratios}
 
 
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Peak memory and time of both variants of each case."""
+    made = []
+    for name, variants in VARIANTS.items():
+        case = result[name]
+        rows = [[v, human_bytes(case[v]["peak_bytes"]), format_seconds(case[v]["seconds"])] for v in variants]
+        rows.append(["ratio", f"{case['ratio']['peak_bytes']:.3f}", f"{case['ratio']['seconds']:.2f}"])
+        sizes = f"{case['tokens']} tokens, vocabulary {case['vocab']}, width {case['width']}, {case['rounds']} rounds"
+        made.append(Table(f"{name}: {sizes}", ["variant", "peak memory", "time"], rows))
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", type=int, nargs=2, default=[256000, 128], metavar=("VOCAB", "WIDTH"))
     parser.add_argument("--exits", type=int, nargs=2, default=[32000, 512], metavar=("VOCAB", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=3, help="of each variant (default 3)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    add_json_flag(parser, "losses")
     arguments = parser.parse_args()
+    check_json_flag(arguments.json)
     result = {
-        "head": compare(measure_head, ("chunked", "whole"), arguments.head, arguments.rounds),
-        "exits": compare(measure_exits, ("distilled", "plain"), arguments.exits, arguments.rounds),
+        "head": compare(measure_head, VARIANTS["head"], arguments.head, arguments.rounds),
+        "exits": compare(measure_exits, VARIANTS["exits"], arguments.exits, arguments.rounds),
     }
-    for name, case in result.items():
-        print(f"{name}: {case['tokens']} tokens, vocabulary {case['vocab']}, width {case['width']}")
-        for variant, row in case.items():
-            if isinstance(row, dict) and variant != "ratio":
-                print(f"  {variant:<10} {human_bytes(row['peak_bytes']):>10}  {row['seconds']:7.2f} s")
-        print(f"  {'ratio':<10} {case['ratio']['peak_bytes']:>10.3f}  {case['ratio']['seconds']:7.2f}")
-    if arguments.json is not None:
-        write_result(arguments.json, result)
+    save_result(arguments.json, "losses", result)
+    print_tables(tables(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What calls cost beside the arithmetic: the linear op on a tiny input, and the host planning of one decode pass."""
+"""Costs beside the arithmetic: one call of the linear op on a tiny input, and host planning of a decode pass."""
 
 import itertools
 import statistics
@@ -14,13 +14,13 @@ from bench.timing import spread
 from rrt import ops
 from rrt.decode.page_table import PageTable, make_page_table
 
-PLAN_ROWS = 256
+PASS_ROWS = 256
 _PAGE_SIZE = 16
 _CALLS = 100
 """Per sample: a single call is near the clock's resolution."""
 
 
-def measure_call(device: torch.device, pack: bool, samples: int) -> dict[str, Any]:
+def measure_call(device: torch.device, should_pack: bool, samples: int) -> dict[str, Any]:
     """Seconds of one call, float32, one row of 16 numbers: ours and F.linear, alternating, and how much ours adds.
 
     On CUDA this is the time until the call returns, not until the device is done.
@@ -28,7 +28,7 @@ def measure_call(device: torch.device, pack: bool, samples: int) -> dict[str, An
     x, weight = torch.ones(1, 16, device=device), torch.ones(16, 16, device=device)
     a, b = torch.ones(2, 4, 16, device=device), torch.ones(2, 16, 4, device=device)
     loops = torch.zeros(1, dtype=torch.int32, device=device)
-    w, a, b = (ops.pack_linear(tensor) if pack else tensor for tensor in (weight, a, b))
+    w, a, b = (ops.pack_linear(tensor) if should_pack else tensor for tensor in (weight, a, b))
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: ops.loop_lora_linear(x, w, None, a, b, loops, (16,), (4,)),
         "F.linear": lambda: F.linear(x, weight),
@@ -43,20 +43,17 @@ def measure_call(device: torch.device, pack: bool, samples: int) -> dict[str, An
                 call()
             if sample > 0:  # the first is warm-up
                 seconds[name].append((time.perf_counter() - began) / _CALLS)
-    added = [ours - torchs for ours, torchs in zip(seconds["ours"], seconds["F.linear"], strict=True)]
+    added = [ours - baseline for ours, baseline in zip(seconds["ours"], seconds["F.linear"], strict=True)]
     return {"seconds": {name: spread(values) for name, values in seconds.items()}, "added": statistics.median(added)}
 
 
-def measure_plan(samples: int) -> dict[str, Any]:
-    """Seconds to plan one decode pass of 256 rows with contexts of about 1000: room, slots and block tables.
-
-    One row in 16 begins a page.
-    """
-    table = make_page_table(num_pages=PLAN_ROWS * (1024 // _PAGE_SIZE + 1), page_size=_PAGE_SIZE)
-    handles = np.array([table.create() for _ in range(PLAN_ROWS)], dtype=np.int64)
-    lengths = (1000 + np.arange(PLAN_ROWS) % _PAGE_SIZE).astype(np.int32)
+def measure_planning(samples: int) -> dict[str, Any]:
+    """Seconds to plan a decode pass of 256 rows with contexts of about 1000, one row in 16 of which begins a page."""
+    table = make_page_table(num_pages=PASS_ROWS * (1024 // _PAGE_SIZE + 1), page_size=_PAGE_SIZE)
+    handles = np.array([table.create() for _ in range(PASS_ROWS)], dtype=np.int64)
+    lengths = (1000 + np.arange(PASS_ROWS) % _PAGE_SIZE).astype(np.int32)
     table.append_many(handles, lengths)
-    one_each = np.ones(PLAN_ROWS, dtype=np.int32)
+    one_each = np.ones(PASS_ROWS, dtype=np.int32)
     steps: dict[str, Callable[[], object]] = {
         "append_many": lambda: table.append_many(handles, one_each),
         "slots": lambda: table.slots(handles, lengths),
@@ -75,7 +72,7 @@ def measure_plan(samples: int) -> dict[str, Any]:
                 seconds[name].append(end - begin)
             seconds["all"].append(clock[-1] - clock[0])
     return {
-        "rows": PLAN_ROWS,
+        "rows": PASS_ROWS,
         "native": not isinstance(table, PageTable),
         "seconds": {name: spread(values) for name, values in seconds.items()},
     }

@@ -1,6 +1,6 @@
-"""Time over floor of the linears: python bench/plot_kernels.py RESULT.json OUT.png
+"""Plot of the linears' time over floor: python bench/plot_kernels.py RESULT.json OUT.png
 
-From what `bench/kernels.py --json` wrote; its `--plot` draws the same. Needs matplotlib (the extra "plot").
+Reads a result of `bench/kernels.py --json`; its `--plot` draws the same. Needs matplotlib (the extra "plot").
 """
 
 import sys

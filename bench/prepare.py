@@ -1,14 +1,9 @@
-"""Data preparation against the tokenizer library alone: python bench/prepare.py --json bench/results/prepare-cpu.json
+"""Data preparation against the tokenizer library alone: python bench/prepare.py --json
 
 Both tokenise the same documents (Python's standard library, repeated) on the same number of processes. The library's
 side has the documents in memory and throws its results away; ours is `train/prepare_data.py` from end to end: it reads
 JSON lines, tokenises, adds BOS and EOS, and writes shards to disk. The runs alternate; figures are medians over rounds.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import contextlib
@@ -18,17 +13,23 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import speedup, spread
+from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.common.cli import human_bytes, run_command
-from rrt.common.results import write_result
 from rrt.data.bpe import train_bpe
 from rrt.data.corpus import PYTHON_STDLIB, documents
 from train.prepare_data import batches, prepare_data
@@ -36,8 +37,8 @@ from train.prepare_data import batches, prepare_data
 OURS = "prepare_data.py"
 
 
-def corpus(text_bytes: int) -> list[str]:
-    """Documents of about so many bytes."""
+def make_corpus(text_bytes: int) -> list[str]:
+    """Repeat the standard library's documents up to about `text_bytes`."""
     texts, size = [], 0
     for text in itertools.cycle(list(documents(PYTHON_STDLIB))):
         texts.append(text)
@@ -52,8 +53,8 @@ def encode(tokenizer: tokenizers.Tokenizer, method: str, parts: list[list[str]])
         getattr(tokenizer, method)(part, add_special_tokens=False)
 
 
-def library(tokenizer: tokenizers.Tokenizer, method: str, parts: list[list[str]], processes: int) -> None:
-    """The library in so many forked processes, which share the documents."""
+def run_library(tokenizer: tokenizers.Tokenizer, method: str, parts: list[list[str]], processes: int) -> None:
+    """Encode with the library in forked processes, which share the documents."""
     context = multiprocessing.get_context("fork")
     shares = [parts[start::processes] for start in range(processes)]
     started = [context.Process(target=encode, args=(tokenizer, method, share)) for share in shares]
@@ -65,13 +66,13 @@ def library(tokenizer: tokenizers.Tokenizer, method: str, parts: list[list[str]]
         raise RuntimeError("a process of the library's failed")
 
 
-def ours(corpus_path: Path, tokenizer: Path, out: Path, workers: int) -> None:
+def run_ours(corpus_path: Path, tokenizer: Path, out: Path, workers: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare_data([str(corpus_path)], tokenizer, out, workers=workers, overwrite=True)
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, round by round, in an order that turns round; the first round is warm-up."""
+    """Seconds of each run, round by round, in alternating order; the first round is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in tqdm(range(rounds + 1), desc="rounds", mininterval=1 if sys.stderr.isatty() else 30):
         for name in list(runs) if turn % 2 else reversed(list(runs)):
@@ -82,6 +83,25 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
     return seconds
 
 
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Text per second of ours and of the library's methods."""
+    rows = [
+        [
+            name,
+            format_seconds(run["seconds"]["median"]),
+            format_spread(run["seconds"]),
+            f"{run['bytes_per_second'] / 1e6:.2f}",
+            f"{run['ours']:.2f}x",
+        ]
+        for name, run in result["runs"].items()
+    ]
+    title = (
+        f"{result['documents']} documents, {human_bytes(result['text_bytes'])}, vocabulary {result['vocab_size']}, "
+        f"{result['processes']} processes, {result['rounds']} rounds"
+    )
+    return [Table(title, ["variant", "time", "+-", "MB of text/s", "ours is as fast"], rows)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cores = len(os.sched_getaffinity(0))
@@ -89,10 +109,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=40, metavar="N", help="of text (default: 40)")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="of the BPE (default: 8192)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    add_json_flag(parser, "prepare")
     arguments = parser.parse_args()
+    check_json_flag(arguments.json)
 
-    texts = corpus(arguments.megabytes * 10**6)
+    texts = make_corpus(arguments.megabytes * 10**6)
     size = sum(len(text.encode()) for text in texts)
     with tempfile.TemporaryDirectory() as work:
         directory, path = Path(work) / "tokenizer", Path(work) / "corpus.jsonl"
@@ -107,21 +128,24 @@ def main() -> None:
             f"{len(texts)} documents, {human_bytes(size)}, in {count} processes; {arguments.rounds} rounds", flush=True
         )
         runs: dict[str, Callable[[], None]] = {
-            OURS: partial(ours, path, directory, Path(work) / "out", count),
-            "encode_batch": partial(library, tokenizer, "encode_batch", parts, count),
-            "encode_batch_fast": partial(library, tokenizer, "encode_batch_fast", parts, count),
+            OURS: partial(run_ours, path, directory, Path(work) / "out", count),
+            "encode_batch": partial(run_library, tokenizer, "encode_batch", parts, count),
+            "encode_batch_fast": partial(run_library, tokenizer, "encode_batch_fast", parts, count),
         }
         seconds = measure(runs, arguments.rounds)
 
-    results = {}
-    print(f"{'':<30} {'MB of text/s':>13} {'ours over it':>13}")
-    for name, values in seconds.items():
-        ratio = speedup(seconds, OURS, name)
-        results[name] = {"seconds": spread(values), "bytes_per_second": size / statistics.median(values), "ours": ratio}
-        print(f"{name:<30} {size / statistics.median(values) / 1e6:>13.2f} {ratio:>13.2f}")
-    if arguments.json is not None:
-        shape = {"processes": count, "text_bytes": size, "documents": len(texts), "vocab_size": arguments.vocab_size}
-        write_result(arguments.json, {**shape, "rounds": arguments.rounds, "runs": results})
+    shape = {"processes": count, "text_bytes": size, "documents": len(texts), "vocab_size": arguments.vocab_size}
+    runs_of = {
+        name: {
+            "seconds": spread(values),
+            "bytes_per_second": size / statistics.median(values),
+            "ours": speedup(seconds, OURS, name),
+        }
+        for name, values in seconds.items()
+    }
+    result = {**shape, "rounds": arguments.rounds, "runs": runs_of}
+    save_result(arguments.json, "prepare", result)
+    print_tables(tables(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The fastest tiling of each linear on this GPU, for the build to use: python bench/tile_sweep.py
+"""Find the fastest tiling of each linear on this GPU, for the build to use: python bench/tile_sweep.py
 
 Times every tiling of loop_lora_linear's decode kernels (csrc/loop_lora/cuda_tiles.h) on the linears of the presets, two
 loops mixed, weights not in the cache, in alternating order under CUDA graphs; prints the best of each shape, and writes
 them into the table that the library is compiled with. Lines of GPUs with another number of multiprocessors stay.
-Results of the operator don't depend on the tiling. Rebuild afterwards: pip install -e .
+The operator's results do not depend on the tiling. Rebuild afterwards: pip install -e .
 """
 
 import argparse
@@ -21,12 +21,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.linear_cases import Adapters, Projection, Weights, make_variants, mixed_loops, normal, projections
+from bench.linear_variants import Adapters, Projection, Weights, make_variants, mixed_loops, normal, projections
+from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import Timer, Variant, copies_beyond_cache, last_level_cache_bytes
+from eval.tables import Table, format_seconds, print_tables
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.common.cli import run_command
 from rrt.common.files import atomic_write
-from rrt.common.results import write_result
 from rrt.errors import UserError
 from rrt.native import force_tiling
 from rrt.ops import build_info
@@ -34,8 +35,8 @@ from rrt.ops import build_info
 TABLE = ROOT / "csrc" / "loop_lora" / "cuda_tiles_measured.h"
 ROWS = (8, 16, 32, 64)
 LOOPS = 2
-BLOCK_ROWS = 128
-"""Outputs of a block of the row kernel: segments must begin at multiples."""
+TILE_OUTPUTS = 128
+"""Outputs of a thread block of the row kernel: segments must begin at multiples."""
 
 
 @dataclass(frozen=True, order=True)
@@ -64,8 +65,8 @@ def read_lines(table: str) -> list[Line]:
     return [Line(*map(int, found[:4]), found[4], int(found[5])) for found in _LINE.findall(table)]
 
 
-def with_lines(table: str, measured: list[Line]) -> str:
-    """The table's text with these lines in the place of those of the same GPU, shape and rows."""
+def replace_lines(table: str, measured: list[Line]) -> str:
+    """Return the table's text with these lines in place of those of the same GPU, shape and rows."""
     replaced = {(line.multiprocessors, line.outputs, line.inputs, line.rows) for line in measured}
     kept = [
         line
@@ -79,17 +80,17 @@ def with_lines(table: str, measured: list[Line]) -> str:
 
 
 def shapes() -> list[Projection]:
-    """The presets' linears that the row kernel takes, each shape once."""
+    """Linears of the presets that the row kernel can run, each shape once."""
     every = [projection for name in PRESETS for projection in projections(preset(name))]
     fitting = {
         (projection.outputs, projection.inputs): projection
         for projection in every
-        if all(part.start % BLOCK_ROWS == 0 for part in projection.slices())
+        if all(part.start % TILE_OUTPUTS == 0 for part in projection.slices())
     }
     return list(fitting.values())
 
 
-def tiled(call: Variant, kernel: str, slices: int) -> Variant:
+def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
     def run(i: int) -> torch.Tensor:
         force_tiling(kernel == "kRows", slices)
         return call.call(i)
@@ -105,11 +106,11 @@ def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, ti
     held = 2 * weight_bytes + 6 * projection.adapter_numbers(rank) * dtype.itemsize
     budget = torch.cuda.mem_get_info(device)[0] // 2
     copies = copies_beyond_cache(weight_bytes, held, last_level_cache_bytes(device)[0], budget)
-    weights = Weights.make(projection, copies, dtype, device, pack=False)
-    adapters = Adapters.make(weights, rank, LOOPS, pack=False)
+    weights = Weights.make(projection, copies, dtype, device, should_pack=False)
+    adapters = Adapters.make(weights, rank, LOOPS, should_pack=False)
     x = normal((rows, projection.inputs), 1, dtype, device)
     ours = make_variants(weights, adapters, x, mixed_loops(rows, LOOPS).to(device))["ours"]
-    variants = {f"{kernel} {slices}": tiled(ours, kernel, slices) for kernel, slices in TILINGS}
+    variants = {f"{kernel} {slices}": with_tiling(ours, kernel, slices) for kernel, slices in TILINGS}
     expected = variants["kColumns 1"].call(0)
     for name, variant in variants.items():
         if not torch.equal(variant.call(0), expected):
@@ -118,13 +119,27 @@ def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, ti
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Median times of every shape and tiling, the fastest named."""
+    names = [f"{kernel} {slices}" for kernel, slices in TILINGS]
+    rows = []
+    for record in result["tilings"]:
+        seconds = record["seconds"]
+        shape = (str(record[key]) for key in ("outputs", "inputs", "rows"))
+        times = (format_seconds(seconds[name]) for name in names)
+        rows.append([*shape, *times, min(seconds, key=lambda name: seconds[name])])
+    header = ["outputs", "inputs", "rows", *names, "fastest"]
+    return [Table(f"Tilings, rank {result['rank']}, time by {result['timing']}", header, rows, (8,))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=128, metavar="R", help="LoRA rank (default 128)")
     parser.add_argument("--seconds-per-case", type=float, default=0.3, metavar="S", help="default 0.3")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="default: that of this checkout")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all times here")
+    add_json_flag(parser, "tile-sweep")
     arguments = parser.parse_args()
+    check_json_flag(arguments.json)
     if not torch.cuda.is_available():
         raise UserError("tile_sweep: no GPU is visible to torch: expected one, there is nothing to measure on a CPU")
     if not build_info().cuda:
@@ -147,14 +162,10 @@ def main() -> None:
         lines.append(Line(multiprocessors, projection.outputs, projection.inputs, rows, kernel, int(slices)))
         records.append({"outputs": projection.outputs, "inputs": projection.inputs, "rows": rows, "seconds": seconds})
     force_tiling(False, 0)
-    atomic_write(arguments.table, with_lines(table, lines))
-    if arguments.json is not None:
-        write_result(arguments.json, {"rank": arguments.rank, "timing": timer.method, "tilings": records}, device)
-    names = [f"{kernel} {slices}" for kernel, slices in TILINGS]
-    print(f"{'outputs':>8} {'inputs':>7} {'rows':>5}  " + "  ".join(f"{name:>10}" for name in names) + "  us; best")
-    for line, record in zip(lines, records, strict=True):
-        times = "  ".join(f"{record['seconds'][name] * 1e6:10.2f}" for name in names)
-        print(f"{line.outputs:8} {line.inputs:7} {line.rows:5}  {times}  {line.kernel} {line.slices}")
+    atomic_write(arguments.table, replace_lines(table, lines))
+    result = {"rank": arguments.rank, "timing": timer.method, "tilings": records}
+    save_result(arguments.json, "tile-sweep", result, device)
+    print_tables(tables(result))
     print(f"{len(lines)} lines of {multiprocessors} multiprocessors in {arguments.table}; rebuild: pip install -e .")
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating runs on cold weights, and what the machine can do at best."""
+"""Timing of alternating variants on cold weights, and the machine's best read bandwidth and matmul rate."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 
 MAX_ROUNDS = 200
 ASSUMED_CACHE_BYTES = 64 * 2**20
-"""Where the system does not tell the size of its last-level cache."""
+"""Used where the system does not tell the size of its last-level cache."""
 
 Samples = dict[str, list[float]]
 """Seconds of one call, round by round, of each variant; entry i of every list is from the same round."""
@@ -32,21 +32,21 @@ class Variant:
 
 
 def copies_beyond_cache(read_bytes: int, held_bytes: int, cache_bytes: int, budget_bytes: int) -> int:
-    """How many copies of the weights to rotate through, so that none is still in the cache when its turn comes.
+    """Choose how many copies of the weights to rotate through, so that none is in the cache when its turn comes.
 
     Between two uses of a copy all the others are read: 4 times the cache, unless the budget allows fewer (then at
     least two).
 
     Args:
-        read_bytes: what a call reads of a copy, at least.
-        held_bytes: what a copy takes in memory.
+        read_bytes: bytes that a call reads of a copy, at least.
+        held_bytes: memory of a copy.
     """
     wanted = 1 + math.ceil(4 * cache_bytes / read_bytes)
     return min(wanted, max(2, budget_bytes // held_bytes))
 
 
 class Timer:
-    """Measures variants of one case against each other: every round runs each once, then in the opposite order.
+    """Timer of the variants of one case: every round runs each once, every other round in the opposite order.
 
     On a CPU a sample is one call. On CUDA it is a CUDA graph with one call per copy, divided by the number of calls;
     if any variant cannot be captured, all later ones are launched one by one between two events instead.
@@ -62,7 +62,7 @@ class Timer:
         self.method = "clock" if device.type == "cpu" else "CUDA graphs"
 
     def measure(self, variants: dict[str, Variant], copies: int) -> Samples:
-        """Rounds until `seconds` are spent, at least `min_rounds`. Call each variant once before, as warm-up."""
+        """Run rounds until `seconds` are spent, at least `min_rounds`. Call each variant once before, as warm-up."""
         runs = self._cpu_runs(variants, copies) if self.device.type == "cpu" else self._cuda_runs(variants, copies)
         samples: Samples = {name: [] for name in runs}
         began = time.perf_counter()
@@ -110,7 +110,7 @@ class Timer:
                     with torch.cuda.graph(graph):
                         chain(variant)
                     launches[name] = graph.replay
-            except RuntimeError:  # what the op does cannot be captured: it waits for the device
+            except RuntimeError:  # the op waits for the device, which cannot be captured
                 self.method = "CUDA events"
                 torch.cuda.synchronize(self.device)
         if self.method == "CUDA events":
@@ -137,11 +137,11 @@ def _product(x: Tensor, weight: Tensor) -> Variant:
 
 @dataclass
 class Rates:
-    """The best read bandwidth (bytes/s) and matmul rate (FLOP/s) of the machine, from several ways to get at them.
+    """Best read bandwidth (bytes/s) and matmul rate (FLOP/s) of the machine, over several ways to measure each.
 
-    `probe` is called several times in a run, for a machine is not the same all the time. A way's rate is its
-    median in one probe; the best probe counts, then the best way. `timer` is not that of the cases: what cannot be
-    captured in one need not be so in the other.
+    `probe` is called several times in a run, as a machine's speed changes. A way's rate is its median in one probe;
+    the best probe counts, then the best way. `timer` is not that of the cases, which falls back to events for good if
+    one of them cannot be captured in a CUDA graph.
     """
 
     timer: Timer
@@ -191,7 +191,7 @@ class Rates:
         return max(self.matmul.items(), key=lambda item: item[1])
 
     def floor(self, num_bytes: int, flops: int) -> tuple[float, str]:
-        """Seconds that `num_bytes` and `flops` take at the best rates, the larger, and which: "bytes" or "flops"."""
+        """Seconds that `num_bytes` and `flops` take at the best rates, the larger, and its name ("bytes", "flops")."""
         by_bytes, by_flops = num_bytes / self.best_read()[1], flops / self.best_matmul()[1]
         return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
 
@@ -204,7 +204,7 @@ class Rates:
 
 
 def last_level_cache_bytes(device: torch.device) -> tuple[int, bool]:
-    """Size of the last cache before memory, of all its instances that serve our cores; false if it is assumed."""
+    """Size of the last-level caches that serve our cores, added up; False if it is assumed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size, True
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()

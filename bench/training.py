@@ -1,23 +1,23 @@
-"""Training measured here: python bench/training.py
+"""Training steps and their parts against transformers, PyTorch and bare loops: python bench/training.py
 
 Sections (--only takes some of them):
 
 - step: an optimizer step of a Llama of 26 M parameters over 4 x 512 tokens, against transformers' model in the same
   loop, with fused AdamW, and against itself with compiled layers
 - attention: forward and backward of a layer's causal attention, with heads as three models have them, against PyTorch's
-- elementwise: forward and backward of what lies between a layer's products, over 2048 tokens of TinyLlama's widths,
-  against PyTorch's functions as the model calls them on a GPU
+- elementwise: forward and backward of rotary embedding, RMSNorm and gated SiLU over 2048 tokens of TinyLlama's widths,
+  against PyTorch's functions
 - relaxation: forward and backward of a layer of width 2048 that runs twice, with LoRA merged and plain, against none
 - checkpointing: time and peak memory of activation checkpointing per layer and per loop
-- trainer: the trainer's steps against a bare loop's: what data, logging and metrics cost, with one
-  micro-batch of 4 x 512 tokens per step and with four
+- trainer: the trainer's steps, with data, logging and metrics, against a bare loop's, with one micro-batch of 4 x 512
+  tokens per step and with four
 - traffic: collectives and bytes of a step of Gemma 2B on 8 GPUs against its unrolled parent; counted, not timed
 
     python bench/training.py --only relaxation --rows 8192 --dtype bf16 --json out.json
     python bench/training.py --only traffic trainer
 
-Variants alternate; medians of the rounds, ratios within rounds. About 15 minutes on 2 cores
-with the defaults, 10 more where the CPU has no bf16 (transformers' products are emulated there).
+Variants alternate; figures are medians of the rounds, ratios are taken within rounds. About 15 minutes on 2 cores with
+the defaults, 10 more where the CPU has no bf16 (transformers' products are emulated there).
 """
 
 import argparse
@@ -30,21 +30,24 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import Timer
+from bench.traffic import compare_traffic
+from bench.trainer_cases import measure_trainer
 from bench.training_cases import (
     measure_attention,
     measure_checkpointing,
     measure_elementwise,
     measure_relaxation,
     measure_step,
-    measure_traffic,
-    measure_trainer,
 )
+from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.common.cli import human_bytes, run_command
 from rrt.common.dtypes import parse_dtype
 from rrt.common.results import write_result
 from rrt.errors import UserError
 
+KIND = "training"
 SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "trainer", "traffic")
 
 
@@ -62,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
     parser.add_argument("--rank", type=int, default=256, help="of relaxation (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default 5)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    add_json_flag(parser, "training")
     arguments = parser.parse_args()
     for name in ("vocab", "rows", "rank", "rounds"):
         values = getattr(arguments, name)
@@ -71,8 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     for rows in arguments.rows:
         if rows > 512 and rows % 512:
             raise UserError(f"--rows: found {rows}; expected a multiple of 512, or less")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json: found {arguments.json}; expected a file in a directory that exists")
+    check_json_flag(arguments.json)
     return arguments
 
 
@@ -101,38 +103,63 @@ def run(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {}
     for section, measure in tqdm(chosen, unit="case", desc="training", disable=None):
         record = measure().record()
-        print_case(section, record)
+        tqdm.write(f"\n{case_table(section, [record]).text()}")
+        sys.stdout.flush()
         result.setdefault(section, []).append(record)
-        if arguments.json is not None:  # what is measured stays, should a later case fail
-            write_result(arguments.json, result)
+        if arguments.json is not None:  # kept should a later case fail
+            write_result(arguments.json, {"kind": KIND, **result})
     if "traffic" in arguments.only:
-        result["traffic"] = measure_traffic("gemma-2b", num_loops=2, ranks=[0, 512])
-        print_traffic(result["traffic"])
-        if arguments.json is not None:
-            write_result(arguments.json, result)
+        result["traffic"] = compare_traffic("gemma-2b", num_loops=2, ranks=[0, 512])
+        print_tables([traffic_table(result["traffic"])])
+    save_result(arguments.json, KIND, result)
 
 
-def print_case(section: str, record: dict[str, Any]) -> None:
-    case = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
-    lines = [f"\n{section}: {case}"]
-    peaks = record.get("peak_bytes", {})
-    for name, seconds in record["seconds"].items():
-        ratio = record["speedup"].get(name)
-        against = "" if ratio is None else f"  {next(iter(record['seconds']))} is {ratio:.2f}x as fast"
-        peak = f"  peak {human_bytes(peaks[name])}" if name in peaks else ""
-        lines.append(f"  {name:14s} {seconds['median'] * 1e3:10.1f} ms{peak}{against}")
-    tqdm.write("\n".join(lines))
-    sys.stdout.flush()
-
-
-def print_traffic(records: list[dict[str, Any]]) -> None:
+def case_table(section: str, records: list[dict[str, Any]]) -> Table:
+    """A row per case and variant; the last column says how many times faster the first variant is."""
+    rows = []
     for record in records:
-        counts = ", ".join(f"{count} {kind}" for kind, count in record["counts"].items())
-        print(
-            f"traffic: {record['model']}, {record['num_loops']} loop(s), wrap {record['wrap']}: {counts}; gathers "
-            f"{human_bytes(record['bytes']['all-gather'])}, {record['fewer_bytes']:.2f}x less than the parent, "
-            f"its block {record['fewer_block_bytes']:.2f}x less"
-        )
+        fields = {name: value for name, value in record.items() if name not in ("rounds", "floor_bytes")}
+        case = ", ".join(f"{name} {value}" for name, value in fields.items() if isinstance(value, str | int))
+        ours = next(iter(record["seconds"]))
+        for name, seconds in record["seconds"].items():
+            ratio = record["speedup"].get(name)
+            rows.append(
+                [
+                    case,
+                    name,
+                    format_seconds(seconds["median"]),
+                    format_spread(seconds),
+                    "" if ratio is None else f"{ours} {ratio:.2f}x as fast",
+                    human_bytes(record["peak_bytes"][name]) if "peak_bytes" in record else "",
+                ]
+            )
+    header = ["case", "variant", "time", "+-", "", "peak memory"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table(f"{section}, {records[0]['rounds']} rounds", header, rows, (0, 1, 4))
+
+
+def traffic_table(records: list[dict[str, Any]]) -> Table:
+    """A row per model: collectives, bytes that are gathered, and the factors over the unrolled parent."""
+    rows = [
+        [
+            record["model"],
+            str(record["num_loops"]),
+            record["wrap"],
+            ", ".join(f"{count} {kind}" for kind, count in record["counts"].items()),
+            human_bytes(record["bytes"]["all-gather"]),
+            f"{record['fewer_bytes']:.2f}x less",
+            f"{record['fewer_block_bytes']:.2f}x less",
+        ]
+        for record in records
+    ]
+    header = ["traffic", "loops", "wrap", "collectives", "gathers", "in all", "of the block"]
+    return Table("Traffic of a step on 8 processes, against the unrolled parent", header, rows, (0, 2, 3))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    made = [case_table(section, result[section]) for section in SECTIONS[:-1] if section in result]
+    return [*made, *([traffic_table(result["traffic"])] if "traffic" in result else [])]
 
 
 def main() -> None:

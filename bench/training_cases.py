@@ -1,12 +1,7 @@
-"""What `bench/training.py` measures: a training step against transformers', relaxation, checkpointing, the trainer."""
+"""Benchmark cases of bench/training.py on one process: steps, relaxation, operators and activation checkpointing."""
 
-import contextlib
-import io
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,23 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import Samples, Timer, Variant, speedup, spread
-from bench.traffic import imagined_step
 from rrt import ops
 from rrt.checkpoint.presets import preset
 from rrt.common.dtypes import dtype_name
-from rrt.data.bpe import train_bpe
-from rrt.data.shards import ShardWriter
-from rrt.data.tokenizer import load_tokenizer
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import ForwardContext, LoopedStack, RecursiveTransformer, rope_cos_sin
-from train.architecture import InitialModel
 from train.compile import compile_layers
-from train.distributed import processes
 from train.estimate import LiveMemory
 from train.objective import NEXT_TOKEN
 from train.optimizer import make_optimizer
-from train.recipe import DataConfig, GuardConfig, OptimConfig, RunConfig
-from train.trainer import StepResult, Trainer
+from train.recipe import OptimConfig
 
 SMALL_LLAMA = ModelConfig(
     family="llama",
@@ -59,13 +47,13 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Measured:
-    """Samples of the variants of one case, the first of which is ours."""
+    """Samples of the variants of a case; the first variant is ours."""
 
     case: dict[str, Any]
     samples: Samples
 
     def record(self) -> dict[str, Any]:
-        """As JSON: seconds, and how many times faster the first variant is than each other."""
+        """The record of a result: seconds, and speedup of the first variant over each other."""
         ours, *others = self.samples
         return {
             **self.case,
@@ -75,13 +63,14 @@ class Measured:
         }
 
 
-def tokens_of(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random inputs and targets [batch, length]."""
+def make_batch(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random inputs and targets, int64 [batch, length]."""
     ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransformer, Losses]:
+    """Our model with initial weights, and its next-token loss."""
     model = RecursiveTransformer(config)
     model.init_weights()
     losses = NEXT_TOKEN.bind(model.to(dtype))
@@ -89,7 +78,7 @@ def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransf
 
 
 def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Losses]:
-    """transformers' Llama of the same shape, with its own loss."""
+    """The Llama of transformers of the same shape, with its own loss."""
     import transformers
 
     hf = transformers.LlamaForCausalLM(
@@ -115,7 +104,7 @@ def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Mod
 def optimizer_step(
     model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor], micro_batches: int = 1
 ) -> Callable[[int], Tensor]:
-    """One step of fused AdamW on a batch, or so many times on the same one, gradients clipped."""
+    """A function that makes one step of fused AdamW, with clipped gradients, over `micro_batches` times `batch`."""
     optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
 
     def step(_: int) -> Tensor:
@@ -131,9 +120,9 @@ def optimizer_step(
 
 
 def measure_step(timer: Timer, vocab_size: int, dtype: torch.dtype) -> Measured:
-    """One optimizer step over 4 x 512 tokens: ours, transformers', and ours with compiled layers."""
+    """Measure an optimizer step over 4 x 512 tokens: ours, transformers', and ours with compiled layers."""
     config = replace(SMALL_LLAMA, vocab_size=vocab_size)
-    batch = tokens_of(vocab_size, 4, 512)
+    batch = make_batch(vocab_size, 4, 512)
     steps = {"ours": optimizer_step(*our_losses(config, dtype), batch)}
     steps["transformers"] = optimizer_step(*transformers_losses(config, dtype), batch)
     compiled, losses = our_losses(config, dtype)
@@ -148,7 +137,7 @@ def measure_step(timer: Timer, vocab_size: int, dtype: torch.dtype) -> Measured:
 def measure_relaxation(
     timer: Timer, rows: int, rank: int, dtype: torch.dtype, forms: tuple[str, ...] = ("merged", "plain")
 ) -> Measured:
-    """Forward and backward of a TinyLlama layer run twice: recursive, and relaxed in each form."""
+    """Measure forward and backward of a TinyLlama layer that runs twice: recursive, and relaxed in each form."""
     config = replace(preset("tinyllama-1.1b"), num_layers=2)
     length = min(rows, 512)
     rope = rope_cos_sin(config, torch.arange(length)[None], dtype)
@@ -181,7 +170,7 @@ def measure_relaxation(
 
 
 def measure_attention(timer: Timer, name: str, length: int, dtype: torch.dtype) -> Measured:
-    """Forward and backward of one layer's causal attention over 2048 tokens: ours and PyTorch's."""
+    """Measure forward and backward of one layer's causal attention over 2048 tokens: ours and PyTorch's."""
     config = preset(name)
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     sizes = [(2048 // length, length, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
@@ -204,7 +193,7 @@ def measure_attention(timer: Timer, name: str, length: int, dtype: torch.dtype) 
 
 
 def measure_elementwise(timer: Timer, name: str, dtype: torch.dtype) -> Measured:
-    """Forward and backward of an operator over 2048 tokens of TinyLlama's widths: ours and PyTorch's functions."""
+    """Measure forward and backward of an operator over 2048 tokens of TinyLlama's widths: ours and PyTorch's."""
     config, tokens = preset("tinyllama-1.1b"), 2048
     widths = {
         "rotary_embedding": [(1, tokens, config.num_heads, config.head_dim)],
@@ -238,17 +227,17 @@ def measure_elementwise(timer: Timer, name: str, dtype: torch.dtype) -> Measured
     for step in runs.values():
         step(0)
     samples = timer.measure({each: Variant(step) for each, step in runs.items()}, copies=1)
-    # Everything once: inputs and result, then the result's gradient, what it needs of the inputs, and their gradients.
+    # Read and write once: inputs and result; then the result's gradient, the inputs it needs, and their gradients.
     inputs = sum(leaf.nbytes for leaf in leaves)
     floor = 2 * grad.nbytes + (2 if name == "rotary_embedding" else 3) * inputs
     return Measured({"operator": name, "tokens": tokens, "dtype": dtype_name(dtype), "floor_bytes": floor}, samples)
 
 
 def measure_checkpointing(timer: Timer) -> Measured:
-    """Forward and backward of a model of 8 layers in 2 loops; peak memory beside its weights."""
+    """Measure forward and backward of a model of 8 layers in 2 loops, and its peak memory beside the weights."""
     model = RecursiveTransformer(SMALL_LLAMA, RecursiveConfig(num_loops=2))
     model.init_weights()
-    losses, batch = NEXT_TOKEN.bind(model), tokens_of(SMALL_LLAMA.vocab_size, 4, 512)
+    losses, batch = NEXT_TOKEN.bind(model), make_batch(SMALL_LLAMA.vocab_size, 4, 512)
 
     def run(unit: str) -> Callable[[int], Tensor]:
         def step(_: int) -> Tensor:
@@ -267,119 +256,3 @@ def measure_checkpointing(timer: Timer) -> Measured:
         peaks[unit] = memory.peak
     samples = timer.measure({unit: Variant(step) for unit, step in runs.items()}, copies=1)
     return Measured({"peak_bytes": peaks, "tokens": batch[0].numel()}, samples)
-
-
-class _TimedTrainer(Trainer):
-    """Between its steps, a step of the same model in a bare loop."""
-
-    bare: Callable[[int], Tensor]
-
-    def _train_step(self, rate: float) -> StepResult:
-        now = time.perf_counter()
-        if self.step == 0:
-            self.timed: Samples = {"trainer": [], "bare loop": []}
-        elif self.step > 1:  # the first is warm-up
-            self.timed["trainer"].append(now - self._began)
-        began = time.perf_counter()
-        self.bare(0)
-        if self.step > 0:
-            self.timed["bare loop"].append(time.perf_counter() - began)
-        self._began = time.perf_counter()
-        return super()._train_step(rate)
-
-
-def measure_trainer(steps: int, micro_batches: int) -> Measured:
-    """The trainer's steps, with data, logging and metrics, against the model's in a bare loop: one process in fp32."""
-    batch_tokens = micro_batches * 4 * 512
-    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
-        root = Path(directory)
-        for name in ("tokenizer", "data"):
-            (root / name).mkdir()
-        train_bpe(_own_sources(), 1000, root / "tokenizer")
-        tokenizer = load_tokenizer(root / "tokenizer")
-        with ShardWriter(root / "data", tokenizer) as writer:
-            for text in _own_sources():
-                ids = tokenizer.encode_document(text)
-                writer.append("train", ids, [len(ids)], [len(text.encode())])
-            writer.finish({})
-        start_model = RecursiveTransformer(SMALL_LLAMA)
-        start_model.init_weights()
-        start = InitialModel(
-            "bench", SMALL_LLAMA, RecursiveConfig(), tokenizer, lambda: start_model.get_parameter, None
-        )
-        recipe = _Recipe(
-            DataConfig(str(root / "data"), seq_len=512),
-            OptimConfig(),
-            RunConfig(
-                str(root / "run"),
-                tokens=steps * batch_tokens,
-                batch_tokens=batch_tokens,
-                micro_batch=4,
-                dtype="fp32",
-                log_every=1,
-                save_every=0,
-                device="cpu",
-            ),
-            GuardConfig(),
-        )
-        with processes("cpu") as group:
-            trainer = _TimedTrainer(recipe, start, group)
-            model, losses = our_losses(SMALL_LLAMA, torch.float32)
-            trainer.bare = optimizer_step(model, losses, tokens_of(1000, 4, 512), micro_batches)
-            trainer.run()
-    pairs = min(map(len, trainer.timed.values()))
-    return Measured(
-        {"micro_batches": micro_batches, "tokens": batch_tokens, "dtype": "float32", "steps": steps},
-        {name: values[:pairs] for name, values in trainer.timed.items()},
-    )
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    data: DataConfig
-    optim: OptimConfig
-    run: RunConfig
-    guard: GuardConfig
-
-
-def _own_sources() -> Iterator[str]:
-    root = Path(__file__).resolve().parents[1]
-    for folder in ("rrt", "train", "eval", "bench"):
-        for path in sorted((root / folder).rglob("*.py")):
-            yield path.read_text(encoding="utf-8")
-
-
-def measure_traffic(name: str, num_loops: int, ranks: list[int]) -> list[dict[str, Any]]:
-    """Collectives and bytes of one optimizer step of a preset on 8 imagined processes, in bf16.
-
-    The first record is the unrolled parent; the others say how many times fewer bytes they gather.
-    """
-    config = preset(name)
-    cases: list[tuple[str, RecursiveConfig, Any]] = [("parent", RecursiveConfig(), "stack")]
-    for rank in ranks:
-        recursion = RecursiveConfig(num_loops=num_loops, lora_rank=LoraRanks.uniform(rank))
-        cases += [(f"rank {rank}", recursion, wrap) for wrap in ("stack", "layer")]
-    records: list[dict[str, Any]] = []
-    for label, recursion, wrap in cases:
-        traffic = imagined_step(config, recursion, wrap, processes=8, accumulation=4)
-        block = traffic.bytes["all-gather"] - 2 * _root_parameters(config)
-        record = {
-            "model": f"{name}, {label}",
-            "num_loops": recursion.num_loops,
-            "wrap": wrap,
-            "counts": dict(traffic.counts),
-            "bytes": dict(traffic.bytes),
-            "block_gathered_bytes": block,
-        }
-        parent = records[0] if records else record
-        record["fewer_bytes"] = parent["bytes"]["all-gather"] / record["bytes"]["all-gather"]
-        record["fewer_block_bytes"] = parent["block_gathered_bytes"] / block
-        records.append(record)
-    return records
-
-
-def _root_parameters(config: ModelConfig) -> int:
-    """Of embedding, head and final norm."""
-    matrices = 1 if config.tie_embeddings else 2
-    norm = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
-    return matrices * config.vocab_size * config.hidden_size + norm

@@ -1,9 +1,8 @@
-"""A bigram model's perplexity, the floor that a trained model must clearly beat:
+"""Perplexity of a bigram model, a baseline that a trained model must clearly beat:
 python eval/bigram.py --train runs/out/demo/data --data runs/out/demo/data
 
-Counts token pairs of one split and predicts every token of another from the token before it: absolute discounting
-of the pair counts, interpolated with the unigram distribution (Kneser-Ney's without continuation counts); the unigrams
-are smoothed by one.
+Counts token pairs of one split and predicts every token of another from the token before it, with absolute discounting
+of the pair counts, interpolated with the unigram distribution; unigrams are smoothed by one.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from rrt.errors import UserError
 DISCOUNT = 0.75
 
 
-def _stream(shards: TokenShards) -> np.ndarray:
+def _concatenate(shards: TokenShards) -> np.ndarray:
     return np.concatenate([shard.tokens for shard in shards.shards]).astype(np.int64)
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     for shards in (train, test):
         if shards.num_tokens < 2:
             raise UserError(f"{shards.directory}: split '{shards.split}' has no text; expected at least two tokens")
-    loss = bigram_loss(_stream(train), _stream(test), train.vocab_size)
+    loss = bigram_loss(_concatenate(train), _concatenate(test), train.vocab_size)
     result: dict[str, Any] = {
         "kind": "bigram",
         "data": arguments.data,

@@ -1,4 +1,4 @@
-"""Confidence against agreement, and thresholds from it: pure functions of recorded trajectories.
+"""Thresholds of confidence for early exits, and their agreement with full depth; functions of recordings.
 
 A token exits after the first loop whose confidence is at least that loop's threshold, else after the last.
 """
@@ -16,7 +16,7 @@ BINS = 20
 
 
 def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
-    """How often `loop` agrees with the last, by its confidence: bins of equal width that are not empty."""
+    """Agreement of `loop` with the last loop by its confidence, in bins of equal width, without empty ones."""
     confidence = found.confidence[loop]
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
@@ -28,23 +28,23 @@ def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
     ]
 
 
-def exits_at(found: Trajectories, thresholds: Sequence[float | None]) -> npt.NDArray[np.int64]:
-    """The loop [N] at which each token exits."""
+def choose_exits(found: Trajectories, thresholds: Sequence[float | None]) -> npt.NDArray[np.int64]:
+    """The loop at which each token exits at these thresholds [N]; None means never."""
     exits = np.full(found.num_tokens, found.num_loops - 1)
     for loop in reversed(range(found.num_loops - 1)):
         threshold = thresholds[loop]
         if threshold is not None:
-            # Both in fp32, the precision of what was recorded.
+            # Compared in fp32, in which confidence is recorded.
             exits[found.confidence[loop] >= np.float32(threshold)] = loop
     return exits
 
 
-def outcome(found: Trajectories, thresholds: Sequence[float | None]) -> dict[str, Any]:
-    """What exits at these thresholds give: shares of tokens, loops per token, loss in nats per token.
+def evaluate_thresholds(found: Trajectories, thresholds: Sequence[float | None]) -> dict[str, Any]:
+    """Evaluate exits at these thresholds: shares of tokens, loops per token, loss in nats per token.
 
-    `agreement` is of all tokens, `early_agreement` of those that exit early (None if there are none).
+    `agreement` is over all tokens, `early_agreement` over those that exit early (None if there are none).
     """
-    exits = exits_at(found, thresholds)
+    exits = choose_exits(found, thresholds)
     tokens = np.arange(found.num_tokens)
     agree = found.top_tokens_agree[exits, tokens]
     early = exits < found.num_loops - 1
@@ -58,18 +58,18 @@ def outcome(found: Trajectories, thresholds: Sequence[float | None]) -> dict[str
 
 
 def threshold_curve(found: Trajectories, thresholds: Sequence[float]) -> list[dict[str, Any]]:
-    """`outcome` of one threshold for all loops, for each of `thresholds`."""
+    """`evaluate_thresholds` of one threshold for all loops, for each of `thresholds`."""
     curve = []
     for threshold in thresholds:
-        row = outcome(found, [threshold] * (found.num_loops - 1))
+        row = evaluate_thresholds(found, [threshold] * (found.num_loops - 1))
         curve.append({"threshold": threshold, **row, "perplexity": float(np.exp(row["loss"]))})
     return curve
 
 
 def fit_thresholds(found: Trajectories, agreement: float) -> tuple[float | None, ...]:
-    """For each loop before the last the lowest threshold at which its exits agree with the last loop that often.
+    """Find, for each loop before the last, the lowest threshold whose exits reach this agreement with the last loop.
 
-    Of a later loop only the tokens count that did not exit before. None where no threshold reaches `agreement`.
+    A later loop counts only the tokens that have not exited before. None where no threshold reaches `agreement`.
     """
     thresholds: list[float | None] = []
     left = np.ones(found.num_tokens, dtype=bool)
@@ -78,7 +78,7 @@ def fit_thresholds(found: Trajectories, agreement: float) -> tuple[float | None,
         order = np.argsort(-confidence, kind="stable")
         ranked = confidence[order]
         shares = np.cumsum(agree[order]) / np.arange(1, len(order) + 1)
-        # Tokens of equal confidence exit together: only the last of them can be the border.
+        # Tokens of equal confidence exit together, so a threshold lies at the last of them.
         is_border = np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)]
         reached = np.flatnonzero((shares >= agreement) & is_border)
         threshold = float(ranked[reached[-1]]) if len(reached) else None
@@ -91,5 +91,5 @@ def fit_thresholds(found: Trajectories, agreement: float) -> tuple[float | None,
 def calibrate(fit: Trajectories, held_back: Trajectories, agreement: float) -> Calibration:
     """Thresholds fitted on some samples and measured on others."""
     thresholds = fit_thresholds(fit, agreement)
-    measured = outcome(held_back, thresholds)
+    measured = evaluate_thresholds(held_back, thresholds)
     return Calibration(agreement, thresholds, measured["early_agreement"], measured["mean_loops"])

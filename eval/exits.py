@@ -1,11 +1,11 @@
-"""What early exits cost and save: python eval/exits.py --checkpoint DIR --data FILE --out runs/out/exits
+"""Cost and savings of early exits: python eval/exits.py --checkpoint DIR --data FILE --out runs/out/exits
 
-Runs the model over samples of a corpus (one per document, up to `--context` tokens, with the text's own tokens before
-each position) and records, token by token, what every loop would have said. From that:
+Runs the model over samples of a corpus, one per document and at most `--context` tokens long, and records the
+prediction of every loop at every token. From that:
 
 - static exits: each loop's perplexity, its agreement with the last loop, and its few-shot accuracy (--fewshot)
 - the oracle's trajectories: the earliest loop whose most probable token is the last loop's (for eval/throughput.py)
-- confidence against agreement, and what one threshold for all loops gives in agreement, loops and perplexity
+- confidence against agreement; agreement, loops and perplexity by one threshold for all loops
 - with --calibrate 0.95, thresholds for that agreement of early exits with full depth, saved into the checkpoint as
   exit_thresholds.json for serving (fitted on every other sample, measured on the others)
 
@@ -32,20 +32,21 @@ from eval.flags import (
     add_stream_flags,
     check_least,
     check_output_file,
-    chosen_bos,
-    chosen_context,
+    choose_bos,
+    choose_context,
     notice_untrained,
 )
 from eval.stream import (
     PAD,
-    Block,
     Corpus,
+    Window,
     batches,
-    document_blocks,
+    document_windows,
     make_batch,
     score_exits,
 )
-from eval.trajectories import SAMPLES_PER_PART, Recording, Sums, Trajectories, digest_of, read_trajectories
+from eval.tables import Table, print_tables
+from eval.trajectories import SAMPLES_PER_PART, Recording, Totals, Trajectories, digest_samples, read_trajectories
 from rrt.checkpoint.exit_thresholds import save_exit_thresholds
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import run_command
@@ -62,7 +63,7 @@ CURVE_THRESHOLDS = (0.0, *(i / 20 for i in range(1, 19)), 0.925, 0.95, 0.97, 0.9
 
 
 def loss_confidence_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n, V] -> [n, 3]: loss in nats, probability of the most probable token, and that token (exact in fp32)."""
+    """Reduce logits [n, V] to [n, 3]: loss in nats, the largest probability, and its token (exact in fp32)."""
     top, token = logits.max(-1)
     total = logits.logsumexp(-1)
     loss = total - logits.gather(-1, targets[:, None]).squeeze(-1)
@@ -70,24 +71,24 @@ def loss_confidence_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def record(
-    model: RecursiveTransformer, samples: list[Block], context: int, batch_size: int, bos_id: int | None
-) -> tuple[Trajectories, Sums]:
-    """Trajectories of a few samples, and their sums."""
-    numbered = [np.stack((block[0], np.full(block.shape[1], i))) for i, block in enumerate(samples)]
-    found, owners = [], []
-    for blocks in batches(numbered, context, batch_size):
-        batch = make_batch(blocks, bos_id)
+    model: RecursiveTransformer, samples: list[Window], context: int, batch_size: int, bos_id: int | None
+) -> tuple[Trajectories, Totals]:
+    """Trajectories of a few samples, and their totals."""
+    numbered = [np.stack((window[0], np.full(window.shape[1], i))) for i, window in enumerate(samples)]
+    found, sample_ids = [], []
+    for windows in batches(numbered, context, batch_size):
+        batch = make_batch(windows, bos_id)
         found.append(score_exits(model, batch, range(model.recursion.num_loops), loss_confidence_token).cpu())
-        owners.append(batch.groups[batch.targets != PAD])
-    order = torch.cat(owners).argsort(stable=True)
+        sample_ids.append(batch.groups[batch.targets != PAD])
+    order = torch.cat(sample_ids).argsort(stable=True)
     loss, confidence, token = torch.cat(found, dim=1)[:, order].unbind(-1)
     trajectories = Trajectories(
-        lengths=np.array([block.shape[1] - 1 for block in samples], dtype=np.int32),
+        lengths=np.array([window.shape[1] - 1 for window in samples], dtype=np.int32),
         top_tokens_agree=(token == token[-1]).numpy(),
         confidence=confidence[:-1].float().numpy(),
         loss=loss.numpy(),
     )
-    return trajectories, Sums(loss.double().sum(1).numpy(), (token[:, None] == token[None]).sum(-1).numpy())
+    return trajectories, Totals(loss.double().sum(1).numpy(), (token[:, None] == token[None]).sum(-1).numpy())
 
 
 def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
@@ -98,9 +99,9 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
         raise UserError(f"{arguments.checkpoint}: has 1 loop and no exit before its end; expected a looped checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    context = chosen_context(arguments, source.model.max_position_embeddings)
+    context = choose_context(arguments, source.model.max_position_embeddings)
     check_least("--samples", arguments.samples)
-    bos_id = chosen_bos(arguments, tokenizer)
+    bos_id = choose_bos(arguments, tokenizer)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, None, tokenizer)
     dtype = chosen_dtype(arguments) or source.dtype
     settings = {"data": arguments.data, "split": arguments.split, "text_field": arguments.text_field}
@@ -116,38 +117,38 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
     model = load_model(arguments.checkpoint, dtype, replica.device)
     model.set_merge(True)
 
-    def samples() -> Iterator[Block]:
+    def samples() -> Iterator[Window]:
         for document in corpus.documents():
-            yield from itertools.islice(document_blocks([document], context, bos_id), 1)
+            yield from itertools.islice(document_windows([document], context, bos_id), 1)
 
     left = itertools.islice(samples(), arguments.samples)
     hidden, stopped = None if replica.is_main else True, None
     with tqdm(total=arguments.samples, unit="sample", desc="recording", disable=hidden) as bar:
         try:
             for part in itertools.count():
-                blocks = list(itertools.islice(left, SAMPLES_PER_PART))
-                digest = digest_of([block[0] for block in blocks])
+                windows = list(itertools.islice(left, SAMPLES_PER_PART))
+                digest = digest_samples([window[0] for window in windows])
                 is_mine = part % replica.count == replica.rank
-                # Asked behind the last one too: data that have shrunk are other data.
+                # Checked once more after the last window: a recording of more samples is one of other data.
                 is_done = is_mine and recording.has(part, digest)
-                if not blocks:
+                if not windows:
                     break
                 if is_mine and not is_done:
-                    trajectories, sums = record(model, blocks, context, arguments.batch_size, bos_id)
-                    if not np.isfinite(sums.loss).all():
+                    trajectories, totals = record(model, windows, context, arguments.batch_size, bos_id)
+                    if not np.isfinite(totals.loss).all():
                         raise UserError(
-                            f"{arguments.checkpoint}: the loss is {sums.loss} in {dtype_name(dtype)}; expected finite "
-                            "numbers: try --dtype float32 or bfloat16"
+                            f"{arguments.checkpoint}: the loss is {totals.loss} in {dtype_name(dtype)}; expected "
+                            "finite numbers: try --dtype float32 or bfloat16"
                         )
-                    recording.write(part, digest, trajectories, sums)
-                bar.update(len(blocks))
+                    recording.write(part, digest, trajectories, totals)
+                bar.update(len(windows))
         except UserError as error:
             stopped = error
     replica.wait(stopped)
 
 
-def fewshot_accuracy(paths: list[Path], checkpoint: str) -> dict[int, float]:
-    """The average of seven after each loop, from results of eval/fewshot.py on this checkpoint."""
+def read_fewshot_accuracy(paths: list[Path], checkpoint: str) -> dict[int, float]:
+    """Read the average of the seven tasks after each loop from results of eval/fewshot.py on this checkpoint."""
     found: dict[int, float] = {}
     own = fingerprint(Path(checkpoint)) if paths else None
     for path in paths:
@@ -161,11 +162,11 @@ def fewshot_accuracy(paths: list[Path], checkpoint: str) -> dict[int, float]:
 
 
 def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[str, Any]:
-    """The result, from what was recorded and the few-shot accuracy after each loop."""
-    found, sums, meta = read_trajectories(arguments.out)
+    """Make the result from the recording and the few-shot accuracy after each loop."""
+    found, totals, meta = read_trajectories(arguments.out)
     tokens, last = found.num_tokens, found.num_loops - 1
-    exit_loops = found.exit_loops()
-    pairs, loss = sums.pair_agreement / tokens, sums.loss / tokens
+    exit_loops = found.oracle_exits()
+    pairs, loss = totals.pair_agreement / tokens, totals.loss / tokens
     fit, held_back = (found.samples(slice(start, None, 2)) for start in (0, 1))
     if arguments.calibrate and not held_back.num_tokens:
         raise UserError(f"{arguments.data}: found {len(found.lengths)} sample(s); expected at least 2 to calibrate")
@@ -204,21 +205,38 @@ def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[s
     }
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    print(f"\n{result['samples']:,} samples, {result['tokens']:,} tokens; exit of all tokens after a loop:")
-    print(f"{'loop':>4}  {'perplexity':>11}  {'agrees with last':>16}  {'oracle exits':>12}  {'few-shot':>8}")
-    for row, share in zip(result["static"], result["oracle"]["share"], strict=True):
-        accuracy = "" if row["fewshot"] is None else f"{100 * row['fewshot']:.1f}"
-        print(
-            f"{row['loop']:>4}  {row['perplexity']:>11.4f}  {100 * row['agreement']:>14.2f} %  {100 * share:>10.2f} %  "
-            f"{accuracy:>8}"
-        )
-    print(f"loops per token with oracle exits: {result['oracle']['mean_loops']:.4f} of {result['num_loops']}")
-    print(f"\n{'wanted agreement':>16}  {'thresholds':>20}  {'measured':>9}  {'loops/token':>11}")
-    for row in result["calibrations"]:
-        thresholds = ", ".join("never" if value is None else f"{value:.5f}" for value in row["thresholds"])
-        measured = "" if row["measured_agreement"] is None else f"{row['measured_agreement']:.4f}"
-        print(f"{row['agreement']:>16}  {thresholds:>20}  {measured:>9}  {row['mean_loops']:>11.4f}")
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Static exits beside the oracle's, and thresholds with their measured agreement."""
+    static = [
+        [
+            str(row["loop"]),
+            f"{row['perplexity']:.4f}",
+            f"{row['agreement']:.2%}",
+            f"{share:.2%}",
+            "" if row["fewshot"] is None else f"{row['fewshot']:.1%}",
+        ]
+        for row, share in zip(result["static"], result["oracle"]["share"], strict=True)
+    ]
+    calibrations = [
+        [
+            str(row["agreement"]),
+            ", ".join("never" if value is None else f"{value:.5f}" for value in row["thresholds"]),
+            "" if row["measured_agreement"] is None else f"{row['measured_agreement']:.4f}",
+            f"{row['mean_loops']:.4f}",
+        ]
+        for row in result["calibrations"]
+    ]
+    oracle = f"With oracle exits a token takes {result['oracle']['mean_loops']:.4f} of {result['num_loops']} loops."
+    return [
+        Table(
+            f"{result['samples']:,} samples, {result['tokens']:,} tokens; exit of all tokens after a loop",
+            ["loop", "perplexity", "agrees with last", "oracle exits", "few-shot"],
+            static,
+            (),
+            notes=[oracle],
+        ),
+        Table("Thresholds", ["wanted agreement", "thresholds", "measured", "loops/token"], calibrations, ()),
+    ]
 
 
 @report_error_once
@@ -240,14 +258,14 @@ def main() -> None:
     for wanted in arguments.calibrate or ():
         if not 0 < wanted <= 1:
             raise UserError(f"--calibrate: found {wanted}; expected a share of tokens in (0, 1]")
-    accuracy = fewshot_accuracy(arguments.fewshot, arguments.checkpoint)
+    accuracy = read_fewshot_accuracy(arguments.fewshot, arguments.checkpoint)
     with replicas(arguments.device) as replica:
         make_recording(arguments, replica)
         if replica.is_main:
             result = analyse(arguments, accuracy)
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
-            print_tables(result)
+            print_tables(tables(result))
 
 
 if __name__ == "__main__":

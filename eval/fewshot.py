@@ -2,36 +2,30 @@
 
     python eval/fewshot.py --checkpoint models/gemma-b2-r512-15b/final --json fewshot.json
 
-The harness (pip install 'relaxed-recursive-transformers[eval]') makes the prompts and the metrics, our model scores
-them: HF directories, vanilla, recursive, relaxed and prefix checkpoints, at the last loop or, with --exit-loop, an
-earlier one. Scores are those of the harness's own `hf` model on the exported checkpoint, several times sooner.
+The harness (pip install 'relaxed-recursive-transformers[eval]') makes prompts and metrics, our model scores them: HF
+directories, vanilla, recursive, relaxed and prefix checkpoints, at the last loop or, with --exit-loop, an earlier one.
+Scores are those of the harness's own `hf` model on the exported checkpoint, several times faster.
 
 Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
 
-On a CPU, unless it has instructions for the dtype's 16 bits, scoring keeps copies of the weights in the order that its
-kernels read (--packed-gib).
-
-Finished requests are kept (--cache), so an interrupted run goes on where it stopped when it is started again.
+On a CPU, unless it has instructions for the 16-bit dtype, scoring keeps packed copies of the weights (--packed-gib).
+Finished requests are kept (--cache), so that an interrupted run resumes when it is started again.
 """
 
 import argparse
-import contextlib
-import difflib
 import hashlib
 import importlib.util
 import json
 import logging
 import math
 import os
-import random
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,11 +34,13 @@ from eval.flags import (
     add_device_flag,
     check_least,
     check_output_file,
-    chosen_bos,
-    chosen_exit,
+    choose_bos,
+    choose_exit,
     notice_untrained,
 )
+from eval.harness_tasks import PAPER_METRICS, load_tasks, paper_average, run_harness
 from eval.response_cache import ResponseCache, code_digest
+from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import human_count, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
@@ -56,140 +52,25 @@ from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
 from rrt.model.sizes import model_sizes
 
-PAPER_METRICS = {
-    "lambada_openai": "acc",
-    "hellaswag": "acc_norm",
-    "piqa": "acc_norm",
-    "winogrande": "acc",
-    "arc_easy": "acc_norm",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
-}
-"""The seven tasks, each with what the paper's average takes of it."""
-
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-BOOTSTRAP_ITERATIONS = 1000
-"""For the standard errors of metrics that are no means, such as LAMBADA's perplexity."""
-SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
 
 
-def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, dict[str, Path]]:
-    """The harness's tasks of these names, and the local files that they read.
-
-    Raises:
-        UserError: an unknown name, a task that cannot be loaded or run, or local files that are not as they should be.
-    """
-    from lm_eval.tasks import TaskManager
-
-    from eval import local_tasks
-
-    files: dict[str, Path] = {}
-    specs: list[Any] = []
-    if data_dir is not None:
-        for name in names:
-            if name not in PAPER_METRICS:
-                raise UserError(f"--data-dir: found task {name!r}; expected one of {', '.join(PAPER_METRICS)}")
-        for name in names:
-            own = local_tasks.data_files(name, data_dir, num_fewshot or 0)
-            files |= {path.name: path for path in own.values()}
-            specs.append(local_tasks.local_task(name, own))
-    else:
-        specs = [str(local_tasks.stock_file(name)) if name in PAPER_METRICS else name for name in names]
-    # To index all tasks of the harness takes 10 seconds.
-    manager = TaskManager(include_defaults=any(spec in names for spec in specs))
-    for spec in specs:
-        if spec in names and spec not in manager.task_index:
-            near = difflib.get_close_matches(spec, manager.all_tasks, n=3) or list(PAPER_METRICS)
-            raise UserError(
-                f"--tasks: found {spec!r}, which lm-eval does not know; expected for instance {', '.join(near)}"
-            )
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name, spec in zip(names, specs, strict=True):
-        try:
-            part = manager.load([spec])
-        except Exception as error:  # whatever a data set's source or a task's own code raises
-            if data_dir is not None:
-                raise
-            raise UserError(
-                f"task {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                "expected its data set on the Hub or in the local Hub cache, or --data-dir with local files"
-            ) from error
-        for kind in loaded:
-            loaded[kind] |= part.get(kind, {})
-    for name, task in loaded["tasks"].items():
-        for flag, reason in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "needs images")):
-            if getattr(task, flag, False):
-                raise UserError(f"task {name}: {reason}; expected a task on text alone")
-        default = task.get_config("num_fewshot")
-        if num_fewshot is not None and default != 0:  # a task that says 0 itself cannot have any
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif default is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return loaded, files
-
-
-def run_harness(lm: Any, tasks: Any, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Evaluate; of each task (and group) its metrics, number of documents, shots and version."""
-    from lm_eval.evaluator import evaluate
-
-    random.seed(SEED)
-    np.random.seed(FEWSHOT_SEED)
-    torch.manual_seed(FEWSHOT_SEED)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork this process, once per core
-    with contextlib.redirect_stdout(sys.stderr):
-        found = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
-    return {
-        name: {
-            "metrics": {
-                key.removesuffix(",none"): value if isinstance(value, int | float) else None
-                for key, value in metrics.items()
-                if "," in key
-            },
-            "documents": found["n-samples"].get(name, {}).get("effective"),
-            "shots": found["n-shot"].get(name),
-            "version": found["versions"].get(name),
-        }
-        for name, metrics in found["results"].items()
-    }
-
-
-def paper_average(tasks: dict[str, dict[str, Any]]) -> dict[str, float] | None:
-    """The average of the seven tasks and its standard error; None if they are not all there."""
-    if not all(name in tasks for name in PAPER_METRICS):
-        return None
-    values, errors = (
-        [tasks[name]["metrics"][metric + suffix] for name, metric in PAPER_METRICS.items()]
-        for suffix in ("", "_stderr")
-    )
-    average = {"value": sum(values) / len(values)}
-    if None not in errors:  # there is none of a single document
-        average["stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
-    return average
-
-
-def print_table(tasks: dict[str, dict[str, Any]], average: dict[str, float] | None) -> None:
-    """A line per task: of the seven what the paper reports, of others every metric."""
-    rows = [("task", "shots", "documents", "metric", "value", "stderr")]
-    for name, task in tasks.items():
+def tables(result: dict[str, Any]) -> list[Table]:
+    """A row per task: the paper's metric of the seven, every metric of others; last the average."""
+    rows = []
+    for name, task in result["tasks"].items():
         metrics = [key for key in task["metrics"] if "_stderr" not in key]
         for metric in [PAPER_METRICS[name]] if name in PAPER_METRICS else metrics:
             base, _, filter_name = metric.partition(",")
             stderr = task["metrics"].get(f"{base}_stderr" + (f",{filter_name}" if filter_name else ""))
             counts = ("" if task[key] is None else f"{task[key]:,}" for key in ("shots", "documents"))
-            rows.append((name, *counts, metric, _decimal(task["metrics"][metric]), _decimal(stderr)))
-    if average is not None:
-        rows.append(("average of seven", "", "", "", _decimal(average["value"]), _decimal(average.get("stderr"))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            f"{cell:<{width}}" if column in (0, 3) else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
+            rows.append([name, *counts, metric, _format(task["metrics"][metric]), _format(stderr)])
+    if average := result["average"]:
+        rows.append(["average of seven", "", "", "", _format(average["value"]), _format(average.get("stderr"))])
+    return [Table("", ["task", "shots", "documents", "metric", "value", "stderr"], rows, (0, 3))]
 
 
-def _decimal(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
@@ -209,20 +90,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path]:
-    """The responses that depend on nothing but `identity` and the request."""
+    """Open the cache of responses that depend on `identity` and the request alone."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     path = directory / f"{name}.jsonl"
     return ResponseCache(path), path
 
 
 def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Measure; returns the result and the device it ran on."""
+    """Evaluate. Returns the result and the device it ran on."""
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    exit_loop = chosen_exit(source, arguments.exit_loop)
+    exit_loop = choose_exit(source, arguments.exit_loop)
     notice_untrained(source, [exit_loop])
-    bos = chosen_bos(arguments, tokenizer) is not None
+    bos = choose_bos(arguments, tokenizer) is not None
     device = pick_device(arguments.device)
     dtype = chosen_dtype(arguments) or source.dtype
     batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
@@ -236,7 +117,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
 
     model = load_model(arguments.checkpoint, dtype, device, exit_loop + 1)
-    # To merge a LoRA into a square weight takes what its own products take on half as many rows as the weight has.
+    # Merging a LoRA into a square weight costs as much as its own products on half as many rows as the weight has.
     model.set_merge(batch_tokens >= source.model.hidden_size)
     identity = {
         "checkpoint_sha256": fingerprint(arguments.checkpoint),
@@ -331,7 +212,7 @@ def main() -> None:
         type=float,
         default=4.0,
         metavar="N",
-        help="most memory, on a CPU, for copies of the weights in its kernels' order, GiB (default 4; 0: slower)",
+        help="most memory for packed copies of the weights on a CPU, GiB (default 4; 0: none, slower)",
     )
     add_dtype_flag(parser, "dtype to compute in")
     add_device_flag(parser)
@@ -350,7 +231,7 @@ def main() -> None:
     # Written before anything is printed: a closed pipe must not cost the run.
     if arguments.json is not None:
         write_result(arguments.json, result, device)
-    print_table(result["tasks"], result["average"])
+    print_tables(tables(result))
 
 
 if __name__ == "__main__":

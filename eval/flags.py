@@ -1,4 +1,4 @@
-"""Flags that the commands of evaluation share, and checks of what they say before any work."""
+"""Flags that the evaluation commands share, and checks of their values before any work."""
 
 import argparse
 import sys
@@ -11,19 +11,19 @@ from rrt.errors import UserError
 
 
 def add_stream_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is read and how."""
+    """Add the flags of a checkpoint, a corpus and its windows."""
     parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
     parser.add_argument("--data", required=True, help="token shard directory, or files (a name or a glob)")
     parser.add_argument("--split", default="heldout", help="split of the shards, or of python-stdlib (default heldout)")
     parser.add_argument("--text-field", default="text", help="field of a record that is the document (default text)")
     parser.add_argument(
-        "--context", type=int, metavar="T", help="most positions of a block (default 2048 or the model's maximum)"
+        "--context", type=int, metavar="T", help="most positions of a window (default 2048 or the model's maximum)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="blocks of --context positions per forward (default 8)"
+        "--batch-size", type=int, default=8, metavar="N", help="windows of --context positions per forward (default 8)"
     )
     parser.add_argument(
-        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin blocks with BOS (default auto: by family)"
+        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin windows with BOS (default auto: by family)"
     )
     add_device_flag(parser)
 
@@ -32,8 +32,8 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where available)")
 
 
-def chosen_context(arguments: argparse.Namespace, longest: int) -> int:
-    """`--context`, at most `longest`, after a look at `--batch-size`."""
+def choose_context(arguments: argparse.Namespace, longest: int) -> int:
+    """Check --batch-size, and return --context, at most `longest`."""
     context: int = min(2048, longest) if arguments.context is None else arguments.context
     if not 0 < context <= longest:
         raise UserError(
@@ -49,8 +49,8 @@ def check_least(flag: str, value: int | None, least: int = 1) -> None:
         raise UserError(f"{flag}: found {value}; expected {least} or more")
 
 
-def chosen_exit(source: Source, exit_loop: int | None) -> int:
-    """The loop after which to exit, the last by default.
+def choose_exit(source: Source, exit_loop: int | None) -> int:
+    """Return the loop after which to exit, the last by default.
 
     Raises:
         UserError: `source` has no exits, or none after that loop.
@@ -70,20 +70,20 @@ def chosen_exit(source: Source, exit_loop: int | None) -> int:
 
 
 def notice_untrained(source: Source, loops: Iterable[int]) -> None:
-    """Say which of the exits after these loops training did not touch."""
+    """Print a notice that names exits, of those after these loops, that were not trained."""
     exits = (*source.recursion.exit_loops, source.recursion.num_loops - 1)
     if untrained := ", ".join(str(loop) for loop in loops if loop not in exits):
         print(f"notice: {source.directory}: exits that were not trained: after loop {untrained}", file=sys.stderr)
 
 
-def chosen_bos(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
-    """The BOS that texts and blocks begin with, or None."""
+def choose_bos(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
+    """Return the BOS that texts and windows begin with, or None."""
     if arguments.bos == "yes" and tokenizer.bos_id is None:
         raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
     return tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
-    """Refuse an output file that could not be written, before long work."""
+    """Refuse an output file that could not be written, before any work."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"{flag}: found {path}; expected a file in a directory that exists")

@@ -16,14 +16,14 @@ from rrt.decode.kv_cache import PagedCache, page_bytes
 from rrt.model.transformer import RecursiveTransformer
 
 CACHE_BYTES = 2 << 30
-"""Keys and values held at once, unless a single sequence takes more."""
+"""Memory for keys and values, unless a single sequence takes more."""
 PAGE_SIZE = 16
 MAX_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue: token ids, the strings that end it (not part of the answer), most new tokens."""
+    """A prompt: token ids, the strings that stop its continuation (and are cut off), most new tokens."""
 
     tokens: tuple[int, ...]
     until: tuple[str, ...]
@@ -37,7 +37,7 @@ class Prompt:
 
     @property
     def positions(self) -> int:
-        """How many it takes; the last new token is never read."""
+        """Positions in the cache; the last new token is never read."""
         return len(self.tokens) + self.max_new_tokens - 1
 
 
@@ -49,10 +49,10 @@ def generate_texts(
     *,
     progress: bool = False,
 ) -> list[str]:
-    """The continuation of each prompt, cut before the first stop string. What is done is in `cache`, batch by batch."""
+    """Continue each prompt greedily up to its first stop string. Finished ones go to `cache` batch by batch."""
     waiting = list({prompt.key: prompt for prompt in prompts if prompt.key not in cache}.values())
     if waiting:
-        kv_cache = _kv_cache(model, waiting)
+        kv_cache = _make_kv_cache(model, waiting)
         decoder = Decoder(model, kv_cache)
         with tqdm(total=len(waiting), unit="req", desc="generating", disable=None if progress else True) as bar:
             for batch in _batches(waiting, kv_cache):
@@ -64,11 +64,11 @@ def generate_texts(
 
 def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> list[str]:
     until = batch[0].until
-    # Asked after every token, so a stop string ends within the last ones: each has a byte of it, but for those that
-    # decode to nothing, or differently at the beginning of a text.
+    # Called after every token, so a stop string ends within the last ones: each of them has a byte of it, apart from
+    # tokens that decode to nothing, or differently at the beginning of a text.
     longest = max((len(stop.encode()) for stop in until), default=0) + 16
 
-    def stopped(tokens: list[int]) -> bool:
+    def has_stopped(tokens: list[int]) -> bool:
         text = tokenizer.decode(tokens[-longest:])
         return any(stop in text for stop in until)
 
@@ -77,7 +77,7 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
         [prompt.tokens for prompt in batch],
         batch[0].max_new_tokens,
         eos_token_id=tokenizer.eos_id,
-        should_stop=stopped,
+        should_stop=has_stopped,
     )
     texts = [tokenizer.decode(tokens) for tokens in outputs]
     for stop in until:
@@ -85,8 +85,8 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
     return texts
 
 
-def _kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
-    """Room for all prompts, if that is within `CACHE_BYTES`, else for as many as are, and at least for the longest."""
+def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
+    """A cache for all prompts or as many as fit in `CACHE_BYTES`, and at least for the longest."""
     config, recursion, weight = model.config, model.recursion, model.embed
     needed = sorted(
         (recursion.num_loops * -(-(recursion.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),
@@ -99,7 +99,7 @@ def _kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
 
 
 def _batches(prompts: list[Prompt], cache: PagedCache) -> Iterator[list[Prompt]]:
-    """Prompts that stop alike, longest first, as many as the cache holds."""
+    """Batches of prompts with the same stops, longest first, as many as the cache holds."""
     groups: dict[tuple[tuple[str, ...], int], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         groups[prompt.until, prompt.max_new_tokens].append(prompt)

@@ -1,7 +1,7 @@
-"""Our models as a language model of the LM Evaluation Harness, which needs neither transformers nor its tokenizers.
+"""Our models as a language model of the LM Evaluation Harness, without transformers and its tokenizers.
 
 Text becomes tokens as in the harness's `hf` model: context and continuation are encoded together, spaces that end the
-context go to the continuation, an empty context is BOS (EOS where there is none), and what is too long loses its
+context go to the continuation, an empty context is BOS (EOS where there is none), and long texts are cut at the
 beginning, BOS first. So scores are those of that backend on the exported model; `eval/scoring.py` says why faster.
 """
 
@@ -29,10 +29,10 @@ class HarnessLM(LM):
     """A model and its tokenizer, for `lm_eval.evaluate`.
 
     Args:
-        bos: whether texts begin with BOS.
+        bos: begin texts with BOS.
         batch_tokens: most tokens in a forward pass that scores.
-        max_length: longest input, in tokens; default what the base was trained for.
-        cache: responses of an earlier run, and where those of this one go.
+        max_length: longest input in tokens (default: the longest that the base was trained on).
+        cache: responses of earlier runs; those of this one are added.
         packed_bytes: memory for packed copies of the weights, on a CPU.
         progress: show bars on stderr.
     """
@@ -60,8 +60,8 @@ class HarnessLM(LM):
         self._device = model.embed.device
 
     def encode_pairs(self, requests: list[Instance]) -> list[Request]:
-        """Context and continuation of each request as tokens; a continuation can be empty."""
-        pairs = [_trailing_spaces_moved(*request.args) for request in requests]
+        """Encode context and continuation of each request; a continuation may be empty."""
+        pairs = [_move_trailing_spaces(*request.args) for request in requests]
         contexts = self._encode((context for context, _ in pairs if context), self.bos)
         wholes = self._encode((context + continuation for context, continuation in pairs if context), self.bos)
         alone = self._encode((continuation for context, continuation in pairs if not context), False)
@@ -70,7 +70,7 @@ class HarnessLM(LM):
             if context:
                 split.append(split_tokens(contexts[context], wholes[context + continuation]))
             else:
-                # Text that begins with the prefix token has its context already.
+                # A text that begins with the prefix token has its context already.
                 tokens = alone[continuation]
                 split.append((tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens))
         return split
@@ -78,12 +78,12 @@ class HarnessLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         pairs = self.encode_pairs(requests)
         scores = iter(self.scorer.score([pair for pair in pairs if pair[1]], progress=self.progress))
-        # Nothing is certain: a continuation that adds no token has probability 1.
+        # An empty continuation is certain.
         return [next(scores) if continuation else (0.0, True) for _, continuation in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         texts = [request.args[0] for request in requests]
-        # Without BOS of their own: the first window gets the prefix token.
+        # Without BOS: the first window gets the prefix token.
         encoded = self._encode(texts, False)
         windows: list[list[Request]] = [
             [
@@ -96,7 +96,7 @@ class HarnessLM(LM):
         return [sum(next(scores)[0] for _ in document) for document in windows]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        arguments = [(request.args[0], _greedy_arguments(request), request.task_name) for request in requests]
+        arguments = [(request.args[0], _read_greedy_arguments(request), request.task_name) for request in requests]
         encoded = self._encode((context for context, *_ in arguments), self.bos)
         prompts = []
         for context, kwargs, task in arguments:
@@ -112,37 +112,37 @@ class HarnessLM(LM):
         return generate_texts(self.model, self.model_tokenizer, prompts, self.scorer.cache, progress=self.progress)
 
     def _encode(self, texts: Iterable[str], bos: bool) -> dict[str, list[int]]:
-        """The tokens of each different text."""
-        different = list(dict.fromkeys(texts))
+        """Encode each distinct text once."""
+        distinct = list(dict.fromkeys(texts))
         encoded: dict[str, list[int]] = {}
-        starts = range(0, len(different), ENCODE_AT_ONCE)
+        starts = range(0, len(distinct), ENCODE_AT_ONCE)
         for start in tqdm(starts, desc="tokenizing", disable=None if self.progress and len(starts) > 1 else True):
-            part = different[start : start + ENCODE_AT_ONCE]
+            part = distinct[start : start + ENCODE_AT_ONCE]
             encoded |= zip(part, self.model_tokenizer.encode_batch(part, bos=bos), strict=True)
         return encoded
 
 
 def split_tokens(context: Sequence[int], whole: Sequence[int]) -> Request:
-    """Context and continuation of the tokens of both together.
+    """Split the tokens of context and continuation together into the two.
 
-    The context keeps its number of tokens, as in the harness. Where a token spans the join that can leave none for
-    the continuation; then it begins where the two encodings part, and is empty only if the whole adds nothing.
+    The context keeps its number of tokens, as in the harness. If a token spans both, that may leave none for the
+    continuation; then it begins where the two encodings part, and is empty only if the whole adds nothing.
     """
     length = len(context)
     if len(whole) <= length:
         length = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(whole))
-        # The first token has nothing to be predicted from.
+        # Nothing predicts the first token.
         length = max(1, length)
     return list(whole[:length]), list(whole[length:])
 
 
-def _trailing_spaces_moved(context: str, continuation: str) -> tuple[str, str]:
+def _move_trailing_spaces(context: str, continuation: str) -> tuple[str, str]:
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
 
 
-def _greedy_arguments(request: Instance) -> dict[str, Any]:
+def _read_greedy_arguments(request: Instance) -> dict[str, Any]:
     kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1]))
     if kwargs["do_sample"]:
-        raise UserError(f"task {request.task_name}: asks for sampling; expected greedy generation, the only one here")
+        raise UserError(f"task {request.task_name}: asks for sampling; expected greedy generation")
     return kwargs

@@ -21,11 +21,11 @@ STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 FORMATS = ("jsonl", "parquet")
 
 Rule = tuple[Callable[[object, dict[str, Any]], bool], str]
-"""Whether a field's value is right, given the record with the fields before it in the schema; and what is expected."""
+"""A check of a field's value, given the record, whose earlier fields are checked; and the expectation in words."""
 
 
 def stock_file(task: str) -> Path:
-    """The harness's own file of one of the seven tasks."""
+    """Path of the harness's own file of one of the seven tasks."""
     path = STOCK_TASKS / _overlay(task)["include"]
     if not path.is_file():
         raise UserError(f"lm-eval {lm_eval.__version__}: has no {path}; expected it, as in lm-eval 0.4.13")
@@ -33,10 +33,10 @@ def stock_file(task: str) -> Path:
 
 
 def data_files(task: str, directory: Path, num_fewshot: int) -> dict[str, Path]:
-    """The file of each split that is needed.
+    """Find the file of each split that is needed.
 
     Raises:
-        UserError: there is none, or more than one, for a split.
+        UserError: a split has no file or more than one.
     """
     overlay = _overlay(task)
     scored = overlay["test_split"] or overlay["validation_split"]
@@ -47,10 +47,10 @@ def data_files(task: str, directory: Path, num_fewshot: int) -> dict[str, Path]:
 
 
 def local_task(task: str, files: dict[str, Path]) -> dict[str, Any]:
-    """The configuration of `task` for the harness's `TaskManager`, reading `files` (of `data_files`).
+    """Configure `task` for the harness's `TaskManager` to read `files` (of `data_files`).
 
     Raises:
-        UserError: a file that cannot be read, has no record, or has one that is not of the task's schema.
+        UserError: a file cannot be read, has no record, or has one that violates the task's schema.
     """
     splits = {split: _dataset(task, path) for split, path in files.items()}
     config: dict[str, Any] = load_yaml(stock_file(task))
@@ -86,7 +86,7 @@ def _dataset(task: str, path: Path) -> datasets.Dataset:
 
 
 def _records(task: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, with the task's own fields only: others may have no common type."""
+    """Records of a file, reduced to the task's own fields: others may have no common type."""
     schema = SCHEMAS[task]
     count = 0
     for place, record in _read(path):
@@ -103,7 +103,7 @@ def _records(task: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records and their places, counted from 1: lines of JSON, rows of Parquet."""
+    """Records and their places, lines of JSON or rows of Parquet, counted from 1."""
     if path.suffix == ".parquet":
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -121,52 +121,52 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{path}: line {number}: not valid JSON ({error})") from None
 
 
-def _text(value: object, _: dict[str, Any]) -> bool:
+def _is_text(value: object, _: dict[str, Any]) -> bool:
     return isinstance(value, str)
 
 
-def _context_and_word(value: object, _: dict[str, Any]) -> bool:
-    """The harness cuts at the last space: what ends with one would leave nothing to predict."""
+def _is_context_and_word(value: object, _: dict[str, Any]) -> bool:
+    """The harness cuts at the last space: a text that ends with one leaves nothing to predict."""
     if not isinstance(value, str):
         return False
     context, _space, word = value.rpartition(" ")
     return bool(context.strip() and word.strip())
 
 
-def _blank(value: object, _: dict[str, Any]) -> bool:
+def _has_blank(value: object, _: dict[str, Any]) -> bool:
     return isinstance(value, str) and "_" in value
 
 
-def _texts(value: object, _: dict[str, Any]) -> bool:
+def _are_texts(value: object, _: dict[str, Any]) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
 
 
-def _ending(value: object, record: dict[str, Any]) -> bool:
+def _is_ending(value: object, record: dict[str, Any]) -> bool:
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(record["endings"])
 
 
-def _solution(value: object, _: dict[str, Any]) -> bool:
+def _is_solution(value: object, _: dict[str, Any]) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value in (0, 1)
 
 
-def _option(value: object, _: dict[str, Any]) -> bool:
+def _is_option(value: object, _: dict[str, Any]) -> bool:
     return value in ("1", "2")
 
 
-def _choices(value: object, record: dict[str, Any]) -> bool:
+def _is_choices(value: object, record: dict[str, Any]) -> bool:
     if not isinstance(value, dict):
         return False
     text, label = value.get("text"), value.get("label")
-    return _texts(text, record) and _texts(label, record) and len(text) == len(label)
+    return _are_texts(text, record) and _are_texts(label, record) and len(text) == len(label)
 
 
-def _label(value: object, record: dict[str, Any]) -> bool:
+def _is_label(value: object, record: dict[str, Any]) -> bool:
     return value in record["choices"]["label"]
 
 
-def _label_after_spaces(value: object, record: dict[str, Any]) -> bool:
+def _is_label_after_spaces(value: object, record: dict[str, Any]) -> bool:
     return isinstance(value, str) and value.lstrip() in record["choices"]["label"]
 
 
@@ -175,32 +175,32 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-TEXT: Rule = (_text, "a text")
-CHOICES: Rule = (_choices, "an object with 'text' and 'label', lists of equally many texts")
+TEXT: Rule = (_is_text, "a text")
+CHOICES: Rule = (_is_choices, "an object with 'text' and 'label', lists of equally many texts")
 LABEL = "one of the labels in 'choices'"
-_ARC: dict[str, Rule] = {"question": TEXT, "choices": CHOICES, "answerKey": (_label, LABEL)}
+_ARC: dict[str, Rule] = {"question": TEXT, "choices": CHOICES, "answerKey": (_is_label, LABEL)}
 SCHEMAS: dict[str, dict[str, Rule]] = {
-    "lambada_openai": {"text": (_context_and_word, "a text of at least two words, the last of them at its end")},
+    "lambada_openai": {"text": (_is_context_and_word, "a text of at least two words, the last of them at its end")},
     "hellaswag": {
         "activity_label": TEXT,
         "ctx_a": TEXT,
         "ctx_b": TEXT,
-        "endings": (_texts, "a list of texts that are not empty"),
-        "label": (_ending, "the index of one of 'endings', an integer or digits"),
+        "endings": (_are_texts, "a list of texts that are not empty"),
+        "label": (_is_ending, "the index of one of 'endings', an integer or digits"),
     },
     "piqa": {
         "goal": TEXT,
         "sol1": TEXT,
         "sol2": TEXT,
-        "label": (_solution, "0 or 1, an integer"),
+        "label": (_is_solution, "0 or 1, an integer"),
     },
     "winogrande": {
-        "sentence": (_blank, "a text with a '_'"),
+        "sentence": (_has_blank, "a text with a '_'"),
         "option1": TEXT,
         "option2": TEXT,
-        "answer": (_option, "'1' or '2', a string"),
+        "answer": (_is_option, "'1' or '2', a string"),
     },
     "arc_easy": _ARC,
     "arc_challenge": _ARC,
-    "openbookqa": {"question_stem": TEXT, "choices": CHOICES, "answerKey": (_label_after_spaces, LABEL)},
+    "openbookqa": {"question_stem": TEXT, "choices": CHOICES, "answerKey": (_is_label_after_spaces, LABEL)},
 }

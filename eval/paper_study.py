@@ -1,8 +1,8 @@
-"""The paper's own inputs to its throughput study (Gemma 2B, two loops, A100 40 GB, 512/2048), through our simulation.
+"""The paper's throughput study (arXiv 2410.20672: Gemma 2B, two loops, A100 40 GB, 512/2048) in our simulation.
 
 The paper gives times per token at the largest batch and, per corpus, the throughput of static batching, continuous
-sequence-wise batching (CSB) and continuous depth-wise batching (CDB). It gives neither its queues nor how many loops a
-token took. Both are inferred here from its figures, so that only the rest is a check:
+sequence-wise batching (CSB) and continuous depth-wise batching (CDB). It gives neither its queues nor the loops per
+token. Both are inferred here from its figures, so only CSB is an independent check:
 
 - loops per token, from CDB: block time of a loop, times loops, is the time of a token
 - sample lengths, from static batching alone: exponential, cut at 2048, with the scale that gives its static figure
@@ -14,7 +14,8 @@ token took. Both are inferred here from its figures, so that only the rest is a 
 from dataclasses import dataclass
 from typing import Any
 
-from eval.simulate import Costs, Curve, Passes, Queue, depth_wise, drawn_lengths, sequence_wise, static, time_of
+from eval.simulate import Costs, Curve, Passes, Queue, depth_wise, draw_lengths, sequence_wise, static, time_of
+from eval.tables import Table
 
 SLOTS = 43
 NUM_LOOPS = 2
@@ -34,7 +35,7 @@ KV_SHARE = 0.0095
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of the study: the queue that explains it, and the paper's tokens per second."""
+    """A corpus of the study: the inferred queue, and the paper's tokens per second."""
 
     name: str
     samples: int
@@ -46,7 +47,7 @@ class Corpus:
     cdb: float
 
     def queue(self) -> Queue:
-        return Queue.drawn(drawn_lengths(self.samples, DECODE, self.length_scale), NUM_LOOPS, self.mean_loops)
+        return Queue.draw(draw_lengths(self.samples, DECODE, self.length_scale), NUM_LOOPS, self.mean_loops)
 
 
 CORPORA = (
@@ -57,16 +58,16 @@ CORPORA = (
 
 
 def _pass_time(per_token: float) -> Curve:
-    """A pass takes as long however many of the slots are busy: it reads all weights."""
+    """A pass takes the same time however many slots are busy: it reads all weights."""
     return Curve((SLOTS,), (SLOTS * per_token,))
 
 
-def _costs(block: float, neglected: str) -> Costs:
+def _make_costs(block: float, counted: str) -> Costs:
     costs = {"block": _pass_time(block)}
-    if neglected != "blocks only":
+    if counted != "blocks only":
         costs["embed"] = _pass_time(EMBED)
         costs["head"] = Curve((1, SLOTS), (HEAD_OF_ONE, SLOTS * HEAD))
-    if neglected == "and K/V of skipped loops":
+    if counted == "and K/V of skipped loops":
         costs["kv_only"] = Curve((0, SLOTS), (0.0, SLOTS * KV_SHARE * LOOP_BLOCK))
     return Costs(**costs)
 
@@ -75,7 +76,7 @@ COUNTED = ("blocks only", "and embedding, head", "and K/V of skipped loops")
 
 
 def repeat_study() -> list[dict[str, Any]]:
-    """For each corpus the paper's tokens per second and ours, with what it counts and with what it left out."""
+    """The paper's tokens per second of each corpus and ours, first as the paper counts, then with further costs."""
     rows = []
     for corpus in CORPORA:
         queue = corpus.queue()
@@ -87,7 +88,7 @@ def repeat_study() -> list[dict[str, Any]]:
         runs = {"static": static(whole, SLOTS), "csb": sequence_wise(whole, SLOTS), "cdb": depth_wise(queue, SLOTS)}
         blocks = {"static": VANILLA_BLOCK, "csb": VANILLA_BLOCK, "cdb": LOOP_BLOCK}
         for counted in COUNTED:
-            ours = {name: rate(passes, _costs(blocks[name], counted)) for name, passes in runs.items()}
+            ours = {name: rate(passes, _make_costs(blocks[name], counted)) for name, passes in runs.items()}
             rows.append(
                 {
                     "corpus": corpus.name,
@@ -102,15 +103,16 @@ def repeat_study() -> list[dict[str, Any]]:
     return rows
 
 
-def print_study(rows: list[dict[str, Any]]) -> None:
-    print("Gemma 2B, A100 40 GB, 512/2048, tokens/s: ours (the paper's)")
-    print(f"{'corpus':<11} {'counted':<26} {'static':>13} {'CSB':>13} {'CDB, oracle':>13} {'CDB / CSB':>13}")
-    for row in rows:
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Tokens per second of ours, with the paper's in parentheses where both count the same."""
+    rows = []
+    for row in result["rows"]:
         is_check = row["counted"] == COUNTED[0]
-        cells = []
-        for name in ("static", "csb", "cdb"):
-            paper = f" ({row['paper'][name]})" if is_check else " " * 7
-            cells.append(f"{row['ours'][name]:.0f}{paper}")
-        paper = f" ({row['paper_cdb_over_csb']:.2f})" if is_check else " " * 7
-        cells.append(f"{row['cdb_over_csb']:.2f}{paper}")
-        print(f"{row['corpus']:<11} {row['counted']:<26} " + " ".join(f"{cell:>13}" for cell in cells))
+        cells = [
+            f"{row['ours'][name]:.0f}" + (f" ({row['paper'][name]})" if is_check else "")
+            for name in ("static", "csb", "cdb")
+        ]
+        ratio = f"{row['cdb_over_csb']:.2f}" + (f" ({row['paper_cdb_over_csb']:.2f})" if is_check else "")
+        rows.append([row["corpus"], row["counted"], *cells, ratio])
+    header = ["corpus", "counted", "static", "CSB", "CDB, oracle", "CDB / CSB"]
+    return [Table("Gemma 2B, A100 40 GB, 512/2048, tokens/s: ours (the paper's)", header, rows, (0, 1), gap_after=1)]

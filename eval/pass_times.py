@@ -1,8 +1,8 @@
-"""How long the parts of a pass take, measured on the decoder with dummy weights.
+"""Times of the parts of a pass, measured on the decoder with dummy weights.
 
-A pass of M decode rows, each of a sequence of its own that holds as many positions as the middle of its generation:
-embedding, block with all rows at one loop, block with rows spread over the loops, what the keys and values of left-out
-loops add, final norm and head. Times are of calls as they come, with what launching them costs.
+The pass has M decode rows, each of a sequence of its own at the middle of its generation. Parts: embedding, block with
+all rows at one loop, block with rows spread over the loops, keys and values of skipped loops, final norm and head.
+Times include the launches.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class PassTimes:
 
     Attributes:
         block: all rows at one loop; `mixed`: rows spread over the loops.
-        kv_only: what a pass takes longer with `rows * (B - 1)` kv-only rows beside its own.
+        kv_only: extra time of a pass with `rows * (B - 1)` kv-only rows beside its own.
     """
 
     rows: int
@@ -65,7 +65,7 @@ def _with_context(model: RecursiveTransformer, num_sequences: int, length: int) 
     config, recursion, weight = model.config, model.recursion, model.embed
     pages = recursion.num_loops * -(-(recursion.prefix_length + length) // PAGE_SIZE) * (num_sequences + 1)
     cache = PagedCache(config, recursion, pages, PAGE_SIZE, weight.dtype, weight.device)
-    for values in (cache.k, cache.v):  # what lies in new memory can be slow numbers
+    for values in (cache.k, cache.v):  # new memory may hold subnormals, which are slow
         values.normal_()
     decoder = Decoder(model, cache, max(config.max_position_embeddings, length))
     sequences = [cache.allocate() for _ in range(num_sequences)]
@@ -119,7 +119,7 @@ def measure_prefill(model: RecursiveTransformer, prefix: int, seconds: float) ->
 
 
 def _medians(calls: dict[str, Callable[[], Tensor]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds of each call; they take turns, so that what disturbs the machine disturbs all alike."""
+    """Median seconds of each call; calls take turns, so that disturbances of the machine hit all of them."""
 
     def timed(call: Callable[[], Tensor]) -> float:
         began = time.perf_counter()
@@ -140,8 +140,8 @@ def _medians(calls: dict[str, Callable[[], Tensor]], device: torch.device, secon
     raise AssertionError("unreachable")
 
 
-def costs_of(times: list[PassTimes], num_loops: int, prefill: float) -> Iterator[tuple[str, Costs]]:
-    """What is counted, from the paper's way to everything, each with its costs; each adds to the one before.
+def cost_stages(times: list[PassTimes], num_loops: int, prefill: float) -> Iterator[tuple[str, Costs]]:
+    """Names and costs of each stage of counting, from the paper's to everything; each adds to the one before.
 
     Args:
         times: of one model, by increasing rows.

@@ -5,11 +5,11 @@ or over text (.txt, .py, ...), .jsonl, .jsonl.zst, .jsonl.gz and .parquet files,
 pass over the data measures the exit after each loop, and each group of documents by itself (SlimPajama's subsets).
 With `torchrun --nproc-per-node N eval/perplexity.py ...` N processes share the work.
 
-packed: the documents, each with the BOS and EOS that training gives it, are joined into one stream and cut into blocks
-of `--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in
-its block. For families that have BOS (Gemma, Llama) every block begins with it, in place of the token before the
-block's first target, as in training; `--bos no` keeps that token.
-document: each document by itself, in blocks of `--context`; its EOS is a target too.
+packed: the documents, each with BOS and EOS as in training, are joined into one stream and cut into windows of
+`--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in its
+window. For families that have BOS (Gemma, Llama) every window begins with it, in place of the token before the
+window's first target, as in training; `--bos no` keeps that token.
+document: each document by itself, in windows of `--context`; its EOS is a target too.
 
 If the data turns out damaged midway, --json gets the figures up to there, with "complete": false.
 """
@@ -29,18 +29,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.flags import add_stream_flags, check_least, check_output_file, chosen_bos, chosen_context, chosen_exit
+from eval.flags import add_stream_flags, check_least, check_output_file, choose_bos, choose_context, choose_exit
 from eval.stream import (
     PAD,
-    Block,
     Corpus,
     Document,
+    Window,
     batches,
-    document_blocks,
+    document_windows,
     make_batch,
-    packed_blocks,
+    packed_windows,
     score_exits,
 )
+from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
@@ -51,8 +52,8 @@ from rrt.errors import UserError
 from rrt.model.sizes import model_sizes
 
 
-class Sums:
-    """Summed losses (nats, fp64) [E, G], targets [G] and bytes of text [G], for exits E and groups G."""
+class LossSums:
+    """Sums of losses (nats, fp64) [E, G], of targets [G] and of bytes of text [G], for exits E and groups G."""
 
     def __init__(self, num_exits: int) -> None:
         self.loss = torch.zeros(num_exits, 0, dtype=torch.float64)
@@ -60,6 +61,7 @@ class Sums:
         self.text_bytes = torch.zeros(0, dtype=torch.float64)
 
     def make_room(self, num_groups: int) -> None:
+        """Grow to this many groups."""
         more = num_groups - self.tokens.shape[0]
         if more:
             self.loss, self.tokens, self.text_bytes = (
@@ -67,16 +69,16 @@ class Sums:
             )
 
     def add(self, losses: Tensor, groups: Tensor) -> None:
-        """Losses [E, N] of targets of the groups [N]."""
+        """Add losses [E, N] of targets in the groups [N]."""
         self.loss.index_add_(1, groups, losses.double().cpu())
         self.tokens += torch.bincount(groups, minlength=self.tokens.shape[0])
 
     def gather(self, replica: Replica) -> None:
-        """Add up what all processes scored. Each of them has read all of the text, and knows its bytes."""
+        """Add up losses and targets of all processes; bytes are whole already, as each process reads all text."""
         self.loss, self.tokens = replica.sum(self.loss), replica.sum(self.tokens)
 
     def figures(self, loops: range, group: int | None = None, *, with_bytes: bool = True) -> list[dict[str, Any]]:
-        """Of each exit: mean loss, perplexity, bits per byte (None without the bytes), of one group or of all."""
+        """Mean loss, perplexity and bits per byte (None without the bytes) of each exit, over one group or all."""
         groups = slice(None) if group is None else slice(group, group + 1)
         tokens, text_bytes = float(self.tokens[groups].sum()), float(self.text_bytes[groups].sum())
         rows = []
@@ -88,6 +90,7 @@ class Sums:
 
 
 def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy [n] in nats of logits [n, V]."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -97,23 +100,23 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str, Any], UserError | None]:
-    """Measure; returns the result, and the error that ended it early, if any."""
+    """Measure. Returns the result, and the error that ended it early, if any."""
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    context = chosen_context(arguments, source.model.max_position_embeddings)
+    context = choose_context(arguments, source.model.max_position_embeddings)
     check_least("--max-tokens", arguments.max_tokens)
     limit = math.inf if arguments.max_tokens is None else arguments.max_tokens
-    last = chosen_exit(source, arguments.exit_loop)
+    last = choose_exit(source, arguments.exit_loop)
     loops = range(0 if arguments.exit_loop is None else last, last + 1)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, arguments.group_field, tokenizer)
-    bos_id = chosen_bos(arguments, tokenizer)
+    bos_id = choose_bos(arguments, tokenizer)
     check_output_file("--json", arguments.json)
     dtype = chosen_dtype(arguments) or source.dtype
     model = load_model(arguments.checkpoint, dtype, replica.device)
     model.set_merge(True)
 
-    sums, began, dealt = Sums(len(loops)), time.perf_counter(), 0
+    sums, began, dealt = LossSums(len(loops)), time.perf_counter(), 0
 
     def documents() -> Iterator[Document]:
         for document in corpus.documents():
@@ -121,27 +124,27 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
             sums.text_bytes[document.group] += document.text_bytes
             yield document
 
-    def blocks() -> Iterator[Block]:
+    def windows() -> Iterator[Window]:
         if arguments.mode == "packed":
-            return packed_blocks(documents(), context)
-        return document_blocks(documents(), context, bos_id)
+            return packed_windows(documents(), context)
+        return document_windows(documents(), context, bos_id)
 
-    stopped, finite = None, True
+    stopped, is_finite = None, True
     with tqdm(unit="tok", unit_scale=True, desc="perplexity", disable=None if replica.is_main else True) as bar:
         try:
             # Every process reads all of the data and computes its share of the batches.
-            for index, dealt_blocks in enumerate(batches(blocks(), context, arguments.batch_size)):
-                dealt += sum(block.shape[1] - 1 for block in dealt_blocks)
-                if finite and index % replica.count == replica.rank:
-                    batch = make_batch(dealt_blocks, bos_id)
+            for index, chosen in enumerate(batches(windows(), context, arguments.batch_size)):
+                dealt += sum(window.shape[1] - 1 for window in chosen)
+                if is_finite and index % replica.count == replica.rank:
+                    batch = make_batch(chosen, bos_id)
                     losses = score_exits(model, batch, loops, target_losses)
                     sums.add(losses, batch.groups[batch.targets != PAD])
-                    finite = bool(losses.isfinite().all())
+                    is_finite = bool(losses.isfinite().all())
                     bar.set_postfix(ppl=f"{perplexity(float(sums.loss[-1].sum() / sums.tokens.sum())):.3f}")
                 bar.total = None if corpus.num_tokens is None else max(dealt, min(corpus.num_tokens, limit))
                 bar.update(dealt - bar.n)
-                # Together with others it reads on, to know all groups when what they scored is added up.
-                if dealt >= limit or (not finite and replica.count == 1):
+                # One of several processes reads on: to add up their sums, all need to know every group.
+                if dealt >= limit or (not is_finite and replica.count == 1):
                     break
         except UserError as error:
             stopped = error
@@ -154,7 +157,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
             f"{arguments.checkpoint}: the loss is {float(sums.loss.sum())} after {count:,} tokens in "
             f"{dtype_name(dtype)}; expected a finite number: try --dtype float32 or bfloat16"
         )
-    # Of whole documents only: a limit in tokens, or an error, cuts one, whose bytes are not known.
+    # A limit in tokens, or an error, cuts a document, of whose part the bytes are unknown.
     with_bytes = stopped is None and arguments.max_tokens is None
     exits = sums.figures(loops, with_bytes=with_bytes)
     groups = {
@@ -184,23 +187,26 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
     }, stopped
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """One line per exit, of everything and of each group."""
-    print(
+def tables(result: dict[str, Any]) -> list[Table]:
+    """A row per exit, of all tokens and of each group."""
+    groups = {"all": {"tokens": result["tokens"], "exits": result["exits"]}, **result["groups"]}
+    rows = [
+        [
+            name or "(none)",
+            f"{group['tokens']:,}",
+            str(row["loop"]),
+            f"{row['perplexity']:.4f}",
+            f"{row['loss']:.5f}",
+            "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+        ]
+        for name, group in groups.items()
+        for row in group["exits"]
+    ]
+    title = (
         f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['mode']}, context {result['context']}, "
         f"{result['dtype']}, {result['tokens_per_second']:,.0f} tok/s"
     )
-    everything = {"all": {"tokens": result["tokens"], "exits": result["exits"]}}
-    width = max(map(len, ("group", *result["groups"], "(none)")))
-    heads = (f"{'group':<{width}}", f"{'tokens':>12}", "exit after loop", f"{'perplexity':>12}")
-    print("  ".join((*heads, f"{'nats':>9}", "bits/byte")))
-    for name, group in (everything | result["groups"]).items():
-        for row in group["exits"]:
-            bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-            print(
-                f"{name or '(none)':<{width}}  {group['tokens']:>12,}  {row['loop']:>15}  {row['perplexity']:>12.4f}  "
-                f"{row['loss']:>9.5f}  {bits:>9}"
-            )
+    return [Table(title, ["group", "tokens", "exit after loop", "perplexity", "nats", "bits/byte"], rows)]
 
 
 @report_error_once
@@ -208,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)
     parser.add_argument(
-        "--mode", choices=("packed", "document"), default="packed", help="see above (default packed, the paper's)"
+        "--mode", choices=("packed", "document"), default="packed", help="see above (default packed, as in the paper)"
     )
     parser.add_argument(
         "--exit-loop", type=int, metavar="N", help="only the exit after loop N, counted from 0 (default: all loops)"
@@ -225,7 +231,7 @@ def main() -> None:
         if replica.is_main:
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
-            print_table(result)
+            print_tables(tables(result))
         replica.wait(stopped)  # torchrun ends all processes when one ends: not before the result is written
 
 

@@ -1,52 +1,33 @@
 """One page from many results: python eval/report.py runs/out/demo/*/ runs/out/demo/*.json --out report.html
 
-Reads what eval/perplexity.py, fewshot.py, exits.py, throughput.py and bigram.py write with --json, and the directories
-(or metrics.jsonl) of training runs. Writes a single HTML file that needs no network: size against quality, loss
-curves, exits, throughput, each with its tables.
+Reads results (--json) of eval/perplexity.py, fewshot.py, exits.py, throughput.py and bigram.py, and the directories (or
+metrics.jsonl) of training runs. Writes a single HTML file that needs no network: size against quality, loss curves,
+exits, throughput, each with its tables.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
-from eval.svg import Series, bars, number, plot
-from rrt.common.cli import human_bytes, human_count, run_command
+from eval.report_page import KINDS, Results, render_page, render_sections
+from rrt.common.cli import run_command
 from rrt.common.files import atomic_write, read_json
-from rrt.common.results import result_header
 from rrt.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-CURVE_POINTS = 300
-
-KINDS = ("perplexity", "fewshot", "exits", "throughput", "throughput-paper", "bigram")
-
-STYLE = Path(__file__).with_name("report.css")
-
-
-@dataclass
-class Results:
-    """What was read, by kind: (label, result); and training runs: (label, records)."""
-
-    by_kind: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    runs: list[tuple[Path, list[dict[str, Any]]]] = field(default_factory=list)
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [result for _, result in self.by_kind[kind]]
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Sort files and run directories by what they hold.
+    """Read files and run directories and sort them by kind.
 
     Raises:
-        UserError: naming the first that is missing, of an unknown kind, or lacks something that the page shows.
+        UserError: a path is missing, of an unknown kind, or lacks a field that the page shows.
     """
     results = Results()
     for path in paths:
@@ -64,7 +45,7 @@ def read_results(paths: Sequence[Path]) -> Results:
         alone = Results()
         alone.by_kind[kind].append((path, result))
         try:
-            body(alone)
+            render_sections(alone)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             found = f"field {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: {found}; expected a whole result of kind {kind!r}: make it again") from None
@@ -73,7 +54,7 @@ def read_results(paths: Sequence[Path]) -> Results:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, each with tokens and a loss that is a number."""
+    """Read tokens and loss of the steps of a metrics.jsonl, without steps whose loss is null."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a training run's directory, which holds one")
     records = []
@@ -91,306 +72,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def label_of(path: str | Path) -> str:
-    """A checkpoint's or run's short name: the last part of its path that tells something."""
-    parts = [part for part in Path(path).parts if part not in ("final", "/")]
-    return parts[-1] if parts else str(path)
-
-
-def labels_of(paths: Sequence[str]) -> dict[str, str]:
-    """Short names; where two would be the same, the whole paths."""
-    short = {path: label_of(path) for path in paths}
-    return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
-
-
-def heading(text: str) -> str:
-    return f"<h3>{escape(text)}</h3>"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
-    """An HTML table; None is an empty cell. The style `texts` is for cells that are no numbers (report.css)."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="table {style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def plots(*figures: str) -> str:
-    found = "".join(figures)
-    return f'<div class="plots">{found}</div>' if found else ""
-
-
-def frontier(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
-    """The points that no other of at most their size beats, by size."""
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -point[1] if higher_is_better else point[1])):
-        if not best or (y > best[-1][1] if higher_is_better else y < best[-1][1]):
-            best.append((x, y))
-    return best
-
-
-def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], higher_is_better: bool = False) -> str:
-    """Size against quality, with the line of those that nothing beats."""
-    if not points:
-        return ""
-    best = frontier(list(points.values()), higher_is_better)
-    models = Series("models", list(points.values()), is_line=False, labels=list(points))
-    lines = [Series("no smaller model is as good", best, marks=False)] if len(best) > 1 else []
-    return plot(title, [models, *lines], "non-embedding parameters", y_label, log_x=True)
-
-
-def quality(results: Results) -> str:
-    """Perplexity and accuracy of each checkpoint and exit, against size."""
-    perplexities, shots, bigrams = (results.of(kind) for kind in ("perplexity", "fewshot", "bigram"))
-    if not (perplexities or shots or bigrams):
-        return ""
-    names = labels_of([*dict.fromkeys(result["checkpoint"] for result in (*perplexities, *shots))])
-    sections = []
-    data_sets = list(dict.fromkeys((result["data"], result["mode"]) for result in perplexities))
-    measured = {data for data, _ in data_sets}
-    data_sets += dict.fromkeys(
-        (floor["data"], "bigram model alone") for floor in bigrams if floor["data"] not in measured
-    )
-    for data, mode in data_sets:
-        own = [result for result in perplexities if (result["data"], result["mode"]) == (data, mode)]
-        floors = [floor for floor in bigrams if floor["data"] == data]
-        points = {
-            names[r["checkpoint"]]: (r["non_embedding_params"], r["exits"][-1]["perplexity"])
-            for r in own
-            if r["exit_loop"] == r["num_loops"] - 1
-        }
-        rows = [
-            [
-                names[r["checkpoint"]],
-                human_count(r["non_embedding_params"]),
-                row["loop"],
-                f"{row['perplexity']:.3f}",
-                f"{row['loss']:.4f}",
-                None if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
-                f"{r['tokens']:,}" + ("" if r["complete"] else " (incomplete)"),
-            ]
-            for r in own
-            for row in r["exits"]
-        ]
-        rows += [["bigram model", None, None, f"{r['perplexity']:.3f}", None, None, f"{r['tokens']:,}"] for r in floors]
-        sections.append(heading(f"{data}, {mode}"))
-        sections.append(plots(pareto("Size against perplexity (last loop)", "perplexity", points)))
-        heads = ("model", "N-emb", "exit after loop", "perplexity", "nats/token", "bits/byte", "tokens")
-        sections.append(table(heads, rows))
-        sections += [groups_table(names[r["checkpoint"]], r) for r in own if r.get("groups")]
-    if shots:
-        sections.append(fewshot(shots, names))
-    return "<h2>Size against quality</h2>" + "".join(sections)
-
-
-def groups_table(name: str, result: dict[str, Any]) -> str:
-    """Perplexity of each subset of a corpus."""
-    rows = [
-        [group or "(none)", f"{value['tokens']:,}", *(f"{row['perplexity']:.3f}" for row in value["exits"])]
-        for group, value in result["groups"].items()
-    ]
-    heads = [f"{name}: subset", "tokens", *(f"loop {row['loop']}" for row in result["exits"])]
-    return table(heads, rows)
-
-
-def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """Accuracy per task and on average."""
-    tasks = list(dict.fromkeys(task for result in shots for task in result["tasks"]))
-    rows, points = [], {}
-    for result in shots:
-        name = names[result["checkpoint"]]
-        cells = []
-        for task in tasks:
-            metrics = result["tasks"].get(task, {}).get("metrics", {})
-            value = next((metrics[key] for key in ("acc_norm", "acc") if metrics.get(key) is not None), None)
-            cells.append(None if value is None else f"{100 * value:.1f}")
-        average = result["average"] and result["average"]["value"]
-        if average is not None:
-            is_last = result["exit_loop"] == result["num_loops"] - 1
-            label = name if is_last else f"{name}, loop {result['exit_loop']}"
-            points[label] = (result["non_embedding_params"], 100 * average)
-        size = human_count(result["non_embedding_params"])
-        rows.append([name, size, result["exit_loop"], None if average is None else f"{100 * average:.1f}", *cells])
-    local = dict.fromkeys(file["path"] for result in shots for file in result.get("data", {}).values())
-    own = f" From local files, not the published data sets: {', '.join(local)}." if local else ""
-    return (
-        heading("Few-shot accuracy, %")
-        + plots(pareto("Size against few-shot average", "average of seven, %", points, higher_is_better=True))
-        + table(("model", "N-emb", "exit after loop", "average of seven", *tasks), rows)
-        + f'<p class="soft">acc_norm where a task has it, else acc.{escape(own)}</p>'
-    )
-
-
-def training(results: Results) -> str:
-    """Loss of every run over its tokens, and where it ended."""
-    if not results.runs:
-        return ""
-    names = labels_of([str(path) for path, _ in results.runs])
-    series, rows = [], []
-    for path, records in results.runs:
-        width = max(1, len(records) // CURVE_POINTS)
-        groups = [records[i : i + width] for i in range(0, len(records), width)]
-        curve = [(group[-1]["tokens"], sum(r["loss"] for r in group) / len(group)) for group in groups]
-        series.append(Series(names[str(path)], curve, marks=False))
-        last = records[-max(1, len(records) // 20) :]
-        mean = sum(record["loss"] for record in last) / len(last)
-        rows.append([names[str(path)], f"{len(records):,}", human_count(records[-1]["tokens"]), f"{mean:.4f}"])
-    figure = plot("Training loss", series, "tokens", "nats per token")
-    heads = ("run", "steps", "tokens", "loss, mean of the last 5 % of steps")
-    note = "Of what each run minimises: with distillation or exits that is not the last loop's cross-entropy alone."
-    return "<h2>Training</h2>" + plots(figure) + table(heads, rows) + f'<p class="soft">{escape(note)}</p>'
-
-
-def exits(results: Results) -> str:
-    """What early exits cost and save."""
-    sections = []
-    names = labels_of([*dict.fromkeys(result["checkpoint"] for result in results.of("exits"))])
-    for result in results.of("exits"):
-        name = names[result["checkpoint"]]
-        static, curve, oracle = result["static"], result["thresholds"], result["oracle"]
-        trust = [
-            Series(f"loop {loop}", [(row["confidence"], row["agreement"]) for row in rows])
-            for loop, rows in enumerate(result["reliability"])
-        ]
-        trust.append(Series("agreement = confidence", [(0.0, 0.0), (1.0, 1.0)], marks=False))
-        agreement = [(row["mean_loops"], row["agreement"]) for row in curve]
-        perplexity = [(row["mean_loops"], row["perplexity"]) for row in curve]
-        by_loop = [(row["loop"] + 1, row["perplexity"]) for row in static]
-        sections.append(
-            f"{heading(name)}<p>{result['samples']:,} samples, {result['tokens']:,} tokens of "
-            f"{escape(str(result['data']))}; with oracle exits {oracle['mean_loops']:.3f} of "
-            f"{result['num_loops']:d} loops per token.</p>"
-            + plots(
-                plot("Confidence against agreement with the last loop", trust, "top-1 probability", "agreement"),
-                plot(
-                    "Loops against agreement, by threshold", [Series(name, agreement)], "loops per token", "agreement"
-                ),
-                plot(
-                    "Loops against perplexity",
-                    [Series("exit by threshold", perplexity), Series("all tokens after a loop", by_loop)],
-                    "loops per token",
-                    "perplexity",
-                ),
-            )
-            + table(
-                ("exit of all tokens after loop", "perplexity", "agrees with last", "oracle exits here", "few-shot"),
-                [
-                    [
-                        row["loop"],
-                        f"{row['perplexity']:.3f}",
-                        f"{row['agreement']:.2%}",
-                        f"{share:.2%}",
-                        None if row["fewshot"] is None else f"{row['fewshot']:.1%}",
-                    ]
-                    for row, share in zip(static, oracle["share"], strict=True)
-                ],
-            )
-            + table(
-                ("wanted agreement of early exits", "thresholds", "measured on held-back samples", "loops per token"),
-                [
-                    [
-                        row["agreement"],
-                        ", ".join("never" if value is None else f"{value:.4f}" for value in row["thresholds"]),
-                        None if row["measured_agreement"] is None else f"{row['measured_agreement']:.4f}",
-                        f"{row['mean_loops']:.3f}",
-                    ]
-                    for row in result["calibrations"]
-                ],
-            )
-        )
-    return "<h2>Early exits</h2>" + "".join(sections) if sections else ""
-
-
-def throughput(results: Results) -> str:
-    """Measured pass times, simulated throughput, and the paper's own."""
-    sections = []
-    for result in results.of("throughput"):
-        for setting in result["settings"]:
-            memory = f" in {human_bytes(setting['memory'])}" if setting["memory"] else ""
-            lengths = f"prompt {setting['prefix']}, generated {setting['decode']}{memory}"
-            state = "" if result["complete"] else " (incomplete)"
-            sections.append(heading(f"{result['subject']}, {result['dtype']}, {lengths}{state}"))
-            times = [
-                Series(model["model"], [(p["rows"], 1e3 * p["block"] / p["rows"]) for p in model["times"]])
-                for model in setting["models"]
-            ]
-            figures = [plot("Block, time per token", times, "rows of a pass", "ms per token", log_x=True, log_y=True)]
-            for queue in setting["queues"]:
-                stages = list(queue["rows"][0]["counted"])
-                ends = (stages[0], stages[-1])
-                groups = [
-                    (f"{row['model']}, {row['strategy']}", [row["counted"][s]["tokens_per_second"] for s in ends])
-                    for row in queue["rows"]
-                ]
-                shown = ("blocks only, as in the paper", "everything")
-                figures.append(bars(f"Throughput, {queue['name']}", groups, shown, "tok/s"))
-            sections.append(plots(*figures))
-            sections += [queue_table(setting, queue) for queue in setting["queues"]]
-    for result in results.of("throughput-paper"):
-        rows = [
-            [
-                f"{row['corpus']}: {row['counted']}",
-                *(f"{row['ours'][s]:.0f} ({row['paper'][s]})" for s in ("static", "csb", "cdb")),
-                f"{row['cdb_over_csb']:.2f} ({row['paper_cdb_over_csb']:.2f})",
-            ]
-            for row in result["rows"]
-        ]
-        heads = ("Gemma 2B, A100: counted", "static", "CSB", "CDB, oracle", "CDB over CSB")
-        sections.append(heading("The paper's block times through our simulation (the paper's figures)"))
-        sections.append(table(heads, rows))
-    return "<h2>Throughput</h2>" + "".join(sections) if sections else ""
-
-
-def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
-    """Tokens per second and the ratio to CSB of the vanilla model, by what is counted; first to static batching too."""
-    stages = list(queue["rows"][0]["counted"])
-    sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
-
-    def cell(row: dict[str, Any], stage: str) -> str:
-        over_static = f"{row['over_static'][stage]:.2f}, " if stage == stages[0] else ""
-        return f"{number(row['counted'][stage]['tokens_per_second'])} ({over_static}{row['over_csb'][stage]:.2f})"
-
-    rows = [
-        [f"{row['model']}, {row['strategy']}", sizes[row["model"]], row["batch"], *(cell(row, s) for s in stages)]
-        for row in queue["rows"]
-    ]
-    caption = (
-        f"{queue['name']}: {queue['samples']:,} samples, {queue['mean_loops']:.3f} loops per token. Tokens per second "
-        "(over the vanilla model's static batching, blocks only, and its CSB), by what is counted, each and all before:"
-    )
-    return f"<p>{escape(caption)}</p>" + table(("", "N-emb", "batch", *stages), rows)
-
-
-def sources(results: Results) -> str:
-    """Where each figure comes from."""
-    rows = [
-        [path, kind, *(result.get(name) for name in ("command", "code_version", "device", "created"))]
-        for kind, found in results.by_kind.items()
-        for path, result in found
-    ]
-    rows += [[path, "training run", None, None, None, None] for path, _ in results.runs]
-    return "<h2>Sources</h2>" + table(("file", "kind", "command", "code", "device", "made"), rows, "texts")
-
-
-def body(results: Results) -> str:
-    parts: tuple[Callable[[Results], str], ...] = (quality, training, exits, throughput, sources)
-    return "".join(part(results) for part in parts)
-
-
-def page(results: Results) -> str:
-    """The whole document."""
-    header = result_header()
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Relaxed Recursive Transformers: report</title><style>{STYLE.read_text()}</style></head><body>"
-        f"<h1>Relaxed Recursive Transformers</h1><p>Report of {escape(header['created'])}, "
-        f"code {escape(header['code_version'])}.</p>{body(results)}</body></html>\n"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="JSON results, directories of runs")
@@ -398,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_output_file("--out", arguments.out)
     results = read_results(arguments.results)
-    atomic_write(arguments.out, page(results))
+    atomic_write(arguments.out, render_page(results))
     print(f"wrote {arguments.out}: {len(arguments.results)} results")
 
 

@@ -1,7 +1,7 @@
-"""Finished requests on disk, so that an interrupted evaluation goes on where it stopped.
+"""Cache of finished requests on disk, so that an interrupted evaluation resumes where it stopped.
 
-A JSON line per request: its key and the model's response. Lines are appended batch by batch; one that a killed
-process left unfinished is not read, and the next line begins anew.
+Every request is a JSON line of its key and the model's response. Lines are appended batch by batch; a line that a
+killed process left unfinished is skipped.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class ResponseCache:
         return len(self._responses)
 
     def add(self, responses: Mapping[str, Any]) -> None:
-        """Keep responses; in the file by the time this returns, whatever happens to the process afterwards."""
+        """Add responses; they are in the file when this returns, even if the process is killed afterwards."""
         self._responses |= responses
         if self._file is not None:
             self._file.write("".join(json.dumps(entry) + "\n" for entry in responses.items()).encode())
@@ -61,7 +61,7 @@ class ResponseCache:
 
 
 def code_digest(root: Path = CODE) -> str:
-    """SHA-256 over the code that responses come from, Python and native, committed or not."""
+    """SHA-256 over the code that computes responses, Python and native, committed or not."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("eval", "rrt") for path in (root / folder).rglob("*")):
         if path.suffix in (".py", ".so"):

@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations: what they begin with alike is computed once, the head only where it is asked.
+"""Log-likelihoods of continuations; shared beginnings are computed once, and the head runs on scored tokens only.
 
-Requests whose tokens begin alike (a question and its choices, a sentence and its two options) share one row: the
-common beginning, then what each has beyond it. A token sees the beginning and its own branch, at the position that it
-has in its own text, so a row gives what its texts give alone. Rows are sorted by length and batched by tokens.
+Requests that begin with the same tokens (a question and its choices, a sentence and its two options) share one row: the
+common beginning, then a branch for the rest of each. A token sees the beginning and its own branch, at its position in
+its own text, so a row gives the scores of its texts alone. Rows are sorted by length and batched by tokens.
 
 Shapes as in `rrt.model.transformer`, M states that predict tokens, and P tokens that are scored.
 """
@@ -31,20 +31,20 @@ Score = tuple[float, bool]
 """Log-likelihood (nats) of the continuation, and whether each of its tokens is the most probable one."""
 
 MIN_SAVED_TOKENS = 8
-"""A text joins a row if it makes the row's beginning save this many tokens more: longer rows cost attention."""
+"""A text joins a row if that saves at least this many tokens more; longer rows cost attention."""
 MAX_BRANCH_TOKENS = 2048
-"""Tokens of a row behind its common beginning: attention costs the square of a row's length."""
+"""Most tokens of a row after its common beginning; attention costs the square of a row's length."""
 LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits held at once, 8 and 256 MiB in fp32: what a CPU's cache holds, and its allocator keeps."""
+"""Logits held at once, 8 and 256 MiB in fp32; the former fits in a CPU's cache."""
 PACKED_BYTES = 2**32
-"""Of packed copies of the head and the layers, on CPUs; what does not fit is computed without."""
+"""Memory for packed copies of the head and the layers on CPUs; the rest stays unpacked."""
 MIN_LOGITS_ROWS = 64
-"""Of a piece, however large the vocabulary: each piece reads the whole head."""
+"""Fewest rows per call of the head, however large the vocabulary: each call reads the whole head."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One request as the model sees it: the last token of the continuation is predicted, never read."""
+    """A request as the model's input: the last token of the continuation is predicted, never read."""
 
     key: str
     inputs: list[int]
@@ -63,28 +63,28 @@ class Row:
         return self.shared + sum(len(text.inputs) - self.shared for text in self.texts)
 
     @property
-    def branches(self) -> bool:
-        """Whether causal attention alone would let a text see another."""
+    def has_branches(self) -> bool:
+        """True if causal attention alone would let a text see another."""
         return self.length > max(len(text.inputs) for text in self.texts)
 
     def layout(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Tokens, positions and branch (0: shared) of the row, and the places in it whose logits are scored."""
+        """Tokens, positions and branch ids (0: shared) of the row, and the places in it whose logits are scored."""
         tokens = self.texts[0].inputs[: self.shared]
-        positions, owner, scored = list(range(self.shared)), [0] * self.shared, []
+        positions, branch_ids, scored = list(range(self.shared)), [0] * self.shared, []
         for branch, text in enumerate(self.texts, start=1):
-            moved = len(tokens) - self.shared
+            shift = len(tokens) - self.shared
             first = len(text.inputs) - len(text.targets)
-            scored += [p if p < self.shared else p + moved for p in range(first, len(text.inputs))]
+            scored += [p if p < self.shared else p + shift for p in range(first, len(text.inputs))]
             tokens += text.inputs[self.shared :]
             positions += range(self.shared, len(text.inputs))
-            owner += [branch] * (len(text.inputs) - self.shared)
-        return tokens, positions, owner, scored
+            branch_ids += [branch] * (len(text.inputs) - self.shared)
+        return tokens, positions, branch_ids, scored
 
 
 class Scorer:
-    """Scores requests with a model; what is done is in the cache, batch by batch.
+    """Scorer of requests with a model; finished scores go to the cache batch by batch.
 
-    Leave the model as it is while a scorer lives: on a CPU it keeps packed copies of the head and of the layers.
+    The model must not change while a scorer exists: on a CPU it keeps packed copies of the head and of the layers.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class Scorer:
         self.cache = ResponseCache() if cache is None else cache
 
     def pack(self) -> None:
-        """Make the packed copies now, and not with the first batch."""
+        """Make the packed copies now instead of with the first batch."""
         _ = self._packed_head, self._packed_layers
 
     @cached_property
     def _packed_head(self) -> Tensor | None:
-        """The head for `logit_statistics`, where that is faster than the model's own head (`bench/fewshot.py`)."""
+        """The head packed for `logit_statistics`, where that is faster than the model's own (`bench/fewshot.py`)."""
         weight = self.model.head_weight.detach()
         if not should_pack_for_batches(weight) or ops.pack_linear(weight.to("meta")).nbytes > self.packed_bytes:
             return None
@@ -126,12 +126,12 @@ class Scorer:
         return PackedLinears(self.model.stack, self.packed_bytes - head)
 
     def score(self, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
-        """The score of each request. `progress` shows a bar over the tokens that the model reads.
+        """Score each request. `progress` shows a bar over the tokens that the model reads.
 
         Raises:
             UserError: a continuation is longer than `max_length`, or a log-likelihood is not finite.
         """
-        texts = [self.text(context, continuation) for context, continuation in requests]
+        texts = [self.make_text(context, continuation) for context, continuation in requests]
         waiting = {text.key: text for text in texts if text.key not in self.cache}
         rows = share_beginnings(list(waiting.values()))
         total = sum(row.length for row in rows)
@@ -141,12 +141,12 @@ class Scorer:
                 bar.update(sum(row.length for row in batch))
         return [(float(value), bool(greedy)) for value, greedy in (self.cache[text.key] for text in texts)]
 
-    def text(self, context: list[int], continuation: list[int]) -> Text:
-        """A request, cut to what the model reads. Raises `UserError` if its continuation is longer than that."""
+    def make_text(self, context: list[int], continuation: list[int]) -> Text:
+        """Cut a request to `max_length` inputs. Raises `UserError` if its continuation alone is longer."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"request: found a continuation of {len(continuation)} tokens; expected at most {self.max_length}, "
-                "what the model reads at once"
+                "the longest input of the model"
             )
         tokens = [*context, *continuation][-(self.max_length + 1) :]
         digest = hashlib.sha256(json.dumps([tokens, len(continuation)]).encode()).hexdigest()
@@ -157,24 +157,28 @@ class Scorer:
         device = self.model.embed.device
         layouts = [row.layout() for row in rows]
         width = max(len(tokens) for tokens, *_ in layouts)
-        tokens, positions, owner = np.zeros((3, len(rows), width), dtype=np.int64)
+        tokens, positions, branch_ids = np.zeros((3, len(rows), width), dtype=np.int64)
         scored: list[int] = []
-        for index, (row_tokens, row_positions, row_owner, row_scored) in enumerate(layouts):
+        for index, (row_tokens, row_positions, row_branches, row_scored) in enumerate(layouts):
             end = len(row_tokens)
-            tokens[index, :end], positions[index, :end], owner[index, :end] = row_tokens, row_positions, row_owner
-            owner[index, end:] = -1  # padding sees the beginning and itself
+            tokens[index, :end], positions[index, :end], branch_ids[index, :end] = (
+                row_tokens,
+                row_positions,
+                row_branches,
+            )
+            branch_ids[index, end:] = -1  # padding sees the beginning and itself
             scored += [index * width + place for place in row_scored]
         layout = {}
-        if any(row.branches for row in rows):
+        if any(row.has_branches for row in rows):
             layout = {
-                "branch_ids": torch.from_numpy(owner).to(device),
+                "branch_ids": torch.from_numpy(branch_ids).to(device),
                 "positions": torch.from_numpy(positions).to(device),
             }
         texts = [text for row in rows for text in row.texts]
         targets = np.array([target for text in texts for target in text.targets])
         # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
-        # Without branches a row is one text: the padding behind it changes nothing under causal attention.
+        # Without branches a row is one text: under causal attention the padding after it changes nothing.
         selected_tokens = torch.from_numpy(places).to(device)
         with self._packed_layers.in_use():
             input_ids = torch.from_numpy(tokens).to(device)
@@ -190,7 +194,7 @@ class Scorer:
         return {text.key: (float(value.sum()), bool(hit.all())) for text, value, hit in parts}
 
     def _token_scores(self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods fp64 [P] of tokens, and which of them are the argmax.
+        """Log-likelihoods of tokens, fp64 [P], and which of them are the argmax, bool [P].
 
         Args:
             hidden: [M, D].
@@ -203,14 +207,14 @@ class Scorer:
         states, tokens = torch.from_numpy(sources), torch.from_numpy(targets)
         wide = log_sum_exp.dtype
         logits = (hidden[states].to(wide) * self.model.head_weight[tokens].to(wide)).sum(1)
-        # Two sums that round apart: a certain token's is 0.
+        # The two sums round differently: a token of probability 1 has exactly 0.
         values = (logits - log_sum_exp[states]).clamp_(max=0)
         return values.double().numpy(), (best[states] == tokens).numpy()
 
     def _scores_of_logits(
         self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`_token_scores` by the model's own head, piece by piece."""
+        """`_token_scores` with the model's own head, a few rows at a time."""
         device = hidden.device
         elements = LOGITS_ELEMENTS.get(device.type, LOGITS_ELEMENTS["cuda"])
         rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
@@ -221,29 +225,29 @@ class Scorer:
         for h, row, target in zip(hidden.split(rows), places.split(counts), wanted.split(counts), strict=True):
             logits = self.model.logits(h)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            # Among equals the argmax is the first. It costs more than the maximum, so only they are asked.
+            # Of equal logits the argmax is the first. It costs more than the maximum, so only rows with hits need it.
             hit = logits[row, target] == logits.amax(1)[row]
-            asked, back = row[hit].unique(return_inverse=True)
-            hit[hit.clone()] = logits[asked].argmax(1)[back] == target[hit]
+            hit_rows, back = row[hit].unique(return_inverse=True)
+            hit[hit.clone()] = logits[hit_rows].argmax(1)[back] == target[hit]
             hits.append(hit)
             torch.log_softmax(logits, 1, out=logits)
             values.append(logits[row, target].double())
-        undone = np.argsort(order)
-        return torch.cat(values).cpu().numpy()[undone], torch.cat(hits).cpu().numpy()[undone]
+        inverse = np.argsort(order)
+        return torch.cat(values).cpu().numpy()[inverse], torch.cat(hits).cpu().numpy()[inverse]
 
 
 def share_beginnings(texts: list[Text]) -> list[Row]:
-    """Pack texts into rows.
+    """Pack texts that begin alike into rows.
 
-    In the order of their tokens, neighbours have most in common. A row of n texts that share s tokens saves
-    (n - 1) * s; the next text joins if the saving grows.
+    Sorted by their tokens, neighbours share most. A row of n texts that share s tokens saves (n - 1) * s; the next text
+    joins if the saving grows.
     """
     rows: list[Row] = []
     for text in sorted(texts, key=lambda text: text.inputs):
         if rows:
             row = rows[-1]
             count = len(row.texts)
-            shared = _common(row.texts[-1].inputs[: row.shared], text.inputs)
+            shared = _common_prefix_length(row.texts[-1].inputs[: row.shared], text.inputs)
             grown = row.length + (count - 1) * (row.shared - shared) + len(text.inputs) - shared
             gain = count * shared - (count - 1) * row.shared
             if gain >= MIN_SAVED_TOKENS and grown - shared <= MAX_BRANCH_TOKENS:
@@ -255,14 +259,14 @@ def share_beginnings(texts: list[Text]) -> list[Row]:
 
 
 def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of similar length, longest first, so that memory runs out at once or not at all.
+    """Batches of rows of similar length, longest first, so that memory runs out at once or not at all.
 
-    A batch has only rows with branches or only rows without.
+    All rows of a batch have branches or none has.
     """
-    rows = sorted(rows, key=lambda row: (row.branches, row.length), reverse=True)
+    rows = sorted(rows, key=lambda row: (row.has_branches, row.length), reverse=True)
     batch: list[Row] = []
     for row in rows:
-        if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].branches != row.branches):
+        if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].has_branches != row.has_branches):
             yield batch
             batch = []
         batch.append(row)
@@ -270,8 +274,7 @@ def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens a and b begin with alike."""
+def _common_prefix_length(a: list[int], b: list[int]) -> int:
     for place, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return place

@@ -26,8 +26,13 @@ _TOKENS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Queue:
-    """Samples in order: `lengths` [S] tokens to generate, each at least 1, and the loop `exits` [N] at which each
-    token leaves, in [0, num_loops)."""
+    """Samples in the order in which they are served.
+
+    Attributes:
+        lengths: tokens to generate of each sample [S], at least 1.
+        exits: loop at which each token leaves [N], in [0, num_loops).
+        num_loops: loops of the model, B.
+    """
 
     lengths: Ints
     exits: Ints
@@ -47,15 +52,15 @@ class Queue:
         return Queue(self.lengths, np.full(self.num_tokens, loops - 1, dtype=np.int8), loops)
 
     @classmethod
-    def drawn(cls, lengths: Ints, num_loops: int, mean_loops: float, seed: int = 0) -> "Queue":
-        """Tokens that leave at random: the loops beyond the first are binomial, with `mean_loops` in the mean."""
+    def draw(cls, lengths: Ints, num_loops: int, mean_loops: float, seed: int = 0) -> "Queue":
+        """Draw exits at random: the loops beyond the first are binomial, with a mean of `mean_loops` in all."""
         share = (mean_loops - 1) / max(num_loops - 1, 1)
         exits = np.random.default_rng(seed).binomial(num_loops - 1, share, int(lengths.sum()))
         return cls(lengths, exits.astype(np.int8), num_loops)
 
 
-def drawn_lengths(samples: int, longest: int, scale: float | None, seed: int = 0) -> Ints:
-    """Tokens of samples: exponential with this scale, in [1, longest]; without a scale all are `longest`."""
+def draw_lengths(samples: int, longest: int, scale: float | None, seed: int = 0) -> Ints:
+    """Draw the tokens of each sample: exponential with this scale, in [1, longest]; without a scale all `longest`."""
     if scale is None:
         return np.full(samples, longest)
     lengths = np.random.default_rng(seed).exponential(scale, samples).round()
@@ -64,13 +69,13 @@ def drawn_lengths(samples: int, longest: int, scale: float | None, seed: int = 0
 
 @dataclass(frozen=True)
 class Passes:
-    """What each pass holds, int64 [P] each.
+    """Counts of each pass, int64 [P] each.
 
     Attributes:
         rows: rows of the block.
-        starts: of these, rows of tokens that come from the embedding.
-        exits: of these, rows whose token leaves after the pass.
-        skipped: loops that those tokens leave out; each needs keys and values for later tokens.
+        starts: those of them whose token comes from the embedding.
+        exits: those whose token leaves after the pass.
+        skipped: loops that the leaving tokens skip; each still needs keys and values for later tokens.
         is_mixed: 1 where rows are at more than one loop.
     """
 
@@ -82,7 +87,7 @@ class Passes:
 
 
 def first_passes(work: Ints, slots: int) -> Ints:
-    """The pass [S] in which each sample starts, if it then takes `work` [S] passes of the slot that is free first."""
+    """The pass [S] in which each sample starts, if it takes the first free slot for `work` [S] passes."""
     free = [0] * min(slots, len(work))
     starts = np.empty(len(work), dtype=np.int64)
     for sample, passes in enumerate(work.tolist()):
@@ -107,7 +112,7 @@ def depth_wise(queue: Queue, slots: int) -> Passes:
         at_loop[0] += np.bincount(begins, minlength=num_passes)
         for loop in range(queue.num_loops - 1):
             leaving[loop] += np.bincount(begins[queue.exits[tokens] == loop] + loop, minlength=num_passes)
-    for loop in range(1, queue.num_loops):  # what does not leave is at the next loop in the next pass
+    for loop in range(1, queue.num_loops):  # the others are at the next loop in the next pass
         at_loop[loop, 1:] = (at_loop[loop - 1] - leaving[loop - 1])[:-1]
     leaving[-1] = at_loop[-1]
     skips = np.arange(queue.num_loops - 1, -1, -1)
@@ -137,7 +142,7 @@ def static(queue: Queue, slots: int) -> Passes:
 
 
 def _in_lock_step(rows: Ints, num_loops: int) -> Passes:
-    """Passes of steps of `rows` rows each, all of which go through all loops together."""
+    """Passes of steps with `rows` rows each, which all go through all loops together."""
     loop = np.tile(np.arange(num_loops), len(rows))
     rows = np.repeat(rows, num_loops)
     none = np.zeros_like(rows)
@@ -156,9 +161,9 @@ def _spans(ends: Ints) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a pass by its number of rows: linear between measured points, level below the first.
+    """Seconds of a pass by its number of rows: linear between measured points, constant below the first.
 
-    No rows take no time. Beyond the last point the time is not known.
+    No rows take no time; beyond the last point the time is unknown.
     """
 
     rows: tuple[int, ...]
@@ -179,14 +184,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of the parts of a pass; None costs nothing.
+    """Times of the parts of a pass; None takes no time.
 
     Attributes:
         block: all layers of one loop, rows at the same loop.
         mixed: the same, rows at different loops (default: as `block`).
         embed: of the tokens that start.
         head: final norm and logits, of the tokens that leave (an oracle knows them; see `head_everywhere`).
-        kv_only: keys and values of loops that were left out, on top of the pass.
+        kv_only: keys and values of skipped loops, on top of the pass.
         prefill: seconds of one sample's prompt, all loops.
         head_everywhere: the head on every row, as an exit that looks at the logits needs it.
     """
@@ -202,7 +207,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of a queue goes."""
+    """Seconds of a queue by part of the passes."""
 
     block: float
     embed: float
@@ -216,7 +221,7 @@ class Seconds:
 
 
 def time_of(passes: Passes, costs: Costs, num_samples: int) -> Seconds:
-    """Add up what the passes cost."""
+    """Add up the time of all passes."""
     mixed = passes.is_mixed.astype(bool)
     in_mixed = (costs.mixed or costs.block).total(passes.rows[mixed])
     head_rows = passes.rows if costs.head_everywhere else passes.exits

@@ -1,4 +1,4 @@
-"""What evaluations read: documents of a corpus as tokens, cut into blocks, batched, and scored at every exit.
+"""Documents of a corpus as tokens: cut into windows, batched, and scored at every exit.
 
 A token belongs to the group of its document (SlimPajama's subset, for instance), so that one pass over a corpus gives
 figures of each group. Shapes: b rows, T positions, N targets (positions that have one), E exits, V vocabulary.
@@ -20,7 +20,7 @@ from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 
-Block = npt.NDArray[np.int64]
+Window = npt.NDArray[np.int64]
 """[2, n + 1]: tokens, of which all but the first are targets, and the group of each."""
 
 DEFAULT_GROUP_FIELD = "meta.redpajama_set_name"
@@ -28,15 +28,15 @@ PAD = -1
 """Marks positions without a target."""
 
 _COMPRESSION = 3
-"""Bytes of text in a byte of a compressed file, for the estimate of how much is left."""
+"""Assumed bytes of text in a byte of a compressed file, to estimate the tokens left."""
 _TEXTS_AT_ONCE = 64
 _LOGITS_AT_ONCE = 2**26
-"""Logits held at a time, 256 MiB in fp32: those of a batch would not fit with a large vocabulary."""
+"""Logits held at a time, 256 MiB in fp32; those of a whole batch might not fit with a large vocabulary."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens [n] with BOS and EOS as training has them; the text's UTF-8 bytes; the index of its group."""
+    """A document: tokens [n] with BOS and EOS as in training, bytes of its text in UTF-8, index of its group."""
 
     tokens: npt.NDArray[np.integer]
     text_bytes: int
@@ -47,8 +47,8 @@ class Corpus:
     """The documents of a token-shard directory, or of files that are tokenised on the way.
 
     Attributes:
-        groups: names of the groups met so far; "" for documents without one.
-        num_tokens: tokens in all; of files an estimate, None until the first documents were read.
+        groups: names of the groups read so far; "" for documents without one.
+        num_tokens: all tokens; of files an estimate, None until the first documents are read.
     """
 
     def __init__(self, data: str, split: str, text_field: str, group_field: str | None, tokenizer: Tokenizer) -> None:
@@ -66,10 +66,10 @@ class Corpus:
             raise UserError(f"--group-field: found {group_field!r} with token shards, which have none; expected files")
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order. Of shards only the bytes of all documents are known: the first brings them.
+        """All documents in order. Shards know only the bytes of all documents, which the first document gets.
 
         Raises:
-            UserError: a file or record that cannot be read, or `group_field` was asked for and no record has it.
+            UserError: a file or record that cannot be read, or no record has the `group_field` that was given.
         """
         if self._shards is None:
             yield from self._tokenised()
@@ -101,12 +101,12 @@ class Corpus:
         return self.groups.index(group)
 
 
-def packed_blocks(documents: Iterable[Document], context: int) -> Iterator[Block]:
-    """Blocks of `context` targets of the stream of all documents; they overlap by one token, the last may be shorter.
+def packed_windows(documents: Iterable[Document], context: int) -> Iterator[Window]:
+    """Windows of `context` targets over the stream of all documents; the last may be shorter.
 
-    Every token of the stream but the first is a target once.
+    Neighbours share a token: every token of the stream but the first is a target once.
     """
-    held: Block = np.empty((2, 0), dtype=np.int64)
+    held: Window = np.empty((2, 0), dtype=np.int64)
     for document in documents:
         piece = np.stack((document.tokens.astype(np.int64), np.full(len(document.tokens), document.group)))
         start = 0
@@ -121,8 +121,8 @@ def packed_blocks(documents: Iterable[Document], context: int) -> Iterator[Block
         yield held
 
 
-def document_blocks(documents: Iterable[Document], context: int, bos_id: int | None) -> Iterator[Block]:
-    """Blocks of at most `context` targets of each document by itself.
+def document_windows(documents: Iterable[Document], context: int, bos_id: int | None) -> Iterator[Window]:
+    """Windows of at most `context` targets of each document by itself.
 
     With `bos_id` every token of the text is a target; without it the first is not, as nothing precedes it, unless the
     document has the BOS that training gives it.
@@ -131,12 +131,12 @@ def document_blocks(documents: Iterable[Document], context: int, bos_id: int | N
         tokens = document.tokens
         if bos_id is not None and tokens[0] != bos_id:
             tokens = np.concatenate(([bos_id], tokens))
-        yield from packed_blocks([Document(tokens, 0, document.group)], context)
+        yield from packed_windows([Document(tokens, 0, document.group)], context)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks padded to one length: inputs, targets and groups int64 [b, T]; targets are `PAD` where there is none."""
+    """Windows padded to one length: inputs, targets and groups int64 [b, T]; targets are `PAD` where there is none."""
 
     inputs: Tensor
     targets: Tensor
@@ -147,39 +147,39 @@ class Batch:
         return int((self.targets != PAD).sum())
 
 
-def make_batch(blocks: list[Block], bos_id: int | None) -> Batch:
-    """One batch of blocks; `bos_id`, if any, takes the place of each block's first token."""
-    shape = (len(blocks), max(block.shape[1] for block in blocks) - 1)
+def make_batch(windows: list[Window], bos_id: int | None) -> Batch:
+    """One batch of windows; `bos_id`, if any, takes the place of each window's first token."""
+    shape = (len(windows), max(window.shape[1] for window in windows) - 1)
     inputs, targets, groups = (np.full(shape, fill, dtype=np.int64) for fill in (0, PAD, 0))
-    for row, block in enumerate(blocks):
-        length = block.shape[1] - 1
-        inputs[row, :length], targets[row, :length], groups[row, :length] = block[0, :-1], block[0, 1:], block[1, 1:]
+    for row, window in enumerate(windows):
+        length = window.shape[1] - 1
+        inputs[row, :length], targets[row, :length], groups[row, :length] = window[0, :-1], window[0, 1:], window[1, 1:]
     if bos_id is not None:
         inputs[:, 0] = bos_id
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(groups))
 
 
-def batches(blocks: Iterable[Block], context: int, batch_size: int) -> Iterator[list[Block]]:
-    """Blocks in lists of at most `batch_size * context` positions, padding included.
+def batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterator[list[Window]]:
+    """Lists of windows of at most `batch_size * context` positions, padding included.
 
-    Blocks of unlike lengths are sorted within a window of 16 batches, so that little of that is padding.
+    Windows are sorted by length among those of 16 batches, so that there is little padding.
     """
-    left = iter(blocks)
-    while window := list(itertools.islice(left, 16 * batch_size)):
-        window.sort(key=lambda block: -block.shape[1])
-        while window:
-            rows = max(1, batch_size * context // (window[0].shape[1] - 1))
-            yield window[:rows]
-            window = window[rows:]
+    left = iter(windows)
+    while pool := list(itertools.islice(left, 16 * batch_size)):
+        pool.sort(key=lambda window: -window.shape[1])
+        while pool:
+            rows = max(1, batch_size * context // (pool[0].shape[1] - 1))
+            yield pool[:rows]
+            pool = pool[rows:]
 
 
 @torch.inference_mode()
 def score_exits(
     model: RecursiveTransformer, batch: Batch, loops: range, read: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What `read` makes of the logits of each exit, at the positions that have a target.
+    """Apply `read` to the logits of each exit at the positions that have a target.
 
-    The head runs on a few positions at a time, whose logits alone exist.
+    The head runs on a few positions at a time, so that logits never exist whole.
 
     Args:
         loops: exits to read; the loops after the last of them do not run.

@@ -1,7 +1,7 @@
 """Plots as SVG text, for a page without scripts: lines or points over linear or logarithmic axes, and bars.
 
-Colours are the page's CSS variables (`--c0` to `--c7`, `--grid`) and the text's own, so that a plot follows the page
-into dark mode. Points tell their values when the pointer rests on them.
+Colours are the page's CSS variables (`--c0` to `--c7`, `--grid`) and its text colour, so that a plot follows the page
+into dark mode. Points have tooltips with their values.
 """
 
 import itertools
@@ -18,18 +18,18 @@ _LINE_HEIGHT = 22
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) under one name; `is_line` joins them, `labels` stand beside them."""
+    """Points (x, y) under one name; `is_line` joins them, `has_marks` draws them, `labels` stand beside them."""
 
     name: str
     points: Sequence[tuple[float, float]]
     is_line: bool = True
-    marks: bool = True
+    has_marks: bool = True
     labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a plot: where values lie, in pixels, and its ticks."""
+    """An axis of a plot: its range (of logarithms if `is_log`) and its ticks."""
 
     label: str
     low: float
@@ -38,14 +38,14 @@ class Axis:
 
     @classmethod
     def around(cls, label: str, values: Sequence[float], is_log: bool = False) -> "Axis":
-        """An axis that holds `values` with a margin; logarithmic only where all are positive."""
+        """An axis that contains `values` with a margin; logarithmic only if all are positive."""
         is_log = is_log and min(values) > 0
         low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
         margin = 0.06 * (high - low) or (0.1 if is_log else 0.1 * abs(high) or 1.0)
         return cls(label, low - margin, high + margin, is_log)
 
     def place(self, value: float) -> float:
-        """Where `value` lies, 0 to 1."""
+        """Position of `value` on the axis, 0 to 1."""
         return ((math.log10(value) if self.is_log else value) - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
@@ -79,10 +79,7 @@ def number(value: float) -> str:
 def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A figure with its legend; points that are not finite and series without a point are left out.
-
-    An empty string if nothing is left.
-    """
+    """A figure with its legend, without points that are not finite; an empty string if there are no others."""
     series = [one for one in map(_finite, series) if one.points]
     if not series:
         return ""
@@ -95,7 +92,7 @@ def plot(
         if one.is_line:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        for i, (x, y) in enumerate(places if one.marks else []):
+        for i, (x, y) in enumerate(places if one.has_marks else []):
             label = one.labels[i] if i < len(one.labels) else ""
             tip = escape(f"{label or one.name}: {number(one.points[i][0])}, {number(one.points[i][1])}")
             marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"><title>{tip}</title></circle>')
@@ -116,7 +113,7 @@ def _finite(series: Series) -> Series:
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float]]) -> str:
-    """A point's label where it hides none of those in `taken` (left, right, base line), if there is such a place."""
+    """A point's label, placed if possible where it hides none of those in `taken` (left, right, base line)."""
     width = 6.2 * len(label)
     for anchor, left in (("start", x + 7), ("end", x - 7 - width)):
         for base in (y - 6, y + 15, y - 19, y + 28):
@@ -128,7 +125,7 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str) -> str:
-    """Horizontal bars from zero: of each group one per name."""
+    """Horizontal bars from zero; each group has one per name."""
     if not groups:
         return ""
     longest = max(value for _, values in groups for value in values) or 1.0

@@ -7,9 +7,9 @@
 3. Simulates static batching and continuous sequence-wise batching (CSB) of the vanilla model, and CSB and continuous
    depth-wise batching (CDB) with those exits of the recursive ones, over a queue of --samples samples.
 
-Every figure is given as the paper counts (blocks only), and with what it leaves out, one after the other: embedding and
-head; the LoRA of rows at different loops; the keys and values of loops left out; a head that runs in every pass, as an
-exit by confidence needs it; the prompts. One recording stands for all ranks: record each model's own for its own.
+Every figure is given as the paper counts (blocks only), then with one more cost at a time: embedding and head; the LoRA
+of rows at different loops; the keys and values of skipped loops; a head in every pass, as an exit by confidence needs;
+the prompts. One recording stands for all ranks; for a model's own exits, record that model.
 
     python eval/throughput.py --paper    # the paper's own block times through the same simulation, beside its results
 """
@@ -28,9 +28,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import add_device_flag, check_least, check_output_file
-from eval.paper_study import print_study, repeat_study
-from eval.pass_times import batch_sizes, costs_of, dummy_model, measure_pass, measure_prefill
-from eval.simulate import Queue, depth_wise, drawn_lengths, sequence_wise, static, time_of
+from eval.paper_study import repeat_study
+from eval.paper_study import tables as paper_tables
+from eval.pass_times import batch_sizes, cost_stages, dummy_model, measure_pass, measure_prefill
+from eval.simulate import Queue, depth_wise, draw_lengths, sequence_wise, static, time_of
+from eval.tables import Table, format_seconds, print_tables
 from eval.trajectories import read_trajectories
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
 from rrt.checkpoint.source import open_source
@@ -48,7 +50,7 @@ CDB = "CDB, oracle"
 
 @dataclass(frozen=True)
 class Setting:
-    """Prompt and generated tokens of a sample, and bytes for weights and keys and values (0: what is free)."""
+    """Prompt and generated tokens of a sample, and bytes for weights, keys and values (0: all that are free)."""
 
     prefix: int
     decode: int
@@ -87,12 +89,12 @@ def largest_batch(sizes: Sizes, setting: Setting, memory: int, limit: int) -> in
     return min(limit, int(fitting))
 
 
-def queues_of(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
-    """By name, queues of --samples samples of at most `decode` tokens."""
-    found = {}
+def make_queues(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
+    """Queues of --samples samples of at most `decode` tokens, by name."""
+    queues = {}
     for mean in arguments.mean_loops:
-        lengths = drawn_lengths(arguments.samples, decode, arguments.length_scale)
-        found[f"{mean} loops"] = Queue.drawn(lengths, arguments.num_loops, mean)
+        lengths = draw_lengths(arguments.samples, decode, arguments.length_scale)
+        queues[f"{mean} loops"] = Queue.draw(lengths, arguments.num_loops, mean)
     for directory in arguments.trajectories:
         recorded, _, meta = read_trajectories(directory)
         if recorded.num_loops != arguments.num_loops:
@@ -100,13 +102,13 @@ def queues_of(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
                 f"{directory}: field 'num_loops': found {recorded.num_loops}; expected {arguments.num_loops}, as "
                 "--num-loops says"
             )
-        queue = drawn_from(recorded.lengths, recorded.exit_loops(), arguments.num_loops, arguments.samples, decode)
-        found[f"{directory.name} ({meta['data']})"] = queue
-    return found
+        queue = resample(recorded.lengths, recorded.oracle_exits(), arguments.num_loops, arguments.samples, decode)
+        queues[f"{directory.name} ({meta['data']})"] = queue
+    return queues
 
 
-def drawn_from(lengths: np.ndarray, exits: np.ndarray, num_loops: int, samples: int, decode: int) -> Queue:
-    """A queue of samples drawn with replacement from recorded ones, each cut at `decode` tokens."""
+def resample(lengths: np.ndarray, exits: np.ndarray, num_loops: int, samples: int, decode: int) -> Queue:
+    """Draw a queue from recorded samples with replacement; each sample is cut at `decode` tokens."""
     begins = np.cumsum(lengths) - lengths
     chosen = np.random.default_rng(0).integers(len(lengths), size=samples)
     cut = np.minimum(lengths[chosen], decode).astype(np.int64)
@@ -115,8 +117,8 @@ def drawn_from(lengths: np.ndarray, exits: np.ndarray, num_loops: int, samples: 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One model to measure: rank None is the vanilla one."""
+class ModelSpec:
+    """A model to measure; rank None is the vanilla one."""
 
     setting: Setting
     rank: int | None
@@ -126,11 +128,11 @@ class Plan:
     """Most sequences in a batch."""
 
 
-def plan(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, rank: int | None) -> Plan:
-    """What a model takes, before it exists.
+def make_spec(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, rank: int | None) -> ModelSpec:
+    """Size a model and its largest batch before it is built.
 
     Raises:
-        UserError: there is no such model, or no sequence fits beside it.
+        UserError: the rank or number of loops is not possible, or no sequence fits beside the weights.
     """
     device = arguments.torch_device
     recursion = RecursiveConfig()
@@ -141,14 +143,14 @@ def plan(arguments: argparse.Namespace, config: ModelConfig, setting: Setting, r
     if device.type == "cpu":
         free -= sizes.bytes  # decoding keeps packed copies of the weights
     memory = min(setting.memory or free, free)
-    return Plan(setting, rank, recursion, sizes, largest_batch(sizes, setting, memory, arguments.max_batch))
+    return ModelSpec(setting, rank, recursion, sizes, largest_batch(sizes, setting, memory, arguments.max_batch))
 
 
-def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -> dict[str, Any]:
-    """Sizes and pass times of one model."""
-    device, dtype, setting = arguments.torch_device, arguments.torch_dtype, planned.setting
-    recursion, sizes, limit = planned.recursion, planned.sizes, planned.limit
-    name = "vanilla" if planned.rank is None else f"rank {planned.rank}"
+def measure(arguments: argparse.Namespace, config: ModelConfig, spec: ModelSpec) -> dict[str, Any]:
+    """Build a model with dummy weights and measure its pass times."""
+    device, dtype, setting = arguments.torch_device, arguments.torch_dtype, spec.setting
+    recursion, sizes, limit = spec.recursion, spec.sizes, spec.limit
+    name = "vanilla" if spec.rank is None else f"rank {spec.rank}"
     model = dummy_model(config, recursion, dtype, device)
     # The middle of the generation.
     length, times, stopped = setting.prefix + setting.decode // 2, [], None
@@ -162,7 +164,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -
             break
     return {
         "model": name,
-        "rank": planned.rank,
+        "rank": spec.rank,
         "num_loops": recursion.num_loops,
         "non_embedding_params": sizes.non_embedding_params,
         "batch": times[-1].rows,
@@ -173,7 +175,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, planned: Plan) -
 
 
 def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]:
-    """Tokens per second of every model and strategy, by what is counted, and over the vanilla model's baselines.
+    """Tokens per second of every model and strategy at each stage of counting, and over the vanilla model's baselines.
 
     Of a row, `over_static` and `over_csb` are its ratios to static batching and to CSB of the vanilla model.
     """
@@ -188,7 +190,7 @@ def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]
             runs = {"static": static(own, slots), **runs}
         for strategy, passes in runs.items():
             row: dict[str, Any] = {"model": model["model"], "strategy": strategy, "batch": slots, "counted": {}}
-            for counted, costs in costs_of(model["times"], model["num_loops"], model["prefill"]):
+            for counted, costs in cost_stages(model["times"], model["num_loops"], model["prefill"]):
                 if strategy != CDB:  # no token may leave before the last loop: the head has nothing to look at
                     costs = replace(costs, head_everywhere=False)
                 seconds = time_of(passes, costs, len(own.lengths))
@@ -204,40 +206,56 @@ def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]
     return rows
 
 
-def print_times(models: list[dict[str, Any]]) -> None:
-    """Milliseconds per token of each part, by batch size."""
-    print(f"{'model':<10} {'batch':>6} {'embedding':>10} {'block':>10} {'mixed':>10} {'skipped K/V':>12} {'head':>10}")
-    for model in models:
-        for point in model["times"]:
-            cells = (point.embed, point.block, point.mixed, point.kv_only, point.head)
-            embed, block, mixed, kv_only, head = (
-                "" if cell is None else f"{1e3 * cell / point.rows:.4f}" for cell in cells
-            )
-            print(f"{model['model']:<10} {point.rows:>6} {embed:>10} {block:>10} {mixed:>10} {kv_only:>12} {head:>10}")
-        print(f"{'':<10} prompt {1e3 * model['prefill']:.1f} ms; largest batch by {model['batch_limit']}")
+def times_table(setting: dict[str, Any], title: str) -> Table:
+    """Milliseconds per token of each part of a pass, by model and rows of the pass."""
+    parts = ("embed", "block", "mixed", "kv_only", "head")
+    rows = [
+        [
+            model["model"],
+            str(point["rows"]),
+            *("" if point[part] is None else f"{1e3 * point[part] / point['rows']:.4f}" for part in parts),
+        ]
+        for model in setting["models"]
+        for point in model["times"]
+    ]
+    prompts = ", ".join(f"{model['model']} {format_seconds(model['prefill'])}" for model in setting["models"])
+    limits = ", ".join(f"{model['model']} by {model['batch_limit']}" for model in setting["models"])
+    notes = [f"A prompt takes: {prompts}.", f"Largest batch: {limits}."]
+    header = ("model", "rows", "embedding", "block", "mixed loops", "skipped K/V", "head")
+    return Table(f"{title}: ms per token", header, rows, gap_after=1, notes=notes)
 
 
-def print_throughput(name: str, queue: dict[str, Any], models: list[dict[str, Any]]) -> None:
-    """The paper's columns, blocks only, then for every further cost tokens per second (over vanilla CSB)."""
-    print(
-        f"\n{name}: {queue['samples']:,} samples, {queue['tokens']:,} tokens, {queue['mean_loops']:.3f} loops per token"
-    )
-    paper, *more = queue["rows"][0]["counted"]
-    print(f"tokens/s, {paper}, over vanilla static and CSB; then (over vanilla CSB), counted as well:")
-    print(";  ".join(f"[{i}] {stage}" for i, stage in enumerate(more, start=1)))
+def rates_table(queue: dict[str, Any], models: list[dict[str, Any]]) -> Table:
+    """Tokens per second of blocks only, as the paper counts, then of each further cost with all costs before it."""
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in models}
-    heads = "".join(f"{f'[{i}]':>15}" for i in range(1, len(more) + 1))
-    print(f"{'model':<8} {'N-emb':>8} {'batch':>5}  {'strategy':<11} {'tok/s':>8} {'/static':>7} {'/CSB':>5}{heads}")
+    paper, *more = queue["rows"][0]["counted"]
+    rows = []
     for row in queue["rows"]:
         rates = {stage: counted["tokens_per_second"] for stage, counted in row["counted"].items()}
-        begin = f"{row['model']:<8} {sizes[row['model']]:>8} {row['batch']:>5}  {row['strategy']:<11}"
-        ratios = f"{row['over_static'][paper]:>7.2f} {row['over_csb'][paper]:>5.2f}"
+        ratios = (f"{row['over_static'][paper]:.2f}", f"{row['over_csb'][paper]:.2f}")
         cells = (f"{rates[stage]:,.0f} ({row['over_csb'][stage]:.2f})" for stage in more)
-        print(f"{begin} {rates[paper]:>8,.0f} {ratios}" + "".join(f"{cell:>15}" for cell in cells))
+        name = row["model"]
+        rows.append([name, row["strategy"], sizes[name], str(row["batch"]), f"{rates[paper]:,.0f}", *ratios, *cells])
+    header = ("model", "strategy", "N-emb", "batch", paper, "/static", "/CSB", *(f"+ {stage}" for stage in more))
+    title = (
+        f"{queue['name']}: {queue['samples']:,} samples, {queue['tokens']:,} tokens, {queue['mean_loops']:.3f} loops "
+        "per token; tokens/s, over the vanilla model's static batching and CSB; then (over its CSB)"
+    )
+    return Table(title, header, rows, (0, 1))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Pass times and simulated throughput of every setting."""
+    made = []
+    for setting in result["settings"]:
+        lengths = Setting(setting["prefix"], setting["decode"], setting["memory"])
+        made.append(times_table(setting, f"{result['subject']}, {lengths}, {result['dtype']}"))
+        made += [rates_table(queue, setting["models"]) for queue in setting["queues"]]
+    return made
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """Measure, simulate, print; the result file has what is finished so far."""
+    """Measure, simulate and print; --json is written after every step."""
     subject = arguments.preset or arguments.checkpoint
     if arguments.preset is not None:
         config, stored = preset(arguments.preset), preset_dtype(arguments.preset)
@@ -249,27 +267,26 @@ def study(arguments: argparse.Namespace) -> None:
     settings = [Setting.parse(text) for text in arguments.settings]
     if not arguments.trajectories and not arguments.mean_loops:
         arguments.mean_loops = [1 + 0.2 * (arguments.num_loops - 1)]
-    # Read before anything is measured, so that what is wrong with them shows now.
-    queues = {setting: queues_of(arguments, setting.decode) for setting in settings}
+    # Read and sized before anything is measured, so that bad input ends here.
+    queues = {setting: make_queues(arguments, setting.decode) for setting in settings}
     ranks = (None, *arguments.lora_rank)
-    plans = {setting: [plan(arguments, config, setting, rank) for rank in ranks] for setting in settings}
+    specs = {setting: [make_spec(arguments, config, setting, rank) for rank in ranks] for setting in settings}
     result: dict[str, Any] = {"kind": "throughput", "subject": str(subject), "complete": False, "settings": []}
     result |= {"num_loops": arguments.num_loops, "dtype": dtype_name(arguments.torch_dtype)}
     for setting in settings:
         entry: dict[str, Any] = {**asdict(setting), "models": [], "queues": []}
         result["settings"].append(entry)
         models = []
-        for planned in plans[setting]:
-            models.append(measure(arguments, config, planned))
+        for spec in specs[setting]:
+            models.append(measure(arguments, config, spec))
             entry["models"].append({**models[-1], "times": [asdict(point) for point in models[-1]["times"]]})
             save(arguments, result)
-        print(f"\n{subject}, {setting}, {result['dtype']}: ms per token")
-        print_times(models)
+        print_tables([times_table(entry, f"{subject}, {setting}, {result['dtype']}")])
         for name, queue in queues[setting].items():
             summary = {"name": name, "samples": len(queue.lengths), "tokens": queue.num_tokens}
             summary |= {"mean_loops": queue.mean_loops, "rows": simulate(models, queue)}
             entry["queues"].append(summary)
-            print_throughput(name, summary, models)
+            print_tables([rates_table(summary, models)])
             save(arguments, result)
     result["complete"] = True
     save(arguments, result)
@@ -324,10 +341,10 @@ def main() -> None:
     arguments = parser.parse_args()
     check_output_file("--json", arguments.json)
     if arguments.paper:
-        rows = repeat_study()
-        print_study(rows)
+        result = {"kind": "throughput-paper", "rows": repeat_study()}
+        print_tables(paper_tables(result))
         if arguments.json is not None:
-            write_result(arguments.json, {"kind": "throughput-paper", "rows": rows})
+            write_result(arguments.json, result)
         return
     check_least("--samples", arguments.samples)
     check_least("--max-batch", arguments.max_batch)

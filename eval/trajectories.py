@@ -1,8 +1,8 @@
-"""Recorded exits: of each token of a corpus's samples, what every loop would have said.
+"""Recordings of every loop's prediction at every token of a corpus's samples.
 
 A directory holds `meta.json` and parts of `SAMPLES_PER_PART` samples in order, each written whole (`part-00000.npz`),
-so that an interrupted recording goes on where it stopped; each knows the digest of its samples' tokens, so that it
-goes on with the same data only. A sample is one document, up to the context's length.
+so that an interrupted recording resumes where it stopped; each part holds the digest of its samples' tokens, so that
+it resumes with the same data only. A sample is one document, cut at the context's length.
 Shapes: S samples, N tokens of all samples one after the other, B loops.
 """
 
@@ -29,13 +29,13 @@ META_FILE = "meta.json"
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Samples, of a part or of a whole recording.
+    """Predictions of all loops over some samples, of a part or of a whole recording.
 
     Attributes:
         lengths: int32 [S], tokens of each sample.
-        top_tokens_agree: bool [B, N], whether a loop's most probable token is the last loop's.
+        top_tokens_agree: bool [B, N], true where a loop's most probable token is the last loop's.
         confidence: fp32 [B - 1, N], probability of each earlier loop's most probable token.
-        loss: [B, N], nats; for curves: files hold it as fp16.
+        loss: [B, N], nats; only fp16 in files, for curves.
     """
 
     lengths: npt.NDArray[np.int32]
@@ -51,12 +51,12 @@ class Trajectories:
     def num_tokens(self) -> int:
         return self.top_tokens_agree.shape[1]
 
-    def exit_loops(self) -> npt.NDArray[np.int64]:
-        """The oracle's exit [N]: the earliest loop that says what the last one does."""
+    def oracle_exits(self) -> npt.NDArray[np.int64]:
+        """The oracle's exit of each token [N]: the earliest loop that predicts the last loop's token."""
         return self.top_tokens_agree.argmax(0)
 
     def samples(self, chosen: slice) -> "Trajectories":
-        """Some of the samples."""
+        """The samples of a slice, as trajectories of their own."""
         picked = np.zeros(len(self.lengths), dtype=bool)
         picked[chosen] = True
         tokens = np.repeat(picked, self.lengths)
@@ -65,8 +65,13 @@ class Trajectories:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Over all tokens: the exact loss fp64 [B], and how often two loops say the same, int64 [B, B]."""
+class Totals:
+    """Totals over all tokens.
+
+    Attributes:
+        loss: fp64 [B], nats, not rounded to fp16.
+        pair_agreement: int64 [B, B], how often two loops predict the same token.
+    """
 
     loss: npt.NDArray[np.float64]
     pair_agreement: npt.NDArray[np.int64]
@@ -100,20 +105,20 @@ class Recording:
         return self.directory / f"part-{part:05d}.npz"
 
     def has(self, part: int, digest: str) -> bool:
-        """Whether a part is recorded, of samples with this digest.
+        """True if a part is recorded.
 
         Raises:
-            UserError: it is, of others.
+            UserError: it is recorded from samples with another digest.
         """
         path = self.path(part)
         if not path.is_file():
             return False
-        with _opened(path) as file:
+        with _open_part(path) as file:
             if str(file["digest"]) != digest:
                 raise UserError(f"{path}: was recorded from other samples; expected the same data: name another --out")
         return True
 
-    def write(self, part: int, digest: str, samples: Trajectories, sums: Sums) -> None:
+    def write(self, part: int, digest: str, samples: Trajectories, totals: Totals) -> None:
         """Write one part; it appears whole."""
         partial = self.directory / f".part-{part:05d}.{os.getpid()}"
         with partial.open("wb") as stream:
@@ -124,16 +129,16 @@ class Recording:
                 top_tokens_agree=np.packbits(samples.top_tokens_agree, axis=1),
                 confidence=samples.confidence,
                 loss=samples.loss.astype(np.float16),
-                loss_sum=sums.loss,
-                pair_agreement=sums.pair_agreement,
+                loss_sum=totals.loss,
+                pair_agreement=totals.pair_agreement,
             )
             stream.flush()
             os.fsync(stream.fileno())
         partial.rename(self.path(part))
 
 
-def read_trajectories(directory: str | Path) -> tuple[Trajectories, Sums, dict[str, Any]]:
-    """All samples recorded so far, their sums, and the recording's settings.
+def read_trajectories(directory: str | Path) -> tuple[Trajectories, Totals, dict[str, Any]]:
+    """Read all samples recorded so far, their totals, and the recording's settings.
 
     Raises:
         UserError: no recording, an empty or a damaged one, or one with a part missing in the middle.
@@ -143,39 +148,39 @@ def read_trajectories(directory: str | Path) -> tuple[Trajectories, Sums, dict[s
     if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
         found = f"{meta.get('format')!r} version {meta.get('version')!r}"
         raise UserError(f"{directory / META_FILE}: found {found}; expected {FORMAT!r} version {VERSION}: record again")
-    samples, sums = [], []
+    samples, totals = [], []
     for number, path in enumerate(sorted(directory.glob("part-*.npz"))):
         if path.name != f"part-{number:05d}.npz":
             raise UserError(f"{directory}: part-{number:05d}.npz is missing; run eval/exits.py again to make it")
-        part, part_sums = _read_part(path)
+        part, part_totals = _read_part(path)
         samples.append(part)
-        sums.append(part_sums)
+        totals.append(part_totals)
     if not samples:
         raise UserError(f"{directory}: found no finished part; run eval/exits.py again")
     names = ("lengths", "top_tokens_agree", "confidence", "loss")
     joined = Trajectories(*(np.concatenate([getattr(part, name) for part in samples], axis=-1) for name in names))
-    return joined, Sums(sum(s.loss for s in sums), sum(s.pair_agreement for s in sums)), meta
+    return joined, Totals(sum(part.loss for part in totals), sum(part.pair_agreement for part in totals)), meta
 
 
-def digest_of(samples: Sequence[npt.NDArray[np.integer]]) -> str:
-    """SHA-256 over the tokens of samples, each of its own length."""
+def digest_samples(samples: Sequence[npt.NDArray[np.integer]]) -> str:
+    """SHA-256 over the lengths and tokens of samples."""
     digest = hashlib.sha256(np.array([len(tokens) for tokens in samples], dtype="<i8").tobytes())
     for tokens in samples:
         digest.update(tokens.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
-def _read_part(path: Path) -> tuple[Trajectories, Sums]:
-    with _opened(path) as file:
+def _read_part(path: Path) -> tuple[Trajectories, Totals]:
+    with _open_part(path) as file:
         tokens = int(file["lengths"].sum())
         agree = np.unpackbits(file["top_tokens_agree"], axis=1, count=tokens).astype(bool)
         samples = Trajectories(file["lengths"], agree, file["confidence"], file["loss"])
-        return samples, Sums(file["loss_sum"], file["pair_agreement"])
+        return samples, Totals(file["loss_sum"], file["pair_agreement"])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
-    """A part's arrays, read while the block asks for them; what cannot be read is a `UserError`."""
+def _open_part(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """The arrays of a part, read on access; unreadable data is a `UserError`."""
     try:
         with np.load(path) as file:
             yield file

@@ -4,9 +4,8 @@
 # Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
 # uptrains it plain, relaxed and distilled from the base, trains it to exit after its first loop, and measures
 # everything on packages that training never saw.
-# Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. From the environment, for another run:
-# DEMO_OUT, DEMO_BASE_TOKENS, DEMO_UPTRAIN_TOKENS, DEMO_EXIT_TOKENS, DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of
-# a task; default of both: all), DEMO_LORA_RANK, DEMO_PROCESSES, DEMO_DTYPE (bf16 | fp32), DEMO_DEVICE (cpu | cuda).
+# Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. Settings are the variables below, from
+# the environment; DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of a task) limit the measurements, by default not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -19,7 +18,7 @@ LORA_RANK=${DEMO_LORA_RANK:-16}
 PROCESSES=${DEMO_PROCESSES:-2}
 DEVICE=${DEMO_DEVICE:-cpu}
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
-DTYPE=${DEMO_DTYPE:-$(python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')}
+DTYPE=${DEMO_DTYPE:-$(grep -qw avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
 
 if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/.demo" ]; then
     echo "error: $OUT: exists and is not an earlier demo's; name another DEMO_OUT" >&2
@@ -78,7 +77,7 @@ measure exits-after "$OUT/exits-trained/final"
 step "export: the relaxed model as an ordinary HF Llama of 6 layers"
 python -m rrt.export --checkpoint "$OUT/relaxed-uptrained/final" --out "$OUT/relaxed-hf"
 
-step "early exits: what the first loop of that model says beside the second"
+step "early exits: agreement of that model's first loop with its second"
 python eval/exits.py --checkpoint "$OUT/exits-trained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
     --dtype "$DTYPE" --out "$OUT/exits" --json "$OUT/exits.json"
 

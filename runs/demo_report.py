@@ -1,6 +1,6 @@
-"""Table and loss curves of a finished demo: python runs/demo_report.py runs/out/demo
+"""Tables and loss curves of a finished demo: python runs/demo_report.py runs/out/demo
 
-Every number comes from the JSON files that the demo's steps wrote there.
+All numbers come from the JSON files of the demo's steps.
 """
 
 import json
@@ -9,13 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.tables import Table
 from rrt.checkpoint.source import open_source
 from rrt.common.cli import human_count, run_command
 from rrt.common.files import atomic_write, read_json
@@ -38,7 +34,7 @@ TASKS = (("lambada_openai", "acc", "last word"), ("hellaswag", "acc_norm", "one 
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl."""
+    """Read the records of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -66,26 +62,8 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| model | non-embedding parameters | of these LoRA | tokens | perplexity before | after | over base "
-        "| exit after the first loop |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        first_exit = f"{row['first_exit_perplexity']:.2f}" if row["num_loops"] > 1 else ""
-        before = "" if row["perplexity_before"] is None else f"{row['perplexity_before']:.2f}"
-        lines.append(
-            f"| {row['model']} | {human_count(row['non_embedding_params'])} | {human_count(row['lora_params'])} "
-            f"| {human_count(row['tokens'])} | {before} | {row['perplexity']:.2f} "
-            f"| {row['perplexity'] / rows[0]['perplexity']:.2f} | {first_exit} |"
-        )
-    return "\n".join(lines)
-
-
-def fewshot_rows(out: Path) -> list[dict[str, Any]]:
-    """Of each model that has a few-shot result, its accuracies with their standard errors."""
+def read_fewshot_rows(out: Path) -> list[dict[str, Any]]:
+    """One row per model that has a few-shot result: accuracies with their standard errors."""
     rows = []
     for title, run, *_ in MODELS:
         path = out / f"fewshot-{run}.json"
@@ -96,20 +74,52 @@ def fewshot_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def fewshot_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, in percent."""
-    heads = " | ".join(f"{title} ({task}, {metric})" for task, metric, title in TASKS)
-    lines = [f"| few-shot, %, of {rows[0]['documents']} documents | {heads} |", "|---|---|---|"]
-    for row in rows:
-        cells = " | ".join(
-            " ± ".join(f"{100 * value:.1f}" for value in row[task] if value is not None) for task, *_ in TASKS
-        )
-        lines.append(f"| {row['model']} | {cells} |")
-    return "\n".join([*lines, "| by chance | 0.0 | 25.0 |"])
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Sizes and perplexities of the models, and their few-shot accuracies in percent."""
+    models, shots = result["models"], result["fewshot"]
+    rows = [
+        [
+            row["model"],
+            *(human_count(row[key]) for key in ("non_embedding_params", "lora_params", "tokens")),
+            "" if row["perplexity_before"] is None else f"{row['perplexity_before']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / models[0]['perplexity']:.2f}",
+            f"{row['first_exit_perplexity']:.2f}" if row["num_loops"] > 1 else "",
+        ]
+        for row in models
+    ]
+    header = ["model", "non-embedding parameters", "of these LoRA", "tokens", "perplexity before", "after", "over base"]
+    bigram = result["bigram_perplexity"]
+    floor = (
+        f"Held-out packages of the standard library. A bigram model has {bigram:.2f}; half of it is {bigram / 2:.2f}."
+    )
+    accuracies = [
+        [
+            row["model"],
+            *(" ± ".join(f"{100 * value:.1f}" for value in row[task] if value is not None) for task, *_ in TASKS),
+        ]
+        for row in shots
+    ]
+    heads = [f"{title} ({task}, {metric})" for task, metric, title in TASKS]
+    made_up = "Tasks in the form of LAMBADA and HellaSwag, made up of held-out code: no benchmark."
+    return [
+        Table("", [*header, "exit after the first loop"], rows, notes=[floor]),
+        Table(
+            "",
+            [f"few-shot, %, of {shots[0]['documents']} documents", *heads],
+            [*accuracies, ["by chance", "0.0", "25.0"]],
+            notes=[made_up],
+        ),
+    ]
 
 
 def plot_curves(out: Path, path: Path) -> None:
-    """Training loss of every run over the tokens it trained on, averaged over ten steps."""
+    """Plot the training loss of every run over its tokens, averaged over ten steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for title, run, _, _ in MODELS:
         records = read_curve(out / run / "metrics.jsonl")
@@ -130,21 +140,18 @@ def main() -> None:
         raise UserError(f"arguments: found {len(sys.argv) - 1}; expected the demo's output directory")
     out = Path(sys.argv[1])
     rows = read_rows(out)
-    shots = fewshot_rows(out)
+    shots = read_fewshot_rows(out)
     base, bigram = rows[0]["perplexity"], read_json(out / "bigram.json")["perplexity"]
-    text = (
-        f"{make_table(rows)}\n\nHeld-out packages of the standard library. A bigram model has {bigram:.2f}; "
-        f"half of it is {bigram / 2:.2f}.\n\n{fewshot_table(shots)}\n\n"
-        "Tasks in the form of LAMBADA and HellaSwag, made up of held-out code: no benchmark.\n"
-    )
+    result = {"kind": "demo", "bigram_perplexity": bigram, "models": rows, "fewshot": shots}
+    text = "\n\n".join(table.markdown() for table in tables(result)) + "\n"
     atomic_write(out / "report.md", text)
-    write_result(out / "report.json", {"bigram_perplexity": bigram, "models": rows, "fewshot": shots})
+    write_result(out / "report.json", result)
     plot_curves(out, out / "curves.png")
     print(text)
     if base > bigram / 2:
         raise UserError(
             f"{out / 'base.json'}: field 'perplexity': found {base:.2f}; expected below half the bigram model's "
-            f"({bigram / 2:.2f}): the base is not trained enough to compare with, raise BASE_TOKENS"
+            f"({bigram / 2:.2f}): the base is not trained enough to compare with, raise DEMO_BASE_TOKENS"
         )
 
 

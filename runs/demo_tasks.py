@@ -1,7 +1,7 @@
 """Two made-up tasks for the demo's few-shot table: python runs/demo_tasks.py runs/out/demo/tasks
 
-They have the form of two data sets, and so take their prompts and metrics; their text is code of the standard library's
-held-out packages. So the scores compare the demo's models with each other, and with nothing else:
+They have the records, prompts and metrics of two data sets; their text is code of the standard library's held-out
+packages. So their scores compare the demo's models with each other, and with nothing else:
 - lambada_openai.jsonl: the last word of a few lines, one that occurs in them before
 - hellaswag.jsonl: how a few lines go on, beside three endings from other packages
 """
@@ -21,25 +21,25 @@ from rrt.errors import UserError
 
 DOCUMENTS = 400
 CONTEXT_LINES, ENDING_LINES = 6, 2
-MOST_CHARACTERS = 600
-"""Of a passage: the demo's models read 512 tokens, of two or three characters."""
+MAX_CHARACTERS = 600
+"""Of a passage: the demo's models read 512 tokens, of two or three characters each."""
 
 Passage = tuple[str, list[str]]
-"""The package that it is from, and its lines."""
+"""Name of its package, and its lines."""
 
 
-def passages() -> list[Passage]:
-    """The held-out files, cut into passages of equally many lines; empty lines and passages of long ones left out."""
+def cut_passages() -> list[Passage]:
+    """Cut the held-out files into passages of equally many lines, without empty lines and long passages."""
     found, size = [], CONTEXT_LINES + ENDING_LINES
     for path in stdlib_files("heldout"):
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         parts = [lines[start : start + size] for start in range(0, len(lines) - size + 1, size)]
-        found += [(path.parent.name, part) for part in parts if len("\n".join(part)) <= MOST_CHARACTERS]
+        found += [(path.parent.name, part) for part in parts if len("\n".join(part)) <= MAX_CHARACTERS]
     return found
 
 
-def last_words(found: list[Passage]) -> list[dict[str, object]]:
-    """LAMBADA's form: each passage up to the last of its words that it has used before."""
+def make_last_words(found: list[Passage]) -> list[dict[str, object]]:
+    """Make records in LAMBADA's form: each passage up to its last word that occurs before."""
     records: list[dict[str, object]] = []
     for _, lines in found:
         text = "\n".join(lines)
@@ -51,8 +51,8 @@ def last_words(found: list[Passage]) -> list[dict[str, object]]:
     return records
 
 
-def endings(found: list[Passage], rng: random.Random) -> list[dict[str, object]]:
-    """HellaSwag's form: how each passage goes on, and how three of other packages do, in random order."""
+def make_endings(found: list[Passage], rng: random.Random) -> list[dict[str, object]]:
+    """Make records in HellaSwag's form: each passage's ending and those of three other packages, in random order."""
     records: list[dict[str, object]] = []
     ends: dict[str, list[str]] = {}
     for package, lines in found:
@@ -74,7 +74,7 @@ def endings(found: list[Passage], rng: random.Random) -> list[dict[str, object]]
 
 
 def _one_line(lines: list[str]) -> str:
-    """As HellaSwag's texts are."""
+    """Join lines with single spaces, as in HellaSwag's texts."""
     return " ".join(" ".join(lines).split())
 
 
@@ -82,9 +82,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError(f"arguments: found {len(sys.argv) - 1}; expected the directory to write the tasks to")
     rng = random.Random(0)
-    found = passages()
+    found = cut_passages()
     rng.shuffle(found)
-    for task, records in (("lambada_openai", last_words(found)), ("hellaswag", endings(found, rng))):
+    for task, records in (("lambada_openai", make_last_words(found)), ("hellaswag", make_endings(found, rng))):
         records = records[:DOCUMENTS]
         path = Path(sys.argv[1]) / f"{task}.jsonl"
         atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -15,7 +15,7 @@ from rrt.common.provenance import code_version
 
 
 def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Describe this run: command line, code version, torch version, device and time."""
+    """Describe this run: command line, code version, torch version, device with its instruction sets, and time."""
     device = torch.device(device)
     cpu = cpu_info()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["model"]
@@ -25,6 +25,7 @@ def result_header(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": f"{device.type}: {name}",
+        "cpu_flags": cpu["flags"],
         "cores": cpu["usable_cores"],
         "threads": cpu["torch_threads"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

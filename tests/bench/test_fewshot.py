@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fewshot import FORMS, requests_of, shapes
+from bench.fewshot import FORMS, make_requests, make_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{n}" for n in range(500)]
@@ -16,7 +16,7 @@ WORDS = [f"w{n}" for n in range(500)]
 
 def test_the_mix_has_every_task_in_proportion_to_its_requests():
     assert sum(form.documents * form.choices for form in FORMS.values()) == 67_723
-    made = shapes(5, 600, WORDS)
+    made = make_shapes(5, 600, WORDS)
     assert len(made["hellaswag"]) == 20
     assert len(made["mix"]) == pytest.approx(600, rel=0.05)
 
@@ -24,13 +24,13 @@ def test_the_mix_has_every_task_in_proportion_to_its_requests():
 def test_requests_have_the_lengths_of_their_form_and_choices_share_their_context():
     rng = random.Random(0)
     for form in FORMS.values():
-        for context, continuation in requests_of(form, 20, WORDS, rng):
+        for context, continuation in make_requests(form, 20, WORDS, rng):
             extra = 2 if form.option_in_context else 0
             assert form.context[0] <= len(context.split()) <= form.context[1] + extra
             assert form.choice[0] <= len(continuation.split()) <= form.choice[1] and continuation[0] == " "
-    hellaswag = requests_of(FORMS["hellaswag"], 1, WORDS, rng)
+    hellaswag = make_requests(FORMS["hellaswag"], 1, WORDS, rng)
     assert len({context for context, _ in hellaswag}) == 1
-    winogrande = requests_of(FORMS["winogrande"], 1, WORDS, rng)
+    winogrande = make_requests(FORMS["winogrande"], 1, WORDS, rng)
     assert len({continuation for _, continuation in winogrande}) == 1
 
 

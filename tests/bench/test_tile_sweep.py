@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.tile_sweep import TABLE, Line, main, read_lines, shapes, with_lines
+from bench.tile_sweep import TABLE, Line, main, read_lines, replace_lines, shapes
 from rrt.errors import UserError
 
 A = Line(132, 2048, 2048, 8, "kColumns", 1)
@@ -17,14 +17,14 @@ COMMITTED = TABLE.read_text()
 
 
 def test_lines_come_back_sorted_as_they_were_written():
-    table = with_lines(COMMITTED, [B, OTHER_GPU, A])
+    table = replace_lines(COMMITTED, [B, OTHER_GPU, A])
     assert [line for line in read_lines(table) if line in (A, B, OTHER_GPU)] == sorted([A, B, OTHER_GPU])
-    assert with_lines(table, []) == table
+    assert replace_lines(table, []) == table
 
 
 def test_new_lines_replace_those_of_the_same_shape_and_gpu_only():
     faster = replace(A, kernel="kRows", slices=4)
-    lines = read_lines(with_lines(with_lines(COMMITTED, [A, B, OTHER_GPU]), [faster]))
+    lines = read_lines(replace_lines(replace_lines(COMMITTED, [A, B, OTHER_GPU]), [faster]))
     assert faster in lines and A not in lines and B in lines and OTHER_GPU in lines
 
 
@@ -32,7 +32,7 @@ def test_new_lines_replace_those_of_the_same_shape_and_gpu_only():
 def test_the_library_compiles_with_the_table(tmp_path):
     source = tmp_path / "table.cpp"
     check = "static_assert(rrt::loop_lora::kMeasuredTilings[0].multiprocessors > 0);\n"
-    source.write_text(with_lines(COMMITTED, [A, B]) + check)
+    source.write_text(replace_lines(COMMITTED, [A, B]) + check)
     command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{TABLE.parents[1]}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -13,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import exits
-from eval.calibration import exits_at, fit_thresholds, outcome, reliability, threshold_curve
+from eval.calibration import choose_exits, evaluate_thresholds, fit_thresholds, reliability, threshold_curve
 from eval.trajectories import Trajectories, read_trajectories
 from rrt.checkpoint.exit_thresholds import load_exit_thresholds
 from rrt.checkpoint.source import load_model
 from rrt.common.provenance import fingerprint
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.model.config import RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.processes import run_on_two
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
@@ -31,8 +32,7 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     make_bpe_tokenizer(directory / "base", "llama")
     make_hf_model(directory / "base", "llama", num_layers=3, vocab_size=load_tokenizer(directory / "base").vocab_size)
-    command = [sys.executable, "-m", "rrt.convert", "--base", directory / "base", "--out", directory / "folded"]
-    subprocess.run([*map(str, command), "--num-loops", "3", "--init", "average"], check=True, capture_output=True)
+    convert(directory / "base", directory / "folded", RecursiveConfig(num_loops=3, init="average"))
     return directory / "folded"
 
 
@@ -145,7 +145,7 @@ def test_thresholds_are_saved_beside_the_weights_and_refused_for_others(checkpoi
     for row in calibrations:
         assert load_exit_thresholds(mine, row["agreement"]) == tuple(row["thresholds"])
     found, _, _ = read_trajectories(tmp_path / "out")
-    held_back = outcome(found.samples(slice(1, None, 2)), calibrations[0]["thresholds"])
+    held_back = evaluate_thresholds(found.samples(slice(1, None, 2)), calibrations[0]["thresholds"])
     assert calibrations[0]["measured_agreement"] == held_back["early_agreement"]
     with pytest.raises(UserError, match=r"agreement: found 0\.5, 0\.9; expected 0\.8"):
         load_exit_thresholds(mine, 0.8)
@@ -229,16 +229,16 @@ def test_fitted_thresholds_reach_the_wanted_agreement_and_none_lower_does(seed, 
         assert threshold == (float(min(reaching)) if reaching else None)
         if threshold is not None:
             left &= found.confidence[loop] < np.float32(threshold)
-    measured = outcome(found, thresholds)
+    measured = evaluate_thresholds(found, thresholds)
     assert measured["early_agreement"] is None or measured["early_agreement"] >= wanted - 1e-12
 
 
 def test_exits_take_the_first_loop_that_is_confident():
     confidence = np.array([[0.9, 0.5, 0.5, 0.5], [0.9, 0.9, 0.1, 0.5]], dtype=np.float32)
     found = Trajectories(np.array([4]), np.ones((3, 4), dtype=bool), confidence, np.zeros((3, 4)))
-    assert exits_at(found, [0.9, 0.5]).tolist() == [0, 1, 2, 1]
-    assert exits_at(found, [None, 0.9]).tolist() == [1, 1, 2, 2]
-    assert exits_at(found, [None, None]).tolist() == [2, 2, 2, 2]
+    assert choose_exits(found, [0.9, 0.5]).tolist() == [0, 1, 2, 1]
+    assert choose_exits(found, [None, 0.9]).tolist() == [1, 1, 2, 2]
+    assert choose_exits(found, [None, None]).tolist() == [2, 2, 2, 2]
 
 
 def test_curves_run_from_every_token_at_the_first_exit_to_none():

@@ -18,8 +18,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from eval.fewshot import PAPER_METRICS, load_tasks
 from eval.harness_lm import HarnessLM, split_tokens
+from eval.harness_tasks import PAPER_METRICS, load_tasks
 from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.provenance import make_provenance

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 import pyarrow
 import pyarrow.parquet
 
-from eval.fewshot import PAPER_METRICS, load_tasks
+from eval.harness_tasks import PAPER_METRICS, load_tasks
 from eval.local_tasks import data_files, local_task
 from rrt.errors import UserError
 

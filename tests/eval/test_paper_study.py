@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import throughput
-from eval.paper_study import COUNTED, DECODE, LOOP_BLOCK, SAMPLES, SLOTS, print_study, repeat_study
+from eval.paper_study import COUNTED, DECODE, LOOP_BLOCK, SAMPLES, SLOTS, repeat_study, tables
 from eval.simulate import Costs, Curve, Queue, depth_wise, time_of
 
 
@@ -17,19 +17,19 @@ def rows():
 
 
 @pytest.mark.parametrize("corpus", ["SlimPajama", "RedPajama", "PG19"])
-def test_csb_and_cdb_land_within_three_percent_of_the_papers(rows, corpus, capsys):
+def test_csb_and_cdb_land_within_three_percent_of_the_papers(rows, corpus):
     row = next(row for row in rows if row["corpus"] == corpus and row["counted"] == "blocks only")
     for strategy in ("csb", "cdb"):
         assert row["ours"][strategy] == pytest.approx(row["paper"][strategy], rel=0.03)
     ratio = {"SlimPajama": 1.95, "RedPajama": 1.90, "PG19": 1.78}[corpus]
     assert row["cdb_over_csb"] == pytest.approx(ratio, rel=0.03)
-    print_study(rows)
-    assert f"{row['ours']['cdb']:.0f} ({row['paper']['cdb']})" in capsys.readouterr().out
+    (table,) = tables({"rows": rows})
+    assert f"{row['ours']['cdb']:.0f} ({row['paper']['cdb']})" in table.text()
 
 
 @pytest.mark.parametrize(("mean_loops", "paper"), [(1.19, 3159), (1.24, 3050), (1.56, 2421)])
 def test_a_long_queue_gives_the_papers_cdb_from_its_effective_loops(mean_loops, paper):
-    queue = Queue.drawn(np.full(SAMPLES // 10, DECODE), 2, mean_loops)
+    queue = Queue.draw(np.full(SAMPLES // 10, DECODE), 2, mean_loops)
     seconds = time_of(depth_wise(queue, SLOTS), Costs(Curve((SLOTS,), (SLOTS * LOOP_BLOCK,))), len(queue.lengths))
     # A queue of 20,000 samples would lose a tenth as much to slots that stand empty at its end.
     assert queue.num_tokens / seconds.total == pytest.approx(paper, rel=0.03)

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from eval import perplexity
 from eval.bigram import DISCOUNT, bigram_loss
-from eval.stream import Document, batches, document_blocks, make_batch, packed_blocks, score_exits
+from eval.stream import Document, batches, document_windows, make_batch, packed_windows, score_exits
 from rrt.checkpoint.source import load_model
 from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.model.config import LoraRanks, RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.processes import run_on_two
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
@@ -74,7 +76,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts():
-    return [text[:230] for text in list(training_texts())[:3]]
+    return [text[:150] for text in list(training_texts())[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,7 @@ def slow_loss(model, stream, context, exit_loop=None, bos_id=None):
 def recursive_dir(model_dir, tmp_path_factory):
     """The model folded into two loops, with a LoRA."""
     converted = tmp_path_factory.mktemp("recursive") / "model"
-    command = [sys.executable, "-m", "rrt.convert", "--base", model_dir, "--out", converted, "--num-loops", "2"]
-    subprocess.run([*map(str, command), "--init", "average", "--lora-rank", "2"], check=True, capture_output=True)
+    convert(model_dir, converted, RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(2)))
     return converted
 
 
@@ -118,16 +119,16 @@ def documents_of(lengths):
 
 
 @pytest.mark.parametrize("lengths", [[50], [1, 7, 3, 39], [11, 11, 11, 17], [10, 40]])
-def test_packed_blocks_predict_every_token_but_the_first_once_in_its_documents_group(lengths):
-    cut = list(packed_blocks(documents_of(lengths), context=10))
+def test_packed_windows_predict_every_token_but_the_first_once_in_its_documents_group(lengths):
+    cut = list(packed_windows(documents_of(lengths), context=10))
     assert [block.shape[1] for block in cut] == [11, 11, 11, 11, 10]
     expected = np.stack((np.arange(50), np.repeat(np.arange(len(lengths)), lengths)))
     assert np.array_equal(np.concatenate([block[:, 1:] for block in cut], axis=1), expected[:, 1:])
 
 
 @pytest.mark.parametrize("bos_id", [None, 99])
-def test_document_blocks_never_cross_a_document(bos_id):
-    cut = list(document_blocks(documents_of([1, 25, 11, 2]), context=10, bos_id=bos_id))
+def test_document_windows_never_cross_a_document(bos_id):
+    cut = list(document_windows(documents_of([1, 25, 11, 2]), context=10, bos_id=bos_id))
     extra = int(bos_id is not None)
     groups = [set(block[1].tolist()) for block in cut]
     assert all(len(group) == 1 for group in groups)
@@ -140,7 +141,7 @@ def test_document_blocks_never_cross_a_document(bos_id):
 
 def test_batches_hold_every_block_once_and_few_of_their_positions_are_padding():
     lengths = [2, 9, 4, 4, 11, 3, 8, 2, 2, 5]
-    cut = [block for document in documents_of(lengths) for block in packed_blocks([document], 10)]
+    cut = [block for document in documents_of(lengths) for block in packed_windows([document], 10)]
     dealt = list(batches(cut, context=10, batch_size=2))
     assert sorted(int(block[0, 0]) for group in dealt for block in group) == [int(block[0, 0]) for block in cut]
     for group in dealt:
@@ -223,7 +224,7 @@ def process_of_two(checkpoint, data, *flags):
     sys.argv = ["perplexity.py", *map(str, ("--checkpoint", checkpoint, "--data", data, *flags))]
     with pytest.MonkeyPatch.context() as patch:
         written = []
-        patch.setattr(perplexity, "print_table", written.append)
+        patch.setattr(perplexity, "tables", lambda result: written.append(result) or [])
         perplexity.main()
     return written[0] if written else None
 
@@ -252,7 +253,7 @@ def test_logits_of_a_batch_never_exist_whole(model_dir, monkeypatch):
     logits = model.logits
     monkeypatch.setattr("eval.stream._LOGITS_AT_ONCE", 7 * model.config.vocab_size)
     monkeypatch.setattr(model, "logits", lambda x, loop: rows.append(x.shape[0]) or logits(x, loop))
-    batch = make_batch(list(packed_blocks(documents_of([65]), 32)), None)
+    batch = make_batch(list(packed_windows(documents_of([65]), 32)), None)
     losses = score_exits(model, batch, range(1), perplexity.target_losses)
     assert max(rows) == 7 and sum(rows) == 64 == losses.shape[1]
     whole = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -12,10 +11,12 @@ from hypothesis import strategies as st
 
 from eval import exits, perplexity, report, throughput
 from eval.paper_study import COUNTED
-from eval.report import frontier, labels_of
+from eval.report_page import frontier, shorten_all
 from eval.svg import Axis, Series, bars, number, plot
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
+from rrt.model.config import RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
 
@@ -36,8 +37,7 @@ def results(tmp_path_factory):
     base, folded, data = out / "base", out / "folded", out / "data.jsonl"
     make_bpe_tokenizer(base, "llama")
     make_hf_model(base, "llama", num_layers=2, vocab_size=load_tokenizer(base).vocab_size)
-    command = [sys.executable, "-m", "rrt.convert", "--base", base, "--out", folded, "--num-loops", "2"]
-    subprocess.run([*map(str, command), "--init", "average"], check=True, capture_output=True)
+    convert(base, folded, RecursiveConfig(num_loops=2, init="average"))
     records = [
         {"text": text[:90], "meta": {"redpajama_set_name": f"<set {i}>"}} for i, text in enumerate(training_texts())
     ]
@@ -197,5 +197,5 @@ def test_a_plot_of_nothing_is_nothing_and_names_are_escaped():
 
 
 def test_checkpoints_have_short_names_unless_two_would_be_alike():
-    assert labels_of(["runs/a/final", "runs/b"]) == {"runs/a/final": "a", "runs/b": "b"}
-    assert labels_of(["x/a/final", "y/a"]) == {"x/a/final": "x/a/final", "y/a": "y/a"}
+    assert shorten_all(["runs/a/final", "runs/b"]) == {"runs/a/final": "a", "runs/b": "b"}
+    assert shorten_all(["x/a/final", "y/a"]) == {"x/a/final": "x/a/final", "y/a": "y/a"}

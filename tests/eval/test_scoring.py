@@ -96,10 +96,10 @@ def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(con
 def test_the_head_with_a_large_vocabulary_gives_the_same_packed_and_in_pieces(packed, configs, monkeypatch):
     model = random_model(configs["gemma"], KINDS["vanilla"])
     for module in ("eval.scoring", "rrt.decode.packed_weights"):
-        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: False)
+        monkeypatch.setattr(f"{module}.should_pack_for_batches", lambda weight: False)
     expected = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
     for module in ("eval.scoring", "rrt.decode.packed_weights"):
-        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
+        monkeypatch.setattr(f"{module}.should_pack_for_batches", lambda weight: packed)
     monkeypatch.setitem(scoring.LOGITS_ELEMENTS, "cpu", 3 * 151)
     monkeypatch.setattr(scoring, "MIN_LOGITS_ROWS", 1)
     others = Scorer(model, MAX_LENGTH, 4096).score(request_mix())
@@ -118,7 +118,7 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
         return lambda hidden, *rest: read.append(len(hidden)) or function(hidden, *rest)
 
     for module in ("eval.scoring", "rrt.decode.packed_weights"):
-        monkeypatch.setattr(f"{module}.packs_batches", lambda weight: packed)
+        monkeypatch.setattr(f"{module}.should_pack_for_batches", lambda weight: packed)
     if packed:
         monkeypatch.setattr(scoring.ops, "logit_statistics", counted(scoring.ops.logit_statistics))
     else:
@@ -156,7 +156,7 @@ def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, mon
 
 def rows_of(requests):
     scorer = Scorer(None, MAX_LENGTH, 1)
-    return share_beginnings([scorer.text(*request) for request in requests])
+    return share_beginnings([scorer.make_text(*request) for request in requests])
 
 
 def test_a_context_is_computed_once_for_all_its_choices():
@@ -168,7 +168,7 @@ def test_a_context_is_computed_once_for_all_its_choices():
 def test_one_token_continuations_share_the_whole_row():
     context = tokens(30, 1)
     rows = rows_of([(context, [token]) for token in range(50, 54)])
-    assert [(row.shared, row.length, row.branches) for row in rows] == [(30, 30, False)]
+    assert [(row.shared, row.length, row.has_branches) for row in rows] == [(30, 30, False)]
 
 
 def test_two_options_in_the_context_share_what_is_before_them():
@@ -193,7 +193,7 @@ def test_batches_hold_every_row_once_within_the_budget_with_padding(batch_tokens
     for batch in found:
         longest = max(row.length for row in batch)
         assert len(batch) == 1 or longest * len(batch) <= batch_tokens
-        assert len({row.branches for row in batch}) == 1
+        assert len({row.has_branches for row in batch}) == 1
 
 
 def test_finished_requests_are_not_computed_again(configs, tmp_path):

@@ -13,7 +13,7 @@ from eval.simulate import (
     Passes,
     Queue,
     depth_wise,
-    drawn_lengths,
+    draw_lengths,
     first_passes,
     sequence_wise,
     static,
@@ -137,13 +137,13 @@ def test_time_is_the_sum_of_the_parts():
 
 def test_drawn_exits_have_the_mean_that_was_asked_for():
     for num_loops, mean in ((2, 1.19), (3, 2.5), (3, 1.0), (4, 4.0)):
-        queue = Queue.drawn(np.full(100, 1000), num_loops, mean)
+        queue = Queue.draw(np.full(100, 1000), num_loops, mean)
         assert queue.mean_loops == pytest.approx(mean, abs=0.01)
         assert 0 <= queue.exits.min() <= queue.exits.max() < num_loops
 
 
 def test_drawn_lengths_are_exponential_within_their_limits():
-    assert drawn_lengths(3, 7, None).tolist() == [7, 7, 7]
-    lengths = drawn_lengths(20_000, 100, 20.0)
+    assert draw_lengths(3, 7, None).tolist() == [7, 7, 7]
+    lengths = draw_lengths(20_000, 100, 20.0)
     assert lengths.min() == 1 and lengths.max() == 100
     assert lengths.mean() == pytest.approx(20 * (1 - np.exp(-5)), rel=0.03)

@@ -1,0 +1,43 @@
+"""The flag --json of the benchmarks, and where their results go: bench/out/, which git ignores.
+
+`python bench/tabulate.py` makes the tables in bench/results/ from them.
+"""
+
+import argparse
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.flags import check_output_file
+from rrt.common.results import write_result
+
+OUT = Path(__file__).resolve().parent / "out"
+
+
+def add_json_flag(parser: argparse.ArgumentParser, bench: str) -> None:
+    """Add `--json [OUT]`; without OUT the result is named after the benchmark and the time."""
+    default = OUT / f"{bench}-{datetime.now():%Y-%m-%d-%H%M%S}.json"
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=default,
+        metavar="OUT",
+        help=f"also write the results to OUT (default bench/out/{bench}-DATE.json)",
+    )
+
+
+def check_json_flag(path: Path | None) -> None:
+    """Refuse a path that could not be written, before anything is measured."""
+    if path is not None and path.parent == OUT:
+        OUT.mkdir(exist_ok=True)
+    check_output_file("--json", path)
+
+
+def save_result(path: Path | None, kind: str, values: dict[str, Any], device: torch.device | str = "cpu") -> None:
+    """Write a result of this kind, if a path is given, and say where."""
+    if path is not None:
+        write_result(path, {"kind": kind, **values}, device)
+        print(f"wrote {path}", flush=True)

@@ -1,0 +1,125 @@
+"""Committed results are small pages, and bench/tabulate.py makes them from results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import tabulate
+from bench.output import OUT, add_json_flag, check_json_flag, save_result
+from rrt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_FILE_LINES, MAX_ALL_LINES = 500, 5_000
+
+
+def find_oversized(root: Path, names: list[str]) -> list[str]:
+    """Complaints about tracked files of bench/results and runs that are too long, one by one and together."""
+    results = [name for name in names if name.startswith(("bench/results/", "runs/"))]
+    lines = {name: (root / name).read_bytes().count(b"\n") for name in results}
+    limits = {name: tabulate.MAX_LINES if name.startswith("bench/results/") else MAX_FILE_LINES for name in results}
+    found = [f"{name}: {lines[name]} lines" for name in results if lines[name] > limits[name]]
+    found += [f"{name}: raw results" for name in results if name.startswith("bench/results/") and name[-3:] != ".md"]
+    if sum(lines.values()) > MAX_ALL_LINES:
+        found.append(f"{sum(lines.values())} lines in all")
+    return found
+
+
+def test_tracked_results_are_small():
+    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("not a git checkout")
+    names = [name for name in git.stdout.split("\0") if (ROOT / name).is_file()]
+    assert any(name.startswith("bench/results/") for name in names)
+    assert find_oversized(ROOT, names) == []
+
+
+def test_results_that_are_too_large_are_found(tmp_path):
+    sizes = {"bench/results/a.md": 80, "bench/results/b.md": 81, "bench/results/c.json": 1, "runs/d.json": 501}
+    sizes |= {f"runs/{n}.txt": 500 for n in range(9)}
+    for name, lines in {**sizes, "eval/e.py": 9_000}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n" * lines)
+    found = find_oversized(tmp_path, [*sizes, "eval/e.py"])
+    assert found == [
+        "bench/results/b.md: 81 lines",
+        "runs/d.json: 501 lines",
+        "bench/results/c.json: raw results",
+        "5163 lines in all",
+    ]
+    assert find_oversized(tmp_path, ["bench/results/a.md", "runs/0.txt", "eval/e.py"]) == []
+
+
+def losses_result(**changes: Any) -> dict[str, Any]:
+    variant = {"peak_bytes": 2**30, "seconds": 2.0}
+    case = {"tokens": 2048, "vocab": 9, "width": 8, "rounds": 2, "ratio": {"peak_bytes": 0.5, "seconds": 0.25}}
+    header = {"command": "losses.py --json /x/y.json --rounds 2", "code_version": "0.1.0+abc", "torch": "2.13.0"}
+    header |= {
+        "device": "cpu: Abacus",
+        "cpu_flags": ["avx2"],
+        "cores": 2,
+        "threads": 1,
+        "created": "2026-11-05T10:00:00",
+    }
+    head, exits = (
+        {**case, **dict.fromkeys(names, variant)} for names in (("chunked", "whole"), ("distilled", "plain"))
+    )
+    return {"kind": "losses", **header, "head": head, "exits": exits, **changes}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["tabulate.py", *map(str, arguments)])
+    tabulate.main()
+
+
+def test_a_page_has_the_conditions_and_the_tables_of_its_results(tmp_path, monkeypatch):
+    source, page = tmp_path / "losses.json", tmp_path / "2026-11_abacus_losses.md"
+    source.write_text(json.dumps(losses_result()))
+    run(monkeypatch, source, source, "--out", page, "--note", "One run.")
+    text = page.read_text()
+    assert text.startswith("# losses, abacus, 2026-11\n\n- One run.\n\n- command: `losses.py --rounds 2`\n")
+    assert "- code 0.1.0+abc, 2026-11-05, torch 2.13.0\n- machine: cpu: Abacus, 2 cores, 1 threads, avx2\n" in text
+    assert text.count("| chunked | 1.00 GiB | 2.00 s |") == 2 and "| ratio | 0.500 | 0.25 |" in text
+
+
+@pytest.mark.parametrize(
+    "changes, out, message",
+    [
+        ({"kind": "unheard-of"}, "2026-11_abacus_losses.md", "field 'kind': found 'unheard-of'; expected one of demo"),
+        ({}, "2026-12_abacus_losses.md", "expected MONTH_MACHINE_SUBJECT.md with month 2026-11"),
+        ({}, "2026-11_losses.md", "expected MONTH_MACHINE_SUBJECT.md"),
+    ],
+)
+def test_other_results_and_names_are_refused(tmp_path, monkeypatch, changes, out, message):
+    (tmp_path / "losses.json").write_text(json.dumps(losses_result(**changes)))
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, tmp_path / "losses.json", "--out", tmp_path / out)
+    assert message in str(error.value) and not (tmp_path / out).exists()
+
+
+def test_a_page_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "losses.json").write_text(json.dumps(losses_result()))
+    page = tmp_path / "2026-11_abacus_losses.md"
+    with pytest.raises(UserError, match="expected at most 80: name fewer results"):
+        run(monkeypatch, *[tmp_path / "losses.json"] * 5, "--out", page)
+    assert not page.exists()
+
+
+def test_json_without_a_path_goes_to_an_ignored_folder(tmp_path, monkeypatch, capsys):
+    parser = tabulate.argparse.ArgumentParser()
+    add_json_flag(parser, "kernels")
+    assert parser.parse_args([]).json is None
+    path = parser.parse_args(["--json"]).json
+    assert path.parent == OUT and path.name.startswith("kernels-20") and path.suffix == ".json"
+    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", str(path)])
+    assert ignored.returncode in (0, 128)  # 128: not a git checkout
+    with pytest.raises(UserError, match="--json: found"):
+        check_json_flag(tmp_path / "absent" / "out.json")
+    save_result(tmp_path / "out.json", "kernels", {"a": 1})
+    assert json.loads((tmp_path / "out.json").read_text())["kind"] == "kernels"
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out.json'}\n"
+    save_result(None, "kernels", {})
+    assert capsys.readouterr().out == ""
