@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "rounding.h"
+
 namespace rrt {
 
 class Arena {
@@ -12,7 +14,7 @@ class Arena {
   template <class T>
   int64_t reserve(int64_t count) {
     const int64_t begin = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+    size_ += round_up(count * static_cast<int64_t>(sizeof(T)), kLine);
     return begin;
   }
   void allocate() {

@@ -85,7 +85,7 @@ void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
   const Shape& s = params.shape;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t queries = std::max<int64_t>(1, kPartRows / (group * kTile)) * kTile;
-  const int64_t parts = (s.length + queries - 1) / queries;
+  const int64_t parts = ceil_div(s.length, queries);
   const auto run = [&params, queries, parts](int64_t part, const ForwardScratch& scratch) {
     const Shape& shape = params.shape;
     // The last queries, which see most, first.

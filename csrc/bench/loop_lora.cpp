@@ -151,7 +151,7 @@ class Buffer {
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin >= end) return;
 #ifdef _OPENMP
-  const int64_t grains = (end - begin + grain - 1) / grain;
+  const int64_t grains = ceil_div(end - begin, grain);
   const int64_t threads = std::min<int64_t>(omp_get_max_threads(), grains);
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -233,7 +233,7 @@ int main(int argc, char** argv) {
   const int64_t sizes[] = {matrix_size(o, dtype, o.n, o.k), o.loops * matrix_size(o, dtype, o.rank, o.k),
                            o.loops * matrix_size(o, dtype, o.n, o.rank)};
   const int64_t set_bytes = (sizes[0] + sizes[1] + sizes[2]) * bytes_of(dtype);
-  const int64_t num_sets = std::max<int64_t>(1, (o.megabytes * 1000000 + set_bytes - 1) / set_bytes);
+  const int64_t num_sets = std::max<int64_t>(1, ceil_div(o.megabytes * 1000000, set_bytes));
   std::vector<Weights> weights;
   for (int64_t i = 0; i < num_sets; ++i) {
     weights.push_back({Buffer(dtype, sizes[0]), Buffer(dtype, sizes[1]), Buffer(dtype, sizes[2])});

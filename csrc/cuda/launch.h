@@ -10,6 +10,8 @@
 #include <mutex>
 #include <utility>
 
+#include "rounding.h"
+
 namespace rrt::cuda {
 
 // Makes `device` current, and the one before it again at the end.
@@ -92,6 +94,6 @@ inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline unsigned ceil_div(int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); }
+inline unsigned num_tiles(int64_t size, int64_t tile) { return static_cast<unsigned>(ceil_div(size, tile)); }
 
 }  // namespace rrt::cuda

@@ -74,7 +74,7 @@ class ThreadMemory {
 template <class Acc>
 void run_attention(const AttentionParams& p, const AttentionPlan& plan, ParallelFor parallel_for) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const int64_t padded_dim = ceil_div(p.head_dim, kPadDim) * kPadDim;
+  const int64_t padded_dim = round_up(p.head_dim, kPadDim);
   Arena arena;
   const StateMemory<Acc> partial(arena, plan.num_partial * p.num_heads, padded_dim);
   arena.allocate();

@@ -6,6 +6,7 @@
 // cache where it is, the first one as dot products.
 #include "kv_cache/cpu_kernels.h"
 #include "kv_cache/cpu_products.h"
+#include "rounding.h"
 
 namespace rrt::kv_cache {
 namespace {
@@ -184,7 +185,7 @@ struct Attend {
   void softmax(int64_t row, int64_t count, const SoftmaxState& state) const {
     Acc* scores = static_cast<Acc*>(scratch.scores) + row * kTileSlots;
     Unit* probabilities = static_cast<Unit*>(scratch.probabilities) + row * (kTileSlots / kPair<D>);
-    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    const int64_t padded = round_up(count, lanes);
     for (int64_t i = count; i < padded; ++i) scores[i] = 0;
     Acc& max = static_cast<Acc*>(state.max)[row];
     Acc& sum = static_cast<Acc*>(state.sum)[row];
@@ -270,7 +271,7 @@ struct Attend {
       stage_keys(count, tile);
       const Staged<D> keys{static_cast<const Unit*>(scratch.k), kTileSlots};
       multiply_rows<D, kMaxRows, false>(q, q_stride, keys, p.head_dim, scores, kTileSlots, rows - first,
-                                        (count + unit_lanes - 1) / unit_lanes * unit_lanes);
+                                        round_up(count, unit_lanes));
     }
     for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
     if (direct) {

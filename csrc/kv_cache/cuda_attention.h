@@ -14,7 +14,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "device/primitives.h"
+#include "rounding.h"
 
 namespace rrt::kv_cache {
 
@@ -53,7 +54,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 template <int HEAD_DIM, int STAGES>
 struct AttentionShared {
-  static constexpr int kBlocks = (HEAD_DIM + 31) / 32;      // of 32 elements: two mmas of keys
+  static constexpr int kBlocks = ceil_div<32>(HEAD_DIM);    // of 32 elements: two mmas of keys
   static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
   static constexpr int kQueryStride = 32 * kBlocks + 8;     // elements; the rest spreads lanes over the banks
   static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
@@ -92,7 +93,7 @@ RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, 
   int begin = device::load_global(args.query_start);
   for (int s = 0; s < args.num_sequences; ++s) {
     const int end = device::load_global(args.query_start + s + 1);
-    const int rows = (end - begin) * group, tiles = (rows + kMmaRows - 1) / kMmaRows;
+    const int rows = (end - begin) * group, tiles = ceil_div<kMmaRows>(rows);
     if (tile < tiles) {
       const int first = tile * kMmaRows;
       const int here = rows - first < kMmaRows ? rows - first : kMmaRows;
@@ -364,7 +365,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   using Shared = AttentionShared<HEAD_DIM, STAGES>;
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
-  const int group = args.num_heads / args.num_kv_heads, tiles = (group + kMmaRows - 1) / kMmaRows;
+  const int group = args.num_heads / args.num_kv_heads, tiles = ceil_div<kMmaRows>(group);
   const int first = block.y % tiles * kMmaRows;
   device::dependency_wait();
   device::launch_dependents();
@@ -443,7 +444,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   device::dependency_wait();
   const int context = decode_context(args, block.x);
   if (context <= kCudaSplitSlots) return;
-  const int pieces = (context + kCudaSplitSlots - 1) / kCudaSplitSlots;
+  const int pieces = ceil_div<kCudaSplitSlots>(context);
   const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
   const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
   const auto of = [&](int piece, int column) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "rounding.h"
+
 namespace rrt::kv_cache {
 
 // A context is cut every kSplitSlots slots, whatever else is in the batch; each piece has a softmax of its own,
@@ -16,8 +18,6 @@ constexpr int64_t kTileRows = 64;
 // Tiles of so few queries take the pieces of their context in tasks of their own: for a long context and little
 // else to do. The pieces' results then lie in memory, which for more queries would be too much.
 constexpr int64_t kMaxSplitQueries = 4;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The checks return the first index whose value does not fit, or -1.
 inline int64_t find_bad_slot(const int64_t* slots, int64_t m, int64_t num_slots) {

@@ -109,7 +109,7 @@ void statistics_cpu(const StatisticsParams& p, ParallelFor parallel_for) {
   thread_local Scratch scratch;
   char* packed_x =
       scratch.reserve(num_chunks(pack_steps(p.dtype, p.k)) * most_rows * kChunk * kernels.operand_bytes[dtype]);
-  const int64_t parts = (num_panels(p.n) + kPartPanels - 1) / kPartPanels;
+  const int64_t parts = ceil_div(num_panels(p.n), kPartPanels);
   std::vector<PartStatistics> statistics(parts * most_rows);
   for (const RowBlock& block : plan_rows(groups, kernels.tile_rows, kMaxBlockRows)) {
     StatisticsWork work{{}, p.n, p.k, p.weight, statistics.data()};

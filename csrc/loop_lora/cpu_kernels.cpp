@@ -245,7 +245,7 @@ class Panel {
   Panel(bool packed, const Storage* matrix, int64_t first, int64_t n, int64_t stride, int64_t columns)
       : packed_(packed), stride_(stride), rows_(n - first < kPanel ? n - first : kPanel), columns_(columns) {
     constexpr int64_t kStep = Product<D>::kStep;
-    from_ = matrix + (packed ? first * ((stride + kStep - 1) / kStep * kStep) : first * stride);
+    from_ = matrix + (packed ? first * round_up(stride, kStep) : first * stride);
   }
 
   int64_t chunks() const { return num_chunks(total_steps()); }
@@ -263,7 +263,7 @@ class Panel {
   }
 
  private:
-  int64_t total_steps() const { return (columns_ + Product<D>::kStep - 1) / Product<D>::kStep; }
+  int64_t total_steps() const { return ceil_div(columns_, Product<D>::kStep); }
 
   bool packed_;
   const Storage* from_;
@@ -276,7 +276,7 @@ class Panel {
 template <class D>
 inline int64_t matrix_size(const Params& p, int64_t n, int64_t k) {
   constexpr int64_t kStep = Product<D>::kStep;
-  return p.packed ? (n + kPanel - 1) / kPanel * kPanel * ((k + kStep - 1) / kStep * kStep) : n * k;
+  return p.packed ? round_up(n, kPanel) * round_up(k, kStep) : n * k;
 }
 
 template <class D>
@@ -513,7 +513,7 @@ template <class D>
 void pack_panels(const PackWork& work, int64_t begin, int64_t end) {
   constexpr int64_t kStep = Product<D>::kStep;
   const int64_t panels = num_panels(work.n);
-  const int64_t panel_size = kPanel * ((work.k + kStep - 1) / kStep * kStep);
+  const int64_t panel_size = kPanel * round_up(work.k, kStep);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t matrix = task / panels, first = task % panels * kPanel;
     const auto* from = static_cast<const typename D::Storage*>(work.from) + (matrix * work.n + first) * work.k;

@@ -14,7 +14,7 @@ constexpr int64_t kMaxBlockRows = 192;
 // Up to here the bytes of weights that are multiplied as they lie take longer than the multiply-adds.
 constexpr int64_t kFewRows = 8;
 
-static constexpr int64_t num_chunks(int64_t steps) { return (steps + kChunk - 1) / kChunk; }
+static constexpr int64_t num_chunks(int64_t steps) { return ceil_div(steps, kChunk); }
 
 // One block of rows. Operands are what rows are multiplied as: see Operand in cpu_kernels.cpp.
 struct CpuWork {

@@ -66,7 +66,7 @@ Instance row_instance(int64_t m) {
 
 cudaError_t launch(const Instance& instance, const DecodeArgs& args, int rows, int depth, bool dependent,
                    cudaStream_t stream) {
-  const dim3 grid(cuda::ceil_div(rows, instance.rows) * cuda::ceil_div(args.m, instance.tokens), depth);
+  const dim3 grid(cuda::num_tiles(rows, instance.rows) * cuda::num_tiles(args.m, instance.tokens), depth);
   return cuda::launch(instance.kernel, args, grid, instance.threads, instance.shared_bytes, dependent, stream);
 }
 
@@ -80,7 +80,7 @@ cudaError_t launch_all(const Instance& shrink, const Instance& product, int slic
   if (has_rank) error = launch(shrink, args, args.total_rank, args.num_loops, dependent, stream);
   if (error == cudaSuccess) error = launch(product, args, args.n, slices, dependent && has_rank, stream);
   if (error == cudaSuccess && slices > 1) {
-    const dim3 grid(cuda::ceil_div(static_cast<int64_t>(args.m) * args.n, add.threads));
+    const dim3 grid(cuda::num_tiles(static_cast<int64_t>(args.m) * args.n, add.threads));
     error = cuda::launch(add.kernel, args, grid, add.threads, 0, dependent, stream);
   }
   return error;
@@ -122,9 +122,9 @@ Tiling tiling_of(const Params& p) {
   return choose_tiling(kMeasuredTilings, cuda::device_facts().multiprocessors, p.n, p.k, p.m, rows_fit);
 }
 
-int64_t padded_rows(const Params& p) { return (p.m + 7) / 8 * 8; }
+int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
 
-int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+int64_t align(int64_t bytes) { return round_up(bytes, 16); }
 
 // Of T; the parts' sums lie behind it.
 int64_t shrunk_bytes(const Params& p) {

@@ -17,8 +17,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "device/primitives.h"
 #include "loop_lora/launch.h"
+#include "rounding.h"
 
 namespace rrt::loop_lora {
 
@@ -91,7 +92,7 @@ RRT_DEVICE uint32_t loops_present(const int32_t* loops, int begin, int count, in
 RRT_DEVICE int first_block_of(int part, int blocks) { return blocks * part / kParts; }
 
 // Blocks of 32 ranks that a part has of each loop: every eighth.
-RRT_DEVICE int rank_blocks_of(int part, int blocks) { return blocks > part ? (blocks - part + kParts - 1) / kParts : 0; }
+RRT_DEVICE int rank_blocks_of(int part, int blocks) { return blocks > part ? ceil_div<kParts>(blocks - part) : 0; }
 
 // Goes through the parts [part, last_part) in blocks of 32 columns: each W's, then those of each B_l. Waits for the kernel
 // before, which writes T, at the first of these.
@@ -185,8 +186,8 @@ RRT_DEVICE Cursor<Storage> make_cursor(const DecodeArgs& args, const Storage* ma
                          tokens,
                          part,
                          last_part,
-                         (args.k + kBlockColumns - 1) / kBlockColumns,
-                         (rank + kBlockColumns - 1) / kBlockColumns,
+                         ceil_div<kBlockColumns>(args.k),
+                         ceil_div<kBlockColumns>(rank),
                          args.segment_rank[segment],
                          rank};
   cursor.begin_part();
@@ -231,7 +232,7 @@ template <class Half, int TOKENS, int STAGES, bool SHRINK>
 RRT_DEVICE void column_body(const DecodeArgs& args) {
   using Storage = typename Half::Storage;
   constexpr int kTokenTiles = TOKENS / 8, kVectors = 2 + kTokenTiles;
-  const int token_tiles = (args.m + TOKENS - 1) / TOKENS;
+  const int token_tiles = ceil_div<TOKENS>(args.m);
   const device::Index block = device::block_index();
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   const int lane_row = lane / 4, lane_column = lane % 4 * kVectorElements;
@@ -326,7 +327,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   constexpr int kStageVectors = kWeightVectors * kRowThreads + kTokenTiles * 32;
   const bool whole = args.parts_per_block == kParts;
   if (!whole) device::launch_dependents();
-  const int token_tiles = (args.m + TOKENS - 1) / TOKENS;
+  const int token_tiles = ceil_div<TOKENS>(args.m);
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const int lane_row = lane / 4, lane_column = lane % 4 * kVectorElements;
@@ -355,7 +356,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
                            valid ? cursor.from + row * cursor.stride + lane_column : cursor.from, valid);
       }
 #pragma unroll
-      for (int i = 0; i < (kTokenTiles + kRowWarps - 1) / kRowWarps; ++i) {
+      for (int i = 0; i < ceil_div<kRowWarps>(kTokenTiles); ++i) {
         const int token_tile = i * kRowWarps + warp, token = 8 * token_tile + lane_row;
         if (token_tile >= kTokenTiles) break;
         const bool valid = in_columns && token < tokens;

@@ -25,7 +25,7 @@ RRT_DEVICE void plain_body(const DecodeArgs& args) {
   using Acc = typename Number::Acc;
   const device::Index block = device::block_index();
   const int lane = device::thread_index() % 32;
-  const int token_tiles = (args.m + kPlainTokens - 1) / kPlainTokens;
+  const int token_tiles = ceil_div<kPlainTokens>(args.m);
   const int row = block.x / token_tiles * kPlainRows + device::thread_index() / 32;
   const int token_begin = block.x % token_tiles * kPlainTokens;
   const int tokens = args.m - token_begin < kPlainTokens ? args.m - token_begin : kPlainTokens;

@@ -22,7 +22,7 @@ cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool de
   {                                                                                                      \
     using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                     \
     static_assert(2 * (Tile::kSharedBytes + 1024) <= 164 << 10, "two blocks, and an A100 has no more");  \
-    const dim3 tiles(cuda::ceil_div(args.m, Tile::kTokens), Tile::out_tiles(args));                      \
+    const dim3 tiles(cuda::num_tiles(args.m, Tile::kTokens), Tile::out_tiles(args));                      \
     if (kernel == nullptr || tiles.x * static_cast<int64_t>(tiles.y) >= multiprocessors) {               \
       kernel = prefill_kernel<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                    \
       grid = tiles;                                                                                      \

@@ -12,8 +12,9 @@
 
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "device/primitives.h"
 #include "loop_lora/launch.h"
+#include "rounding.h"
 
 namespace rrt::loop_lora {
 
@@ -73,7 +74,7 @@ struct PrefillTile {
   static int out_tiles(const PrefillArgs& args) {
     int tiles = 0;
     for (int s = 0; s < args.num_segments; ++s) {
-      tiles += (args.segment_out[s + 1] - args.segment_out[s] + kOuts - 1) / kOuts;
+      tiles += ceil_div<kOuts>(args.segment_out[s + 1] - args.segment_out[s]);
     }
     return tiles;
   }
@@ -134,7 +135,7 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   int segment = 0, out_begin = block.y * Tile::kOuts;
   for (; out_begin >= args.segment_out[segment + 1] - args.segment_out[segment]; ++segment) {
     const int size = args.segment_out[segment + 1] - args.segment_out[segment];
-    out_begin -= (size + Tile::kOuts - 1) / Tile::kOuts * Tile::kOuts;
+    out_begin -= round_up<Tile::kOuts>(size);
   }
   out_begin += args.segment_out[segment];
   const int tokens = args.m - token_begin, outs = args.segment_out[segment + 1] - out_begin;
@@ -145,8 +146,8 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const Storage* t = static_cast<const Storage*>(args.shrunk) + static_cast<int64_t>(token_begin) * args.total_rank +
                      args.segment_rank[segment];
   const Storage* b = static_cast<const Storage*>(args.lora_b) + static_cast<int64_t>(out_begin) * args.b_stride;
-  const int base_turns = (args.k + kPrefillColumns - 1) / kPrefillColumns;
-  const int turns = base_turns + (rank + kPrefillColumns - 1) / kPrefillColumns;
+  const int base_turns = ceil_div<kPrefillColumns>(args.k);
+  const int turns = base_turns + ceil_div<kPrefillColumns>(rank);
   const auto fetch = [&](int turn) {
     if (turn < base_turns) {
       const int column = turn * kPrefillColumns;

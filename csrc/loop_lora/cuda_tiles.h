@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "rounding.h"
+
 namespace rrt::loop_lora {
 
 enum class DecodeKernel { kColumns, kRows };
@@ -36,7 +38,7 @@ inline int tile_tokens(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ?
 inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
   constexpr double kMemory = 32e3, kCache = 42e3, kLaunch = 1.0;
   const int64_t rows = tiling.kernel == DecodeKernel::kRows ? 128 : 16, tokens = tile_tokens(m);
-  const int64_t tiles = (n + rows - 1) / rows * ((m + tokens - 1) / tokens);
+  const int64_t tiles = ceil_div(n, rows) * ceil_div(m, tokens);
   const double blocks = static_cast<double>(tiles * tiling.slices);
   const double weights = 2.0 * static_cast<double>(rows * k) / tiling.slices;
   const double x = 2.0 * static_cast<double>(tokens * k) / tiling.slices;

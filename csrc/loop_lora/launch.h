@@ -7,6 +7,7 @@
 
 #include "dtype.h"
 #include "loop_lora/plan.h"
+#include "rounding.h"
 
 namespace rrt::loop_lora {
 
@@ -16,8 +17,8 @@ namespace rrt::loop_lora {
 constexpr int64_t kPanel = 32;
 
 static constexpr int64_t pack_step(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 2 : 1; }
-static constexpr int64_t pack_steps(Dtype dtype, int64_t k) { return (k + pack_step(dtype) - 1) / pack_step(dtype); }
-static constexpr int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+static constexpr int64_t pack_steps(Dtype dtype, int64_t k) { return ceil_div(k, pack_step(dtype)); }
+static constexpr int64_t num_panels(int64_t n) { return ceil_div(n, kPanel); }
 
 // Output rows [out_begin, out_begin + out_size) of the weight have adapters of their own: rows
 // [rank_begin, rank_begin + rank) of lora_a and the first `rank` columns of lora_b.

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "rounding.h"
+
 namespace rrt::loop_lora {
 
 // Rows sorted by loop; within a loop in their order of appearance.
@@ -65,7 +67,7 @@ inline std::vector<RowBlock> plan_rows(const LoopGroups& groups, int64_t tile_ro
   int64_t loop = 0;
   for (int64_t begin = 0; begin < total; begin += block_rows) {
     RowBlock block{begin, std::min(block_rows, total - begin), {}, {}, {}};
-    const int64_t num_tiles = (block.rows + tile_rows - 1) / tile_rows;
+    const int64_t num_tiles = ceil_div(block.rows, tile_rows);
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t first = block.rows * tile / num_tiles;
       const int64_t last = block.rows * (tile + 1) / num_tiles;

@@ -1,4 +1,4 @@
-// The CUDA decode kernels' bodies under emulation, against sums in double; see emulation/device.h.
+// The CUDA decode kernels' bodies under emulation, against sums in double; see emulation/device/primitives.h.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +45,7 @@ struct Problem {
   std::vector<typename Half::Acc> plain_shrunk;
   std::vector<float> part_sums;
 
-  Problem(const Shape& s, uint64_t seed) : shape(s), padded_m((s.m + 7) / 8 * 8) {
+  Problem(const Shape& s, uint64_t seed) : shape(s), padded_m(round_up(s.m, 8)) {
     for (int rank : s.segment_rank) {
       total_rank += rank;
       b_stride = std::max(b_stride, rank);
@@ -170,8 +170,6 @@ struct Outcome {
     return "";
   }
 };
-
-int ceil_div(int size, int tile) { return (size + tile - 1) / tile; }
 
 // The column kernel.
 struct Columns {

@@ -50,14 +50,14 @@ void the_first_bad_row_is_named() {
 }
 
 void check_block(const RowBlock& block, const std::vector<int32_t>& sorted_loops, int64_t tile_rows) {
-  const int64_t num_tiles = (block.rows + tile_rows - 1) / tile_rows;
+  const int64_t num_tiles = rrt::ceil_div(block.rows, tile_rows);
   CHECK_EQ(static_cast<int64_t>(block.tiles.size()), num_tiles);
   std::set<int64_t> tile_ends;
   int64_t row = 0;
   for (const RowTile& tile : block.tiles) {
     CHECK_EQ(tile.begin, row);
     // Nearly equal, so that no tile is too small to be worth its pass over the weights.
-    CHECK(tile.rows == block.rows / num_tiles || tile.rows == (block.rows + num_tiles - 1) / num_tiles);
+    CHECK(tile.rows == block.rows / num_tiles || tile.rows == rrt::ceil_div(block.rows, num_tiles));
     CHECK(tile.rows <= tile_rows);
     row += tile.rows;
     tile_ends.insert(row);

@@ -1,5 +1,5 @@
-// The functions of csrc/cuda/device.h for a block of emulated threads. Every thread is a fiber that runs until it
-// must wait for others; the order in which fibers run is shuffled with a seed. What is checked while it runs:
+// The functions of csrc/cuda/device/primitives.h for a thread block of emulated threads; the include path chooses between
+// the two files. Every thread is a fiber that runs until it must wait for others; the order in which fibers run is shuffled with a seed. What is checked while it runs:
 //
 //   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
 //               or of the warp that both are in, between
