@@ -76,6 +76,11 @@ void Checks::contiguous(const char* name, const Tensor& tensor) const {
        "; expected a contiguous tensor (call .contiguous() once, when loading)");
 }
 
+Tensor with_dense_last_dim(const Tensor& x) {
+  const int64_t last = static_cast<int64_t>(x.sizes().size()) - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
 #ifdef RRT_CUDA
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;

@@ -54,6 +54,9 @@ struct Checks {
   void contiguous(const char* name, const Tensor& tensor) const;
 };
 
+// x, or a contiguous copy if the elements of its last dimension are not adjacent.
+Tensor with_dense_last_dim(const Tensor& x);
+
 #ifdef RRT_CUDA
 // The current stream (a cudaStream_t) of CUDA device `device`.
 void* current_cuda_stream(int32_t device);

@@ -86,12 +86,14 @@ inline auto reduce_lanes(V v, F f) {
 }
 
 // The operands of a product: units of kPair elements that are multiplied and added in one step.
+// broadcast: subtracts zeros, since adding them would take an instruction: it makes 0 of -0.
 template <class D>
 struct Operands {
   using Unit = typename D::Acc;
   using Vec = typename D::Vec;
   static constexpr int kPair = 1;
   static Vec load_units(const typename D::Storage* from) { return D::widen(from); }
+  static Vec broadcast(Unit unit) { return unit - Vec{}; }
   static Vec same(Unit unit) { return Vec{} + unit; }
   static void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
   static Unit narrow_unit(const typename D::Acc* from) { return *from; }
@@ -105,6 +107,7 @@ struct Operands<BFloat16> {
   using Vec = U32;
   static constexpr int kPair = 2;
   static Vec load_units(const uint16_t* from) { return load<Vec>(from); }
+  static Vec broadcast(Unit unit) { return unit - Vec{}; }
   static Vec same(Unit unit) { return Vec{} + unit; }
   static void multiply_add(F32& acc, Vec a, Vec b) {
     acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);

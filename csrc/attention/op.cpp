@@ -40,11 +40,6 @@ attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor&
   return {dtype, batch, length, num_heads, num_kv_heads, head_dim, scale, branch_of};
 }
 
-// x with the elements of a head adjacent.
-Tensor with_dense_heads(const Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
 attention::View view_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
@@ -56,7 +51,7 @@ ScalarType lse_dtype(const Tensor& q) {
 std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                                 const std::optional<Tensor>& branches) {
   const attention::Shape shape = check_shape(forward_check, q, k, v, scale, branches);
-  const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
+  const Tensor dense_q = with_dense_last_dim(q), dense_k = with_dense_last_dim(k), dense_v = with_dense_last_dim(v);
   const int64_t lse_size[] = {shape.batch, shape.num_heads, shape.length};
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, lse_size, lse_dtype(q));
   attention::forward_cpu({shape, view_of(dense_q), view_of(dense_k), view_of(dense_v), out.mutable_data_ptr(),
@@ -83,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& o
   check.same_device("lse", lse, q, "q");
   check.shape("lse", lse, {{"B", shape.batch}, {"H", shape.num_heads}, {"T", shape.length}});
   check.contiguous("lse", lse);
-  const Tensor dense_grad = with_dense_heads(out_grad), dense_q = with_dense_heads(q), dense_k = with_dense_heads(k),
-               dense_v = with_dense_heads(v), dense_out = with_dense_heads(out);
+  const Tensor dense_grad = with_dense_last_dim(out_grad), dense_q = with_dense_last_dim(q), dense_k = with_dense_last_dim(k),
+               dense_v = with_dense_last_dim(v), dense_out = with_dense_last_dim(out);
   Tensor q_grad = empty_as(q), k_grad = empty_as(k), v_grad = empty_as(v);
   attention::backward_cpu({shape, view_of(dense_grad), view_of(dense_q), view_of(dense_k), view_of(dense_v),
                            view_of(dense_out), lse.const_data_ptr(), q_grad.mutable_data_ptr(),

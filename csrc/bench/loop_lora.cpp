@@ -18,6 +18,7 @@
 #include "cpu_isa.h"
 #include "huge_pages.h"
 #include "loop_lora/launch.h"
+#include "packed_linear/launch.h"
 
 using namespace rrt;
 using namespace rrt::loop_lora;
@@ -173,7 +174,7 @@ struct Weights {
 };
 
 int64_t matrix_size(const Options& o, Dtype dtype, int64_t n, int64_t k) {
-  return o.packed ? num_panels(n) * kPanel * pack_steps(dtype, k) * pack_step(dtype) : n * k;
+  return o.packed ? packed_linear::packed_size(dtype, n, k) : n * k;
 }
 
 double median(std::vector<double> values) {

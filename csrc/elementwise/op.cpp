@@ -38,7 +38,7 @@ Tensor rotary_embedding_cpu(const Tensor& x, const Tensor& cos, const Tensor& si
   check_same_shape(check, "sin", sin, cos);
   const int64_t half = cos.size(2);
   if (2 * half > head_dim) check.fail("cos: found ", half, " angles; expected at most half of x's D_h, ", head_dim);
-  const Tensor dense = head_dim <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  const Tensor dense = with_dense_last_dim(x);
   const Tensor dense_cos = torch::stable::contiguous(cos), dense_sin = torch::stable::contiguous(sin);
   Tensor out = empty_as(x);
   elementwise::rotary_cpu(

@@ -75,11 +75,6 @@ CheckedRope check_rope(const Checks& check, const std::optional<Tensor>& positio
   return checked;
 }
 
-// x [rows, heads, D_h] with the elements of a head adjacent.
-Tensor with_dense_heads(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
-
 // A checked call, but for the values of slots and positions, and the tensors that it points into.
 struct WriteCall {
   kv_cache::WriteParams params{};
@@ -108,8 +103,8 @@ WriteCall prepare_write(const Tensor& k, const Tensor& v, Tensor& k_cache, Tenso
   check.shape("slot_mapping", slot_mapping, {{"M", m}});
   WriteCall call{{},
                  k_cache.size(0) * k_cache.size(1),
-                 with_dense_heads(k),
-                 with_dense_heads(v),
+                 with_dense_last_dim(k),
+                 with_dense_last_dim(v),
                  Indices<int64_t>(slot_mapping),
                  check_rope(check, positions, cos_sin, k, "k")};
   kv_cache::WriteParams& params = call.params;
@@ -186,8 +181,8 @@ AttentionCall prepare_attention(const Checks& check, const Tensor& q, const Tens
       num_sequences,
       num_pages,
       max_pages,
-      with_dense_heads(q),
-      max_pages <= 1 || block_tables.stride(1) == 1 ? block_tables : torch::stable::contiguous(block_tables),
+      with_dense_last_dim(q),
+      with_dense_last_dim(block_tables),
       torch::stable::new_empty(q, out_size),
       std::nullopt,
       Indices<int32_t>(context_lens),

@@ -30,7 +30,7 @@ using rrt::kv_cache::PageTable;
 using rrt::loop_lora::LoopGroups;
 using rrt::loop_lora::RowBlock;
 using rrt::loop_lora::RowPiece;
-using rrt::loop_lora::RowTile;
+using rrt::packed_linear::RowTile;
 
 [[noreturn]] void fail(const std::string& name, const std::string& found, const std::string& expected) {
   throw std::invalid_argument(name + ": found " + found + "; expected " + expected);
@@ -119,7 +119,7 @@ void define_loop_lora(py::module_& m) {
       .def_readonly("rows", &RowBlock::rows)
       .def_property_readonly("tiles", view(&RowBlock::tiles))
       .def_property_readonly("pieces", view(&RowBlock::pieces))
-      .def_property_readonly("present", view(&RowBlock::present));
+      .def_property_readonly("present", view(&RowBlock::loop_starts));
 
   m.def(
       "group_rows_by_loop",
