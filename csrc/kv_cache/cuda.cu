@@ -64,16 +64,17 @@ cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Only rows of keys and values are moved 16 bytes at a time.
+// The instances want keys and values at 16-byte addresses: only these are copied 16 bytes at a time.
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
+  cudaError_t (*launcher)(const CudaAttentionArgs&, cudaStream_t) = launch_plain<Half>;
   if (aligned(args.k_cache) && aligned(args.v_cache)) {
-#define RRT_LAUNCH(HEAD_DIM, STAGES) \
-  if (args.head_dim == HEAD_DIM) return launch_attention<Half, HEAD_DIM, STAGES>(args, stream);
-    RRT_HEAD_DIMS(RRT_LAUNCH)
-#undef RRT_LAUNCH
+    for_each_type(AttentionInstances{}, [&](auto candidate) {
+      using Shared = decltype(candidate);
+      if (args.head_dim == Shared::kHeadDim) launcher = launch_attention<Half, Shared::kHeadDim, Shared::kStages>;
+    });
   }
-  return launch_plain<Half>(args, stream);
+  return launcher(args, stream);
 }
 
 CudaRope device_rope(const Rope& rope, int64_t max_positions) {

@@ -16,6 +16,7 @@
 
 #include "device/primitives.h"
 #include "rounding.h"
+#include "type_list.h"
 
 namespace rrt::kv_cache {
 
@@ -48,12 +49,11 @@ constexpr int kMmaRows = 16, kMmaSlots = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// The instances: F(HEAD_DIM, STAGES); a stage is the keys or the values of a tile. As many as let two decode blocks
-// share a multiprocessor: an A100's, but for head dim 256, where it is an H100's.
-#define RRT_HEAD_DIMS(F) F(64, 7) F(80, 6) F(128, 4) F(256, 3)
-
+// How a thread block uses shared memory. A stage is the keys or the values of a tile.
 template <int HEAD_DIM, int STAGES>
 struct AttentionShared {
+  static constexpr int kHeadDim = HEAD_DIM;
+  static constexpr int kStages = STAGES;
   static constexpr int kBlocks = ceil_div<32>(HEAD_DIM);    // of 32 elements: two mmas of keys
   static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
   static constexpr int kQueryStride = 32 * kBlocks + 8;     // elements; the rest spreads lanes over the banks
@@ -71,6 +71,10 @@ struct AttentionShared {
     return work > kMergeBytes ? work : kMergeBytes;
   }
 };
+
+// As many stages as let two thread blocks of decode share a multiprocessor: an A100's, but for head dim 256 an H100's.
+using AttentionInstances =
+    TypeList<AttentionShared<64, 7>, AttentionShared<80, 6>, AttentionShared<128, 4>, AttentionShared<256, 3>>;
 
 // Which query rows a warp has: row j is head first_head + j of `token`, or in prefill flat row first + j of a chunk.
 struct QueryTile {

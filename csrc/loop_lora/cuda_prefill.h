@@ -15,6 +15,7 @@
 #include "device/primitives.h"
 #include "loop_lora/launch.h"
 #include "rounding.h"
+#include "type_list.h"
 
 namespace rrt::loop_lora {
 
@@ -52,19 +53,18 @@ inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void
 }
 
 constexpr int kPrefillThreads = 128;
-constexpr int kPrefillColumns = 32;  // of one turn
-constexpr int kRowVectors = 4;       // of 16 bytes, in a row of one turn
+constexpr int kPrefillStepColumns = 32;  // of one k_step
+constexpr int kRowVectors = 4;       // of 16 bytes, in a row of one k_step
 constexpr int kRowsPerCopy = kPrefillThreads / kRowVectors;
-
-// The instances: F(TOKEN_TILES, OUT_GROUPS, STAGES). A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
-#define RRT_PREFILL_TILES(F) F(2, 1, 4) F(4, 2, 4)
 
 // A mma has 8 outputs and a group of 32 has 4 of them. Column c of mma j is this output of the group.
 RRT_DEVICE int output_of(int j, int c) { return c / 2 * 8 + 2 * j + c % 2; }
 
+// A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
 template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 struct PrefillTile {
   using Storage = typename Half::Storage;
+  static constexpr int kTokenTiles = TOKEN_TILES, kOutGroups = OUT_GROUPS, kStages = STAGES;
   static constexpr int kWarpTokens = 16 * TOKEN_TILES, kWarpOuts = 32 * OUT_GROUPS;
   static constexpr int kTokens = 2 * kWarpTokens, kOuts = 2 * kWarpOuts;
   static constexpr int kStageRows = kTokens + kOuts;
@@ -124,7 +124,11 @@ struct PrefillTile {
   }
 };
 
-// Block (token tile, output tile): neighbours share a tile of the weight, the larger operand.
+// From the smallest tile to the largest.
+template <class Half>
+using PrefillTiles = TypeList<PrefillTile<Half, 2, 1, 4>, PrefillTile<Half, 4, 2, 4>>;
+
+// Thread block (x: token tile, y: output tile): neighbours share a tile of the weight, the larger operand.
 template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   using Storage = typename Half::Storage;
@@ -146,16 +150,16 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const Storage* t = static_cast<const Storage*>(args.shrunk) + static_cast<int64_t>(token_begin) * args.total_rank +
                      args.segment_rank[segment];
   const Storage* b = static_cast<const Storage*>(args.lora_b) + static_cast<int64_t>(out_begin) * args.b_stride;
-  const int base_turns = ceil_div<kPrefillColumns>(args.k);
-  const int turns = base_turns + ceil_div<kPrefillColumns>(rank);
-  const auto fetch = [&](int turn) {
-    if (turn < base_turns) {
-      const int column = turn * kPrefillColumns;
-      Tile::fetch(turn % STAGES, x + column, args.x_stride, tokens, weight + column, args.k, outs, args.k - column);
-    } else if (turn < turns) {
-      if (turn == base_turns) device::dependency_wait();
-      const int column = (turn - base_turns) * kPrefillColumns;
-      Tile::fetch(turn % STAGES, t + column, args.total_rank, tokens, b + column, args.b_stride, outs, rank - column);
+  const int column_steps = ceil_div<kPrefillStepColumns>(args.k);
+  const int k_steps = column_steps + ceil_div<kPrefillStepColumns>(rank);
+  const auto fetch = [&](int k_step) {
+    if (k_step < column_steps) {
+      const int column = k_step * kPrefillStepColumns;
+      Tile::fetch(k_step % STAGES, x + column, args.x_stride, tokens, weight + column, args.k, outs, args.k - column);
+    } else if (k_step < k_steps) {
+      if (k_step == column_steps) device::dependency_wait();
+      const int column = (k_step - column_steps) * kPrefillStepColumns;
+      Tile::fetch(k_step % STAGES, t + column, args.total_rank, tokens, b + column, args.b_stride, outs, rank - column);
     }
     device::copy_commit();
   };
@@ -164,13 +168,13 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const int warp = device::thread_index() / 32;
   const int warp_token = warp / 2 * Tile::kWarpTokens, warp_out = warp % 2 * Tile::kWarpOuts;
 #pragma unroll
-  for (int turn = 0; turn < STAGES - 1; ++turn) fetch(turn);
-  for (int turn = 0; turn < turns; ++turn) {
+  for (int k_step = 0; k_step < STAGES - 1; ++k_step) fetch(k_step);
+  for (int k_step = 0; k_step < k_steps; ++k_step) {
     device::copy_wait<STAGES - 2>();
-    // Everybody's copies for this turn are there, and everybody is done with the slot that the next fetch overwrites.
+    // Everybody's copies for this k_step are there, and everybody is done with the slot that the next fetch overwrites.
     device::block_barrier();
-    fetch(turn + STAGES - 1);
-    Tile::multiply(turn % STAGES, warp_token, warp_out, sums);
+    fetch(k_step + STAGES - 1);
+    Tile::multiply(k_step % STAGES, warp_token, warp_out, sums);
   }
   device::copy_wait<0>();
   // Whatever ends after this kernel must also come after the one before it.

@@ -228,7 +228,8 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
 }
 
 template <class Half, int HEAD_DIM, int STAGES>
-void test_instance(const char* name, double tolerance) {
+void test_instance(const std::string& label, double tolerance) {
+  const char* name = label.c_str();
   const std::vector<Shape> decodes = {
       {{1}, {1}, 8, 1, HEAD_DIM, 16, 0},
       {{1, 1, 1}, {33, 0, 17}, 8, 2, HEAD_DIM, 16, HEAD_DIM},
@@ -424,11 +425,12 @@ void test_a_page_that_is_not_there_makes_nan() {
 }  // namespace
 
 int main() {
-#define RRT_TEST(HEAD_DIM, STAGES)                                           \
-  test_instance<device::BFloat16, HEAD_DIM, STAGES>("bf16 " #HEAD_DIM, 6e-3); \
-  test_instance<device::Float16, HEAD_DIM, STAGES>("fp16 " #HEAD_DIM, 1e-3);
-  RRT_HEAD_DIMS(RRT_TEST)
-#undef RRT_TEST
+  for_each_type(AttentionInstances{}, [](auto instance) {
+    using Shared = decltype(instance);
+    const std::string head_dim = std::to_string(Shared::kHeadDim);
+    test_instance<device::BFloat16, Shared::kHeadDim, Shared::kStages>("bf16 " + head_dim, 6e-3);
+    test_instance<device::Float16, Shared::kHeadDim, Shared::kStages>("fp16 " + head_dim, 1e-3);
+  });
   test_plain<device::Float32>("fp32 plain", 1e-5);
   test_plain<device::Float64>("fp64 plain", 1e-12);
   test_plain<device::BFloat16>("bf16 plain", 6e-3);

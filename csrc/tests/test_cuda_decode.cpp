@@ -8,7 +8,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "loop_lora/cuda_column_kernel.h"
 #include "loop_lora/cuda_plain.h"
+#include "loop_lora/cuda_row_kernel.h"
 
 using namespace rrt;
 using namespace rrt::loop_lora;
@@ -152,7 +154,7 @@ struct Problem {
     return result;
   }
 
-  int present_loops() const {
+  int num_loops_present() const {
     std::vector<bool> seen(shape.num_loops);
     for (int loop : loops) seen[loop] = true;
     int count = 0;
@@ -176,7 +178,7 @@ struct Columns {
   template <class Half, int TOKENS, int STAGES>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
                                    emulation::Sabotage sabotage) {
-    return emulation::run({{ceil_div(args.n, kColumnRows) * ceil_div(args.m, TOKENS), 1, 1}, kColumnThreads,
+    return emulation::run({{ceil_div(args.n, kColumnTileRows) * ceil_div(args.m, TOKENS), 1, 1}, kColumnThreads,
                            column_shared_bytes<TOKENS, STAGES>(), seed,
                            problem.regions(Problem<Half>::Stage::kProduct), sabotage},
                           [&] { column_body<Half, TOKENS, STAGES, false>(args); });
@@ -189,7 +191,7 @@ struct Rows {
   template <class Half, int TOKENS, int STAGES>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
                                    emulation::Sabotage sabotage) {
-    return emulation::run({{ceil_div(args.n, kBlockRows) * ceil_div(args.m, TOKENS), SLICES, 1}, kRowThreads,
+    return emulation::run({{ceil_div(args.n, kRowTileRows) * ceil_div(args.m, TOKENS), SLICES, 1}, kRowThreads,
                            row_shared_bytes<TOKENS, STAGES>(), seed,
                            problem.regions(Problem<Half>::Stage::kProduct), sabotage},
                           [&] { row_body<Half, TOKENS, STAGES>(args); });
@@ -205,7 +207,7 @@ Outcome launch(Problem<Half>& problem, uint64_t seed = 1, emulation::Sabotage sa
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = emulation::run(
-        {{ceil_div(args.total_rank, kColumnRows) * ceil_div(args.m, TOKENS), args.num_loops, 1}, kColumnThreads,
+        {{ceil_div(args.total_rank, kColumnTileRows) * ceil_div(args.m, TOKENS), args.num_loops, 1}, kColumnThreads,
          column_shared_bytes<TOKENS, STAGES>(), seed, problem.regions(Stage::kShrink), sabotage},
         [&] { column_body<Half, TOKENS, STAGES, true>(args); });
     if (!outcome.shrink.violation.empty()) return outcome;
@@ -230,7 +232,7 @@ double relative_error(const Problem<Half>& problem) {
   return std::sqrt(error / norm);
 }
 
-// The first output of every segment but the first is a multiple of `kBlockRows`, so that both kernels take them.
+// The first output of every segment but the first is a multiple of `kRowTileRows`, so that both kernels take them.
 const std::vector<Shape> kShapes = {
     {5, 80, 264, 2, {80}, {8}, true, 1},     {1, 64, 256, 1, {64}, {32}, false, 1},
     {8, 144, 520, 3, {128, 16}, {64, 24}, true, 3}, {3, 16, 1032, 2, {16}, {0}, false, 1},
@@ -281,7 +283,8 @@ void test_plain(const char* name, double tolerance) {
 }
 
 template <class Half, class Kernel, int TOKENS, int STAGES>
-void test_instance(const char* name, double tolerance, size_t first, size_t step) {
+void test_instance(const std::string& label, double tolerance, size_t first, size_t step) {
+  const char* name = label.c_str();
   for (size_t i = first; i < kShapes.size(); i += step) {
     const Shape& shape = kShapes[i];
     Problem<Half> problem(shape, 7);
@@ -293,7 +296,7 @@ void test_instance(const char* name, double tolerance, size_t first, size_t step
 
     // W once per tile of tokens, A and B of each present loop likewise: the floor's accounting.
     if (shape.m > TOKENS) continue;
-    const int64_t loops = problem.present_loops();
+    const int64_t loops = problem.num_loops_present();
     const auto bytes = [](int64_t elements) { return 2 * elements; };
     EXPECT(outcome.product.bytes_read("weight") == bytes(int64_t{shape.n} * shape.k), "%s", name);
     int64_t b_elements = 0;
@@ -305,12 +308,23 @@ void test_instance(const char* name, double tolerance, size_t first, size_t step
       EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
     }
     // What is not in the floor: x once per tile of outputs, and the sums of parts where blocks share them.
-    const int rows = std::is_same_v<Kernel, Columns> ? kColumnRows : kBlockRows;
+    const int rows = std::is_same_v<Kernel, Columns> ? kColumnTileRows : kRowTileRows;
     EXPECT(outcome.product.bytes_read("x") == bytes(int64_t{shape.m} * shape.k * ceil_div(shape.n, rows)), "%s", name);
     if (Kernel::kSlices > 1) {
       EXPECT(outcome.add.bytes_read("part_sums") == int64_t{4} * kParts * shape.m * shape.n, "%s", name);
     }
   }
+}
+
+// Each instance on a half of the shapes in bfloat16, and on a quarter in float16.
+template <class Kernel, class Instances>
+void test_instances(const std::string& kernel, Instances instances) {
+  for_each_type(instances, [&](auto instance) {
+    using I = decltype(instance);
+    const std::string label = " " + kernel + " x " + std::to_string(I::kTokens);
+    test_instance<device::BFloat16, Kernel, I::kTokens, I::kStages>("bf16" + label, 4e-3, 0, 2);
+    test_instance<device::Float16, Kernel, I::kTokens, I::kStages>("fp16" + label, 5e-4, 1, 4);
+  });
 }
 
 // A row has the same bits alone, in any order, under any tiling and either kernel.
@@ -320,17 +334,18 @@ void test_row_independence() {
   Problem<Half> whole(shape, 11);
   launch<Half, Columns, 16, 6>(whole);
   uint64_t seed = 5;
-  const auto expect_the_same = [&](const char* name, auto tiled_launch) {
+  const auto expect_the_same = [&](const std::string& name, auto tiled_launch) {
     Problem<Half> tiled(shape, 11);
     tiled_launch(tiled, ++seed);
-    EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "%s changes bits", name);
+    EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "%s changes bits", name.c_str());
   };
-#define RRT_SAME(TOKENS, STAGES)                                                                                       \
-  expect_the_same("columns x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Columns, TOKENS, STAGES>(p, s); });     \
-  expect_the_same("rows x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<1>, TOKENS, STAGES>(p, s); });        \
-  expect_the_same("8 slices x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<8>, TOKENS, STAGES>(p, s); });
-  RRT_ROW_TILES(RRT_SAME)
-#undef RRT_SAME
+  for_each_type(RowInstances{}, [&](auto instance) {
+    using I = decltype(instance);
+    const std::string tokens = " x " + std::to_string(I::kTokens);
+    expect_the_same("columns" + tokens, [](auto& p, uint64_t s) { launch<Half, Columns, I::kTokens, I::kStages>(p, s); });
+    expect_the_same("rows" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<1>, I::kTokens, I::kStages>(p, s); });
+    expect_the_same("8 slices" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<8>, I::kTokens, I::kStages>(p, s); });
+  });
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
     one.m = 1;
@@ -381,13 +396,9 @@ void test_faults_are_noticed(const char* barrier) {
 }  // namespace
 
 int main() {
-#define RRT_TEST(KERNEL, TOKENS, STAGES)                                                             \
-  test_instance<device::BFloat16, KERNEL, TOKENS, STAGES>("bf16 " #KERNEL " x " #TOKENS, 4e-3, 0, 2);   \
-  test_instance<device::Float16, KERNEL, TOKENS, STAGES>("fp16 " #KERNEL " x " #TOKENS, 5e-4, 1, 4);
-#define RRT_TEST_COLUMNS(TOKENS, STAGES) RRT_TEST(Columns, TOKENS, STAGES)
-#define RRT_TEST_ROWS(TOKENS, STAGES) RRT_TEST(Rows<1>, TOKENS, STAGES) RRT_TEST(Rows<4>, TOKENS, STAGES)
-  RRT_COLUMN_TILES(RRT_TEST_COLUMNS)
-  RRT_ROW_TILES(RRT_TEST_ROWS)
+  test_instances<Columns>("columns", ColumnInstances{});
+  test_instances<Rows<1>>("rows", RowInstances{});
+  test_instances<Rows<4>>("4 slices", RowInstances{});
   test_plain<device::Float32>("fp32 plain", 1e-6);
   test_plain<device::Float64>("fp64 plain", 1e-6);  // the reference here rounds T to float
   test_plain<device::BFloat16>("bf16 plain", 4e-3);
