@@ -81,6 +81,8 @@ Tensor with_dense_last_dim(const Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
+Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
 #ifdef RRT_CUDA
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;

@@ -57,6 +57,8 @@ struct Checks {
 // x, or a contiguous copy if the elements of its last dimension are not adjacent.
 Tensor with_dense_last_dim(const Tensor& x);
 
+Tensor empty_as(const Tensor& x);
+
 #ifdef RRT_CUDA
 // The current stream (a cudaStream_t) of CUDA device `device`.
 void* current_cuda_stream(int32_t device);

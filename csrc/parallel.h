@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -21,6 +22,17 @@ void run_ranges(int64_t count, int64_t grain, ParallelFor parallel_for, const Ru
       0, count, grain,
       [](int64_t begin, int64_t end, void* raw) { (*static_cast<const Run*>(raw))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&run)));
+}
+
+// Calls run(task, memory) for the tasks [0, count). They may differ in size: a thread takes the next one when it is free,
+// not a range. Each thread has what make_memory() returns.
+template <class MakeMemory, class Run>
+void run_tasks(int64_t count, int64_t grain, ParallelFor parallel_for, const MakeMemory& make_memory, const Run& run) {
+  std::atomic<int64_t> next{0};
+  run_ranges(count, grain, parallel_for, [&](int64_t, int64_t) {
+    const auto memory = make_memory();
+    for (int64_t task = next++; task < count; task = next++) run(task, memory);
+  });
 }
 
 // Memory for a thread_local: fresh pages at every call would cost more than filling them.
