@@ -10,7 +10,8 @@ namespace rrt {
 
 class Arena {
  public:
-  // Calls take_parts() twice, which assigns what take() returns to where it belongs: first to measure, then to hand out.
+  // Calls take_parts() twice, which assigns what take() returns to where it belongs: first to measure, then to hand
+  // out.
   template <class TakeParts>
   void fill(const TakeParts& take_parts) {
     take_parts();

@@ -34,7 +34,7 @@ std::string ints_text(const Ints& ints) {
   return list_text(items);
 }
 
-// What torch.ops.rrt.<op> raises begins with "rrt::<op>: ".
+// Errors of torch.ops.rrt.<op>: their text begins with "rrt::<op>: ".
 struct Checks {
   const char* op;
 

@@ -24,8 +24,8 @@ void run_ranges(int64_t count, int64_t grain, ParallelFor parallel_for, const Ru
       const_cast<void*>(static_cast<const void*>(&run)));
 }
 
-// Calls run(task, memory) for the tasks [0, count). They may differ in size: a thread takes the next one when it is free,
-// not a range. Each thread has what make_memory() returns.
+// Calls run(task, memory) for the tasks [0, count). They may differ in size: a thread takes the next one when it is
+// free, not a range. Each thread has what make_memory() returns.
 template <class MakeMemory, class Run>
 void run_tasks(int64_t count, int64_t grain, ParallelFor parallel_for, const MakeMemory& make_memory, const Run& run) {
   std::atomic<int64_t> next{0};

@@ -38,7 +38,7 @@ constexpr char kHelp[] =
     "  --samples S     timed calls per line (50)\n"
     "  --megabytes MB  weights to rotate through: several times the cache (512)\n"
     "RRT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 lowers the instruction set.\n"
-    "GB/s counts the bytes of the weight and of the present loops' adapters; GFLOP/s two per multiply-add.\n";
+    "GB/s counts the bytes of the weight and of the adapters of the batch's loops; GFLOP/s two per multiply-add.\n";
 
 struct Options {
   std::vector<int64_t> m = {1, 2, 4, 8, 16, 32, 64};
@@ -212,8 +212,8 @@ void measure(const Options& o, Dtype dtype, int64_t m, const std::vector<Weights
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (i >= warm_up) seconds.push_back(elapsed.count());
   }
-  const int64_t present = std::min(m, o.loops);
-  const double elements = static_cast<double>(o.n) * o.k + static_cast<double>(present) * o.rank * (o.n + o.k);
+  const int64_t loops_in_batch = std::min(m, o.loops);
+  const double elements = static_cast<double>(o.n) * o.k + static_cast<double>(loops_in_batch) * o.rank * (o.n + o.k);
   const double flops = 2.0 * m * (static_cast<double>(o.n) * o.k + static_cast<double>(o.rank) * (o.n + o.k));
   const double typical = median(seconds), least = *std::min_element(seconds.begin(), seconds.end());
   std::printf("%6lld %12.1f %12.1f %8.1f %10.1f\n", static_cast<long long>(m), typical * 1e6, least * 1e6,

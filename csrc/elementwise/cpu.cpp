@@ -1,4 +1,4 @@
-// What lies between a layer's products, on the CPU: rows and elements dealt out to threads.
+// The operators between a layer's matrix products, on the CPU: rows and elements dealt out to threads.
 #include <memory>
 
 #include "elementwise/cpu_kernels.h"

@@ -35,7 +35,7 @@ struct Indices {
   explicit Indices(const Tensor& tensor) : dense(torch::stable::contiguous(tensor)), data(dense.const_data_ptr<T>()) {}
 };
 
-// Rotation of x [rows, heads, D_h] and what it refers to.
+// The rotation of x [rows, heads, D_h], and the tensors that it points into.
 struct CheckedRope {
   std::optional<Indices<int32_t>> positions;
   int64_t max_positions = 0;
@@ -76,7 +76,8 @@ CheckedRope check_rope(const Checks& check, const std::optional<Tensor>& positio
   return checked;
 }
 
-// A checked call, but for the values of slots and positions, and the tensors that it points into.
+// A call whose arguments have been checked, but for the values of slots and positions, and the tensors that it points
+// into.
 struct WriteCall {
   WriteCall(const Tensor& keys, const Tensor& values, const Tensor& k_cache, const Tensor& slot_mapping,
             CheckedRope checked_rope)
@@ -141,7 +142,8 @@ void loop_kv_write_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor 
   kv_cache::write_cpu(call.params, torch_parallel);
 }
 
-// A checked call, but for the values of lengths, pages and positions, and the tensors that it points into.
+// A call whose arguments have been checked, but for the values of lengths, pages and positions, and the tensors that it
+// points into.
 struct AttentionCall {
   AttentionCall(const Tensor& queries, const Tensor& k_cache, const Tensor& tables, const Tensor* query_starts,
                 const Tensor& context_lens, CheckedRope checked_rope)
@@ -168,8 +170,9 @@ struct AttentionCall {
 
 // Decode has no query_start: a row is a sequence with one query.
 AttentionCall prepare_attention(const Checks& check, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                     const Tensor& block_tables, const Tensor* query_start, const Tensor& context_lens, double scale,
-                     const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+                                const Tensor& block_tables, const Tensor* query_start, const Tensor& context_lens,
+                                double scale, const std::optional<Tensor>& positions,
+                                const std::optional<Tensor>& cos_sin) {
   const Dtype dtype = check.float_dtype("q", q);
   check.dtype("k_cache", k_cache, q.scalar_type());
   check.same_device("k_cache", k_cache, q, "q");

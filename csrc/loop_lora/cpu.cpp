@@ -1,5 +1,6 @@
-// Y = W X + b + B_loop (A_loop X) on the CPU, in three sweeps over a block of rows: bring the rows into loop
-// order and operand form, shrink them by their loop's lora_a, then read every panel of the weight once for all.
+// Y = W X + b + B_loop (A_loop X) on the CPU, in three sweeps over a block of rows. The first sorts the rows by loop
+// and makes operands of them, the second multiplies them by their loop's lora_a, the third reads every panel of the
+// weight once for all rows.
 #include "loop_lora/cpu_kernels.h"
 #include "packed_linear/launch.h"
 #include "parallel.h"

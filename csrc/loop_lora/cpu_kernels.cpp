@@ -8,8 +8,8 @@ namespace {
 
 using namespace packed_linear;
 
-// A small batch is cut into tiles of as many rows as take a panel in one pass, a single stream of memory, if the weights
-// are multiplied as they lie. Widening them once per tile would cost more than that saves.
+// A small batch is cut into tiles of as many rows as take a panel in one pass, a single stream of memory, if the
+// weights are multiplied as they lie. Widening them once per tile would cost more than that saves.
 template <class D>
 constexpr int64_t kFewTileRows = [] {
   constexpr int64_t kOnePass = kMaxAccumulators / (kPanel / kLanes<D>);
@@ -55,7 +55,8 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
     const RowPiece* last = work.pieces + work.loop_starts[task / panels + 1];
     const int64_t row_begin = first->begin, row_end = (last - 1)->begin + (last - 1)->rows;
     const int64_t rank_begin = task % panels * kPanel;
-    const auto* a = static_cast<const typename D::Storage*>(p.lora_a) + first->loop * matrix_size<D>(p, p.total_rank, p.k);
+    const auto* a =
+        static_cast<const typename D::Storage*>(p.lora_a) + first->loop * matrix_size<D>(p, p.total_rank, p.k);
     Panel<D> panel(p.packed, a, rank_begin, p.total_rank, p.k, p.k);
     clear<D>(sums, (row_end - row_begin) * kPanel);
     for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
@@ -97,7 +98,8 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
   for (int64_t i = 0; i < work.num_loops; ++i) {
     const RowPiece* first = work.pieces + work.loop_starts[i];
     const RowPiece* last = work.pieces + work.loop_starts[i + 1];
-    const auto* b = static_cast<const typename D::Storage*>(p.lora_b) + first->loop * matrix_size<D>(p, p.n, p.b_stride);
+    const auto* b =
+        static_cast<const typename D::Storage*>(p.lora_b) + first->loop * matrix_size<D>(p, p.n, p.b_stride);
     Panel<D> panel(p.packed, b, out, p.n, p.b_stride, segment.rank);
     for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
       const typename D::Storage* w = panel.chunk(chunk);

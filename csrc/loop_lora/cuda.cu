@@ -1,5 +1,5 @@
 // Launches of rrt::loop_lora_linear on CUDA: shrink, then the product, chained by programmatic dependent launch. The
-// choice of kernel and tile (cuda_tiles.h) depends on the number of rows too, which changes no bit.
+// choice of kernel and tile (cuda_tiles.h) depends on the number of rows, which changes no bit.
 #include <algorithm>
 
 #include "cuda/launch.h"
@@ -239,8 +239,8 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
 
 }  // namespace rrt::loop_lora
 
-// For measurements: from now on every product that the tiling fits is tiled so; with 0 slices, tilings are chosen again.
-// Not for use while another thread runs the operator.
+// For measurements: from now on every product that the tiling fits is tiled so; with 0 slices, tilings are chosen
+// again. Not for use while another thread runs the operator.
 extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_tiling(int rows, int slices) {
   using namespace rrt::loop_lora;
   forced_tiling = {rows != 0 ? DecodeKernel::kRows : DecodeKernel::kColumns, slices};

@@ -14,8 +14,8 @@ RRT_DEVICE int num_rank_steps(int part, int rank_steps) {
   return rank_steps > part ? ceil_div<kParts>(rank_steps - part) : 0;
 }
 
-// Goes through the parts [part, last_part): in each through the k-steps of W, then through those of B_l for every loop of
-// the tile. Before the first of B_l it waits for the kernel before this one, which writes T.
+// Goes through the parts [part, last_part): in each through the k-steps of W, then through those of B_l for every loop
+// of the tile. Before the first of B_l it waits for the kernel before this one, which writes T.
 template <class Storage>
 struct Cursor {
   const DecodeArgs& args;

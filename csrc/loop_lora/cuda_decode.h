@@ -1,13 +1,13 @@
-// What the decode kernels share. They compute y = W x + b + B_l (A_l x) for tokens of mixed loops and read W once for all
-// of them. The kernels themselves are in cuda_column_kernel.h and cuda_row_kernel.h.
+// The common part of the decode kernels, which compute y = W x + b + B_l (A_l x) for tokens of mixed loops and read W
+// once for all of them. The kernels themselves are in cuda_column_kernel.h and cuda_row_kernel.h.
 //
 //   token      A row of x. Rows of W are the mma's M, tokens its N.
-//   shrink     The kernel that writes T = A_l x, as Punica and vLLM call it. The product that follows adds B_l T to W x,
-//              where they would launch an "expand" of its own.
+//   shrink     The kernel that writes T = A_l x, as Punica and vLLM call it. The product that follows adds B_l T to
+//              W x, for which they launch a kernel of its own ("expand").
 //   tile       The outputs (rows of W) and tokens of one thread block.
-//   part       One of kParts shares of the columns of W, and of the ranks of B_l. A part is summed by itself, first over
-//              W, then over the B_l of each loop in the tile, with zeros for the T of tokens of other loops; then the
-//              parts' sums are added in order.
+//   part       One of kParts shares of the columns of W, and of the ranks of B_l. A part is summed by itself, first
+//              over W, then over the B_l of each loop in the tile, with zeros for the T of tokens of other loops; then
+//              the parts' sums are added in order.
 //   slice      Some of the parts of a tile, as the work of one thread block of the row kernel: split-K. With several
 //              slices, the parts' sums go to memory and a third kernel adds them.
 //   k-step     32 columns of W and x, or 32 ranks of B_l and T: one stage of the pipeline.
@@ -15,8 +15,8 @@
 //   loop mask  Bit l: some token of the tile is of loop l.
 //   segment    Consecutive outputs with a LoRA of their own (launch.h).
 //
-// The order of every sum is the layer's, whatever tokens are in the batch, however they are tiled and sliced, and whichever
-// of the two kernels runs: a token's result has the same bits in any batch.
+// The order of every sum is the layer's, whatever tokens are in the batch, however they are tiled and sliced, and
+// whichever of the two kernels runs: a token's result has the same bits in any batch.
 //
 // Columns may be taken in any order as long as W and x agree. So a lane copies 16 adjacent bytes of a row to a place in
 // shared memory that is its own, and they are its fragments of two mmas: there is no swizzle and no ldmatrix.
@@ -95,8 +95,8 @@ RRT_DEVICE uint32_t find_loop_mask(const int32_t* loops, int begin, int count, i
   return mask;
 }
 
-// d += w x over a k-step: TILES times 16 outputs, TOKEN_TILES times 8 tokens. Of every 8 rows a lane has row lane / 4, in
-// it the vector of 8 columns from lane % 4 * 8 on, which is its fragments of two mmas.
+// d += w x over a k-step: TILES times 16 outputs, TOKEN_TILES times 8 tokens. Of every 8 rows a lane has row lane / 4,
+// in it the vector of 8 columns from lane % 4 * 8 on, which is its fragments of two mmas.
 template <class Half, int TILES, int TOKEN_TILES, class LoadX>
 RRT_DEVICE void multiply_k_step(const device::Vector (&w)[2 * TILES], LoadX load_x, float (&d)[TILES][TOKEN_TILES][4]) {
 #pragma unroll
@@ -122,7 +122,8 @@ RRT_DEVICE void store_result(const DecodeArgs& args, int token, int loop, int ro
   using Storage = typename Half::Storage;
   const bool valid = 0 <= loop && loop < args.num_loops;
   if (valid && args.bias != nullptr) {
-    sum += Half::widen(device::load_global(static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride + row));
+    const auto* bias = static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride;
+    sum += Half::widen(device::load_global(bias + row));
   }
   device::store_global(static_cast<Storage*>(args.y) + static_cast<int64_t>(token) * args.n + row,
                        Half::narrow(valid ? sum : NAN));

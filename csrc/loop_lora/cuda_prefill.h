@@ -1,13 +1,14 @@
 // The prefill kernel's body: Y = [X | T] [W | B_l]^T + b for rows that are all of loop l, one matrix product whose
-// columns run over W and then over B_l. T = A_l X is the same kernel before it, with A_l for W.
+// columns run over W and then over B_l. The same kernel, launched before it with A_l for W, computes T = A_l X.
 //
-// Rows of x are the mma's M, weight rows its N. A block of 2 x 2 warps has a tile of both and goes through the columns
-// 32 at a time, which all threads bring to a ring in shared memory. No other order of sums exists: so a row's bits
-// depend on its tile as little as on its neighbours.
+// Rows of x are the mma's M, weight rows its N. A thread block of 2 x 2 warps has a tile of both and goes through the
+// columns in k-steps of 32, which all threads copy to a ring in shared memory. A sum always runs over the k-steps in
+// order: a row has the same bits in any tile and beside any neighbours.
 //
 // Columns may be taken in any order as long as both operands agree, and so may outputs as long as they are stored where
-// they belong. So a lane's 16 adjacent bytes of a row are its fragments of two mmas, as in the decode kernel: eight lanes
-// read 128 adjacent bytes, without a swizzle; and eight adjacent outputs of four mmas are one lane's, 16 bytes again.
+// they belong. So a lane's 16 adjacent bytes of a row are its fragments of two mmas, as in the decode kernel: eight
+// lanes read 128 adjacent bytes, without a swizzle; and eight adjacent outputs of four mmas are one lane's, 16 bytes
+// again.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ struct PrefillArgs {
   int segment_size[kMaxSegments];     // its rank, a multiple of 8
 };
 
-// T of what `args` are for, as a call of its own: `lora_a` [total_rank, k] is the loop's.
+// Arguments of the launch that computes T for `args`; `lora_a` [total_rank, k] is the loop's.
 inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void* shrunk) {
   PrefillArgs shrink{};
   shrink.x = args.x;
@@ -53,11 +54,11 @@ inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void
 }
 
 constexpr int kPrefillThreads = 128;
-constexpr int kPrefillStepColumns = 32;  // of one k_step
-constexpr int kRowVectors = 4;       // of 16 bytes, in a row of one k_step
+constexpr int kPrefillStepColumns = 32;  // of a k-step
+constexpr int kRowVectors = 4;           // of 16 bytes, in a row of a k-step
 constexpr int kRowsPerCopy = kPrefillThreads / kRowVectors;
 
-// A mma has 8 outputs and a group of 32 has 4 of them. Column c of mma j is this output of the group.
+// A group of 32 outputs takes 4 mmas, of 8 each: column c of mma j is this output of the group.
 RRT_DEVICE int output_of(int j, int c) { return c / 2 * 8 + 2 * j + c % 2; }
 
 // A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
@@ -80,7 +81,8 @@ struct PrefillTile {
   }
 
   static RRT_DEVICE device::Vector* slot(int stage, int row, int vector) {
-    return reinterpret_cast<device::Vector*>(device::shared_memory()) + (stage * kStageRows + row) * kRowVectors + vector;
+    auto* vectors = reinterpret_cast<device::Vector*>(device::shared_memory());
+    return vectors + (stage * kStageRows + row) * kRowVectors + vector;
   }
 
   // Rows [0, tokens) of x and [0, outs) of the weight, columns [0, columns) of both; the pointers are at the tile.
@@ -171,13 +173,13 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   for (int k_step = 0; k_step < STAGES - 1; ++k_step) fetch(k_step);
   for (int k_step = 0; k_step < k_steps; ++k_step) {
     device::copy_wait<STAGES - 2>();
-    // Everybody's copies for this k_step are there, and everybody is done with the slot that the next fetch overwrites.
+    // After this, every thread's copies of the k-step are there, and the stage that the next fetch fills has been read.
     device::block_barrier();
     fetch(k_step + STAGES - 1);
     Tile::multiply(k_step % STAGES, warp_token, warp_out, sums);
   }
   device::copy_wait<0>();
-  // Whatever ends after this kernel must also come after the one before it.
+  // A kernel that waits for this one relies on the one before this having ended too.
   if (rank == 0) device::dependency_wait();
 
   const int g = device::thread_index() % 32 / 4, lane_out = device::thread_index() % 4 * 8;

@@ -1,8 +1,8 @@
-// Body of the row kernel, which computes the product, and of the kernel that adds its slices; cuda_decode.h explains the
-// terms.
+// Body of the row kernel, which computes the product, and of the kernel that adds its slices; cuda_decode.h explains
+// the terms.
 //
-// A tile has 128 outputs, 32 for each of the 4 warps, which share x. A thread block sums the parts of its slice one after
-// the other.
+// A tile has 128 outputs, 32 for each of the 4 warps, which share x. A thread block sums the parts of its slice one
+// after the other.
 #pragma once
 
 #include "loop_lora/cuda_cursor.h"

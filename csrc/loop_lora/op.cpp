@@ -26,7 +26,7 @@ void check_segment_lists(const Checks& check, const std::vector<int64_t>& out, c
   if (out.size() > loop_lora::kMaxSegments) {
     check.fail("segment_out: found ", out.size(), " entries; expected at most ", loop_lora::kMaxSegments);
   }
-  // What is larger than any tensor would overflow the sums.
+  // Larger sizes than any tensor has could overflow the sums.
   const auto huge = [](int64_t value) { return value > INT32_MAX; };
   if (std::any_of(out.begin(), out.end(), huge)) {
     check.fail("segment_out: found ", ints_text(out), "; expected no entry above ", INT32_MAX);
@@ -58,7 +58,9 @@ std::vector<loop_lora::Segment> check_segments(const Checks& check, const std::v
     rank_begin += rank[s];
     max_rank = std::max(max_rank, rank[s]);
   }
-  if (out_begin != n) check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
+  if (out_begin != n) {
+    check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
+  }
   if (rank_begin != a_rank) {
     check.fail("lora_a: found rank ", a_rank, "; expected ", rank_begin, ", the sum of segment_rank");
   }
@@ -78,8 +80,8 @@ int64_t max(const std::vector<int64_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
-// x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: where only x is not made
-// for that it is copied, so that the kernel, and with it the order of sums, is the layer's and not x's.
+// x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: if only x does
+// not allow that, it is copied. So the kernel, and with it the order of sums, is chosen by the layer and not by x.
 Tensor with_dense_rows(const Tensor& x, Dtype dtype) {
   const int64_t m = x.size(0), k = x.size(1);
   const Tensor dense = with_dense_last_dim(x);
@@ -89,13 +91,13 @@ Tensor with_dense_rows(const Tensor& x, Dtype dtype) {
   return vectors ? dense : torch::stable::clone(dense);
 }
 
-// A checked call, but for the loops' values, and the tensors that it points into.
+// A call whose arguments have been checked, but for the loops' values, and the tensors that it points into.
 struct Call {
   loop_lora::Params params;
   Tensor x, y;
 };
 
-// `loops` is null where all rows have one; packed weights are then not expected.
+// `loops` is null if all rows are of one loop; packed weights are then refused.
 Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
              const Tensor& lora_a, const Tensor& lora_b, const Tensor* loops, const std::vector<int64_t>& segment_out,
              const std::vector<int64_t>& segment_rank) {
@@ -127,7 +129,10 @@ Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const s
   int64_t total_rank = packed ? sum(segment_rank) : -1, b_stride = packed ? max(segment_rank) : -1;
   if (packed) {
     check.shape("lora_a", lora_a,
-                {{"loops"}, {"panels", packed_linear::num_panels(total_rank)}, {"steps", steps}, {"values", panel_step}});
+                {{"loops"},
+                 {"panels", packed_linear::num_panels(total_rank)},
+                 {"steps", steps},
+                 {"values", panel_step}});
   } else {
     check.shape("lora_a", lora_a, {{"loops"}, {"R"}, {"K", k}});
     total_rank = lora_a.size(1);

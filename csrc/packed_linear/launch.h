@@ -1,4 +1,4 @@
-// The packed form of weights, and what the host side (op.cpp) calls: raw pointers and sizes, nothing of torch.
+// The packed form of weights, and the interface to the host side (op.cpp): raw pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstdint>

@@ -44,8 +44,8 @@ struct PanelProduct {
 };
 
 #ifndef __AVX512BF16__
-// The packed form pairs the columns of bfloat16 on every instruction set, but without the instruction for pairs Operands
-// has single elements. So each vector of pairs is widened to two vectors here.
+// The packed form pairs the columns of bfloat16 on every instruction set, but without the instruction for pairs
+// Operands has single elements. So each vector of pairs is widened to two vectors here.
 template <>
 struct PanelProduct<BFloat16> {
   struct Unit {
@@ -88,8 +88,8 @@ constexpr int64_t kChunkColumns = kChunk * kStepColumns<D>;
 template <class D>
 constexpr int64_t kStepBytes = kPanel * kStepColumns<D> * sizeof(typename D::Storage);
 
-// Weights to bring into the cache during a product, `stride` bytes per step: the hardware's own prefetching ends at every
-// page.
+// Weights to bring into the cache during a product, `stride` bytes per step: the hardware's own prefetching ends at
+// every page.
 struct Prefetch {
   const char* from;
   int64_t stride;
@@ -97,8 +97,8 @@ struct Prefetch {
 
 // c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs: all of them at once if their sums fit
 // the registers, so that a single stream is read, else in passes. Other than multiply_rows of simd_products.h, which
-// takes any matrix that is in the cache, this goes along the stream of weights that all rows of a tile share. Not inlined:
-// the loop needs all registers.
+// takes any matrix that is in the cache, this goes along the stream of weights that all rows of a tile share. Not
+// inlined: the loop needs all registers.
 template <class D, int ROWS>
 __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
                                                  typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
@@ -143,8 +143,8 @@ inline void multiply_panel(int64_t rows, const typename D::Storage* w, int64_t s
   }
 }
 
-// The next chunk of the stream of weights, of which the `share`th of `shares` products with this one prefetches its part:
-// if the first brought all of it, memory would rest during the others.
+// The next chunk of the stream of weights, of which the `share`th of `shares` products with this one prefetches its
+// part: if the first brought all of it, memory would rest during the others.
 template <class D>
 inline Prefetch next_chunk(const typename D::Storage* w, int64_t steps, int64_t share = 0, int64_t shares = 1) {
   const int64_t bytes = steps * kStepBytes<D>;

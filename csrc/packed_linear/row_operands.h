@@ -42,7 +42,7 @@ struct RowOperands {
   int64_t rows;
   const RowTile* tiles;
   int64_t num_tiles;
-  void* operands;  // [chunks, rows, kChunk] units of PanelProduct (panel_products.h): x in `order`, zeros beyond column k
+  void* operands;  // [chunks, rows, kChunk] units (panel_products.h): x in `order`, zeros beyond column k
 };
 
 }  // namespace rrt::packed_linear

@@ -1,5 +1,5 @@
-// Prints every CUDA kernel's name, the threads of its thread blocks and their bytes of dynamic shared memory, one kernel a
-// line: bench/kernel_resources.py puts them beside the compiler's numbers.
+// Prints every CUDA kernel's name, the threads of its thread blocks and their bytes of dynamic shared memory, one
+// kernel a line: bench/kernel_resources.py puts them beside the compiler's numbers.
 #include <cstdio>
 #include <string>
 

@@ -1,4 +1,5 @@
-// The CUDA kernels of the key/value operators under emulation, against sums in double; see emulation/device/primitives.h.
+// The CUDA kernels of the key/value operators under emulation, against sums in double; see
+// emulation/device/primitives.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -107,7 +107,8 @@ struct Problem {
             dependent};
   }
 
-  // What a kernel may write, and what only after dependency_wait: the results of the kernel before. Shrink's is unknown.
+  // Which regions a kernel may write, and which it may read only after dependency_wait since the kernel before writes
+  // them. Before shrink, that may be any kernel.
   enum class Stage { kShrink, kProduct, kAddParts };
   std::vector<emulation::Region> regions(Stage stage) {
     const bool shrink = stage == Stage::kShrink, product = stage == Stage::kProduct, add = stage == Stage::kAddParts;
@@ -294,7 +295,7 @@ void test_instance(const std::string& label, double tolerance, size_t first, siz
     const double error = relative_error(problem);
     EXPECT(error < tolerance, "%s m=%d n=%d k=%d: relative error %g", name, shape.m, shape.n, shape.k, error);
 
-    // W once per tile of tokens, A and B of each present loop likewise: the floor's accounting.
+    // W once per tile of tokens, A and B of each loop in the batch likewise: the floor's accounting.
     if (shape.m > TOKENS) continue;
     const int64_t loops = problem.num_loops_present();
     const auto bytes = [](int64_t elements) { return 2 * elements; };
@@ -307,7 +308,7 @@ void test_instance(const std::string& label, double tolerance, size_t first, siz
       EXPECT(!outcome.shrink.early_dependents, "%s", name);
       EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
     }
-    // What is not in the floor: x once per tile of outputs, and the sums of parts where blocks share them.
+    // Not in the floor: x once per tile of outputs, and the sums of parts where there are several slices.
     const int rows = std::is_same_v<Kernel, Columns> ? kColumnTileRows : kRowTileRows;
     EXPECT(outcome.product.bytes_read("x") == bytes(int64_t{shape.m} * shape.k * ceil_div(shape.n, rows)), "%s", name);
     if (Kernel::kSlices > 1) {
@@ -342,9 +343,10 @@ void test_row_independence() {
   for_each_type(RowInstances{}, [&](auto instance) {
     using I = decltype(instance);
     const std::string tokens = " x " + std::to_string(I::kTokens);
-    expect_the_same("columns" + tokens, [](auto& p, uint64_t s) { launch<Half, Columns, I::kTokens, I::kStages>(p, s); });
-    expect_the_same("rows" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<1>, I::kTokens, I::kStages>(p, s); });
-    expect_the_same("8 slices" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<8>, I::kTokens, I::kStages>(p, s); });
+    constexpr int kTokens = I::kTokens, kStages = I::kStages;
+    expect_the_same("columns" + tokens, [](auto& p, uint64_t s) { launch<Half, Columns, kTokens, kStages>(p, s); });
+    expect_the_same("rows" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<1>, kTokens, kStages>(p, s); });
+    expect_the_same("8 slices" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<8>, kTokens, kStages>(p, s); });
   });
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
@@ -362,7 +364,7 @@ void test_row_independence() {
   }
 }
 
-// `barrier`: what a product without barriers is first found to do.
+// `barrier` is in the report of a product without barriers.
 template <class Kernel>
 void test_faults_are_noticed(const char* barrier) {
   using emulation::Sabotage;

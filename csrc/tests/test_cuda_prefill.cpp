@@ -35,7 +35,7 @@ void expect(bool condition, const std::string& what) {
   if (!condition) tests::report(__FILE__, __LINE__, what.c_str());
 }
 
-// What must not be read is NaN: x beyond its columns, and B beyond a segment's rank.
+// Elements that must not be read are NaN: of x beyond its columns, and of B beyond a segment's rank.
 template <class Half>
 struct Problem {
   using Storage = typename Half::Storage;

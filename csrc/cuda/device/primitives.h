@@ -1,5 +1,5 @@
-// The few operations that kernel bodies ask of the hardware, one function each. A body that uses nothing else compiles as
-// host C++ too: the tests put csrc/tests/emulation before csrc/cuda on the include path, where another
+// The few operations that kernel bodies ask of the hardware, one function each. A body that uses nothing else compiles
+// as host C++ too: the tests put csrc/tests/emulation before csrc/cuda on the include path, where another
 // device/primitives.h gives these functions a thread block of emulated threads. So the same source is checked, lane by
 // lane, on a machine without a GPU.
 //
@@ -25,7 +25,9 @@ struct Index {
 };
 
 RRT_DEVICE int thread_index() { return threadIdx.x; }
-RRT_DEVICE Index block_index() { return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)}; }
+RRT_DEVICE Index block_index() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
 
 RRT_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
