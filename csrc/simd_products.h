@@ -86,7 +86,7 @@ inline auto reduce_lanes(V v, F f) {
 }
 
 // The operands of a product: units of kPair elements that are multiplied and added in one step.
-// `broadcast` subtracts zeros because adding them would take an instruction, which makes 0 of -0.
+// `broadcast` subtracts zeros because adding them, as `same` does for multiply_tile, takes an instruction: it makes 0 of -0.
 template <class D>
 struct Operands {
   using Unit = typename D::Acc;
