@@ -4,22 +4,29 @@
 #include <cstdint>
 #include <memory>
 
+#include "rounding.h"
+
 namespace rrt {
 
 class Arena {
  public:
-  // Where the part will begin; at() after allocate() tells its address.
-  template <class T>
-  int64_t reserve(int64_t count) {
-    const int64_t begin = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
-    return begin;
-  }
-  void allocate() {
+  // Calls take_parts() twice, which assigns what take() returns to where it belongs: first to measure, then to hand
+  // out.
+  template <class TakeParts>
+  void fill(const TakeParts& take_parts) {
+    take_parts();
     memory_.reset(new char[size_ + kLine]);
     base_ = memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine;
+    size_ = 0;
+    take_parts();
   }
-  char* at(int64_t begin) const { return base_ + begin; }
+
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t begin = size_;
+    size_ += round_up(count * static_cast<int64_t>(sizeof(T)), kLine);
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + begin);
+  }
 
  private:
   static constexpr int64_t kLine = 64;

@@ -76,6 +76,13 @@ void Checks::contiguous(const char* name, const Tensor& tensor) const {
        "; expected a contiguous tensor (call .contiguous() once, when loading)");
 }
 
+Tensor with_dense_last_dim(const Tensor& x) {
+  const int64_t last = static_cast<int64_t>(x.sizes().size()) - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
 #ifdef RRT_CUDA
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;

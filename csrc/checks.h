@@ -34,7 +34,7 @@ std::string ints_text(const Ints& ints) {
   return list_text(items);
 }
 
-// What torch.ops.rrt.<op> raises begins with "rrt::<op>: ".
+// Errors of torch.ops.rrt.<op>: their text begins with "rrt::<op>: ".
 struct Checks {
   const char* op;
 
@@ -53,6 +53,11 @@ struct Checks {
   void shape(const char* name, const Tensor& tensor, const std::vector<Dim>& expected) const;
   void contiguous(const char* name, const Tensor& tensor) const;
 };
+
+// x, or a contiguous copy if the elements of its last dimension are not adjacent.
+Tensor with_dense_last_dim(const Tensor& x);
+
+Tensor empty_as(const Tensor& x);
 
 #ifdef RRT_CUDA
 // The current stream (a cudaStream_t) of CUDA device `device`.

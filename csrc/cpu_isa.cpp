@@ -30,13 +30,15 @@ CpuIsa widest() {
 
 CpuIsa choose() {
   const CpuIsa have = widest();
-  const char* asked = std::getenv("RRT_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') return have;
+  const char* requested = std::getenv("RRT_CPU_ISA");
+  if (requested == nullptr || *requested == '\0') return have;
   for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
-    if (std::strcmp(asked, cpu_isa_name(isa)) == 0 && isa <= have) return isa;
+    if (std::strcmp(requested, cpu_isa_name(isa)) == 0 && isa <= have) return isa;
   }
-  std::fprintf(stderr, "rrt: RRT_CPU_ISA: found '%s'; expected baseline, avx2, avx512 or avx512_bf16, up to this CPU's %s, "
-               "which is used\n", asked, cpu_isa_name(have));
+  std::fprintf(stderr,
+               "rrt: RRT_CPU_ISA: found '%s'; expected baseline, avx2, avx512 or avx512_bf16, up to this CPU's %s, "
+               "which is used\n",
+               requested, cpu_isa_name(have));
   return have;
 }
 

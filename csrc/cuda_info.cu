@@ -1,4 +1,4 @@
-// What the CUDA side of this build meets on the machine it runs on. Loads and answers without a driver.
+// Facts about CUDA on the machine that runs this build. Loads and answers without a driver.
 #include <cuda_runtime.h>
 
 namespace {

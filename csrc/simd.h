@@ -12,13 +12,6 @@
 #include <immintrin.h>
 #endif
 
-// Lanes i, j, k, l (0-3: a's, 4-7: b's) of two vectors of four.
-#if defined(__clang__) || __GNUC__ >= 12
-#define RRT_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define RRT_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, decltype((a) < (b)){i, j, k, l})
-#endif
-
 namespace rrt {
 namespace {
 

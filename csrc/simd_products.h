@@ -1,5 +1,5 @@
-// Products of small matrices and exponentials, for the per-instruction-set files and under their rules (see simd.h):
-// tiles of accumulators in registers, whatever lies behind the operands.
+// Products of small matrices, and exponentials, for the per-instruction-set files and under their rules (see simd.h).
+// Tiles of accumulators stay in registers, wherever the operands come from.
 #pragma once
 
 #include "simd.h"
@@ -47,14 +47,14 @@ constexpr int kNumLanes = sizeof(V) / sizeof(V{}[0]);
 // low: a0 b0 a1 b1 ... of the first halves; high: of the second halves.
 template <class V, int... I>
 inline void zip(V a, V b, V& low, V& high, Lanes<I...>) {
-  constexpr int n = sizeof...(I);
+  constexpr int kCount = sizeof...(I);
 #if defined(__clang__) || __GNUC__ >= 12
-  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
-  high = __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * kCount)...);
+  high = __builtin_shufflevector(a, b, (kCount / 2 + I / 2 + I % 2 * kCount)...);
 #else
   using Mask = decltype(a < b);
-  low = __builtin_shuffle(a, b, Mask{(I / 2 + I % 2 * n)...});
-  high = __builtin_shuffle(a, b, Mask{(n / 2 + I / 2 + I % 2 * n)...});
+  low = __builtin_shuffle(a, b, Mask{(I / 2 + I % 2 * kCount)...});
+  high = __builtin_shuffle(a, b, Mask{(kCount / 2 + I / 2 + I % 2 * kCount)...});
 #endif
 }
 
@@ -66,32 +66,34 @@ inline void zip(V a, V b, V& low, V& high) {
 // Perfect shuffles, as many as the lanes' number has bits, exchange rows and columns.
 template <class V>
 inline void transpose(V (&rows)[kNumLanes<V>]) {
-  constexpr int n = kNumLanes<V>;
-  for (int stage = 1; stage < n; stage *= 2) {
-    V next[n];
-    for (int i = 0; i < n / 2; ++i) zip(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  constexpr int kCount = kNumLanes<V>;
+  for (int stage = 1; stage < kCount; stage *= 2) {
+    V next[kCount];
+    for (int i = 0; i < kCount / 2; ++i) zip(rows[i], rows[i + kCount / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
   }
 }
 
 template <class V, class F>
 inline auto reduce_lanes(V v, F f) {
-  constexpr int n = kNumLanes<V>;
-  decltype(v[0] + v[0]) lane[n];
+  constexpr int kCount = kNumLanes<V>;
+  decltype(v[0] + v[0]) lane[kCount];
   std::memcpy(lane, &v, sizeof(v));
-  for (int half = n / 2; half > 0; half /= 2) {
+  for (int half = kCount / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lane[i] = f(lane[i], lane[i + half]);
   }
   return lane[0];
 }
 
 // The operands of a product: units of kPair elements that are multiplied and added in one step.
+// `broadcast` subtracts zeros because adding them, as `same` does for multiply_tile, takes an instruction: it makes 0 of -0.
 template <class D>
 struct Operands {
   using Unit = typename D::Acc;
   using Vec = typename D::Vec;
   static constexpr int kPair = 1;
   static Vec load_units(const typename D::Storage* from) { return D::widen(from); }
+  static Vec broadcast(Unit unit) { return unit - Vec{}; }
   static Vec same(Unit unit) { return Vec{} + unit; }
   static void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
   static Unit narrow_unit(const typename D::Acc* from) { return *from; }
@@ -105,6 +107,7 @@ struct Operands<BFloat16> {
   using Vec = U32;
   static constexpr int kPair = 2;
   static Vec load_units(const uint16_t* from) { return load<Vec>(from); }
+  static Vec broadcast(Unit unit) { return unit - Vec{}; }
   static Vec same(Unit unit) { return Vec{} + unit; }
   static void multiply_add(F32& acc, Vec a, Vec b) {
     acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -118,6 +121,8 @@ struct Operands<BFloat16> {
 
 template <class D>
 constexpr int kPair = Operands<D>::kPair;
+template <class D>
+constexpr int kUnitLanes = kLanes<D> * kPair<D>;  // elements of a vector of units
 
 // The right operand of a product, laid out by units: [units of k, stride].
 template <class D>
@@ -141,11 +146,10 @@ template <class D, int R, int C, bool ADD, class B>
 inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
                           typename D::Acc* out, int64_t out_stride, int64_t column) {
   using Op = Operands<D>;
-  constexpr int lanes = kLanes<D>;
   typename D::Vec acc[R][C] = {};
   if (ADD) {
     for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) acc[r][c] = load<typename D::Vec>(out + r * out_stride + column + c * lanes);
+      for (int c = 0; c < C; ++c) acc[r][c] = load<typename D::Vec>(out + r * out_stride + column + c * kLanes<D>);
     }
   }
   typename Op::Vec bv[C];
@@ -168,7 +172,7 @@ inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride,
   }
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
-      std::memcpy(out + r * out_stride + column + c * lanes, &acc[r][c], sizeof(acc[r][c]));
+      std::memcpy(out + r * out_stride + column + c * kLanes<D>, &acc[r][c], sizeof(acc[r][c]));
     }
   }
 }
@@ -177,8 +181,8 @@ inline void multiply_tile(const typename Operands<D>::Unit* a, int64_t a_stride,
 template <class D, int R, int C, bool ADD, class B>
 inline void multiply_columns(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
                              typename D::Acc* out, int64_t out_stride, int64_t column, int64_t columns) {
-  constexpr int width = C * kLanes<D>;
-  for (; column + width <= columns; column += width) {
+  constexpr int kWidth = C * kLanes<D>;
+  for (; column + kWidth <= columns; column += kWidth) {
     multiply_tile<D, R, C, ADD>(a, a_stride, b, count, out, out_stride, column);
   }
   if constexpr (C > kPair<D>) {

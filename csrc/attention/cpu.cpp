@@ -1,10 +1,10 @@
 // Causal attention on the CPU: scratch memory, and parts of the work dealt out to threads.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "arena.h"
 #include "attention/cpu_kernels.h"
+#include "parallel.h"
 
 namespace rrt::attention {
 namespace {
@@ -21,111 +21,106 @@ class ForwardMemory {
  public:
   explicit ForwardMemory(const Shape& shape) {
     const int64_t dim = padded_dim(shape), tile = dim * kTile, tiles = tiles_of(shape.length);
-    const int64_t pair = kTile * kTile;
-    const int64_t sizes[] = {tiles * tile, tiles * tile, tile, pair, pair, kTile, kTile, tile, tiles * kTile};
-    for (int i = 0; i < kParts; ++i) parts_[i] = arena_.reserve<Acc>(sizes[i]);
-    arena_.allocate();
+    constexpr int64_t kPair = kTile * kTile;  // of a tile of keys and one of queries
+    arena_.fill([&] {
+      scratch_.keys = arena_.take<Acc>(tiles * tile);
+      scratch_.values = arena_.take<Acc>(tiles * tile);
+      scratch_.q = arena_.take<Acc>(tile);
+      scratch_.scores = arena_.take<Acc>(kPair);
+      scratch_.probabilities = arena_.take<Acc>(kPair);
+      scratch_.max = arena_.take<Acc>(kTile);
+      scratch_.sum = arena_.take<Acc>(kTile);
+      scratch_.out = arena_.take<Acc>(tile);
+      scratch_.branches = arena_.take<Acc>(tiles * kTile);
+    });
   }
-  ForwardScratch scratch() const {
-    const auto at = [this](int part) -> void* { return arena_.at(parts_[part]); };
-    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
-  }
+  const ForwardScratch& scratch() const { return scratch_; }
 
  private:
-  static constexpr int kParts = 9;
   Arena arena_;
-  int64_t parts_[kParts];
+  ForwardScratch scratch_{};
 };
 
 template <class Acc>
 class BackwardMemory {
  public:
   explicit BackwardMemory(const Shape& shape) {
-    const int64_t tiles = tiles_of(shape.length), tile = padded_dim(shape) * kTile, pair = kTile * kTile;
-    const int64_t all = tiles * tile, row = tiles * kTile;
-    const int64_t sizes[] = {tile, tile, tile, tile, tile, all,  all,  all, all,
-                             row,  row,  all,  pair, pair, pair, pair, pair, row};
-    for (int i = 0; i < kParts; ++i) parts_[i] = arena_.reserve<Acc>(sizes[i]);
-    arena_.allocate();
+    const int64_t tiles = tiles_of(shape.length), tile = padded_dim(shape) * kTile;
+    constexpr int64_t kPair = kTile * kTile;
+    arena_.fill([&] {
+      scratch_.k_rows = arena_.take<Acc>(tile);
+      scratch_.k_columns = arena_.take<Acc>(tile);
+      scratch_.v_rows = arena_.take<Acc>(tile);
+      scratch_.k_grad = arena_.take<Acc>(tile);
+      scratch_.v_grad = arena_.take<Acc>(tile);
+      scratch_.q_columns = arena_.take<Acc>(tiles * tile);
+      scratch_.q_rows = arena_.take<Acc>(tiles * tile);
+      scratch_.out_columns = arena_.take<Acc>(tiles * tile);
+      scratch_.out_rows = arena_.take<Acc>(tiles * tile);
+      scratch_.lse = arena_.take<Acc>(tiles * kTile);
+      scratch_.delta = arena_.take<Acc>(tiles * kTile);
+      scratch_.q_grad = arena_.take<Acc>(tiles * tile);
+      scratch_.scores = arena_.take<Acc>(kPair);
+      scratch_.probability_grads = arena_.take<Acc>(kPair);
+      scratch_.probabilities = arena_.take<Acc>(kPair);
+      scratch_.score_rows = arena_.take<Acc>(kPair);
+      scratch_.score_pairs = arena_.take<Acc>(kPair);
+      scratch_.branches = arena_.take<Acc>(tiles * kTile);
+    });
   }
-  BackwardScratch scratch() const {
-    const auto at = [this](int part) -> void* { return arena_.at(parts_[part]); };
-    return {at(0),  at(1),  at(2),  at(3),  at(4),  at(5),  at(6),  at(7), at(8),
-            at(9),  at(10), at(11), at(12), at(13), at(14), at(15), at(16), at(17)};
-  }
+  const BackwardScratch& scratch() const { return scratch_; }
 
  private:
-  static constexpr int kParts = 18;
   Arena arena_;
-  int64_t parts_[kParts];
+  BackwardScratch scratch_{};
 };
 
-// Calls run(part, memory) for parts [0, count) of `work` multiply-adds in all, each thread with memory of its own.
-template <class Memory, class Params, class Run>
-void deal_out(const Params& params, int64_t count, int64_t work, ParallelFor parallel_for, Run run) {
-  struct Context {
-    const Params& params;
-    Run run;
-    int64_t count;
-    std::atomic<int64_t> next;
-  } context{params, run, count, {0}};
-  parallel_for(
-      0, count, std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, work / std::max<int64_t>(1, count))),
-      [](int64_t, int64_t, void* raw) {
-        // Parts differ in size, so threads take the next one when they are free, not the range they are given.
-        Context& c = *static_cast<Context*>(raw);
-        const Memory memory(c.params.shape);
-        for (int64_t part = c.next++; part < c.count; part = c.next++) c.run(part, memory.scratch());
-      },
-      &context);
+// Multiply-adds of the scores.
+int64_t work_of(const Shape& s) { return s.batch * s.num_heads * s.length * s.length * s.head_dim; }
+
+// Calls run(part, scratch) for `count` parts of the work.
+template <class Memory, class Run>
+void deal_out(const Shape& shape, int64_t count, ParallelFor parallel_for, const Run& run) {
+  run_tasks(
+      count, grain_of(kGrainWork, work_of(shape) / std::max<int64_t>(1, count)), parallel_for,
+      [&] { return Memory(shape); }, [&](int64_t part, const Memory& memory) { run(part, memory.scratch()); });
 }
 
 template <class Acc>
 void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
   const Shape& s = params.shape;
+  const auto forward = kernels_for_this_cpu().forward[static_cast<int>(s.dtype)];
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t queries = std::max<int64_t>(1, kPartRows / (group * kTile)) * kTile;
-  const int64_t parts = (s.length + queries - 1) / queries;
-  const auto run = [&params, queries, parts](int64_t part, const ForwardScratch& scratch) {
-    const Shape& shape = params.shape;
-    // The last queries, which see most, first.
+  const int64_t parts = ceil_div(s.length, queries);
+  deal_out<ForwardMemory<Acc>>(s, s.batch * s.num_kv_heads * parts, parallel_for,
+                               [&](int64_t part, const ForwardScratch& scratch) {
+    // The last queries, which see most, come first.
     const int64_t first = (parts - 1 - part % parts) * queries;
     const int64_t head = part / parts;
-    kernels_for_this_cpu().forward[static_cast<int>(shape.dtype)](params, head / shape.num_kv_heads,
-                                                                  head % shape.num_kv_heads, first,
-                                                                  std::min(shape.length, first + queries), scratch);
-  };
-  deal_out<ForwardMemory<Acc>>(params, s.batch * s.num_kv_heads * parts,
-                               s.batch * s.num_heads * s.length * s.length * s.head_dim, parallel_for, run);
+    forward(params, head / s.num_kv_heads, head % s.num_kv_heads, first, std::min(s.length, first + queries), scratch);
+  });
 }
 
 template <class Acc>
 void run_backward(BackwardParams params, ParallelFor parallel_for) {
   const Shape& s = params.shape;
+  const CpuKernels& kernels = kernels_for_this_cpu();
+  const int dtype = static_cast<int>(s.dtype);
   Arena arena;
   if (s.num_heads != s.num_kv_heads) {
-    const int64_t shares = arena.reserve<Acc>(2 * s.batch * s.num_heads * s.length * padded_dim(s));
-    arena.allocate();
-    params.shares = arena.at(shares);
+    arena.fill([&] { params.shares = arena.take<Acc>(2 * s.batch * s.num_heads * s.length * padded_dim(s)); });
   }
-  const auto run = [&params](int64_t part, const BackwardScratch& scratch) {
-    const Shape& shape = params.shape;
-    kernels_for_this_cpu().backward[static_cast<int>(shape.dtype)](params, part / shape.num_heads,
-                                                                   part % shape.num_heads, scratch);
-  };
-  deal_out<BackwardMemory<Acc>>(params, s.batch * s.num_heads,
-                                s.batch * s.num_heads * s.length * s.length * s.head_dim, parallel_for, run);
+  deal_out<BackwardMemory<Acc>>(s, s.batch * s.num_heads, parallel_for,
+                                [&](int64_t part, const BackwardScratch& scratch) {
+    kernels.backward[dtype](params, part / s.num_heads, part % s.num_heads, scratch);
+  });
   if (params.shares == nullptr) return;
-  parallel_for(
-      0, s.batch * s.num_kv_heads, 1,
-      [](int64_t begin, int64_t end, void* raw) {
-        const auto& p = *static_cast<const BackwardParams*>(raw);
-        for (int64_t part = begin; part < end; ++part) {
-          kernels_for_this_cpu().sum_shares[static_cast<int>(p.shape.dtype)](p, part / p.shape.num_kv_heads,
-                                                                             part % p.shape.num_kv_heads);
-        }
-      },
-      &params);
+  run_ranges(s.batch * s.num_kv_heads, 1, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      kernels.sum_shares[dtype](params, part / s.num_kv_heads, part % s.num_kv_heads);
+    }
+  });
 }
 
 bool is_empty(const Shape& shape) { return shape.batch * shape.length * shape.num_heads == 0; }

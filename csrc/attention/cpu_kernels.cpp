@@ -1,8 +1,8 @@
 // Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size.
 //
 // Causal attention and its gradients in tiles of kTile queries by kTile keys, of which only those on and below the
-// diagonal are computed. All tiles lie transposed, [keys, queries]: what belongs to a query (largest score, sum,
-// logarithm, delta) is then a vector's lane, and no vector is ever summed across.
+// diagonal are computed. All tiles lie transposed, [keys, queries]: the numbers of a query (largest score, sum,
+// logarithm, delta) are then in a lane of their own, and vectors need no horizontal sums.
 //
 //   forward:   S = K Q^T, the running softmax down the columns, O^T += V^T P
 //   backward:  P = exp(S - lse), dV += P dO, dP = V dO^T, dS = P (dP - delta), dK += dS Q, dQ^T += K^T dS
@@ -33,18 +33,16 @@ struct Stager {
   using Op = Operands<D>;
   using Unit = typename Op::Unit;
   using UnitVec = typename Op::Vec;
-  static constexpr int lanes = kLanes<D>;
-  static constexpr int unit_lanes = lanes * kPair<D>;
 
   const int64_t head_dim;
   const int64_t dim;  // padded
 
   UnitVec load(const Head<D>& head, int64_t row, int64_t end, int64_t i) const {
     const int64_t left = row < end ? head_dim - i : 0;
-    Storage chunk[unit_lanes] = {};
+    Storage chunk[kUnitLanes<D>] = {};
     if (left <= 0) return Op::load_units(chunk);
     const Storage* from = head.data + row * head.stride + i;
-    if (left >= unit_lanes) return Op::load_units(from);
+    if (left >= kUnitLanes<D>) return Op::load_units(from);
     std::memcpy(chunk, from, left * sizeof(chunk[0]));
     return Op::load_units(chunk);
   }
@@ -52,7 +50,7 @@ struct Stager {
   // [kTile, dim]: a left operand of products over the head's elements.
   void rows(const Head<D>& head, int64_t first, int64_t end, Unit* to) const {
     for (int64_t row = first; row < first + kTile; ++row, to += dim / kPair<D>) {
-      for (int64_t i = 0; i < dim; i += unit_lanes) {
+      for (int64_t i = 0; i < dim; i += kUnitLanes<D>) {
         const UnitVec units = load(head, row, end, i);
         std::memcpy(to + i / kPair<D>, &units, sizeof(units));
       }
@@ -61,12 +59,12 @@ struct Stager {
 
   // [dim, kTile]: a right operand of products over the head's elements.
   void columns(const Head<D>& head, int64_t first, int64_t end, Unit* to) const {
-    for (int64_t row = 0; row < kTile; row += lanes) {
-      for (int64_t i = 0; i < dim; i += unit_lanes) {
-        UnitVec block[lanes];
-        for (int r = 0; r < lanes; ++r) block[r] = load(head, first + row + r, end, i);
+    for (int64_t row = 0; row < kTile; row += kLanes<D>) {
+      for (int64_t i = 0; i < dim; i += kUnitLanes<D>) {
+        UnitVec block[kLanes<D>];
+        for (int r = 0; r < kLanes<D>; ++r) block[r] = load(head, first + row + r, end, i);
         transpose(block);
-        for (int u = 0; u < lanes; ++u) {
+        for (int u = 0; u < kLanes<D>; ++u) {
           std::memcpy(to + (i / kPair<D> + u) * kTile + row, &block[u], sizeof(block[u]));
         }
       }
@@ -87,7 +85,7 @@ struct Stager {
   // [kTile, dim]: a right operand of products over the rows.
   void row_pairs(const Head<D>& head, int64_t first, int64_t end, Unit* to) const {
     for (int64_t row = 0; row < kTile; row += kPair<D>, to += dim) {
-      for (int64_t i = 0; i < dim; i += unit_lanes) {
+      for (int64_t i = 0; i < dim; i += kUnitLanes<D>) {
         UnitVec pairs[kPair<D>];
         load_pairs(head, first + row, end, i, pairs);
         std::memcpy(to + i, pairs, sizeof(pairs));
@@ -97,19 +95,19 @@ struct Stager {
 
   // [dim, kTile]: a left operand of products over the rows.
   void column_pairs(const Head<D>& head, int64_t first, int64_t end, Unit* to) const {
-    constexpr int64_t stride = kTile / kPair<D>;
-    for (int64_t row = 0; row < kTile; row += unit_lanes) {
-      for (int64_t i = 0; i < dim; i += unit_lanes) {
-        UnitVec blocks[kPair<D>][lanes];
-        for (int r = 0; r < lanes; ++r) {
+    constexpr int64_t kStride = kTile / kPair<D>;
+    for (int64_t row = 0; row < kTile; row += kUnitLanes<D>) {
+      for (int64_t i = 0; i < dim; i += kUnitLanes<D>) {
+        UnitVec blocks[kPair<D>][kLanes<D>];
+        for (int r = 0; r < kLanes<D>; ++r) {
           UnitVec pairs[kPair<D>];
           load_pairs(head, first + row + r * kPair<D>, end, i, pairs);
           for (int b = 0; b < kPair<D>; ++b) blocks[b][r] = pairs[b];
         }
         for (int b = 0; b < kPair<D>; ++b) {
           transpose(blocks[b]);
-          for (int u = 0; u < lanes; ++u) {
-            std::memcpy(to + (i + b * lanes + u) * stride + row / kPair<D>, &blocks[b][u], sizeof(blocks[b][u]));
+          for (int u = 0; u < kLanes<D>; ++u) {
+            std::memcpy(to + (i + b * kLanes<D> + u) * kStride + row / kPair<D>, &blocks[b][u], sizeof(blocks[b][u]));
           }
         }
       }
@@ -140,7 +138,7 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
-// What the queries of tile i do not see of the keys of tile j.
+// Masks the pairs of tile i of queries and tile j of keys in which the query does not see the key.
 template <class D>
 struct Unseen {
   using Acc = typename D::Acc;
@@ -161,16 +159,16 @@ struct Unseen {
   }
 
   // Puts `value` into the lanes of queries, from `query` on, that do not see the key.
-  Vec set(Vec lanes, int64_t query, int64_t key, Acc value) const {
+  Vec set(Vec values, int64_t query, int64_t key, Acc value) const {
     if (diagonal) {
       Vec number;
       for (int i = 0; i < kLanes<D>; ++i) number[i] = static_cast<Acc>(i);
-      lanes = number < static_cast<Acc>(key - query) ? Vec{} + value : lanes;
+      values = number < static_cast<Acc>(key - query) ? Vec{} + value : values;
     }
     if (queries != nullptr && keys[key] != 0) {
-      lanes = load<BranchVec>(queries + query) != keys[key] ? Vec{} + value : lanes;
+      values = load<BranchVec>(queries + query) != keys[key] ? Vec{} + value : values;
     }
-    return lanes;
+    return values;
   }
 
   // A sequence's branches up to the end of its last tile, or null.
@@ -189,17 +187,16 @@ template <class D>
 void store_transposed(const typename D::Acc* from, const typename D::Vec* factors, int64_t count, int64_t head_dim,
                       int64_t stride, typename D::Storage* to) {
   using Acc = typename D::Acc;
-  constexpr int lanes = kLanes<D>;
-  for (int64_t row = 0; row < count; row += lanes) {
-    for (int64_t i = 0; i < head_dim; i += lanes) {
-      typename D::Vec block[lanes];
-      for (int u = 0; u < lanes; ++u) {
-        block[u] = load<typename D::Vec>(from + (i + u) * kTile + row) * factors[row / lanes];
+  for (int64_t row = 0; row < count; row += kLanes<D>) {
+    for (int64_t i = 0; i < head_dim; i += kLanes<D>) {
+      typename D::Vec block[kLanes<D>];
+      for (int u = 0; u < kLanes<D>; ++u) {
+        block[u] = load<typename D::Vec>(from + (i + u) * kTile + row) * factors[row / kLanes<D>];
       }
       transpose(block);
-      const int64_t width = smaller(lanes, head_dim - i);
-      for (int64_t r = 0; r < smaller(lanes, count - row); ++r) {
-        Acc values[lanes];
+      const int64_t width = smaller(kLanes<D>, head_dim - i);
+      for (int64_t r = 0; r < smaller(kLanes<D>, count - row); ++r) {
+        Acc values[kLanes<D>];
         std::memcpy(values, &block[r], sizeof(values));
         typename D::Storage* row_to = to + (row + r) * stride + i;
         for (int64_t u = 0; u < width; ++u) row_to[u] = D::narrow(values[u]);
@@ -213,8 +210,7 @@ struct Forward {
   using Acc = typename D::Acc;
   using Vec = typename D::Vec;
   using Unit = typename Operands<D>::Unit;
-  static constexpr int lanes = kLanes<D>;
-  static constexpr int64_t pair_stride = kTile / kPair<D>;
+  static constexpr int64_t kPairStride = kTile / kPair<D>;
 
   const Shape& shape;
   const ForwardScratch& scratch;
@@ -225,7 +221,7 @@ struct Forward {
     auto* scores = static_cast<Acc*>(scratch.scores);
     auto* probabilities = static_cast<Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(scratch.out);
-    for (int64_t query = 0; query < kTile; query += lanes) {
+    for (int64_t query = 0; query < kTile; query += kLanes<D>) {
       Acc* max_at = static_cast<Acc*>(scratch.max) + query;
       Acc* sum_at = static_cast<Acc*>(scratch.sum) + query;
       const Vec old = load<Vec>(max_at);
@@ -263,7 +259,6 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
   using Vec = typename D::Vec;
   using Storage = typename D::Storage;
   using Unit = typename Operands<D>::Unit;
-  constexpr int lanes = kLanes<D>;
   const Shape& shape = params.shape;
   const Forward<D> tile{shape, scratch};
   const Stager<D> stager{shape.head_dim, tile.dim};
@@ -292,14 +287,14 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
                                           static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
         tile.softmax({begin / kTile, j, branches});
         const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
-        multiply_rows<D, kMaxRows, true>(values + j * size, tile.pair_stride, probabilities, kTile, out, kTile, dim,
+        multiply_rows<D, kMaxRows, true>(values + j * size, tile.kPairStride, probabilities, kTile, out, kTile, dim,
                                          kTile);
       }
       const int64_t count = smaller(kTile, end - begin);
       const auto* max = static_cast<const Acc*>(scratch.max);
       const auto* sum = static_cast<const Acc*>(scratch.sum);
-      Vec factors[kTile / lanes];
-      for (int64_t i = 0; i < kTile; i += lanes) factors[i / lanes] = 1 / load<Vec>(sum + i);
+      Vec factors[kTile / kLanes<D>];
+      for (int64_t i = 0; i < kTile; i += kLanes<D>) factors[i / kLanes<D>] = 1 / load<Vec>(sum + i);
       auto* to = static_cast<Storage*>(params.out) +
                  ((batch * shape.length + begin) * shape.num_heads + head) * shape.head_dim;
       store_transposed<D>(out, factors, count, shape.head_dim, shape.num_heads * shape.head_dim, to);
@@ -315,7 +310,6 @@ struct Backward {
   using Vec = typename D::Vec;
   using Storage = typename D::Storage;
   using Unit = typename Operands<D>::Unit;
-  static constexpr int lanes = kLanes<D>;
 
   const BackwardParams& params;
   const Shape& shape;
@@ -347,7 +341,7 @@ struct Backward {
       store_keys(j, at<Acc>(scratch.k_grad), params.k_grad, 0);
       store_keys(j, at<Acc>(scratch.v_grad), params.v_grad, 1);
     }
-    Vec ones[kTile / lanes];
+    Vec ones[kTile / kLanes<D>];
     for (Vec& one : ones) one = Vec{} + 1;
     for (int64_t i = 0; i < tiles; ++i) {
       auto* to = at<Storage>(params.q_grad,
@@ -368,7 +362,7 @@ struct Backward {
     }
     for (int64_t token = 0; token < tiles * kTile; ++token) {
       Vec sum = {};
-      for (int64_t i = 0; token < shape.length && i < shape.head_dim; i += lanes) {
+      for (int64_t i = 0; token < shape.length && i < shape.head_dim; i += kLanes<D>) {
         sum += wide(out, token, i) * wide(out_grad, token, i);
       }
       *at<Acc>(scratch.delta, token) = reduce_lanes(sum, [](Acc a, Acc b) { return a + b; });
@@ -380,15 +374,15 @@ struct Backward {
 
   Vec wide(const Head<D>& from, int64_t token, int64_t i) const {
     const Storage* elements = from.data + token * from.stride + i;
-    if (shape.head_dim - i >= lanes) return D::widen(elements);
-    Storage chunk[lanes] = {};
+    if (shape.head_dim - i >= kLanes<D>) return D::widen(elements);
+    Storage chunk[kLanes<D>] = {};
     std::memcpy(chunk, elements, (shape.head_dim - i) * sizeof(chunk[0]));
     return D::widen(chunk);
   }
 
   // The tile of keys at hand against the tile of queries i.
   void multiply(int64_t i, const Unseen<D>& unseen) const {
-    constexpr int64_t stride = kTile / kPair<D>;
+    constexpr int64_t kStride = kTile / kPair<D>;
     const Staged<D> q_columns{at<Unit>(scratch.q_columns, i * units), kTile};
     const Staged<D> out_columns{at<Unit>(scratch.out_columns, i * units), kTile};
     multiply_rows<D, kMaxRows, false>(at<Unit>(scratch.k_rows), dim / kPair<D>, q_columns, dim,
@@ -399,18 +393,18 @@ struct Backward {
     const Staged<D> q_rows{at<Unit>(scratch.q_rows, i * units), dim};
     const Staged<D> out_rows{at<Unit>(scratch.out_rows, i * units), dim};
     const Staged<D> score_pairs{at<Unit>(scratch.score_pairs), kTile};
-    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.probabilities), stride, out_rows, kTile,
+    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.probabilities), kStride, out_rows, kTile,
                                      at<Acc>(scratch.v_grad), dim, kTile, dim);
-    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.score_rows), stride, q_rows, kTile, at<Acc>(scratch.k_grad),
+    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.score_rows), kStride, q_rows, kTile, at<Acc>(scratch.k_grad),
                                      dim, kTile, dim);
-    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.k_columns), stride, score_pairs, kTile,
+    multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.k_columns), kStride, score_pairs, kTile,
                                      at<Acc>(scratch.q_grad, i * size), kTile, dim, kTile);
   }
 
   // Probabilities, and the gradient of the scores, as operands.
   void slopes(int64_t i, const Unseen<D>& unseen) const {
     const auto scale = static_cast<Acc>(shape.scale);
-    for (int64_t query = 0; query < kTile; query += lanes) {
+    for (int64_t query = 0; query < kTile; query += kLanes<D>) {
       const Vec lse = load<Vec>(at<Acc>(scratch.lse, i * kTile + query));
       const Vec delta = load<Vec>(at<Acc>(scratch.delta, i * kTile + query));
       for (int64_t key = 0; key < kTile; key += kPair<D>) {

@@ -3,14 +3,15 @@
 
 #include "attention/launch.h"
 #include "cpu_isa.h"
+#include "rounding.h"
 
 namespace rrt::attention {
 
 constexpr int64_t kTile = 64;    // queries, and keys, that are multiplied at a time
 constexpr int64_t kPadDim = 32;  // no kernel's vector has more elements
 
-static inline int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
-static inline int64_t padded_dim(const Shape& shape) { return (shape.head_dim + kPadDim - 1) / kPadDim * kPadDim; }
+static inline int64_t tiles_of(int64_t length) { return ceil_div(length, kTile); }
+static inline int64_t padded_dim(const Shape& shape) { return round_up(shape.head_dim, kPadDim); }
 
 // One thread's memory, in elements of the accumulation type (double for float64, else float); operands of products
 // take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each.

@@ -36,18 +36,19 @@ attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor&
     check.shape("branches", *branches, {{"B", batch}, {"T", length}});
     check.contiguous("branches", *branches);
   }
-  const int32_t* branch_of = branches ? branches->const_data_ptr<int32_t>() : nullptr;
-  return {dtype, batch, length, num_heads, num_kv_heads, head_dim, scale, branch_of};
-}
-
-// x with the elements of a head adjacent.
-Tensor with_dense_heads(const Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  attention::Shape shape{};
+  shape.dtype = dtype;
+  shape.batch = batch;
+  shape.length = length;
+  shape.num_heads = num_heads;
+  shape.num_kv_heads = num_kv_heads;
+  shape.head_dim = head_dim;
+  shape.scale = scale;
+  shape.branches = branches ? branches->const_data_ptr<int32_t>() : nullptr;
+  return shape;
 }
 
 attention::View view_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
 ScalarType lse_dtype(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -56,12 +57,17 @@ ScalarType lse_dtype(const Tensor& q) {
 std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                                 const std::optional<Tensor>& branches) {
   const attention::Shape shape = check_shape(forward_check, q, k, v, scale, branches);
-  const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
+  const Tensor dense_q = with_dense_last_dim(q), dense_k = with_dense_last_dim(k), dense_v = with_dense_last_dim(v);
   const int64_t lse_size[] = {shape.batch, shape.num_heads, shape.length};
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, lse_size, lse_dtype(q));
-  attention::forward_cpu({shape, view_of(dense_q), view_of(dense_k), view_of(dense_v), out.mutable_data_ptr(),
-                          lse.mutable_data_ptr()},
-                         torch_parallel);
+  attention::ForwardParams params{};
+  params.shape = shape;
+  params.q = view_of(dense_q);
+  params.k = view_of(dense_k);
+  params.v = view_of(dense_v);
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr();
+  attention::forward_cpu(params, torch_parallel);
   return {out, lse};
 }
 
@@ -83,13 +89,21 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& o
   check.same_device("lse", lse, q, "q");
   check.shape("lse", lse, {{"B", shape.batch}, {"H", shape.num_heads}, {"T", shape.length}});
   check.contiguous("lse", lse);
-  const Tensor dense_grad = with_dense_heads(out_grad), dense_q = with_dense_heads(q), dense_k = with_dense_heads(k),
-               dense_v = with_dense_heads(v), dense_out = with_dense_heads(out);
+  const Tensor dense_grad = with_dense_last_dim(out_grad), dense_out = with_dense_last_dim(out);
+  const Tensor dense_q = with_dense_last_dim(q), dense_k = with_dense_last_dim(k), dense_v = with_dense_last_dim(v);
   Tensor q_grad = empty_as(q), k_grad = empty_as(k), v_grad = empty_as(v);
-  attention::backward_cpu({shape, view_of(dense_grad), view_of(dense_q), view_of(dense_k), view_of(dense_v),
-                           view_of(dense_out), lse.const_data_ptr(), q_grad.mutable_data_ptr(),
-                           k_grad.mutable_data_ptr(), v_grad.mutable_data_ptr()},
-                          torch_parallel);
+  attention::BackwardParams params{};
+  params.shape = shape;
+  params.out_grad = view_of(dense_grad);
+  params.q = view_of(dense_q);
+  params.k = view_of(dense_k);
+  params.v = view_of(dense_v);
+  params.out = view_of(dense_out);
+  params.lse = lse.const_data_ptr();
+  params.q_grad = q_grad.mutable_data_ptr();
+  params.k_grad = k_grad.mutable_data_ptr();
+  params.v_grad = v_grad.mutable_data_ptr();
+  attention::backward_cpu(params, torch_parallel);
   return {q_grad, k_grad, v_grad};
 }
 

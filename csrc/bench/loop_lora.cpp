@@ -18,6 +18,7 @@
 #include "cpu_isa.h"
 #include "huge_pages.h"
 #include "loop_lora/launch.h"
+#include "packed_linear/launch.h"
 
 using namespace rrt;
 using namespace rrt::loop_lora;
@@ -37,7 +38,7 @@ constexpr char kHelp[] =
     "  --samples S     timed calls per line (50)\n"
     "  --megabytes MB  weights to rotate through: several times the cache (512)\n"
     "RRT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 lowers the instruction set.\n"
-    "GB/s counts the bytes of the weight and of the present loops' adapters; GFLOP/s two per multiply-add.\n";
+    "GB/s counts the bytes of the weight and of the adapters of the batch's loops; GFLOP/s two per multiply-add.\n";
 
 struct Options {
   std::vector<int64_t> m = {1, 2, 4, 8, 16, 32, 64};
@@ -151,7 +152,7 @@ class Buffer {
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin >= end) return;
 #ifdef _OPENMP
-  const int64_t grains = (end - begin + grain - 1) / grain;
+  const int64_t grains = ceil_div(end - begin, grain);
   const int64_t threads = std::min<int64_t>(omp_get_max_threads(), grains);
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -173,7 +174,7 @@ struct Weights {
 };
 
 int64_t matrix_size(const Options& o, Dtype dtype, int64_t n, int64_t k) {
-  return o.packed ? num_panels(n) * kPanel * pack_steps(dtype, k) * pack_step(dtype) : n * k;
+  return o.packed ? packed_linear::packed_size(dtype, n, k) : n * k;
 }
 
 double median(std::vector<double> values) {
@@ -211,8 +212,8 @@ void measure(const Options& o, Dtype dtype, int64_t m, const std::vector<Weights
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (i >= warm_up) seconds.push_back(elapsed.count());
   }
-  const int64_t present = std::min(m, o.loops);
-  const double elements = static_cast<double>(o.n) * o.k + static_cast<double>(present) * o.rank * (o.n + o.k);
+  const int64_t loops_in_batch = std::min(m, o.loops);
+  const double elements = static_cast<double>(o.n) * o.k + static_cast<double>(loops_in_batch) * o.rank * (o.n + o.k);
   const double flops = 2.0 * m * (static_cast<double>(o.n) * o.k + static_cast<double>(o.rank) * (o.n + o.k));
   const double typical = median(seconds), least = *std::min_element(seconds.begin(), seconds.end());
   std::printf("%6lld %12.1f %12.1f %8.1f %10.1f\n", static_cast<long long>(m), typical * 1e6, least * 1e6,
@@ -233,7 +234,7 @@ int main(int argc, char** argv) {
   const int64_t sizes[] = {matrix_size(o, dtype, o.n, o.k), o.loops * matrix_size(o, dtype, o.rank, o.k),
                            o.loops * matrix_size(o, dtype, o.n, o.rank)};
   const int64_t set_bytes = (sizes[0] + sizes[1] + sizes[2]) * bytes_of(dtype);
-  const int64_t num_sets = std::max<int64_t>(1, (o.megabytes * 1000000 + set_bytes - 1) / set_bytes);
+  const int64_t num_sets = std::max<int64_t>(1, ceil_div(o.megabytes * 1000000, set_bytes));
   std::vector<Weights> weights;
   for (int64_t i = 0; i < num_sets; ++i) {
     weights.push_back({Buffer(dtype, sizes[0]), Buffer(dtype, sizes[1]), Buffer(dtype, sizes[2])});

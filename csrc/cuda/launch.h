@@ -10,6 +10,8 @@
 #include <mutex>
 #include <utility>
 
+#include "rounding.h"
+
 namespace rrt::cuda {
 
 // Makes `device` current, and the one before it again at the end.
@@ -25,7 +27,7 @@ struct DeviceGuard {
   cudaError_t error;
 };
 
-// What launches need to know of the current device, asked of the driver once.
+// Properties of the current device, for which the driver is asked once.
 struct DeviceFacts {
   int multiprocessors = 1;
   bool dependent_launch = false;  // sm_90 on, unless RRT_PDL=0
@@ -45,8 +47,8 @@ inline DeviceFacts device_facts() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return {};
   }
-  const char* asked = std::getenv("RRT_PDL");
-  facts.dependent_launch = major >= 9 && (asked == nullptr || std::strcmp(asked, "0") != 0);
+  const char* requested = std::getenv("RRT_PDL");
+  facts.dependent_launch = major >= 9 && (requested == nullptr || std::strcmp(requested, "0") != 0);
   return known[device] = facts;
 }
 
@@ -92,6 +94,6 @@ inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline unsigned ceil_div(int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); }
+inline unsigned num_tiles(int64_t size, int64_t tile) { return static_cast<unsigned>(ceil_div(size, tile)); }
 
 }  // namespace rrt::cuda

@@ -1,8 +1,8 @@
-// What lies between a layer's products, on the CPU: rows and elements dealt out to threads.
-#include <algorithm>
+// The operators between a layer's matrix products, on the CPU: rows and elements dealt out to threads.
 #include <memory>
 
 #include "elementwise/cpu_kernels.h"
+#include "parallel.h"
 
 namespace rrt::elementwise {
 namespace {
@@ -12,13 +12,10 @@ constexpr int64_t kGrainElements = 1 << 14;
 
 const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
 
-// Calls run(begin, end) over [0, count), each of `width` elements.
+// Calls run(begin, end) over disjoint ranges of [0, count), of which each has `width` elements.
 template <class Run>
 void deal_out(int64_t count, int64_t width, ParallelFor parallel_for, const Run& run) {
-  parallel_for(
-      0, count, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width)),
-      [](int64_t begin, int64_t end, void* raw) { (*static_cast<const Run*>(raw))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&run)));
+  run_ranges(count, grain_of(kGrainElements, width), parallel_for, run);
 }
 
 }  // namespace

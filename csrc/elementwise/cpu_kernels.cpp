@@ -1,8 +1,8 @@
 // Compiled once per instruction set: RRT_KERNELS names the table, RRT_VECTOR_BYTES is its registers' size.
 //
-// What lies between a layer's products, in one pass, or two over a row: computed in Acc, rounded where it is stored.
-// The elements that do not fill a vector go through the same instructions, so that a result does not depend on where
-// in a tensor an element lies.
+// The operators between a layer's matrix products, in one pass over their operands, or two over a row. They compute in
+// Acc and round when they store. The elements that do not fill a vector go through the same instructions, so that a
+// result does not depend on where in a tensor an element lies.
 #include "elementwise/cpu_kernels.h"
 
 #include <type_traits>
@@ -238,10 +238,13 @@ void gate_backward(const GateBackwardParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define RRT_ALL_DTYPES(kernel) {kernel<Float32>, kernel<Float64>, kernel<BFloat16>, kernel<Float16>}
 const CpuKernels RRT_KERNELS = {
-    RRT_ALL_DTYPES(rotary),     RRT_ALL_DTYPES(norm), RRT_ALL_DTYPES(norm_backward),
-    RRT_ALL_DTYPES(sum_shares), RRT_ALL_DTYPES(gate), RRT_ALL_DTYPES(gate_backward),
+    {rotary<Float32>, rotary<Float64>, rotary<BFloat16>, rotary<Float16>},
+    {norm<Float32>, norm<Float64>, norm<BFloat16>, norm<Float16>},
+    {norm_backward<Float32>, norm_backward<Float64>, norm_backward<BFloat16>, norm_backward<Float16>},
+    {sum_shares<Float32>, sum_shares<Float64>, sum_shares<BFloat16>, sum_shares<Float16>},
+    {gate<Float32>, gate<Float64>, gate<BFloat16>, gate<Float16>},
+    {gate_backward<Float32>, gate_backward<Float64>, gate_backward<BFloat16>, gate_backward<Float16>},
 };
 
 }  // namespace rrt::elementwise

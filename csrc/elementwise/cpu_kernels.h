@@ -3,13 +3,14 @@
 
 #include "cpu_isa.h"
 #include "elementwise/launch.h"
+#include "rounding.h"
 
 namespace rrt::elementwise {
 
 // Rows whose shares in a weight's gradient are summed by themselves, whatever the number of threads.
 constexpr int64_t kShareRows = 64;
 
-static inline int64_t shares_of(int64_t rows) { return (rows + kShareRows - 1) / kShareRows; }
+static inline int64_t shares_of(int64_t rows) { return ceil_div(rows, kShareRows); }
 
 // All are indexed by Dtype.
 struct CpuKernels {

@@ -1,5 +1,5 @@
-// What the host side (op.cpp) calls: raw pointers and sizes, nothing of torch. "Acc" is float (double for float64);
-// everything else is of the dtype, and contiguous unless strides are given.
+// The interface to the host side (op.cpp): raw pointers and sizes, nothing of torch. "Acc" is float (double for
+// float64); everything else is of the dtype, and contiguous unless strides are given.
 #pragma once
 
 #include <cstdint>

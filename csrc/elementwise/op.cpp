@@ -24,8 +24,6 @@ void check_same_shape(const Checks& check, const char* name, const Tensor& tenso
   check.shape(name, tensor, sizes);
 }
 
-Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
-
 Tensor rotary_embedding_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   constexpr Checks check{"rotary_embedding"};
   const Dtype dtype = check.float_dtype("x", x);
@@ -38,14 +36,25 @@ Tensor rotary_embedding_cpu(const Tensor& x, const Tensor& cos, const Tensor& si
   check_same_shape(check, "sin", sin, cos);
   const int64_t half = cos.size(2);
   if (2 * half > head_dim) check.fail("cos: found ", half, " angles; expected at most half of x's D_h, ", head_dim);
-  const Tensor dense = head_dim <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  const Tensor dense = with_dense_last_dim(x);
   const Tensor dense_cos = torch::stable::contiguous(cos), dense_sin = torch::stable::contiguous(sin);
   Tensor out = empty_as(x);
-  elementwise::rotary_cpu(
-      {dtype, batch, length, num_heads, head_dim, dense.const_data_ptr(), dense.stride(0), dense.stride(1),
-       dense.stride(2), dense_cos.const_data_ptr(), dense_sin.const_data_ptr(), half, shared ? 0 : length * half,
-       out.mutable_data_ptr()},
-      torch_parallel);
+  elementwise::RotaryParams params{};
+  params.dtype = dtype;
+  params.batch = batch;
+  params.length = length;
+  params.num_heads = num_heads;
+  params.head_dim = head_dim;
+  params.x = dense.const_data_ptr();
+  params.batch_stride = dense.stride(0);
+  params.token_stride = dense.stride(1);
+  params.head_stride = dense.stride(2);
+  params.cos = dense_cos.const_data_ptr();
+  params.sin = dense_sin.const_data_ptr();
+  params.half = half;
+  params.angles_batch_stride = shared ? 0 : length * half;
+  params.out = out.mutable_data_ptr();
+  elementwise::rotary_cpu(params, torch_parallel);
   return out;
 }
 
@@ -75,9 +84,17 @@ std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Tensor& weight, d
   const Tensor dense = torch::stable::contiguous(x), dense_weight = torch::stable::contiguous(weight);
   const int64_t scale_size[] = {rows};
   Tensor out = empty_as(x), scale = torch::stable::new_empty(x, scale_size, wide_dtype(x));
-  elementwise::norm_cpu({dtype, rows, width, dense.const_data_ptr(), dense_weight.const_data_ptr(), eps,
-                         weight_plus_one, out.mutable_data_ptr(), scale.mutable_data_ptr()},
-                        torch_parallel);
+  elementwise::NormParams params{};
+  params.dtype = dtype;
+  params.rows = rows;
+  params.width = width;
+  params.x = dense.const_data_ptr();
+  params.weight = dense_weight.const_data_ptr();
+  params.eps = eps;
+  params.weight_plus_one = weight_plus_one;
+  params.out = out.mutable_data_ptr();
+  params.scale = scale.mutable_data_ptr();
+  elementwise::norm_cpu(params, torch_parallel);
   return {out, scale};
 }
 
@@ -94,10 +111,18 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& out_grad, const T
   const Tensor dense_grad = torch::stable::contiguous(out_grad), dense = torch::stable::contiguous(x),
                dense_weight = torch::stable::contiguous(weight);
   Tensor x_grad = empty_as(x), weight_grad = empty_as(weight);
-  elementwise::norm_backward_cpu(
-      {dtype, rows, width, dense_grad.const_data_ptr(), dense.const_data_ptr(), dense_weight.const_data_ptr(),
-       weight_plus_one, scale.const_data_ptr(), x_grad.mutable_data_ptr(), weight_grad.mutable_data_ptr()},
-      torch_parallel);
+  elementwise::NormBackwardParams params{};
+  params.dtype = dtype;
+  params.rows = rows;
+  params.width = width;
+  params.out_grad = dense_grad.const_data_ptr();
+  params.x = dense.const_data_ptr();
+  params.weight = dense_weight.const_data_ptr();
+  params.weight_plus_one = weight_plus_one;
+  params.scale = scale.const_data_ptr();
+  params.x_grad = x_grad.mutable_data_ptr();
+  params.weight_grad = weight_grad.mutable_data_ptr();
+  elementwise::norm_backward_cpu(params, torch_parallel);
   return {x_grad, weight_grad};
 }
 
@@ -120,9 +145,14 @@ Tensor gated_activation_cpu(const Tensor& gate, const Tensor& up, std::string ac
   const auto [dtype, kind] = check_gate(check, gate, up, activation);
   const Tensor dense_gate = torch::stable::contiguous(gate), dense_up = torch::stable::contiguous(up);
   Tensor out = empty_as(gate);
-  elementwise::gate_cpu({dtype, kind, gate.numel(), dense_gate.const_data_ptr(), dense_up.const_data_ptr(),
-                         out.mutable_data_ptr()},
-                        torch_parallel);
+  elementwise::GateParams params{};
+  params.dtype = dtype;
+  params.activation = kind;
+  params.size = gate.numel();
+  params.gate = dense_gate.const_data_ptr();
+  params.up = dense_up.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  elementwise::gate_cpu(params, torch_parallel);
   return out;
 }
 
@@ -135,10 +165,16 @@ std::tuple<Tensor, Tensor> gated_activation_backward_cpu(const Tensor& out_grad,
   const Tensor dense_grad = torch::stable::contiguous(out_grad), dense_gate = torch::stable::contiguous(gate),
                dense_up = torch::stable::contiguous(up);
   Tensor gate_grad = empty_as(gate), up_grad = empty_as(gate);
-  elementwise::gate_backward_cpu(
-      {dtype, kind, gate.numel(), dense_grad.const_data_ptr(), dense_gate.const_data_ptr(), dense_up.const_data_ptr(),
-       gate_grad.mutable_data_ptr(), up_grad.mutable_data_ptr()},
-      torch_parallel);
+  elementwise::GateBackwardParams params{};
+  params.dtype = dtype;
+  params.activation = kind;
+  params.size = gate.numel();
+  params.out_grad = dense_grad.const_data_ptr();
+  params.gate = dense_gate.const_data_ptr();
+  params.up = dense_up.const_data_ptr();
+  params.gate_grad = gate_grad.mutable_data_ptr();
+  params.up_grad = up_grad.mutable_data_ptr();
+  elementwise::gate_backward_cpu(params, torch_parallel);
   return {gate_grad, up_grad};
 }
 

@@ -6,6 +6,7 @@
 // cache where it is, the first one as dot products.
 #include "kv_cache/cpu_kernels.h"
 #include "kv_cache/cpu_products.h"
+#include "rounding.h"
 
 namespace rrt::kv_cache {
 namespace {
@@ -25,12 +26,11 @@ inline void rotate(const Rope& rope, int64_t row, Read read, Write write) {
 
 template <class D>
 void widen_row(const typename D::Storage* from, int64_t size, typename D::Acc* to) {
-  constexpr int lanes = kLanes<D>;
-  for (int64_t i = 0; i < size; i += lanes) {
-    typename D::Storage chunk[lanes] = {};
-    std::memcpy(chunk, from + i, smaller(size - i, lanes) * sizeof(chunk[0]));
+  for (int64_t i = 0; i < size; i += kLanes<D>) {
+    typename D::Storage chunk[kLanes<D>] = {};
+    std::memcpy(chunk, from + i, smaller(size - i, kLanes<D>) * sizeof(chunk[0]));
     const typename D::Vec wide = D::widen(chunk);
-    std::memcpy(to + i, &wide, smaller(size - i, lanes) * sizeof(to[0]));
+    std::memcpy(to + i, &wide, smaller(size - i, kLanes<D>) * sizeof(to[0]));
   }
 }
 
@@ -55,7 +55,7 @@ void write(const WriteParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Up to so many rows, laying out a tile costs more than it saves.
+// For up to so many rows, copying a tile into another layout costs more than it saves.
 constexpr int64_t kMaxDirectRows = 16;
 
 // Rows of a task: query by query, the query heads of one key/value head.
@@ -66,8 +66,6 @@ struct Attend {
   using Vec = typename D::Vec;
   using Op = Operands<D>;
   using Unit = typename Op::Unit;
-  static constexpr int lanes = kLanes<D>;
-  static constexpr int unit_lanes = lanes * kPair<D>;  // elements of a vector of units
 
   const AttentionWork& work;
   const AttentionParams& p;
@@ -88,9 +86,9 @@ struct Attend {
         group(p.num_heads / p.num_kv_heads),
         dim(w.padded_dim),
         rows(task.num_queries * group),
-        direct(rows <= kMaxDirectRows && p.head_dim % unit_lanes == 0) {}
+        direct(rows <= kMaxDirectRows && p.head_dim % kUnitLanes<D> == 0) {}
 
-  // Slots that the row sees.
+  // The number of slots that the row sees.
   int64_t visible(int64_t row) const { return task.visible + row / group; }
 
   void load_queries() const {
@@ -124,7 +122,7 @@ struct Attend {
     for (int64_t i = count; i < kTileSlots; ++i) offsets[i] = offsets[count - 1];
   }
 
-  // Starts the reading of a piece's first tile; each tile fetches the one after it.
+  // Prefetches the first tile of a piece; the others are prefetched by the tile before them.
   void fetch(const void* cache, const int64_t* offsets, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const auto* slot = static_cast<const Storage*>(cache) + offsets[i];
@@ -132,11 +130,10 @@ struct Attend {
     }
   }
 
-  // Zeros beyond the `left` elements that a head still has.
+  // The next elements of a head that has `left` of them, then zeros.
   static typename Op::Vec load_units(const Storage* from, int64_t left) {
-    constexpr int size = lanes * kPair<D>;
-    if (left >= size) return Op::load_units(from);
-    Storage chunk[size] = {};
+    if (left >= kUnitLanes<D>) return Op::load_units(from);
+    Storage chunk[kUnitLanes<D>] = {};
     std::memcpy(chunk, from, left * sizeof(chunk[0]));
     return Op::load_units(chunk);
   }
@@ -144,15 +141,15 @@ struct Attend {
   void stage_keys(int64_t count, const TileRows& tile) const {
     const auto* cache = static_cast<const Storage*>(p.k_cache);
     Unit* to = static_cast<Unit*>(scratch.k);
-    for (int64_t slot = 0; slot < count; slot += lanes) {
-      for (int64_t i = 0; i < p.head_dim; i += unit_lanes) {
-        typename Op::Vec block[lanes];
-        for (int s = 0; s < lanes; ++s) {
+    for (int64_t slot = 0; slot < count; slot += kLanes<D>) {
+      for (int64_t i = 0; i < p.head_dim; i += kUnitLanes<D>) {
+        typename Op::Vec block[kLanes<D>];
+        for (int s = 0; s < kLanes<D>; ++s) {
           block[s] = load_units(cache + tile.offsets[slot + s] + i, p.head_dim - i);
           tile.prefetch(cache, slot + s, i);
         }
         transpose(block);
-        for (int u = 0; u < lanes; ++u) {
+        for (int u = 0; u < kLanes<D>; ++u) {
           std::memcpy(to + (i / kPair<D> + u) * kTileSlots + slot, &block[u], sizeof(block[u]));
         }
       }
@@ -163,7 +160,7 @@ struct Attend {
     const auto* cache = static_cast<const Storage*>(p.v_cache);
     Unit* to = static_cast<Unit*>(scratch.v);
     for (int64_t slot = 0; slot < count; slot += kPair<D>) {
-      for (int64_t i = 0; i < p.head_dim; i += unit_lanes) {
+      for (int64_t i = 0; i < p.head_dim; i += kUnitLanes<D>) {
         typename Op::Vec row[kPair<D>];
         for (int s = 0; s < kPair<D>; ++s) {
           row[s] = load_units(cache + tile.offsets[slot + s] + i, p.head_dim - i);
@@ -180,28 +177,28 @@ struct Attend {
     }
   }
 
-  // One row's scores of `count` slots into probabilities, and its state with them.
+  // Turns one row's scores of `count` slots into probabilities and adds them to its state.
   void softmax(int64_t row, int64_t count, const SoftmaxState& state) const {
     Acc* scores = static_cast<Acc*>(scratch.scores) + row * kTileSlots;
     Unit* probabilities = static_cast<Unit*>(scratch.probabilities) + row * (kTileSlots / kPair<D>);
-    const int64_t padded = (count + lanes - 1) / lanes * lanes;
+    const int64_t padded = round_up(count, kLanes<D>);
     for (int64_t i = count; i < padded; ++i) scores[i] = 0;
     Acc& max = static_cast<Acc*>(state.max)[row];
     Acc& sum = static_cast<Acc*>(state.sum)[row];
-    for (int64_t i = 0; i < padded; i += lanes) {
+    for (int64_t i = 0; i < padded; i += kLanes<D>) {
       const Vec scaled = load<Vec>(scores + i) * static_cast<Acc>(p.scale);
       std::memcpy(scores + i, &scaled, sizeof(scaled));
     }
-    // After the scaling, whatever the sign of the scale.
+    // Only after the scaling, since the scale may be negative.
     for (int64_t i = count; i < padded; ++i) scores[i] = -__builtin_inff();
     Vec largest = Vec{} + max;
-    for (int64_t i = 0; i < padded; i += lanes) {
+    for (int64_t i = 0; i < padded; i += kLanes<D>) {
       const Vec score = load<Vec>(scores + i);
       largest = score > largest ? score : largest;
     }
     const Acc new_max = reduce_lanes(largest, [](Acc a, Acc b) { return a > b ? a : b; });
     Vec added = {};
-    for (int64_t i = 0; i < padded; i += lanes) {
+    for (int64_t i = 0; i < padded; i += kLanes<D>) {
       const Vec probability = exp_negative(load<Vec>(scores + i) - new_max);
       if constexpr (kPair<D> == 1) {
         std::memcpy(probabilities + i, &probability, sizeof(probability));
@@ -220,7 +217,7 @@ struct Attend {
   }
 
 #ifdef __AVX512BF16__
-  // Rounds to bfloat16; returns what the sum has to count, the rounded values.
+  // Rounds to bfloat16 and returns the rounded values, which are the ones that the sum has to count.
   static F32 narrow_probabilities(F32 probability, uint32_t* to) {
     const U16 narrow = Operands<BFloat16>::narrow(probability);
     std::memcpy(to, &narrow, sizeof(narrow));
@@ -228,7 +225,7 @@ struct Attend {
   }
 #endif
 
-  // The slots [begin, end) of one piece of the context, for the rows that see any of them.
+  // Attends to the slots [begin, end) of one piece of the context, in the rows that see any of them.
   void attend_split(int64_t begin, int64_t end, const SoftmaxState& state) const {
     for (int64_t row = 0; row < rows; ++row) {
       static_cast<Acc*>(state.max)[row] = kLowest<Acc>;
@@ -262,15 +259,15 @@ struct Attend {
     auto* scores = static_cast<Acc*>(scratch.scores) + first * kTileSlots;
     if (direct) {
       const auto* keys = static_cast<const Storage*>(p.k_cache);
-      for (int64_t slot = 0; slot < count; slot += lanes) {
-        dot_rows<D, lanes / 2>(q, q_stride, keys, tile.from(slot), p.head_dim / unit_lanes, scores + slot,
+      for (int64_t slot = 0; slot < count; slot += kLanes<D>) {
+        dot_rows<D, kLanes<D> / 2>(q, q_stride, keys, tile.from(slot), p.head_dim / kUnitLanes<D>, scores + slot,
                                kTileSlots, rows - first);
       }
     } else {
       stage_keys(count, tile);
       const Staged<D> keys{static_cast<const Unit*>(scratch.k), kTileSlots};
       multiply_rows<D, kMaxRows, false>(q, q_stride, keys, p.head_dim, scores, kTileSlots, rows - first,
-                                        (count + unit_lanes - 1) / unit_lanes * unit_lanes);
+                                        round_up(count, kUnitLanes<D>));
     }
     for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
     if (direct) {
@@ -286,13 +283,13 @@ struct Attend {
   template <class B>
   void add_values(const B& values, int64_t columns, int64_t first, int64_t begin, int64_t count,
                   const SoftmaxState& state) const {
-    constexpr int64_t stride = kTileSlots / kPair<D>;
+    constexpr int64_t kStride = kTileSlots / kPair<D>;
     const auto* probabilities = static_cast<const Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(state.out);
     while (first < rows) {
       const int64_t seen = smaller(count, visible(first) - begin);
       const int64_t end = seen == count ? rows : first + group;
-      multiply_rows<D, kMaxRows, true>(probabilities + first * stride, stride, values, seen, out + first * dim, dim,
+      multiply_rows<D, kMaxRows, true>(probabilities + first * kStride, kStride, values, seen, out + first * dim, dim,
                                        end - first, columns);
       first = end;
     }

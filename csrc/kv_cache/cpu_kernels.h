@@ -6,9 +6,10 @@
 
 namespace rrt::kv_cache {
 
-// Buffers hold the accumulation type (double for float64, else float) where nothing else is said.
+// Buffers hold the accumulation type (double for float64, else float) unless a comment says otherwise.
 
-// A softmax under way, per row: largest score, sum of exp(score - largest), and that sum over the values.
+// The state of an online softmax, per row: the largest score, the sum of exp(score - largest), and the sum of the
+// values with these weights.
 struct SoftmaxState {
   void* max;  // [rows]
   void* sum;  // [rows]
@@ -23,18 +24,18 @@ struct AttentionWork {
   SoftmaxState partial;  // [num_partial * num_heads] rows: per task all queries of head 0, then of head 1, ...
 };
 
-// One thread's memory. The operands of products are as the instruction set wants them.
+// One thread's memory. Operands of products are in the units of the instruction set (simd_products.h).
 struct Scratch {
   int64_t* offsets;       // [kTileSlots]
   int64_t* next_offsets;  // [kTileSlots]
-  void* row;            // [padded_dim]
-  void* q;              // [rows, padded_dim]
-  void* k;              // [padded_dim, kTileSlots]: transposed
-  void* v;              // [kTileSlots, padded_dim]
-  void* scores;         // [rows, kTileSlots]
-  void* probabilities;  // [rows, kTileSlots]
-  SoftmaxState split;   // of one piece of the context
-  SoftmaxState total;   // of all pieces so far
+  void* row;              // [padded_dim]
+  void* q;                // [rows, padded_dim]
+  void* k;                // [padded_dim, kTileSlots]: transposed
+  void* v;                // [kTileSlots, padded_dim]
+  void* scores;           // [rows, kTileSlots]
+  void* probabilities;    // [rows, kTileSlots]
+  SoftmaxState split;     // of one piece of the context
+  SoftmaxState total;     // of all pieces so far
 };
 
 constexpr int64_t kPadDim = 32;     // no kernel's vector has more elements

@@ -19,13 +19,13 @@ inline V sum_each(V (&v)[kNumLanes<V>]) {
   return v[0];
 }
 
-// Where the slots of a tile lie in a cache, and those of the next tile, to be fetched meanwhile; null: none.
+// Where the slots of a tile lie in a cache, and those of the next tile, which are prefetched meanwhile (null: none).
 struct TileRows {
   const int64_t* offsets;
   const int64_t* next;
 
   TileRows from(int64_t slot) const { return {offsets + slot, next != nullptr ? next + slot : nullptr}; }
-  // Into the second-level cache: a tile is larger than the first.
+  // Into the second-level cache, since a tile is larger than the first-level one.
   template <class Storage>
   void prefetch(const Storage* cache, int64_t slot, int64_t element) const {
     if (next != nullptr) __builtin_prefetch(cache + next[slot] + element, 0, 2);
@@ -40,19 +40,18 @@ struct Direct {
 
   template <int C>
   void load_columns(int64_t k, int64_t column, typename Operands<D>::Vec (&to)[C]) const {
-    constexpr int lanes = kLanes<D>;
     if constexpr (kPair<D> == 1) {
       for (int c = 0; c < C; ++c) {
-        to[c] = D::widen(cache + rows.offsets[k] + column + c * lanes);
-        rows.prefetch(cache, k, column + c * lanes);
+        to[c] = D::widen(cache + rows.offsets[k] + column + c * kLanes<D>);
+        rows.prefetch(cache, k, column + c * kLanes<D>);
       }
     } else {
       static_assert(C % 2 == 0);
       for (int c = 0; c < C; c += 2) {
         U16Full pair[2], low, high;
         for (int i = 0; i < 2; ++i) {
-          pair[i] = load<U16Full>(cache + rows.offsets[2 * k + i] + column + c * lanes);
-          rows.prefetch(cache, 2 * k + i, column + c * lanes);
+          pair[i] = load<U16Full>(cache + rows.offsets[2 * k + i] + column + c * kLanes<D>);
+          rows.prefetch(cache, 2 * k + i, column + c * kLanes<D>);
         }
         zip(pair[0], pair[1], low, high);
         to[c] = (typename Operands<D>::Vec)low;
@@ -69,36 +68,34 @@ template <class D, int R>
 inline void dot_tile(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache,
                      const TileRows& tile, int64_t steps, typename D::Acc* out, int64_t out_stride) {
   using Op = Operands<D>;
-  constexpr int lanes = kLanes<D>;
-  constexpr int slots = lanes / R;
-  constexpr int stream = slots < 4 ? slots : 4;  // rows of the cache that are read side by side
-  typename D::Vec acc[lanes] = {};
-  for (int first = 0; first < slots; first += stream) {
+  constexpr int kSlots = kLanes<D> / R;
+  constexpr int kStream = kSlots < 4 ? kSlots : 4;  // rows of the cache that are read side by side
+  typename D::Vec acc[kLanes<D>] = {};
+  for (int first = 0; first < kSlots; first += kStream) {
     for (int64_t i = 0; i < steps; ++i) {
-      typename Op::Vec kv[stream];
-      for (int s = 0; s < stream; ++s) {
-        kv[s] = Op::load_units(cache + tile.offsets[first + s] + i * lanes * kPair<D>);
-        tile.prefetch(cache, first + s, i * lanes * kPair<D>);
+      typename Op::Vec kv[kStream];
+      for (int s = 0; s < kStream; ++s) {
+        kv[s] = Op::load_units(cache + tile.offsets[first + s] + i * kUnitLanes<D>);
+        tile.prefetch(cache, first + s, i * kUnitLanes<D>);
       }
       for (int r = 0; r < R; ++r) {
-        const auto av = load<typename Op::Vec>(a + r * a_stride + i * lanes);
-        for (int s = 0; s < stream; ++s) Op::multiply_add(acc[r * slots + first + s], av, kv[s]);
+        const auto av = load<typename Op::Vec>(a + r * a_stride + i * kLanes<D>);
+        for (int s = 0; s < kStream; ++s) Op::multiply_add(acc[r * kSlots + first + s], av, kv[s]);
       }
     }
   }
   const typename D::Vec sums = sum_each(acc);
-  typename D::Acc lane[lanes];
+  typename D::Acc lane[kLanes<D>];
   std::memcpy(lane, &sums, sizeof(sums));
-  for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride, lane + r * slots, slots * sizeof(lane[0]));
+  for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride, lane + r * kSlots, kSlots * sizeof(lane[0]));
 }
 
-// A vector of slots at a time, so that a key is still near for the next rows.
+// Takes a vector of slots at a time, so that the keys are still in the cache for the next rows.
 template <class D, int R>
 void dot_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const typename D::Storage* cache, TileRows tile,
               int64_t steps, typename D::Acc* out, int64_t out_stride, int64_t rows) {
-  constexpr int lanes = kLanes<D>;
   for (; rows >= R; rows -= R, a += R * a_stride, out += R * out_stride, tile.next = nullptr) {
-    for (int s = 0; s < lanes; s += lanes / R) {
+    for (int s = 0; s < kLanes<D>; s += kLanes<D> / R) {
       dot_tile<D, R>(a, a_stride, cache, tile.from(s), steps, out + s, out_stride);
     }
   }

@@ -44,11 +44,11 @@ cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream)
   const int group = args.num_heads / args.num_kv_heads;
   if (args.query_start != nullptr) {
     const unsigned tiles = args.num_queries * group / kMmaRows + args.num_sequences;
-    const dim3 grid(cuda::ceil_div(tiles, kWarps), args.num_kv_heads);
+    const dim3 grid(cuda::num_tiles(tiles, kWarps), args.num_kv_heads);
     return launch(prefill_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads, Shared::template bytes<true>(), false,
                   stream);
   }
-  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::ceil_div(group, kMmaRows), args.pieces);
+  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::num_tiles(group, kMmaRows), args.pieces);
   const cudaError_t error = launch(decode_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads,
                                    Shared::template bytes<false>(), cuda::has_dependent_launch(), stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
@@ -58,22 +58,23 @@ cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream)
 
 template <class Number>
 cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
-  const dim3 grid(cuda::ceil_div(static_cast<int64_t>(args.num_queries) * args.num_heads, kWarps));
+  const dim3 grid(cuda::num_tiles(static_cast<int64_t>(args.num_queries) * args.num_heads, kWarps));
   return launch(plain_kernel<Number>, args, grid, kThreads, 0, cuda::has_dependent_launch(), stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Only rows of keys and values are moved 16 bytes at a time.
+// The instances want keys and values at 16-byte addresses: only these are copied 16 bytes at a time.
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
+  cudaError_t (*launcher)(const CudaAttentionArgs&, cudaStream_t) = launch_plain<Half>;
   if (aligned(args.k_cache) && aligned(args.v_cache)) {
-#define RRT_LAUNCH(HEAD_DIM, STAGES) \
-  if (args.head_dim == HEAD_DIM) return launch_attention<Half, HEAD_DIM, STAGES>(args, stream);
-    RRT_HEAD_DIMS(RRT_LAUNCH)
-#undef RRT_LAUNCH
+    for_each_type(AttentionInstances{}, [&](auto candidate) {
+      using Shared = decltype(candidate);
+      if (args.head_dim == Shared::kHeadDim) launcher = launch_attention<Half, Shared::kHeadDim, Shared::kStages>;
+    });
   }
-  return launch_plain<Half>(args, stream);
+  return launcher(args, stream);
 }
 
 CudaRope device_rope(const Rope& rope, int64_t max_positions) {
@@ -81,7 +82,7 @@ CudaRope device_rope(const Rope& rope, int64_t max_positions) {
 }
 
 int64_t pieces_of(const CudaAttentionParams& p) {
-  return std::max(1u, cuda::ceil_div(p.max_pages * p.params->page_size, kCudaSplitSlots));
+  return std::max(1u, cuda::num_tiles(p.max_pages * p.params->page_size, kCudaSplitSlots));
 }
 
 }  // namespace

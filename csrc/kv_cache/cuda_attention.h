@@ -1,20 +1,23 @@
 // Bodies of the CUDA kernels of loop_kv_attention and loop_kv_prefill for bfloat16 and float16.
 //
 // Up to 16 query rows that share a key/value head are the mma's M: in decode the query heads of one row, in prefill
-// also those of neighbouring tokens. A warp goes through the slots 16 at a time. Keys are multiplied as they lie: a
-// lane loads 16 adjacent bytes of a slot, which are its fragments of two mmas if queries are taken in the same
-// order. Values are brought to shared memory and read transposed. Keys and values take turns in a warp's ring, so that a
-// multiprocessor has room for two blocks: one streams while the other begins or ends.
+// also those of neighbouring tokens. A warp goes through the slots 16 at a time, which is a tile. Keys are multiplied
+// as they lie: a lane loads 16 adjacent bytes of a slot, which are its fragments of two mmas if queries are taken in
+// the same order. Values are brought to shared memory and read transposed. Keys and values alternate in a warp's ring
+// of stages, which leaves a multiprocessor room for two thread blocks: one streams while the other begins or ends.
 //
-// decode: a block is one piece of kSplitSlots slots of one row; its 4 warps share the slots, and their results are
-// merged in order; then combine_body merges the pieces. Both cuts are at fixed slots, so a row's bits are its own.
-// prefill: every warp has 16 query rows of its own and goes through all the slots that the last of them sees.
+// decode: as in FlashDecoding, a context is split into pieces of kCudaSplitSlots slots, one for each thread block. Its
+// 4 warps share the slots, and their results are merged in order; then combine_body merges the pieces. Both splits are
+// at fixed slots, so a row has the same bits in any batch. prefill: every warp has 16 query rows of its own and goes
+// through all the slots that the last of them sees.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "device/primitives.h"
+#include "rounding.h"
+#include "type_list.h"
 
 namespace rrt::kv_cache {
 
@@ -47,13 +50,12 @@ constexpr int kMmaRows = 16, kMmaSlots = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// The instances: F(HEAD_DIM, STAGES); a stage is the keys or the values of a tile. As many as let two decode blocks
-// share a multiprocessor: an A100's, but for head dim 256, where it is an H100's.
-#define RRT_HEAD_DIMS(F) F(64, 7) F(80, 6) F(128, 4) F(256, 3)
-
+// How a thread block uses shared memory. A stage is the keys or the values of a tile.
 template <int HEAD_DIM, int STAGES>
 struct AttentionShared {
-  static constexpr int kBlocks = (HEAD_DIM + 31) / 32;      // of 32 elements: two mmas of keys
+  static constexpr int kHeadDim = HEAD_DIM;
+  static constexpr int kStages = STAGES;
+  static constexpr int kBlocks = ceil_div<32>(HEAD_DIM);    // of 32 elements: two mmas of keys
   static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
   static constexpr int kQueryStride = 32 * kBlocks + 8;     // elements; the rest spreads lanes over the banks
   static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
@@ -71,28 +73,32 @@ struct AttentionShared {
   }
 };
 
-// Which query rows a warp has: row j is head first_head + j of `token`, or in prefill flat row first + j of a chunk.
+// As many stages as let two thread blocks of decode share a multiprocessor: an A100's, but for head dim 256 an H100's.
+using AttentionInstances =
+    TypeList<AttentionShared<64, 7>, AttentionShared<80, 6>, AttentionShared<128, 4>, AttentionShared<256, 3>>;
+
+// The query rows of a warp. Rows of a sequence's queries are numbered query by query, head by head of the group.
 struct QueryTile {
   int sequence;
-  int token_begin;  // the chunk's first query
-  int first;        // flat row: (query of the chunk) * group + (head of the group)
+  int token_begin;  // the sequence's first query
+  int first;        // number of the warp's first row
   int rows;
   int group;        // query heads per key/value head
   int kv_head;
-  int seen;         // slots that the chunk's query 0 sees
+  int seen;         // slots that the sequence's first query sees
 
   RRT_DEVICE int token(int row) const { return token_begin + (first + row) / group; }
   RRT_DEVICE int head(int row) const { return kv_head * group + (first + row) % group; }
   RRT_DEVICE int limit(int row) const { return seen + (first + row) / group; }
 };
 
-// The prefill tile of this number, tiles counted sequence by sequence; rows 0: there is none.
+// Prefill tile number `tile`, counted sequence by sequence; with 0 rows if there is none.
 RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, int kv_head) {
   const int group = args.num_heads / args.num_kv_heads;
   int begin = device::load_global(args.query_start);
   for (int s = 0; s < args.num_sequences; ++s) {
     const int end = device::load_global(args.query_start + s + 1);
-    const int rows = (end - begin) * group, tiles = (rows + kMmaRows - 1) / kMmaRows;
+    const int rows = (end - begin) * group, tiles = ceil_div<kMmaRows>(rows);
     if (tile < tiles) {
       const int first = tile * kMmaRows;
       const int here = rows - first < kMmaRows ? rows - first : kMmaRows;
@@ -104,13 +110,14 @@ RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, 
   return {0, 0, 0, 0, 1, kv_head, 0};
 }
 
-// Slots that decode row `row` sees: no more than its block table has, for which there are pieces.
+// The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
+// pieces.
 RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
   const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size;
   return context < room ? context : room;
 }
 
-// Where a slot lies in the cache, counted in slots; -1 if the block table leads nowhere.
+// The number of a slot in the cache; -1 if the block table has no valid page for it.
 RRT_DEVICE int64_t find_slot(const CudaAttentionArgs& args, int sequence, int slot) {
   const int column = slot / args.page_size;
   if (column >= args.max_pages) return -1;
@@ -119,7 +126,7 @@ RRT_DEVICE int64_t find_slot(const CudaAttentionArgs& args, int sequence, int sl
   return static_cast<int64_t>(page) * args.page_size + slot % args.page_size;
 }
 
-// Its keys or values, at `row` of find_slot.
+// The keys or values of slot number `row`.
 template <class Storage>
 RRT_DEVICE const Storage* at_slot(const CudaAttentionArgs& args, const void* cache, int kv_head, int64_t row) {
   return static_cast<const Storage*>(cache) + (row * args.num_kv_heads + kv_head) * args.head_dim;
@@ -156,7 +163,7 @@ struct AttentionWarp {
   RRT_DEVICE void load_queries(int thread, int threads) const {
     constexpr int kSize = kMmaRows * Shared::kQueryStride, kBatch = 8;
     for (int first = thread; first < kSize; first += kBatch * threads) {
-      float values[kBatch];  // loaded all at once: among the stores, each would be waited for
+      float values[kBatch];  // loaded all at once: between the stores, each load would be waited for
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int i = first + j * threads, row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
@@ -216,8 +223,8 @@ struct AttentionWarp {
     }
   }
 
-  // Scores of the slots from `first` on against the keys of `stage`, in units of log 2: [i] has slots 8 i + lane % 4 * 2
-  // and the next, rows as in `sums`.
+  // Scores of the slots from `first` on, whose keys are in `stage`, in units of log 2: scores[i] has slots
+  // 8 i + lane % 4 * 2 and the next, and rows as in `sums`.
   RRT_DEVICE void score(float (&scores)[2][4], int stage, int first, int end) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -267,7 +274,7 @@ struct AttentionWarp {
     }
   }
 
-  // Adds the values of `stage` by the weights that the scores make.
+  // Turns the scores into weights and adds the values in `stage` with them.
   RRT_DEVICE void add_values(const float (&scores)[2][4], int stage) {
     float new_largest[2] = {largest[0], largest[1]};
 #pragma unroll
@@ -313,19 +320,19 @@ struct AttentionWarp {
     }
   }
 
-  // Tiles `turn0`, `turn0` + `stride`, ... of the slots [begin, end). `before_queries` makes sure that these are there,
-  // while the first keys and values are under way.
-  template <class BeforeQueries>
-  RRT_DEVICE void attend(int begin, int end, int turn0, int stride, BeforeQueries before_queries) {
-    const auto slot_of = [&](int turn) { return begin + (turn0 + turn * stride) * kMmaSlots; };
-    // Step 2 t brings the keys of turn t, 2 t + 1 its values.
+  // Attends to tiles first_tile, first_tile + stride, ... of the slots [begin, end). `wait_for_queries` is called while
+  // the first keys and values are on their way.
+  template <class WaitForQueries>
+  RRT_DEVICE void attend(int begin, int end, int first_tile, int stride, WaitForQueries wait_for_queries) {
+    const auto slot_of = [&](int index) { return begin + (first_tile + index * stride) * kMmaSlots; };
+    // Step 2 i copies the keys of the warp's tile number i, step 2 i + 1 its values.
     const auto fetch = [&](int step) {
       const int first = slot_of(step / 2);
       if (first < end && step % 2 == 0) fetch_keys(step % STAGES, first, end);
       if (first < end && step % 2 == 1) fetch_values(step % STAGES, first, end);
       device::copy_commit();
     };
-    // This step's copies of every lane are here, and the stage of the step before has been read.
+    // After this, every lane's copies of the step are there, and the stage that the fetch fills has been read.
     const auto next = [&](int step) {
       device::copy_wait<STAGES - 2>();
       device::warp_barrier();
@@ -333,20 +340,20 @@ struct AttentionWarp {
     };
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    before_queries();
+    wait_for_queries();
 #pragma unroll
     for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
     }
-    largest[0] = largest[1] = -1e30f;  // finite, so that a row of which nothing is seen yet makes no NaN
+    largest[0] = largest[1] = -1e30f;  // finite, or a row that has seen nothing yet would become NaN
     weights[0] = weights[1] = 0;
-    for (int turn = 0; slot_of(turn) < end; ++turn) {
+    for (int index = 0; slot_of(index) < end; ++index) {
       float scores[2][4];
-      next(2 * turn);
-      score(scores, 2 * turn % STAGES, slot_of(turn), end);
-      next(2 * turn + 1);
-      add_values(scores, (2 * turn + 1) % STAGES);
+      next(2 * index);
+      score(scores, 2 * index % STAGES, slot_of(index), end);
+      next(2 * index + 1);
+      add_values(scores, (2 * index + 1) % STAGES);
     }
     device::copy_wait<0>();
 #pragma unroll
@@ -357,14 +364,14 @@ struct AttentionWarp {
   }
 };
 
-// Block (row, kv head and tile of its query heads, piece).
+// Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
 template <class Half, int HEAD_DIM, int STAGES>
 RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   using Storage = typename Half::Storage;
   using Shared = AttentionShared<HEAD_DIM, STAGES>;
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
-  const int group = args.num_heads / args.num_kv_heads, tiles = (group + kMmaRows - 1) / kMmaRows;
+  const int group = args.num_heads / args.num_kv_heads, tiles = ceil_div<kMmaRows>(group);
   const int first = block.y % tiles * kMmaRows;
   device::dependency_wait();
   device::launch_dependents();
@@ -435,7 +442,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
 }
 
-// Block (row, head): merges the pieces of a long context, in order; a short one is done already.
+// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a short one is final
+// already.
 template <class Number>
 RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   using Acc = typename Number::Acc;
@@ -443,7 +451,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   device::dependency_wait();
   const int context = decode_context(args, block.x);
   if (context <= kCudaSplitSlots) return;
-  const int pieces = (context + kCudaSplitSlots - 1) / kCudaSplitSlots;
+  const int pieces = ceil_div<kCudaSplitSlots>(context);
   const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
   const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
   const auto of = [&](int piece, int column) {
@@ -466,7 +474,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   }
 }
 
-// Block (4 tiles, kv head): one tile per warp.
+// Thread block (x: 4 tiles, one per warp; y: key/value head).
 template <class Half, int HEAD_DIM, int STAGES>
 RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   using Storage = typename Half::Storage;

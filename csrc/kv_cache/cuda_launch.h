@@ -1,4 +1,4 @@
-// What op.cpp calls for CUDA tensors.
+// The interface to op.cpp for CUDA tensors.
 #pragma once
 
 #include "kv_cache/launch.h"
@@ -25,8 +25,8 @@ constexpr int64_t kCudaMaxHeadDim = 512;
 
 int64_t cuda_scratch_bytes(const CudaAttentionParams& params);
 
-// Queue the kernels on `stream` (a cudaStream_t) of `device`: no allocation, no synchronisation. Return null, or what
-// failed.
+// Queue the kernels on `stream` (a cudaStream_t) of `device`: no allocation, no synchronisation. Return null, or the
+// error's text.
 const char* write_cuda(const CudaWriteParams& params, int device, void* stream);
 const char* attention_cuda(const CudaAttentionParams& params, int device, void* stream);
 

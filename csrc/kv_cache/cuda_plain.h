@@ -20,7 +20,7 @@ struct CudaWriteArgs {
   int num_kv_heads, head_dim;
 };
 
-// Block (row).
+// Thread block (x: row).
 template <class Number>
 RRT_DEVICE void write_body(const CudaWriteArgs& args) {
   using Storage = typename Number::Storage;
@@ -34,13 +34,14 @@ RRT_DEVICE void write_body(const CudaWriteArgs& args) {
     const int head = i / args.head_dim, column = i % args.head_dim;
     const Storage* k = static_cast<const Storage*>(args.k) + row * args.k_row_stride + head * args.k_head_stride;
     const Storage* v = static_cast<const Storage*>(args.v) + row * args.v_row_stride + head * args.v_head_stride;
-    const Acc key = rotated<Acc>(args.rope, row, column, [&](int j) { return Number::widen(device::load_global(k + j)); });
+    const Acc key =
+        rotated<Acc>(args.rope, row, column, [&](int j) { return Number::widen(device::load_global(k + j)); });
     device::store_global(static_cast<Storage*>(args.k_cache) + to + i, Number::narrow(key));
     device::store_global(static_cast<Storage*>(args.v_cache) + to + i, device::load_global(v + column));
   }
 }
 
-// Block (4 query heads of one after the other query): one per warp.
+// Thread block (x: 4 pairs of query and query head, one per warp).
 template <class Number>
 RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
   using Storage = typename Number::Storage;
@@ -67,7 +68,8 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
     const int column = lane + 32 * i;
     q[i] = 0;
     if (column < args.head_dim && limit > 0) {
-      q[i] = rotated<Acc>(args.rope, query, column, [&](int j) { return Number::widen(device::load_global(from + j)); });
+      q[i] =
+          rotated<Acc>(args.rope, query, column, [&](int j) { return Number::widen(device::load_global(from + j)); });
     }
     sums[i] = 0;
   }

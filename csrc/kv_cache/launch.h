@@ -1,4 +1,4 @@
-// What the host side (op.cpp) calls: raw pointers and sizes, nothing of torch.
+// The interface to the host side (op.cpp): raw pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <utility>
 
 #include "checks.h"
 #include "kv_cache/cuda_launch.h"
@@ -34,7 +35,7 @@ struct Indices {
   explicit Indices(const Tensor& tensor) : dense(torch::stable::contiguous(tensor)), data(dense.const_data_ptr<T>()) {}
 };
 
-// Rotation of x [rows, heads, D_h] and what it refers to.
+// The rotation of x [rows, heads, D_h], and the tensors that it points into.
 struct CheckedRope {
   std::optional<Indices<int32_t>> positions;
   int64_t max_positions = 0;
@@ -75,13 +76,17 @@ CheckedRope check_rope(const Checks& check, const std::optional<Tensor>& positio
   return checked;
 }
 
-// x [rows, heads, D_h] with the elements of a head adjacent.
-Tensor with_dense_heads(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
-
-// A checked call, but for the values of slots and positions, and the tensors that it points into.
+// A call whose arguments have been checked, but for the values of slots and positions, and the tensors that it points
+// into.
 struct WriteCall {
+  WriteCall(const Tensor& keys, const Tensor& values, const Tensor& k_cache, const Tensor& slot_mapping,
+            CheckedRope checked_rope)
+      : num_slots(k_cache.size(0) * k_cache.size(1)),
+        k(with_dense_last_dim(keys)),
+        v(with_dense_last_dim(values)),
+        slots(slot_mapping),
+        rope(std::move(checked_rope)) {}
+
   kv_cache::WriteParams params{};
   int64_t num_slots;
   Tensor k, v;
@@ -106,12 +111,7 @@ WriteCall prepare_write(const Tensor& k, const Tensor& v, Tensor& k_cache, Tenso
   check.shape("v", v, {{"M", m}, {"H_kv", num_kv_heads}, {"D_h", head_dim}});
   check_cache(check, k_cache, v_cache, num_kv_heads, head_dim);
   check.shape("slot_mapping", slot_mapping, {{"M", m}});
-  WriteCall call{{},
-                 k_cache.size(0) * k_cache.size(1),
-                 with_dense_heads(k),
-                 with_dense_heads(v),
-                 Indices<int64_t>(slot_mapping),
-                 check_rope(check, positions, cos_sin, k, "k")};
+  WriteCall call(k, v, k_cache, slot_mapping, check_rope(check, positions, cos_sin, k, "k"));
   kv_cache::WriteParams& params = call.params;
   params.dtype = dtype;
   params.m = m;
@@ -142,8 +142,22 @@ void loop_kv_write_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor 
   kv_cache::write_cpu(call.params, torch_parallel);
 }
 
-// A checked call, but for the values of lengths, pages and positions, and the tensors that it points into.
+// A call whose arguments have been checked, but for the values of lengths, pages and positions, and the tensors that it
+// points into.
 struct AttentionCall {
+  AttentionCall(const Tensor& queries, const Tensor& k_cache, const Tensor& tables, const Tensor* query_starts,
+                const Tensor& context_lens, CheckedRope checked_rope)
+      : num_sequences(tables.size(0)),
+        num_pages(k_cache.size(0)),
+        max_pages(tables.size(1)),
+        q(with_dense_last_dim(queries)),
+        block_tables(with_dense_last_dim(tables)),
+        out(empty_as(queries)),
+        contexts(context_lens),
+        rope(std::move(checked_rope)) {
+    if (query_starts) starts.emplace(*query_starts);
+  }
+
   kv_cache::AttentionParams params{};
   int64_t num_sequences, num_pages, max_pages;
   Tensor q, block_tables, out;
@@ -156,8 +170,9 @@ struct AttentionCall {
 
 // Decode has no query_start: a row is a sequence with one query.
 AttentionCall prepare_attention(const Checks& check, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                     const Tensor& block_tables, const Tensor* query_start, const Tensor& context_lens, double scale,
-                     const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin) {
+                                const Tensor& block_tables, const Tensor* query_start, const Tensor& context_lens,
+                                double scale, const std::optional<Tensor>& positions,
+                                const std::optional<Tensor>& cos_sin) {
   const Dtype dtype = check.float_dtype("q", q);
   check.dtype("k_cache", k_cache, q.scalar_type());
   check.same_device("k_cache", k_cache, q, "q");
@@ -172,27 +187,16 @@ AttentionCall prepare_attention(const Checks& check, const Tensor& q, const Tens
   check.shape("q", q, {{query_start ? "T" : "M"}, {"H"}, {"D_h"}});
   const int64_t num_queries = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
   check_cache(check, k_cache, v_cache, -1, head_dim);
-  const int64_t num_pages = k_cache.size(0), page_size = k_cache.size(1), num_kv_heads = k_cache.size(2);
+  const int64_t page_size = k_cache.size(1), num_kv_heads = k_cache.size(2);
   if (num_kv_heads > 0 ? num_heads % num_kv_heads != 0 : num_heads != 0) {
     check.fail("q: found ", num_heads, " heads; expected a multiple of k_cache's ", num_kv_heads);
   }
   check.shape("block_tables", block_tables, {query_start ? Dim{"S"} : Dim{"M", num_queries}, {"max_pages"}});
-  const int64_t num_sequences = block_tables.size(0), max_pages = block_tables.size(1);
+  const int64_t num_sequences = block_tables.size(0);
   if (query_start) check.shape("query_start", *query_start, {{"S + 1", num_sequences + 1}});
   check.shape("context_lens", context_lens, {{"S", num_sequences}});
-  const int64_t out_size[] = {num_queries, num_heads, head_dim};
-  AttentionCall call{
-      {},
-      num_sequences,
-      num_pages,
-      max_pages,
-      with_dense_heads(q),
-      max_pages <= 1 || block_tables.stride(1) == 1 ? block_tables : torch::stable::contiguous(block_tables),
-      torch::stable::new_empty(q, out_size),
-      std::nullopt,
-      Indices<int32_t>(context_lens),
-      check_rope(check, positions, cos_sin, q, "q")};
-  if (query_start) call.starts.emplace(*query_start);
+  AttentionCall call(q, k_cache, block_tables, query_start, context_lens,
+                     check_rope(check, positions, cos_sin, q, "q"));
   kv_cache::AttentionParams& params = call.params;
   params.dtype = dtype;
   params.num_queries = num_queries;
@@ -289,14 +293,14 @@ Tensor attention_cuda(const Checks& check, const AttentionCall& call) {
     check.fail("q: found head_dim ", call.params.head_dim, "; expected at most ", kv_cache::kCudaMaxHeadDim,
                " on CUDA");
   }
-  kv_cache::CudaAttentionParams params{&call.params,
-                                       call.query_start(),
-                                       call.contexts.data,
-                                       call.num_sequences,
-                                       call.num_pages,
-                                       call.max_pages,
-                                       call.rope.max_positions,
-                                       nullptr};
+  kv_cache::CudaAttentionParams params{};
+  params.params = &call.params;
+  params.query_start = call.query_start();
+  params.context_lens = call.contexts.data;
+  params.num_sequences = call.num_sequences;
+  params.num_pages = call.num_pages;
+  params.max_pages = call.max_pages;
+  params.max_positions = call.rope.max_positions;
   const int64_t scratch_size[] = {kv_cache::cuda_scratch_bytes(params) / static_cast<int64_t>(sizeof(int32_t))};
   const Tensor scratch = torch::stable::new_empty(call.contexts.dense, scratch_size);
   params.partial = scratch.mutable_data_ptr();

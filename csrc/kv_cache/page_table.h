@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "rounding.h"
+
 namespace rrt::kv_cache {
 
 // Thrown before anything has changed.
@@ -219,7 +221,7 @@ class PageTable {
   }
   Sequence& at(int64_t handle) { return const_cast<Sequence&>(std::as_const(*this).at(handle)); }
 
-  int64_t pages_of(int64_t length) const { return (length + page_size_ - 1) / page_size_; }
+  int64_t pages_of(int64_t length) const { return ceil_div(length, page_size_); }
 
   static void check_count(const Sequence& sequence, int64_t count) {
     if (count < 0 || count > kMax - sequence.length) {

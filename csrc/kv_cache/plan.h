@@ -6,18 +6,18 @@
 #include <cstdint>
 #include <vector>
 
+#include "rounding.h"
+
 namespace rrt::kv_cache {
 
-// A context is cut every kSplitSlots slots, whatever else is in the batch; each piece has a softmax of its own,
-// and pieces are merged in order: the same numbers come out however tasks are dealt out.
+// A context is split every kSplitSlots slots, whatever else is in the batch. Each piece has a softmax of its own, and
+// pieces are merged in order: so the result does not depend on how tasks are dealt out.
 constexpr int64_t kSplitSlots = 256;
 // Rows (queries x query heads of one key/value head) that share one reading of keys and values.
 constexpr int64_t kTileRows = 64;
-// Tiles of so few queries take the pieces of their context in tasks of their own: for a long context and little
-// else to do. The pieces' results then lie in memory, which for more queries would be too much.
+// For up to so many queries, a tile's pieces become tasks of their own, which keeps all threads busy when a long
+// context is all there is to do. The pieces' results then lie in memory, which for more queries would be too much.
 constexpr int64_t kMaxSplitQueries = 4;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The checks return the first index whose value does not fit, or -1.
 inline int64_t find_bad_slot(const int64_t* slots, int64_t m, int64_t num_slots) {
@@ -52,7 +52,7 @@ inline int64_t find_bad_query_start(const int32_t* query_start, int64_t num_sequ
   return query_start[num_sequences] != num_queries ? num_sequences : -1;
 }
 
-// query_start null, here and below: one query per sequence, or none where its context is 0 (decode).
+// Here and below, query_start is null in decode: a sequence has one query, or none if its context is empty.
 inline int64_t num_queries_of(const int32_t* query_start, const int32_t* context_lens, int64_t s) {
   if (query_start == nullptr) return context_lens[s] > 0;
   return query_start[s + 1] - query_start[s];
@@ -69,7 +69,7 @@ struct TableEntry {
   int64_t row, column;
 };
 
-// Only entries that a sequence with queries needs are looked at; row -1: all fit. Contexts have been checked.
+// The first bad entry among those that sequences with queries need, or row -1. Contexts have been checked before.
 inline TableEntry find_bad_page(const int32_t* block_tables, int64_t table_stride, const int32_t* query_start,
                                 const int32_t* context_lens, int64_t num_sequences, int64_t page_size,
                                 int64_t num_pages) {
@@ -108,7 +108,7 @@ struct AttentionPlan {
   std::vector<int64_t> padding;  // queries without a context: zeros
   int64_t num_partial = 0;       // queries of all partial results
   int64_t max_queries = 0;       // of one task
-  int64_t num_scores = 0;        // query-slot pairs, about: what the work is measured by
+  int64_t num_scores = 0;        // about the number of pairs of query and slot: a measure of the work
 };
 
 // `group`: query heads per key/value head.

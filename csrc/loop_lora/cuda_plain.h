@@ -1,6 +1,7 @@
-// The plain kernel's body: fp32 and fp64, and whatever the decode kernels' 16-byte loads do not fit. One warp per output,
-// its lanes along the columns; a weight is read once for kPlainTokens rows. Like the decode kernels', a row's sums
-// have an order of their own, and shrink comes before expand.
+// The plain kernel's body, for fp32 and fp64 and for shapes that the decode kernels' 16-byte loads do not fit. A warp
+// has one output, and its lanes share the columns; a weight is read once for kPlainTokens rows. As in the decode
+// kernels, the order of a row's sums is the layer's, and shrink is launched before the product. cuda_decode.h explains
+// the terms.
 #pragma once
 
 #include "loop_lora/cuda_decode.h"
@@ -18,23 +19,23 @@ RRT_DEVICE Acc add_lanes(Acc sum) {
   return sum;
 }
 
-// Block (ranks and token tile, loop) of shrink, which writes T in the accumulation type; else (outputs and token tile).
+// Thread block (x: tile; y: loop, for shrink, which writes T in the accumulation type here).
 template <class Number, bool SHRINK>
 RRT_DEVICE void plain_body(const DecodeArgs& args) {
   using Storage = typename Number::Storage;
   using Acc = typename Number::Acc;
   const device::Index block = device::block_index();
   const int lane = device::thread_index() % 32;
-  const int token_tiles = (args.m + kPlainTokens - 1) / kPlainTokens;
+  const int token_tiles = ceil_div<kPlainTokens>(args.m);
   const int row = block.x / token_tiles * kPlainRows + device::thread_index() / 32;
   const int token_begin = block.x % token_tiles * kPlainTokens;
   const int tokens = args.m - token_begin < kPlainTokens ? args.m - token_begin : kPlainTokens;
   if (SHRINK) {
     device::dependency_wait();
     device::launch_dependents();
-    bool present = false;
-    for (int i = 0; i < tokens; ++i) present |= device::load_global(args.loops + token_begin + i) == block.y;
-    if (!present) return;
+    bool has_loop = false;
+    for (int i = 0; i < tokens; ++i) has_loop |= device::load_global(args.loops + token_begin + i) == block.y;
+    if (!has_loop) return;
   }
   if (row >= (SHRINK ? args.total_rank : args.n)) return;
 

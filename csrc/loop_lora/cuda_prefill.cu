@@ -1,5 +1,5 @@
-// Launches of rrt::loop_lora_prefill on CUDA: shrink, then the product over W and B_l, chained by programmatic dependent
-// launch. The tile depends on how many there are, which changes no bit.
+// Launches of rrt::loop_lora_prefill on CUDA: shrink, then the product over W and B_l, chained by programmatic
+// dependent launch. The choice of tile depends on the number of tiles, which changes no bit.
 #include "cuda/launch.h"
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/cuda_prefill.h"
@@ -12,25 +12,22 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(const __gri
   prefill_body<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(args);
 }
 
-// The largest tile of which there is one for every multiprocessor, or the smallest.
+// With the largest tile of which there are enough for all multiprocessors, or else the smallest.
 template <class Half>
 cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool dependent, cudaStream_t stream) {
   void (*kernel)(PrefillArgs) = nullptr;
   dim3 grid;
   int shared = 0;
-#define RRT_CHOOSE(TOKEN_TILES, OUT_GROUPS, STAGES)                                                      \
-  {                                                                                                      \
-    using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                     \
-    static_assert(2 * (Tile::kSharedBytes + 1024) <= 164 << 10, "two blocks, and an A100 has no more");  \
-    const dim3 tiles(cuda::ceil_div(args.m, Tile::kTokens), Tile::out_tiles(args));                      \
-    if (kernel == nullptr || tiles.x * static_cast<int64_t>(tiles.y) >= multiprocessors) {               \
-      kernel = prefill_kernel<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;                                    \
-      grid = tiles;                                                                                      \
-      shared = Tile::kSharedBytes;                                                                       \
-    }                                                                                                    \
-  }
-  RRT_PREFILL_TILES(RRT_CHOOSE)
-#undef RRT_CHOOSE
+  for_each_type(PrefillTiles<Half>{}, [&](auto candidate) {
+    using Tile = decltype(candidate);
+    static_assert(2 * (Tile::kSharedBytes + 1024) <= 164 << 10, "two thread blocks, and an A100 has no more");
+    const dim3 tiles(cuda::num_tiles(args.m, Tile::kTokens), Tile::out_tiles(args));
+    if (kernel == nullptr || tiles.x * static_cast<int64_t>(tiles.y) >= multiprocessors) {
+      kernel = prefill_kernel<Half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages>;
+      grid = tiles;
+      shared = Tile::kSharedBytes;
+    }
+  });
   return cuda::launch(kernel, args, grid, kPrefillThreads, shared, dependent, stream);
 }
 

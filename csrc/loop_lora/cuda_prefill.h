@@ -1,19 +1,22 @@
 // The prefill kernel's body: Y = [X | T] [W | B_l]^T + b for rows that are all of loop l, one matrix product whose
-// columns run over W and then over B_l. T = A_l X is the same kernel before it, with A_l for W.
+// columns run over W and then over B_l. The same kernel, launched before it with A_l for W, computes T = A_l X.
 //
-// Rows of x are the mma's M, weight rows its N. A block of 2 x 2 warps has a tile of both and goes through the columns
-// 32 at a time, which all threads bring to a ring in shared memory. No other order of sums exists: so a row's bits
-// depend on its tile as little as on its neighbours.
+// Rows of x are the mma's M, weight rows its N. A thread block of 2 x 2 warps has a tile of both and goes through the
+// columns in k-steps of 32, which all threads copy to a ring in shared memory. A sum always runs over the k-steps in
+// order: a row has the same bits in any tile and beside any neighbours.
 //
 // Columns may be taken in any order as long as both operands agree, and so may outputs as long as they are stored where
-// they belong. So a lane's 16 adjacent bytes of a row are its fragments of two mmas, as in the decode kernel: eight lanes
-// read 128 adjacent bytes, without a swizzle; and eight adjacent outputs of four mmas are one lane's, 16 bytes again.
+// they belong. So a lane's 16 adjacent bytes of a row are its fragments of two mmas, as in the decode kernel: eight
+// lanes read 128 adjacent bytes, without a swizzle; and eight adjacent outputs of four mmas are one lane's, 16 bytes
+// again.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "device/primitives.h"
 #include "loop_lora/launch.h"
+#include "rounding.h"
+#include "type_list.h"
 
 namespace rrt::loop_lora {
 
@@ -35,7 +38,7 @@ struct PrefillArgs {
   int segment_size[kMaxSegments];     // its rank, a multiple of 8
 };
 
-// T of what `args` are for, as a call of its own: `lora_a` [total_rank, k] is the loop's.
+// Arguments of the launch that computes T for `args`; `lora_a` [total_rank, k] is the loop's.
 inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void* shrunk) {
   PrefillArgs shrink{};
   shrink.x = args.x;
@@ -51,19 +54,18 @@ inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void
 }
 
 constexpr int kPrefillThreads = 128;
-constexpr int kPrefillColumns = 32;  // of one turn
-constexpr int kRowVectors = 4;       // of 16 bytes, in a row of one turn
+constexpr int kPrefillStepColumns = 32;  // of a k-step
+constexpr int kRowVectors = 4;           // of 16 bytes, in a row of a k-step
 constexpr int kRowsPerCopy = kPrefillThreads / kRowVectors;
 
-// The instances: F(TOKEN_TILES, OUT_GROUPS, STAGES). A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
-#define RRT_PREFILL_TILES(F) F(2, 1, 4) F(4, 2, 4)
-
-// A mma has 8 outputs and a group of 32 has 4 of them. Column c of mma j is this output of the group.
+// A group of 32 outputs takes 4 mmas, of 8 each: column c of mma j is this output of the group.
 RRT_DEVICE int output_of(int j, int c) { return c / 2 * 8 + 2 * j + c % 2; }
 
+// A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
 template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 struct PrefillTile {
   using Storage = typename Half::Storage;
+  static constexpr int kTokenTiles = TOKEN_TILES, kOutGroups = OUT_GROUPS, kStages = STAGES;
   static constexpr int kWarpTokens = 16 * TOKEN_TILES, kWarpOuts = 32 * OUT_GROUPS;
   static constexpr int kTokens = 2 * kWarpTokens, kOuts = 2 * kWarpOuts;
   static constexpr int kStageRows = kTokens + kOuts;
@@ -73,13 +75,14 @@ struct PrefillTile {
   static int out_tiles(const PrefillArgs& args) {
     int tiles = 0;
     for (int s = 0; s < args.num_segments; ++s) {
-      tiles += (args.segment_out[s + 1] - args.segment_out[s] + kOuts - 1) / kOuts;
+      tiles += ceil_div<kOuts>(args.segment_out[s + 1] - args.segment_out[s]);
     }
     return tiles;
   }
 
   static RRT_DEVICE device::Vector* slot(int stage, int row, int vector) {
-    return reinterpret_cast<device::Vector*>(device::shared_memory()) + (stage * kStageRows + row) * kRowVectors + vector;
+    auto* vectors = reinterpret_cast<device::Vector*>(device::shared_memory());
+    return vectors + (stage * kStageRows + row) * kRowVectors + vector;
   }
 
   // Rows [0, tokens) of x and [0, outs) of the weight, columns [0, columns) of both; the pointers are at the tile.
@@ -123,7 +126,11 @@ struct PrefillTile {
   }
 };
 
-// Block (token tile, output tile): neighbours share a tile of the weight, the larger operand.
+// From the smallest tile to the largest.
+template <class Half>
+using PrefillTiles = TypeList<PrefillTile<Half, 2, 1, 4>, PrefillTile<Half, 4, 2, 4>>;
+
+// Thread block (x: token tile, y: output tile): neighbours share a tile of the weight, the larger operand.
 template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   using Storage = typename Half::Storage;
@@ -134,7 +141,7 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   int segment = 0, out_begin = block.y * Tile::kOuts;
   for (; out_begin >= args.segment_out[segment + 1] - args.segment_out[segment]; ++segment) {
     const int size = args.segment_out[segment + 1] - args.segment_out[segment];
-    out_begin -= (size + Tile::kOuts - 1) / Tile::kOuts * Tile::kOuts;
+    out_begin -= round_up<Tile::kOuts>(size);
   }
   out_begin += args.segment_out[segment];
   const int tokens = args.m - token_begin, outs = args.segment_out[segment + 1] - out_begin;
@@ -145,16 +152,16 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const Storage* t = static_cast<const Storage*>(args.shrunk) + static_cast<int64_t>(token_begin) * args.total_rank +
                      args.segment_rank[segment];
   const Storage* b = static_cast<const Storage*>(args.lora_b) + static_cast<int64_t>(out_begin) * args.b_stride;
-  const int base_turns = (args.k + kPrefillColumns - 1) / kPrefillColumns;
-  const int turns = base_turns + (rank + kPrefillColumns - 1) / kPrefillColumns;
-  const auto fetch = [&](int turn) {
-    if (turn < base_turns) {
-      const int column = turn * kPrefillColumns;
-      Tile::fetch(turn % STAGES, x + column, args.x_stride, tokens, weight + column, args.k, outs, args.k - column);
-    } else if (turn < turns) {
-      if (turn == base_turns) device::dependency_wait();
-      const int column = (turn - base_turns) * kPrefillColumns;
-      Tile::fetch(turn % STAGES, t + column, args.total_rank, tokens, b + column, args.b_stride, outs, rank - column);
+  const int column_steps = ceil_div<kPrefillStepColumns>(args.k);
+  const int k_steps = column_steps + ceil_div<kPrefillStepColumns>(rank);
+  const auto fetch = [&](int k_step) {
+    if (k_step < column_steps) {
+      const int column = k_step * kPrefillStepColumns;
+      Tile::fetch(k_step % STAGES, x + column, args.x_stride, tokens, weight + column, args.k, outs, args.k - column);
+    } else if (k_step < k_steps) {
+      if (k_step == column_steps) device::dependency_wait();
+      const int column = (k_step - column_steps) * kPrefillStepColumns;
+      Tile::fetch(k_step % STAGES, t + column, args.total_rank, tokens, b + column, args.b_stride, outs, rank - column);
     }
     device::copy_commit();
   };
@@ -163,16 +170,16 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const int warp = device::thread_index() / 32;
   const int warp_token = warp / 2 * Tile::kWarpTokens, warp_out = warp % 2 * Tile::kWarpOuts;
 #pragma unroll
-  for (int turn = 0; turn < STAGES - 1; ++turn) fetch(turn);
-  for (int turn = 0; turn < turns; ++turn) {
+  for (int k_step = 0; k_step < STAGES - 1; ++k_step) fetch(k_step);
+  for (int k_step = 0; k_step < k_steps; ++k_step) {
     device::copy_wait<STAGES - 2>();
-    // Everybody's copies for this turn are there, and everybody is done with the slot that the next fetch overwrites.
+    // After this, every thread's copies of the k-step are there, and the stage that the next fetch fills has been read.
     device::block_barrier();
-    fetch(turn + STAGES - 1);
-    Tile::multiply(turn % STAGES, warp_token, warp_out, sums);
+    fetch(k_step + STAGES - 1);
+    Tile::multiply(k_step % STAGES, warp_token, warp_out, sums);
   }
   device::copy_wait<0>();
-  // Whatever ends after this kernel must also come after the one before it.
+  // A kernel that waits for this one relies on the one before this having ended too.
   if (rank == 0) device::dependency_wait();
 
   const int g = device::thread_index() % 32 / 4, lane_out = device::thread_index() % 4 * 8;

@@ -1,4 +1,4 @@
-// What the host side (op.cpp) calls: raw pointers and sizes, nothing of torch.
+// The interface to the host side (op.cpp): raw pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstddef>
@@ -9,15 +9,6 @@
 #include "loop_lora/plan.h"
 
 namespace rrt::loop_lora {
-
-// The packed form of a matrix [N, K], for kernels that read every weight once: panels of kPanel outputs, each
-// [steps, kPanel, step] with step = 2 adjacent columns for bfloat16 (what a dot-product instruction takes),
-// else 1; steps = ceil(K / step). Missing outputs and columns are zeros.
-constexpr int64_t kPanel = 32;
-
-static constexpr int64_t pack_step(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 2 : 1; }
-static constexpr int64_t pack_steps(Dtype dtype, int64_t k) { return (k + pack_step(dtype) - 1) / pack_step(dtype); }
-static constexpr int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // Output rows [out_begin, out_begin + out_size) of the weight have adapters of their own: rows
 // [rank_begin, rank_begin + rank) of lora_a and the first `rank` columns of lora_b.
@@ -33,7 +24,7 @@ constexpr size_t kMaxSegments = 8;
 // contiguous. The caller has checked shapes and loops.
 struct Params {
   Dtype dtype;
-  bool packed;  // weight, lora_a and lora_b are in packed form, loop after loop
+  bool packed;  // weight, lora_a and lora_b are as packed_linear/launch.h packs them, loop after loop
   int64_t m, n, k;
   int64_t num_loops;
   int64_t total_rank;        // R of lora_a [num_loops, R, k]: the sum of the segments' ranks
@@ -51,22 +42,5 @@ struct Params {
 
 // The result of a row depends on that row and its loop alone: bitwise the same in any batch.
 void run_cpu(const Params& params, const LoopGroups& groups, ParallelFor parallel_for);
-
-// What a softmax over x W^T [m, n] needs of it, without that matrix in memory.
-struct StatisticsParams {
-  Dtype dtype;
-  int64_t m, n, k;
-  int64_t x_row_stride;  // elements from one row of x to the next; columns are adjacent
-  const void* x;
-  const void* weight;  // packed; n is at least 1
-  void* log_sum_exp;   // [m] float (double for float64): the logarithm of the sum of a row's exponentials
-  int64_t* argmax;     // [m]: the first of a row's largest
-};
-
-// Bitwise the same for a row in any batch.
-void statistics_cpu(const StatisticsParams& params, ParallelFor parallel_for);
-
-// `count` contiguous matrices [n, k] into their packed forms, one after the other.
-void pack_cpu(Dtype dtype, const void* from, int64_t count, int64_t n, int64_t k, void* to, ParallelFor parallel_for);
 
 }  // namespace rrt::loop_lora

@@ -1,16 +1,16 @@
-// rrt::loop_lora_linear, rrt::loop_lora_prefill, rrt::logit_statistics and rrt::pack_linear on torch's stable ABI:
-// schemas, argument checks, host planning. The kernels lie behind raw-pointer launch functions and know nothing of torch.
+// rrt::loop_lora_linear and rrt::loop_lora_prefill on torch's stable ABI: schemas, argument checks, host planning. The
+// kernels lie behind raw-pointer launch functions and know nothing of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/launch.h"
+#include "packed_linear/launch.h"
 
 namespace rrt {
 namespace {
@@ -26,7 +26,7 @@ void check_segment_lists(const Checks& check, const std::vector<int64_t>& out, c
   if (out.size() > loop_lora::kMaxSegments) {
     check.fail("segment_out: found ", out.size(), " entries; expected at most ", loop_lora::kMaxSegments);
   }
-  // What is larger than any tensor would overflow the sums.
+  // Larger sizes than any tensor has could overflow the sums.
   const auto huge = [](int64_t value) { return value > INT32_MAX; };
   if (std::any_of(out.begin(), out.end(), huge)) {
     check.fail("segment_out: found ", ints_text(out), "; expected no entry above ", INT32_MAX);
@@ -58,7 +58,9 @@ std::vector<loop_lora::Segment> check_segments(const Checks& check, const std::v
     rank_begin += rank[s];
     max_rank = std::max(max_rank, rank[s]);
   }
-  if (out_begin != n) check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
+  if (out_begin != n) {
+    check.fail("segment_out: found ", ints_text(out), "; expected a sum of ", n, ", the weight's rows");
+  }
   if (rank_begin != a_rank) {
     check.fail("lora_a: found rank ", a_rank, "; expected ", rank_begin, ", the sum of segment_rank");
   }
@@ -78,24 +80,24 @@ int64_t max(const std::vector<int64_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
-// x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: where only x is not made
-// for that it is copied, so that the kernel, and with it the order of sums, is the layer's and not x's.
+// x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: if only x does
+// not allow that, it is copied. So the kernel, and with it the order of sums, is chosen by the layer and not by x.
 Tensor with_dense_rows(const Tensor& x, Dtype dtype) {
   const int64_t m = x.size(0), k = x.size(1);
-  if (k > 1 && x.stride(1) != 1) return torch::stable::contiguous(x);
-  if (x.is_cpu() || bytes_of(dtype) != 2 || k % 8 != 0) return x;
+  const Tensor dense = with_dense_last_dim(x);
+  if (x.is_cpu() || bytes_of(dtype) != 2 || k % 8 != 0) return dense;
   const bool vectors =
-      reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && (m <= 1 || x.stride(0) % 8 == 0);
-  return vectors ? x : torch::stable::clone(x);
+      reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 && (m <= 1 || dense.stride(0) % 8 == 0);
+  return vectors ? dense : torch::stable::clone(dense);
 }
 
-// A checked call, but for the loops' values, and the tensors that it points into.
+// A call whose arguments have been checked, but for the loops' values, and the tensors that it points into.
 struct Call {
   loop_lora::Params params;
   Tensor x, y;
 };
 
-// `loops` is null where all rows have one; packed weights are then not expected.
+// `loops` is null if all rows are of one loop; packed weights are then refused.
 Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
              const Tensor& lora_a, const Tensor& lora_b, const Tensor* loops, const std::vector<int64_t>& segment_out,
              const std::vector<int64_t>& segment_rank) {
@@ -116,10 +118,10 @@ Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const s
   const bool packed = loops && weight.sizes().size() == 3;
   check_segment_lists(check, segment_out, segment_rank, packed);
   const int64_t n = packed ? sum(segment_out) : weight.size(0);
-  const int64_t step = loop_lora::pack_step(dtype), steps = loop_lora::pack_steps(dtype, k);
-  const int64_t panel_step = loop_lora::kPanel * step;
+  const int64_t step = packed_linear::pack_step(dtype), steps = packed_linear::pack_steps(dtype, k);
+  const int64_t panel_step = packed_linear::kPanel * step;
   if (packed) {
-    check.shape("weight", weight, {{"panels", loop_lora::num_panels(n)}, {"steps", steps}, {"values", panel_step}});
+    check.shape("weight", weight, {{"panels", packed_linear::num_panels(n)}, {"steps", steps}, {"values", panel_step}});
   } else {
     check.shape("weight", weight, {{"N"}, {"K", k}});
   }
@@ -127,7 +129,10 @@ Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const s
   int64_t total_rank = packed ? sum(segment_rank) : -1, b_stride = packed ? max(segment_rank) : -1;
   if (packed) {
     check.shape("lora_a", lora_a,
-                {{"loops"}, {"panels", loop_lora::num_panels(total_rank)}, {"steps", steps}, {"values", panel_step}});
+                {{"loops"},
+                 {"panels", packed_linear::num_panels(total_rank)},
+                 {"steps", steps},
+                 {"values", panel_step}});
   } else {
     check.shape("lora_a", lora_a, {{"loops"}, {"R"}, {"K", k}});
     total_rank = lora_a.size(1);
@@ -137,8 +142,8 @@ Call prepare(const Checks& check, const Tensor& x, const Tensor& weight, const s
   if (packed) {
     check.shape("lora_b", lora_b,
                 {{"loops", num_loops},
-                 {"panels", loop_lora::num_panels(n)},
-                 {"steps", loop_lora::pack_steps(dtype, b_stride)},
+                 {"panels", packed_linear::num_panels(n)},
+                 {"steps", packed_linear::pack_steps(dtype, b_stride)},
                  {"values", panel_step}});
   } else {
     check.shape("lora_b", lora_b, {{"loops", num_loops}, {"N", n}, {"R"}});
@@ -239,46 +244,6 @@ Tensor loop_lora_prefill_cuda(const Tensor& x, const Tensor& weight, const std::
 }
 #endif
 
-Tensor pack_linear_cpu(const Tensor& weight) {
-  constexpr Checks check{"pack_linear"};
-  const Dtype dtype = check.float_dtype("weight", weight);
-  const bool stacked = weight.sizes().size() == 3;
-  if (!stacked) check.shape("weight", weight, {{"N"}, {"K"}});
-  check.contiguous("weight", weight);
-  const int64_t count = stacked ? weight.size(0) : 1, n = weight.size(-2), k = weight.size(-1);
-  std::vector<int64_t> size{loop_lora::num_panels(n), loop_lora::pack_steps(dtype, k),
-                            loop_lora::kPanel * loop_lora::pack_step(dtype)};
-  if (stacked) size.insert(size.begin(), count);
-  Tensor packed = torch::stable::new_empty(weight, size);
-  loop_lora::pack_cpu(dtype, weight.const_data_ptr(), count, n, k, packed.mutable_data_ptr(), torch_parallel);
-  return packed;
-}
-
-std::tuple<Tensor, Tensor> logit_statistics_cpu(const Tensor& x, const Tensor& packed, int64_t num_logits) {
-  constexpr Checks check{"logit_statistics"};
-  const Dtype dtype = check.float_dtype("x", x);
-  check.dtype("packed", packed, x.scalar_type());
-  check.same_device("packed", packed, x, "x");
-  check.shape("x", x, {{"M"}, {"K"}});
-  if (num_logits < 1) check.fail("num_logits: found ", num_logits, "; expected at least 1");
-  const int64_t m = x.size(0), k = x.size(1);
-  check.shape("packed", packed,
-              {{"panels", loop_lora::num_panels(num_logits)},
-               {"steps", loop_lora::pack_steps(dtype, k)},
-               {"values", loop_lora::kPanel * loop_lora::pack_step(dtype)}});
-  check.contiguous("packed", packed);
-  const Tensor dense = with_dense_rows(x, dtype);
-  const int64_t size[] = {m};
-  Tensor log_sum_exp =
-      torch::stable::new_empty(x, size, dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
-  Tensor argmax = torch::stable::new_empty(x, size, ScalarType::Long);
-  loop_lora::statistics_cpu({dtype, m, num_logits, k, m > 1 ? dense.stride(0) : k, dense.const_data_ptr(),
-                             packed.const_data_ptr(), log_sum_exp.mutable_data_ptr(),
-                             argmax.mutable_data_ptr<int64_t>()},
-                            torch_parallel);
-  return {log_sum_exp, argmax};
-}
-
 }  // namespace
 }  // namespace rrt
 
@@ -289,14 +254,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
       "loop_lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, int loop, "
       "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
-  library.def("logit_statistics(Tensor x, Tensor packed, int num_logits) -> (Tensor, Tensor)");
-  library.def("pack_linear(Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
   library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cpu));
-  library.impl("logit_statistics", TORCH_BOX(&rrt::logit_statistics_cpu));
-  library.impl("pack_linear", TORCH_BOX(&rrt::pack_linear_cpu));
 }
 
 #ifdef RRT_CUDA

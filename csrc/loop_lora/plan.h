@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed_linear/row_operands.h"
+
 namespace rrt::loop_lora {
 
 // Rows sorted by loop; within a loop in their order of appearance.
@@ -35,12 +37,6 @@ inline LoopGroups group_rows_by_loop(const int32_t* loops, int64_t num_rows, int
   return groups;
 }
 
-// Consecutive entries of LoopGroups::order, counted from the start of their block.
-struct RowTile {
-  int64_t begin;
-  int64_t rows;
-};
-
 // The part of one tile that is of one loop.
 struct RowPiece {
   int64_t begin;
@@ -52,9 +48,9 @@ struct RowPiece {
 struct RowBlock {
   int64_t begin;
   int64_t rows;
-  std::vector<RowTile> tiles;     // of nearly equal size: they share the weight, whatever their loops
-  std::vector<RowPiece> pieces;   // sorted by loop
-  std::vector<int64_t> present;   // [present loops + 1]: pieces[present[i] : present[i + 1]] are of one loop
+  std::vector<packed_linear::RowTile> tiles;  // they share the weight, whatever their loops
+  std::vector<RowPiece> pieces;               // sorted by loop
+  std::vector<int64_t> loop_starts;  // pieces[loop_starts[i] : loop_starts[i + 1]] are all the pieces of one loop
 };
 
 // Blocks of at most `block_rows` rows in tiles of at most `tile_rows`.
@@ -64,23 +60,21 @@ inline std::vector<RowBlock> plan_rows(const LoopGroups& groups, int64_t tile_ro
   std::vector<RowBlock> blocks;
   int64_t loop = 0;
   for (int64_t begin = 0; begin < total; begin += block_rows) {
-    RowBlock block{begin, std::min(block_rows, total - begin), {}, {}, {}};
-    const int64_t num_tiles = (block.rows + tile_rows - 1) / tile_rows;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t first = block.rows * tile / num_tiles;
-      const int64_t last = block.rows * (tile + 1) / num_tiles;
-      block.tiles.push_back({first, last - first});
-      for (int64_t row = first; row < last;) {
+    const int64_t rows = std::min(block_rows, total - begin);
+    RowBlock block{begin, rows, packed_linear::split_rows(rows, tile_rows), {}, {}};
+    for (const packed_linear::RowTile& tile : block.tiles) {
+      const int64_t last = tile.begin + tile.rows;
+      for (int64_t row = tile.begin; row < last;) {
         while (loop < num_loops && groups.offsets[loop + 1] <= begin + row) ++loop;
         const int64_t end = std::min(last, groups.offsets[loop + 1] - begin);
         if (block.pieces.empty() || block.pieces.back().loop != loop) {
-          block.present.push_back(static_cast<int64_t>(block.pieces.size()));
+          block.loop_starts.push_back(static_cast<int64_t>(block.pieces.size()));
         }
         block.pieces.push_back({row, end - row, loop});
         row = end;
       }
     }
-    block.present.push_back(static_cast<int64_t>(block.pieces.size()));
+    block.loop_starts.push_back(static_cast<int64_t>(block.pieces.size()));
     blocks.push_back(std::move(block));
   }
   return blocks;

@@ -1,4 +1,4 @@
-// What the tests of the CPU kernels share: memory without a byte to spare, dtypes as doubles, threads.
+// Helpers of the tests of the CPU kernels: arrays that end where their allocation does, dtypes as doubles, threads.
 #pragma once
 
 #include <cmath>
@@ -69,7 +69,7 @@ inline void write_random(Random& random, Dtype dtype, char* to) {
   std::memcpy(to, &half, 2);
 }
 
-// To one element and no more, as a slice of a tensor may be; or to what the allocator gives.
+// Memory is aligned to one element and no more, as a slice of a tensor may be, or as the allocator aligns it.
 enum class Aligned { kElement, kFresh };
 
 // `size` elements on the heap that end where the allocation does. NaN at first.
@@ -136,9 +136,9 @@ inline void run_threaded(int64_t begin, int64_t end, int64_t, void (*body)(int64
 constexpr int kSkipped = 77;
 
 inline bool lacks_instruction_set() {
-  const char* asked = std::getenv("RRT_CPU_ISA");
-  if (asked == nullptr || std::strcmp(asked, cpu_isa_name(cpu_isa())) == 0) return false;
-  std::cerr << "this CPU has " << cpu_isa_name(cpu_isa()) << ", not " << asked << '\n';
+  const char* requested = std::getenv("RRT_CPU_ISA");
+  if (requested == nullptr || std::strcmp(requested, cpu_isa_name(cpu_isa())) == 0) return false;
+  std::cerr << "this CPU has " << cpu_isa_name(cpu_isa()) << ", not " << requested << '\n';
   return true;
 }
 

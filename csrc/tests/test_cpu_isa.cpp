@@ -1,4 +1,4 @@
-// Which instruction set is chosen. It is read once per process, so this program asks copies of itself.
+// The choice of instruction set. A process makes it once, so this program runs copies of itself.
 #include <fstream>
 #include <iostream>
 #include <sstream>
@@ -15,7 +15,7 @@ namespace {
 
 const std::vector<std::string> kNames = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
-// What the operating system says: another way to ask the CPU.
+// The same from the operating system, an independent source.
 std::string widest_of_this_cpu() {
   std::ifstream cpuinfo("/proc/cpuinfo");
   std::string line;
@@ -37,9 +37,9 @@ std::string widest_of_this_cpu() {
   return have({"avx512_bf16"}) ? "avx512_bf16" : "avx512";
 }
 
-// What a copy of this program that is asked for `asked` prints first.
-std::string chosen_with(const std::string& self, const char* asked, const char* stream = "2>/dev/null") {
-  asked == nullptr ? unsetenv("RRT_CPU_ISA") : setenv("RRT_CPU_ISA", asked, 1);
+// The first line that a copy of this program prints when RRT_CPU_ISA is `requested`.
+std::string chosen_with(const std::string& self, const char* requested, const char* stream = "2>/dev/null") {
+  requested == nullptr ? unsetenv("RRT_CPU_ISA") : setenv("RRT_CPU_ISA", requested, 1);
   FILE* output = popen((self + " print " + stream).c_str(), "r");
   if (output == nullptr) return "";
   char line[256] = "";

@@ -1,4 +1,5 @@
-// The CUDA kernels of the key/value operators under emulation, against sums in double; see emulation/device.h.
+// The CUDA kernels of the key/value operators under emulation, against sums in double; see
+// emulation/device/primitives.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -49,12 +50,12 @@ struct Problem {
     for (size_t i = 0; i < s.chunks.size(); ++i) {
       num_queries += s.chunks[i];
       query_start.push_back(num_queries);
-      max_pages = std::max(max_pages, (s.contexts[i] + s.page_size - 1) / s.page_size);
+      max_pages = std::max(max_pages, ceil_div(s.contexts[i], s.page_size));
     }
     for (int context : s.contexts) {
       for (int page = 0; page < max_pages; ++page) tables.push_back(page * s.page_size < context ? num_pages++ : -7);
     }
-    pieces = (max_pages * s.page_size + kCudaSplitSlots - 1) / kCudaSplitSlots;
+    pieces = ceil_div(max_pages * s.page_size, kCudaSplitSlots);
     // Slots that no context reaches hold NaN.
     k_cache.assign(int64_t{num_pages} * s.page_size * s.num_kv_heads * s.head_dim, Number::narrow(NAN));
     v_cache = k_cache;
@@ -200,7 +201,7 @@ template <class Number>
 emulation::Report attend_plainly(Problem<Number>& problem, emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
   const CudaAttentionArgs args = problem.args();
   return emulation::run(
-      {{(args.num_queries * args.num_heads + kWarps - 1) / kWarps, 1, 1}, kThreads, 0, 1, problem.regions(), sabotage},
+      {{ceil_div(args.num_queries * args.num_heads, kWarps), 1, 1}, kThreads, 0, 1, problem.regions(), sabotage},
       [&] { plain_attention_body<Number>(args); });
 }
 
@@ -212,11 +213,11 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
   const int group = args.num_heads / args.num_kv_heads;
   if (!problem.decode) {
     const int tiles = args.num_queries * group / kMmaRows + args.num_sequences;
-    return emulation::run({{(tiles + kWarps - 1) / kWarps, args.num_kv_heads, 1}, kThreads,
+    return emulation::run({{ceil_div(tiles, kWarps), args.num_kv_heads, 1}, kThreads,
                            Shared::template bytes<true>(), seed, problem.regions(), sabotage},
                           [&] { prefill_attention_body<Half, HEAD_DIM, STAGES>(args); });
   }
-  const int heads = args.num_kv_heads * ((group + kMmaRows - 1) / kMmaRows);
+  const int heads = args.num_kv_heads * ceil_div(group, kMmaRows);
   const emulation::Report report =
       emulation::run({{args.num_queries, heads, args.pieces}, kThreads, Shared::template bytes<false>(), seed,
                       problem.regions(), sabotage},
@@ -228,7 +229,8 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
 }
 
 template <class Half, int HEAD_DIM, int STAGES>
-void test_instance(const char* name, double tolerance) {
+void test_instance(const std::string& label, double tolerance) {
+  const char* name = label.c_str();
   const std::vector<Shape> decodes = {
       {{1}, {1}, 8, 1, HEAD_DIM, 16, 0},
       {{1, 1, 1}, {33, 0, 17}, 8, 2, HEAD_DIM, 16, HEAD_DIM},
@@ -245,7 +247,7 @@ void test_instance(const char* name, double tolerance) {
     int64_t slots = 0;
     for (int context : shape.contexts) slots += context;
     const int group = shape.num_heads / shape.num_kv_heads;
-    const int64_t bytes = slots * shape.num_kv_heads * HEAD_DIM * 2 * ((group + 15) / 16);
+    const int64_t bytes = slots * shape.num_kv_heads * HEAD_DIM * 2 * ceil_div(group, 16);
     EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s", name);
   }
   const std::vector<Shape> prefills = {
@@ -349,8 +351,8 @@ void test_row_independence() {
     alone.shape.chunks = {1};
     alone.shape.contexts = {shape.contexts[row]};
     alone.num_queries = 1;
-    alone.max_pages = (shape.contexts[row] + 15) / 16;
-    alone.pieces = (alone.max_pages * 16 + kCudaSplitSlots - 1) / kCudaSplitSlots;
+    alone.max_pages = ceil_div(shape.contexts[row], 16);
+    alone.pieces = ceil_div(alone.max_pages * 16, kCudaSplitSlots);
     const auto first = whole.tables.begin() + row * whole.max_pages;
     alone.tables.assign(first, first + alone.max_pages);
     alone.positions = {whole.positions[row]};
@@ -424,11 +426,12 @@ void test_a_page_that_is_not_there_makes_nan() {
 }  // namespace
 
 int main() {
-#define RRT_TEST(HEAD_DIM, STAGES)                                           \
-  test_instance<device::BFloat16, HEAD_DIM, STAGES>("bf16 " #HEAD_DIM, 6e-3); \
-  test_instance<device::Float16, HEAD_DIM, STAGES>("fp16 " #HEAD_DIM, 1e-3);
-  RRT_HEAD_DIMS(RRT_TEST)
-#undef RRT_TEST
+  for_each_type(AttentionInstances{}, [](auto instance) {
+    using Shared = decltype(instance);
+    const std::string head_dim = std::to_string(Shared::kHeadDim);
+    test_instance<device::BFloat16, Shared::kHeadDim, Shared::kStages>("bf16 " + head_dim, 6e-3);
+    test_instance<device::Float16, Shared::kHeadDim, Shared::kStages>("fp16 " + head_dim, 1e-3);
+  });
   test_plain<device::Float32>("fp32 plain", 1e-5);
   test_plain<device::Float64>("fp64 plain", 1e-12);
   test_plain<device::BFloat16>("bf16 plain", 6e-3);

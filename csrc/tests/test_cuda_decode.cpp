@@ -1,4 +1,4 @@
-// The CUDA decode kernels' bodies under emulation, against sums in double; see emulation/device.h.
+// The CUDA decode kernels' bodies under emulation, against sums in double; see emulation/device/primitives.h.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +8,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "loop_lora/cuda_column_kernel.h"
 #include "loop_lora/cuda_plain.h"
+#include "loop_lora/cuda_row_kernel.h"
 
 using namespace rrt;
 using namespace rrt::loop_lora;
@@ -45,7 +47,7 @@ struct Problem {
   std::vector<typename Half::Acc> plain_shrunk;
   std::vector<float> part_sums;
 
-  Problem(const Shape& s, uint64_t seed) : shape(s), padded_m((s.m + 7) / 8 * 8) {
+  Problem(const Shape& s, uint64_t seed) : shape(s), padded_m(round_up(s.m, 8)) {
     for (int rank : s.segment_rank) {
       total_rank += rank;
       b_stride = std::max(b_stride, rank);
@@ -105,7 +107,8 @@ struct Problem {
             dependent};
   }
 
-  // What a kernel may write, and what only after dependency_wait: the results of the kernel before. Shrink's is unknown.
+  // Which regions a kernel may write, and which it may read only after dependency_wait since the kernel before writes
+  // them. Before shrink, that may be any kernel.
   enum class Stage { kShrink, kProduct, kAddParts };
   std::vector<emulation::Region> regions(Stage stage) {
     const bool shrink = stage == Stage::kShrink, product = stage == Stage::kProduct, add = stage == Stage::kAddParts;
@@ -152,7 +155,7 @@ struct Problem {
     return result;
   }
 
-  int present_loops() const {
+  int num_loops_present() const {
     std::vector<bool> seen(shape.num_loops);
     for (int loop : loops) seen[loop] = true;
     int count = 0;
@@ -171,14 +174,12 @@ struct Outcome {
   }
 };
 
-int ceil_div(int size, int tile) { return (size + tile - 1) / tile; }
-
 // The column kernel.
 struct Columns {
   template <class Half, int TOKENS, int STAGES>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
                                    emulation::Sabotage sabotage) {
-    return emulation::run({{ceil_div(args.n, kColumnRows) * ceil_div(args.m, TOKENS), 1, 1}, kColumnThreads,
+    return emulation::run({{ceil_div(args.n, kColumnTileRows) * ceil_div(args.m, TOKENS), 1, 1}, kColumnThreads,
                            column_shared_bytes<TOKENS, STAGES>(), seed,
                            problem.regions(Problem<Half>::Stage::kProduct), sabotage},
                           [&] { column_body<Half, TOKENS, STAGES, false>(args); });
@@ -191,7 +192,7 @@ struct Rows {
   template <class Half, int TOKENS, int STAGES>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
                                    emulation::Sabotage sabotage) {
-    return emulation::run({{ceil_div(args.n, kBlockRows) * ceil_div(args.m, TOKENS), SLICES, 1}, kRowThreads,
+    return emulation::run({{ceil_div(args.n, kRowTileRows) * ceil_div(args.m, TOKENS), SLICES, 1}, kRowThreads,
                            row_shared_bytes<TOKENS, STAGES>(), seed,
                            problem.regions(Problem<Half>::Stage::kProduct), sabotage},
                           [&] { row_body<Half, TOKENS, STAGES>(args); });
@@ -207,7 +208,7 @@ Outcome launch(Problem<Half>& problem, uint64_t seed = 1, emulation::Sabotage sa
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = emulation::run(
-        {{ceil_div(args.total_rank, kColumnRows) * ceil_div(args.m, TOKENS), args.num_loops, 1}, kColumnThreads,
+        {{ceil_div(args.total_rank, kColumnTileRows) * ceil_div(args.m, TOKENS), args.num_loops, 1}, kColumnThreads,
          column_shared_bytes<TOKENS, STAGES>(), seed, problem.regions(Stage::kShrink), sabotage},
         [&] { column_body<Half, TOKENS, STAGES, true>(args); });
     if (!outcome.shrink.violation.empty()) return outcome;
@@ -232,7 +233,7 @@ double relative_error(const Problem<Half>& problem) {
   return std::sqrt(error / norm);
 }
 
-// The first output of every segment but the first is a multiple of `kBlockRows`, so that both kernels take them.
+// The first output of every segment but the first is a multiple of `kRowTileRows`, so that both kernels take them.
 const std::vector<Shape> kShapes = {
     {5, 80, 264, 2, {80}, {8}, true, 1},     {1, 64, 256, 1, {64}, {32}, false, 1},
     {8, 144, 520, 3, {128, 16}, {64, 24}, true, 3}, {3, 16, 1032, 2, {16}, {0}, false, 1},
@@ -283,7 +284,8 @@ void test_plain(const char* name, double tolerance) {
 }
 
 template <class Half, class Kernel, int TOKENS, int STAGES>
-void test_instance(const char* name, double tolerance, size_t first, size_t step) {
+void test_instance(const std::string& label, double tolerance, size_t first, size_t step) {
+  const char* name = label.c_str();
   for (size_t i = first; i < kShapes.size(); i += step) {
     const Shape& shape = kShapes[i];
     Problem<Half> problem(shape, 7);
@@ -293,9 +295,9 @@ void test_instance(const char* name, double tolerance, size_t first, size_t step
     const double error = relative_error(problem);
     EXPECT(error < tolerance, "%s m=%d n=%d k=%d: relative error %g", name, shape.m, shape.n, shape.k, error);
 
-    // W once per tile of tokens, A and B of each present loop likewise: the floor's accounting.
+    // W once per tile of tokens, A and B of each loop in the batch likewise: the floor's accounting.
     if (shape.m > TOKENS) continue;
-    const int64_t loops = problem.present_loops();
+    const int64_t loops = problem.num_loops_present();
     const auto bytes = [](int64_t elements) { return 2 * elements; };
     EXPECT(outcome.product.bytes_read("weight") == bytes(int64_t{shape.n} * shape.k), "%s", name);
     int64_t b_elements = 0;
@@ -306,13 +308,24 @@ void test_instance(const char* name, double tolerance, size_t first, size_t step
       EXPECT(!outcome.shrink.early_dependents, "%s", name);
       EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
     }
-    // What is not in the floor: x once per tile of outputs, and the sums of parts where blocks share them.
-    const int rows = std::is_same_v<Kernel, Columns> ? kColumnRows : kBlockRows;
+    // Not in the floor: x once per tile of outputs, and the sums of parts where there are several slices.
+    const int rows = std::is_same_v<Kernel, Columns> ? kColumnTileRows : kRowTileRows;
     EXPECT(outcome.product.bytes_read("x") == bytes(int64_t{shape.m} * shape.k * ceil_div(shape.n, rows)), "%s", name);
     if (Kernel::kSlices > 1) {
       EXPECT(outcome.add.bytes_read("part_sums") == int64_t{4} * kParts * shape.m * shape.n, "%s", name);
     }
   }
+}
+
+// Each instance on a half of the shapes in bfloat16, and on a quarter in float16.
+template <class Kernel, class Instances>
+void test_instances(const std::string& kernel, Instances instances) {
+  for_each_type(instances, [&](auto instance) {
+    using I = decltype(instance);
+    const std::string label = " " + kernel + " x " + std::to_string(I::kTokens);
+    test_instance<device::BFloat16, Kernel, I::kTokens, I::kStages>("bf16" + label, 4e-3, 0, 2);
+    test_instance<device::Float16, Kernel, I::kTokens, I::kStages>("fp16" + label, 5e-4, 1, 4);
+  });
 }
 
 // A row has the same bits alone, in any order, under any tiling and either kernel.
@@ -322,17 +335,19 @@ void test_row_independence() {
   Problem<Half> whole(shape, 11);
   launch<Half, Columns, 16, 6>(whole);
   uint64_t seed = 5;
-  const auto expect_the_same = [&](const char* name, auto tiled_launch) {
+  const auto expect_the_same = [&](const std::string& name, auto tiled_launch) {
     Problem<Half> tiled(shape, 11);
     tiled_launch(tiled, ++seed);
-    EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "%s changes bits", name);
+    EXPECT(std::memcmp(whole.y.data(), tiled.y.data(), whole.y.size() * 2) == 0, "%s changes bits", name.c_str());
   };
-#define RRT_SAME(TOKENS, STAGES)                                                                                       \
-  expect_the_same("columns x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Columns, TOKENS, STAGES>(p, s); });     \
-  expect_the_same("rows x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<1>, TOKENS, STAGES>(p, s); });        \
-  expect_the_same("8 slices x " #TOKENS, [](auto& p, uint64_t s) { launch<Half, Rows<8>, TOKENS, STAGES>(p, s); });
-  RRT_ROW_TILES(RRT_SAME)
-#undef RRT_SAME
+  for_each_type(RowInstances{}, [&](auto instance) {
+    using I = decltype(instance);
+    const std::string tokens = " x " + std::to_string(I::kTokens);
+    constexpr int kTokens = I::kTokens, kStages = I::kStages;
+    expect_the_same("columns" + tokens, [](auto& p, uint64_t s) { launch<Half, Columns, kTokens, kStages>(p, s); });
+    expect_the_same("rows" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<1>, kTokens, kStages>(p, s); });
+    expect_the_same("8 slices" + tokens, [](auto& p, uint64_t s) { launch<Half, Rows<8>, kTokens, kStages>(p, s); });
+  });
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
     one.m = 1;
@@ -349,7 +364,7 @@ void test_row_independence() {
   }
 }
 
-// `barrier`: what a product without barriers is first found to do.
+// `barrier` is in the report of a product without barriers.
 template <class Kernel>
 void test_faults_are_noticed(const char* barrier) {
   using emulation::Sabotage;
@@ -383,13 +398,9 @@ void test_faults_are_noticed(const char* barrier) {
 }  // namespace
 
 int main() {
-#define RRT_TEST(KERNEL, TOKENS, STAGES)                                                             \
-  test_instance<device::BFloat16, KERNEL, TOKENS, STAGES>("bf16 " #KERNEL " x " #TOKENS, 4e-3, 0, 2);   \
-  test_instance<device::Float16, KERNEL, TOKENS, STAGES>("fp16 " #KERNEL " x " #TOKENS, 5e-4, 1, 4);
-#define RRT_TEST_COLUMNS(TOKENS, STAGES) RRT_TEST(Columns, TOKENS, STAGES)
-#define RRT_TEST_ROWS(TOKENS, STAGES) RRT_TEST(Rows<1>, TOKENS, STAGES) RRT_TEST(Rows<4>, TOKENS, STAGES)
-  RRT_COLUMN_TILES(RRT_TEST_COLUMNS)
-  RRT_ROW_TILES(RRT_TEST_ROWS)
+  test_instances<Columns>("columns", ColumnInstances{});
+  test_instances<Rows<1>>("rows", RowInstances{});
+  test_instances<Rows<4>>("4 slices", RowInstances{});
   test_plain<device::Float32>("fp32 plain", 1e-6);
   test_plain<device::Float64>("fp64 plain", 1e-6);  // the reference here rounds T to float
   test_plain<device::BFloat16>("bf16 plain", 4e-3);

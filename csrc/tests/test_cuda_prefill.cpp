@@ -1,4 +1,4 @@
-// The CUDA prefill kernel's body under emulation, against sums in double; see emulation/device.h.
+// The CUDA prefill kernel's body under emulation, against sums in double; see emulation/device/primitives.h.
 #include <cmath>
 #include <cstring>
 #include <set>
@@ -35,7 +35,7 @@ void expect(bool condition, const std::string& what) {
   if (!condition) tests::report(__FILE__, __LINE__, what.c_str());
 }
 
-// What must not be read is NaN: x beyond its columns, and B beyond a segment's rank.
+// Elements that must not be read are NaN: of x beyond its columns, and of B beyond a segment's rank.
 template <class Half>
 struct Problem {
   using Storage = typename Half::Storage;
@@ -155,7 +155,7 @@ template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 Outcome launch(Problem<Half>& problem, uint64_t seed = 1, emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
   using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;
   const auto run = [&](const PrefillArgs& args, bool shrink) {
-    const device::Index grid{(args.m + Tile::kTokens - 1) / Tile::kTokens, Tile::out_tiles(args), 1};
+    const device::Index grid{ceil_div(args.m, Tile::kTokens), Tile::out_tiles(args), 1};
     return emulation::run({grid, kPrefillThreads, Tile::kSharedBytes, seed, problem.regions(shrink), sabotage},
                           [&] { prefill_body<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(args); });
   };
@@ -191,11 +191,11 @@ void test_instance(const std::string& name, double tolerance) {
 
     // Every tile of tokens reads W, A and B once, every tile of outputs x and its segment's columns of T.
     const PrefillArgs args = problem.args();
-    const int64_t token_tiles = (shape.m + Tile::kTokens - 1) / Tile::kTokens;
+    const int64_t token_tiles = ceil_div(shape.m, Tile::kTokens);
     int64_t b_elements = 0, t_reads = 0;
     for (size_t s = 0; s < shape.out.size(); ++s) {
       b_elements += int64_t{shape.out[s]} * shape.rank[s];
-      t_reads += (shape.out[s] + Tile::kOuts - 1) / Tile::kOuts * int64_t{shape.m} * shape.rank[s];
+      t_reads += ceil_div(shape.out[s], Tile::kOuts) * int64_t{shape.m} * shape.rank[s];
     }
     CHECK_EQ(outcome.product.bytes_read("weight"), 2 * token_tiles * shape.n() * shape.k);
     CHECK_EQ(outcome.product.bytes_read("lora_b"), 2 * token_tiles * b_elements);
@@ -271,17 +271,24 @@ void test_faults_are_noticed() {
   }
 }
 
+template <class Half>
+void test_all_instances(const std::string& half, double tolerance) {
+  for_each_type(PrefillTiles<Half>{}, [&](auto tile) {
+    using Tile = decltype(tile);
+    const std::string name = half + " " + std::to_string(Tile::kTokenTiles) + " x " + std::to_string(Tile::kOutGroups);
+    test_instance<Half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages>(name, tolerance);
+  });
+}
+
 void test_instances() {
-#define RRT_TEST(TOKEN_TILES, OUT_GROUPS, STAGES)                                                              \
-  test_instance<device::BFloat16, TOKEN_TILES, OUT_GROUPS, STAGES>("bf16 " #TOKEN_TILES " x " #OUT_GROUPS, 4e-3); \
-  test_instance<device::Float16, TOKEN_TILES, OUT_GROUPS, STAGES>("fp16 " #TOKEN_TILES " x " #OUT_GROUPS, 5e-4);
-  RRT_PREFILL_TILES(RRT_TEST)
-#undef RRT_TEST
+  test_all_instances<device::BFloat16>("bf16", 4e-3);
+  test_all_instances<device::Float16>("fp16", 5e-4);
 }
 
 }  // namespace
 
 int main() {
-  return tests::run(test_instances, test_tiles_and_neighbours_change_no_bit, test_lanes_that_load_together_use_all_banks,
-                    test_outputs_of_a_group_are_a_permutation, test_faults_are_noticed);
+  return tests::run(test_instances, test_tiles_and_neighbours_change_no_bit,
+                    test_lanes_that_load_together_use_all_banks, test_outputs_of_a_group_are_a_permutation,
+                    test_faults_are_noticed);
 }

@@ -60,7 +60,7 @@ void check_plan(const Batch& batch, int64_t group) {
       if (static_cast<int64_t>(slots.size()) < last) slots.resize(last, 0);
       for (int64_t slot = task.split_begin * kSplitSlots; slot < last; ++slot) ++slots[slot];
     }
-    const int64_t splits = ceil_div(task.visible + task.num_queries - 1, kSplitSlots);
+    const int64_t splits = rrt::ceil_div(task.visible + task.num_queries - 1, kSplitSlots);
     if (task.partial < 0) {
       // Final: all of the context at once.
       CHECK_EQ(task.split_begin, 0);

@@ -50,14 +50,14 @@ void the_first_bad_row_is_named() {
 }
 
 void check_block(const RowBlock& block, const std::vector<int32_t>& sorted_loops, int64_t tile_rows) {
-  const int64_t num_tiles = (block.rows + tile_rows - 1) / tile_rows;
+  const int64_t num_tiles = rrt::ceil_div(block.rows, tile_rows);
   CHECK_EQ(static_cast<int64_t>(block.tiles.size()), num_tiles);
   std::set<int64_t> tile_ends;
   int64_t row = 0;
-  for (const RowTile& tile : block.tiles) {
+  for (const rrt::packed_linear::RowTile& tile : block.tiles) {
     CHECK_EQ(tile.begin, row);
     // Nearly equal, so that no tile is too small to be worth its pass over the weights.
-    CHECK(tile.rows == block.rows / num_tiles || tile.rows == (block.rows + num_tiles - 1) / num_tiles);
+    CHECK(tile.rows == block.rows / num_tiles || tile.rows == rrt::ceil_div(block.rows, num_tiles));
     CHECK(tile.rows <= tile_rows);
     row += tile.rows;
     tile_ends.insert(row);
@@ -75,15 +75,15 @@ void check_block(const RowBlock& block, const std::vector<int32_t>& sorted_loops
   }
   CHECK_EQ(row, block.rows);
 
-  CHECK_EQ(block.present.front(), 0);
-  CHECK_EQ(block.present.back(), static_cast<int64_t>(block.pieces.size()));
+  CHECK_EQ(block.loop_starts.front(), 0);
+  CHECK_EQ(block.loop_starts.back(), static_cast<int64_t>(block.pieces.size()));
   int64_t last_loop = -1;
-  for (size_t i = 0; i + 1 < block.present.size(); ++i) {
-    CHECK(block.present[i] < block.present[i + 1]);
-    const int64_t loop = block.pieces[block.present[i]].loop;
+  for (size_t i = 0; i + 1 < block.loop_starts.size(); ++i) {
+    CHECK(block.loop_starts[i] < block.loop_starts[i + 1]);
+    const int64_t loop = block.pieces[block.loop_starts[i]].loop;
     CHECK(loop > last_loop);
     last_loop = loop;
-    for (int64_t j = block.present[i]; j < block.present[i + 1]; ++j) CHECK_EQ(block.pieces[j].loop, loop);
+    for (int64_t j = block.loop_starts[i]; j < block.loop_starts[i + 1]; ++j) CHECK_EQ(block.pieces[j].loop, loop);
   }
 }
 

@@ -96,7 +96,7 @@ class Machine {
       for (size_t i = 0; i < tokens.size(); ++i) {
         const int64_t page = table_.pages(handle)[i / table_.page_size()];
         CHECK_EQ(memory_[page * table_.page_size() + i % table_.page_size()], tokens[i]);
-        // To be written is what nobody else reads.
+        // Only positions that no other sequence reads may be written.
         const auto position = static_cast<int32_t>(i);
         int64_t slot;
         if (table_.refcount(page) > 1) {

@@ -1,4 +1,4 @@
-#include "tests/emulation/device.h"
+#include "device/primitives.h"
 
 #include <ucontext.h>
 

@@ -1,14 +1,11 @@
-// The few things that kernel bodies do to the hardware, one function each. A body that uses nothing else also
-// compiles as host C++, where csrc/tests/emulation/device.h gives these functions a block of emulated threads:
-// so the same source is checked, lane by lane, on a machine without a GPU.
+// The few operations that kernel bodies ask of the hardware, one function each. A body that uses nothing else compiles
+// as host C++ too: the tests put csrc/tests/emulation before csrc/cuda on the include path, where another
+// device/primitives.h gives these functions a thread block of emulated threads. So the same source is checked, lane by
+// lane, on a machine without a GPU.
 //
 // Pointers called `shared` point into dynamic shared memory and are read and written through load_shared and
 // store_shared alone; global memory that should be counted is read through load_global and copy_async.
 #pragma once
-
-#ifndef __CUDACC__
-#include "tests/emulation/device.h"
-#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -28,7 +25,9 @@ struct Index {
 };
 
 RRT_DEVICE int thread_index() { return threadIdx.x; }
-RRT_DEVICE Index block_index() { return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)}; }
+RRT_DEVICE Index block_index() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
 
 RRT_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
@@ -156,4 +155,3 @@ struct Float16 {
 };
 
 }  // namespace rrt::device
-#endif

@@ -1,5 +1,6 @@
-// The functions of csrc/cuda/device.h for a block of emulated threads. Every thread is a fiber that runs until it
-// must wait for others; the order in which fibers run is shuffled with a seed. What is checked while it runs:
+// The functions of csrc/cuda/device/primitives.h for a thread block of emulated threads; the include path chooses
+// between the two files. Every thread is a fiber that runs until it must wait for others; the order in which fibers run
+// is shuffled with a seed. The emulation reports:
 //
 //   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
 //               or of the warp that both are in, between
@@ -44,7 +45,15 @@ struct Region {
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
-enum class Sabotage { kNone, kSkipBarrier, kSkipCopyWait, kSkipDependencyWait, kSkipWarpBarrier, kWrongLaneMap, kWrongRows };
+enum class Sabotage {
+  kNone,
+  kSkipBarrier,
+  kSkipCopyWait,
+  kSkipDependencyWait,
+  kSkipWarpBarrier,
+  kWrongLaneMap,
+  kWrongRows
+};
 
 struct Report {
   std::string violation;  // empty: none
@@ -68,7 +77,7 @@ struct Launch {
 // Runs `body` in every thread of every block, blocks one after the other.
 Report run(const Launch& launch, const std::function<void()>& body);
 
-// What the functions below do; they know the running thread.
+// The functions of rrt::device below call these, which know the running thread.
 int thread_index();
 device::Index block_index();
 char* shared_memory();

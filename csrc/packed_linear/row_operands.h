@@ -1,0 +1,48 @@
+// Rows of x as the operands of products with packed weights.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "rounding.h"
+
+namespace rrt::packed_linear {
+
+// Sums run over chunks of kChunk steps (of columns, or of ranks), each from zero: so their order is the layer's.
+constexpr int64_t kChunk = 128;
+// Bounds the scratch memory; at this many rows, reading the weight once per block costs little.
+constexpr int64_t kMaxBlockRows = 192;
+
+static constexpr int64_t num_chunks(int64_t steps) { return ceil_div(steps, kChunk); }
+
+// Rows that are multiplied by a panel together, counted from the start of their block.
+struct RowTile {
+  int64_t begin;
+  int64_t rows;
+};
+
+// As few tiles of at most `tile_rows` as hold `rows`, and of nearly equal size.
+inline std::vector<RowTile> split_rows(int64_t rows, int64_t tile_rows) {
+  std::vector<RowTile> tiles;
+  const int64_t num_tiles = ceil_div(rows, tile_rows);
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t first = rows * tile / num_tiles;
+    tiles.push_back({first, rows * (tile + 1) / num_tiles - first});
+  }
+  return tiles;
+}
+
+// One block of rows, at most kMaxBlockRows.
+struct RowOperands {
+  const void* x;
+  int64_t k;
+  int64_t x_row_stride;
+  const int64_t* order;  // [rows]: the block's rows of x
+  int64_t rows;
+  const RowTile* tiles;
+  int64_t num_tiles;
+  void* operands;  // [chunks, rows, kChunk] units (panel_products.h): x in `order`, zeros beyond column k
+};
+
+}  // namespace rrt::packed_linear
