@@ -1,4 +1,4 @@
-# make install | demo | test: each does all the set-up it needs. PYTHON= names the interpreter for a new .venv.
+# make install | demo | check | test: each does all the set-up it needs. PYTHON= names the interpreter for a new .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,11 @@ STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/bench/*') CMakeLists.txt setup.py
 SANITIZED := build/sanitized
 EMULATED := build/emulated
+CORE_TESTS := $(addprefix tests/,common ops model checkpoint data folding decode test_imports.py) \
+	$(patsubst %,tests/train/test_%.py,losses data guard permutation recipe paper_recipes flops) \
+	$(patsubst %,tests/eval/test_%.py,scoring simulate local_tasks)
 
-.PHONY: install demo test test-ops test-cpp clean
+.PHONY: install demo lint check test test-ops test-cpp clean
 
 install: $(STAMP)
 
@@ -22,12 +25,17 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 demo: install
 	bash runs/demo.sh
 
-test: install test-cpp
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
-	$(MAKE) test-ops
+
+# The quick answer while working: the package's own tests, and of the trainer and evaluation what computes.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(CORE_TESTS)
+
+test: lint test-cpp test-ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # The operators again: with the kernels of each narrower instruction set that the CPU has, then with references alone.
 test-ops: export OMP_NUM_THREADS = 1

@@ -1,7 +1,8 @@
 """The page table of csrc/kv_cache/page_table.h (csrc/python/plan.cpp).
 
-Not everywhere built: rrt.native.load_plan imports it. Handles are read in place from int64 arrays, counts and positions
-from int32 ones; other integers (lists, say) are copied. Every method raises ValueError for an argument out of its range.
+Built where pybind11 was found; rrt.native.load_plan imports it. Handles are read in place from int64 arrays, counts and
+positions from int32 ones; other integers (lists, say) are copied. Every method raises ValueError for an argument out of
+its range.
 """
 
 from typing import Final

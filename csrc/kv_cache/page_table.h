@@ -1,5 +1,5 @@
 // Page accounting of the key/value cache: which pages hold the positions of which sequence. No tensors here.
-// rrt/page_table.py is the same class in Python, readable and for checkouts without a compiler; tests hold the
+// rrt/decode/page_table.py is the same class in Python, readable and for checkouts without a compiler; tests hold the
 // two together, page number by page number.
 //
 // A sequence here is a virtual one: one loop of one request (csrc/kv_cache knows no loops). Pages are counted by
