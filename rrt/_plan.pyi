@@ -1,7 +1,7 @@
 """The page table of csrc/kv_cache/page_table.h (csrc/python/plan.cpp).
 
 Not everywhere built: rrt._build.load_plan imports it. Handles are read in place from int64 arrays, counts and positions
-from int32 ones; other integers (lists, say) are copied. Every method raises ValueError for an argument out of its range.
+from int32 ones; other integers (lists, say) are copied. Every method raises ValueError for an argument out of range.
 """
 
 from typing import Final
