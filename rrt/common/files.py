@@ -97,8 +97,8 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     partial, replaced = (path.with_name(_beside(path, kind, os.getpid())) for kind in ("partial", "replaced"))
     _clean_up_after_killed(path)
     check_output_directory(given, overwrite)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         for written in [partial, *partial.rglob("*")]:
             fsync(written)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -227,3 +228,17 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay
         (partial / "file").write_text("whole")
     left = [f".out.partial-{socket.gethostname()}-{os.getppid()}", other_host, ".outer.partial-notes", "out"]
     assert names(tmp_path) == sorted(left)
+
+
+def test_a_signal_as_soon_as_the_directory_exists_leaves_nothing(tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def make_and_stop(path, *args, **options):
+        make(path, *args, **options)
+        if ".partial-" in path.name:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(Path, "mkdir", make_and_stop)
+    with pytest.raises(SystemExit), atomic_directory(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
