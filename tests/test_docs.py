@@ -57,7 +57,12 @@ def help_of(script: str, *subcommands: str) -> str:
         sys.argv = [script, *subcommands, "--help"]
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
             if script.startswith("rrt."):
-                runpy.run_module(script, run_name="__main__", alter_sys=False)
+                module = sys.modules.pop(script, None)  # runpy warns of a module that is there
+                try:
+                    runpy.run_module(script, run_name="__main__")
+                finally:
+                    if module is not None:
+                        sys.modules[script] = module
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         assert not ended.value.code, out.getvalue()
