@@ -93,8 +93,8 @@ def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name,
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
 def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
-    model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True)
-    vanilla = RecursiveTransformer(model.config).double().eval()
+    model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True, prefix_length=3)
+    vanilla = RecursiveTransformer(model.config, RecursiveConfig(prefix_length=3)).double().eval()
     for key, parameter in vanilla.named_parameters():
         if not key.startswith("stack.layers."):
             parameter.copy_(model.get_parameter(key))
