@@ -42,7 +42,7 @@ def switch(name: str) -> str:
 
 
 def find_torch() -> Path:
-    """The torch package of the target environment; under build isolation it is not on sys.path."""
+    """Find the torch package of the target environment; under build isolation it is not on sys.path."""
     asked = os.environ.get("RRT_TORCH_DIR")
     if asked:
         candidates = [Path(asked)]
@@ -83,7 +83,7 @@ def find_tool(what: str, names: list[str]) -> str:
 
 
 def find_pybind11() -> str:
-    """The folder of pybind11's CMake files."""
+    """Find the folder of pybind11's CMake files."""
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise MissingTool(f"no headers of Python for {sys.executable}: install its development package")
     try:
@@ -178,7 +178,7 @@ class BuildNative(build_ext):
 
 
 def placed_by_builds(folder: Path) -> list[Path]:
-    """The modules and notes that a build has left in `folder`."""
+    """Return the modules and notes that a build has left in `folder`."""
     names = ["_native.so", f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}", *FAILED_NOTES.values()]
     return [folder / name for name in names if (folder / name).exists()]
 

@@ -52,11 +52,11 @@ class AttentionSpec:
         return kept, [case for case, ok in zip(cases, fits, strict=True) if not ok]
 
     def kv_bytes(self, count: int, context: int) -> int:
-        """Bytes of the keys and values of all contexts, at one shared layer."""
+        """Return bytes of the keys and values of all contexts, at one shared layer."""
         return 2 * count * context * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def min_bytes(self, count: int, context: int, queries: int) -> int:
-        """Bytes that any exact kernel moves: every key and value once, queries and result once."""
+        """Return bytes that any exact kernel moves: every key and value once, queries and result once."""
         ends = 2 * count * queries * self.num_heads * self.head_dim * self.dtype.itemsize
         return self.kv_bytes(count, context) + ends
 

@@ -105,7 +105,7 @@ def make_requests(form: Form, count: int, words: list[str], rng: random.Random) 
 
 
 def make_shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """The requests of HellaSwag's form, and a mix in which each task has its share."""
+    """Make the requests of HellaSwag's form, and a mix in which each task has its share."""
     rng = random.Random(0)
     all_requests = sum(form.documents * form.choices for form in FORMS.values())
     mix = []
@@ -277,7 +277,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rates_table(cases: list[dict[str, Any]]) -> Table:
-    """A row per case and variant."""
+    """Make a row per case and variant."""
     rows = [
         [
             case["shape"],

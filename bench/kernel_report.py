@@ -54,7 +54,7 @@ def _goal(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_mo
 
 
 def cpu_goals(result: Record) -> list[Record]:
-    """The goals for this dtype on a CPU, evaluated on a result."""
+    """Return the goals for this dtype on a CPU, evaluated on a result."""
     dtype, records = dtype_name(parse_dtype(result["dtype"])), result.get("linear", [])
     made = []
 
@@ -115,7 +115,7 @@ def cpu_goals(result: Record) -> list[Record]:
 
 
 def cuda_goals(result: Record) -> list[Record]:
-    """The goals on a GPU, for bfloat16 and float16, evaluated on a result."""
+    """Return the goals on a GPU, for bfloat16 and float16, evaluated on a result."""
     if dtype_name(parse_dtype(result["dtype"])) not in ("bfloat16", "float16"):
         return []
     layers = [
@@ -171,7 +171,7 @@ def _measured_baselines(records: list[Record]) -> list[str]:
 
 
 def linear_table(records: list[Record], title: str) -> Table:
-    """A row per case; "over" columns say how many times faster ours is than that baseline."""
+    """Make a row per case; "over" columns say how many times faster ours is than that baseline."""
     baselines = _measured_baselines(records)
     has_reading = any("over_reading" in record for record in records)
     reading = ["time/reading"] if has_reading else []
@@ -216,7 +216,7 @@ def linear_summary(records: list[Record]) -> Table:
 
 
 def attention_table(records: list[Record]) -> Table:
-    """A row per case; "over" columns say how many times faster ours is than on gathered keys and values."""
+    """Make a row per case; "over" columns say how many times faster ours is than on gathered keys and values."""
     baselines = [name for name in ("sdpa", "sdpa grouped") if any(name in record["speedup"] for record in records)]
     rows = [
         [
@@ -243,7 +243,7 @@ def overhead_table(overhead: Record) -> Table:
 
 
 def goals_table(result: Record) -> Table:
-    """The goals of a result; below, the rates that the floors stand on."""
+    """Make the goals of a result; below, the rates that the floors stand on."""
     rows = []
     for goal in result["goals"]:
         verdict = {True: "holds", False: "FAILS", None: "not measured"}[goal["holds"]]
@@ -266,7 +266,7 @@ def goals_table(result: Record) -> Table:
 
 
 def tables(result: Record) -> list[Table]:
-    """Every case, for the terminal."""
+    """Make every case, for the terminal."""
     made = []
     if "linear" in result:
         made.append(linear_table(result["linear"], "Linears"))
@@ -279,7 +279,7 @@ def tables(result: Record) -> list[Table]:
 
 
 def summary_tables(result: Record) -> list[Table]:
-    """The goals, and less than a page of medians.
+    """Make the goals, and less than a page of medians.
 
     Of the layer every other number of rows, at the least and the largest rank; of attention the shortest and the
     longest context.

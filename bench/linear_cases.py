@@ -63,7 +63,7 @@ class LinearSpec:
         return (self.copies(projection) - 1) * weight_bytes >= 4 * self.cache_bytes
 
     def needed_bytes(self) -> int:
-        """Bytes of the projection that needs most. Raises `UserError` if they exceed the budget."""
+        """Return bytes of the projection that needs most. Raises `UserError` if they exceed the budget."""
         needed = max(self.copies(projection) * self.held_bytes(projection) for projection in self.projections)
         if needed > self.budget_bytes:
             raise UserError(

@@ -51,7 +51,7 @@ class Projection:
         return tuple(min(rank, self.inputs, out) for out in self.segments)
 
     def slices(self) -> list[slice]:
-        """The outputs of each segment."""
+        """Return the outputs of each segment."""
         ends = [sum(self.segments[: s + 1]) for s in range(len(self.segments))]
         return [slice(end - out, end) for end, out in zip(ends, self.segments, strict=True)]
 
@@ -72,7 +72,7 @@ class Projection:
 
 
 def projections(config: ModelConfig) -> list[Projection]:
-    """The projections of a layer: q,k,v fused, out, gate,up fused (or up), down."""
+    """Return the projections of a layer: q,k,v fused, out, gate,up fused (or up), down."""
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner, bias = config.hidden_size, config.intermediate_size, config.use_bias
     gated = config.gated_mlp
@@ -145,7 +145,7 @@ def concatenated(
 
 
 def merged(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, groups: Sequence[Tensor]) -> Tensor:
-    """One product per loop with its own dense weight, weights[loop] [N, K]."""
+    """Return one product per loop with its own dense weight, weights[loop] [N, K]."""
     if len(groups) == 1:
         return F.linear(x, weights[0], bias)
     y = x.new_empty(x.shape[0], weights[0].shape[0])

@@ -71,7 +71,7 @@ def describe(result: dict[str, Any]) -> list[str]:
 
 
 def make_page(title: str, results: list[dict[str, Any]], notes: list[str]) -> str:
-    """The page; notes stand below its title."""
+    """Make the page; notes stand below its title."""
     parts = [f"# {title}", *(["\n".join(f"- {note}" for note in notes)] if notes else [])]
     for result in results:
         parts += ["\n".join(describe(result)), *(table.markdown() for table in result_tables(result))]

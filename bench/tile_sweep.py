@@ -100,7 +100,7 @@ def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
 
 @torch.inference_mode()
 def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, timer: Timer) -> dict[str, float]:
-    """Median seconds of every tiling."""
+    """Measure the median seconds of every tiling."""
     device = timer.device
     weight_bytes = projection.inputs * projection.outputs * dtype.itemsize
     held = 2 * weight_bytes + 6 * projection.adapter_numbers(rank) * dtype.itemsize
@@ -120,7 +120,7 @@ def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, ti
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Median times of every shape and tiling, the fastest named."""
+    """Make the median times of every shape and tiling, the fastest named."""
     names = [f"{kernel} {slices}" for kernel, slices in TILINGS]
     rows = []
     for record in result["tilings"]:

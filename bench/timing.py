@@ -121,7 +121,7 @@ class Timer:
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles, seconds."""
+    """Return the median and quartiles, seconds."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     return {"median": median, "lower_quartile": low, "upper_quartile": high}
 

@@ -53,7 +53,7 @@ class Measured:
     samples: Samples
 
     def record(self) -> dict[str, Any]:
-        """The record of a result: seconds, and speedup of the first variant over each other."""
+        """Return the record of a result: seconds, and speedup of the first variant over each other."""
         ours, *others = self.samples
         return {
             **self.case,
@@ -78,7 +78,7 @@ def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransf
 
 
 def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Losses]:
-    """The Llama of transformers of the same shape, with its own loss."""
+    """Make the Llama of transformers of the same shape, with its own loss."""
     import transformers
 
     hf = transformers.LlamaForCausalLM(

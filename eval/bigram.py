@@ -28,7 +28,7 @@ def _concatenate(shards: TokenShards) -> np.ndarray:
 
 
 def bigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
-    """Mean negative log-likelihood (nats) of test[1:], each token given the one before it."""
+    """Return the mean negative log-likelihood (nats) of test[1:], each token given the one before it."""
     pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     first = pairs // vocab_size
     context_count = np.bincount(first, weights=counts, minlength=vocab_size)

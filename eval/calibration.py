@@ -29,7 +29,7 @@ def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
 
 
 def choose_exits(found: Trajectories, thresholds: Sequence[float | None]) -> npt.NDArray[np.int64]:
-    """The loop at which each token exits at these thresholds [N]; None means never."""
+    """Return the loop at which each token exits at these thresholds [N]; None means never."""
     exits = np.full(found.num_tokens, found.num_loops - 1)
     for loop in reversed(range(found.num_loops - 1)):
         threshold = thresholds[loop]

@@ -56,7 +56,7 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """A row per task: the paper's metric of the seven, every metric of others; last the average."""
+    """Make a row per task: the paper's metric of the seven, every metric of others; last the average."""
     rows = []
     for name, task in result["tasks"].items():
         metrics = [key for key in task["metrics"] if "_stderr" not in key]

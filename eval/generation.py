@@ -86,7 +86,7 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
 
 
 def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
-    """A cache for all prompts or as many as fit in `CACHE_BYTES`, and at least for the longest."""
+    """Make a cache for all prompts or as many as fit in `CACHE_BYTES`, and at least for the longest."""
     config, recursion, weight = model.config, model.recursion, model.embed
     needed = sorted(
         (recursion.num_loops * -(-(recursion.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),

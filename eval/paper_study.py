@@ -104,7 +104,7 @@ def repeat_study() -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Tokens per second of ours, with the paper's in parentheses where both count the same."""
+    """Make tokens per second of ours, with the paper's in parentheses where both count the same."""
     rows = []
     for row in result["rows"]:
         is_check = row["counted"] == COUNTED[0]

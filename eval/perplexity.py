@@ -188,7 +188,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """A row per exit, of all tokens and of each group."""
+    """Make a row per exit, of all tokens and of each group."""
     groups = {"all": {"tokens": result["tokens"], "exits": result["exits"]}, **result["groups"]}
     rows = [
         [

@@ -45,7 +45,7 @@ def heading(text: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], style: str = "") -> str:
-    """An HTML table; None is an empty cell. The style `texts` is for cells of text (report.css)."""
+    """Make an HTML table; None is an empty cell. The style `texts` is for cells of text (report.css)."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
@@ -60,7 +60,7 @@ def plots(*figures: str) -> str:
 
 
 def frontier(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
-    """The points that no other point of at most their size beats, sorted by size."""
+    """Return the points that no other point of at most their size beats, sorted by size."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1] if higher_is_better else point[1])):
         if not best or (y > best[-1][1] if higher_is_better else y < best[-1][1]):
@@ -281,7 +281,7 @@ def throughput(results: Results) -> str:
 
 
 def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
-    """Tokens per second and the ratio to the vanilla model's CSB, by the costs that are counted."""
+    """Make tokens per second and the ratio to the vanilla model's CSB, by the costs that are counted."""
     stages = list(queue["rows"][0]["counted"])
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
 
@@ -318,7 +318,7 @@ def render_sections(results: Results) -> str:
 
 
 def render_page(results: Results) -> str:
-    """The whole document, self-contained."""
+    """Render the whole document, self-contained."""
     header = result_header()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

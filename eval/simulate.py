@@ -87,7 +87,7 @@ class Passes:
 
 
 def first_passes(work: Ints, slots: int) -> Ints:
-    """The pass [S] in which each sample starts, if it takes the first free slot for `work` [S] passes."""
+    """Return the pass [S] in which each sample starts, if it takes the first free slot for `work` [S] passes."""
     free = [0] * min(slots, len(work))
     starts = np.empty(len(work), dtype=np.int64)
     for sample, passes in enumerate(work.tolist()):
@@ -170,7 +170,7 @@ class Curve:
     seconds: tuple[float, ...]
 
     def total(self, rows: Ints) -> float:
-        """Seconds of passes of `rows` [P].
+        """Return seconds of passes of `rows` [P].
 
         Raises:
             ValueError: a pass has more rows than were measured.

@@ -148,7 +148,7 @@ class Batch:
 
 
 def make_batch(windows: list[Window], bos_id: int | None) -> Batch:
-    """One batch of windows; `bos_id`, if any, takes the place of each window's first token."""
+    """Make one batch of windows; `bos_id`, if any, takes the place of each window's first token."""
     shape = (len(windows), max(window.shape[1] for window in windows) - 1)
     inputs, targets, groups = (np.full(shape, fill, dtype=np.int64) for fill in (0, PAD, 0))
     for row, window in enumerate(windows):

@@ -38,7 +38,7 @@ class Axis:
 
     @classmethod
     def around(cls, label: str, values: Sequence[float], is_log: bool = False) -> "Axis":
-        """An axis that contains `values` with a margin; logarithmic only if all are positive."""
+        """Return an axis that contains `values` with a margin; logarithmic only if all are positive."""
         is_log = is_log and min(values) > 0
         low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
         margin = 0.06 * (high - low) or (0.1 if is_log else 0.1 * abs(high) or 1.0)
@@ -69,7 +69,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A short form of a number: 4 significant digits, thousands as K, M, B."""
+    """Return a short form of a number: 4 significant digits, thousands as K, M, B."""
     for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= scale:
             return f"{value / scale:.4g} {unit}"
@@ -79,7 +79,7 @@ def number(value: float) -> str:
 def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A figure with its legend, without points that are not finite; an empty string if there are no others."""
+    """Draw a figure with its legend, without points that are not finite; an empty string if there are no others."""
     series = [one for one in map(_finite, series) if one.points]
     if not series:
         return ""
@@ -113,7 +113,7 @@ def _finite(series: Series) -> Series:
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float]]) -> str:
-    """A point's label, placed if possible where it hides none of those in `taken` (left, right, base line)."""
+    """Return a point's label, placed if possible where it hides none of those in `taken` (left, right, base line)."""
     width = 6.2 * len(label)
     for anchor, left in (("start", x + 7), ("end", x - 7 - width)):
         for base in (y - 6, y + 15, y - 19, y + 28):

@@ -42,7 +42,7 @@ class Table:
         return "\n".join([*lines, *self.notes])
 
     def markdown(self) -> str:
-        """The title in bold, a table in GitHub's Markdown, and the notes as paragraphs of a line each."""
+        """Make the title in bold, a table in GitHub's Markdown, and the notes as paragraphs of a line each."""
         head = [f"**{self.title}**", ""] if self.title else []
         rules = ["---" if column in self.text_columns else "---:" for column in range(len(self.header))]
         rows = [f"| {' | '.join(row)} |" for row in (self.header, rules, *self.rows)]

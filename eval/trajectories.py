@@ -52,11 +52,11 @@ class Trajectories:
         return self.top_tokens_agree.shape[1]
 
     def oracle_exits(self) -> npt.NDArray[np.int64]:
-        """The oracle's exit of each token [N]: the earliest loop that predicts the last loop's token."""
+        """Return the oracle's exit of each token [N]: the earliest loop that predicts the last loop's token."""
         return self.top_tokens_agree.argmax(0)
 
     def samples(self, chosen: slice) -> "Trajectories":
-        """The samples of a slice, as trajectories of their own."""
+        """Return the samples of a slice, as trajectories of their own."""
         picked = np.zeros(len(self.lengths), dtype=bool)
         picked[chosen] = True
         tokens = np.repeat(picked, self.lengths)
@@ -180,7 +180,7 @@ def _read_part(path: Path) -> tuple[Trajectories, Totals]:
 
 @contextmanager
 def _open_part(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
-    """The arrays of a part, read on access; unreadable data is a `UserError`."""
+    """Yield the arrays of a part, read on access; unreadable data is a `UserError`."""
     try:
         with np.load(path) as file:
             yield file

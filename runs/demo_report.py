@@ -39,7 +39,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """One row per model: sizes, tokens, training speed and perplexities."""
+    """Read one row per model: sizes, tokens, training speed and perplexities."""
     rows = []
     for title, run, before, after in MODELS:
         source = open_source(out / run / "final")
@@ -63,7 +63,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def read_fewshot_rows(out: Path) -> list[dict[str, Any]]:
-    """One row per model that has a few-shot result: accuracies with their standard errors."""
+    """Read one row per model that has a few-shot result: accuracies with their standard errors."""
     rows = []
     for title, run, *_ in MODELS:
         path = out / f"fewshot-{run}.json"

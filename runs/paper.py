@@ -48,7 +48,7 @@ class Inputs:
 
 
 def rows() -> dict[str, Settings]:
-    """Every row of the paper's, as family/name, in the order of the files."""
+    """Return every row of the paper's, as family/name, in the order of the files."""
     found = {
         f"{path.stem}/{name}": settings
         for path in sorted(RECIPES.glob("*.toml"))
@@ -59,7 +59,7 @@ def rows() -> dict[str, Settings]:
 
 
 def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
-    """The commands of a row in order, those of the rows that it needs first, some more than once.
+    """Yield the commands of a row in order, those of the rows that it needs first, some more than once.
 
     Args:
         further: flags of the row's own training.

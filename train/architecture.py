@@ -54,7 +54,7 @@ class InitialModel:
 
 
 def describe_model(model: ModelConfig, recursion: RecursiveConfig) -> str:
-    """A model in one line."""
+    """Describe a model in one line."""
     meta = meta_model(model, recursion)
     count, block = (sum(p.numel() for p in module.parameters()) for module in (meta, meta.stack))
     return (
@@ -65,7 +65,7 @@ def describe_model(model: ModelConfig, recursion: RecursiveConfig) -> str:
 
 
 def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConfig]:
-    """The shape called `name`: a preset, a `config.json`, or a directory that has one, ours or Hugging Face's.
+    """Read the shape called `name`: a preset, a `config.json`, or a directory that has one, ours or Hugging Face's.
 
     Raises:
         UserError: none of these, naming `field`, or a configuration that is wrong.
@@ -87,7 +87,7 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
 
 
 def checkpoint_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelConfig, RecursiveConfig]:
-    """The shape of a checkpoint or, where none is given, of the one that `start` describes.
+    """Return the shape of a checkpoint or, where none is given, of the one that `start` describes.
 
     Raises:
         UserError: neither is given, or the checkpoint is folded or relaxed in another way than `start` says.
@@ -155,7 +155,7 @@ def _without_unused(recursion: RecursiveConfig) -> RecursiveConfig:
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:
-    """The teacher's shape, if there is one."""
+    """Return the teacher's shape, if there is one."""
     return None if distill.teacher is None else read_architecture(distill.teacher, "distill.teacher")
 
 

@@ -29,13 +29,13 @@ STATE_FILE = "trainer.json"
 
 
 def step_directories(out: Path) -> list[tuple[int, Path]]:
-    """The resumable checkpoints of a run, oldest first."""
+    """Return the resumable checkpoints of a run, oldest first."""
     found = [(path.name.removeprefix("step-"), path) for path in out.glob("step-*") if path.is_dir()]
     return sorted((int(number), path) for number, path in found if number.isdigit())
 
 
 def complete_steps(out: Path) -> list[int]:
-    """The steps that can be resumed from, oldest first."""
+    """Return the steps that can be resumed from, oldest first."""
     return [step for step, path in step_directories(out) if find_damage(path) is None]
 
 
@@ -58,7 +58,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def latest_complete(out: Path, *, warn: bool) -> Path | None:
-    """The checkpoint to resume from, or None if the run has saved none.
+    """Return the checkpoint to resume from, or None if the run has saved none.
 
     Args:
         warn: name each damaged checkpoint that is skipped on stderr.
@@ -101,7 +101,7 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
-    """The first field, as deep inside as possible, in which two JSON values differ, and its values."""
+    """Return the first field, as deep inside as possible, in which two JSON values differ, and its values."""
     if isinstance(found, dict) and isinstance(expected, dict):
         inside = [(f"{name}.{key}", found.get(key), expected.get(key)) for key in found | expected]
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):

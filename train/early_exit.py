@@ -67,7 +67,7 @@ class EarlyExitRecipe:
 
 
 def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfig:
-    """The checkpoint's configuration with the exits that the recipe trains.
+    """Return the checkpoint's configuration with the exits that the recipe trains.
 
     Raises:
         UserError: the checkpoint has a LoRA on the head of another rank than the recipe asks for.
@@ -81,7 +81,7 @@ def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfi
 
 
 def initial_values(source: Source, recursion: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
-    """A function from a parameter's name to its value: the checkpoint's; a new LoRA on the head has B = 0."""
+    """Return a function from a parameter's name to its value: the checkpoint's; a new LoRA on the head has B = 0."""
     shapes = parameter_shapes(source.model, recursion)
 
     def get(name: str) -> Tensor:

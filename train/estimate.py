@@ -231,7 +231,7 @@ _PARTS = {
 
 
 def estimate_table(recipe: Recipe, spec: TrainingSpec, dry_run: DryRun) -> str:
-    """The printed table of a dry run."""
+    """Make the printed table of a dry run."""
     run, processes = recipe.run, dry_run.processes
     tokens = run.steps * run.batch_tokens
     device = "cpu" if run.device == "cpu" else "cuda"

@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by its name, the first match in the table; None without one."""
+    """Return the peak dense bf16 FLOP/s of a GPU by its name, the first match in the table; None without one."""
     return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 

@@ -75,7 +75,7 @@ def exit_losses(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum over the exits of cross-entropy and divergences, each a mean over the tokens that count.
+    """Return the weighted sum over the exits of cross-entropy and divergences, each a mean over the tokens that count.
 
     A divergence compares softmax(logits / temperature) and is multiplied by temperature squared, which keeps the size
     of its gradient. From each chunk's logits on, 16-bit inputs are computed in fp32, and fp64 in fp64.
@@ -165,7 +165,7 @@ class _LossSpec:
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
     def teacher_log_probs(self, rows: slice, acc_dtype: torch.dtype) -> Tensor | None:
-        """The teacher's log-probabilities [C, V] of one chunk."""
+        """Return the teacher's log-probabilities [C, V] of one chunk."""
         if self.teacher is None or not self.needs_teacher:
             return None
         return self.tempered_log_probs(_product(self.teacher.hidden[rows], self.teacher.weight.t(), acc_dtype))
@@ -173,7 +173,7 @@ class _LossSpec:
     def exit_loss(
         self, weights: ExitWeights, rows: slice, log_q: Tensor, tempered: Tensor, log_p: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """One exit's losses of a chunk, [C, 3] as in `exit_losses`, and the slope [C, V] of their weighted sum.
+        """Return one exit's losses of a chunk, [C, 3] as in `exit_losses`, and the slope [C, V] of their weighted sum.
 
         Args:
             log_q: the exit's log-probabilities [C, V]; overwritten.

@@ -54,14 +54,14 @@ class Meter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process on its device: allocated on CUDA, resident on the CPU."""
+    """Return the peak memory of this process on its device: allocated on CUDA, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def progress_line(record: dict[str, Any], steps: int) -> str:
-    """One printed line of a record that holds a `Meter`'s reading."""
+    """Return one printed line of a record that holds a `Meter`'s reading."""
     hours, rest = divmod(round(record["eta_seconds"]), 3600)
     mfu = f"MFU {record['mfu']:.1%}  " if "mfu" in record else ""
     return (
@@ -72,7 +72,7 @@ def progress_line(record: dict[str, Any], steps: int) -> str:
 
 
 def import_wandb() -> Any:
-    """The wandb package. Raises `UserError` where it is not installed."""
+    """Return the wandb package. Raises `UserError` where it is not installed."""
     try:
         return importlib.import_module("wandb")
     except ImportError as error:

@@ -32,7 +32,7 @@ def _exit_weights(distill: DistillConfig, coefficient: float, source: DistilledF
 
 
 def exit_coefficients(exits: ExitsConfig, num_loops: int) -> list[float]:
-    """The weight of the exit after each loop in the total loss."""
+    """Return the weight of the exit after each loop in the total loss."""
     if exits.weighting == "aggressive":
         return [exits.coefficient] * (num_loops - 1) + [1.0]
     return [(loop + 1) / (num_loops * (num_loops + 1) / 2) for loop in range(num_loops)]
@@ -56,7 +56,7 @@ class Objective:
         return not self.frozen
 
     def exit_loops(self, num_loops: int) -> list[int]:
-        """The loops after which the loss needs logits."""
+        """Return the loops after which the loss needs logits."""
         needs_last = any(weights.last_exit for weights in self.weights)
         return [
             loop
@@ -128,12 +128,12 @@ class Objective:
 
 
 def uptraining_objective(distill: DistillConfig) -> Objective:
-    """The loss of the last loop, distilled if there is a teacher."""
+    """Return the loss of the last loop, distilled if there is a teacher."""
     return Objective((_last_exit(distill, 1.0),), distill.loss, distill.temperature)
 
 
 def early_exit_objective(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
-    """The losses of all loops.
+    """Return the losses of all loops.
 
     Raises:
         UserError: there are no loops before the last, or a teacher is asked for and missing, or given and unused.

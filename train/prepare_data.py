@@ -85,7 +85,7 @@ class Job:
         return self.directory / f"{unit.name}.bin"
 
     def documents_path(self, unit: Unit) -> Path:
-        """Tokens and text bytes of each document [documents, 2] int64; there only when the unit is finished."""
+        """Return tokens and text bytes of each document [documents, 2] int64; there only when the unit is finished."""
         return self.directory / f"{unit.name}.npy"
 
 

@@ -62,7 +62,7 @@ class PretrainRecipe:
 
 
 def architecture(recipe: PretrainRecipe) -> tuple[ModelConfig, RecursiveConfig]:
-    """The shape of the recipe's model."""
+    """Return the shape of the recipe's model."""
     config, _ = read_architecture(recipe.model.config, "model.config")
     if recipe.model.num_layers is not None:
         config = replace(config, num_layers=recipe.model.num_layers)

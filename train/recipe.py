@@ -280,7 +280,7 @@ def _positive(config: object, table: str, *names: str) -> None:
 
 
 def _tables(cls: type) -> dict[str, type]:
-    """The dataclass of each table of a recipe, by the table's name."""
+    """Return the dataclass of each table of a recipe, by the table's name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

@@ -33,7 +33,7 @@ Settings = dict[str, dict[str, Any]]
 
 
 def read_settings(recipe: str) -> Settings:
-    """The settings of `FILE`, or of one row of a table, `FILE#ROW`.
+    """Read the settings of `FILE`, or of one row of a table, `FILE#ROW`.
 
     Raises:
         UserError: the file is not readable, no TOML or no recipe, the row is missing, or a table comes without a row.
@@ -56,7 +56,7 @@ def read_settings(recipe: str) -> Settings:
 
 
 def read_rows(path: Path) -> dict[str, Settings]:
-    """The settings of every row of a table, by the row's name.
+    """Read the settings of every row of a table, by the row's name.
 
     Raises:
         UserError: a file is not readable or no TOML, or something in it is not what belongs there.
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> dict[str, Settings]:
 
 
 def similar(name: str, names: Iterable[str]) -> str:
-    """The three most similar of `names`, for an error message."""
+    """Return the three most similar of `names`, for an error message."""
     return ", ".join(difflib.get_close_matches(name, names, cutoff=0.0))
 
 
@@ -103,7 +103,7 @@ def _common_and_parts(
 
 
 def _with_parts(content: dict[str, Any], parts: dict[str, Settings], where: str) -> Settings:
-    """The settings of a group or row over those of the parts that it uses."""
+    """Return the settings of a group or row over those of the parts that it uses."""
     used = content.pop("use", [])
     if not isinstance(used, list) or not all(isinstance(name, str) and name in parts for name in used):
         raise UserError(f"{where}: field 'use': found {used!r}; expected a list of parts: {', '.join(parts)}")
