@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrt.checkpoint.source import load_model
+from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
@@ -21,17 +21,29 @@ from rrt.decode.kv_cache import PagedCache
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 
-PAGE_SIZE = 16
-ADD_BOS = {"auto": None, "yes": True, "no": False}
+_PAGE_SIZE = 16
+_ADD_BOS = {"auto": None, "yes": True, "no": False}
 
 
-def cache_for(model: RecursiveTransformer, num_sequences: int, num_positions: int) -> PagedCache:
-    """Make a cache that holds `num_sequences` sequences of `num_positions` positions, and the prefix vectors."""
-    pages_per_loop = -(-(model.recursion.prefix_length + num_positions) // PAGE_SIZE)
-    num_pages = (num_sequences + 1) * model.recursion.num_loops * pages_per_loop
+def _make_cache(model: RecursiveTransformer, lengths: Sequence[int]) -> PagedCache:
+    """Make a cache for sequences of these lengths and the model's prefix vectors."""
+    prefix = model.recursion.prefix_length
+    pages_per_loop = sum(-(-(prefix + length) // _PAGE_SIZE) for length in (0, *lengths))
+    num_pages = model.recursion.num_loops * pages_per_loop
     return PagedCache(
-        model.config, model.recursion, num_pages, PAGE_SIZE, dtype=model.embed.dtype, device=model.embed.device
+        model.config, model.recursion, num_pages, _PAGE_SIZE, dtype=model.embed.dtype, device=model.embed.device
     )
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UserError(f"--prompt number {number}: found no token; expected text, or --bos yes")
+        if len(prompt) + max_new_tokens > max_positions:
+            raise UserError(
+                f"--prompt number {number}: found {len(prompt)} tokens with --max-new-tokens {max_new_tokens}; "
+                f"expected at most {max_positions} together, the model's positions: shorten the prompt, or add fewer"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--bos",
-        choices=tuple(ADD_BOS),
+        choices=tuple(_ADD_BOS),
         default="auto",
         help="begin each prompt with BOS; auto: as the tokenizer does (default: auto)",
     )
@@ -68,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
     device = pick_device(arguments.device)
+    # Everything that can be wrong is found before the weights are read.
+    config = open_source(arguments.checkpoint).model
     tokenizer = load_tokenizer(arguments.checkpoint)
-    prompts = tokenizer.encode_batch(arguments.prompt, bos=ADD_BOS[arguments.bos])
-    model = load_model(arguments.checkpoint, chosen_dtype(arguments), device)
-    config, recursion = model.config, model.recursion
     check_vocab(tokenizer, config.vocab_size, arguments.checkpoint)
-    # `generate` refuses longer ones; they need no memory first.
-    num_positions = min(max(map(len, prompts)) + arguments.max_new_tokens, config.max_position_embeddings)
-    cache = cache_for(model, len(prompts), num_positions)
+    prompts = tokenizer.encode_batch(arguments.prompt, bos=_ADD_BOS[arguments.bos])
+    _check_prompts(prompts, arguments.max_new_tokens, config.max_position_embeddings)
+    model = load_model(arguments.checkpoint, chosen_dtype(arguments), device)
+    recursion = model.recursion
+    cache = _make_cache(model, [len(prompt) + arguments.max_new_tokens for prompt in prompts])
     print(
         f"{arguments.checkpoint}: {config.family}, {recursion.num_loops} loops x {len(model.stack.layers)} layers, "
         f"{human_count(sum(parameter.numel() for parameter in model.parameters()))} parameters, "

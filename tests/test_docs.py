@@ -19,6 +19,7 @@ from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
+from train.recipe_table import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval/tasks/README.md"]
@@ -35,7 +36,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in lines:
         for part in re.split(r"&&|\|", line):
-            words = shlex.split(part, comments=True)
+            words = shlex.split(re.sub(r"(^|\s)#.*", "", part))  # not of FILE#ROW
             if not words or words[0] not in ("python", "torchrun"):
                 continue
             start = next((i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("rrt.")), None)
@@ -45,6 +46,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 DOCUMENTED = {page: commands(page.read_text(encoding="utf-8")) for page in PAGES}
+WITH_SUBCOMMANDS = ("rrt.tokenizer",)
 SCRIPTS = sorted({words[0] for found in DOCUMENTED.values() for words in found})
 
 
@@ -74,9 +76,9 @@ def help_of(script: str, *subcommands: str) -> str:
 
 
 def test_commands_are_found_in_blocks_and_spans():
-    block = "torchrun --nproc-per-node 2 train/a.py --x \\\n  1  # why\npip install y\n"
+    block = "torchrun --nproc-per-node 2 train/a.py --x \\\n  f.toml#1 --y  # why\npip install y\n"
     text = f"```bash\n{block}```\nas `python -m rrt.b --z` does"
-    assert commands(text) == [["train/a.py", "--x", "1"], ["rrt.b", "--z"]]
+    assert commands(text) == [["train/a.py", "--x", "f.toml#1", "--y"], ["rrt.b", "--z"]]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -86,9 +88,21 @@ def test_documented_flags_exist(script: str) -> None:
             if name != script:
                 continue
             flags = {word.split("=")[0] for word in words if word.startswith("--")}
-            subcommand = words[:1] if words[:1] == ["train"] else []
-            unknown = {flag for flag in flags - {"--help"} if not re.search(rf"{flag}\b", help_of(script, *subcommand))}
+            subcommand = words[:1] if script in WITH_SUBCOMMANDS else []
+            unknown = {
+                flag
+                for flag in flags - {"--help"}
+                if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(script, *subcommand))
+            }
             assert not unknown, f"{page.name}: {script} has no {unknown}"
+
+
+def test_documented_rows_exist() -> None:
+    recipes = {word for found in DOCUMENTED.values() for words in found for word in words if ".toml#" in word}
+    assert recipes
+    for recipe in recipes:
+        path, _, row = recipe.partition("#")
+        assert row in (*read_rows(ROOT / path), "ROW"), recipe
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -133,7 +133,7 @@ class RunDirectory:
         identity = {
             "stage": initial.stage,
             "model": dataclasses.asdict(initial.model),
-            "recursion": dataclasses.asdict(initial.recursion),
+            "recursive": dataclasses.asdict(initial.recursion),
             "data.seq_len": recipe.data.seq_len,
             "data.split": recipe.data.split,
             "data.weights": recipe.data.weights,

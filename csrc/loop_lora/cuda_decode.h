@@ -15,8 +15,8 @@
 //   loop mask  Bit l: some token of the tile is of loop l.
 //   segment    Consecutive outputs with a LoRA of their own (launch.h).
 //
-// The order of every sum is the layer's, whatever tokens are in the batch, however they are tiled and sliced, and
-// whichever of the two kernels runs: a token's result has the same bits in any batch.
+// The order of every sum depends on the layer's shape alone: not on the other tokens of the batch, nor on how they are
+// tiled and sliced, nor on which of the two kernels runs. So a token's result has the same bits in any batch.
 //
 // Columns may be taken in any order as long as W and x agree. So a lane copies 16 adjacent bytes of a row to a place in
 // shared memory that is its own, and they are its fragments of two mmas: there is no swizzle and no ldmatrix.

@@ -1,7 +1,7 @@
 // The plain kernel's body, for fp32 and fp64 and for shapes that the decode kernels' 16-byte loads do not fit. A warp
 // has one output, and its lanes share the columns; a weight is read once for kPlainTokens rows. As in the decode
-// kernels, the order of a row's sums is the layer's, and shrink is launched before the product. cuda_decode.h explains
-// the terms.
+// kernels, the order of a row's sums depends on the layer's shape alone, and shrink is launched before the product.
+// cuda_decode.h explains the terms.
 #pragma once
 
 #include "loop_lora/cuda_decode.h"

@@ -1,6 +1,8 @@
 // Packing, and the statistics of logits, on the CPU.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <vector>
 
 #include "huge_pages.h"
 #include "packed_linear/cpu_kernels.h"

@@ -96,8 +96,8 @@ struct Prefetch {
 };
 
 // c[r][n] += sum over `steps` of w[step][n] x[r][step], for a panel of outputs: all of them at once if their sums fit
-// the registers, so that a single stream is read, else in passes. Other than multiply_rows of simd_products.h, which
-// takes any matrix that is in the cache, this goes along the stream of weights that all rows of a tile share. Not
+// the registers, so that a single stream is read, else in passes. Unlike multiply_rows of simd_products.h, which takes
+// any matrix that is in the cache, this goes along the stream of weights that all rows of a tile share. Not
 // inlined: the loop needs all registers.
 template <class D, int ROWS>
 __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,

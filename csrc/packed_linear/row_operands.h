@@ -9,7 +9,8 @@
 
 namespace rrt::packed_linear {
 
-// Sums run over chunks of kChunk steps (of columns, or of ranks), each from zero: so their order is the layer's.
+// Sums run over chunks of kChunk steps (of columns, or of ranks), each from zero: so their order depends on the layer's
+// shape alone, not on the batch.
 constexpr int64_t kChunk = 128;
 // Bounds the scratch memory; at this many rows, reading the weight once per block costs little.
 constexpr int64_t kMaxBlockRows = 192;

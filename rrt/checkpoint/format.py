@@ -1,6 +1,6 @@
 """Our checkpoint directory: both configurations, every shared tensor once, and the provenance.
 
-- config.json: format, format_version, dtype, model (ModelConfig), recursion (RecursiveConfig)
+- config.json: format, format_version, dtype, model (ModelConfig), recursive (RecursiveConfig)
 - model.safetensors, or shards with an index over 5 GB; names as in `RecursiveTransformer.state_dict()`;
   LoRA stacked on the loop axis: lora_a [B, R, K], lora_b [B, N, R]
 - tokenizer files, as the base published them
@@ -40,7 +40,7 @@ class CheckpointConfig:
             "format_version": FORMAT_VERSION,
             "dtype": dtype_name(self.dtype),
             "model": to_mapping(self.model),
-            "recursion": to_mapping(self.recursion),
+            "recursive": to_mapping(self.recursion),
         }
 
 
@@ -55,18 +55,18 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     version = data.get("format_version")
     if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
         raise UserError(f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}")
-    unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursion"})
+    unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursive"})
     if unknown:
         raise UserError(
-            f"{path}: unknown field {unknown[0]!r}; expected format, format_version, dtype, model, recursion"
+            f"{path}: unknown field {unknown[0]!r}; expected format, format_version, dtype, model, recursive"
         )
-    for key, kind in (("dtype", str), ("model", dict), ("recursion", dict)):
+    for key, kind in (("dtype", str), ("model", dict), ("recursive", dict)):
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path}: field '{key}': found {data.get(key)!r}; expected {kind.__name__}")
     try:
         dtype = parse_dtype(data["dtype"])
         model = from_mapping(ModelConfig, data["model"], str(path), "model.")
-        recursion = from_mapping(RecursiveConfig, data["recursion"], str(path), "recursion.")
+        recursion = from_mapping(RecursiveConfig, data["recursive"], str(path), "recursive.")
         recursion.layers_per_loop(model)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

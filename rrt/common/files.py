@@ -110,7 +110,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
-        elif not partial.exists():  # it was in place already
+        elif not partial.exists():  # in place already, or never made
             _discard(path, replaced)
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -70,7 +70,7 @@ def prepare_conversion(
     source = open_source(base)
     if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
-            f"{base / 'config.json'}: field 'recursion': found a recursive or relaxed model (num_loops "
+            f"{base / 'config.json'}: field 'recursive': found a recursive or relaxed model (num_loops "
             f"{source.recursion.num_loops}, LoRA rank {source.recursion.lora_rank}); expected a vanilla base: "
             "python -m rrt.export unrolls it into one"
         )

@@ -49,7 +49,7 @@ def prepare_export(
     source = open_source(checkpoint)
     if source.recursion.prefix_length:
         raise UserError(
-            f"{checkpoint / 'config.json'}: field 'recursion.prefix_length': found {source.recursion.prefix_length}; "
+            f"{checkpoint / 'config.json'}: field 'recursive.prefix_length': found {source.recursion.prefix_length}; "
             "expected 0: the HF layout has no place for prefix vectors"
         )
     check_output(out, checkpoint, overwrite)

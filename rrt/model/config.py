@@ -1,6 +1,6 @@
 """The two configurations of a checkpoint: the base architecture and how it is looped.
 
-Both are frozen dataclasses read from JSON by :func:`from_mapping`, which refuses unknown keys and
+Both are frozen dataclasses read from JSON by :func:`rrt.common.schema.from_mapping`, which refuses unknown keys and
 wrong types by name. The recipes of ``train/`` are read by the same function.
 """
 

@@ -53,7 +53,7 @@ class Sizes:
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        configs = {name: to_mapping(values.pop(name)) for name in ("model", "recursion")}
+        configs = {key: to_mapping(values.pop(name)) for key, name in (("model", "model"), ("recursive", "recursion"))}
         return {**values, "dtype": dtype_name(self.dtype), **configs}
 
 

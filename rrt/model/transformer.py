@@ -296,7 +296,10 @@ class RecursiveTransformer(nn.Module):
         Raises:
             UserError: `exit_loop` is out of range, or `positions` and `branch_ids` do not fit `input_ids`.
         """
-        last = self.recursion.num_loops - 1 if exit_loop is None else exit_loop
+        loops = self.recursion.num_loops
+        last = loops - 1 if exit_loop is None else exit_loop
+        if not 0 <= last < loops:
+            raise UserError(f"exit_loop: found {last}; expected a loop in [0, {loops})")
         exits = self.hidden_states(input_ids, positions=positions, branch_ids=branch_ids, num_loops=last + 1)
         return self.logits(exits[-1], last)
 
@@ -319,9 +322,7 @@ class RecursiveTransformer(nn.Module):
         """
         loops = self.recursion.num_loops
         if num_loops is not None and not 1 <= num_loops <= loops:
-            raise UserError(
-                f"exit_loop: found {num_loops - 1} (num_loops {num_loops}); expected a loop in [0, {loops})"
-            )
+            raise UserError(f"num_loops: found {num_loops}; expected 1 to {loops}")
         x = self.embed_tokens(input_ids)
         exits: list[Tensor] = self.stack(x, self._context(x, positions, branch_ids), num_loops, selected_tokens)
         return exits

@@ -1,7 +1,7 @@
 """The operators: native kernels, references in plain PyTorch, and gradients.
 
 Importing this package loads the native library if there is one; otherwise the references run under the same
-operator names, with one warning each. `build_info()` tells which.
+operator names, with one warning. `build_info()` tells which.
 """
 
 from rrt.native import BuildInfo, build_info

@@ -27,8 +27,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Te
             key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
         k, v: [B, T, H_kv, D_h] of q's dtype.
         scale: factor on the scores, before the softmax.
-        branches: int32 [B, T], contiguous, or None: a number per token for several texts packed into one row after
-            a shared prefix. A token then sees, of those before it, the ones of branch 0 (the prefix) and of its own.
+        branches: int32 [B, T], contiguous, or None (the model's `branch_ids`): a number per token for several texts
+            packed into one row after a shared prefix. A token then sees, of those before it, the ones of branch 0 (the
+            prefix) and of its own.
 
     Returns:
         [B, T, H, D_h] of q's dtype, accumulated in float32 (float64 for float64). The native kernel gives the same

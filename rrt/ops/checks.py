@@ -64,6 +64,6 @@ class Checks:
             )
 
     def multiple_of_kv_heads(self, num_heads: int, num_kv_heads: int, k_name: str) -> None:
-        """Check that the query heads share out evenly among the key/value heads."""
+        """Check that the heads of argument `q` share out evenly among the key/value heads of argument `k_name`."""
         if num_heads % num_kv_heads if num_kv_heads > 0 else num_heads:
             self.fail("q", f"{num_heads} heads", f"a multiple of {k_name}'s {num_kv_heads}")

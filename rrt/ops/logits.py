@@ -47,7 +47,7 @@ def logit_statistics_reference(x: Tensor, packed: Tensor, num_logits: int) -> tu
 
 
 def _check_arguments(x: Tensor, packed: Tensor, num_logits: int) -> None:
-    """Make the native operator's checks, in its order."""
+    """Make the checks of csrc/packed_linear/op.cpp, in its order."""
     _check.float_dtype("x", x)
     _check.like("packed", packed, x, "x")
     _check.shape("x", x, "M", "K")

@@ -171,7 +171,7 @@ class _Arguments:
         return isinstance(self.loops, Tensor) and self.weight.dim() == 3
 
     def check(self, check: Checks) -> tuple[Any, Any]:
-        """Make the native operators' checks in their order, but for the loops of rows; return the result's shape."""
+        """Make the checks of csrc/loop_lora/op.cpp in its order, but for each row's loop; return the result's shape."""
         x, weight, bias, lora_a, lora_b = self.x, self.weight, self.bias, self.lora_a, self.lora_b
         loops = self.loops if isinstance(self.loops, Tensor) else None
         named = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
@@ -286,17 +286,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_b = torch.zeros_like(lora_b) if need_b else None
     segments = _segments(weight.shape[0], lora_a.shape[1], ctx.segment_out, ctx.segment_rank)
     for loop, rows in _rows_by_loop(ctx.loop, loops, lora_a.shape[0]):
-        grad_of_loop, x_of_loop = _only(rows, grad), _only(rows, x)
+        grad_of_loop, x_of_loop = _zero_other_rows(rows, grad), _zero_other_rows(rows, x)
         for out, rank in segments:
             size = rank.stop - rank.start
             grad_y, a, b = grad_of_loop[:, out], lora_a[loop, rank], lora_b[loop, out, :size]
             grad_t = grad_y @ b
             if grad_x is not None:
-                grad_x = grad_x + _only(rows, grad_t @ a)
+                grad_x = grad_x + _zero_other_rows(rows, grad_t @ a)
             if grad_a is not None:
-                grad_a[loop, rank] = _only(rows, grad_t).T @ x_of_loop
+                grad_a[loop, rank] = _zero_other_rows(rows, grad_t).T @ x_of_loop
             if grad_b is not None:
-                grad_b[loop, out, :size] = grad_y.T @ _only(rows, F.linear(x_of_loop, a))
+                grad_b[loop, out, :size] = grad_y.T @ _zero_other_rows(rows, F.linear(x_of_loop, a))
     grad_weight = grad.T @ x if need_weight else None
     grad_bias = None
     if need_bias and not ctx.has_bias_per_loop:
@@ -311,7 +311,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _rows_by_loop(loop: int | None, loops: Tensor | None, num_loops: int) -> Iterator[tuple[int, Tensor | None]]:
-    """Yield each loop with a mask [M, 1] of its rows; or the one loop of all rows, without a mask."""
+    """Yield each loop with a mask [M, 1] of its rows; or the one loop of all rows, without a mask.
+
+    Exactly one of `loop` and `loops` is given.
+    """
     if loops is None:
         assert loop is not None
         yield loop, None
@@ -320,10 +323,11 @@ def _rows_by_loop(loop: int | None, loops: Tensor | None, num_loops: int) -> Ite
             yield i, (loops == i).unsqueeze(1)
 
 
-def _only(rows: Tensor | None, values: Tensor) -> Tensor:
-    """Set other rows to zero, by a mask: an index's length would depend on data, which tracing forbids.
+def _zero_other_rows(rows: Tensor | None, values: Tensor) -> Tensor:
+    """Keep `rows` of the values and set the others to zero.
 
-    Applied on both sides of a product, so that one loop's infinities and NaN stay its own.
+    By a mask: an index's length would depend on data, which tracing forbids. Applied on both sides of a product, so
+    that one loop's infinities and NaN stay its own.
     """
     return values if rows is None else torch.where(rows, values, 0)
 

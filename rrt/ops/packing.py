@@ -13,7 +13,7 @@ from rrt.native import register_op
 from rrt.ops.checks import Checks
 
 PANEL_OUTPUTS = 32
-"""Outputs that lie side by side in packed weights, as the native kernels expect them."""
+"""Outputs that lie side by side in packed weights: kPanel of csrc/packed_linear/launch.h."""
 
 _check = Checks("pack_linear")
 

@@ -1,11 +1,14 @@
 """The command `python -m rrt.generate` against transformers' own generation."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 from rrt import generate
 from rrt.checkpoint.source import load_model
+from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.folding.unroll import export
@@ -48,6 +51,16 @@ def run(capsys, directory, *flags, prompts=PROMPTS):
     return out.removesuffix("\n").split("\n---\n")
 
 
+@torch.no_grad()
+def continue_naively(model, ids, count, eos_id):
+    """Append the most probable tokens to `ids`, each from a forward of its own, up to and including `eos_id`."""
+    for _ in range(count):
+        ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+        if ids[-1] == eos_id:
+            break
+    return ids
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_equals_transformers_on_the_base_and_on_the_unrolled_model(family, bases, tmp_path, capsys):
     relaxed, unrolled = tmp_path / "relaxed", tmp_path / "unrolled"
@@ -62,17 +75,30 @@ def test_text_equals_transformers_on_the_base_and_on_the_unrolled_model(family, 
 def test_prefix_vectors_have_room_in_the_cache(bases, tmp_path, capsys):
     convert(bases / "llama", tmp_path / "prefix", RecursiveConfig(num_loops=2, prefix_length=21))
     found = run(capsys, tmp_path / "prefix", "--max-new-tokens", "40", "--device", "cpu")
-    assert len(found) == len(PROMPTS)
-    assert load_model(tmp_path / "prefix").recursion.prefix_length == 21
+    model, tokenizer = load_model(tmp_path / "prefix"), load_tokenizer(tmp_path / "prefix")
+    for prompt, text in zip(PROMPTS, found, strict=True):
+        ids = continue_naively(model, tokenizer.encode(prompt), 40, tokenizer.eos_id)
+        assert tokenizer.decode(ids) == text
+
+
+def test_a_text_ends_with_the_end_token(bases, capsys, monkeypatch):
+    base = bases / "llama"
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    prompt = tokenizer.encode(PROMPTS[0])
+    *_, last = ids = continue_naively(model, prompt, 4, None)
+    assert last not in ids[len(prompt) : -1]
+    monkeypatch.setattr(generate, "load_tokenizer", lambda directory: dataclasses.replace(tokenizer, eos_id=last))
+    found = run(capsys, base, "--max-new-tokens", "20", "--device", "cpu", prompts=PROMPTS[:1])
+    assert found == [tokenizer.decode(ids[:-1])]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens: found 0; expected 1 or more"),
-        (["--max-new-tokens", "600"], r"prompts\[0\]: .* need \d+ positions; expected at most max_positions = 512"),
+        (["--max-new-tokens", "600"], r"--prompt number 1: found \d+ tokens .* expected at most 512 together"),
         (["--device", "abacus"], "--device: found 'abacus'"),
-        (["--prompt", "", "--bos", "no"], r"prompts\[1\]: found no token"),
+        (["--prompt", "", "--bos", "no"], "--prompt number 2: found no token"),
     ],
 )
 def test_bad_input_is_one_error(flags, message, bases, capsys):

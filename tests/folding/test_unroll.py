@@ -158,7 +158,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
     save_file(weights, big / "model.safetensors")
     before = sorted(tmp_path.rglob("*"))
     cases = {
-        "'recursion.prefix_length': found 3; expected 0: the HF layout has no place": ["--checkpoint", prefix],
+        "'recursive.prefix_length': found 3; expected 0: the HF layout has no place": ["--checkpoint", prefix],
         "no such directory": ["--checkpoint", tmp_path / "absent"],
         "already exists and is not empty": ["--out", prefix],
         "holds the checkpoint that is read": ["--out", big, "--overwrite"],

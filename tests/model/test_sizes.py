@@ -173,8 +173,8 @@ def test_checkpoint_counts_are_those_of_its_tensors(family, tmp_path, capsys, mo
     # A vanilla base with flags tells what convert would make of it.
     flags = ["--num-loops", 2, "--lora-rank", 20, "--untie-norms", "--json"]
     planned = json.loads(run_main(main, ["--checkpoint", base, *flags], capsys, monkeypatch)[1])
-    assert {key: value for key, value in planned.items() if key != "recursion"} == {
-        key: value for key, value in found.items() if key != "recursion"
+    assert {key: value for key, value in planned.items() if key != "recursive"} == {
+        key: value for key, value in found.items() if key != "recursive"
     }
 
 
