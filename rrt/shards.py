@@ -22,6 +22,8 @@ def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
         UserError: not a shard of a directory that `prepare_data.py` wrote, or tokens that it does not have, or
             another tokenizer's.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: found a directory; expected one of its .bin files, such as train-00000.bin")
     shards = open_shards(path.parent, path.name.rpartition("-")[0])
     shards.check_tokenizer(tokenizer)
     shard = next((shard for shard in shards.shards if shard.path == path), None)
