@@ -19,12 +19,12 @@ from rrt import native
 from rrt.native import REBUILD, load_plan
 from rrt.ops import build_info
 from rrt.version import __version__
+from tests.util.native import needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TORCH = Path(torch.__file__).parent
 PLAN = load_plan().module
-needs_native = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
 needs_tools = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler on PATH"
 )
@@ -138,11 +138,12 @@ def test_without_tools_the_build_succeeds_unless_demanded(checkout: Path, missin
 
 @pytest.fixture
 def tools_that_record(tmp_path: Path) -> dict[str, str]:
-    """An environment whose cmake writes down its arguments and builds nothing."""
+    """An environment whose cmake writes down its arguments and installs the library that is loaded here, if any."""
     folder = tmp_path / "tools"
     folder.mkdir()
     cmake = folder / "cmake"
-    cmake.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n', encoding="utf-8")
+    install = f'[ "$1" != --install ] || cp "{build_info().library}" "$4"' if build_info().library else ""
+    cmake.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{install}\n', encoding="utf-8")
     cmake.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "RRT_TORCH_DIR": str(TORCH), "CALLS": str(folder / "calls")}
 
@@ -160,7 +161,10 @@ def test_without_pybind11_the_operators_are_built_all_the_same(
     assert f"rrt: installing without rrt._plan: {missing}" in result.stderr.splitlines()
     configure = Path(tools_that_record["CALLS"]).read_text(encoding="utf-8").splitlines()[0]
     assert "-DRRT_WITH_TORCH=1" in configure and "-DRRT_WITH_PYTHON=0" in configure
-    assert (checkout / "rrt" / "_plan_failed.txt").read_text(encoding="utf-8").strip() == missing
+    facts = report(checkout)
+    reason = f"not built when rrt was installed: {missing}"
+    assert facts["plan warnings"] == [f"rrt: host planning runs in Python: {reason}. To build it: {REBUILD}"]
+    assert build_info().library is None or facts["reason"] is None
 
     again = build(checkout, **tools_that_record)
     assert again.returncode == 0

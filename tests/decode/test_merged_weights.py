@@ -10,7 +10,7 @@ from torch import nn
 from rrt.decode.merged_weights import MergedWeights, PrefillLinears
 from rrt.errors import UserError
 from rrt.model.loop_linear import LoopLinear
-from tests.decode.test_decoder import FAMILIES, LOOPED, assert_close, make_decoder, make_model, prefill, random_tokens
+from tests.util.decoding import FAMILIES, LOOPED, assert_close, make_decoder, make_model, prefill, random_tokens
 
 EVERYTHING = 1 << 30
 

@@ -12,9 +12,9 @@ from rrt.decode.packed_weights import PackedLinears
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.loop_linear import LoopLinear
 from rrt.model.transformer import RecursiveTransformer
-from rrt.ops import build_info
+from tests.util.native import needs_native
 
-pytestmark = pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+pytestmark = needs_native
 IDS = torch.arange(30).view(2, 15)
 EVERYTHING = 2**40
 KINDS = {

@@ -11,8 +11,8 @@ from rrt.checkpoint.source import open_source
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from rrt.ops import build_info
 from tests.util.models import FAMILIES, make_hf_model
+from tests.util.native import needs_native
 
 KINDS = {
     "vanilla": RecursiveConfig(),
@@ -128,7 +128,7 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
     assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=1e-10)
 
 
-@pytest.mark.skipif(build_info().library is None, reason=f"no native library: {build_info().reason}")
+@needs_native
 def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, monkeypatch):
     model = random_model(configs["llama"], KINDS["relaxed"])
     scorer = Scorer(model, MAX_LENGTH, 4096)

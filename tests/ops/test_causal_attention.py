@@ -1,7 +1,6 @@
 """causal_attention: the native kernels and the reference against float64."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from rrt.ops import (
     causal_attention_reference,
 )
 from rrt.ops.precision import pretend_device
-from tests.util.native import needs_native
+from tests.util.native import DTYPES, needs_native, threads
 from tests.util.pairwise import pairwise
 from tests.util.rounding import sum_error, unit_roundoff, weight_error
 
@@ -44,7 +43,6 @@ class _Reference(torch.autograd.Function):
 
 IMPLEMENTATIONS = {"op": causal_attention, "reference": _Reference.apply}
 BOTH = pytest.mark.parametrize("attention", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @dataclass(frozen=True)
@@ -136,18 +134,8 @@ def assert_near(found: list[Tensor], wanted: Expected) -> None:
         assert float((one.double() - other).norm()) <= error, name
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.isa
-@pairwise(case=CASES, dtype=DTYPES, attention=IMPLEMENTATIONS)
+@pairwise(case=CASES, dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
 def test_matches_the_definition(case: Case, dtype: torch.dtype, attention: Attention) -> None:
     tensors, scale = inputs(case, dtype), case.head_dim**-0.5
     assert_near(results(attention, tensors, scale), expected(tensors, scale))
@@ -182,7 +170,7 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype) ->
 
 
 @pytest.mark.isa
-@pairwise(beginning=[0, 1, 40, 64, 100], dtype=DTYPES, attention=IMPLEMENTATIONS)
+@pairwise(beginning=[0, 1, 40, 64, 100], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
 def test_branches_see_the_beginning_and_themselves(beginning: int, dtype: torch.dtype, attention: Attention) -> None:
     tensors = inputs(Case(2, 190, 4, 2, 20), dtype)
     branches = torch.zeros(2, 190, dtype=torch.int32)

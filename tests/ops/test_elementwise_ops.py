@@ -17,11 +17,10 @@ from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import build_info
 from rrt.ops.precision import pretend_device
-from tests.util.native import needs_native
+from tests.util.native import DTYPES, needs_native, threads
 from tests.util.pairwise import pairwise
 from tests.util.rounding import sum_error, unit_roundoff
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = 1e-5
 
 Function = Callable[..., Tensor]
@@ -150,6 +149,7 @@ def assert_defined(name: str, functions: dict[str, Function], leaves: list[Tenso
     case=[(2, 5, 3, 64, 32, True), (1, 3, 2, 80, 10, False), (3, 1, 1, 7, 3, False), (2, 4, 2, 6, 0, True)],
     dtype=DTYPES,
     functions=IMPLEMENTATIONS,
+    exhaustive=("op",),
 )
 def test_rotary_is_a_complex_product(case: Any, dtype: torch.dtype, functions: dict[str, Function]) -> None:
     assert_defined("rotary", functions, *rotary_inputs(*case, dtype))
@@ -157,7 +157,11 @@ def test_rotary_is_a_complex_product(case: Any, dtype: torch.dtype, functions: d
 
 @pytest.mark.isa
 @pairwise(
-    shape=[(3, 70, 384), (130, 37), (64, 1), (5,)], plus_one=[False, True], dtype=DTYPES, functions=IMPLEMENTATIONS
+    shape=[(3, 70, 384), (130, 37), (64, 1), (5,)],
+    plus_one=[False, True],
+    dtype=DTYPES,
+    functions=IMPLEMENTATIONS,
+    exhaustive=("op",),
 )
 def test_norm_is_by_the_root_mean_square(
     shape: Any, plus_one: bool, dtype: torch.dtype, functions: dict[str, Function]
@@ -167,7 +171,11 @@ def test_norm_is_by_the_root_mean_square(
 
 @pytest.mark.isa
 @pairwise(
-    shape=[(3, 70, 100), (17,), (1, 33)], activation=ops.GATED_ACTIVATIONS, dtype=DTYPES, functions=IMPLEMENTATIONS
+    shape=[(3, 70, 100), (17,), (1, 33)],
+    activation=ops.GATED_ACTIVATIONS,
+    dtype=DTYPES,
+    functions=IMPLEMENTATIONS,
+    exhaustive=("op",),
 )
 def test_gate_is_the_activation_times_up(
     shape: Any, activation: str, dtype: torch.dtype, functions: dict[str, Function]
@@ -212,16 +220,12 @@ def cases(dtype: torch.dtype) -> list[tuple[str, list[Tensor], list[Any]]]:
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neither_threads_nor_repetition_change_a_bit(dtype: torch.dtype) -> None:
-    before = torch.get_num_threads()
-    try:
-        for name, leaves, rest in cases(dtype):
-            first = results(OPS[name], leaves, rest)
-            for number in (1, 2, 4, 4):
-                torch.set_num_threads(number)
+    for name, leaves, rest in cases(dtype):
+        first = results(OPS[name], leaves, rest)
+        for number in (1, 2, 4, 4):
+            with threads(number):
                 again = results(OPS[name], leaves, rest)
-                assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.isa

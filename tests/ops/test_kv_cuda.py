@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from rrt.ops import loop_kv_attention, loop_kv_prefill, loop_kv_write, loop_kv_write_reference
-from tests.ops.test_kv_ops import (
-    CASES,
-    DTYPES,
-    Case,
-    assert_close,
-    decode_inputs,
-    oracle_decode,
-    oracle_prefill,
-    prefill_inputs,
-)
-from tests.ops.test_loop_lora_cuda import on_gpu
+from tests.util.loop_kv import CASES, Case, assert_close, decode_inputs, oracle_decode, oracle_prefill, prefill_inputs
+from tests.util.native import DTYPES, on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rrt.ops import logit_statistics, logit_statistics_reference, pack_linear
-from tests.util.native import needs_native
+from tests.util.native import DTYPES, needs_native, threads
 from tests.util.pairwise import pairwise
 from tests.util.rounding import sum_error, unit_roundoff
 
 Statistics = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 IMPLEMENTATIONS = {"op": logit_statistics, "reference": logit_statistics_reference}
 BOTH = pytest.mark.parametrize("statistics", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def inputs(rows: int, outputs: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,6 +46,7 @@ def check(statistics: Statistics, x: Tensor, weight: Tensor) -> None:
     shape=[(1, 1, 1), (3, 31, 40), (13, 33, 129), (200, 1025, 64), (5, 2100, 17), (0, 40, 8)],
     dtype=DTYPES,
     statistics=IMPLEMENTATIONS,
+    exhaustive=("op",),
 )
 def test_matches_the_definition(shape: tuple[int, int, int], dtype: torch.dtype, statistics: Statistics) -> None:
     check(statistics, *inputs(*shape, dtype))
@@ -117,15 +117,11 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(dtype: torc
     x, weight = inputs(210, 1500, 140, dtype)
     packed = pack_linear(weight)
     whole = logit_statistics(x, packed, 1500)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
+    for number in (1, 3):
+        with threads(number):
             for rows in (slice(0, 1), slice(7, 30), slice(0, 210)):
                 part = logit_statistics(x[rows], packed, 1500)
                 assert all(torch.equal(one, other[rows]) for one, other in zip(part, whole, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @BOTH

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rrt.native import force_tiling
 from rrt.ops import loop_lora_linear, loop_lora_linear_reference
-from tests.ops.test_loop_lora_linear import CASES, DTYPES, Case, assert_matches_oracle, make_inputs
+from tests.util.loop_lora import CASES, Case, assert_matches_oracle, make_inputs
+from tests.util.native import DTYPES, on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
@@ -27,10 +28,6 @@ DECODE_CASES = [
         (512, 96, 4, "loops", (96,), (512,)),
     )
 ]
-
-
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def poisoned_call(inputs: dict[str, Any]) -> Tensor:
@@ -164,8 +161,8 @@ def test_gradients_are_those_of_the_reference() -> None:
 
 def test_without_dependent_launches_the_bits_are_the_same() -> None:
     program = (
-        "import torch; from tests.ops.test_loop_lora_linear import Case, make_inputs\n"
-        "from tests.ops.test_loop_lora_cuda import on_gpu\n"
+        "import torch; from tests.util.loop_lora import Case, make_inputs\n"
+        "from tests.util.native import on_gpu\n"
         "from rrt.ops import loop_lora_linear\n"
         "y = loop_lora_linear(**on_gpu(make_inputs(Case(16, 2048, 2048, 64), torch.bfloat16)))\n"
         "print(hash(y.cpu().view(torch.int16).numpy().tobytes()))"

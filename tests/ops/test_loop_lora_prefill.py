@@ -8,28 +8,25 @@ import torch
 from torch import Tensor
 
 from rrt.ops import loop_lora_linear, loop_lora_prefill, loop_lora_prefill_reference
-from tests.ops.test_loop_lora_linear import (
+from tests.util.loop_lora import (
     CASES,
-    DTYPES,
     GRAD_CASES,
     MISTAKES,
     Case,
     assert_matches_oracle,
+    leaves,
     make_inputs,
+    of_one_loop,
     pack_arguments,
 )
+from tests.util.native import DTYPES
 from tests.util.pairwise import pairwise
 
 IMPLEMENTATIONS = {"op": loop_lora_prefill, "reference": loop_lora_prefill_reference}
 BOTH = pytest.mark.parametrize("op", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
-def of_one_loop(inputs: dict[str, Any], loop: int) -> dict[str, Any]:
-    """Turn arguments of loop_lora_linear into those of loop_lora_prefill, in the order of the schema."""
-    return {("loop" if name == "loops" else name): loop if name == "loops" else x for name, x in inputs.items()}
-
-
-@pairwise(case=CASES, dtype=DTYPES, op=IMPLEMENTATIONS)
+@pairwise(case=CASES, dtype=DTYPES, op=IMPLEMENTATIONS, exhaustive=("op",))
 def test_matches_the_definition(case: Case, dtype: torch.dtype, op: Any) -> None:
     inputs = make_inputs(case, dtype)
     for loop in {0, case.num_loops - 1}:
@@ -86,10 +83,6 @@ def test_packed_weights_are_refused(op: Any) -> None:
     inputs = of_one_loop(pack_arguments(make_inputs(Case(4, 8, 6, 3), torch.float32)), 1)
     with pytest.raises(RuntimeError, match=r"weight: found shape \[1, 8, 32\]; expected \[N, 8\]"):
         op(**inputs)
-
-
-def leaves(inputs: dict[str, Any]) -> list[Tensor]:
-    return [x.requires_grad_() for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 @pytest.mark.parametrize("case", GRAD_CASES, ids=str)

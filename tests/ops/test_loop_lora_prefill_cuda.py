@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rrt.ops import loop_lora_linear, loop_lora_prefill, loop_lora_prefill_reference
-from tests.ops.test_loop_lora_cuda import on_gpu
-from tests.ops.test_loop_lora_linear import CASES, DTYPES, MISTAKES, Case, assert_matches_oracle, make_inputs
-from tests.ops.test_loop_lora_prefill import leaves, of_one_loop
+from tests.util.loop_lora import CASES, MISTAKES, Case, assert_matches_oracle, leaves, make_inputs, of_one_loop
+from tests.util.native import DTYPES, on_gpu
 from tests.util.rounding import unit_roundoff
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from rrt.ops import precision
-from tests.decode.test_decoder import make_decoder, make_model, prefill, random_tokens
+from tests.util.decoding import make_decoder, make_model, prefill, random_tokens
 from tests.util.rounding import sum_error
 
 ROWS = precision.MIN_UPCAST_ROWS

@@ -1,21 +1,34 @@
 """`pairwise`: tests parametrized by few cases in which every two values of two parameters still meet."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 
 
-def pairwise(**parameters: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+def pairwise(
+    *, exhaustive: Collection[str] = (), **parameters: Sequence[Any] | Mapping[str, Any]
+) -> pytest.MarkDecorator:
     """Parametrize a test as `pytest.mark.parametrize` does with a product, but by a covering array of strength two.
 
+    `pairwise(op={"native": f, "reference": g}, case=CASES, dtype=DTYPES, exhaustive=("native",))` runs the native
+    operator on every case in every dtype, and the reference in the few of these that cover all pairs.
+
     Args:
+        exhaustive: names of values that meet every combination of the other parameters' values.
         parameters: the values of each; a mapping's keys name its values in the test's id.
     """
     values = [list(x.values()) if isinstance(x, Mapping) else list(x) for x in parameters.values()]
     names = [list(x) if isinstance(x, Mapping) else [str(value) for value in x] for x in parameters.values()]
-    rows = cover_pairs([len(x) for x in values])
+    unknown = set(exhaustive).difference(*names)
+    assert not unknown, f"exhaustive: found {unknown}, which no value is named"
+    complete = {
+        row
+        for row in product(*(range(len(column)) for column in names))
+        if any(column[i] in exhaustive for column, i in zip(names, row, strict=True))
+    }
+    rows = sorted(complete.union(cover_pairs([len(x) for x in values])))
     cases = [
         pytest.param(
             *(column[i] for column, i in zip(values, row, strict=True)),
