@@ -3,10 +3,10 @@
     python runs/paper.py gemma/b2_average_svd_r512_15b --base models/gemma-2b --data data/slimpajama-gemma \\
         --out runs/out/paper
 
-Without a row it lists them all: FAMILY/ROW for each row of train/recipes/FAMILY.toml. The rows that a row needs, its
-teacher or the model whose exits it trains, are made first. Finished steps are kept and an interrupted training goes on
-when the command is run again. `--print` shows the commands instead; flags after `--` go to the row's own training.
-docs/REPRODUCTION.md says which setting of the paper each row is.
+Without a row it lists them all: FAMILY/ROW for each row of train/recipes/FAMILY.toml with a start of its own. The rows
+that a row needs, its teacher or the model whose exits it trains, are made first. Finished steps are kept and an
+interrupted training goes on when the command is run again. `--print` shows the commands instead; flags after `--` go to
+the row's own training. docs/REPRODUCTION.md says which setting of the paper each row is.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rrt.common.cli import run_command
 from rrt.common.files import read_json
 from rrt.errors import UserError
-from train.recipe_table import Settings, read_rows, read_settings, similar
+from train.recipe_table import Settings, read_rows, read_settings, script_of, such_as
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "train" / "recipes"
@@ -48,14 +48,31 @@ class Inputs:
 
 
 def rows() -> dict[str, Settings]:
-    """Return every row of the paper's, as family/name, in the order of the files."""
-    found = {
+    """Read the rows of all families, by FAMILY/ROW, in the order of the files."""
+    return {
         f"{path.stem}/{name}": settings
         for path in sorted(RECIPES.glob("*.toml"))
         for name, settings in read_rows(path).items()
     }
-    # The others are for any checkpoint of the family.
-    return {row: settings for row, settings in found.items() if "start" in settings or "model" in settings}
+
+
+def paper_rows() -> dict[str, Settings]:
+    """Read the rows that this command makes: those with a base or an architecture to start from."""
+    return {row: settings for row, settings in rows().items() if "start" in settings or "model" in settings}
+
+
+def check_row(row: str) -> None:
+    """Raise `UserError` if this command cannot make `row`."""
+    made = paper_rows()
+    if row in made:
+        return
+    family, _, name = row.partition("/")
+    if row in rows():
+        raise UserError(
+            f"row: {row} has neither [start] nor [model]: it trains a checkpoint of your own, with "
+            f"train/uptrain.py --recipe train/recipes/{family}.toml#{name} --checkpoint.path DIR"
+        )
+    raise UserError(f"row: found {row!r}; expected one that runs/paper.py lists without a row{such_as(row, made)}")
 
 
 def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
@@ -76,9 +93,7 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
             yield from steps(needed[field], inputs)
     if "teacher" in needed:
         flags += ["--distill.teacher", str(inputs.out / needed["teacher"] / "final")]
-    script = "early_exit" if "exits" in settings else "uptrain"
     if "model" in settings:
-        script = "pretrain"
         flags += ["--model.tokenizer", str(inputs.base)]
     elif "after" in needed:
         flags += ["--checkpoint.path", str(inputs.out / needed["after"] / "final")]
@@ -90,7 +105,7 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
     else:
         flags += ["--checkpoint.path", str(inputs.base)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(inputs.gpus)]
-    yield Step([*torchrun, str(ROOT / "train" / f"{script}.py"), *flags, *further], out / "final")
+    yield Step([*torchrun, str(ROOT / script_of(settings)), *flags, *further], out / "final")
     result = out / "perplexity.json"
     measure = ["--checkpoint", str(out / "final"), "--data", str(inputs.data), "--json", str(result)]
     yield Step([sys.executable, str(ROOT / "eval" / "perplexity.py"), *measure], result)
@@ -98,7 +113,9 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split(":\n")[0], epilog="Flags after -- go to the row's training."
+        description=__doc__,
+        epilog="Flags after -- go to the row's training.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("row", nargs="?", help="FAMILY/ROW; without it, list all rows")
     parser.add_argument("--base", type=Path, default=Path("BASE"), metavar="DIR", help="the published base model")
@@ -111,13 +128,9 @@ def main() -> None:
         own, further = own[: own.index("--")], own[own.index("--") + 1 :]
     arguments = parser.parse_args(own)
     if arguments.row is None:
-        print("\n".join(rows()))
+        print("\n".join(paper_rows()))
         return
-    if arguments.row not in rows():
-        raise UserError(
-            f"row: found {arguments.row!r}; expected one that runs/paper.py lists without a row, such as "
-            f"{similar(arguments.row, rows())}"
-        )
+    check_row(arguments.row)
     inputs = Inputs(arguments.base, arguments.data, arguments.out, arguments.gpus)
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}

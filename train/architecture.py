@@ -145,7 +145,7 @@ def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveCo
 
 
 def _without_unused(recursion: RecursiveConfig) -> RecursiveConfig:
-    """`recursion` with defaults in place of what has no effect on its fold, so that equal folds are equal."""
+    """Return `recursion` with defaults for what has no effect on its fold, so that equal folds compare as equal."""
     default = RecursiveConfig()
     if recursion.init != "average" or (recursion.untie_norms and recursion.num_loops > 1):
         recursion = replace(recursion, norm_init=default.norm_init)
@@ -167,7 +167,7 @@ def with_stand_in_teacher(distill: DistillConfig, start: StartConfig) -> Distill
 
 
 def check_distillation(distill: DistillConfig, start: StartConfig) -> None:
-    """Check that the teacher is there which the recipe's row needs.
+    """Check that a teacher is given if the recipe's row needs one.
 
     Raises:
         UserError: it is missing.

@@ -52,11 +52,11 @@ class Windows:
         self._epoch = -1
 
     def __len__(self) -> int:
-        """Windows in one epoch."""
+        """Return the number of windows in one epoch."""
         return int(self._first_window[-1])
 
     def locate(self, position: int) -> tuple[Shard, int]:
-        """Return the shard of the corpus's `position`-th sample, and the sample's first token in it."""
+        """Find the corpus's `position`-th sample: its shard, and the index there of its first token."""
         epoch, rank = divmod(position, len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, Permutation(len(self), *self._key, epoch)
@@ -85,12 +85,12 @@ class Mixture:
         self._turns = [weight / sum(exact[index:]) for index, weight in enumerate(exact)]
 
     def place(self, sample: int) -> str:
-        """Return the place of the run's `sample`-th sample, as arguments of ``python -m rrt.shards``."""
+        """Say where the run's `sample`-th sample lies, as arguments of ``python -m rrt.shards``."""
         shard, start, count = self._locate(sample)
         return f"{shard.path} --start {start} --count {count}"
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64.
+        """Read samples `first` to `first + count` as (inputs, targets), each [count, seq_len] int64.
 
         Where documents begin with BOS so does every window, in place of its first input token.
         """
@@ -107,7 +107,7 @@ class Mixture:
         return inputs, targets
 
     def describe(self, samples: int) -> str:
-        """Describe each corpus in a line: its size, its share and the epochs in a run of so many samples."""
+        """Describe each corpus in a line: its size, its share, and its epochs in a run of so many samples."""
         lines = []
         for corpus, share in zip(self.corpora, self.shares, strict=True):
             shards = corpus.shards
@@ -121,12 +121,12 @@ class Mixture:
         return "".join(lines)
 
     def _locate(self, sample: int) -> tuple[Shard, int, int]:
-        """Return a sample's shard, first token in it and tokens, `seq_len + 1`."""
+        """Find a sample: its shard, the index there of its first token, and its number of tokens, `seq_len + 1`."""
         corpus, position = self._turn(sample + self.skip)
         return *self.corpora[corpus].locate(position), self.corpora[corpus].seq_len + 1
 
     def _turn(self, rest: int) -> tuple[int, int]:
-        """Return the corpus of sample `rest`, and the number of samples before it that are of that corpus."""
+        """Return the index of the corpus that sample `rest` is of, and how many earlier samples are of that corpus."""
         for corpus, turn in enumerate(self._turns[:-1]):
             before = rest * turn.numerator // turn.denominator
             if (rest + 1) * turn.numerator // turn.denominator > before:

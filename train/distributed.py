@@ -48,7 +48,7 @@ class Processes:
 
 
 def mesh_dimensions(world_size: int, shard_size: int) -> dict[str, int]:
-    """Return the sizes of the mesh of `world_size` processes, `shard_size` of which (0: all) share one copy, by name.
+    """Return the mesh's dimensions by name, for `world_size` processes of which `shard_size` (0: all) share one copy.
 
     Raises:
         UserError: `shard_size` does not divide `world_size`.
@@ -219,6 +219,6 @@ def fill_parameters(model: nn.Module, get: Callable[[str], Tensor]) -> None:
 
 
 def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter gathered whole, one at a time. A collective: all processes must iterate to the end."""
+    """Gather the parameters whole and yield each with its name. A collective: all processes must iterate to the end."""
     for name, parameter in model.named_parameters():
         yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()

@@ -81,7 +81,7 @@ def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfi
 
 
 def initial_values(source: Source, recursion: RecursiveConfig, seed: int) -> Callable[[str], Tensor]:
-    """Return a function from a parameter's name to its value: the checkpoint's; a new LoRA on the head has B = 0."""
+    """Return a function from a parameter's name to its initial value: the checkpoint's, or B = 0 in a new head LoRA."""
     shapes = parameter_shapes(source.model, recursion)
 
     def get(name: str) -> Tensor:

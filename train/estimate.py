@@ -201,13 +201,13 @@ def _make_model(model: ModelConfig, recursion: RecursiveConfig, dtype: torch.dty
 
 
 def _local_bytes(model: RecursiveTransformer, only_trained: bool = False) -> int:
-    """This process's part of the parameters."""
+    """Return the bytes of this process's part of the parameters."""
     chosen = (p for p in model.parameters() if p.requires_grad or not only_trained)
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in chosen)
 
 
 def _unit_sizes(model: RecursiveTransformer, run: RunConfig) -> Iterator[int]:
-    """Trained parameters of each FSDP unit."""
+    """Yield the number of trained parameters of each FSDP unit."""
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -231,7 +231,7 @@ _PARTS = {
 
 
 def estimate_table(recipe: Recipe, spec: TrainingSpec, dry_run: DryRun) -> str:
-    """Make the printed table of a dry run."""
+    """Format what a dry run prints."""
     run, processes = recipe.run, dry_run.processes
     tokens = run.steps * run.batch_tokens
     device = "cpu" if run.device == "cpu" else "cuda"

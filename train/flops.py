@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak dense bf16 FLOP/s of a GPU by its name, the first match in the table; None without one."""
+    """Look up the peak dense bf16 FLOP/s of a GPU by its name; None for one that is not in the table."""
     return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
@@ -49,7 +49,7 @@ def training_flops_per_token(
     frozen: bool = False,
     teacher: tuple[ModelConfig, RecursiveConfig] | None = None,
 ) -> float:
-    """Matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
+    """Count the matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
 
     Counted are the shared block at every loop up to the last exit, causal attention to (seq_len + 1) / 2 positions, and
     the head with its LoRA once per exit; the backward pass counts twice the forward. The embedding's look-up counts
@@ -85,7 +85,7 @@ def run_flops_per_token(
     objective: Objective,
     teacher: tuple[ModelConfig, RecursiveConfig] | None,
 ) -> float:
-    """`training_flops_per_token` of a run; `run.lora = "auto"`, a choice by linear, counts as the cheaper form."""
+    """Count a run's `training_flops_per_token`; `run.lora = "auto"`, a choice by linear, counts as the cheaper form."""
     tokens, exits = run.micro_batch * seq_len, objective.exit_loops(recursion.num_loops)
     forms: dict[str, list[int | None]] = {"merged": [tokens], "plain": [None], "auto": [tokens, None]}
     return min(

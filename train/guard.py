@@ -48,7 +48,7 @@ class Guard:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the guard's memory as JSON, from which it is restored exactly."""
+        """Return what the guard remembers, as JSON's types that restore it exactly."""
         return {
             "recent": {name: list(recent) for name, recent in self._recent.items()},
             "skipped_in_a_row": self._skipped_in_a_row,

@@ -75,7 +75,7 @@ def exit_losses(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum over the exits of cross-entropy and divergences, each a mean over the tokens that count.
+    """Sum cross-entropy and divergences over the exits by their weights; each is a mean over the tokens that count.
 
     A divergence compares softmax(logits / temperature) and is multiplied by temperature squared, which keeps the size
     of its gradient. From each chunk's logits on, 16-bit inputs are computed in fp32, and fp64 in fp64.
@@ -106,7 +106,7 @@ def exit_losses(
 
 
 def divergence_and_slope(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergence of the student's q from the teacher's p, both as log-probabilities [C, V].
+    """Compute the divergence of the student's q from the teacher's p, both as log-probabilities [C, V].
 
     Returns:
         The values [C], and their gradient [C, V] by the logits (over the temperature) of which q is the softmax.
@@ -150,7 +150,7 @@ class _LossSpec:
         return any(weights.last_exit for weights in self.weights)
 
     def chunks(self, vocab: int, itemsize: int) -> list[slice]:
-        """Pieces of the tokens, of nearly equal size; `itemsize` in bytes, of the logits."""
+        """Cut the tokens into pieces of nearly equal size; `itemsize` in bytes, of the logits."""
         # Matrices [C, V] at one time, for any number of exits; one more where they are rounded to 16 bits.
         matrices, least = (8, MIN_CHUNK_COMPARED) if self.needs_teacher or self.needs_last_exit else (1, MIN_CHUNK)
         suitable = max(least, CHUNK_BYTES[device_type(self.targets)] // (vocab * itemsize * matrices))
@@ -161,11 +161,11 @@ class _LossSpec:
         return [slice(first, end) for first, end in pairwise(bounds)]
 
     def tempered_log_probs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities at the divergence's temperature."""
+        """Compute log-probabilities at the divergence's temperature."""
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
     def teacher_log_probs(self, rows: slice, acc_dtype: torch.dtype) -> Tensor | None:
-        """Return the teacher's log-probabilities [C, V] of one chunk."""
+        """Compute the teacher's log-probabilities [C, V] of one chunk; None if no exit needs them."""
         if self.teacher is None or not self.needs_teacher:
             return None
         return self.tempered_log_probs(_product(self.teacher.hidden[rows], self.teacher.weight.t(), acc_dtype))
@@ -173,7 +173,7 @@ class _LossSpec:
     def exit_loss(
         self, weights: ExitWeights, rows: slice, log_q: Tensor, tempered: Tensor, log_p: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Return one exit's losses of a chunk, [C, 3] as in `exit_losses`, and the slope [C, V] of their weighted sum.
+        """Compute one exit's losses of a chunk, [C, 3] as in `exit_losses`, and the slope [C, V] of their weighted sum.
 
         Args:
             log_q: the exit's log-probabilities [C, V]; overwritten.
@@ -221,7 +221,7 @@ class _HeadProducts:
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def logits(self, hidden: Tensor, index: int) -> Tensor:
-        """Logits [C, V] in `acc_dtype` of exit `index` from its hidden [C, D]; valid until the next call."""
+        """Compute logits [C, V] in `acc_dtype` of exit `index` from its hidden [C, D]; valid until the next call."""
         if self.lora is None or index >= len(self.lora):
             return self._base_logits(hidden)
         lora_a, lora_b = self.lora[index]
@@ -234,7 +234,7 @@ class _HeadProducts:
         return self._in_buffer(logits, self.acc_dtype)
 
     def _in_buffer(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        """[C, V] in `dtype`; valid until the next call for that dtype."""
+        """Convert `matrix` [C, V] to `dtype`; valid until the next call for that dtype."""
         if matrix.dtype == dtype or device_type(matrix) == "cuda":
             return matrix.to(dtype)
         return self._buffer(len(matrix), dtype).copy_(matrix)
@@ -271,14 +271,14 @@ class _HeadProducts:
 
 
 def _product(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
-    """a b in `acc_dtype`; on CUDA the sums of 16-bit products are not rounded to 16 bits first."""
+    """Compute a b in `acc_dtype`; on CUDA the sums of 16-bit products are not rounded to 16 bits first."""
     if device_type(a) == "cuda" and a.dtype != acc_dtype:
         return torch.mm(a, b, out_dtype=acc_dtype)
     return (a @ b).to(acc_dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b"""
+    """Add a b to `total`, in place."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif device_type(a) == "cuda":

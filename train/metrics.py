@@ -42,7 +42,7 @@ class Meter:
         self._window_first, self._window_began = step, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed and utilisation since the last reading, and the time left."""
+        """Return speed and utilisation since the last reading, and the time left."""
         now = time.perf_counter()
         speed = (step - self._window_first) * self._tokens_per_step / (now - self._window_began)
         self._window_first, self._window_began = step, now
@@ -61,7 +61,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def progress_line(record: dict[str, Any], steps: int) -> str:
-    """Return one printed line of a record that holds a `Meter`'s reading."""
+    """Format a record that holds a `Meter`'s reading as one line."""
     hours, rest = divmod(round(record["eta_seconds"]), 3600)
     mfu = f"MFU {record['mfu']:.1%}  " if "mfu" in record else ""
     return (
@@ -72,7 +72,11 @@ def progress_line(record: dict[str, Any], steps: int) -> str:
 
 
 def import_wandb() -> Any:
-    """Return the wandb package. Raises `UserError` where it is not installed."""
+    """Import the wandb package.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return importlib.import_module("wandb")
     except ImportError as error:

@@ -22,7 +22,7 @@ DistilledFrom = Literal["none", "last", "teacher"]
 
 
 def _exit_weights(distill: DistillConfig, coefficient: float, source: DistilledFrom) -> ExitWeights:
-    """Weights that add up to `coefficient` of an exit that is distilled from `source`."""
+    """Return the weights of an exit that is distilled from `source`; they add up to `coefficient`."""
     divergence = 0.0 if source == "none" else coefficient * distill.weight
     return ExitWeights(
         cross_entropy=coefficient - divergence,
@@ -32,7 +32,7 @@ def _exit_weights(distill: DistillConfig, coefficient: float, source: DistilledF
 
 
 def exit_coefficients(exits: ExitsConfig, num_loops: int) -> list[float]:
-    """Return the weight of the exit after each loop in the total loss."""
+    """Return the weights in the total loss of the exits after each loop, in order."""
     if exits.weighting == "aggressive":
         return [exits.coefficient] * (num_loops - 1) + [1.0]
     return [(loop + 1) / (num_loops * (num_loops + 1) / 2) for loop in range(num_loops)]
@@ -114,7 +114,7 @@ class Objective:
         return named if len(named) > 1 else {}
 
     def describe(self, num_loops: int) -> str:
-        """Say the loss in words."""
+        """Describe the loss in words."""
         terms = []
         for loop, weights in enumerate(self.weights, num_loops - len(self.weights)):
             kinds = (
@@ -128,12 +128,12 @@ class Objective:
 
 
 def uptraining_objective(distill: DistillConfig) -> Objective:
-    """Return the loss of the last loop, distilled if there is a teacher."""
+    """Return the objective of uptraining: the last loop's loss, distilled if there is a teacher."""
     return Objective((_last_exit(distill, 1.0),), distill.loss, distill.temperature)
 
 
 def early_exit_objective(exits: ExitsConfig, distill: DistillConfig, num_loops: int) -> Objective:
-    """Return the losses of all loops.
+    """Return the objective of early exits: the losses of all loops.
 
     Raises:
         UserError: there are no loops before the last, or a teacher is asked for and missing, or given and unused.

@@ -8,7 +8,7 @@ from train.recipe import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine."""
+    """Return the learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -17,7 +17,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; norms and biases are not decayed, whatever their number of dimensions."""
+    """Make AdamW over the trained parameters; norms and biases are not decayed, whatever their dimensions."""
     plain: list[torch.nn.Parameter] = []
     decayed: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():

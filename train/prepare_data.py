@@ -2,7 +2,7 @@
 
     python train/prepare_data.py --input python-stdlib --tokenizer runs/out/tokenizer --out runs/out/data
     python train/prepare_data.py --input 'slimpajama/train/*/*.jsonl.zst' \\
-        --heldout-input 'slimpajama/test/*/*.jsonl.zst' --tokenizer gemma-2b --out data/slimpajama-gemma
+        --heldout-input 'slimpajama/test/*/*.jsonl.zst' --tokenizer models/gemma-2b --out data/slimpajama-gemma
 
 The corpus is cut into units (groups of small files, byte ranges of large .jsonl files) that worker processes tokenise
 in parallel. A finished unit stays in `<out>.partial` under a name that depends on its bytes and the tokenizer; so the
@@ -85,7 +85,7 @@ class Job:
         return self.directory / f"{unit.name}.bin"
 
     def documents_path(self, unit: Unit) -> Path:
-        """Return tokens and text bytes of each document [documents, 2] int64; there only when the unit is finished."""
+        """Return the file of each document's tokens and text bytes, [documents, 2] int64; it marks a finished unit."""
         return self.directory / f"{unit.name}.npy"
 
 
@@ -100,7 +100,7 @@ def prepare_data(
     text_field: str = "text",
     overwrite: bool = False,
 ) -> None:
-    """Tokenise `inputs` into the shard directory `out`; the command's options, in order."""
+    """Tokenise `inputs` into the shard directory `out`; the arguments are the command's options."""
     started = time.perf_counter()
     for option, value in (("--workers", workers), ("--shard-tokens", shard_tokens)):
         if value < 1:
@@ -399,7 +399,7 @@ def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> No
 
 def main() -> None:
     """Run the command described at the head of this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
     parser.add_argument("--heldout-input", nargs="+", default=[], metavar="GLOB", help="files of the held-out split")
     parser.add_argument(

@@ -17,7 +17,7 @@ from rrt.common.schema import field_doc, from_mapping
 from rrt.errors import UserError
 from rrt.model.transformer import Checkpointing
 from train.losses import Divergence
-from train.recipe_table import read_settings
+from train.recipe_table import SCRIPTS, read_settings
 
 T = TypeVar("T")
 
@@ -255,7 +255,7 @@ class Recipe(Protocol):
 
 
 def accumulation(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches per process and optimizer step.
+    """Return the number of micro-batches per process and optimizer step.
 
     Raises:
         UserError: `run.batch_tokens` is not a whole number of them.
@@ -373,7 +373,11 @@ def read_command(cls: type[T], description: str, argv: list[str] | None = None) 
     dry_run = None if processes is None else DryRun(processes, mfu, gpu)
     flags = {name: text for name, text in arguments.items() if text is not None}
     tables = _tables(cls)
-    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | (read_settings(file) if file else {})
+    settings = read_settings(file) if file else {}
+    for table, script in SCRIPTS.items():
+        if table in settings and table not in tables:
+            raise UserError(f"{file}: has a table [{table}]; expected --recipe {file} to be given to {script}")
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables} | settings
     for name, text in flags.items():
         table, key = name.split(".")
         values[table][key] = _parse_flag(text, typing.get_type_hints(tables[table])[key])

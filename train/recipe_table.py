@@ -31,6 +31,9 @@ from rrt.errors import UserError
 Settings = dict[str, dict[str, Any]]
 """Fields by name, by the table of the recipe that they are in."""
 
+SCRIPTS = {"exits": "train/early_exit.py", "model": "train/pretrain.py"}
+"""Commands by the table that only their recipes have."""
+
 
 def read_settings(recipe: str) -> Settings:
     """Read the settings of `FILE`, or of one row of a table, `FILE#ROW`.
@@ -46,13 +49,19 @@ def read_settings(recipe: str) -> Settings:
     if "group" not in content:
         if row:
             raise UserError(f"{path}: has no rows; expected --recipe {path}, without #{row}")
+        for key in ("include", "shared"):
+            if key in content:
+                raise UserError(
+                    f"{path}: field '{key}': a recipe without rows takes nothing from other files; "
+                    "expected a table of rows under [[group]], with shared = FILE and [parts]"
+                )
         return _as_settings(content, str(path))
     rows = read_rows(path)
     if row in rows:
         return rows[row]
     if not row:
         raise UserError(f"{path}: has {len(rows)} rows; name one of them, as {path}#{next(iter(rows), 'ROW')}")
-    raise UserError(f"{path}: no row {row!r}; expected one of its {len(rows)} rows, such as {similar(row, rows)}")
+    raise UserError(f"{path}: no row {row!r}; expected one of its {len(rows)} rows{such_as(row, rows)}")
 
 
 def read_rows(path: Path) -> dict[str, Settings]:
@@ -84,9 +93,15 @@ def read_rows(path: Path) -> dict[str, Settings]:
     return rows
 
 
-def similar(name: str, names: Iterable[str]) -> str:
-    """Return the three most similar of `names`, for an error message."""
-    return ", ".join(difflib.get_close_matches(name, names, cutoff=0.0))
+def script_of(settings: Settings) -> str:
+    """Return the command that a recipe with these settings is for."""
+    return next((script for table, script in SCRIPTS.items() if table in settings), "train/uptrain.py")
+
+
+def such_as(name: str, names: Iterable[str]) -> str:
+    """Return the end of an error message that suggests those of `names` that `name` may stand for, if there are any."""
+    found = difflib.get_close_matches(name, names)
+    return f", such as {', '.join(found)}" if found else ""
 
 
 def _common_and_parts(
@@ -103,7 +118,7 @@ def _common_and_parts(
 
 
 def _with_parts(content: dict[str, Any], parts: dict[str, Settings], where: str) -> Settings:
-    """Return the settings of a group or row over those of the parts that it uses."""
+    """Merge the settings of a group or row over those of the parts that it uses."""
     used = content.pop("use", [])
     if not isinstance(used, list) or not all(isinstance(name, str) and name in parts for name in used):
         raise UserError(f"{where}: field 'use': found {used!r}; expected a list of parts: {', '.join(parts)}")
@@ -125,7 +140,7 @@ def _as_settings(content: dict[str, Any], where: str) -> Settings:
 
 
 def _merge(*layers: Settings) -> Settings:
-    """Settings field by field, of which later ones override earlier ones."""
+    """Merge settings field by field; later ones override earlier ones."""
     merged: Settings = {}
     for layer in layers:
         for table, fields in layer.items():

@@ -72,7 +72,7 @@ class RunDirectory:
 
     def prepare(self) -> Path | None:
         """Clean the locked directory and write the recipe into it; returns the checkpoint to resume from, if any."""
-        for pattern in ("*", ".*") if self._recipe.run.overwrite else (".step-*", f".{FINAL}.*"):
+        for pattern in ("*", ".*") if self._recipe.run.overwrite else (".step-*", f".{FINAL}.*", ".*.partial-*"):
             for old in self.path.glob(pattern):
                 if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)

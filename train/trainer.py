@@ -221,7 +221,7 @@ class Trainer:
         return StepResult(mean, grad_norm, named, fault)
 
     def _first_sample(self, micro: int, rank: int) -> int:
-        """Position in the run's data of the first sample of one micro-batch of the current step."""
+        """Return the position in the run's data of the first sample of one micro-batch of the current step."""
         index = (self.step * self.accumulation + micro) * self.processes.world_size + rank
         return index * self.recipe.run.micro_batch
 

@@ -20,12 +20,13 @@ from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks
 from rrt.model.sizes import model_sizes
+from tests.util.commands import run_program
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer, training_texts
 from train import early_exit, pretrain, uptrain
 from train.architecture import check_conversion, checkpoint_architecture
 from train.recipe import ABSENT, StartConfig, accumulation, read_command
-from train.recipe_table import read_settings
+from train.recipe_table import read_settings, script_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("paper", ROOT / "runs" / "paper.py")
@@ -33,18 +34,23 @@ assert _spec is not None and _spec.loader is not None
 paper = importlib.util.module_from_spec(_spec)
 sys.modules["paper"] = paper
 _spec.loader.exec_module(paper)
-ROWS = paper.rows()
+ROWS = paper.paper_rows()
 COUNTS = {"gemma": 114, "pythia-160m": 8, "pythia-1b": 21, "pythia-410m": 8, "tinyllama": 22}
-ANY_CHECKPOINT = ["gemma.toml#15b", "gemma.toml#60b", "pythia-1b.toml#15b", "tinyllama.toml#15b"]
+ANY_CHECKPOINT = [*(f"{family}.toml#15b" for family in COUNTS), "gemma.toml#60b"]
 STEPS = {15: 7152, 60: 28610, 75: 35762}
+COMMANDS: dict[str, Any] = {
+    "train/pretrain.py": pretrain.COMMAND,
+    "train/early_exit.py": early_exit.COMMAND,
+    "train/uptrain.py": uptrain.COMMAND,
+}
 
 
 def read(recipe: str) -> tuple[Any, Any]:
     """The recipe FILE#ROW as its command reads it for a dry run, and the command."""
     recipe = str(ROOT / "train" / "recipes" / recipe)
     settings = read_settings(recipe)
-    module = pretrain if "model" in settings else early_exit if "exits" in settings else uptrain
-    return read_command(module.COMMAND.recipe, "", ["--recipe", recipe, "--dry-run"])[0], module.COMMAND
+    command = COMMANDS[script_of(settings)]
+    return read_command(command.recipe, "", ["--recipe", recipe, "--dry-run"])[0], command
 
 
 def read_row(row: str) -> tuple[Any, Any]:
@@ -53,6 +59,9 @@ def read_row(row: str) -> tuple[Any, Any]:
 
 def test_every_family_has_all_its_rows() -> None:
     assert Counter(row.partition("/")[0] for row in ROWS) == COUNTS
+    assert {row.replace("/", ".toml#") for row in paper.rows()} - {row.replace("/", ".toml#") for row in ROWS} == {
+        *ANY_CHECKPOINT
+    }
 
 
 @pytest.mark.parametrize("family", COUNTS)
@@ -200,10 +209,26 @@ def test_the_command_prints_its_steps_and_lists_its_rows(
     scripts = [Path(part).stem for command in commands for part in command if part.endswith(".py")]
     assert scripts == ["uptrain", "perplexity", "uptrain", "perplexity"]
     assert [command[-2:] == ["--run.wandb", "w"] for command in commands] == [False, False, False, True, False]
-    with pytest.raises(
-        UserError, match=r"^row: found 'gemma/b2_stepwise'; expected one that runs/paper.py lists .* such"
-    ):
-        run("gemma/b2_stepwise")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("gemma/b2_stepwise_51b", "expected one that runs/paper.py lists without a row, such as gemma/b2_stepwise_15b"),
+        ("nope", "row: found 'nope'; expected one that runs/paper.py lists without a row\n"),
+        (
+            "pythia-160m/15b",
+            "row: pythia-160m/15b has neither [start] nor [model]: it trains a checkpoint of your own, with "
+            "train/uptrain.py --recipe train/recipes/pythia-160m.toml#15b --checkpoint.path DIR\n",
+        ),
+    ],
+)
+def test_a_row_that_the_command_cannot_make_is_one_error(
+    row: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run_program(paper.main, [row], capsys, monkeypatch)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert message in done.err
 
 
 def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(

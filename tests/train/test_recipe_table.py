@@ -1,12 +1,15 @@
 """Tables of recipes: which settings a row gets, and what is said of a table that is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rrt.errors import UserError
+from train import early_exit, pretrain, uptrain
+from train.command import Command
 from train.recipe import read_recipe
-from train.recipe_table import read_rows, read_settings
+from train.recipe_table import read_rows, read_settings, script_of
 from train.uptrain import UptrainRecipe
 
 SHARED = """
@@ -70,9 +73,8 @@ def test_a_hash_in_a_file_name_names_no_row(tmp_path: Path) -> None:
 
 
 def test_a_missing_row_is_refused_with_similar_ones(table: Path) -> None:
-    assert error_of(f"{table}#c_60b") == (
-        f"{table}: no row 'c_60b'; expected one of its 3 rows, such as c_15b, a_15b, b_0.1"
-    )
+    assert error_of(f"{table}#c_60b") == (f"{table}: no row 'c_60b'; expected one of its 3 rows, such as c_15b")
+    assert error_of(f"{table}#nope") == f"{table}: no row 'nope'; expected one of its 3 rows"
     assert error_of(table) == f"{table}: has 3 rows; name one of them, as {table}#a_15b"
 
 
@@ -81,6 +83,37 @@ def test_a_row_of_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     path.write_text("[optim]\nlr = 2.0\n")
     assert error_of(f"{path}#a") == f"{path}: has no rows; expected --recipe {path}, without #a"
     assert error_of(f"{tmp_path}/none.toml#a").startswith(f"{tmp_path}/none.toml: No such file or directory; expected")
+
+
+@pytest.mark.parametrize("line", ['include = ["a.toml"]', 'shared = "a.toml"'])
+def test_a_recipe_that_takes_settings_from_other_files_is_told_to_be_a_table(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(f"{line}\n[optim]\nlr = 2.0\n")
+    assert error_of(path) == (
+        f"{path}: field '{line.split()[0]}': a recipe without rows takes nothing from other files; "
+        "expected a table of rows under [[group]], with shared = FILE and [parts]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "command", "script"),
+    [
+        ("exits.coefficient = 0.1", uptrain.COMMAND, "train/early_exit.py"),
+        ('model.config = "gemma-2b"', uptrain.COMMAND, "train/pretrain.py"),
+        ('model.config = "gemma-2b"', early_exit.COMMAND, "train/pretrain.py"),
+        ("exits.coefficient = 0.1", pretrain.COMMAND, "train/early_exit.py"),
+    ],
+)
+def test_a_row_given_to_another_command_names_its_own(
+    setting: str, command: Command[Any], script: str, table: Path
+) -> None:
+    table.write_text(TABLE.replace("run.seed = 3", setting))
+    row = f"{table}#c_15b"
+    assert script_of(read_settings(row)) == script
+    with pytest.raises(UserError) as caught:
+        read_recipe(command.recipe, "", ["--recipe", row])
+    name = setting.partition(".")[0]
+    assert str(caught.value) == f"{row}: has a table [{name}]; expected --recipe {row} to be given to {script}"
 
 
 @pytest.mark.parametrize(

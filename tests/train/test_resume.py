@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
@@ -31,6 +33,7 @@ from tests.util.training import (
     train_until,
 )
 from train import early_exit, uptrain
+from train.checkpoints import complete_steps
 from train.command import Command
 from train.data import Mixture
 from train.trainer import StepResult, Trainer
@@ -168,47 +171,104 @@ def wait_for_steps(out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
+def wait_for_end(out: Path) -> None:
+    """Return when a run in progress begins to write `final/`."""
+    end = time.monotonic() + 100
+    while not [*out.glob(".final.*"), *out.glob("final")]:
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
 STEPS_PER_KILL = 8
 
 
-def kill_repeatedly(kills: int, out: Path, argv: list[str], command: Command[Any]) -> None:
-    """Kill a run `kills` times, each time at a random moment around a random one of its next steps; let it finish."""
+def kill_repeatedly(kills: int, early: int, late: int, out: Path, argv: list[str], command: Command[Any]) -> None:
+    """Kill a run at random moments and let it finish.
+
+    Args:
+        kills: around random ones of its steps.
+        early: while it starts, until it has loaded its checkpoint.
+        late: while it writes `final/`.
+    """
     moments = random.Random(0)
+    startup_seconds = 0.0
+    earlier = moments.sample(range(1, kills), early)  # not before a first start has been timed
     for kill in range(kills):
-        started = two_processes(argv, command)
+        for _ in range(earlier.count(kill)):
+            kill_after(two_processes(argv, command), moments.uniform(0, startup_seconds))
+            assert not (out / "final").exists(), "the start is too fast for so late a kill"
+        began, started = time.monotonic(), two_processes(argv, command)
+        if not kill:
+            wait_for_steps(out, 1)
+            startup_seconds = time.monotonic() - began
         wait_for_steps(out, kill * STEPS_PER_KILL + moments.randrange(STEPS_PER_KILL))
-        time.sleep(moments.uniform(0, 0.05))
-        for process in started:
-            process.kill()
-        for process in started:
-            process.join()
+        kill_after(started, moments.uniform(0, 0.05))
         assert not (out / "final").exists(), "the run is too short for so many kills"
+    for _ in range(late):
+        started = two_processes(argv, command)
+        wait_for_end(out)
+        kill_after(started, moments.uniform(0, 0.01))
+        if (out / "final").exists():  # and so complete
+            return
     started = two_processes(argv, command)
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
 
 
+def kill_after(started: list[ForkServerProcess], seconds: float) -> None:
+    time.sleep(seconds)
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()
+
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
 @pytest.mark.parametrize(
-    ("kills", "training"),
+    ("kills", "early", "late", "training"),
     [
-        (2, "uptraining"),
-        pytest.param(20, "uptraining", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
-        pytest.param(5, "frozen model with a LoRA on its head", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        (2, 0, 0, "uptraining"),
+        pytest.param(15, 8, 4, "uptraining", marks=SLOW),
+        pytest.param(5, 2, 1, "frozen model with a LoRA on its head", marks=SLOW),
     ],
 )
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(
-    kills: int, training: str, flags: Flags, tmp_path: Path
+    kills: int, early: int, late: int, training: str, flags: Flags, tmp_path: Path
 ) -> None:
     command, settings = TRAININGS[training]
     settings = dict(steps=STEPS_PER_KILL * kills + 6, run__micro_batch=4, **settings)
     run_on_two(train_here, flags(tmp_path / "whole", **settings), command)
     argv = flags(tmp_path / "killed", run__save_every=2, **settings)
-    kill_repeatedly(kills, tmp_path / "killed", argv, command)
+    kill_repeatedly(kills, early, late, tmp_path / "killed", argv, command)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert final[0] == final[1]
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_the_checkpoint_being_written_completes_after_ctrl_c(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = FileSystemWriter.write_data
+
+    def interrupt_and_write(self: FileSystemWriter, *arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)  # the main thread is interrupted meanwhile
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupt_and_write)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_here(flags(tmp_path / "run", 100_000, run__save_every=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        dist.destroy_process_group()  # a command leaves that to the end of its process
+    assert complete_steps(tmp_path / "run") == [2]
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def uptrain_signalled(argv: list[str], at: int, name: signal.Signals) -> None:

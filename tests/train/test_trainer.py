@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from rrt.data.shards import ShardWriter
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
+from tests.util.commands import run_program
 from tests.util.processes import run_on_two
 from tests.util.sharding import next_token_loss
 from tests.util.tokenizers import environment, make_bpe_tokenizer, make_sentencepiece_tokenizer
@@ -385,14 +385,18 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
-    kind: str, bad_input: dict[str, Any], flags: Flags, tmp_path: Path
+    kind: str,
+    bad_input: dict[str, Any],
+    flags: Flags,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     overrides, message = bad_input[kind]
     overrides = {"run__micro_batch": 1, **overrides}
-    with pytest.raises(UserError) as caught:
-        train_here(flags(tmp_path / "deep" / "out", **overrides))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    done = run_program(uptrain.main, flags(tmp_path / "deep" / "out", **overrides), capsys, monkeypatch)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("error: ") and message in done.err
     assert not (tmp_path / "deep").exists()
 
 
@@ -400,10 +404,9 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_missing_gpu_is_one_error(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["uptrain.py", *flags(tmp_path / "out", run__device="cuda")])
-    with pytest.raises(UserError, match=r"^field 'run.device': found 0 GPU\(s\); expected one for each of 1 process"):
-        uptrain.main()
-    assert capsys.readouterr() == ("", "")
+    done = run_program(uptrain.main, flags(tmp_path / "out", run__device="cuda"), capsys, monkeypatch)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("error: field 'run.device': found 0 GPU(s); expected one for each of 1 process")
     assert not (tmp_path / "out").exists()
 
 

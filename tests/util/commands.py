@@ -1,6 +1,7 @@
 """Commands run in the test's own process, which need not import torch again."""
 
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,3 +32,19 @@ def run_main(
     captured = capsys.readouterr()
     assert isinstance(stop.value.code, int)
     return Done(stop.value.code, captured.out, captured.err)
+
+
+def run_program(
+    main: Callable[[], None],
+    argv: Sequence[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Done:
+    """Do the same with a `main` that takes `argv` from the process's command line."""
+
+    def with_argv(texts: Sequence[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["program", *texts])
+            main()
+
+    return run_main(with_argv, argv, capsys, monkeypatch)
