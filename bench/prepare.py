@@ -72,7 +72,7 @@ def run_ours(corpus_path: Path, tokenizer: Path, out: Path, workers: int) -> Non
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Measure seconds of each run, round by round, in alternating order; the first round is warm-up."""
+    """Time each run, round by round, in alternating order; the first round is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in tqdm(range(rounds + 1), desc="rounds", mininterval=1 if sys.stderr.isatty() else 30):
         for name in list(runs) if turn % 2 else reversed(list(runs)):
@@ -84,7 +84,7 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Text per second of ours and of the library's methods."""
+    """Make the table of text per second of ours and of the library's methods."""
     rows = [
         [
             name,

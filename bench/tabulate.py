@@ -57,7 +57,7 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def describe(result: dict[str, Any]) -> list[str]:
-    """List items: command (without its output files), code version, date and machine."""
+    """List command (without its output files), code version, date and machine as Markdown items."""
     command = re.sub(r" --(json|plot)( [^-]\S*)?", "", result["command"])
     cores = f"{result['cores']} cores, {result['threads']} threads"
     machine = [result["device"], cores, " ".join(result.get("cpu_flags", ()))]
@@ -71,7 +71,7 @@ def describe(result: dict[str, Any]) -> list[str]:
 
 
 def make_page(title: str, results: list[dict[str, Any]], notes: list[str]) -> str:
-    """Make the page; notes stand below its title."""
+    """Make the page's Markdown; notes stand below its title."""
     parts = [f"# {title}", *(["\n".join(f"- {note}" for note in notes)] if notes else [])]
     for result in results:
         parts += ["\n".join(describe(result)), *(table.markdown() for table in result_tables(result))]

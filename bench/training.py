@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def case_table(section: str, records: list[dict[str, Any]]) -> Table:
-    """Make a row per case and variant; the last column says how many times faster the first variant is."""
+    """Make a table with a row per case and variant; each ratio says how many times as fast the first variant is."""
     rows = []
     for record in records:
         fields = {name: value for name, value in record.items() if name not in ("rounds", "floor_bytes")}
@@ -140,7 +140,7 @@ def case_table(section: str, records: list[dict[str, Any]]) -> Table:
 
 
 def traffic_table(records: list[dict[str, Any]]) -> Table:
-    """Make a row per model: collectives, bytes that are gathered, and the factors over the unrolled parent."""
+    """Make a table with a row per model: collectives, bytes gathered, and how much less that is than of its parent."""
     rows = [
         [
             record["model"],

@@ -48,7 +48,7 @@ class Inputs:
 
 
 def rows() -> dict[str, Settings]:
-    """Return every row of the paper's, as family/name, in the order of the files."""
+    """Read the settings of every row of the paper, by family/name, in the order of the files."""
     found = {
         f"{path.stem}/{name}": settings
         for path in sorted(RECIPES.glob("*.toml"))
@@ -59,7 +59,7 @@ def rows() -> dict[str, Settings]:
 
 
 def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
-    """Yield the commands of a row in order, those of the rows that it needs first, some more than once.
+    """Yield the commands of a row in order, first those of the rows that it needs, some of them more than once.
 
     Args:
         further: flags of the row's own training.
