@@ -290,8 +290,11 @@ def summary_tables(result: Record) -> list[Table]:
         ranks = {pick(record["rank"] for record in layer) for pick in (min, max)}
         rows = sorted({record["rows"] for record in layer})[::2]
         chosen = [r for r in layer if r["rank"] in ranks and r["rows"] in rows and r["loops"] == min(2, r["rows"])]
+        shown = chosen or layer  # without a run of two loops, all
+        loops = sorted({record["loops"] for record in shown})
+        names = ["1 loop" if count == 1 else f"{count} loops mixed" for count in loops]
         made.append(linear_summary(result["linear"]))
-        made.append(linear_table(chosen or layer, "Whole layer, two loops mixed (one row: one loop)"))
+        made.append(linear_table(shown, f"Whole layer, {' or '.join(names)}"))
     if "attention" in result:
         contexts = {pick(record["context"] for record in result["attention"]) for pick in (min, max)}
         made.append(attention_table([record for record in result["attention"] if record["context"] in contexts]))

@@ -244,7 +244,7 @@ def mixed_loops(rows: int, loops: int) -> Tensor:
 
 
 def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor) -> dict[str, Variant]:
-    """Make `ours` and its baselines on one input; at rank 0 only `base`. Every loop of the adapters is present."""
+    """Make `ours` and its baselines on one input, at rank 0 only `base`. Every loop of the adapters is present."""
     projection, bias, ranks = weights.projection, weights.bias, adapters.ranks
     segments, slices, copies = projection.segments, projection.slices(), len(weights.plain)
     num_loops = len(adapters.a[0])

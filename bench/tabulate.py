@@ -19,13 +19,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
-from eval.tables import Table
+from eval.tables import Table, expect_whole_result
 from rrt.common.cli import run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.errors import UserError
 
 MAX_LINES = 80
 MODULES = {
+    "bigram": "eval.bigram",
     "demo": "runs.demo_report",
     "exits": "eval.exits",
     "fewshot": "eval.fewshot",
@@ -43,10 +44,19 @@ MODULES = {
 
 
 def read_result(path: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        UserError: it is of an unknown kind, or lacks a field that the page shows.
+    """
     result: dict[str, Any] = read_json(path)
     kind = result.get("kind")
-    if kind not in MODULES:
+    if kind is None:
+        raise UserError(f"{path}: field 'kind' is missing; expected a result of this version: make it again")
+    if kind not in tuple(MODULES):
         raise UserError(f"{path}: field 'kind': found {kind!r}; expected one of {', '.join(MODULES)}")
+    with expect_whole_result(path, kind):
+        make_page("", [result], [])
     return result
 
 

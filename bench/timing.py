@@ -131,6 +131,10 @@ def speedup(samples: Samples, ours: str, other: str) -> float:
     return statistics.median(b / a for a, b in zip(samples[ours], samples[other], strict=True))
 
 
+RATIOS_NOTE = "Ratios: medians of those within rounds, not of the times shown."
+"""Below tables that have both: where a machine's speed changes from round to round, they may disagree."""
+
+
 def _product(x: Tensor, weight: Tensor) -> Variant:
     return Variant(lambda _: F.linear(x, weight))
 
@@ -191,7 +195,7 @@ class Rates:
         return max(self.matmul.items(), key=lambda item: item[1])
 
     def floor(self, num_bytes: int, flops: int) -> tuple[float, str]:
-        """Return the larger of the seconds for `num_bytes` and for `flops` at the best rates, and which ("bytes", "flops")."""
+        """Return the larger of the seconds for bytes and for FLOPs at the best rates, and which ("bytes", "flops")."""
         by_bytes, by_flops = num_bytes / self.best_read()[1], flops / self.best_matmul()[1]
         return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.output import add_json_flag, check_json_flag, save_result
-from bench.timing import Timer
+from bench.timing import RATIOS_NOTE, Timer
 from bench.traffic import compare_traffic
 from bench.trainer_cases import measure_trainer
 from bench.training_cases import (
@@ -136,7 +136,7 @@ def case_table(section: str, records: list[dict[str, Any]]) -> Table:
     header = ["case", "variant", "time", "+-", "", "peak memory"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return Table(f"{section}, {records[0]['rounds']} rounds", header, rows, (0, 1, 4))
+    return Table(f"{section}, {records[0]['rounds']} rounds", header, rows, (0, 1, 4), notes=[RATIOS_NOTE])
 
 
 def traffic_table(records: list[dict[str, Any]]) -> Table:

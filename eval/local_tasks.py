@@ -126,7 +126,7 @@ def _is_text(value: object, _: dict[str, Any]) -> bool:
 
 
 def _is_context_and_word(value: object, _: dict[str, Any]) -> bool:
-    """Refuse a text that ends with a space: the harness cuts at the last one, which leaves nothing to predict."""
+    """Return True for a text with words on both sides of its last space, where the harness cuts."""
     if not isinstance(value, str):
         return False
     context, _space, word = value.rpartition(" ")

@@ -1,7 +1,11 @@
-"""Tables of results: the same cells for a terminal and as Markdown."""
+"""Tables of results: the same cells for a terminal and as Markdown; and one error for results that lack some."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from rrt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,20 @@ class Table:
         rows = [f"| {' | '.join(row)} |" for row in (self.header, rules, *self.rows)]
         notes = [line for note in self.notes for line in ("", note)]
         return "\n".join([*head, *rows, *notes])
+
+
+@contextmanager
+def expect_whole_result(path: Path, kind: str) -> Iterator[None]:
+    """Show a result inside of this context.
+
+    Raises:
+        UserError: instead of what a missing or damaged field raises.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = f"field {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {found}; expected a whole result of kind {kind!r}: make it again") from None
 
 
 def print_tables(tables: Iterable[Table]) -> None:
