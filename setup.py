@@ -149,7 +149,7 @@ class BuildNative(build_ext):
         self.build_with_cmake(cmake, options, plan_options, folder)
 
     def copy_extensions_to_source(self) -> None:
-        """For in-place and editable builds: what there is now, and nothing older."""
+        """Copy what this build made for in-place and editable builds, and nothing older."""
         for stale in placed_by_builds(ROOT / "rrt"):
             stale.unlink()
         for built in placed_by_builds(Path(self.build_lib) / "rrt"):
@@ -178,7 +178,7 @@ class BuildNative(build_ext):
 
 
 def placed_by_builds(folder: Path) -> list[Path]:
-    """Return the modules and notes that a build has left in `folder`."""
+    """List the modules and notes that a build has left in `folder`."""
     names = ["_native.so", f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}", *FAILED_NOTES.values()]
     return [folder / name for name in names if (folder / name).exists()]
 

@@ -43,7 +43,7 @@ class AttentionSpec:
     budget_bytes: int
 
     def cases(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
-        """Cases to run and cases that do not fit in memory, each as kind, rows or sequences, and context."""
+        """Return the cases to run and those that do not fit in memory, each as kind, rows or sequences, and context."""
         counts = [("decode", rows) for rows in self.rows] + [("prefill", count) for count in self.sequences]
         cases = [(kind, count, context) for kind, count in counts for context in self.contexts]
         # Two copies at least, each held twice: in pages and gathered.
@@ -52,22 +52,22 @@ class AttentionSpec:
         return kept, [case for case, ok in zip(cases, fits, strict=True) if not ok]
 
     def kv_bytes(self, count: int, context: int) -> int:
-        """Return bytes of the keys and values of all contexts, at one shared layer."""
+        """Return the number of bytes of the keys and values of all contexts, at one shared layer."""
         return 2 * count * context * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def min_bytes(self, count: int, context: int, queries: int) -> int:
-        """Return bytes that any exact kernel moves: every key and value once, queries and result once."""
+        """Return how many bytes any exact kernel moves: every key and value once, queries and result once."""
         ends = 2 * count * queries * self.num_heads * self.head_dim * self.dtype.itemsize
         return self.kv_bytes(count, context) + ends
 
     def flops(self, count: int, context: int, queries: int) -> int:
-        """Multiplications and additions of q k^T and p v over the positions that each query sees, without softmax."""
+        """Count the operations of q k^T and p v over the positions that each query sees, without softmax."""
         seen = queries * context - queries * (queries - 1) // 2
         return 4 * count * self.num_heads * self.head_dim * seen
 
 
 def run_attention(spec: AttentionSpec, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
-    """Measure every case; yields a record each, without floors."""
+    """Measure every case and yield its record, without floors."""
     for index, (kind, count, context) in enumerate(spec.cases()[0]):
         if index % 8 == 0:
             rates.probe()
@@ -99,7 +99,7 @@ def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context:
 def make_variants(
     spec: AttentionSpec, kind: str, count: int, context: int, queries: int, copies: int
 ) -> dict[str, Variant]:
-    """`ours` on pages in random order, SDPA on the same keys and values; results [count * queries, H, D_h]."""
+    """Make `ours` on pages in random order, and SDPA on the same keys and values; results [count * queries, H, D_h]."""
     heads, kv_heads, dim, device = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.device
     pages_per_row = -(-context // spec.page_size)
     num_pages = copies * count * pages_per_row
@@ -108,7 +108,7 @@ def make_variants(
     tables = torch.randperm(num_pages).to(device, torch.int32).view(copies, count, pages_per_row).unbind()
 
     def gather(cache: Tensor) -> list[Tensor]:
-        """Per copy [count, H_kv, context, D_h]."""
+        """Gather keys or values of each copy to [count, H_kv, context, D_h]."""
         rows = (cache[table.long()].flatten(1, 2)[:, :context] for table in tables)
         return [row.transpose(1, 2).contiguous() for row in rows]
 

@@ -105,7 +105,7 @@ def make_requests(form: Form, count: int, words: list[str], rng: random.Random) 
 
 
 def make_shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """Make the requests of HellaSwag's form, and a mix in which each task has its share."""
+    """Draw requests of HellaSwag's form, and a mix in which each task has its share."""
     rng = random.Random(0)
     all_requests = sum(form.documents * form.choices for form in FORMS.values())
     mix = []
@@ -191,7 +191,7 @@ def count_tokens(requests: Requests) -> dict[str, int]:
 
 @contextmanager
 def process_with(load: Any, *arguments: Any) -> Iterator[Any]:
-    """A process that has called `load`; yields a function that calls others there and waits for their results."""
+    """Start a process and call `load` in it; yield a function that calls others there and waits for their results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as executor:
         executor.submit(load, *arguments).result()
@@ -199,7 +199,7 @@ def process_with(load: Any, *arguments: Any) -> Iterator[Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure; returns the result."""
+    """Measure both variants and return the result."""
     config = replace(
         preset("tinyllama-1.1b"),
         vocab_size=arguments.vocab_size,
@@ -277,7 +277,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rates_table(cases: list[dict[str, Any]]) -> Table:
-    """Make a row per case and variant."""
+    """Make the table of rates, with a row per case and variant."""
     rows = [
         [
             case["shape"],
@@ -296,7 +296,7 @@ def rates_table(cases: list[dict[str, Any]]) -> Table:
 
 
 def goals_table(cases: list[dict[str, Any]]) -> Table:
-    """Speedups over the baseline, beside the goals and the largest difference between scores."""
+    """Make the table of speedups over the baseline, beside the goals and the largest difference between scores."""
     rows = [
         [
             case["shape"],

@@ -34,7 +34,7 @@ TILINGS: tuple[tuple[bool, int], ...] = ((False, 1), (True, 1), (True, 2), (True
 def linear(
     rows: int, inputs: int, segments: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Arguments of loop_lora_linear on the CPU: two of three loops present."""
+    """Make arguments of loop_lora_linear on the CPU: two of three loops present."""
     outputs, loops = sum(segments), 3
     return {
         "x": normal((rows, inputs), 1, dtype, CPU),
@@ -88,7 +88,7 @@ def prefill_linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Te
 
 
 def cache_arguments(heads: int, dim: int, contexts: list[int], chunks: list[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of loop_kv_prefill on the CPU; one key/value head for every 4 heads, rotated queries."""
+    """Make arguments of loop_kv_prefill on the CPU; one key/value head for every 4 heads, rotated queries."""
     page_size, kv_heads = 16, heads // 4
     pages = [-(-context // page_size) for context in contexts]
     tables = torch.full((len(contexts), max(pages)), -1, dtype=torch.int32)
@@ -149,7 +149,7 @@ def write_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def run(device: torch.device) -> int:
-    """Run all cases; returns how many. Raises RuntimeError for the first that disagrees with its reference."""
+    """Run all cases and return how many; raise RuntimeError for the first that disagrees with its reference."""
     torch.manual_seed(0)
     count = 0
     families = (linear_cases, prefill_linear_cases, attention_cases, write_cases)

@@ -28,7 +28,7 @@ def _is_mixed(record: Record) -> bool:
 
 
 def _speedup_over(record: Record, *names: str) -> float:
-    """Speedup over the fastest of these baselines; at rank 0 all are base."""
+    """Return the speedup over the fastest of these baselines; at rank 0 all are base."""
     speedups: dict[str, float] = record["speedup"]
     return min(speedups.get(name, speedups["base"]) for name in names)
 
@@ -38,7 +38,7 @@ def _name_case(record: Record) -> str:
 
 
 def _goal(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_most: bool = False) -> Record:
-    """A goal with the number of cases in which it holds and the worst case. `holds` is None if none was measured."""
+    """Count the cases in which a goal holds, and find the worst case. `holds` is None if none was measured."""
     found = list(values)
     held = sum(value <= limit if at_most else value >= limit for value, _ in found)
     worst = (max if at_most else min)(found, default=(None, None))
@@ -54,7 +54,7 @@ def _goal(text: str, limit: float, values: Iterable[tuple[float, str]], *, at_mo
 
 
 def cpu_goals(result: Record) -> list[Record]:
-    """Return the goals for this dtype on a CPU, evaluated on a result."""
+    """Evaluate the goals for this dtype on a CPU."""
     dtype, records = dtype_name(parse_dtype(result["dtype"])), result.get("linear", [])
     made = []
 
@@ -115,7 +115,7 @@ def cpu_goals(result: Record) -> list[Record]:
 
 
 def cuda_goals(result: Record) -> list[Record]:
-    """Return the goals on a GPU, for bfloat16 and float16, evaluated on a result."""
+    """Evaluate the goals on a GPU, which are set for bfloat16 and float16 only."""
     if dtype_name(parse_dtype(result["dtype"])) not in ("bfloat16", "float16"):
         return []
     layers = [
@@ -145,7 +145,7 @@ def cuda_goals(result: Record) -> list[Record]:
 
 
 def _format_rate(record: Record) -> str:
-    """Achieved GB/s where bytes set the floor, else GFLOP/s or TFLOP/s."""
+    """Format the achieved GB/s where bytes set the floor, else GFLOP/s or TFLOP/s."""
     seconds = record["seconds"]["ours"]["median"]
     if record["bound"] == "bytes":
         return f"{record['bytes'] / seconds / 1e9:.1f} GB/s"
@@ -171,7 +171,7 @@ def _measured_baselines(records: list[Record]) -> list[str]:
 
 
 def linear_table(records: list[Record], title: str) -> Table:
-    """Make a row per case; "over" columns say how many times faster ours is than that baseline."""
+    """Make a table with a row per case; "over" columns say how many times faster ours is than that baseline."""
     baselines = _measured_baselines(records)
     has_reading = any("over_reading" in record for record in records)
     reading = ["time/reading"] if has_reading else []
@@ -191,7 +191,7 @@ def linear_table(records: list[Record], title: str) -> Table:
 
 
 def linear_summary(records: list[Record]) -> Table:
-    """Medians and the worst case of all linears, by number of rows and by rank."""
+    """Make the table of medians and the worst case of all linears, by number of rows and by rank."""
     baselines = _measured_baselines(records)
     groups: dict[str, list[Record]] = {}
     for key, name in (("rows", "M = {}"), ("rank", "rank {}")):
@@ -216,7 +216,7 @@ def linear_summary(records: list[Record]) -> Table:
 
 
 def attention_table(records: list[Record]) -> Table:
-    """Make a row per case; "over" columns say how many times faster ours is than on gathered keys and values."""
+    """Make a table with a row per case; "over" columns compare with SDPA on gathered keys and values."""
     baselines = [name for name in ("sdpa", "sdpa grouped") if any(name in record["speedup"] for record in records)]
     rows = [
         [
@@ -233,7 +233,7 @@ def attention_table(records: list[Record]) -> Table:
 
 
 def overhead_table(overhead: Record) -> Table:
-    """Times of a call of the linear op on a tiny input, and of the steps of planning a pass."""
+    """Make the table of the times of one call of the linear op on a tiny input, and of the steps of planning a pass."""
     call, plan = overhead["call"], overhead["plan"]
     planner = "rrt._plan" if plan["native"] else "in Python"
     times = {f"call of {name}": values for name, values in call["seconds"].items()}
@@ -243,7 +243,7 @@ def overhead_table(overhead: Record) -> Table:
 
 
 def goals_table(result: Record) -> Table:
-    """Make the goals of a result; below, the rates that the floors stand on."""
+    """Make the table of a result's goals; its notes name the best rates, from which the floors are computed."""
     rows = []
     for goal in result["goals"]:
         verdict = {True: "holds", False: "FAILS", None: "not measured"}[goal["holds"]]
@@ -266,7 +266,7 @@ def goals_table(result: Record) -> Table:
 
 
 def tables(result: Record) -> list[Table]:
-    """Make every case, for the terminal."""
+    """Make the tables of all cases for the terminal."""
     made = []
     if "linear" in result:
         made.append(linear_table(result["linear"], "Linears"))
@@ -279,7 +279,7 @@ def tables(result: Record) -> list[Table]:
 
 
 def summary_tables(result: Record) -> list[Table]:
-    """Make the goals, and less than a page of medians.
+    """Make the tables of a page in bench/results/: the goals, medians of the linears, and chosen cases of the rest.
 
     Of the layer every other number of rows, at the least and the largest rank; of attention the shortest and the
     longest context.
@@ -290,8 +290,11 @@ def summary_tables(result: Record) -> list[Table]:
         ranks = {pick(record["rank"] for record in layer) for pick in (min, max)}
         rows = sorted({record["rows"] for record in layer})[::2]
         chosen = [r for r in layer if r["rank"] in ranks and r["rows"] in rows and r["loops"] == min(2, r["rows"])]
+        shown = chosen or layer  # without a run of two loops, all
+        loops = sorted({record["loops"] for record in shown})
+        names = ["1 loop" if count == 1 else f"{count} loops mixed" for count in loops]
         made.append(linear_summary(result["linear"]))
-        made.append(linear_table(chosen or layer, "Whole layer, two loops mixed (one row: one loop)"))
+        made.append(linear_table(shown, f"Whole layer, {' or '.join(names)}"))
     if "attention" in result:
         contexts = {pick(record["context"] for record in result["attention"]) for pick in (min, max)}
         made.append(attention_table([record for record in result["attention"] if record["context"] in contexts]))

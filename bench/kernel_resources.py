@@ -89,7 +89,7 @@ def parse_launches(text: str) -> dict[str, tuple[int, int]]:
 
 
 def read_kernels(logs: list[Path], launches: dict[str, tuple[int, int]]) -> list[Kernel]:
-    """Join the compiler's and the launches' figures. Raises `UserError` for a kernel that only one of them has."""
+    """Join the compiler's and the launches' figures; raise `UserError` for a kernel that only one of them has."""
     compiled = {key: value for path in logs for key, value in parse_ptxas(path.read_text()).items()}
     mangled = "\n".join(name for _, name in compiled)
     demangled = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout

@@ -156,7 +156,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.dtype]:
-    """Name, shapes and dtype that the flags choose."""
+    """Return the name, shapes and dtype that the flags choose."""
     if arguments.config is None:
         return arguments.preset, preset(arguments.preset), chosen_dtype(arguments) or preset_dtype(arguments.preset)
     config = model_config_from_hf(read_json(arguments.config), str(arguments.config))
@@ -164,7 +164,7 @@ def read_shapes(arguments: argparse.Namespace) -> tuple[str, ModelConfig, torch.
 
 
 def native_facts() -> dict[str, Any]:
-    """Build and instruction set of the native code, without its path."""
+    """Describe the build and instruction set of the native code, without its path."""
     facts = asdict(ops.build_info())
     facts["plan"] = facts["plan"] is not None
     return {"loaded": facts.pop("library") is not None, **{name: facts[name] for name in facts if name != "rebuild"}}
@@ -172,7 +172,7 @@ def native_facts() -> dict[str, Any]:
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Measure; returns the result and the device it ran on."""
+    """Measure, and return the result and the device it ran on."""
     name, config, dtype = read_shapes(arguments)
     device = torch.device(arguments.device)
     torch.manual_seed(0)

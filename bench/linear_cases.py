@@ -38,7 +38,7 @@ class LinearSpec:
     budget_bytes: int
 
     def groups(self) -> list[tuple[int, int, list[int]]]:
-        """Rank, number of loops, and the numbers of rows that can hold as many loops; the same for each projection."""
+        """List rank, number of loops, and the numbers of rows that can hold as many loops, for every projection."""
         pairs = [(rank, loops) for rank in self.ranks for loops in self.loops]
         groups = [(rank, loops, [rows for rows in self.rows if rows >= loops]) for rank, loops in pairs]
         return [group for group in groups if group[2]]
@@ -47,23 +47,23 @@ class LinearSpec:
         return len(self.projections) * sum(len(rows) for _, _, rows in self.groups())
 
     def held_bytes(self, projection: Projection) -> int:
-        """Bytes of one copy of the projection's weights and largest adapters, in every form that a variant reads."""
+        """Return the bytes of one copy of the projection's weights and largest adapters, in every form that is read."""
         forms = 3  # ours, unfused, concatenated
         adapters = forms * max(self.loops) * projection.adapter_numbers(max(self.ranks))
         return self.dtype.itemsize * (2 * projection.inputs * projection.outputs + adapters)
 
     def copies(self, projection: Projection) -> int:
-        """Copies of the weights to rotate through."""
+        """Return the number of copies of the weights to rotate through."""
         weight_bytes = self.dtype.itemsize * projection.inputs * projection.outputs
         return copies_beyond_cache(weight_bytes, self.held_bytes(projection), self.cache_bytes, self.budget_bytes)
 
     def is_cold(self, projection: Projection) -> bool:
-        """True if there are enough copies that none is still in the cache when its turn comes."""
+        """Return True if there are enough copies that none is still in the cache when its turn comes."""
         weight_bytes = self.dtype.itemsize * projection.inputs * projection.outputs
         return (self.copies(projection) - 1) * weight_bytes >= 4 * self.cache_bytes
 
     def needed_bytes(self) -> int:
-        """Return bytes of the projection that needs most. Raises `UserError` if they exceed the budget."""
+        """Return the bytes of the projection that needs most; raise `UserError` if they exceed the budget."""
         needed = max(self.copies(projection) * self.held_bytes(projection) for projection in self.projections)
         if needed > self.budget_bytes:
             raise UserError(
@@ -74,7 +74,7 @@ class LinearSpec:
 
 
 def run_linear(spec: LinearSpec, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
-    """Measure every case; yields a record each, without floors: the rates are final only at the end."""
+    """Measure every case and yield its record, without floors: the rates are final only at the end."""
     for projection in spec.projections:
         rates.probe()
         weights = Weights.make(projection, spec.copies(projection), spec.dtype, spec.device, spec.should_pack)
@@ -121,13 +121,13 @@ def _run_group(
 
 
 def _over_reading(ours: list[float], reading: list[float], size: float) -> dict[str, Any]:
-    """Time of ours over that of reading as many bytes, `size` times those of `reading`, in the same rounds."""
+    """Divide the time of ours by that of reading as many bytes, `size` times those of `reading`, in the same rounds."""
     ratios = [a / (size * b) for a, b in zip(ours, reading, strict=True)]
     return {"reading": spread([size * seconds for seconds in reading]), "over_reading": statistics.median(ratios)}
 
 
 def run_layers(spec: LinearSpec, timer: Timer) -> Iterator[dict[str, Any]]:
-    """Measure all projections of a layer as one call; yields records as `run_linear` does.
+    """Measure all projections of a layer as one call; yield records as `run_linear` does.
 
     That is less than the sum of their times where launches overlap. All weights are held at once.
     """
@@ -192,7 +192,7 @@ def add_floors(records: list[dict[str, Any]], rates: Rates) -> None:
 
 
 def layer_records(records: list[dict[str, Any]], num_projections: int) -> list[dict[str, Any]]:
-    """Records of the whole layer: sums of its projections' median times and floors, where all were measured."""
+    """Make records of the whole layer: sums of its projections' median times and floors, where all were measured."""
     groups: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["rank"], record["loops"], record["rows"]), []).append(record)

@@ -47,27 +47,27 @@ class Projection:
         return sum(self.segments)
 
     def ranks(self, rank: int) -> tuple[int, ...]:
-        """Rank of each segment, capped at min(in, out) as the model does."""
+        """Return the rank of each segment, capped at min(in, out) as in the model."""
         return tuple(min(rank, self.inputs, out) for out in self.segments)
 
     def slices(self) -> list[slice]:
-        """Return the outputs of each segment."""
+        """Return the slice of the outputs that each segment takes."""
         ends = [sum(self.segments[: s + 1]) for s in range(len(self.segments))]
         return [slice(end - out, end) for end, out in zip(ends, self.segments, strict=True)]
 
     def adapter_numbers(self, rank: int) -> int:
-        """Parameters of one loop's adapters: per segment A [R, K] and B [N, R]."""
+        """Count the parameters of one loop's adapters: per segment A [R, K] and B [N, R]."""
         ranks = zip(self.ranks(rank), self.segments, strict=True)
         return sum(r * (self.inputs + out) for r, out in ranks)
 
     def min_bytes(self, rows: int, rank: int, loops: int, itemsize: int) -> int:
-        """Bytes that any exact kernel moves: W and bias once, A and B once for each loop present, x and y once."""
+        """Return how many bytes any exact kernel moves: W, bias, x and y once, A and B once for each loop present."""
         weight = self.inputs * self.outputs + self.outputs * self.bias
         ends = rows * (self.inputs + self.outputs)
         return itemsize * (weight + loops * self.adapter_numbers(rank) + ends)
 
     def flops(self, rows: int, rank: int) -> int:
-        """Multiplications and additions of W x, A x and B A x, unmerged: every row goes through one loop's adapters."""
+        """Count the operations of W x, A x and B A x, unmerged: every row goes through one loop's adapters."""
         return 2 * rows * (self.inputs * self.outputs + self.adapter_numbers(rank))
 
 
@@ -97,7 +97,7 @@ def unfused(
     groups: Sequence[Tensor],
     slices: Sequence[slice],
 ) -> Tensor:
-    """F.linear, then the LoRA of each loop on its rows.
+    """Compute F.linear, then the LoRA of each loop on its rows.
 
     Args:
         a: per loop [sum of R, K].
@@ -127,7 +127,7 @@ def concatenated(
     mask: Tensor | None,
     slices: Sequence[slice],
 ) -> Tensor:
-    """F.linear, then the LoRAs of all loops at once, other loops masked to 0.
+    """Compute F.linear, then the LoRAs of all loops at once, other loops masked to 0.
 
     Args:
         a: [sum over segments and loops of R, K].
@@ -145,7 +145,7 @@ def concatenated(
 
 
 def merged(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, groups: Sequence[Tensor]) -> Tensor:
-    """Return one product per loop with its own dense weight, weights[loop] [N, K]."""
+    """Multiply the rows of each loop by a dense weight of its own, weights[loop] [N, K]."""
     if len(groups) == 1:
         return F.linear(x, weights[0], bias)
     y = x.new_empty(x.shape[0], weights[0].shape[0])
@@ -225,7 +225,7 @@ class Adapters:
 
 
 def normal(shape: tuple[int, ...], fan_in: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal numbers of variance 1/fan_in; large tensors repeat them at a prime period, as drawing takes long.
+    """Draw normal numbers of variance 1/fan_in; large tensors repeat them at a prime period, as drawing takes long.
 
     Drawn on the CPU: a CUDA generator does not outlive a graph capture that failed.
     """
@@ -239,12 +239,12 @@ def _clones(tensor: Tensor, copies: int) -> list[Tensor]:
 
 
 def mixed_loops(rows: int, loops: int) -> Tensor:
-    """int32 [rows]: every loop as often as the others, in random order."""
+    """Draw the loop of each row, int32 [rows]: every loop as often as the others, in random order."""
     return (torch.arange(rows, dtype=torch.int32) % loops)[torch.randperm(rows)]
 
 
 def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor) -> dict[str, Variant]:
-    """`ours` and the baselines on one input; at rank 0 `ours` and `base`. Every loop of the adapters is present."""
+    """Make `ours` and its baselines on one input, at rank 0 only `base`. Every loop of the adapters is present."""
     projection, bias, ranks = weights.projection, weights.bias, adapters.ranks
     segments, slices, copies = projection.segments, projection.slices(), len(weights.plain)
     num_loops = len(adapters.a[0])

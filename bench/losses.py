@@ -47,7 +47,7 @@ def read_memory_bytes(field: str) -> int:
 
 
 def measure_head(variant: str, vocab: int, width: int) -> dict[str, float]:
-    """Measure the peak bytes beyond the inputs, and seconds of a second call."""
+    """Measure the peak memory of a first call, in bytes beyond the inputs, and the seconds of a second."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, width).requires_grad_()
     weight = (0.05 * torch.randn(vocab, width)).requires_grad_()
@@ -70,7 +70,7 @@ def measure_head(variant: str, vocab: int, width: int) -> dict[str, float]:
 
 
 def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
-    """Measure the peak bytes of training without the teacher's weights, and seconds of the second step."""
+    """Measure the peak bytes of two training steps, less the teacher's weights, and the seconds of the second."""
     sizes: dict[str, Any] = dict(vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_layers=6)
     config = replace(preset("tinyllama-1.1b"), num_heads=8, num_kv_heads=2, head_dim=width // 8, **sizes)
     distill = DistillConfig(teacher="the model's base" if variant == "distilled" else None)
@@ -100,7 +100,7 @@ def measure_exits(variant: str, vocab: int, width: int) -> dict[str, float]:
 def compare(
     measure: Callable[..., dict[str, float]], variants: tuple[str, str], sizes: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Measure both variants in turn: medians of each, and ratios of the first to the second."""
+    """Measure both variants in turn; return the medians of each, and the ratios of the first's to the second's."""
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     context = multiprocessing.get_context("spawn")
     for index in range(rounds):
@@ -117,7 +117,7 @@ def compare(
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make the peak memory and time of both variants of each case."""
+    """Make a table for each case with the peak memory and time of both variants."""
     made = []
     for name, variants in VARIANTS.items():
         case = result[name]

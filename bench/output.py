@@ -30,8 +30,8 @@ def add_json_flag(parser: argparse.ArgumentParser, bench: str) -> None:
 
 
 def check_json_flag(path: Path | None) -> None:
-    """Refuse a path that could not be written, before anything is measured."""
-    if path is not None and path.parent == OUT:
+    """Refuse a path that could not be written, before anything is measured. Make bench/out/ if the path is in it."""
+    if path is not None and path.resolve().parent == OUT:
         OUT.mkdir(exist_ok=True)
     check_output_file("--json", path)
 

@@ -21,7 +21,7 @@ _CALLS = 100
 
 
 def measure_call(device: torch.device, should_pack: bool, samples: int) -> dict[str, Any]:
-    """Seconds of one call, float32, one row of 16 numbers: ours and F.linear, alternating, and how much ours adds.
+    """Time one call, float32, one row of 16 numbers: ours and F.linear, alternating, and how much ours adds.
 
     On CUDA this is the time until the call returns, not until the device is done.
     """
@@ -48,7 +48,7 @@ def measure_call(device: torch.device, should_pack: bool, samples: int) -> dict[
 
 
 def measure_planning(samples: int) -> dict[str, Any]:
-    """Seconds to plan a decode pass of 256 rows with contexts of about 1000, one row in 16 of which begins a page."""
+    """Time planning a decode pass of 256 rows with contexts of about 1000, one row in 16 of which begins a page."""
     table = make_page_table(num_pages=PASS_ROWS * (1024 // _PAGE_SIZE + 1), page_size=_PAGE_SIZE)
     handles = np.array([table.create() for _ in range(PASS_ROWS)], dtype=np.int64)
     lengths = (1000 + np.arange(PASS_ROWS) % _PAGE_SIZE).astype(np.int32)

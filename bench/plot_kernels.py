@@ -22,7 +22,7 @@ STYLES = {"ours": "-o", "base": "--", "unfused": "-", "concatenated": "-", "merg
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """One panel per projection and rank: time over floor by rows, of every variant; two loops mixed if measured."""
+    """Plot time over floor by rows, of every variant: a panel per projection and rank; two loops mixed if measured."""
     records = [*result["linear"], *result["layer"]]
     measured = sorted({record["loops"] for record in records})
     loops = 2 if 2 in measured else measured[-1]

@@ -2,7 +2,8 @@
 
 Both tokenise the same documents (Python's standard library, repeated) on the same number of processes. The library's
 side has the documents in memory and throws its results away; ours is `train/prepare_data.py` from end to end: it reads
-JSON lines, tokenises, adds BOS and EOS, and writes shards to disk. The runs alternate; figures are medians over rounds.
+JSON lines, tokenises, adds BOS and EOS, and writes shards to disk. The runs alternate; figures are medians over rounds,
+ratios are taken within rounds.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.output import add_json_flag, check_json_flag, save_result
-from bench.timing import speedup, spread
+from bench.timing import RATIOS_NOTE, speedup, spread
 from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.common.cli import human_bytes, run_command
 from rrt.data.bpe import train_bpe
@@ -72,7 +73,7 @@ def run_ours(corpus_path: Path, tokenizer: Path, out: Path, workers: int) -> Non
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Measure seconds of each run, round by round, in alternating order; the first round is warm-up."""
+    """Time each run, round by round, in alternating order; the first round is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in tqdm(range(rounds + 1), desc="rounds", mininterval=1 if sys.stderr.isatty() else 30):
         for name in list(runs) if turn % 2 else reversed(list(runs)):
@@ -84,7 +85,7 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Text per second of ours and of the library's methods."""
+    """Make the table of text per second of ours and of the library's methods."""
     rows = [
         [
             name,
@@ -99,7 +100,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"{result['documents']} documents, {human_bytes(result['text_bytes'])}, vocabulary {result['vocab_size']}, "
         f"{result['processes']} processes, {result['rounds']} rounds"
     )
-    return [Table(title, ["variant", "time", "+-", "MB of text/s", "ours is as fast"], rows)]
+    header = ["variant", "time", "+-", "MB of text/s", "ours is as fast"]
+    return [Table(title, header, rows, notes=[RATIOS_NOTE])]
 
 
 def main() -> None:

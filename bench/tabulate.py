@@ -19,13 +19,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
-from eval.tables import Table
+from eval.tables import Table, expect_whole_result
 from rrt.common.cli import run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.errors import UserError
 
 MAX_LINES = 80
 MODULES = {
+    "bigram": "eval.bigram",
     "demo": "runs.demo_report",
     "exits": "eval.exits",
     "fewshot": "eval.fewshot",
@@ -43,10 +44,19 @@ MODULES = {
 
 
 def read_result(path: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        UserError: it is of an unknown kind, or lacks a field that the page shows.
+    """
     result: dict[str, Any] = read_json(path)
     kind = result.get("kind")
-    if kind not in MODULES:
+    if kind is None:
+        raise UserError(f"{path}: field 'kind' is missing; expected a result of this version: make it again")
+    if kind not in tuple(MODULES):
         raise UserError(f"{path}: field 'kind': found {kind!r}; expected one of {', '.join(MODULES)}")
+    with expect_whole_result(path, kind):
+        make_page("", [result], [])
     return result
 
 
@@ -57,7 +67,7 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def describe(result: dict[str, Any]) -> list[str]:
-    """List items: command (without its output files), code version, date and machine."""
+    """List command (without its output files), code version, date and machine as Markdown items."""
     command = re.sub(r" --(json|plot)( [^-]\S*)?", "", result["command"])
     cores = f"{result['cores']} cores, {result['threads']} threads"
     machine = [result["device"], cores, " ".join(result.get("cpu_flags", ()))]
@@ -71,7 +81,7 @@ def describe(result: dict[str, Any]) -> list[str]:
 
 
 def make_page(title: str, results: list[dict[str, Any]], notes: list[str]) -> str:
-    """Make the page; notes stand below its title."""
+    """Make the page's Markdown; notes stand below its title."""
     parts = [f"# {title}", *(["\n".join(f"- {note}" for note in notes)] if notes else [])]
     for result in results:
         parts += ["\n".join(describe(result)), *(table.markdown() for table in result_tables(result))]

@@ -80,7 +80,7 @@ def replace_lines(table: str, measured: list[Line]) -> str:
 
 
 def shapes() -> list[Projection]:
-    """Linears of the presets that the row kernel can run, each shape once."""
+    """List the linears of the presets that the row kernel can run, each shape once."""
     every = [projection for name in PRESETS for projection in projections(preset(name))]
     fitting = {
         (projection.outputs, projection.inputs): projection
@@ -100,7 +100,7 @@ def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
 
 @torch.inference_mode()
 def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, timer: Timer) -> dict[str, float]:
-    """Measure the median seconds of every tiling."""
+    """Measure every tiling; return the median seconds of each."""
     device = timer.device
     weight_bytes = projection.inputs * projection.outputs * dtype.itemsize
     held = 2 * weight_bytes + 6 * projection.adapter_numbers(rank) * dtype.itemsize
@@ -120,7 +120,7 @@ def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, ti
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make the median times of every shape and tiling, the fastest named."""
+    """Make the table of the median times of every shape and tiling; its last column names the fastest."""
     names = [f"{kernel} {slices}" for kernel, slices in TILINGS]
     rows = []
     for record in result["tilings"]:

@@ -121,14 +121,18 @@ class Timer:
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Return the median and quartiles, seconds."""
+    """Return the median and the quartiles of some times, in seconds."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     return {"median": median, "lower_quartile": low, "upper_quartile": high}
 
 
 def speedup(samples: Samples, ours: str, other: str) -> float:
-    """How many times faster `ours` is than `other`: the median over the rounds, each of which ran both."""
+    """Return how many times faster `ours` is than `other`: the median over the rounds, each of which ran both."""
     return statistics.median(b / a for a, b in zip(samples[ours], samples[other], strict=True))
+
+
+RATIOS_NOTE = "Ratios: medians of those within rounds, not of the times shown."
+"""Below tables that have both: where a machine's speed changes from round to round, they may disagree."""
 
 
 def _product(x: Tensor, weight: Tensor) -> Variant:
@@ -159,7 +163,7 @@ class Rates:
                 rates[name] = max(rates.get(name, 0.0), ways[name][1] / statistics.median(samples))
 
     def _reads(self) -> dict[str, tuple[Variant, int]]:
-        """Ways to go through a buffer once, each with the bytes it moves. Ones, not zeros: those share one page."""
+        """List ways to go through a buffer once, with the bytes they move. Ones, not zeros: those share one page."""
         device, half = self.timer.device, self.buffer_bytes // 8
         numbers = torch.ones(2 * half, device=device)
         first, second = numbers[:half], numbers[half:]
@@ -177,7 +181,7 @@ class Rates:
         return ways
 
     def _matmuls(self) -> dict[str, tuple[Variant, int]]:
-        """Products of square matrices, each with its FLOPs."""
+        """List products of square matrices, each with its FLOPs."""
         device, ways = self.timer.device, {}
         for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
             x = torch.ones(size, size, device=device, dtype=self.dtype)
@@ -191,7 +195,7 @@ class Rates:
         return max(self.matmul.items(), key=lambda item: item[1])
 
     def floor(self, num_bytes: int, flops: int) -> tuple[float, str]:
-        """Seconds that `num_bytes` and `flops` take at the best rates, the larger, and its name ("bytes", "flops")."""
+        """Return the larger of the seconds for bytes and for FLOPs at the best rates, and which ("bytes", "flops")."""
         by_bytes, by_flops = num_bytes / self.best_read()[1], flops / self.best_matmul()[1]
         return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
 
@@ -204,7 +208,7 @@ class Rates:
 
 
 def last_level_cache_bytes(device: torch.device) -> tuple[int, bool]:
-    """Size of the last-level caches that serve our cores, added up; False if it is assumed."""
+    """Add up the last-level caches that serve our cores, in bytes; False beside it if the size is assumed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size, True
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()

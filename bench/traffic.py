@@ -97,7 +97,7 @@ def compare_traffic(name: str, num_loops: int, ranks: list[int]) -> list[dict[st
 
 
 def _count_root_parameters(config: ModelConfig) -> int:
-    """Number of parameters of embedding, head and final norm."""
+    """Count the parameters of embedding, head and final norm."""
     matrices = 1 if config.tie_embeddings else 2
     norm = config.hidden_size * (2 if config.norm_type == "layernorm" else 1)
     return matrices * config.vocab_size * config.hidden_size + norm

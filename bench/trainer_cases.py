@@ -103,7 +103,7 @@ class _Recipe:
 
 
 def _read_sources() -> Iterator[str]:
-    """Yield the text to train on: this project's own Python files."""
+    """Yield the texts to train on: this project's own Python files."""
     root = Path(__file__).resolve().parents[1]
     for folder in ("rrt", "train", "eval", "bench"):
         for path in sorted((root / folder).rglob("*.py")):

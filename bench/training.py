@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.output import add_json_flag, check_json_flag, save_result
-from bench.timing import Timer
+from bench.timing import RATIOS_NOTE, Timer
 from bench.traffic import compare_traffic
 from bench.trainer_cases import measure_trainer
 from bench.training_cases import (
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def case_table(section: str, records: list[dict[str, Any]]) -> Table:
-    """Make a row per case and variant; the last column says how many times faster the first variant is."""
+    """Make a table with a row per case and variant; each ratio says how many times as fast the first variant is."""
     rows = []
     for record in records:
         fields = {name: value for name, value in record.items() if name not in ("rounds", "floor_bytes")}
@@ -136,11 +136,11 @@ def case_table(section: str, records: list[dict[str, Any]]) -> Table:
     header = ["case", "variant", "time", "+-", "", "peak memory"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return Table(f"{section}, {records[0]['rounds']} rounds", header, rows, (0, 1, 4))
+    return Table(f"{section}, {records[0]['rounds']} rounds", header, rows, (0, 1, 4), notes=[RATIOS_NOTE])
 
 
 def traffic_table(records: list[dict[str, Any]]) -> Table:
-    """Make a row per model: collectives, bytes that are gathered, and the factors over the unrolled parent."""
+    """Make a table with a row per model: collectives, bytes gathered, and how much less that is than of its parent."""
     rows = [
         [
             record["model"],

@@ -53,7 +53,7 @@ class Measured:
     samples: Samples
 
     def record(self) -> dict[str, Any]:
-        """Return the record of a result: seconds, and speedup of the first variant over each other."""
+        """Return the case as a record: its seconds, and the speedup of the first variant over each other."""
         ours, *others = self.samples
         return {
             **self.case,
@@ -64,13 +64,13 @@ class Measured:
 
 
 def make_batch(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random inputs and targets, int64 [batch, length]."""
+    """Draw random inputs and targets, int64 [batch, length]."""
     ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransformer, Losses]:
-    """Our model with initial weights, and its next-token loss."""
+    """Make our model with initial weights, and its next-token loss."""
     model = RecursiveTransformer(config)
     model.init_weights()
     losses = NEXT_TOKEN.bind(model.to(dtype))
@@ -78,7 +78,7 @@ def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransf
 
 
 def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Losses]:
-    """Make the Llama of transformers of the same shape, with its own loss."""
+    """Make transformers' Llama of the same shape, and its own loss."""
     import transformers
 
     hf = transformers.LlamaForCausalLM(
@@ -104,7 +104,7 @@ def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Mod
 def optimizer_step(
     model: nn.Module, losses: Losses, batch: tuple[Tensor, Tensor], micro_batches: int = 1
 ) -> Callable[[int], Tensor]:
-    """A function that makes one step of fused AdamW, with clipped gradients, over `micro_batches` times `batch`."""
+    """Make a function that takes a step of fused AdamW, with clipped gradients, over `micro_batches` times `batch`."""
     optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
 
     def step(_: int) -> Tensor:

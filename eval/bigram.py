@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.tables import Table
 from rrt.common.cli import run_command
 from rrt.common.results import write_result
 from rrt.data.shards import TokenShards, open_shards
@@ -44,6 +45,13 @@ def bigram_loss(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
     backoff = np.where(context_count[test[:-1]] > 0, DISCOUNT * context_types[test[:-1]] / total, 1.0)
     probability = np.maximum(count - DISCOUNT, 0) / total + backoff * unigram[test[1:]]
     return float(-np.log(probability).mean())
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Make the table of the result's one perplexity."""
+    row = [result["data"], result["split"], f"{result['tokens']:,}", f"{result['loss']:.5f}"]
+    header = ["bigram model of", "split", "tokens", "loss", "perplexity"]
+    return [Table("", header, [[*row, f"{result['perplexity']:.4f}"]], (0, 1))]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ BINS = 20
 
 
 def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
-    """Agreement of `loop` with the last loop by its confidence, in bins of equal width, without empty ones."""
+    """Measure how `loop` agrees with the last loop by its confidence, in bins of equal width, without empty ones."""
     confidence = found.confidence[loop]
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
@@ -29,7 +29,7 @@ def reliability(found: Trajectories, loop: int) -> list[dict[str, float]]:
 
 
 def choose_exits(found: Trajectories, thresholds: Sequence[float | None]) -> npt.NDArray[np.int64]:
-    """Return the loop at which each token exits at these thresholds [N]; None means never."""
+    """Return the loop [N] after which each token exits at these thresholds; a threshold of None lets none exit."""
     exits = np.full(found.num_tokens, found.num_loops - 1)
     for loop in reversed(range(found.num_loops - 1)):
         threshold = thresholds[loop]
@@ -58,7 +58,7 @@ def evaluate_thresholds(found: Trajectories, thresholds: Sequence[float | None])
 
 
 def threshold_curve(found: Trajectories, thresholds: Sequence[float]) -> list[dict[str, Any]]:
-    """`evaluate_thresholds` of one threshold for all loops, for each of `thresholds`."""
+    """Evaluate each of `thresholds` as the one threshold of all loops."""
     curve = []
     for threshold in thresholds:
         row = evaluate_thresholds(found, [threshold] * (found.num_loops - 1))
@@ -89,7 +89,7 @@ def fit_thresholds(found: Trajectories, agreement: float) -> tuple[float | None,
 
 
 def calibrate(fit: Trajectories, held_back: Trajectories, agreement: float) -> Calibration:
-    """Thresholds fitted on some samples and measured on others."""
+    """Fit thresholds on some samples and measure them on others."""
     thresholds = fit_thresholds(fit, agreement)
     measured = evaluate_thresholds(held_back, thresholds)
     return Calibration(agreement, thresholds, measured["early_agreement"], measured["mean_loops"])

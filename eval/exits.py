@@ -73,7 +73,7 @@ def loss_confidence_token(logits: Tensor, targets: Tensor) -> Tensor:
 def record(
     model: RecursiveTransformer, samples: list[Window], context: int, batch_size: int, bos_id: int | None
 ) -> tuple[Trajectories, Totals]:
-    """Trajectories of a few samples, and their totals."""
+    """Compute the trajectories of a few samples, and their totals."""
     numbered = [np.stack((window[0], np.full(window.shape[1], i))) for i, window in enumerate(samples)]
     found, sample_ids = [], []
     for windows in batches(numbered, context, batch_size):
@@ -206,7 +206,7 @@ def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[s
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Static exits beside the oracle's, and thresholds with their measured agreement."""
+    """Make the tables of static exits beside the oracle's, and of thresholds with their measured agreement."""
     static = [
         [
             str(row["loop"]),

@@ -56,7 +56,7 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make a row per task: the paper's metric of the seven, every metric of others; last the average."""
+    """Make a table of all tasks: the paper's metric of its seven, every metric of others; last the average."""
     rows = []
     for name, task in result["tasks"].items():
         metrics = [key for key in task["metrics"] if "_stderr" not in key]
@@ -97,7 +97,7 @@ def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path
 
 
 def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Evaluate. Returns the result and the device it ran on."""
+    """Evaluate, and return the result and the device it ran on."""
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)

@@ -86,7 +86,7 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
 
 
 def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
-    """Make a cache for all prompts or as many as fit in `CACHE_BYTES`, and at least for the longest."""
+    """Make a cache for all prompts, or for as many as fit in `CACHE_BYTES`, but at least for the longest."""
     config, recursion, weight = model.config, model.recursion, model.embed
     needed = sorted(
         (recursion.num_loops * -(-(recursion.prefix_length + prompt.positions) // PAGE_SIZE) for prompt in prompts),
@@ -99,7 +99,7 @@ def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedC
 
 
 def _batches(prompts: list[Prompt], cache: PagedCache) -> Iterator[list[Prompt]]:
-    """Batches of prompts with the same stops, longest first, as many as the cache holds."""
+    """Yield batches of prompts with the same stops, longest first, as many as the cache holds."""
     groups: dict[tuple[tuple[str, ...], int], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         groups[prompt.until, prompt.max_new_tokens].append(prompt)

@@ -30,7 +30,7 @@ SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
 
 
 def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, dict[str, Path]]:
-    """Load the harness's tasks of these names; returns them and the local files that they read.
+    """Load the harness's tasks of these names; return them and the local files that they read.
 
     Raises:
         UserError: an unknown name, a task that cannot be loaded or run, or local files that violate their schema.
@@ -86,7 +86,7 @@ def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None)
 
 
 def run_harness(lm: Any, tasks: Any, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Evaluate; returns metrics, number of documents, shots and version of each task and group."""
+    """Evaluate; return metrics, number of documents, shots and version of each task and group."""
     from lm_eval.evaluator import evaluate
 
     random.seed(SEED)
@@ -111,7 +111,7 @@ def run_harness(lm: Any, tasks: Any, limit: int | None) -> dict[str, dict[str, A
 
 
 def paper_average(tasks: dict[str, dict[str, Any]]) -> dict[str, float] | None:
-    """Average of the seven tasks and its standard error; None unless all are there."""
+    """Average the seven tasks, with the standard error; None unless all are there."""
     if not all(name in tasks for name in PAPER_METRICS):
         return None
     values, errors = (

@@ -25,7 +25,7 @@ Rule = tuple[Callable[[object, dict[str, Any]], bool], str]
 
 
 def stock_file(task: str) -> Path:
-    """Path of the harness's own file of one of the seven tasks."""
+    """Return the path of the harness's own file of one of the seven tasks."""
     path = STOCK_TASKS / _overlay(task)["include"]
     if not path.is_file():
         raise UserError(f"lm-eval {lm_eval.__version__}: has no {path}; expected it, as in lm-eval 0.4.13")
@@ -86,7 +86,7 @@ def _dataset(task: str, path: Path) -> datasets.Dataset:
 
 
 def _records(task: str, path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file, reduced to the task's own fields: others may have no common type."""
+    """Read the records of a file, reduced to the task's own fields: others may have no common type."""
     schema = SCHEMAS[task]
     count = 0
     for place, record in _read(path):
@@ -103,7 +103,7 @@ def _records(task: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records and their places, lines of JSON or rows of Parquet, counted from 1."""
+    """Yield records and their places, lines of JSON or rows of Parquet, counted from 1."""
     if path.suffix == ".parquet":
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -126,7 +126,7 @@ def _is_text(value: object, _: dict[str, Any]) -> bool:
 
 
 def _is_context_and_word(value: object, _: dict[str, Any]) -> bool:
-    """The harness cuts at the last space: a text that ends with one leaves nothing to predict."""
+    """Return True for a text with words on both sides of its last space, where the harness cuts."""
     if not isinstance(value, str):
         return False
     context, _space, word = value.rpartition(" ")

@@ -58,7 +58,7 @@ CORPORA = (
 
 
 def _pass_time(per_token: float) -> Curve:
-    """A pass takes the same time however many slots are busy: it reads all weights."""
+    """Make the cost of a pass: the same however many slots are busy, as it reads all weights."""
     return Curve((SLOTS,), (SLOTS * per_token,))
 
 
@@ -76,7 +76,7 @@ COUNTED = ("blocks only", "and embedding, head", "and K/V of skipped loops")
 
 
 def repeat_study() -> list[dict[str, Any]]:
-    """The paper's tokens per second of each corpus and ours, first as the paper counts, then with further costs."""
+    """Simulate each corpus, first as the paper counts, then with further costs, and set the paper's figures beside."""
     rows = []
     for corpus in CORPORA:
         queue = corpus.queue()
@@ -104,7 +104,7 @@ def repeat_study() -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make tokens per second of ours, with the paper's in parentheses where both count the same."""
+    """Make the table of our tokens per second, with the paper's in parentheses where both count the same."""
     rows = []
     for row in result["rows"]:
         is_check = row["counted"] == COUNTED[0]

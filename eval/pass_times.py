@@ -47,7 +47,7 @@ class PassTimes:
 def dummy_model(
     config: ModelConfig, recursion: RecursiveConfig, dtype: torch.dtype, device: torch.device
 ) -> RecursiveTransformer:
-    """Make a model of random weights."""
+    """Make a model with random weights."""
     model = meta_model(config, recursion).to(dtype).to_empty(device=device).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,12 +56,12 @@ def dummy_model(
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... and the largest."""
+    """List 1, 2, 4, ... and the largest."""
     return sorted({largest, *itertools.takewhile(lambda size: size < largest, (2**i for i in itertools.count()))})
 
 
 def _with_context(model: RecursiveTransformer, num_sequences: int, length: int) -> tuple[Decoder, list[int]]:
-    """Make a decoder whose cache holds sequences of `length` positions at every loop."""
+    """Make a decoder whose cache holds `num_sequences` sequences of `length` positions at every loop; return both."""
     config, recursion, weight = model.config, model.recursion, model.embed
     pages = recursion.num_loops * -(-(recursion.prefix_length + length) // PAGE_SIZE) * (num_sequences + 1)
     cache = PagedCache(config, recursion, pages, PAGE_SIZE, weight.dtype, weight.device)
@@ -100,7 +100,7 @@ def measure_pass(model: RecursiveTransformer, rows: int, length: int, seconds: f
 
 
 def measure_prefill(model: RecursiveTransformer, prefix: int, seconds: float) -> float:
-    """Measure the median seconds of one prompt of `prefix` tokens through all loops."""
+    """Measure prefill of one prompt of `prefix` tokens through all loops; return the median in seconds."""
     decoder, (sequence,) = _with_context(model, 1, prefix)
     device = model.embed.device
     x = torch.randn(prefix, model.config.hidden_size, device=device, dtype=model.embed.dtype)
@@ -119,7 +119,7 @@ def measure_prefill(model: RecursiveTransformer, prefix: int, seconds: float) ->
 
 
 def _medians(calls: dict[str, Callable[[], Tensor]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Return the median seconds of each call; calls take turns, so that disturbances of the machine hit all of them."""
+    """Return each call's median in seconds; they take turns, so that disturbances of the machine hit all of them."""
 
     def timed(call: Callable[[], Tensor]) -> float:
         began = time.perf_counter()
@@ -141,7 +141,7 @@ def _medians(calls: dict[str, Callable[[], Tensor]], device: torch.device, secon
 
 
 def cost_stages(times: list[PassTimes], num_loops: int, prefill: float) -> Iterator[tuple[str, Costs]]:
-    """Names and costs of each stage of counting, from the paper's to everything; each adds to the one before.
+    """Yield name and costs of each stage of counting, from the paper's to everything; each adds to the one before.
 
     Args:
         times: of one model, by increasing rows.

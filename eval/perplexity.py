@@ -78,7 +78,7 @@ class LossSums:
         self.loss, self.tokens = replica.sum(self.loss), replica.sum(self.tokens)
 
     def figures(self, loops: range, group: int | None = None, *, with_bytes: bool = True) -> list[dict[str, Any]]:
-        """Mean loss, perplexity and bits per byte (None without the bytes) of each exit, over one group or all."""
+        """Compute mean loss, perplexity and bits per byte (None without bytes) of each exit, over one group or all."""
         groups = slice(None) if group is None else slice(group, group + 1)
         tokens, text_bytes = float(self.tokens[groups].sum()), float(self.text_bytes[groups].sum())
         rows = []
@@ -90,17 +90,17 @@ class LossSums:
 
 
 def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy [n] in nats of logits [n, V]."""
+    """Return the cross-entropy [n] in nats of logits [n, V]."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Return exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str, Any], UserError | None]:
-    """Measure. Returns the result, and the error that ended it early, if any."""
+    """Measure, and return the result and the error that ended it early, if any."""
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
@@ -188,7 +188,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make a row per exit, of all tokens and of each group."""
+    """Make a table with a row per exit, of all tokens and of each group."""
     groups = {"all": {"tokens": result["tokens"], "exits": result["exits"]}, **result["groups"]}
     rows = [
         [

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
 from eval.report_page import KINDS, Results, render_page, render_sections
+from eval.tables import expect_whole_result
 from rrt.common.cli import run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.errors import UserError
@@ -39,16 +40,13 @@ def read_results(paths: Sequence[Path]) -> Results:
         kind = result.get("kind")
         if kind not in KINDS:
             raise UserError(
-                f"{path}: field 'kind': found {kind!r}; expected a result of eval/ ({', '.join(KINDS)}) or the "
-                "directory of a training run"
+                f"{path}: field 'kind': found {kind!r}; expected a result of eval/ ({', '.join(KINDS)}), made again if "
+                "it is older than this field, or the directory of a training run"
             )
         alone = Results()
         alone.by_kind[kind].append((path, result))
-        try:
+        with expect_whole_result(path, kind):
             render_sections(alone)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            found = f"field {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: {found}; expected a whole result of kind {kind!r}: make it again") from None
         results.by_kind[kind].append((path, result))
     return results
 

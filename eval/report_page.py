@@ -29,13 +29,13 @@ class Results:
 
 
 def shorten(path: str | Path) -> str:
-    """Short name of a checkpoint or run: the last part of its path, apart from `final`."""
+    """Shorten the path of a checkpoint or run to its last part, apart from `final`."""
     parts = [part for part in Path(path).parts if part not in ("final", "/")]
     return parts[-1] if parts else str(path)
 
 
 def shorten_all(paths: Sequence[str]) -> dict[str, str]:
-    """Short names of paths; whole paths where two names would be the same."""
+    """Map paths to their short names, or to themselves where two names would be the same."""
     short = {path: shorten(path) for path in paths}
     return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
 
@@ -60,7 +60,7 @@ def plots(*figures: str) -> str:
 
 
 def frontier(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
-    """Return the points that no other point of at most their size beats, sorted by size."""
+    """Return the points that beat all others of at most their size, sorted by size."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1] if higher_is_better else point[1])):
         if not best or (y > best[-1][1] if higher_is_better else y < best[-1][1]):
@@ -69,7 +69,7 @@ def frontier(points: Sequence[tuple[float, float]], higher_is_better: bool) -> l
 
 
 def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], higher_is_better: bool = False) -> str:
-    """Plot of size against quality, with the frontier of the best."""
+    """Plot size against quality, with the frontier of the best."""
     if not points:
         return ""
     best = frontier(list(points.values()), higher_is_better)
@@ -79,7 +79,7 @@ def pareto(title: str, y_label: str, points: dict[str, tuple[float, float]], hig
 
 
 def quality(results: Results) -> str:
-    """Perplexity and accuracy of each checkpoint and exit, against size."""
+    """Render perplexity and accuracy of each checkpoint and exit, against size."""
     perplexities, shots, bigrams = (results.of(kind) for kind in ("perplexity", "fewshot", "bigram"))
     if not (perplexities or shots or bigrams):
         return ""
@@ -123,7 +123,7 @@ def quality(results: Results) -> str:
 
 
 def groups_table(name: str, result: dict[str, Any]) -> str:
-    """Perplexity of each subset of a corpus."""
+    """Make the table of perplexities of each subset of a corpus."""
     rows = [
         [group or "(none)", f"{value['tokens']:,}", *(f"{row['perplexity']:.3f}" for row in value["exits"])]
         for group, value in result["groups"].items()
@@ -133,7 +133,7 @@ def groups_table(name: str, result: dict[str, Any]) -> str:
 
 
 def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """Accuracy per task and on average."""
+    """Render accuracy per task and on average."""
     tasks = list(dict.fromkeys(task for result in shots for task in result["tasks"]))
     rows, points = [], {}
     for result in shots:
@@ -161,7 +161,7 @@ def fewshot(shots: list[dict[str, Any]], names: dict[str, str]) -> str:
 
 
 def training(results: Results) -> str:
-    """Loss of every run over its tokens, and at its end."""
+    """Render the loss of every run over its tokens, and at its end."""
     if not results.runs:
         return ""
     names = shorten_all([str(path) for path, _ in results.runs])
@@ -181,7 +181,7 @@ def training(results: Results) -> str:
 
 
 def exits(results: Results) -> str:
-    """Agreement, loops and perplexity of early exits."""
+    """Render agreement, loops and perplexity of early exits."""
     sections = []
     names = shorten_all([*dict.fromkeys(result["checkpoint"] for result in results.of("exits"))])
     for result in results.of("exits"):
@@ -241,7 +241,7 @@ def exits(results: Results) -> str:
 
 
 def throughput(results: Results) -> str:
-    """Measured pass times, simulated throughput, and the paper's own."""
+    """Render measured pass times, simulated throughput, and the paper's own."""
     sections = []
     for result in results.of("throughput"):
         for setting in result["settings"]:
@@ -281,7 +281,7 @@ def throughput(results: Results) -> str:
 
 
 def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
-    """Make tokens per second and the ratio to the vanilla model's CSB, by the costs that are counted."""
+    """Make the table of tokens per second and their ratio to the vanilla model's CSB, by the costs that are counted."""
     stages = list(queue["rows"][0]["counted"])
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in setting["models"]}
 
@@ -301,7 +301,7 @@ def queue_table(setting: dict[str, Any], queue: dict[str, Any]) -> str:
 
 
 def sources(results: Results) -> str:
-    """File, command, code version, device and time of each result."""
+    """Render file, command, code version, device and time of each result."""
     rows = [
         [path, kind, *(result.get(name) for name in ("command", "code_version", "device", "created"))]
         for kind, found in results.by_kind.items()
@@ -312,13 +312,13 @@ def sources(results: Results) -> str:
 
 
 def render_sections(results: Results) -> str:
-    """All sections, without those that have no result."""
+    """Render all sections but those that have no result."""
     parts: tuple[Callable[[Results], str], ...] = (quality, training, exits, throughput, sources)
     return "".join(part(results) for part in parts)
 
 
 def render_page(results: Results) -> str:
-    """Render the whole document, self-contained."""
+    """Render the whole page as one self-contained document."""
     header = result_header()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

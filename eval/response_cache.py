@@ -61,7 +61,7 @@ class ResponseCache:
 
 
 def code_digest(root: Path = CODE) -> str:
-    """SHA-256 over the code that computes responses, Python and native, committed or not."""
+    """Return the SHA-256 over the code that computes responses, Python and native, committed or not."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("eval", "rrt") for path in (root / folder).rglob("*")):
         if path.suffix in (".py", ".so"):

@@ -64,11 +64,11 @@ class Row:
 
     @property
     def has_branches(self) -> bool:
-        """True if causal attention alone would let a text see another."""
+        """Return True if causal attention alone would let a text see another."""
         return self.length > max(len(text.inputs) for text in self.texts)
 
     def layout(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Tokens, positions and branch ids (0: shared) of the row, and the places in it whose logits are scored."""
+        """Return the row's tokens, positions, branch ids (0: shared), and the places in it whose logits are scored."""
         tokens = self.texts[0].inputs[: self.shared]
         positions, branch_ids, scored = list(range(self.shared)), [0] * self.shared, []
         for branch, text in enumerate(self.texts, start=1):
@@ -142,7 +142,7 @@ class Scorer:
         return [(float(value), bool(greedy)) for value, greedy in (self.cache[text.key] for text in texts)]
 
     def make_text(self, context: list[int], continuation: list[int]) -> Text:
-        """Cut a request to `max_length` inputs. Raises `UserError` if its continuation alone is longer."""
+        """Cut a request to `max_length` inputs; raise `UserError` if its continuation alone is longer."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"request: found a continuation of {len(continuation)} tokens; expected at most {self.max_length}, "
@@ -194,7 +194,7 @@ class Scorer:
         return {text.key: (float(value.sum()), bool(hit.all())) for text, value, hit in parts}
 
     def _token_scores(self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods of tokens, fp64 [P], and which of them are the argmax, bool [P].
+        """Return the log-likelihoods of tokens, fp64 [P], and which of them are the argmax, bool [P].
 
         Args:
             hidden: [M, D].
@@ -214,7 +214,7 @@ class Scorer:
     def _scores_of_logits(
         self, hidden: Tensor, sources: np.ndarray, targets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`_token_scores` with the model's own head, a few rows at a time."""
+        """Compute `_token_scores` with the model's own head, a few rows at a time."""
         device = hidden.device
         elements = LOGITS_ELEMENTS.get(device.type, LOGITS_ELEMENTS["cuda"])
         rows = max(MIN_LOGITS_ROWS, elements // self.model.config.vocab_size)
@@ -259,7 +259,7 @@ def share_beginnings(texts: list[Text]) -> list[Row]:
 
 
 def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Batches of rows of similar length, longest first, so that memory runs out at once or not at all.
+    """Yield batches of rows of similar length, longest first, so that memory runs out at once or not at all.
 
     All rows of a batch have branches or none has.
     """

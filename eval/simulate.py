@@ -47,7 +47,7 @@ class Queue:
         return float(self.exits.mean()) + 1
 
     def without_exits(self, num_loops: int | None = None) -> "Queue":
-        """The same samples, every token through all loops (of a model of `num_loops`, if given)."""
+        """Return the same samples, every token through all loops (of a model of `num_loops`, if given)."""
         loops = self.num_loops if num_loops is None else num_loops
         return Queue(self.lengths, np.full(self.num_tokens, loops - 1, dtype=np.int8), loops)
 
@@ -87,7 +87,7 @@ class Passes:
 
 
 def first_passes(work: Ints, slots: int) -> Ints:
-    """Return the pass [S] in which each sample starts, if it takes the first free slot for `work` [S] passes."""
+    """Return the pass [S] in which each sample starts if it takes the first free slot, for `work` [S] passes."""
     free = [0] * min(slots, len(work))
     starts = np.empty(len(work), dtype=np.int64)
     for sample, passes in enumerate(work.tolist()):
@@ -97,7 +97,7 @@ def first_passes(work: Ints, slots: int) -> Ints:
 
 
 def depth_wise(queue: Queue, slots: int) -> Passes:
-    """Continuous depth-wise batching."""
+    """Simulate continuous depth-wise batching."""
     ends = np.cumsum(queue.lengths)
     loops_before = np.concatenate(([0], np.cumsum(queue.exits + np.int64(1))))
     work = loops_before[ends] - loops_before[ends - queue.lengths]
@@ -126,7 +126,7 @@ def depth_wise(queue: Queue, slots: int) -> Passes:
 
 
 def sequence_wise(queue: Queue, slots: int) -> Passes:
-    """Continuous batching: no token leaves early, so that all rows of a pass are at the same loop."""
+    """Simulate continuous batching: no token leaves early, so that all rows of a pass are at the same loop."""
     starts = first_passes(queue.lengths, slots)
     ends = starts + queue.lengths
     busy = np.cumsum(np.bincount(starts, minlength=ends.max() + 1) - np.bincount(ends))[:-1]
@@ -134,7 +134,7 @@ def sequence_wise(queue: Queue, slots: int) -> Passes:
 
 
 def static(queue: Queue, slots: int) -> Passes:
-    """Groups of `slots` samples; a row whose sample has ended runs on, and counts for nothing."""
+    """Simulate groups of `slots` samples; a row whose sample has ended runs on, and counts for nothing."""
     borders = np.arange(0, len(queue.lengths), slots)
     sizes = np.diff(np.append(borders, len(queue.lengths)))
     longest = np.maximum.reduceat(queue.lengths, borders)
@@ -142,7 +142,7 @@ def static(queue: Queue, slots: int) -> Passes:
 
 
 def _in_lock_step(rows: Ints, num_loops: int) -> Passes:
-    """Passes of steps with `rows` rows each, which all go through all loops together."""
+    """Make the passes of steps with `rows` rows each, which all go through all loops together."""
     loop = np.tile(np.arange(num_loops), len(rows))
     rows = np.repeat(rows, num_loops)
     none = np.zeros_like(rows)
@@ -150,7 +150,7 @@ def _in_lock_step(rows: Ints, num_loops: int) -> Passes:
 
 
 def _spans(ends: Ints) -> Iterator[tuple[int, int]]:
-    """Ranges of samples of about `_TOKENS_AT_ONCE` tokens each, at least one sample."""
+    """Yield ranges of samples of about `_TOKENS_AT_ONCE` tokens each, at least one sample."""
     first = 0
     while first < len(ends):
         done = ends[first - 1] if first else 0
@@ -170,7 +170,7 @@ class Curve:
     seconds: tuple[float, ...]
 
     def total(self, rows: Ints) -> float:
-        """Return seconds of passes of `rows` [P].
+        """Add up the seconds of passes with `rows` [P] rows each.
 
         Raises:
             ValueError: a pass has more rows than were measured.

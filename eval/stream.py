@@ -66,7 +66,7 @@ class Corpus:
             raise UserError(f"--group-field: found {group_field!r} with token shards, which have none; expected files")
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order. Shards know only the bytes of all documents, which the first document gets.
+        """Yield all documents in order. Shards know only the bytes of all documents, which the first document gets.
 
         Raises:
             UserError: a file or record that cannot be read, or no record has the `group_field` that was given.
@@ -102,7 +102,7 @@ class Corpus:
 
 
 def packed_windows(documents: Iterable[Document], context: int) -> Iterator[Window]:
-    """Windows of `context` targets over the stream of all documents; the last may be shorter.
+    """Yield windows of `context` targets over the stream of all documents; the last may be shorter.
 
     Neighbours share a token: every token of the stream but the first is a target once.
     """
@@ -122,7 +122,7 @@ def packed_windows(documents: Iterable[Document], context: int) -> Iterator[Wind
 
 
 def document_windows(documents: Iterable[Document], context: int, bos_id: int | None) -> Iterator[Window]:
-    """Windows of at most `context` targets of each document by itself.
+    """Yield windows of at most `context` targets of each document by itself.
 
     With `bos_id` every token of the text is a target; without it the first is not, as nothing precedes it, unless the
     document has the BOS that training gives it.
@@ -148,7 +148,7 @@ class Batch:
 
 
 def make_batch(windows: list[Window], bos_id: int | None) -> Batch:
-    """Make one batch of windows; `bos_id`, if any, takes the place of each window's first token."""
+    """Pad windows to a batch; `bos_id`, if any, takes the place of each window's first token."""
     shape = (len(windows), max(window.shape[1] for window in windows) - 1)
     inputs, targets, groups = (np.full(shape, fill, dtype=np.int64) for fill in (0, PAD, 0))
     for row, window in enumerate(windows):
@@ -160,7 +160,7 @@ def make_batch(windows: list[Window], bos_id: int | None) -> Batch:
 
 
 def batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterator[list[Window]]:
-    """Lists of windows of at most `batch_size * context` positions, padding included.
+    """Yield lists of windows of at most `batch_size * context` positions, padding included.
 
     Windows are sorted by length among those of 16 batches, so that there is little padding.
     """

@@ -38,14 +38,14 @@ class Axis:
 
     @classmethod
     def around(cls, label: str, values: Sequence[float], is_log: bool = False) -> "Axis":
-        """Return an axis that contains `values` with a margin; logarithmic only if all are positive."""
+        """Make an axis that contains `values` with a margin; logarithmic only if all are positive."""
         is_log = is_log and min(values) > 0
         low, high = (math.log10(min(values)), math.log10(max(values))) if is_log else (min(values), max(values))
         margin = 0.06 * (high - low) or (0.1 if is_log else 0.1 * abs(high) or 1.0)
         return cls(label, low - margin, high + margin, is_log)
 
     def place(self, value: float) -> float:
-        """Position of `value` on the axis, 0 to 1."""
+        """Return the position of `value` on the axis, 0 to 1."""
         return ((math.log10(value) if self.is_log else value) - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
@@ -61,7 +61,7 @@ class Axis:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """About five multiples of 1, 2 or 5 times a power of ten."""
+    """List about five multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -69,7 +69,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a short form of a number: 4 significant digits, thousands as K, M, B."""
+    """Format a number with 4 significant digits, thousands as K, M, B."""
     for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= scale:
             return f"{value / scale:.4g} {unit}"
@@ -79,7 +79,7 @@ def number(value: float) -> str:
 def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """Draw a figure with its legend, without points that are not finite; an empty string if there are no others."""
+    """Draw the finite points as a figure with its legend; an empty string if there are none."""
     series = [one for one in map(_finite, series) if one.points]
     if not series:
         return ""
@@ -113,7 +113,7 @@ def _finite(series: Series) -> Series:
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float]]) -> str:
-    """Return a point's label, placed if possible where it hides none of those in `taken` (left, right, base line)."""
+    """Draw a point's label, if possible where it hides none of those in `taken` (left, right, base line)."""
     width = 6.2 * len(label)
     for anchor, left in (("start", x + 7), ("end", x - 7 - width)):
         for base in (y - 6, y + 15, y - 19, y + 28):
@@ -125,7 +125,7 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str) -> str:
-    """Horizontal bars from zero; each group has one per name."""
+    """Draw horizontal bars from zero; each group has one per name."""
     if not groups:
         return ""
     longest = max(value for _, values in groups for value in values) or 1.0

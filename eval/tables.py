@@ -1,7 +1,11 @@
-"""Tables of results: the same cells for a terminal and as Markdown."""
+"""Tables of results: the same cells for a terminal and as Markdown; and one error for results that lack some."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from rrt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """Aligned columns, two spaces apart."""
+        """Format the table with aligned columns, two spaces apart."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
         lines = [self.title] if self.title else []
         before: Sequence[str] | None = None
@@ -42,12 +46,26 @@ class Table:
         return "\n".join([*lines, *self.notes])
 
     def markdown(self) -> str:
-        """Make the title in bold, a table in GitHub's Markdown, and the notes as paragraphs of a line each."""
+        """Format as Markdown: the title in bold, the table, and the notes as paragraphs of a line each."""
         head = [f"**{self.title}**", ""] if self.title else []
         rules = ["---" if column in self.text_columns else "---:" for column in range(len(self.header))]
         rows = [f"| {' | '.join(row)} |" for row in (self.header, rules, *self.rows)]
         notes = [line for note in self.notes for line in ("", note)]
         return "\n".join([*head, *rows, *notes])
+
+
+@contextmanager
+def expect_whole_result(path: Path, kind: str) -> Iterator[None]:
+    """Show a result inside of this context.
+
+    Raises:
+        UserError: instead of what a missing or damaged field raises.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = f"field {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {found}; expected a whole result of kind {kind!r}: make it again") from None
 
 
 def print_tables(tables: Iterable[Table]) -> None:
@@ -57,14 +75,14 @@ def print_tables(tables: Iterable[Table]) -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """``0.00125`` -> ``"1.25 ms"``; with three digits, in s, ms or us."""
+    """Format seconds with three digits in s, ms or us: ``0.00125`` -> ``"1.25 ms"``."""
     scale, unit = (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
     value = seconds / scale
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def format_spread(seconds: dict[str, float]) -> str:
-    """Half the distance of the quartiles over the median, in percent; empty if there are no quartiles."""
+    """Format half the distance of the quartiles over the median, in percent; empty if there are no quartiles."""
     if "lower_quartile" not in seconds:
         return ""
     return f"{(seconds['upper_quartile'] - seconds['lower_quartile']) / 2 / seconds['median']:.0%}"

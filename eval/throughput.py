@@ -58,7 +58,7 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> "Setting":
-        """`512/2048` or `64/256@16`, the memory in GiB."""
+        """Parse `512/2048` or `64/256@16`, the memory in GiB."""
         lengths, _, gib = text.partition("@")
         try:
             prefix, decode = map(int, lengths.split("/"))
@@ -74,7 +74,7 @@ class Setting:
 
 
 def largest_batch(sizes: Sizes, setting: Setting, memory: int, limit: int) -> int:
-    """Sequences that fit beside the weights at their full length, at most `limit`.
+    """Return how many sequences fit beside the weights at their full length, at most `limit`.
 
     Raises:
         UserError: not even one does.
@@ -90,7 +90,7 @@ def largest_batch(sizes: Sizes, setting: Setting, memory: int, limit: int) -> in
 
 
 def make_queues(arguments: argparse.Namespace, decode: int) -> dict[str, Queue]:
-    """Queues of --samples samples of at most `decode` tokens, by name."""
+    """Make queues of --samples samples of at most `decode` tokens, by name."""
     queues = {}
     for mean in arguments.mean_loops:
         lengths = draw_lengths(arguments.samples, decode, arguments.length_scale)
@@ -175,7 +175,7 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, spec: ModelSpec)
 
 
 def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]:
-    """Tokens per second of every model and strategy at each stage of counting, and over the vanilla model's baselines.
+    """Simulate every model and strategy: tokens per second at each stage of counting, and over the vanilla baselines.
 
     Of a row, `over_static` and `over_csb` are its ratios to static batching and to CSB of the vanilla model.
     """
@@ -207,7 +207,7 @@ def simulate(models: list[dict[str, Any]], queue: Queue) -> list[dict[str, Any]]
 
 
 def times_table(setting: dict[str, Any], title: str) -> Table:
-    """Milliseconds per token of each part of a pass, by model and rows of the pass."""
+    """Make the table of milliseconds per token of each part of a pass, by model and rows of the pass."""
     parts = ("embed", "block", "mixed", "kv_only", "head")
     rows = [
         [
@@ -226,7 +226,7 @@ def times_table(setting: dict[str, Any], title: str) -> Table:
 
 
 def rates_table(queue: dict[str, Any], models: list[dict[str, Any]]) -> Table:
-    """Tokens per second of blocks only, as the paper counts, then of each further cost with all costs before it."""
+    """Make the table of tokens per second of blocks only, as the paper counts, then with further costs one by one."""
     sizes = {model["model"]: human_count(model["non_embedding_params"]) for model in models}
     paper, *more = queue["rows"][0]["counted"]
     rows = []
@@ -245,7 +245,7 @@ def rates_table(queue: dict[str, Any], models: list[dict[str, Any]]) -> Table:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Pass times and simulated throughput of every setting."""
+    """Make the tables of pass times and simulated throughput of every setting."""
     made = []
     for setting in result["settings"]:
         lengths = Setting(setting["prefix"], setting["decode"], setting["memory"])

@@ -52,11 +52,11 @@ class Trajectories:
         return self.top_tokens_agree.shape[1]
 
     def oracle_exits(self) -> npt.NDArray[np.int64]:
-        """Return the oracle's exit of each token [N]: the earliest loop that predicts the last loop's token."""
+        """Return the oracle's exit [N] of each token: the earliest loop that predicts the last loop's token."""
         return self.top_tokens_agree.argmax(0)
 
     def samples(self, chosen: slice) -> "Trajectories":
-        """Return the samples of a slice, as trajectories of their own."""
+        """Return the trajectories of the samples in a slice."""
         picked = np.zeros(len(self.lengths), dtype=bool)
         picked[chosen] = True
         tokens = np.repeat(picked, self.lengths)
@@ -105,7 +105,7 @@ class Recording:
         return self.directory / f"part-{part:05d}.npz"
 
     def has(self, part: int, digest: str) -> bool:
-        """True if a part is recorded.
+        """Return True if a part is recorded.
 
         Raises:
             UserError: it is recorded from samples with another digest.
@@ -163,7 +163,7 @@ def read_trajectories(directory: str | Path) -> tuple[Trajectories, Totals, dict
 
 
 def digest_samples(samples: Sequence[npt.NDArray[np.integer]]) -> str:
-    """SHA-256 over the lengths and tokens of samples."""
+    """Return the SHA-256 over the lengths and tokens of samples."""
     digest = hashlib.sha256(np.array([len(tokens) for tokens in samples], dtype="<i8").tobytes())
     for tokens in samples:
         digest.update(tokens.astype("<i8").tobytes())
@@ -180,7 +180,7 @@ def _read_part(path: Path) -> tuple[Trajectories, Totals]:
 
 @contextmanager
 def _open_part(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
-    """Yield the arrays of a part, read on access; unreadable data is a `UserError`."""
+    """Open a part, whose arrays are read on access; raise `UserError` if they are damaged."""
     try:
         with np.load(path) as file:
             yield file

@@ -39,7 +39,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Read one row per model: sizes, tokens, training speed and perplexities."""
+    """Collect sizes, tokens, training speed and perplexities of each model."""
     rows = []
     for title, run, before, after in MODELS:
         source = open_source(out / run / "final")
@@ -63,7 +63,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def read_fewshot_rows(out: Path) -> list[dict[str, Any]]:
-    """Read one row per model that has a few-shot result: accuracies with their standard errors."""
+    """Collect the accuracies, with their standard errors, of each model that has a few-shot result."""
     rows = []
     for title, run, *_ in MODELS:
         path = out / f"fewshot-{run}.json"
@@ -75,7 +75,7 @@ def read_fewshot_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Sizes and perplexities of the models, and their few-shot accuracies in percent."""
+    """Make the tables of the models' sizes and perplexities, and of their few-shot accuracies in percent."""
     models, shots = result["models"], result["fewshot"]
     rows = [
         [

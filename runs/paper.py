@@ -76,7 +76,7 @@ def check_row(row: str) -> None:
 
 
 def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[Step]:
-    """Yield the commands of a row in order, those of the rows that it needs first, some more than once.
+    """Yield the commands of a row in order, first those of the rows that it needs, some of them more than once.
 
     Args:
         further: flags of the row's own training.

@@ -18,25 +18,27 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_path, monkeypatch, capsys):
     settings = {
         "DEMO_OUT": str(tmp_path / "demo"),
-        "DEMO_BASE_TOKENS": "24576",
+        "DEMO_BASE_TOKENS": "12288",
         "DEMO_UPTRAIN_TOKENS": "8192",
         "DEMO_EXIT_TOKENS": "8192",
-        "DEMO_EVAL_TOKENS": "4096",
-        "DEMO_FEWSHOT_LIMIT": "5",
-        "DEMO_PROCESSES": "1",  # two under torchrun are a test of the trainer's
+        "DEMO_EVAL_TOKENS": "2048",
+        "DEMO_FEWSHOT_LIMIT": "2",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DEMO_")}
     done = subprocess.run(
-        ["bash", str(ROOT / "runs" / "demo.sh")], env={**os.environ, **settings}, capture_output=True, text=True
+        ["bash", str(ROOT / "runs" / "demo.sh")], env={**inherited, **settings}, capture_output=True, text=True
     )
     out = tmp_path / "demo"
     assert done.returncode == 2, done.stdout + done.stderr
     assert "raise DEMO_BASE_TOKENS" in done.stderr.splitlines()[-1]
+    trained = (done.stdout + done.stderr).count("; 2 process(es) x 1 micro-batch(es) x 8 x 256; ")
+    assert trained == len(demo_report.MODELS)
 
     report = json.loads((out / "report.json").read_text())
     names = ("base", "reduced", "recursive", "relaxed", "distilled", "exits")
     models = dict(zip(names, report["models"], strict=True))
-    assert [row["tokens"] for row in models.values()] == [24576, 8192, 8192, 8192, 8192, 8192]
+    assert [row["tokens"] for row in models.values()] == [12288, 8192, 8192, 8192, 8192, 8192]
     assert models["base"]["non_embedding_params"] > models["relaxed"]["non_embedding_params"]
     assert models["relaxed"]["lora_params"] > 0 == models["recursive"]["lora_params"]
     assert models["distilled"]["non_embedding_params"] == models["relaxed"]["non_embedding_params"]
@@ -49,7 +51,7 @@ def test_demo_runs_every_step_and_refuses_to_compare_with_an_untrained_base(tmp_
     assert all(f"{row['perplexity']:.3f}" in page for row in models.values()) and "Early exits" in page
     shots = report["fewshot"]
     assert [row["model"].split()[0] for row in shots] == ["base", "recursive", "relaxed"]
-    assert all(row["documents"] == 5 for row in shots)
+    assert all(row["documents"] == 2 for row in shots)
     assert all(f"{100 * row['hellaswag'][0]:.1f} ±" in table for row in shots) and "no benchmark" in table
     assert "Few-shot accuracy" in page and "hellaswag.jsonl" in page
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

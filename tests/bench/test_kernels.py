@@ -13,7 +13,7 @@ from torch import Tensor
 from bench import kernels, plot_kernels
 from bench.attention_cases import AttentionSpec
 from bench.attention_cases import make_variants as make_attention_variants
-from bench.kernel_report import cpu_goals, cuda_goals
+from bench.kernel_report import cpu_goals, cuda_goals, summary_tables
 from bench.kernels import parse_arguments
 from bench.linear_cases import LinearSpec, _over_reading, add_floors, layer_records, run_layers
 from bench.linear_variants import (
@@ -314,6 +314,24 @@ def record(rows: int, rank: int, loops: int, speed: dict[str, float], seconds: f
         "speedup": speed,
         "over_reading": seconds,
     }
+
+
+@pytest.mark.parametrize(
+    "cases, rows, title",
+    [
+        ([(1, 1), (4, 1), (4, 2), (4, 3)], [(1, 1)], "Whole layer, 1 loop"),
+        ([(1, 1), (2, 2), (4, 2), (4, 3)], [(1, 1), (4, 2)], "Whole layer, 1 loop or 2 loops mixed"),
+        ([(4, 2), (4, 3)], [(4, 2)], "Whole layer, 2 loops mixed"),
+        ([(4, 1), (4, 3)], [(4, 1), (4, 3)], "Whole layer, 1 loop or 3 loops mixed"),
+        ([(8, 3)], [(8, 3)], "Whole layer, 3 loops mixed"),
+    ],
+)
+def test_the_summary_of_the_layer_is_named_after_its_loops(cases, rows, title):
+    floor = {"bound": "bytes", "over_floor": {"ours": 1.0}}
+    made = [{**record(count, 0, loops, {"base": 1.0}), **floor} for count, loops in cases]
+    _, _, layer = summary_tables({"goals": [], "linear": made, "layer": made})
+    assert layer.title.startswith(f"{title}: time of ours")
+    assert [(int(row[3]), int(row[2])) for row in layer.rows] == rows
 
 
 def test_goals_are_computed_with_their_worst_case():

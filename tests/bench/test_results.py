@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import tabulate
+from bench import output, prepare, tabulate, training
 from bench.output import OUT, add_json_flag, check_json_flag, save_result
 from rrt.errors import UserError
 
@@ -70,6 +70,12 @@ def losses_result(**changes: Any) -> dict[str, Any]:
     return {"kind": "losses", **header, "head": head, "exits": exits, **changes}
 
 
+def bigram_result(**changes: Any) -> dict[str, Any]:
+    header = {name: value for name, value in losses_result().items() if name not in ("kind", "head", "exits")}
+    values = {"data": "x/data", "split": "heldout", "tokens": 1234, "loss": 3.0, "perplexity": 20.0855}
+    return {"kind": "bigram", **header, **values, **changes}
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["tabulate.py", *map(str, arguments)])
     tabulate.main()
@@ -85,19 +91,55 @@ def test_a_page_has_the_conditions_and_the_tables_of_its_results(tmp_path, monke
     assert text.count("| chunked | 1.00 GiB | 2.00 s |") == 2 and "| ratio | 0.500 | 0.25 |" in text
 
 
+def test_a_page_of_a_bigram_model(tmp_path, monkeypatch):
+    source, page = tmp_path / "bigram.json", tmp_path / "2026-11_abacus_bigram.md"
+    source.write_text(json.dumps(bigram_result()))
+    run(monkeypatch, source, "--out", page)
+    assert "| x/data | heldout | 1,234 | 3.00000 | 20.0855 |" in page.read_text()
+
+
+def test_tables_with_times_and_ratios_say_how_the_two_relate():
+    seconds = {"trainer": {"median": 1.0}, "bare loop": {"median": 1.1}}
+    case = {"micro_batches": 1, "rounds": 8, "seconds": seconds, "speedup": {"bare loop": 0.99}}
+    library = {"seconds": {"median": 1.0}, "bytes_per_second": 1e6, "ours": 1.08}
+    sizes = {"documents": 1, "text_bytes": 9, "vocab_size": 9, "processes": 1, "rounds": 3}
+    for table in (
+        training.case_table("trainer", [case]),
+        *prepare.tables({**sizes, "runs": {"encode_batch": library}}),
+    ):
+        last = "Ratios: medians of those within rounds, not of the times shown."
+        assert table.text().endswith(f"\n{last}") and table.markdown().endswith(f"\n\n{last}")
+
+
 @pytest.mark.parametrize(
     "changes, out, message",
     [
-        ({"kind": "unheard-of"}, "2026-11_abacus_losses.md", "field 'kind': found 'unheard-of'; expected one of demo"),
+        (
+            {"kind": "unheard-of"},
+            "2026-11_abacus_losses.md",
+            "field 'kind': found 'unheard-of'; expected one of bigram",
+        ),
+        ({"kind": ["losses"]}, "2026-11_abacus_losses.md", "field 'kind': found ['losses']; expected one of bigram"),
+        (
+            {"kind": None},
+            "2026-11_abacus_losses.md",
+            "field 'kind' is missing; expected a result of this version: make",
+        ),
+        *(
+            ({name: ...}, "2026-11_abacus_losses.md", f"field '{name}' is missing; expected a whole result of kind")
+            for name in ("command", "created", "cores", "head")
+        ),
+        ({"created": 7}, "2026-11_abacus_losses.md", "TypeError: 'int' object is not subscriptable; expected a whole"),
         ({}, "2026-12_abacus_losses.md", "expected MONTH_MACHINE_SUBJECT.md with month 2026-11"),
         ({}, "2026-11_losses.md", "expected MONTH_MACHINE_SUBJECT.md"),
     ],
 )
 def test_other_results_and_names_are_refused(tmp_path, monkeypatch, changes, out, message):
-    (tmp_path / "losses.json").write_text(json.dumps(losses_result(**changes)))
+    result = {name: value for name, value in losses_result(**changes).items() if value is not ...}
+    (tmp_path / "losses.json").write_text(json.dumps(result))
     with pytest.raises(UserError) as error:
         run(monkeypatch, tmp_path / "losses.json", "--out", tmp_path / out)
-    assert message in str(error.value) and not (tmp_path / out).exists()
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / out).exists()
 
 
 def test_a_page_that_is_too_long_is_refused(tmp_path, monkeypatch):
@@ -106,6 +148,17 @@ def test_a_page_that_is_too_long_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="expected at most 80: name fewer results"):
         run(monkeypatch, *[tmp_path / "losses.json"] * 5, "--out", page)
     assert not page.exists()
+
+
+def test_the_folder_for_results_is_made_when_a_result_goes_there(tmp_path, monkeypatch):
+    (tmp_path / "bench").mkdir()
+    monkeypatch.setattr(output, "OUT", tmp_path / "bench" / "out")
+    monkeypatch.chdir(tmp_path)
+    check_json_flag(Path("elsewhere.json"))
+    assert not output.OUT.exists()
+    for path in ("bench/out/x.json", "bench/out/y.json"):
+        check_json_flag(Path(path))
+        assert output.OUT.is_dir()
 
 
 def test_json_without_a_path_goes_to_an_ignored_folder(tmp_path, monkeypatch, capsys):
