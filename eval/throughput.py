@@ -273,6 +273,11 @@ def study(arguments: argparse.Namespace) -> None:
     specs = {setting: [make_spec(arguments, config, setting, rank) for rank in ranks] for setting in settings}
     result: dict[str, Any] = {"kind": "throughput", "subject": str(subject), "complete": False, "settings": []}
     result |= {"num_loops": arguments.num_loops, "dtype": dtype_name(arguments.torch_dtype)}
+    print(
+        f"{subject}: pass times of {len(ranks)} models with dummy weights ({result['dtype']}) in {len(settings)} "
+        f"setting(s), about {arguments.seconds:g} s for each batch size, then the simulation",
+        flush=True,
+    )
     for setting in settings:
         entry: dict[str, Any] = {**asdict(setting), "models": [], "queues": []}
         result["settings"].append(entry)

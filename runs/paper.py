@@ -131,6 +131,9 @@ def main() -> None:
         print("\n".join(paper_rows()))
         return
     check_row(arguments.row)
+    for flag, path in (("--base", arguments.base), ("--data", arguments.data)):
+        if not arguments.print and not path.exists():
+            raise UserError(f"{flag}: found {path}, which does not exist; expected a directory, or --print")
     inputs = Inputs(arguments.base, arguments.data, arguments.out, arguments.gpus)
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}

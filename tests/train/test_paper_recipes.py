@@ -221,6 +221,7 @@ def test_the_command_prints_its_steps_and_lists_its_rows(
             "row: pythia-160m/15b has neither [start] nor [model]: it trains a checkpoint of your own, with "
             "train/uptrain.py --recipe train/recipes/pythia-160m.toml#15b --checkpoint.path DIR\n",
         ),
+        ("gemma/full_15b", "--base: found BASE, which does not exist; expected a directory, or --print"),
     ],
 )
 def test_a_row_that_the_command_cannot_make_is_one_error(
