@@ -199,7 +199,7 @@ def process_with(load: Any, *arguments: Any) -> Iterator[Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both variants and return the result."""
+    """Measure all variants and return the result."""
     config = replace(
         preset("tinyllama-1.1b"),
         vocab_size=arguments.vocab_size,
