@@ -236,7 +236,8 @@ def test_relative_paths_are_those_of_the_directory_that_the_command_is_run_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = subprocess.run
-    (tmp_path / "base").mkdir()
+    for name in ("base", "data"):
+        (tmp_path / name).mkdir()
 
     def stand_in(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
         """Look for the base and an `rrt` as the command would, and make its output."""
