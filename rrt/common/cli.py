@@ -1,6 +1,7 @@
 """Shared parts of all commands: error reporting, exit codes and formatting of sizes."""
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -41,6 +42,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _fail("interrupted", 128 + received[0])
         if isinstance(error, UserError):
             _fail(f"error: {error}", EXIT_USER_ERROR)
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            # The reader of the output has gone, as `| head` does. Python must not flush into the pipe at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, OSError) and (error.filename is not None or error.strerror is not None):
             place = f"{error.filename}: " if error.filename is not None else ""
             _fail(f"error: {place}{error.strerror or error}", EXIT_USER_ERROR)

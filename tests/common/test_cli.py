@@ -95,3 +95,11 @@ def test_memory_that_is_freed_is_kept():
     left, kept = map(int, subprocess.run([sys.executable, "-c", CHURN], capture_output=True, check=True).stdout.split())
     # 11 MB in each of 20 rounds are 55,000 pages.
     assert kept < 500 < 10_000 < left
+
+
+def test_a_reader_that_has_gone_ends_the_command_without_a_word():
+    code = "from rrt.common.cli import run_command; run_command(lambda: print('line\\n' * 100_000))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 128 + signal.SIGPIPE)
