@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _fail("interrupted", 128 + received[0])
         if isinstance(error, UserError):
             _fail(f"error: {error}", EXIT_USER_ERROR)
-        if isinstance(error, BrokenPipeError) and error.filename is None:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
             # The reader of the output has gone, as `| head` does. Python must not flush into the pipe at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
@@ -65,6 +66,16 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+def _reader_has_gone() -> bool:
+    """Return whether stdout is a pipe that nobody reads; another pipe, as to a worker process, may have broken too."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # stdout is no file
+        return False
 
 
 def _fail(message: str, code: int) -> NoReturn:

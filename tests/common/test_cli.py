@@ -103,3 +103,10 @@ def test_a_reader_that_has_gone_ends_the_command_without_a_word():
     process.stdout.readline()
     process.stdout.close()
     assert (process.stderr.read(), process.wait(timeout=60)) == ("", 128 + signal.SIGPIPE)
+
+
+def test_a_pipe_other_than_stdout_that_breaks_is_reported(capsys):
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert outcome(main, capsys) == (2, "error: Broken pipe\n")
