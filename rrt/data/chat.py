@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rrt.data.tokenizer_files import TokenizerFiles
 from rrt.errors import UserError
@@ -60,7 +60,7 @@ class ChatTemplate:
         class Generation(Extension):
             """The tags ``{% generation %}`` and ``{% endgeneration %}``, which mark what an assistant wrote."""
 
-            tags: ClassVar = {"generation"}
+            tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
             def parse(self, parser: parser.Parser) -> nodes.Node:
                 line = next(parser.stream).lineno
