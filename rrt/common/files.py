@@ -1,5 +1,6 @@
-"""All-or-nothing output: write beside the target, then rename."""
+"""All-or-nothing output: write beside the target, then rename. Errors of full disks, and of files not fetched."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -11,7 +12,57 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rrt.common.cli import human_bytes
 from rrt.errors import UserError
+
+_NO_SPACE = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than files may be (ulimit -f, or the file system)",
+}
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+
+
+def no_space(path: Path, reason: str = _NO_SPACE[errno.ENOSPC], needed: int | None = None) -> UserError:
+    """Make the error for output that found no space, with the bytes `needed` and those free, where known."""
+    existing = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
+    sizes = [] if needed is None else [f"{human_bytes(needed)} needed"]
+    with suppress(OSError):
+        sizes.append(f"{human_bytes(shutil.disk_usage(existing).free)} free")
+    return UserError(f"{path}: {reason} ({', '.join(sizes)}); free some or write to another disk")
+
+
+@contextmanager
+def explain_no_space(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an error of a write that found no space, which need not name a file, into one that names `path`.
+
+    Args:
+        needed: bytes that are written in the block.
+
+    Raises:
+        UserError: there was no space; what was removed meanwhile counts as free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise no_space(path, _NO_SPACE[error.errno], needed) from None
+
+
+def check_no_lfs_pointer(path: Path) -> None:
+    """Refuse a file that `git lfs` has left as a pointer to its content.
+
+    Raises:
+        UserError: it is one.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_HEAD))
+    if head == _LFS_HEAD:
+        raise UserError(
+            f"{path}: found a git-lfs pointer; expected the file itself: run git lfs pull in its repository, or "
+            "download it anew"
+        )
 
 
 def fsync(path: Path) -> None:
@@ -82,15 +133,25 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yield a fresh directory beside `path`; it becomes `path` when the block ends without error.
 
     On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched. A process that is
     killed leaves hidden directories beside `path`; the next use removes them, and puts back a `path` that was away.
 
+    Args:
+        needed: about the bytes that the block writes, for the message of a full disk.
+
     Raises:
-        UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end.
+        UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end; or there is
+            no space for what the block writes.
     """
+    with explain_no_space(path, needed), _replaced_at_the_end(path, overwrite) as partial:
+        yield partial
+
+
+@contextmanager
+def _replaced_at_the_end(path: Path, overwrite: bool) -> Iterator[Path]:
     # A link to a directory stays one: what it points to is replaced.
     given, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,16 +182,18 @@ def atomic_write(path: Path, text: str) -> None:
     """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(path)
-        fsync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    data = text.encode()
+    with explain_no_space(path, len(data)):
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(path)
+            fsync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,6 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        check_no_lfs_pointer(path)
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}; expected an object")
