@@ -62,10 +62,12 @@ _LAYER_CONSTANTS: dict[Family, tuple[str, ...]] = {
 
 
 def constant_keys(config: ModelConfig) -> dict[str, str]:
-    """List keys to skip, which a checkpoint may hold besides `tensor_table`'s: key -> its name within a layer."""
+    """List keys to skip, which a checkpoint may hold besides `tensor_table`'s: key -> its name without the layer."""
     prefix = _LAYER_PREFIX[config.family]
     names = _LAYER_CONSTANTS[config.family]
-    return {f"{prefix}.{depth}.{name}": name for depth in range(config.num_layers) for name in names}
+    shared = f"{prefix.removesuffix('.layers')}.rotary_emb.inv_freq"  # where it was kept once for all layers
+    of_layers = {f"{prefix}.{depth}.{name}": name for depth in range(config.num_layers) for name in names}
+    return {shared: shared, **of_layers}
 
 
 def tensor_table(config: ModelConfig) -> list[HFTensor]:

@@ -230,10 +230,10 @@ def process_of_two(checkpoint, data, *flags):
 
 
 def broken_copy(model_dir, broken):
-    """A model whose losses are NaN."""
+    """A model of finite weights whose losses are NaN."""
     shutil.copytree(model_dir, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = math.nan
+    tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     return broken
 
