@@ -45,7 +45,7 @@ from eval.stream import (
 )
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import Replica, replicas, report_error_once
 from rrt.common.results import write_result
@@ -216,7 +216,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 @report_error_once
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)
     parser.add_argument(
         "--mode", choices=("packed", "document"), default="packed", help="see above (default packed, as in the paper)"

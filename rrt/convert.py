@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.schema import to_mapping
 from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
@@ -69,7 +69,7 @@ def _lost_and_kept(matrices: list[MatrixReport]) -> str:
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
     """Parse only the command's flags that describe the new model."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.convert")
+    parser = CommandParser(prog="python -m rrt.convert")
     _add_recursive_flags(parser)
     return _recursive_config(parser.parse_args(flags))
 
@@ -136,7 +136,7 @@ def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.convert``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
     _add_flags(parser)
     arguments = parser.parse_args(argv)
     conversion = prepare_conversion(

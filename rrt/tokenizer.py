@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_directory, check_output_directory
 from rrt.data.bpe import train_bpe
 from rrt.data.corpus import INPUT_HELP, TextFilter, documents, skipped_notice
@@ -31,7 +31,7 @@ def _train_command(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.tokenizer``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.tokenizer", description="Train a tokenizer.")
+    parser = CommandParser(prog="python -m rrt.tokenizer", description="Train a tokenizer.")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a byte-level BPE and write a tokenizer directory")
     train.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)

@@ -38,8 +38,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from rrt.common.cli import human_bytes, human_count, run_command
-from rrt.common.files import atomic_directory, check_output_directory, explain_no_space
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
+from rrt.common.files import atomic_directory, atomic_file, check_output_directory
 from rrt.data.corpus import (
     INPUT_HELP,
     PYTHON_STDLIB,
@@ -240,7 +240,7 @@ def keep_finished(job: Job, overwrite: bool) -> set[str]:
                 continue  # again, to name the record
             if job.tokens_path(unit).stat().st_size == int(rows[:, 0].sum()) * itemsize:
                 finished.add(unit.name)
-    earlier = list(job.directory.glob("unit-*"))
+    earlier = [path for pattern in ("unit-*", ".unit-*") for path in job.directory.glob(pattern)]
     if not finished and not overwrite and any(path.suffix == ".npy" for path in earlier):
         raise UserError(
             f"{job.directory}: holds finished units of other inputs or options; repeat that command to go on with it, "
@@ -347,35 +347,16 @@ def write_unit(job: Job, unit: Unit) -> None:
     texts = (
         text for part in unit.parts for text in read_documents(part, text_field=job.text_field, text_filter=text_filter)
     )
-
-    def tokens() -> Iterator[memoryview]:
+    with atomic_file(job.tokens_path(unit)) as stream:
         for batch in batches(texts):
             documents = job.tokenizer.encode_documents(batch)
             for document, text in zip(documents, batch, strict=True):
+                stream.write(np.array(document, dtype).data)
                 rows.append((len(document), len(text.encode("utf-8", "replace"))))
-                yield np.array(document, dtype).data
-
-    write_file(job, job.tokens_path(unit), tokens())
-    table = io.BytesIO()
+    table = io.BytesIO()  # as `np.save` to a file hides that the disk is full
     np.save(table, np.array([*rows, (0, text_filter.skipped)], np.int64))
-    write_file(job, job.documents_path(unit), [table.getbuffer()])
-
-
-def write_file(job: Job, path: Path, pieces: Iterable[memoryview]) -> None:
-    """Write one of a unit's files, which appears on disk whole."""
-    unfinished = job.directory / f"{path.stem}.{os.getpid()}"
-    # Not by numpy's `tofile`, whose error on a full disk does not say that it was one.
-    with explain_no_space(job.directory):
-        try:
-            with unfinished.open("wb") as stream:
-                for piece in pieces:
-                    stream.write(piece)
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.rename(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with atomic_file(job.documents_path(unit), table.tell()) as stream:
+        stream.write(table.getbuffer())
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -437,7 +418,7 @@ def print_summary(out: Path, files: dict[str, list[Path]], skipped: int, seconds
 
 def main() -> None:
     """Run the command described at the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
     parser.add_argument("--heldout-input", nargs="+", default=[], metavar="GLOB", help="files of the held-out split")
     parser.add_argument(

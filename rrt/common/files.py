@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rrt.common.cli import human_bytes
 from rrt.errors import UserError
@@ -178,15 +178,24 @@ def _replaced_at_the_end(path: Path, overwrite: bool) -> Iterator[Path]:
     _discard(path, replaced)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
+@contextmanager
+def atomic_file(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a file beside `path`; it becomes `path`, on disk, when the block ends without error.
+
+    Use the file's own `write`: numpy's `tofile` hides that the disk is full.
+
+    Args:
+        needed: bytes that the block writes, for the message of a full disk.
+
+    Raises:
+        UserError: there is no space for what the block writes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    data = text.encode()
-    with explain_no_space(path, len(data)):
+    with explain_no_space(path, needed):
         try:
             with partial.open("wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.rename(path)
@@ -194,6 +203,13 @@ def atomic_write(path: Path, text: str) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
+    data = text.encode()
+    with atomic_file(path, len(data)) as stream:
+        stream.write(data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
