@@ -23,13 +23,22 @@ _NO_SPACE = {
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 
-def no_space(path: Path, reason: str = _NO_SPACE[errno.ENOSPC], needed: int | None = None) -> UserError:
-    """Make the error for output that found no space, with the bytes `needed` and those free, where known."""
+class NoSpaceError(UserError):
+    """Output that found no space.
+
+    Attributes:
+        code: the system's error number.
+        needed: bytes, where known.
+    """
+
+    code: int = errno.ENOSPC
+    needed: int | None = None
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free on the disk of `path`, which need not exist."""
     existing = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
-    sizes = [] if needed is None else [f"{human_bytes(needed)} needed"]
-    with suppress(OSError):
-        sizes.append(f"{human_bytes(shutil.disk_usage(existing).free)} free")
-    return UserError(f"{path}: {reason} ({', '.join(sizes)}); free some or write to another disk")
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager
@@ -40,14 +49,23 @@ def explain_no_space(path: Path, needed: int | None = None) -> Iterator[None]:
         needed: bytes that are written in the block.
 
     Raises:
-        UserError: there was no space; what was removed meanwhile counts as free.
+        NoSpaceError: there was no space.
     """
+    free = free_bytes(path)  # now: what the block leaves open keeps its space until the process ends
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
+    except (OSError, NoSpaceError) as error:
+        # A file of this output may have explained itself already, by a name that was to change.
+        code = error.code if isinstance(error, NoSpaceError) else error.errno
+        if code not in _NO_SPACE:
             raise
-        raise no_space(path, _NO_SPACE[error.errno], needed) from None
+        needed = needed or getattr(error, "needed", None)
+        sizes = f"{human_bytes(free)} were free"
+        if needed is not None:
+            sizes = f"{human_bytes(needed)} needed, {sizes}"
+        explained = NoSpaceError(f"{path}: {_NO_SPACE[code]} ({sizes}); free some or write to another disk")
+        explained.code, explained.needed = code, needed
+        raise explained from None
 
 
 def check_no_lfs_pointer(path: Path) -> None:

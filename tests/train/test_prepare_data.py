@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_in_one_line_with_the_path_and_what_is_kept(
             )
             prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1)
         place = str(tmp_path / "out")
-        assert re.search(r"needed, .* free\); .* units are finished and kept in", str(caught.value))
+        assert re.search(r"needed, .* were free\); .* units are finished and kept in", str(caught.value))
         assert leftovers(tmp_path) == ["out.partial"]
     assert re.match(f"{place}: larger than files may be", str(caught.value)) and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("out.partial/.*"))
