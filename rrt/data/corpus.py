@@ -211,8 +211,10 @@ def _expand(pattern: str) -> list[Path]:
     matches = [Path(match) for match in sorted(glob.glob(_escape_existing(pattern), recursive=True))]
     files = [path for path in matches if path.is_file()]
     if not files:
-        if matches:
+        if any(path.is_dir() for path in matches):
             raise UserError(f"{pattern}: is a directory; expected files, such as '{pattern}/**/*.jsonl'")
+        if matches:
+            raise UserError(f"{pattern}: found a broken link, or no ordinary file; expected {INPUT_HELP}")
         raise UserError(f"{pattern}: no file matches; expected {INPUT_HELP}")
     for path in files:
         if not path.name.endswith((*LINES_SUFFIXES, *TEXT_SUFFIXES, PARQUET_SUFFIX)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rrt.common.files import atomic_directory, atomic_write, read_json, sha256_file, write_json
+from rrt.common.files import atomic_directory, atomic_write, check_output_directory, read_json, sha256_file, write_json
 from rrt.errors import UserError
 from tests.util.files import LFS_POINTER, files_of_at_most
 
@@ -213,6 +213,16 @@ def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
         pass
     path, then = synced[-1]
     assert path == tmp_path and "out" in then and not any(".partial-" in name for name in then)
+
+
+def test_a_place_that_takes_no_directory_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("file")
+    with pytest.raises(UserError, match=f"out: {tmp_path / 'file'} is a file; expected a directory to create out in"):
+        check_output_directory(tmp_path / "file" / "a" / "out", overwrite=False)
+    check_output_directory(tmp_path / "new" / "out", overwrite=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"out: {tmp_path} may not be written to; expected a directory to create out"):
+        check_output_directory(tmp_path / "new" / "out", overwrite=False)
 
 
 @pytest.mark.parametrize("nested", [False, True])

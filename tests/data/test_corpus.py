@@ -253,6 +253,7 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
     ("pattern", "message"),
     [
         ("nothing-*.txt", "no file matches"),
+        ("dangling.txt", "found a broken link, or no ordinary file; expected text files"),
         ("folder", "is a directory"),
         ("table.arrow", "unknown kind of file; expected text files"),
         ("latin.txt", "not UTF-8 text"),
@@ -260,6 +261,7 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
 )
 def test_unreadable_inputs_are_refused_in_one_line(tmp_path: Path, pattern: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
     (tmp_path / "table.arrow").write_bytes(b"ARROW1")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:
