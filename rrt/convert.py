@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.schema import to_mapping
 from rrt.errors import UserError
@@ -95,7 +95,7 @@ def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
     Raises:
         UserError: ``--num-loops`` is missing, or a value is out of range.
     """
-    parser = argparse.ArgumentParser(prog="python -m rrt.convert")
+    parser = CommandParser(prog="python -m rrt.convert")
     _add_recursive_flags(parser)
     arguments = parser.parse_args(flags)
     return _recursive_config(arguments, arguments.num_loops)
@@ -171,7 +171,7 @@ def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> R
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.convert``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
     _add_flags(parser)
     arguments = parser.parse_args(argv)
     num_loops = arguments.num_loops

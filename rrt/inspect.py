@@ -16,7 +16,7 @@ import torch
 
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
 from rrt.checkpoint.source import open_source
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
@@ -82,7 +82,7 @@ def _capped(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.inspect``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory or a checkpoint of ours")
     subject.add_argument("--preset", choices=tuple(PRESETS), help="a published base model, without its weights")

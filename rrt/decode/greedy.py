@@ -1,11 +1,13 @@
 """Greedy decoding of a batch of prompts, every token through all loops: the baseline for other ways of serving."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from rrt.common.dtypes import dtype_name
 from rrt.decode.decoder import Decoder
 from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
@@ -13,7 +15,7 @@ from rrt.errors import UserError
 
 def generate(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     max_new_tokens: int,
     *,
     eos_token_id: int | None = None,
@@ -23,7 +25,8 @@ def generate(
     """Continue each prompt by its most probable next token, again and again.
 
     Args:
-        prompts: token ids, BOS included where the model expects one; each has at least one token.
+        prompts: token ids, BOS included where the model expects one; each has at least one token. Sequences of ints
+            or integer tensors [T]; a tensor [batch, T] is prompts of one length.
         max_new_tokens: most tokens to add to each prompt.
         eos_token_id: a sequence ends with this token.
         should_stop: called after each new token with all new tokens of its prompt; true ends the sequence.
@@ -33,24 +36,26 @@ def generate(
         The new tokens of each prompt, the end token included.
 
     Raises:
-        UserError: an empty prompt, a token outside the vocabulary, a sequence beyond `decoder.max_positions`, or more
-            sequences than the cache's free pages hold. The cache is left as it was before.
+        UserError: an empty prompt or one that is no row of integers, a token outside the vocabulary, a sequence beyond
+            `decoder.max_positions`, or more sequences than the cache's free pages hold. The cache is left as it was
+            before.
     """
-    _check_arguments(decoder, prompts, max_new_tokens, chunk_size)
-    outputs: list[list[int]] = [[] for _ in prompts]
+    token_ids = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
+    _check_arguments(decoder, token_ids, max_new_tokens, chunk_size)
+    outputs: list[list[int]] = [[] for _ in token_ids]
     if max_new_tokens == 0:
         return outputs
-    sequences = [decoder.cache.allocate() for _ in prompts]
+    sequences = [decoder.cache.allocate() for _ in token_ids]
     try:
-        for output, token in zip(outputs, _prefill(decoder, prompts, sequences, chunk_size), strict=True):
+        for output, token in zip(outputs, _prefill(decoder, token_ids, sequences, chunk_size), strict=True):
             output.append(token)
-        active = list(range(len(prompts)))
+        active = list(range(len(token_ids)))
 
         def goes_on(output: list[int]) -> bool:
             return len(output) < max_new_tokens and output[-1] != eos_token_id and not should_stop(output)
 
         while active := [i for i in active if goes_on(outputs[i])]:
-            positions = [len(prompts[i]) + len(outputs[i]) - 1 for i in active]
+            positions = [len(token_ids[i]) + len(outputs[i]) - 1 for i in active]
             tokens = _decode(decoder, [outputs[i][-1] for i in active], [sequences[i] for i in active], positions)
             for i, token in zip(active, tokens, strict=True):
                 outputs[i].append(token)
@@ -117,6 +122,21 @@ def _pieces(lengths: list[int], chunk_size: int) -> Iterator[list[tuple[int, int
                 pieces, room = [], chunk_size
     if pieces:
         yield pieces
+
+
+def _token_ids(index: int, prompt: Sequence[int] | Tensor) -> list[int]:
+    if not isinstance(prompt, Tensor):
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"prompts[{index}]: found {type(prompt).__name__} ({error}); expected token ids") from None
+    if prompt.dim() != 1 or prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+        raise UserError(
+            f"prompts[{index}]: found a tensor {list(prompt.shape)} of {dtype_name(prompt.dtype)}; expected token ids: "
+            "one dimension of an integer dtype"
+        )
+    ids: list[int] = prompt.tolist()
+    return ids
 
 
 def _check_arguments(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk_size: int) -> None:

@@ -18,9 +18,11 @@ from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.folding.fold import kept_depths
 from rrt.folding.svd import truncated_svd
+from rrt.folding.unroll import export
 from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
 from tests.util.commands import run_main
+from tests.util.files import files_of_at_most
 from tests.util.models import ALL_FAMILIES, make_hf_model
 from tests.util.tokenizers import make_sentencepiece_tokenizer
 
@@ -367,6 +369,16 @@ def test_dtype_is_the_bases_unless_asked_and_values_that_do_not_fit_are_refused(
     with pytest.raises(UserError, match=r"stack.layers.1.mlp.up.weight': found NaN or infinity"):
         fold(base_dir, tmp_path / "nan", init="average")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auto", "base", "fp32"]
+
+
+def test_a_full_disk_is_one_line_with_what_is_needed_and_leaves_nothing(tmp_path):
+    base = make_hf_model(tmp_path / "base", "llama", num_layers=2)
+    for write in (lambda: convert(base, tmp_path / "out", RecursiveConfig()), lambda: export(base, tmp_path / "out")):
+        with pytest.raises(UserError) as caught, files_of_at_most(10_000):
+            write()
+        assert str(caught.value).startswith(f"{tmp_path / 'out'}: larger than files may be ")
+        assert "KiB needed, " in str(caught.value) and "\n" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_narrowing_to_bf16_leaves_no_residual_where_a_layer_was_kept(bases, tmp_path):
