@@ -13,6 +13,7 @@ PATH="$PWD/.venv/bin:$PATH"
 source runs/demo_common.sh
 
 OUT=${DEMO_OUT:-runs/out/demo}
+HELDOUT=$OUT/heldout.jsonl
 CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
@@ -41,9 +42,8 @@ uptrain() { # name, learning rate, further flags
 }
 
 step "corpus: the standard library of this Python, and excerpts of its held-out packages"
-python runs/demo_excerpts.py "$OUT/heldout.jsonl"
-python train/prepare_data.py --input python-stdlib --heldout-input "$OUT/heldout.jsonl" --tokenizer "$DEMO_BASE" \
-    --out "$OUT/data"
+python runs/demo_excerpts.py "$HELDOUT"
+python train/prepare_data.py --input python-stdlib --tokenizer "$DEMO_BASE" --out "$OUT/data"
 measure base "$DEMO_BASE"
 
 # One thread: the SVDs are of matrices too small for more.

@@ -1,5 +1,6 @@
 # Shared by the two demos, which source it from the repository's root with OUT, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH,
-# PROCESSES, THREADS, DEVICE, DTYPE and SETTINGS (further flags of every training) set.
+# PROCESSES, THREADS, DEVICE, DTYPE and SETTINGS (further flags of every training) set,
+# and HELDOUT if it is not the held-out part of OUT/data.
 
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
 best_dtype() { grep -qw avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32; }
@@ -22,6 +23,6 @@ train() { # command, output directory, tokens, learning rate, further flags
         --run.dtype "$DTYPE" --run.save_every 0 "${SETTINGS[@]}" "${@:5}"
 }
 measure() { # name, checkpoint, further flags
-    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context "$SEQ_LEN" --device "$DEVICE" \
+    python eval/perplexity.py --checkpoint "$2" --data "${HELDOUT:-$OUT/data}" --context "$SEQ_LEN" --device "$DEVICE" \
         --dtype "$DTYPE" ${EVAL_TOKENS:+--max-tokens "$EVAL_TOKENS"} --json "$OUT/$1.json" "${@:3}"
 }

@@ -14,7 +14,7 @@ from rrt.common.files import atomic_write
 from rrt.data.corpus import stdlib_files
 from rrt.errors import UserError
 
-MOST_CHARACTERS = 1000
+MOST_CHARACTERS = 600
 
 
 def excerpt(text: str) -> str:
