@@ -18,7 +18,7 @@ CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
 # fp32 is half as fast, and gets half the tokens.
-TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 65536 || echo 32768)}
+TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 49152 || echo 24576)}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
 LORA_RANK=${DEMO_LORA_RANK:-64}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-}
@@ -34,7 +34,11 @@ if [ -z "${DEMO_BASE:-}" ]; then
     }
 fi
 begin
+fold() { # name, flags; one thread, as the SVDs are of matrices too small for more
+    OMP_NUM_THREADS=1 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/$1" "${@:2}"
+}
 uptrain() { # name, learning rate, further flags
+    step "uptraining: $1, $TOKENS tokens"
     measure "$1-before" "$OUT/$1"
     train uptrain "$1-uptrained" "$TOKENS" "$2" --checkpoint.path "$OUT/$1" --distill.teacher "$DEMO_BASE" \
         --distill.weight 0.9 "${@:3}"
@@ -46,28 +50,22 @@ python runs/demo_excerpts.py "$HELDOUT"
 python train/prepare_data.py --input python-stdlib --tokenizer "$DEMO_BASE" --out "$OUT/data"
 measure base "$DEMO_BASE"
 
-# One thread: the SVDs are of matrices too small for more.
-export OMP_NUM_THREADS=1
-step "baseline: $KEPT_LAYERS of the base's layers, evenly spaced, run once"
-python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/kept" --keep-layers "$KEPT_LAYERS"
-step "recursive: half as many layers, run twice"
-python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/recursive" --num-loops 2
-step "relaxed: averaged layers and a LoRA of rank $LORA_RANK per depth, from the SVD"
-python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/relaxed" --num-loops 2 --lora-rank "$LORA_RANK"
-unset OMP_NUM_THREADS
+step "recursive: half of the layers, evenly spaced, run twice"
+fold recursive --num-loops 2
+step "baseline: the same layers, run once"
+fold kept --keep-layers "$KEPT_LAYERS"
+step "relaxed: the same layers run twice, and a LoRA of rank $LORA_RANK per depth from the SVD"
+fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK"
 
-step "uptraining the baseline on $TOKENS tokens"
-uptrain kept 1e-3
-step "uptraining the recursive model"
-uptrain recursive 1e-3
-step "uptraining the relaxed model"
-uptrain relaxed 1e-3 --run.lora merged
+uptrain recursive 5e-4
+uptrain kept 5e-4
+uptrain relaxed 5e-4 --run.lora merged
 
 step "text from the base and the folded models"
-for name in base kept recursive relaxed; do
+for name in base recursive relaxed; do
     model=$([ "$name" = base ] && echo "$DEMO_BASE" || echo "$OUT/$name-uptrained/final")
-    python -m rrt.generate --checkpoint "$model" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" --dtype float32 \
-        > "$OUT/sample-$name.txt"
+    python -m rrt.generate --checkpoint "$model" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" \
+        --dtype float32 > "$OUT/sample-$name.txt"
 done
 
 step "report"
