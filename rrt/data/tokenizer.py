@@ -126,7 +126,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise UserError(
-                f"{self.files[0].parent}: no chat template; looked for chat_template.jinja, and chat_template in "
+                f"{self._place}: no chat template; looked for chat_template.jinja, and chat_template in "
                 "tokenizer_config.json and chat_template.json: expected an instruction-tuned model"
             )
         return self._template.render(messages, add_generation_prompt, **variables)
@@ -138,10 +138,12 @@ class Tokenizer:
             UserError: yes, of a tokenizer without BOS.
         """
         if choice == "yes" and self.bos_id is None:
-            raise UserError(
-                f"--bos: found yes; the tokenizer of {self.files[0].parent} has no BOS: expected auto or no"
-            )
+            raise UserError(f"--bos: found yes; the tokenizer of {self._place} has no BOS: expected auto or no")
         return self if choice == "auto" else replace(self, add_bos=choice == "yes")
+
+    @property
+    def _place(self) -> Path | str:
+        return self.files[0].parent if self.files else "the model"
 
     def save(self, directory: str | Path) -> None:
         """Copy the tokenizer's files into the existing `directory`."""
