@@ -263,9 +263,7 @@ def _float_field(number: int, value: float) -> bytes:
 def _required(file: GGUFFile, key: str, kind: type) -> list[Any]:
     found = file.values(key, kind)
     if not found:
-        raise UserError(
-            f"{file.path}: missing field '{key}'; expected the list of the tokenizer's {key.split('.')[-1]}"
-        )
+        raise UserError(f"{file.path}: missing field '{key}'; expected a list, as the file has a tokenizer")
     return found
 
 
