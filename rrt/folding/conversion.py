@@ -98,7 +98,7 @@ def convert(
     """Fold the model in `base` as `recursion` says and write the checkpoint `out`, whole or not at all.
 
     Args:
-        base: HF directory, or a vanilla checkpoint of ours.
+        base: HF directory, GGUF file, or a vanilla checkpoint of ours.
         dtype: of the stored parameters; default the base's.
         seed: of everything random. A matrix's values depend on it and the matrix's name only.
         progress: show a bar over the matrices on stderr.
