@@ -21,6 +21,7 @@ from rrt.folding.unroll import export
 from rrt.model.config import RecursiveConfig, RopeScaling
 from tests.util.gguf_files import write_gguf
 from tests.util.models import ALL_FAMILIES, make_hf_model
+from tests.util.real import real_gguf
 
 # Row widths that Q4_0 and Q8_0 can store; biases where a Llama has them.
 SIZES = dict(num_layers=2, hidden_size=64, intermediate_size=96)
@@ -286,3 +287,10 @@ def test_an_exported_file_is_the_directory_it_was_written_from(bases, tmp_path):
         for directory in (tmp_path / "out", bases["gpt_neox"])
     )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.real
+def test_a_real_file_is_what_transformers_reads(tmp_path):
+    path = real_gguf()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    assert_close(logits(load_model(path), 200), logits(theirs, 200))
