@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="one of our checkpoints or an HF directory, with its tokenizer",
+        help="one of our checkpoints, an HF directory or a .gguf file, with its tokenizer",
     )
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given repeatedly"
