@@ -209,7 +209,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         num_kv_heads=arguments.hidden_size // 128,
         intermediate_size=arguments.hidden_size * 11 // 4,
         bos_token_id=0,  # as train_bpe numbers them
-        eos_token_id=1,
+        eos_token_ids=(1,),
     )
     texts = list(documents("python-stdlib", split="heldout"))
     # Prose: words of docstrings and comments.

@@ -36,9 +36,7 @@ def choose_context(arguments: argparse.Namespace, longest: int) -> int:
     """Check --batch-size, and return --context, at most `longest`."""
     context: int = min(2048, longest) if arguments.context is None else arguments.context
     if not 0 < context <= longest:
-        raise UserError(
-            f"--context: found {context}; expected a positive number, at most max_position_embeddings = {longest}"
-        )
+        raise UserError(f"--context: found {context}; expected a positive number, at most context_length = {longest}")
     check_least("--batch-size", arguments.batch_size)
     return context
 

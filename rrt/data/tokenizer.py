@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-FAMILY_ADDS_BOS = {"gemma": True, "llama": True, "gpt_neox": False}
+FAMILY_ADDS_BOS = {"gemma": True, "llama": True, "mistral": True, "qwen2": False, "qwen3": False, "gpt_neox": False}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -285,7 +285,7 @@ class _Settings:
     def special_id(self, role: str) -> int | None:
         """Return `config.json`'s id of ``"bos"``, ``"eos"`` or ``"pad"``; the first of several."""
         key = f"{role}_token_id"
-        value = self._config.get(key)
+        value = self._config.get(key, self._config.get(f"{key}s"))
         if isinstance(value, list) and value:
             value = value[0]
         return None if value is None else self._integer("config.json", key, value)

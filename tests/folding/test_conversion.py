@@ -21,7 +21,7 @@ from rrt.folding.svd import truncated_svd
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
 from tests.util.commands import run_main
-from tests.util.models import FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, make_hf_model
 from tests.util.tokenizers import make_sentencepiece_tokenizer
 
 LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
@@ -31,7 +31,7 @@ LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.
 def bases(tmp_path_factory):
     """A six-layer fp32 base of each family."""
     root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family) for family in FAMILIES}
+    return {family: make_hf_model(root / family, family) for family in ALL_FAMILIES}
 
 
 def fold(base, out, *, num_loops=2, rank=0, **options):
@@ -75,7 +75,7 @@ def test_fixed_start_keeps_every_bth_layer_and_lower_the_first_ones():
 
 
 @pytest.mark.parametrize("init", ["stepwise", "stepwise-fixed-start", "lower"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_copying_inits_take_whole_layers_norms_and_biases_included(bases, family, init, tmp_path):
     base, new, _ = fold(bases[family], tmp_path / "out", init=init)
     kept = kept_depths(init, 6, 2)
@@ -85,7 +85,7 @@ def test_copying_inits_take_whole_layers_norms_and_biases_included(bases, family
 
 
 @pytest.mark.parametrize("num_loops", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_average_is_the_mean_over_the_loops_of_the_cycle(bases, family, num_loops, tmp_path):
     base, new, _ = fold(bases[family], tmp_path / "out", num_loops=num_loops, init="average")
     layers = 6 // num_loops
@@ -108,7 +108,7 @@ def test_average_takes_norms_from_the_first_loop_or_zero_if_asked(bases, tmp_pat
             assert torch.equal(choice[name], mean[name]) and torch.equal(zero[name], mean[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_random_draws_weights_and_resets_norms_and_biases(bases, family, tmp_path):
     _, new, _ = fold(bases[family], tmp_path / "out", init="random")
     identity = 0.0 if family == "gemma" else 1.0
@@ -127,18 +127,22 @@ def test_random_draws_weights_and_resets_norms_and_biases(bases, family, tmp_pat
 
 
 @pytest.mark.parametrize("init", ["stepwise", "average", "random"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_embedding_final_norm_and_head_come_unchanged(bases, family, init, tmp_path):
     base, new, _ = fold(bases[family], tmp_path / "out", init=init)
     outside = [name for name in new if not name.startswith("stack.")]
-    assert "embed" in outside and "norm.weight" in outside and ("head" in outside) == (family != "gemma")
+    assert (
+        "embed" in outside
+        and "norm.weight" in outside
+        and ("head" in outside) == (family not in ("gemma", "qwen2", "qwen3"))
+    )
     for name in outside:
         assert torch.equal(new[name], base[name])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_full_rank_with_untied_norms_reproduces_the_base(bases, family, init, tmp_path):
     fold(bases[family], tmp_path / "full", rank=999, init=init, untie_norms=True)
     fold(bases[family], tmp_path / "tied", rank=999, init=init)
@@ -334,7 +338,7 @@ def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
     assert report.after.bytes == sum(tensor.nbytes for tensor in new.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_one_loop_is_the_vanilla_base(bases, family, tmp_path):
     for init in ("stepwise", "average", "lower", "stepwise-fixed-start"):
         base, new, _ = fold(bases[family], tmp_path / init, num_loops=1, init=init)

@@ -25,7 +25,7 @@ from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
 from tests.util.commands import run_main
-from tests.util.models import FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 RECURSIVE = {
@@ -38,7 +38,7 @@ RECURSIVE = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family) for family in FAMILIES}
+    return {family: make_hf_model(root / family, family) for family in ALL_FAMILIES}
 
 
 def random_checkpoint(base, out, recursion, dtype=torch.float32):
@@ -61,7 +61,7 @@ def load_in_transformers(directory, dtype=torch.float32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("recursion", RECURSIVE.values(), ids=RECURSIVE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_transformers_computes_our_logits_from_the_export(bases, family, recursion, tmp_path):
     checkpoint = random_checkpoint(bases[family], tmp_path / "checkpoint", recursion)
     export(checkpoint, tmp_path / "hf")
@@ -74,7 +74,7 @@ def test_transformers_computes_our_logits_from_the_export(bases, family, recursi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_vanilla_round_trip_is_bit_for_bit(family, dtype, tmp_path):
     base = make_hf_model(tmp_path / "base", family, dtype=dtype, num_layers=2)
     convert(base, tmp_path / "vanilla", RecursiveConfig())
