@@ -200,7 +200,7 @@ class _Arguments:
         }
 
     def check(self) -> Tensor:
-        """Make the checks of csrc/decode_block/op.cpp, in its order, but for indices' values; return an empty result."""
+        """Make csrc/decode_block/op.cpp's checks, in its order, but for indices' values; return an empty result."""
         check, x = _check, self.x
         check.float_dtype("x", x)
         check.like("k_cache", self.k_cache, x, "x")
