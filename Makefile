@@ -10,7 +10,7 @@ CORE_TESTS := $(addprefix tests/,common ops model checkpoint data folding decode
 	$(patsubst %,tests/train/test_%.py,losses data guard permutation recipe paper_recipes flops) \
 	$(patsubst %,tests/eval/test_%.py,scoring simulate local_tasks)
 
-.PHONY: install demo lint check test test-ops test-cpp clean
+.PHONY: install demo lint check test test-ops test-real test-cpp clean
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ test-ops: install
 	for isa in baseline avx2 avx512; do \
 	RRT_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m isa -k 'not reference' tests/ops || exit 1; done
 	RRT_NATIVE=0 $(BIN)/python -m pytest -q -m fallback tests/ops tests/decode
+
+# What needs a pretrained model (RRT_REAL_MODEL) and real data (RRT_REAL_DATA): see docs/BUILDING.md.
+test-real: install
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m real
 
 # The C++ tests of kernels and planning, under the address and undefined-behaviour sanitizers; then the bodies of the
 # CUDA kernels, lane by lane on the CPU, and what the compiled ones take of a multiprocessor.

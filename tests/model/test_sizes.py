@@ -66,6 +66,22 @@ def test_base_models_are_the_papers():
         assert embedding in as_printed(sizes.embedding_params)
 
 
+def test_base_models_have_the_published_numbers_of_parameters():
+    for name, total in {
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+        "smollm2-135m": 134_515_008,
+        "smollm2-360m": 361_821_120,
+        "smollm2-1.7b": 1_711_376_384,
+        "mistral-7b": 7_241_732_096,
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-1.7b": 1_720_574_976,
+    }.items():
+        assert model_sizes(preset(name), RecursiveConfig(), torch.bfloat16).total_params == total
+
+
 def test_prefix_sizes_are_the_papers():
     for name, length, millions in (
         ("gemma-2b", 256, 9.4),
