@@ -92,7 +92,7 @@ def _generate(
     has_ended: Callable[[int, int], bool],
     chunk_size: int,
 ) -> Iterator[dict[int, int]]:
-    if max_new_tokens == 0:
+    if max_new_tokens == 0 or not prompts:
         return
     sequences = [decoder.cache.allocate() for _ in prompts]
     try:
