@@ -105,7 +105,8 @@ def _pieces(
         arguments.max_new_tokens,
         samplings=samplings,
         stop_ids=stop_ids,
-        has_ended=lambda index, token: outputs[index].add(token),
+        # The token that ends a text is none of it, though it may have one.
+        has_ended=lambda index, token: token not in stop_ids and outputs[index].add(token),
     )
     is_streamed = len(outputs) == 1
     if is_streamed:
