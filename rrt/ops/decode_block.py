@@ -126,8 +126,10 @@ def decode_block_reference(*arguments: Any) -> Tensor:
     heads = [a.num_heads, a.k_cache.shape[3], a.k_cache.shape[3]]
 
     def norm(values: Tensor, weight: Tensor | None, loops: Tensor) -> Tensor:
-        if weight is None or weight.dim() == 1 or len(values) == 0:
-            return values if weight is None else a.norm(values, weight)
+        if weight is None or len(values) == 0:
+            return values
+        if weight.dim() == 1:
+            return a.norm(values, weight)
         return torch.stack([a.norm(row, weight[loop]) for row, loop in zip(values, loops.tolist(), strict=True)])
 
     kept, x = a.x[: a.num_kv_only], a.x[decoding]
