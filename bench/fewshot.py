@@ -44,7 +44,7 @@ from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.presets import preset
 from rrt.checkpoint.source import load_model
-from rrt.common.cli import human_count, keep_freed_memory, run_command
+from rrt.common.cli import CommandParser, human_count, keep_freed_memory, run_command
 from rrt.common.provenance import make_provenance
 from rrt.data.bpe import train_bpe
 from rrt.data.corpus import documents
@@ -322,7 +322,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="torch threads (default 1)")
     parser.add_argument("--documents", type=int, default=16, metavar="N", help="HellaSwag's documents (default 16)")
     parser.add_argument("--mix", type=int, default=128, metavar="N", help="about as many requests of all (default 128)")

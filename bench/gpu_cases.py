@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_variants import AGREEMENT, mixed_loops, normal
 from rrt import ops
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.errors import UserError
 from rrt.native import force_tiling
 
@@ -163,7 +163,7 @@ def run(device: torch.device) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
     arguments = parser.parse_args()
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.errors import UserError
 
 EXPECTED = ROOT / "csrc" / "cuda" / "resources.txt"
@@ -156,7 +156,7 @@ def find_newest_build() -> Path | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, metavar="DIR", help="CMake's build directory (default: the newest)")
     parser.add_argument(
         "--launches",

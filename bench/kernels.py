@@ -40,7 +40,7 @@ from eval.tables import print_tables
 from rrt import ops
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
-from rrt.common.cli import human_bytes, run_command
+from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
 from rrt.common.machine import free_memory_bytes
@@ -65,7 +65,7 @@ CHUNK = 256
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def numbers(flag: str, purpose: str) -> None:
         full, quick = (" ".join(map(str, values)) for values in DEFAULTS[flag[2:].replace("-", "_")])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.output import add_json_flag, check_json_flag, save_result
 from eval.tables import Table, format_seconds, print_tables
 from rrt.checkpoint.presets import preset
-from rrt.common.cli import human_bytes, run_command
+from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from train.distributed import processes, shard_model
@@ -129,7 +129,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", type=int, nargs=2, default=[256000, 128], metavar=("VOCAB", "WIDTH"))
     parser.add_argument("--exits", type=int, nargs=2, default=[32000, 512], metavar=("VOCAB", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=3, help="of each variant (default 3)")

@@ -6,7 +6,6 @@ JSON lines, tokenises, adds BOS and EOS, and writes shards to disk. The runs alt
 ratios are taken within rounds.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, speedup, spread
 from eval.tables import Table, format_seconds, format_spread, print_tables
-from rrt.common.cli import human_bytes, run_command
+from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.data.bpe import train_bpe
 from rrt.data.corpus import PYTHON_STDLIB, documents
 from train.prepare_data import batches, prepare_data
@@ -105,7 +104,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=cores, metavar="N", help="of both sides (default: cores)")
     parser.add_argument("--megabytes", type=int, default=40, metavar="N", help="of text (default: 40)")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.flags import check_output_file
 from eval.tables import Table, expect_whole_result
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.errors import UserError
 
@@ -90,7 +90,7 @@ def make_page(title: str, results: list[dict[str, Any]], notes: list[str]) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="JSON results")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE", help="Markdown file to write")
     parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="a caveat below the title")

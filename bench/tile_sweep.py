@@ -26,7 +26,7 @@ from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import Timer, Variant, copies_beyond_cache, last_level_cache_bytes
 from eval.tables import Table, format_seconds, print_tables
 from rrt.checkpoint.presets import PRESETS, preset
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write
 from rrt.errors import UserError
 from rrt.native import force_tiling
@@ -133,7 +133,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=128, metavar="R", help="LoRA rank (default 128)")
     parser.add_argument("--seconds-per-case", type=float, default=0.3, metavar="S", help="default 0.3")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="default: that of this checkout")

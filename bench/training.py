@@ -42,7 +42,7 @@ from bench.training_cases import (
     measure_step,
 )
 from eval.tables import Table, format_seconds, format_spread, print_tables
-from rrt.common.cli import human_bytes, run_command
+from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.common.dtypes import parse_dtype
 from rrt.common.results import write_result
 from rrt.errors import UserError
@@ -52,7 +52,7 @@ SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="these sections (default all)")
     parser.add_argument(
         "--dtype",

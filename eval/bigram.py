@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.tables import Table
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.results import write_result
 from rrt.data.shards import TokenShards, open_shards
 from rrt.errors import UserError
@@ -55,7 +55,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="token shards to count")
     parser.add_argument("--train-split", default="train", help="split to count (default train)")
     parser.add_argument("--data", required=True, help="token shards to predict")

@@ -49,7 +49,7 @@ from eval.tables import Table, print_tables
 from eval.trajectories import SAMPLES_PER_PART, Recording, Totals, Trajectories, digest_samples, read_trajectories
 from rrt.checkpoint.exit_thresholds import save_exit_thresholds
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import read_json
 from rrt.common.processes import Replica, replicas, report_error_once
@@ -241,7 +241,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 @report_error_once
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
     parser.add_argument("--samples", type=int, default=20_000, metavar="N", help="most samples (default 20,000)")

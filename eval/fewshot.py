@@ -43,7 +43,7 @@ from eval.harness_tasks import PAPER_METRICS, load_tasks, paper_average, run_har
 from eval.response_cache import ResponseCache, code_digest
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import human_count, keep_freed_memory, run_command
+from rrt.common.cli import CommandParser, human_count, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.files import sha256_file
 from rrt.common.processes import pick_device
@@ -167,7 +167,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
         type=Path,

@@ -7,9 +7,11 @@ With `torchrun --nproc-per-node N eval/perplexity.py ...` N processes share the 
 
 packed: the documents, each with BOS and EOS as in training, are joined into one stream and cut into windows of
 `--context` tokens; every token of the stream but the first is predicted exactly once, from the tokens before it in its
-window. For families that have BOS (Gemma, Llama) every window begins with it, in place of the token before the
-window's first target, as in training; `--bos no` keeps that token.
-document: each document by itself, in windows of `--context`; its EOS is a target too.
+window. For tokenizers that add BOS every window begins with it, in place of the token before the window's first
+target, as in training: Gemma without it is far off. `--bos no` keeps that token.
+document: each document by itself, in windows of `--context`; its EOS is a target too. Windows begin as in packed, also
+those in the middle of a document.
+The table and "bos" in --json say which it was. Records without text are skipped and counted.
 
 If the data turns out damaged midway, --json gets the figures up to there, with "complete": false.
 """
@@ -43,10 +45,11 @@ from eval.stream import (
 )
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import Replica, replicas, report_error_once
 from rrt.common.results import write_result
+from rrt.data.corpus import skipped_notice
 from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
 from rrt.model.sizes import model_sizes
@@ -176,6 +179,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
         "num_loops": source.recursion.num_loops,
         "context": context,
         "bos": bos_id is not None,
+        "records_without_text": corpus.text_filter.skipped,
         "dtype": dtype_name(dtype),
         "tokens": count,
         "exits": exits,
@@ -204,6 +208,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
     title = (
         f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['mode']}, context {result['context']}, "
+        f"{'BOS before every window' if result['bos'] else 'no BOS before windows'}, "
         f"{result['dtype']}, {result['tokens_per_second']:,.0f} tok/s"
     )
     return [Table(title, ["group", "tokens", "exit after loop", "perplexity", "nats", "bits/byte"], rows)]
@@ -211,7 +216,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 @report_error_once
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_stream_flags(parser)
     parser.add_argument(
         "--mode", choices=("packed", "document"), default="packed", help="see above (default packed, as in the paper)"
@@ -229,6 +234,8 @@ def main() -> None:
     with replicas(arguments.device) as replica:
         result, stopped = evaluate(arguments, replica)
         if replica.is_main:
+            if result["records_without_text"]:
+                print(f"notice: {arguments.data}: {skipped_notice(result['records_without_text'])}", file=sys.stderr)
             if arguments.json is not None:
                 write_result(arguments.json, result, replica.device)
             print_tables(tables(result))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval.flags import check_output_file
 from eval.report_page import KINDS, Results, render_page, render_sections
 from eval.tables import expect_whole_result
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, read_json
 from rrt.errors import UserError
 
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="JSON results, directories of runs")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default report.html)")
     arguments = parser.parse_args()

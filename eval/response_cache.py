@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rrt.common.files import sha256_file
+from rrt.common.files import explain_no_space, sha256_file
 from rrt.errors import UserError
 
 CODE = Path(__file__).resolve().parents[1]
@@ -22,6 +22,7 @@ class ResponseCache:
     def __init__(self, path: Path | None = None) -> None:
         self._responses: dict[str, Any] = {}
         self._file = None
+        self._path = path
         if path is None:
             return
         try:
@@ -55,9 +56,11 @@ class ResponseCache:
     def add(self, responses: Mapping[str, Any]) -> None:
         """Add responses; they are in the file when this returns, even if the process is killed afterwards."""
         self._responses |= responses
-        if self._file is not None:
-            self._file.write("".join(json.dumps(entry) + "\n" for entry in responses.items()).encode())
-            self._file.flush()
+        if self._file is not None and self._path is not None:
+            lines = "".join(json.dumps(entry) + "\n" for entry in responses.items()).encode()
+            with explain_no_space(self._path, len(lines)):
+                self._file.write(lines)
+                self._file.flush()
 
 
 def code_digest(root: Path = CODE) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rrt.data.corpus import find_files, grouped_documents, is_compressed
+from rrt.data.corpus import TextFilter, find_files, grouped_documents, is_compressed
 from rrt.data.shards import open_shards
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
@@ -49,11 +49,13 @@ class Corpus:
     Attributes:
         groups: names of the groups read so far; "" for documents without one.
         num_tokens: all tokens; of files an estimate, None until the first documents are read.
+        text_filter: counts the records without text that were skipped.
     """
 
     def __init__(self, data: str, split: str, text_field: str, group_field: str | None, tokenizer: Tokenizer) -> None:
         self.groups: list[str] = []
         self.num_tokens: int | None = None
+        self.text_filter = TextFilter()
         self._tokenizer = tokenizer
         self._text_field, self._group_field = text_field, group_field
         self._shards = open_shards(data, split) if Path(data).is_dir() else None
@@ -83,7 +85,9 @@ class Corpus:
         size = sum(path.stat().st_size * (_COMPRESSION if is_compressed(path) else 1) for path in self._files)
         field = self._group_field or DEFAULT_GROUP_FIELD
         records = (
-            record for path in self._files for record in grouped_documents(path, field, text_field=self._text_field)
+            record
+            for path in self._files
+            for record in grouped_documents(path, field, text_field=self._text_field, text_filter=self.text_filter)
         )
         while batch := list(itertools.islice(records, _TEXTS_AT_ONCE)):
             sizes = [len(text.encode("utf-8", "replace")) for text, _ in batch]

@@ -36,7 +36,7 @@ from eval.tables import Table, format_seconds, print_tables
 from eval.trajectories import read_trajectories
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
 from rrt.checkpoint.source import open_source
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
@@ -303,7 +303,7 @@ def save(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--preset", choices=tuple(PRESETS), help="shapes of a published base model")
     subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="shapes of this model's base")

@@ -7,7 +7,6 @@ Shapes: S samples, N tokens of all samples one after the other, B loops.
 """
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rrt.common.files import read_json, write_json
+from rrt.common.files import atomic_file, read_json, write_json
 from rrt.errors import UserError
 
 FORMAT = "rrt-trajectories"
@@ -120,8 +119,7 @@ class Recording:
 
     def write(self, part: int, digest: str, samples: Trajectories, totals: Totals) -> None:
         """Write one part; it appears whole."""
-        partial = self.directory / f".part-{part:05d}.{os.getpid()}"
-        with partial.open("wb") as stream:
+        with atomic_file(self.path(part)) as stream:
             np.savez(
                 stream,
                 digest=digest,
@@ -132,9 +130,6 @@ class Recording:
                 loss_sum=totals.loss,
                 pair_agreement=totals.pair_agreement,
             )
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(self.path(part))
 
 
 def read_trajectories(directory: str | Path) -> tuple[Trajectories, Totals, dict[str, Any]]:

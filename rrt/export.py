@@ -5,13 +5,12 @@
 The work is done by :mod:`rrt.folding.unroll`.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rrt.checkpoint.families import FAMILIES
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.folding.unroll import PreparedExport, prepare_export, run_export
 
@@ -38,7 +37,7 @@ def _size(prepared: PreparedExport) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.export``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.export", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="one of our checkpoints, or an HF directory"
     )

@@ -6,7 +6,6 @@
 For bug reports; benchmarks keep the same facts beside their numbers.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rrt.common.cli import human_bytes, run_command
+from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.common.machine import cpu_info
 from rrt.native import build_info, cuda_image, cuda_versions
 from rrt.version import __version__
@@ -105,7 +104,7 @@ def _print_text(info: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rrt.info", description="Versions, native library and devices.")
+    parser = CommandParser(prog="python -m rrt.info", description="Versions, native library and devices.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args()
     info = collect_info()

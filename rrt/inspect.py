@@ -9,17 +9,19 @@ The counts are made by :mod:`rrt.model.sizes`.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rrt.checkpoint.presets import PRESETS, preset, preset_dtype
 from rrt.checkpoint.source import open_source
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
+from rrt.model.meta import capped_lora_ranks
 from rrt.model.sizes import Sizes, model_sizes
 
 
@@ -61,7 +63,8 @@ def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfi
     """Find the model that the flags name, with the dtype that ``--dtype auto`` means."""
     recursion = _recursive_config(arguments)
     if arguments.preset is not None:
-        return preset(arguments.preset), recursion, preset_dtype(arguments.preset)
+        model = preset(arguments.preset)
+        return model, _capped(model, recursion), preset_dtype(arguments.preset)
     source = open_source(arguments.checkpoint)
     if recursion == RecursiveConfig():
         return source.model, source.recursion, source.dtype
@@ -70,12 +73,16 @@ def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfi
             f"{arguments.checkpoint}: is recursive already (num_loops = {source.recursion.num_loops}); expected a "
             "vanilla model with the flags that describe looping"
         )
-    return source.model, recursion, source.dtype
+    return source.model, _capped(source.model, recursion), source.dtype
+
+
+def _capped(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveConfig:
+    return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.inspect``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory or a checkpoint of ours")
     subject.add_argument("--preset", choices=tuple(PRESETS), help="a published base model, without its weights")

@@ -3,13 +3,12 @@
 python -m rrt.shards data/train-00000.bin --start 4096 --count 2049 --tokenizer models/gemma-2b
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.data.shards import META_FILE, open_shards
 from rrt.data.tokenizer import Tokenizer, load_tokenizer
 from rrt.errors import UserError
@@ -44,7 +43,7 @@ def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.shards``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.shards", description="Show the text of a shard's tokens.")
+    parser = CommandParser(prog="python -m rrt.shards", description="Show the text of a shard's tokens.")
     parser.add_argument("shard", type=Path, help="a .bin file of a shard directory")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first token (default: 0)")
     parser.add_argument("--count", type=int, default=2048, metavar="N", help="tokens (default: 2048)")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import read_json
 from rrt.errors import UserError
 from train.recipe_table import Settings, read_rows, read_settings, script_of, such_as
@@ -112,7 +112,7 @@ def steps(row: str, inputs: Inputs, further: tuple[str, ...] = ()) -> Iterator[S
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         epilog="Flags after -- go to the row's training.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -61,12 +61,19 @@ SCRIPTS = sorted({words[0] for found in DOCUMENTED.values() for words in found})
 
 @cache
 def help_of(script: str, *subcommands: str) -> str:
-    """The script's --help, in this process: to start one for each takes seconds."""
+    """The script's --help."""
+    code, out, _ = run_script(script, *subcommands, "--help")
+    assert code == 0, out
+    return out
+
+
+def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that ends early, in this process: to start one each takes seconds."""
     before = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    out = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     try:
-        sys.argv = [script, *subcommands, "--help"]
-        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        sys.argv = [script, *arguments]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             if script.startswith("rrt."):
                 module = sys.modules.pop(script, None)  # runpy warns of a module that is there
                 try:
@@ -76,12 +83,19 @@ def help_of(script: str, *subcommands: str) -> str:
                         sys.modules[script] = module
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
-        assert not ended.value.code, out.getvalue()
     finally:
         sys.argv = before[0]
         for number, handler in before[1].items():
             signal.signal(number, handler)
-    return out.getvalue()
+    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "rrt.generate"])
+def test_a_bad_flag_is_one_line_that_names_it_without_the_usage(script: str) -> None:
+    subcommands = ("train",) if script in WITH_SUBCOMMANDS else ()
+    code, out, err = run_script(script, *subcommands, "--no-such-flag")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and "--" in err and "usage" not in err
 
 
 def test_commands_are_found_in_blocks_and_spans():

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from rrt.common.files import atomic_write, fsync, read_json
+from rrt.common.cli import human_bytes
+from rrt.common.files import atomic_write, free_bytes, fsync, read_json
 from rrt.errors import UserError
 from train.distributed import AgreedError, raise_everywhere
 
@@ -205,10 +206,15 @@ class TrainingStateWriter:
                 self._complete(partial, target, {"step": step, **state})
                 if delete_old:
                     self._delete_old()
-        except OSError as error:
+        except (OSError, UserError) as error:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{target}: cannot be written ({error}); earlier checkpoints are intact") from None
+            cause, free, needed = str(error), free_bytes(self._out), _num_bytes(tensors)
+            if free < needed:
+                # How torch's archives may report a write that fell short; its number says nothing to a user.
+                cause = "No space left on device" if "inline_container" in cause else cause
+                cause += f": {human_bytes(needed)} needed, {human_bytes(free)} free"
+            raise UserError(f"{target}: cannot be written ({cause}); earlier checkpoints are intact") from None
 
     def _complete(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
@@ -239,6 +245,13 @@ def _host_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _host_copy(item) for key, item in value.items()}
     return value
+
+
+def _num_bytes(value: Any) -> int:
+    """Count the bytes of all tensors in nested dicts, of sharded ones over all processes."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_num_bytes, value.values())) if isinstance(value, dict) else 0
 
 
 def _causes(error: CheckpointException) -> str:

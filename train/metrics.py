@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from rrt.common.cli import human_bytes
-from rrt.common.files import atomic_write
+from rrt.common.files import atomic_write, explain_no_space
 from rrt.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -96,7 +96,7 @@ class MetricsWriter:
     """
 
     def __init__(self, out: Path, step: int, wandb_project: str | None, config: dict[str, Any]) -> None:
-        path = out / METRICS_FILE
+        self._path = path = out / METRICS_FILE
         old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
         atomic_write(path, "".join(f"{line}\n" for line in kept))
@@ -107,8 +107,9 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which holds "step" and any other JSON values."""
         finite = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
-        self._stream.write(json.dumps({key: finite.get(key) for key in record}) + "\n")
-        self._stream.flush()
+        with explain_no_space(self._path):
+            self._stream.write(json.dumps({key: finite.get(key) for key in record}) + "\n")
+            self._stream.flush()
         numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
         for key, value in numbers.items():
             self._board.add_scalar(f"train/{key}", value, record["step"])

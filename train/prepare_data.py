@@ -7,7 +7,7 @@
 The corpus is cut into units (groups of small files, byte ranges of large .jsonl files) that worker processes tokenise
 in parallel. A finished unit stays in `<out>.partial` under a name that depends on its bytes and the tokenizer; so the
 same command continues after an interruption, a corrected input repeats only its own units, and the output does not
-depend on workers or interruptions.
+depend on workers or interruptions. Records whose text is null or empty are skipped and counted; --strict refuses them.
 """
 
 import sys
@@ -19,6 +19,7 @@ import argparse
 import fcntl
 import gc
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -37,23 +38,25 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from rrt.common.cli import human_bytes, human_count, run_command
-from rrt.common.files import atomic_directory, check_output_directory
+from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
+from rrt.common.files import atomic_directory, atomic_file, check_output_directory
 from rrt.data.corpus import (
     INPUT_HELP,
     PYTHON_STDLIB,
     Part,
+    TextFilter,
     find_files,
     is_compressed,
     is_divisible,
     read_documents,
+    skipped_notice,
     whole_file,
 )
 from rrt.data.shards import DEFAULT_SHARD_TOKENS, ShardWriter, document_bos, open_shards, token_dtype
 from rrt.data.tokenizer import Tokenizer, load_tokenizer
 from rrt.errors import UserError
 
-UNIT_FORMAT = 1  # increase it when the same input gives other tokens
+UNIT_FORMAT = 2  # increase it when the same input gives other tokens, or their files change
 SMALLEST_UNIT, LARGEST_UNIT = 1 << 20, 1 << 26
 BATCH_CHARACTERS = 1 << 20
 
@@ -77,15 +80,20 @@ class Job:
     """All the work, with the settings that workers share."""
 
     units: list[Unit]
+    splits: tuple[str, ...]
     tokenizer: Tokenizer
     text_field: str
+    is_strict: bool
     directory: Path
 
     def tokens_path(self, unit: Unit) -> Path:
         return self.directory / f"{unit.name}.bin"
 
     def documents_path(self, unit: Unit) -> Path:
-        """Return the file of each document's tokens and text bytes, [documents, 2] int64; it marks a finished unit."""
+        """Return the file that marks a finished unit, [documents + 1, 2] int64.
+
+        A row has a document's tokens and bytes of text; the last one 0 and the number of records without text.
+        """
         return self.directory / f"{unit.name}.npy"
 
 
@@ -99,6 +107,7 @@ def prepare_data(
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     text_field: str = "text",
     bos: str = "auto",
+    is_strict: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Tokenise `inputs` into the shard directory `out`; the arguments are the command's options."""
@@ -124,13 +133,13 @@ def prepare_data(
 
     partial = out.with_name(f"{out.name}.partial")
     with locked_directory(partial):
-        job = Job(units, tokenizer, text_field, partial)
+        job = Job(units, tuple(files), tokenizer, text_field, is_strict, partial)
         finished = keep_finished(job, overwrite)
         workers = min(workers, len(units) - len(finished))
         print(f"{len(units) - len(finished)} units on {workers} worker processes, into {out}", flush=True)
         try:
             tokenise(job, finished, workers)
-            write_shards(job, out, shard_tokens, source, overwrite)
+            skipped = write_shards(job, out, shard_tokens, source, overwrite)
         except BaseException as error:
             kept = sum(job.documents_path(unit).exists() for unit in units)
             if kept == 0 or isinstance(error, EmptyCorpusError):
@@ -142,7 +151,7 @@ def prepare_data(
             print(note, file=sys.stderr)
             raise
         shutil.rmtree(partial)
-    print_summary(out, files, time.perf_counter() - started)
+    print_summary(out, files, skipped, time.perf_counter() - started)
 
 
 class EmptyCorpusError(UserError):
@@ -227,11 +236,13 @@ def keep_finished(job: Job, overwrite: bool) -> set[str]:
     itemsize = token_dtype(job.tokenizer.vocab_size).itemsize
     finished: set[str] = set()
     for unit in job.units:
-        with suppress(OSError, ValueError):
-            tokens = int(np.load(job.documents_path(unit))[:, 0].sum())
-            if job.tokens_path(unit).stat().st_size == tokens * itemsize:
+        with suppress(OSError, ValueError, IndexError):
+            rows = np.load(job.documents_path(unit))
+            if job.is_strict and rows[-1, 1] > 0:
+                continue  # again, to name the record
+            if job.tokens_path(unit).stat().st_size == int(rows[:, 0].sum()) * itemsize:
                 finished.add(unit.name)
-    earlier = list(job.directory.glob("unit-*"))
+    earlier = [path for pattern in ("unit-*", ".unit-*") for path in job.directory.glob(pattern)]
     if not finished and not overwrite and any(path.suffix == ".npy" for path in earlier):
         raise UserError(
             f"{job.directory}: holds finished units of other inputs or options; repeat that command to go on with it, "
@@ -334,22 +345,20 @@ def write_unit(job: Job, unit: Unit) -> None:
     """Tokenise one unit into its two files; the second one marks both as complete."""
     dtype = token_dtype(job.tokenizer.vocab_size)
     rows: list[tuple[int, int]] = []
-    unfinished = job.directory / f"{unit.name}.{os.getpid()}"
-    with unfinished.open("wb") as stream:
-        texts = (text for part in unit.parts for text in read_documents(part, text_field=job.text_field))
+    text_filter = TextFilter(job.is_strict)
+    texts = (
+        text for part in unit.parts for text in read_documents(part, text_field=job.text_field, text_filter=text_filter)
+    )
+    with atomic_file(job.tokens_path(unit)) as stream:
         for batch in batches(texts):
             documents = job.tokenizer.encode_documents(batch)
             for document, text in zip(documents, batch, strict=True):
-                np.array(document, dtype).tofile(stream)
+                stream.write(np.array(document, dtype).data)
                 rows.append((len(document), len(text.encode("utf-8", "replace"))))
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.rename(job.tokens_path(unit))
-    with unfinished.open("wb") as stream:
-        np.save(stream, np.array(rows, np.int64).reshape(-1, 2))
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.rename(job.documents_path(unit))
+    table = io.BytesIO()  # as `np.save` to a file hides that the disk is full
+    np.save(table, np.array([*rows, (0, text_filter.skipped)], np.int64))
+    with atomic_file(job.documents_path(unit), table.tell()) as stream:
+        stream.write(table.getbuffer())
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -366,26 +375,34 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any], overwrite: bool) -> None:
-    """Join the units into shards; `out` appears when it is complete."""
+def write_shards(job: Job, out: Path, shard_tokens: int, source: dict[str, Any], overwrite: bool) -> int:
+    """Join the units into shards; `out` appears when it is complete. Returns the number of records without text."""
     size = sum(job.tokens_path(unit).stat().st_size for unit in job.units)
     print(f"joining {len(job.units)} units, {human_bytes(size)} of tokens", flush=True)
     dtype = token_dtype(job.tokenizer.vocab_size)
-    documents = dict.fromkeys((unit.split for unit in job.units), 0)
-    with atomic_directory(out, overwrite) as directory, ShardWriter(directory, job.tokenizer, shard_tokens) as writer:
+    documents = dict.fromkeys(job.splits, 0)
+    skipped = dict.fromkeys(job.splits, 0)
+    with (
+        atomic_directory(out, overwrite, needed=size) as directory,
+        ShardWriter(directory, job.tokenizer, shard_tokens) as writer,
+    ):
         for unit in job.units:
             rows: npt.NDArray[np.int64] = np.load(job.documents_path(unit))
+            skipped[unit.split] += int(rows[-1, 1])
+            rows = rows[:-1]
             documents[unit.split] += len(rows)
             if len(rows):
                 tokens = np.memmap(job.tokens_path(unit), dtype, mode="r")
                 writer.append(unit.split, tokens, lengths=rows[:, 0], text_bytes=rows[:, 1])
         for split, count in documents.items():
             if count == 0:
-                raise EmptyCorpusError(f"the {split} files hold no document that is not empty; expected at least one")
-        writer.finish(source)
+                found = f" ({skipped_notice(skipped[split])})" if skipped[split] else ""
+                raise EmptyCorpusError(f"the {split} files hold no document that is not empty{found}; expected one")
+        writer.finish({**source, "records_without_text": skipped})
+    return sum(skipped.values())
 
 
-def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> None:
+def print_summary(out: Path, files: dict[str, list[Path]], skipped: int, seconds: float) -> None:
     """Print the table of splits."""
     print(f"\n{'split':<8} {'shards':>6} {'documents':>11} {'tokens':>10} {'text':>11} {'bytes/token':>11}")
     text_bytes = 0
@@ -396,12 +413,14 @@ def print_summary(out: Path, files: dict[str, list[Path]], seconds: float) -> No
             f"{split:<8} {len(shards.shards):>6} {shards.num_documents:>11,} {human_count(shards.num_tokens):>10} "
             f"{human_bytes(shards.text_bytes):>11} {shards.text_bytes / shards.num_tokens:>11.2f}"
         )
+    if skipped:
+        print(skipped_notice(skipped))
     print(f"wrote {out} in {seconds:.1f} s ({text_bytes / seconds / 1e6:.1f} MB of text per second)")
 
 
 def main() -> None:
     """Run the command described at the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
     parser.add_argument("--heldout-input", nargs="+", default=[], metavar="GLOB", help="files of the held-out split")
     parser.add_argument(
@@ -425,6 +444,9 @@ def main() -> None:
         default="auto",
         help="begin documents with BOS (default auto: as the tokenizer's files say, else its family)",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse records whose text is null or empty, instead of skipping them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     arguments = parser.parse_args()
     prepare_data(
@@ -436,6 +458,7 @@ def main() -> None:
         shard_tokens=arguments.shard_tokens,
         text_field=arguments.text_field,
         bos=arguments.bos,
+        is_strict=arguments.strict,
         overwrite=arguments.overwrite,
     )
 

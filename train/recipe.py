@@ -11,8 +11,9 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from rrt.common.cli import CommandParser
 from rrt.common.schema import field_doc, from_mapping
 from rrt.errors import UserError
 from rrt.model.transformer import Checkpointing
@@ -314,13 +315,10 @@ def _help(field: dataclasses.Field[Any]) -> str:
     return f"{text} (default {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help lists the flags")
-
-
 def _make_parser(cls: type, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--recipe",
         metavar="FILE[#ROW]",

@@ -7,6 +7,7 @@
 - provenance.json: stage, parent and its hash, command, code version, data, metrics
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rrt.common.files import atomic_directory, read_json, write_json
 from rrt.common.schema import from_mapping, to_mapping
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.meta import parameter_shapes
 
 FORMAT = "rrt"
 FORMAT_VERSION = 2
@@ -104,7 +106,8 @@ def write_checkpoint(
 
     The block adds the tensors, may copy tokenizer files into `writer.directory` and may add to `provenance`.
     """
-    with atomic_directory(out, overwrite) as partial:
+    size = sum(math.prod(shape) for shape in parameter_shapes(config.model, config.recursion).values())
+    with atomic_directory(out, overwrite, needed=size * config.dtype.itemsize) as partial:
         writer = CheckpointWriter(partial, config, max_shard_bytes)
         yield writer
         writer.finish(provenance)

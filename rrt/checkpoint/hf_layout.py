@@ -22,13 +22,15 @@ class HFTensor:
 
 
 def constant_keys(config: ModelConfig) -> dict[str, str]:
-    """List keys to skip, which a checkpoint may hold besides `tensor_table`'s: key -> its name within a layer."""
+    """List keys to skip, which a checkpoint may hold besides `tensor_table`'s: key -> its name without the layer."""
     facts = FAMILIES[config.family]
-    return {
+    shared = f"{facts.body}.rotary_emb.inv_freq"  # where it was kept once for all layers
+    of_layers = {
         f"{facts.body}.layers.{depth}.{name}": name
         for depth in range(config.num_layers)
         for name in facts.layer_constants
     }
+    return {shared: shared, **of_layers}
 
 
 def tensor_table(config: ModelConfig) -> list[HFTensor]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rrt.common.files import read_json
+from rrt.common.files import check_no_lfs_pointer, read_json
 from rrt.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -41,13 +41,14 @@ class TensorFiles:
     `pytorch_model.bin.index.json`. Files are mapped, and mapped anew for every tensor (pickles: each time a
     32nd of the file was read), so that pages read once do not stay in this process's memory. Pickles are loaded
     with ``weights_only=True``. Pickles in torch's format from before 1.6 cannot be mapped and are read whole.
+    Where two shards hold a tensor, the index decides.
 
     Attributes:
         path: the file found, of shards the index.
 
     Raises:
-        UserError: no such files, a shard missing, truncated or not readable, a key that the index places
-            in a shard that lacks it.
+        UserError: no such files, a shard missing, truncated, not readable or a git-lfs pointer, a key that the index
+            places in a shard that lacks it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,9 +59,12 @@ class TensorFiles:
         self._pickle_bytes_read = 0
         self.path, paths, index = self._find(directory)
         for path in paths:
+            check_no_lfs_pointer(path)
             for key, shape, dtype in (
                 _safetensors_header(path) if path.suffix == ".safetensors" else _pickle_header(path)
             ):
+                if index.get(key, path.name) != path.name:
+                    continue  # a stale copy: the index places this tensor in another shard
                 if key in self._file:
                     raise UserError(f"{path}: tensor {key!r} is also in {self._file[key].name}")
                 self._file[key], self._shape[key], self._dtype[key] = path, shape, dtype

@@ -1,9 +1,14 @@
-"""Shared parts of all commands: error reporting, exit codes and formatting of sizes."""
+"""Shared parts of all commands: their flags' errors, error reporting, exit codes and formatting of sizes."""
 
+import argparse
 import ctypes
+import difflib
+import errno
 import os
+import re
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +18,39 @@ from rrt.errors import UserError
 
 EXIT_USER_ERROR = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command line whose errors are a `UserError` that names flag, found and expected.
+
+    `run_command` prints it in one line, without the usage.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self._reword(message)} (--help lists the flags)")
+
+    def _reword(self, message: str) -> str:
+        """Put a message of argparse into this project's form; one that is not known stays as it is."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        if match := re.fullmatch(r"argument (\S+): invalid (\w+) value: (.*)", message, re.DOTALL):
+            flag, kind, found = match.groups()
+            return f"{flag}: found {found}; expected {kinds.get(kind, kind)}"
+        if match := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
+            flag, found, choices = match.groups()
+            return f"{flag}: found {found}; expected one of {choices.replace(chr(39), '')}"
+        if match := re.fullmatch(r"argument (\S+): expected (.*) arguments?", message):
+            flag, count = match.groups()
+            return f"{flag}: found {'fewer values' if count.isdigit() else 'no value'}; expected {count}"
+        if match := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
+            flag, found = match.groups()
+            return f"{flag}: found {found}; expected no value"
+        if match := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            found = match.group(1)
+            close = difflib.get_close_matches(found.split()[0].partition("=")[0], self._option_string_actions, n=1)
+            return f"command line: found {found}; expected {close[0] if close else 'no such argument'}"
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            return f"{match.group(1)}: missing; expected on the command line"
+        return f"command line: {message}"
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -47,6 +85,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             # The reader of the output has gone, as `| head` does. Python must not flush into the pipe at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
+        if _is_full_stdout(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail("error: standard output: no space left on the disk", EXIT_USER_ERROR)
         if isinstance(error, OSError) and (error.filename is not None or error.strerror is not None):
             place = f"{error.filename}: " if error.filename is not None else ""
             _fail(f"error: {place}{error.strerror or error}", EXIT_USER_ERROR)
@@ -74,6 +115,17 @@ def _reader_has_gone() -> bool:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # stdout is no file
+        return False
+
+
+def _is_full_stdout(error: BaseException) -> bool:
+    """Return whether stdout is a file on a full disk: what writes to other files names them in its errors."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename is not None:
+        return False
+    try:
+        kind = os.fstat(sys.stdout.fileno()).st_mode
+        return stat.S_ISREG(kind) or (stat.S_ISCHR(kind) and not sys.stdout.isatty())
     except (OSError, ValueError):  # stdout is no file
         return False
 

@@ -1,5 +1,6 @@
-"""All-or-nothing output: write beside the target, then rename."""
+"""All-or-nothing output: write beside the target, then rename. Errors of full disks, and of files not fetched."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -9,9 +10,77 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from rrt.common.cli import human_bytes
 from rrt.errors import UserError
+
+_NO_SPACE = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than files may be (ulimit -f, or the file system)",
+}
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+
+
+class NoSpaceError(UserError):
+    """Output that found no space.
+
+    Attributes:
+        code: the system's error number.
+        needed: bytes, where known.
+    """
+
+    code: int = errno.ENOSPC
+    needed: int | None = None
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free on the disk of `path`, which need not exist."""
+    existing = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
+    return shutil.disk_usage(existing).free
+
+
+@contextmanager
+def explain_no_space(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an error of a write that found no space, which need not name a file, into one that names `path`.
+
+    Args:
+        needed: bytes that are written in the block.
+
+    Raises:
+        NoSpaceError: there was no space.
+    """
+    free = free_bytes(path)  # now: what the block leaves open keeps its space until the process ends
+    try:
+        yield
+    except (OSError, NoSpaceError) as error:
+        # A file of this output may have explained itself already, by a name that was to change.
+        code = error.code if isinstance(error, NoSpaceError) else error.errno
+        if code not in _NO_SPACE:
+            raise
+        needed = needed or getattr(error, "needed", None)
+        sizes = f"{human_bytes(free)} were free"
+        if needed is not None:
+            sizes = f"{human_bytes(needed)} needed, {sizes}"
+        explained = NoSpaceError(f"{path}: {_NO_SPACE[code]} ({sizes}); free some or write to another disk")
+        explained.code, explained.needed = code, needed
+        raise explained from None
+
+
+def check_no_lfs_pointer(path: Path) -> None:
+    """Refuse a file that `git lfs` has left as a pointer to its content.
+
+    Raises:
+        UserError: it is one.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_HEAD))
+    if head == _LFS_HEAD:
+        raise UserError(
+            f"{path}: found a git-lfs pointer; expected the file itself: run git lfs pull in its repository, or "
+            "download it anew"
+        )
 
 
 def fsync(path: Path) -> None:
@@ -32,6 +101,10 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a file; expected a directory to create")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path}: already exists and is not empty; name another or add --overwrite")
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        found = "may not be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"{path}: {existing} {found}; expected a directory to create {path.name} in")
 
 
 def _clean_up_after_killed(path: Path) -> None:
@@ -82,15 +155,25 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yield a fresh directory beside `path`; it becomes `path` when the block ends without error.
 
     On any exception, Ctrl-C included, nothing is left behind and an existing `path` is untouched. A process that is
     killed leaves hidden directories beside `path`; the next use removes them, and puts back a `path` that was away.
 
+    Args:
+        needed: about the bytes that the block writes, for the message of a full disk.
+
     Raises:
-        UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end.
+        UserError: `path` is a file, or a non-empty directory and `overwrite` is false, now or at the end; or there is
+            no space for what the block writes.
     """
+    with explain_no_space(path, needed), _replaced_at_the_end(path, overwrite) as partial:
+        yield partial
+
+
+@contextmanager
+def _replaced_at_the_end(path: Path, overwrite: bool) -> Iterator[Path]:
     # A link to a directory stays one: what it points to is replaced.
     given, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,20 +200,38 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     _discard(path, replaced)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
+@contextmanager
+def atomic_file(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a file beside `path`; it becomes `path`, on disk, when the block ends without error.
+
+    Use the file's own `write`: numpy's `tofile` hides that the disk is full.
+
+    Args:
+        needed: bytes that the block writes, for the message of a full disk.
+
+    Raises:
+        UserError: there is no space for what the block writes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(path)
-        fsync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with explain_no_space(path, needed):
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(path)
+            fsync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8) so that a reader sees the old file or the new one, on disk when this returns."""
+    data = text.encode()
+    with atomic_file(path, len(data)) as stream:
+        stream.write(data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,6 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        check_no_lfs_pointer(path)
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}; expected an object")

@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from rrt.common.files import write_json
+from rrt.common.files import atomic_write, write_json
 from rrt.errors import UserError
 
 
@@ -40,7 +40,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path, *, progres
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
     )
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Not by its `save`, whose error on a full disk is a bare `Exception`.
+    atomic_write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(
         directory / "tokenizer_config.json",
         {

@@ -2,10 +2,13 @@
 
 Everything streams: one document, or one compressed block, is in memory at a time. A text file is one
 document; a line of JSON lines, or a row of parquet, is a record whose field `text` (or another) is the document.
+Records whose text is null or empty are skipped and counted, or refused (:class:`TextFilter`); empty text files hold no
+document. A byte order mark before a text or a record is dropped.
 ``python-stdlib`` in place of a file name means the sources of the running interpreter's library, a
 corpus that every machine has; a fixed list of its packages is held out for evaluation.
 """
 
+import codecs
 import glob
 import gzip
 import json
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rrt.common.files import check_no_lfs_pointer
 from rrt.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -60,8 +64,39 @@ class Part:
         return self.stop - self.start
 
 
+@dataclass
+class TextFilter:
+    """Treatment of records whose text is null or empty: counted in `skipped`, or an error if `is_strict`."""
+
+    is_strict: bool = False
+    skipped: int = 0
+
+    def check(self, text: str | None, text_field: str) -> str:
+        """Return the text, or an empty string after counting that there is none.
+
+        Raises:
+            UserError: there is none and `is_strict`.
+        """
+        if text:
+            return text
+        if self.is_strict:
+            found = "null" if text is None else "an empty string"
+            raise UserError(f"field {text_field!r} is {found}; expected a text, or no --strict to skip such records")
+        self.skipped += 1
+        return ""
+
+
+def skipped_notice(count: int) -> str:
+    """Say that records were skipped."""
+    return f"skipped {count:,} record{'' if count == 1 else 's'} without text"
+
+
 def documents(
-    inputs: str | Path | Sequence[str | Path], *, split: str = "train", text_field: str = "text"
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    split: str = "train",
+    text_field: str = "text",
+    text_filter: TextFilter | None = None,
 ) -> Iterator[str]:
     """Read the documents of globs, files or ``python-stdlib``, in order.
 
@@ -71,17 +106,19 @@ def documents(
         UserError: nothing matches, an unknown kind of file, or a file or line that cannot be read.
     """
     for path in find_files(inputs, split=split):
-        yield from read_documents(whole_file(path), text_field=text_field)
+        yield from read_documents(whole_file(path), text_field=text_field, text_filter=text_filter)
 
 
-def grouped_documents(path: Path, group_field: str, *, text_field: str = "text") -> Iterator[tuple[str, str | None]]:
+def grouped_documents(
+    path: Path, group_field: str, *, text_field: str = "text", text_filter: TextFilter | None = None
+) -> Iterator[tuple[str, str | None]]:
     """Read the documents of a file, each with its record's `group_field`, or None where that is absent.
 
     Args:
         group_field: a path into the record, such as ``meta.redpajama_set_name``; an object on the way may be a
             string of JSON.
     """
-    for text, record in _read_records(whole_file(path), text_field, group_field):
+    for text, record in _read_records(whole_file(path), text_field, text_filter or TextFilter(), group_field):
         yield text, _look_up(record, group_field)
 
 
@@ -128,25 +165,28 @@ def is_compressed(path: Path) -> bool:
     return path.suffix in (".gz", ".zst", PARQUET_SUFFIX)
 
 
-def read_documents(part: Part, *, text_field: str = "text") -> Iterator[str]:
-    """Read the documents of one part; empty ones are left out.
+def read_documents(part: Part, *, text_field: str = "text", text_filter: TextFilter | None = None) -> Iterator[str]:
+    """Read the documents of one part; records without text are counted in `text_filter`.
 
     Raises:
         UserError: naming the file, and the line or row of a bad record.
     """
-    for text, _ in _read_records(part, text_field):
+    for text, _ in _read_records(part, text_field, text_filter or TextFilter()):
         yield text
 
 
-def _read_records(part: Part, text_field: str, group_field: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_records(
+    part: Part, text_field: str, text_filter: TextFilter, group_field: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read documents with their records; of parquet only the columns of the two fields."""
     name = part.path.name
+    check_no_lfs_pointer(part.path)
     if name.endswith(LINES_SUFFIXES):
-        yield from _read_lines(part, text_field)
+        yield from _read_lines(part, text_field, text_filter)
     elif name.endswith(PARQUET_SUFFIX):
-        yield from _read_parquet(part.path, text_field, group_field.partition(".")[0])
+        yield from _read_parquet(part.path, text_field, text_filter, group_field.partition(".")[0])
     elif name.endswith(TEXT_SUFFIXES):
-        text = _decode(part.path.read_bytes(), str(part.path)).removeprefix("\ufeff")
+        text = _decode(part.path.read_bytes().removeprefix(codecs.BOM_UTF8), str(part.path))
         if text:
             yield text, {}
     else:
@@ -168,16 +208,25 @@ def _look_up(record: dict[str, Any], field: str) -> str | None:
 
 
 def _expand(pattern: str) -> list[Path]:
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(_escape_existing(pattern), recursive=True))]
     files = [path for path in matches if path.is_file()]
     if not files:
-        if matches:
+        if any(path.is_dir() for path in matches):
             raise UserError(f"{pattern}: is a directory; expected files, such as '{pattern}/**/*.jsonl'")
+        if matches:
+            raise UserError(f"{pattern}: found a broken link, or no ordinary file; expected {INPUT_HELP}")
         raise UserError(f"{pattern}: no file matches; expected {INPUT_HELP}")
     for path in files:
         if not path.name.endswith((*LINES_SUFFIXES, *TEXT_SUFFIXES, PARQUET_SUFFIX)):
             raise UserError(f"{path}: unknown kind of file; expected {INPUT_HELP}")
     return files
+
+
+def _escape_existing(pattern: str) -> str:
+    """Take the longest beginning of a glob that exists as a path literally, whatever characters its name has."""
+    path = Path(pattern)
+    existing = next((part for part in (path, *path.parents) if part.exists()), Path())
+    return str(Path(glob.escape(str(existing)), path.relative_to(existing)))
 
 
 def _is_utf8(path: Path) -> bool:
@@ -195,25 +244,29 @@ def _decode(data: bytes, place: str) -> str:
         raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _read_lines(part: Part, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_lines(part: Part, text_field: str, text_filter: TextFilter) -> Iterator[tuple[str, dict[str, Any]]]:
     lines: Iterable[bytes]
     if is_divisible(part.path):
         lines = _plain_lines(part)
     else:
         lines = _split_lines(_gzip_chunks(part.path) if part.path.suffix == ".gz" else _zstd_chunks(part.path))
     for number, line in enumerate(lines):
+        # Of every line: files that were joined have a byte order mark where each began.
+        line = line.removeprefix(codecs.BOM_UTF8)
         if line.isspace() or not line:
             continue
         try:
             record = _record_of(line, text_field)
-            text = _text_of(record, text_field)
+            text = text_filter.check(_text_of(record, text_field), text_field)
         except UserError as error:
             raise UserError(f"{part.path}:{_lines_before(part) + number + 1}: {error}") from None
         if text:
             yield text, record
 
 
-def _read_parquet(path: Path, text_field: str, group_column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(
+    path: Path, text_field: str, text_filter: TextFilter, group_column: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -229,7 +282,7 @@ def _read_parquet(path: Path, text_field: str, group_column: str) -> Iterator[tu
                 for record in batch.to_pylist():
                     row += 1
                     try:
-                        text = _text_of(record, text_field)
+                        text = text_filter.check(_text_of(record, text_field), text_field)
                     except UserError as error:
                         raise UserError(f"{path}: row {row}: {error}") from None
                     if text:
@@ -255,11 +308,11 @@ def _record_of(line: bytes, text_field: str) -> dict[str, Any]:
     return record
 
 
-def _text_of(record: dict[str, Any], text_field: str) -> str:
+def _text_of(record: dict[str, Any], text_field: str) -> str | None:
     if text_field not in record:
         raise UserError(_no_field(text_field, record))
     text = record[text_field]
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise UserError(f"field {text_field!r} is a {type(text).__name__}; expected a string")
     return text
 

@@ -7,7 +7,8 @@ shard, whole, with the special tokens that `Tokenizer.encode_document` gave it.
 
 `meta.json`: `format`, `version`, `dtype`, the tokenizer (`sha256`, `vocab_size`, `bos_id` if documents
 begin with one, else null, `eos_id`), and `splits`: a list of shards each with `file`, `tokens`,
-`documents` and `text_bytes`, the UTF-8 bytes of the text that the tokens encode (for bits per byte).
+`documents` and `text_bytes`, the UTF-8 bytes of the text that the tokens encode (for bits per byte). `source` says what
+the text was: inputs, and in `records_without_text` per split the records that were skipped.
 """
 
 from collections.abc import Iterator
@@ -288,9 +289,10 @@ class _ShardFiles:
         self._starts_file: BinaryIO = _index_path(path).open("wb")
 
     def append(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], text_bytes: int) -> None:
-        ids.astype(self._dtype, copy=False).tofile(self._tokens_file)
+        # Not by `tofile`, whose error on a full disk does not say that it was one.
+        self._tokens_file.write(np.ascontiguousarray(ids, self._dtype).data)
         starts = np.concatenate(([0], ends[:-1])) + self.tokens
-        starts.astype(_STARTS_DTYPE).tofile(self._starts_file)
+        self._starts_file.write(starts.astype(_STARTS_DTYPE).data)
         self.tokens += len(ids)
         self._documents += len(ends)
         self._text_bytes += text_bytes

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rrt.common.files import sha256_file
+from rrt.common.files import check_no_lfs_pointer, sha256_file
 from rrt.data.chat import ChatTemplate, Message, find_chat_template
 from rrt.data.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
 from rrt.data.tokenizer_files import TokenizerFiles
@@ -226,11 +226,13 @@ def _load_backend(files: TokenizerFiles) -> tuple[Backend, Path]:
     added, special = files.added_tokens(), files.special_strings()
     path = files.directory / "tokenizer.model"
     if path.is_file():
+        check_no_lfs_pointer(path)
         legacy = files.tokenizer_config.get("legacy") is True
         backend = SentencePieceBackend(path, added, special, legacy=legacy, tokenizer_json=files.tokenizer_json)
         return backend, path
     path = files.directory / "tokenizer.json"
     if path.is_file():
+        check_no_lfs_pointer(path)
         return TokenizersBackend(path, added, special), path
     raise UserError(f"{files.directory}: no tokenizer; looked for tokenizer.model and tokenizer.json")
 

@@ -1,11 +1,13 @@
 """Generation for a batch of prompts, every token through all loops: the baseline for other ways of serving."""
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from rrt.common.dtypes import dtype_name
 from rrt.decode.decoder import Decoder
 from rrt.decode.passes import Chunk, PassRows
 from rrt.decode.sampling import GREEDY, Sampling, choose_tokens
@@ -14,7 +16,7 @@ from rrt.errors import UserError
 
 def generate(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     max_new_tokens: int,
     *,
     samplings: Sequence[Sampling] | None = None,
@@ -25,7 +27,8 @@ def generate(
     """Continue each prompt token by token.
 
     Args:
-        prompts: token ids, BOS included where the model expects one; each has at least one token.
+        prompts: token ids, BOS included where the model expects one; each has at least one token. Sequences of ints
+            or integer tensors [T]; a tensor [batch, T] is prompts of one length.
         max_new_tokens: most tokens to add to each prompt.
         samplings: how the tokens of each prompt are chosen; default the most probable one, again and again.
         stop_ids: a sequence ends with one of these tokens.
@@ -36,8 +39,9 @@ def generate(
         The new tokens of each prompt, the end token included.
 
     Raises:
-        UserError: an empty prompt, a token outside the vocabulary, a sequence beyond `decoder.max_positions`, or more
-            sequences than the cache's free pages hold. The cache is left as it was before.
+        UserError: an empty prompt or one that is no row of integers, a token outside the vocabulary, a sequence beyond
+            `decoder.max_positions`, or more sequences than the cache's free pages hold. The cache is left as it was
+            before.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
 
@@ -60,7 +64,7 @@ def generate(
 
 def generate_steps(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     max_new_tokens: int,
     *,
     samplings: Sequence[Sampling] | None = None,
@@ -76,11 +80,12 @@ def generate_steps(
 
     The other arguments, and the errors, are those of `generate`. Closing the iterator gives the cache's pages back.
     """
-    _check_arguments(decoder, prompts, max_new_tokens, chunk_size)
-    samplings = [GREEDY] * len(prompts) if samplings is None else samplings
-    if len(samplings) != len(prompts):
-        raise UserError(f"samplings: found {len(samplings)}; expected {len(prompts)}, one for each prompt")
-    return _generate(decoder, prompts, max_new_tokens, samplings, frozenset(stop_ids), has_ended, chunk_size)
+    token_ids = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
+    _check_arguments(decoder, token_ids, max_new_tokens, chunk_size)
+    samplings = [GREEDY] * len(token_ids) if samplings is None else samplings
+    if len(samplings) != len(token_ids):
+        raise UserError(f"samplings: found {len(samplings)}; expected {len(token_ids)}, one for each prompt")
+    return _generate(decoder, token_ids, max_new_tokens, samplings, frozenset(stop_ids), has_ended, chunk_size)
 
 
 def _generate(
@@ -168,6 +173,21 @@ def _pieces(lengths: list[int], chunk_size: int) -> Iterator[list[tuple[int, int
                 pieces, room = [], chunk_size
     if pieces:
         yield pieces
+
+
+def _token_ids(index: int, prompt: Sequence[int] | Tensor) -> list[int]:
+    if not isinstance(prompt, Tensor):
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"prompts[{index}]: found {type(prompt).__name__} ({error}); expected token ids") from None
+    if prompt.dim() != 1 or prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+        raise UserError(
+            f"prompts[{index}]: found a tensor {list(prompt.shape)} of {dtype_name(prompt.dtype)}; expected token ids: "
+            "one dimension of an integer dtype"
+        )
+    ids: list[int] = prompt.tolist()
+    return ids
 
 
 def _check_arguments(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk_size: int) -> None:

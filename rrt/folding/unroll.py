@@ -86,7 +86,7 @@ def export(
 def run_export(prepared: PreparedExport, *, progress: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Carry out an export that `prepare_export` has checked."""
     provenance = make_provenance("export", prepared.source.directory)
-    with atomic_directory(prepared.out, prepared.overwrite) as directory:
+    with atomic_directory(prepared.out, prepared.overwrite, needed=prepared.after.bytes) as directory:
         writer = SafetensorsWriter(directory, max_shard_bytes)
         for key, tensor in _unrolled(prepared.source, prepared.dtype, progress):
             writer.add(key, tensor)

@@ -16,7 +16,7 @@ _LARGEST = 2**40
 
 Family = Literal["gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
-NormInit = Literal["average", "choice", "zero"]
+NormInit = Literal["folded", "average", "choice", "zero"]
 LoraInit = Literal["svd", "zero", "joint"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
 
@@ -167,7 +167,11 @@ class RecursiveConfig:
     num_loops: int = field_doc("loops B over the shared block; 1 is a vanilla model", default=1)
     sharing: Literal["cycle"] = field_doc("depth l uses shared layer l mod K", default="cycle")
     init: Init = field_doc("how the shared block is made from the base's layers", default="stepwise")
-    norm_init: NormInit = field_doc("norm weights under init 'average': mean, one layer's, or zero", default="average")
+    norm_init: NormInit = field_doc(
+        "tied norms: neutral, their gains folded into the linears; or under init 'average' the mean, one layer's, or "
+        "zero, under the others the kept layer's",
+        default="folded",
+    )
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
     lora_init: LoraInit = field_doc("LoRA from the SVD of what tying lost, or zero", default="svd")
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)

@@ -644,9 +644,10 @@ def test_tensor_table_is_transformers_state_dict_one_to_one(name, tmp_path):
 
 def test_constant_keys_are_those_of_the_models_layers():
     neox = constant_keys(dataclasses.replace(read(PYTHIA_1B), num_layers=2))
-    assert set(neox) == {
+    assert set(neox) == {"gpt_neox.rotary_emb.inv_freq"} | {
         f"gpt_neox.layers.{depth}.attention.{name}"
         for depth in range(2)
         for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
     }
-    assert "model.layers.21.self_attn.rotary_emb.inv_freq" in constant_keys(read(TINYLLAMA))
+    llama = constant_keys(read(TINYLLAMA))
+    assert {"model.layers.21.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"} < set(llama)

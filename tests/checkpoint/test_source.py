@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.hf_layout import tensor_table
 from rrt.checkpoint.source import load_model, open_source
 from rrt.errors import UserError
+from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from tests.util.models import ALL_FAMILIES, make_hf_model
@@ -159,6 +161,7 @@ def with_constants(family, dtype):
                 tensors[f"{prefix}.rotary_emb.inv_freq"] = torch.ones(2)
             else:
                 tensors[f"model.layers.{depth}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["gpt_neox.rotary_emb.inv_freq" if family == "gpt_neox" else "model.rotary_emb.inv_freq"] = torch.ones(4)
 
     return change
 
@@ -167,9 +170,9 @@ def with_constants(family, dtype):
 @pytest.mark.parametrize(
     ("family", "dtype", "named"),
     [
-        ("gpt_neox", torch.bool, "6 constant tensors (attention.bias, attention.masked_bias, attention.rotary_emb"),
-        ("gpt_neox", torch.uint8, "6 constant tensors (attention.bias, attention.masked_bias, attention.rotary_emb"),
-        ("llama", torch.float32, "2 constant tensors (self_attn.rotary_emb.inv_freq of each layer)"),
+        ("gpt_neox", torch.bool, "7 constant tensors (attention.bias, attention.masked_bias, attention.rotary_emb"),
+        ("gpt_neox", torch.uint8, "7 constant tensors (attention.bias, attention.masked_bias, attention.rotary_emb"),
+        ("llama", torch.float32, "3 constant tensors (model.rotary_emb.inv_freq, self_attn.rotary_emb.inv_freq)"),
     ],
 )
 def test_constants_of_old_checkpoints_are_skipped_and_named_in_the_log(
@@ -193,6 +196,57 @@ def test_the_constants_of_other_layers_or_families_are_unexpected(bases, tmp_pat
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" in refusal(
         variant(bases["gpt_neox"], tmp_path / "other", with_constants("llama", torch.float32))
     )
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors-shards", "bin"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 70, 150])
+def test_a_value_that_is_not_finite_is_refused_at_load_by_tensor_and_file(bases, tmp_path, layout, bad, row):
+    def spoil(tensors):
+        tensors["model.embed_tokens.weight"][row, row % 32] = bad
+
+    directory = variant(bases["llama"], tmp_path / "bad", spoil, layout)
+    (place,) = (
+        path
+        for path in directory.glob("*.*")
+        if path.suffix in (".safetensors", ".bin")
+        and (layout != "safetensors-shards" or "model.embed_tokens.weight" in load_file(path))
+    )
+    message = f"{place}: tensor 'model.embed_tokens.weight': found NaN or infinity; expected finite values"
+    for dtype in (None, torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(UserError) as error:
+            load_model(directory, dtype)
+        assert str(error.value) == message
+
+
+def test_parts_of_a_fused_tensor_and_our_own_checkpoints_are_checked_too(bases, tmp_path):
+    def spoil(tensors):
+        tensors["gpt_neox.layers.1.attention.query_key_value.bias"][-1] = math.nan
+
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor 'gpt_neox\.layers\.1\.attention\.query_key_val"):
+        load_model(variant(bases["gpt_neox"], tmp_path / "fused", spoil))
+    convert(bases["llama"], tmp_path / "ours", RecursiveConfig(num_loops=2, lora_rank=LoraRanks(q=2)))
+    tensors = tensors_of(tmp_path / "ours")
+    tensors["stack.layers.0.attn.q.lora_a"][1, 1, 1] = math.inf
+    save_file(tensors, tmp_path / "ours" / "model.safetensors")
+    for num_loops in (None, 2):
+        with pytest.raises(
+            UserError, match=r"model\.safetensors: tensor 'stack\.layers\.0\.attn\.q\.lora_a': found NaN"
+        ):
+            load_model(tmp_path / "ours", num_loops=num_loops)
+    load_model(tmp_path / "ours", num_loops=1)  # without the loop of that value
+
+
+def test_values_beyond_the_dtype_that_was_chosen_are_refused(bases, tmp_path):
+    def enlarge(tensors):
+        tensors["model.norm.weight"][3] = -1e5
+
+    directory = variant(bases["llama"], tmp_path / "large", enlarge)
+    load_model(directory, torch.bfloat16)
+    with pytest.raises(
+        UserError, match=r"tensor 'model\.norm\.weight': found 1e\+05; expected at most 6\.55e\+04 for float"
+    ):
+        load_model(directory, torch.float16)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from rrt.checkpoint.tensor_files import SafetensorsWriter, TensorFiles
 from rrt.common.dtypes import dtype_name, parse_dtype
 from rrt.errors import UserError
+from tests.util.files import LFS_POINTER
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
@@ -164,11 +165,43 @@ def test_shards_must_hold_what_the_index_says(tmp_path, layout):
     assert refusal(tmp_path) == f"{tmp_path / second}: no such file; {index_path.name} names it"
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_index_decides_between_copies_of_a_tensor(tmp_path, kind, right):
+    single = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    names = [f"x.{kind}", f"y.{kind}"]
+    for number, name in enumerate(names):
+        # The stale copy has another shape and dtype.
+        copy = torch.full((2,), 7.0) if number == right else torch.ones(3, 3, dtype=torch.bfloat16)
+        tensors = {"a": copy, f"own {number}": torch.zeros(1)}
+        save_file(tensors, tmp_path / name) if kind == "safetensors" else torch.save(tensors, tmp_path / name)
+    write_index(tmp_path, single, {"a": names[right], "own 0": names[0], "own 1": names[1]})
+    files = TensorFiles(tmp_path)
+    assert sorted(files) == ["a", "own 0", "own 1"] and files.file("a").name == names[right]
+    assert (files.shape("a"), files.dtype("a")) == ((2,), torch.float32)
+    assert torch.equal(files.get("a"), torch.full((2,), 7.0))
+
+
+def test_a_tensor_in_two_shards_that_the_index_leaves_out_is_refused(tmp_path):
     for name in ("x.safetensors", "y.safetensors"):
-        save_file({"a": torch.zeros(1)}, tmp_path / name)
-    write_index(tmp_path, "model.safetensors", {"a": "x.safetensors", "b": "y.safetensors"})
+        save_file({"a": torch.zeros(1), name: torch.zeros(1)}, tmp_path / name)
+    write_index(tmp_path, "model.safetensors", {name: name for name in ("x.safetensors", "y.safetensors")})
     assert refusal(tmp_path) == f"{tmp_path / 'y.safetensors'}: tensor 'a' is also in x.safetensors"
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors-shards", "bin", "bin-shards"])
+def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path, layout):
+    write_layout(tmp_path, layout)
+    path = max(path for path in tmp_path.iterdir() if path.suffix != ".json")
+    path.write_text(LFS_POINTER)
+    assert refusal(tmp_path).startswith(f"{path}: found a git-lfs pointer; expected the file itself: run git lfs pull")
+
+
+def test_a_git_lfs_pointer_in_place_of_the_index_is_named(tmp_path):
+    write_layout(tmp_path, "safetensors-shards")
+    (path,) = tmp_path.glob("*.index.json")
+    path.write_text(LFS_POINTER)
+    assert refusal(tmp_path).startswith(f"{path}: found a git-lfs pointer;")
 
 
 def write(directory, tensors, max_shard_bytes):

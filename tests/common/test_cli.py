@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rrt.common.cli import run_command
+from rrt.common.cli import CommandParser, run_command
 from rrt.errors import UserError
 
 
@@ -41,6 +41,55 @@ def test_user_errors_and_missing_files_are_one_line_and_exit_two(capsys, tmp_pat
         2,
         f"error: {tmp_path / 'absent'}: No such file or directory\n",
     )
+
+
+def parser():
+    made = CommandParser(prog="command")
+    made.add_argument("--num-loops", "-n", type=int, required=True)
+    made.add_argument("--share", type=float)
+    made.add_argument("--init", choices=("stepwise", "average"))
+    made.add_argument("--input", nargs="+")
+    made.add_argument("--pair", nargs=2)
+    made.add_argument("--overwrite", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--num-loops two", "--num-loops/-n: found 'two'; expected a whole number"),
+        ("-n 2 --share x=1", "--share: found 'x=1'; expected a number"),
+        ("-n 2 --init averge", "--init: found 'averge'; expected one of stepwise, average"),
+        ("-n 2 --input", "--input: found no value; expected at least one"),
+        ("-n 2 --pair 1", "--pair: found fewer values; expected 2"),
+        ("-n", "--num-loops/-n: found no value; expected one"),
+        ("-n 2 --overwrite=yes", "--overwrite: found 'yes'; expected no value"),
+        ("-n 2 --num-lops 3", "command line: found --num-lops 3; expected --num-loops"),
+        ("-n 2 --init=average stray", "command line: found stray; expected no such argument"),
+        ("", "--num-loops/-n: missing; expected on the command line"),
+        ("-n 2 --in average", "command line: ambiguous option: --in could match --init, --input"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_with_flag_found_and_expected(capsys, line, message):
+    assert outcome(lambda: parser().parse_args(line.split()), capsys) == (
+        2,
+        f"error: {message} (--help lists the flags)\n",
+    )
+
+
+def test_help_is_argparses_own(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage: command [-h] --num-loops")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_to_a_full_disk_is_one_line():
+    code = "from rrt.common.cli import run_command; run_command(lambda: print('line\\n' * {}))"
+    for count in (1, 100_000):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", code.format(count)], stdout=full, stderr=-1, text=True)
+        assert (done.returncode, done.stderr) == (2, "error: standard output: no space left on the disk\n")
 
 
 def test_bugs_keep_their_traceback():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rrt.common.files import atomic_directory, atomic_write, read_json, sha256_file, write_json
+from rrt.common.files import atomic_directory, atomic_write, check_output_directory, read_json, sha256_file, write_json
 from rrt.errors import UserError
+from tests.util.files import LFS_POINTER, files_of_at_most
 
 
 def names(directory):
@@ -212,6 +213,47 @@ def test_the_new_name_is_on_disk(tmp_path, old, monkeypatch):
         pass
     path, then = synced[-1]
     assert path == tmp_path and "out" in then and not any(".partial-" in name for name in then)
+
+
+def test_a_place_that_takes_no_directory_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("file")
+    with pytest.raises(UserError, match=f"out: {tmp_path / 'file'} is a file; expected a directory to create out in"):
+        check_output_directory(tmp_path / "file" / "a" / "out", overwrite=False)
+    check_output_directory(tmp_path / "new" / "out", overwrite=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"out: {tmp_path} may not be written to; expected a directory to create out"):
+        check_output_directory(tmp_path / "new" / "out", overwrite=False)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_output_that_finds_no_space_is_one_line_with_its_own_path_and_leaves_nothing(tmp_path, old, nested):
+    with (
+        pytest.raises(UserError) as caught,
+        files_of_at_most(1000),
+        atomic_directory(old, overwrite=True, needed=3 << 20) as partial,
+    ):
+        if nested:
+            write_json(partial / "config.json", ["text"] * 1000)
+        else:
+            (partial / "weights").write_bytes(bytes(2000))
+    message = str(caught.value)
+    assert message.startswith(f"{old}: larger than files may be (ulimit -f, or the file system) (3.00 MiB needed, ")
+    assert message.endswith(" were free); free some or write to another disk") and "\n" not in message
+    assert names(tmp_path) == ["out"] and names(old) == ["old.txt"]
+
+
+def test_a_file_that_finds_no_space_stays_as_it_was(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    message = r"a\.json: larger than files may be .*\(1\.95 KiB needed, .* were free\)"
+    with pytest.raises(UserError, match=message), files_of_at_most(1000):
+        atomic_write(tmp_path / "a.json", "x" * 2000)
+    assert read_json(tmp_path / "a.json") == {"old": 1} and names(tmp_path) == ["a.json"]
+
+
+def test_json_that_git_lfs_has_not_fetched_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(LFS_POINTER)
+    with pytest.raises(UserError, match=r"config\.json: found a git-lfs pointer; .* git lfs pull"):
+        read_json(tmp_path / "config.json")
 
 
 def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):

@@ -1,5 +1,6 @@
 """Reading of corpora: documents of every kind of file, splits, and errors that name file and line."""
 
+import codecs
 import gzip
 import json
 import random
@@ -17,6 +18,7 @@ from rrt.data import corpus
 from rrt.data.corpus import (
     STDLIB_HELDOUT,
     Part,
+    TextFilter,
     documents,
     find_files,
     grouped_documents,
@@ -25,6 +27,7 @@ from rrt.data.corpus import (
     whole_file,
 )
 from rrt.errors import UserError
+from tests.util.files import LFS_POINTER
 
 
 def records(texts: list[str], field: str = "text") -> bytes:
@@ -67,13 +70,50 @@ def test_parquet_gives_its_documents_and_their_groups(tmp_path: Path) -> None:
     assert [group for _, group in grouped_documents(path, "absent.field")] == [None] * 3
 
 
+LINES = [b'{"text": "a"}', b'{"text": null}', b'{"text": ""}', b'{"text": "b"}']
+COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_records_without_text_are_skipped_and_counted_or_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "", "b"]}), path)
+    else:
+        path.write_bytes(COMPRESS.get(path.suffix, bytes)(b"\n".join(LINES)))
+    lenient, strict = TextFilter(), TextFilter(is_strict=True)
+    assert list(documents(path, text_filter=lenient)) == list(documents(path)) == ["a", "b"]
+    assert lenient.skipped == 2
+    assert [text for text, _ in grouped_documents(path, "set", text_filter=lenient)] == ["a", "b"]
+    assert lenient.skipped == 4
+    place = f"{path}: row 2" if path.suffix == ".parquet" else f"{path}:2"
+    with pytest.raises(UserError, match=f"^{place}: field 'text' is null; expected a text, or no --strict[^\n]*$"):
+        list(documents(path, text_filter=strict))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_byte_order_mark_before_a_record_is_dropped(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    joined = b"".join(codecs.BOM_UTF8 + records(texts) for texts in (["\ufeffone", "two"], ["three"]))
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(joined))
+    assert list(documents(path)) == ["\ufeffone", "two", "three"]
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(codecs.BOM_UTF8 + b"\n"))
+    assert list(documents(path)) == []
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(records(["one"]).decode().encode("utf-16")))
+    with pytest.raises(UserError, match=f"^{path}:1: not UTF-8 text"):
+        list(documents(path))
+
+
 def test_parquet_that_cannot_be_read_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), path)
     with pytest.raises(UserError, match=r"a\.parquet: no field 'text' \(fields found: 'content'\)"):
         list(documents(path))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: row 2: field 'text' is a NoneType"):
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: field 'text' is null; expected a text, or no --strict"):
+        list(documents(path, text_filter=TextFilter(is_strict=True)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is a int"):
         list(documents(path))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"a\.parquet: damaged or not a parquet file \([^\n]*\)$"):
@@ -103,6 +143,31 @@ def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(records(["body"], "content"))
     assert list(documents(path, text_field="content")) == ["body"]
+
+
+def test_an_existing_path_is_taken_literally_before_it_is_a_glob(tmp_path: Path) -> None:
+    for name in ("sp ace [1].txt", "sp ace 1.txt", "da[t]a/a?.txt", "da[t]a/ab.txt", "data/ab.txt", "*.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(pattern: str) -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in find_files(f"{tmp_path}/{pattern}")]
+
+    assert found("sp ace [1].txt") == ["sp ace [1].txt"]
+    assert found("sp ace [12].txt") == ["sp ace 1.txt"]
+    assert found("*.txt") == ["*.txt"]
+    assert found("da[t]a/*.txt") == ["da[t]a/a?.txt", "da[t]a/ab.txt"]
+    assert found("da[t]a/a?.txt") == ["da[t]a/a?.txt"]
+    assert found("d[a]t*/ab.txt") == ["data/ab.txt"]
+    with pytest.raises(UserError, match=r"da\[t\]a: is a directory; expected files, such as '.*da\[t\]a/\*\*/"):
+        found("da[t]a")
+
+
+def test_a_git_lfs_pointer_is_named_whatever_its_kind(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"):
+        (tmp_path / name).write_text(LFS_POINTER)
+        with pytest.raises(UserError, match=f"^{tmp_path / name}: found a git-lfs pointer; .* git lfs pull"):
+            list(documents(tmp_path / name))
 
 
 def test_files_come_in_the_order_given_sorted_within_a_glob_each_once(tmp_path: Path) -> None:
@@ -188,6 +253,7 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
     ("pattern", "message"),
     [
         ("nothing-*.txt", "no file matches"),
+        ("dangling.txt", "found a broken link, or no ordinary file; expected text files"),
         ("folder", "is a directory"),
         ("table.arrow", "unknown kind of file; expected text files"),
         ("latin.txt", "not UTF-8 text"),
@@ -195,6 +261,7 @@ def test_a_truncated_zstd_file_without_checksum_is_refused(tmp_path: Path) -> No
 )
 def test_unreadable_inputs_are_refused_in_one_line(tmp_path: Path, pattern: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
     (tmp_path / "table.arrow").write_bytes(b"ARROW1")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:

@@ -9,6 +9,7 @@ import pytest
 
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from tests.util.files import LFS_POINTER
 from tests.util.tokenizers import set_config, write_hf_config
 
 
@@ -229,3 +230,10 @@ def test_an_unknown_eos_is_refused(copy_of: Callable[[str], Path]) -> None:
     (directory / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="end-of-sequence token is unknown"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(name, tmp_path):
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(UserError, match=rf"{name}: found a git-lfs pointer; .* run git lfs pull"):
+        load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 """The paged inference path against the model's plain forward: passes, chunks, mixed loops, prefixes, generation."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -284,6 +285,16 @@ def test_generation_equals_the_naive_full_forward(family, looped):
     decoder.cache.check()
 
 
+def test_prompts_may_be_integer_tensors_and_one_tensor_of_equal_lengths():
+    decoder = make_decoder(make_model(), num_pages=300)
+    expected = generate(decoder, PROMPTS, 4)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        assert generate(decoder, [torch.tensor(prompt, dtype=dtype) for prompt in PROMPTS], 4) == expected
+    assert generate(decoder, [tuple(map(np.int64, prompt)) for prompt in PROMPTS], 4) == expected
+    rows = [[1, 2, 3], [4, 5, 6]]
+    assert generate(decoder, torch.tensor(rows), 4) == generate(decoder, rows, 4)
+
+
 def test_generation_takes_every_page_that_it_asked_for_and_no_more():
     model = make_model("llama", "recursive-3")
     pages = 3 * (2 + 3)  # 5 and 9 positions of 4 per page, at 3 loops
@@ -316,6 +327,16 @@ def test_bad_generation_arguments_are_named():
         ([[1], []], {}, r"prompts\[1\]: found no token; expected at least one"),
         ([[1, VOCABULARY]], {}, r"prompts\[0\]: found token 97; expected tokens in \[0, 97\)"),
         ([[-1]], {}, r"prompts\[0\]: found token -1"),
+        (
+            [torch.tensor([1.5])],
+            {},
+            r"prompts\[0\]: found a tensor \[1\] of float32; expected token ids: one",
+        ),
+        ([[1], torch.ones(1, 2, dtype=torch.int64)], {}, r"prompts\[1\]: found a tensor \[1, 2\] of int64; expected"),
+        (torch.tensor([1, 2]), {}, r"prompts\[0\]: found a tensor \[\] of int64; expected token ids"),
+        ([torch.tensor([], dtype=torch.int64)], {}, r"prompts\[0\]: found no token"),
+        ([1, 2], {}, r"prompts\[0\]: found int \(.*not iterable\); expected token ids"),
+        (["text"], {}, r"prompts\[0\]: found str \(.*\); expected token ids"),
         ([[1]], dict(max_new_tokens=-1), "max_new_tokens: found -1; expected at least 0"),
         ([[1]], dict(chunk_size=0), "chunk_size: found 0; expected at least 1"),
         ([[1] * 60], dict(max_new_tokens=6), r"need 65 positions; expected at most max_positions = 64"),

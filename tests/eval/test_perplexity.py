@@ -230,10 +230,10 @@ def process_of_two(checkpoint, data, *flags):
 
 
 def broken_copy(model_dir, broken):
-    """A model whose losses are NaN."""
+    """A model of finite weights whose losses are NaN."""
     shutil.copytree(model_dir, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = math.nan
+    tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     return broken
 
@@ -269,6 +269,18 @@ def test_a_damaged_record_midway_keeps_the_figures_up_to_it(model_dir, texts, tm
     result = json.loads((model_dir / "result.json").read_text())
     assert not result["complete"] and result["bits_per_byte"] is None
     assert 0 < result["tokens"] < len(stream_of(model_dir, texts)) * 30
+
+
+def test_records_without_text_are_counted_and_the_table_names_the_bos_of_windows(model_dir, texts, tmp_path, capsys):
+    data = tmp_path / "gaps.jsonl"
+    records = [{"text": text} for text in (None, *texts, "", None)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result, table = measure(model_dir, data, "--context", 33)
+    assert result["records_without_text"] == 3 and result["tokens"] == len(stream_of(model_dir, texts)) - 1
+    assert f"notice: {data}: skipped 3 records without text\n" in capsys.readouterr().err
+    assert result["bos"] and "context 33, BOS before every window" in table
+    result, table = measure(model_dir, data, "--context", 33, "--bos", "no")
+    assert not result["bos"] and "no BOS before windows" in table
 
 
 def test_bad_input_ends_with_one_line_and_no_result(model_dir, shard_dir, tmp_path):

@@ -195,6 +195,21 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_a_full_disk_that_torch_reports_by_a_position_is_told_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall_short(*_: Any, **__: Any) -> None:
+        raise OSError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("train.checkpoints.save", fall_short)
+    with pytest.raises(AgreedError, match=r"step-1: cannot be written \(\[enforce fail .*\); earlier"):
+        save_steps(tmp_path, 1)
+    monkeypatch.setattr("train.checkpoints.free_bytes", lambda path: 8)
+    told = r"step-1: cannot be written \(No space left on device: \d+ B needed, 8 B free\); earlier"
+    with pytest.raises(AgreedError, match=told):
+        save_steps(tmp_path, 1)
+
+
 def test_a_marker_that_cannot_be_written_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import zstandard
 from rrt.data.shards import open_shards
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
+from tests.util.files import files_of_at_most
 from tests.util.tokenizers import make_bpe_tokenizer, make_sentencepiece_tokenizer, set_config, training_texts
 from train import prepare_data as module
 from train.prepare_data import prepare_data
@@ -237,7 +239,7 @@ def test_a_unit_that_a_crash_left_damaged_is_done_again(
     tokens, rows = (sorted(tmp_path.glob(f"out.partial/*.{suffix}")) for suffix in ("bin", "npy"))
     tokens[0].write_bytes(tokens[0].read_bytes()[:-2])
     rows[1].write_bytes(rows[1].read_bytes()[:20])
-    (tmp_path / "out.partial" / "unit-0.123").write_bytes(b"half")
+    (tmp_path / "out.partial" / ".unit-0.bin.partial-123").write_bytes(b"half")
     prepare_data([f"{corpus}/*"], tokenizer, interrupted)
     prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "at-once")
     assert contents(interrupted) == contents(tmp_path / "at-once")
@@ -257,6 +259,76 @@ def test_a_bad_line_leaves_no_output_and_keeps_finished_units(
     bad.write_bytes(good)
     prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1)
     assert open_shards(tmp_path / "out", "train").num_documents == len(texts) + len(texts) // 4 - 1 + 1
+
+
+def test_records_without_text_are_skipped_and_counted_per_split_over_an_interruption(
+    corpus: Path,
+    texts: list[str],
+    tokenizer: Path,
+    tmp_path: Path,
+    small_units: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("a.jsonl", "e.jsonl"):
+        with (corpus / name).open("a") as stream:
+            stream.write('{"text": null}\n{"text": ""}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "wait", interrupt_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data([f"{corpus}/[a-d]*"], tokenizer, tmp_path / "out", workers=2)
+    (corpus / "e.jsonl").write_text('{"text": "held out"}\n{"text": null}\n')
+    heldout = [str(corpus / "e.jsonl")]
+    prepare_data([f"{corpus}/[a-d]*"], tokenizer, tmp_path / "out", heldout_inputs=heldout)
+    printed = capsys.readouterr().out
+    assert "continuing" in printed and "\nskipped 3 records without text\n" in printed
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["source"]["records_without_text"] == {"train": 2, "heldout": 1}
+    shards = open_shards(tmp_path / "out", "train")
+    assert shards.num_documents == len(texts) and shards.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_strict_refuses_records_without_text_also_where_an_earlier_run_skipped_them(
+    corpus: Path, tokenizer: Path, tmp_path: Path, small_units: None
+) -> None:
+    line = (corpus / "a.jsonl").read_bytes().count(b"\n") + 1
+    with (corpus / "a.jsonl").open("a") as stream:
+        stream.write('{"text": null}\n')
+    (corpus / "e.jsonl").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1)
+    (corpus / "e.jsonl").write_text('{"text": "whole"}')
+    with pytest.raises(UserError, match=rf"a\.jsonl:{line}: field 'text' is null.*units are finished and kept"):
+        prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1, is_strict=True)
+    assert leftovers(tmp_path) == ["out.partial"]
+
+
+@pytest.mark.parametrize("kind", ["a unit", "the join"])
+def test_a_full_disk_is_told_in_one_line_with_the_path_and_what_is_kept(
+    corpus: Path, texts: list[str], tokenizer: Path, tmp_path: Path, small_units: None, kind: str
+) -> None:
+    if kind == "a unit":
+        with pytest.raises(UserError) as caught, files_of_at_most(300):
+            prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1)
+        place = f"{tmp_path}/out.partial/unit-[0-9a-f]+.bin"
+    else:
+        with (
+            pytest.raises(UserError) as caught,
+            pytest.MonkeyPatch.context() as patch,
+            files_of_at_most(100_000),
+        ):
+            tokenise = module.tokenise
+            limit = (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            patch.setattr(
+                module, "tokenise", lambda *job: (tokenise(*job), resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+            )
+            prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out", workers=1)
+        place = str(tmp_path / "out")
+        assert re.search(r"needed, .* were free\); .* units are finished and kept in", str(caught.value))
+        assert leftovers(tmp_path) == ["out.partial"]
+    assert re.match(f"{place}: larger than files may be", str(caught.value)) and "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out.partial/.*"))
+    prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out")
+    assert open_shards(tmp_path / "out", "train").num_documents == len(texts)
 
 
 def test_an_existing_output_is_replaced_only_when_asked(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -336,7 +408,12 @@ def test_the_command_ends_on_bad_input_with_one_line_and_exit_code_2(tmp_path: P
     [
         (["--input", "none*.txt"], "none*.txt: no file matches"),
         (["--input", "empty.txt"], "the train files hold no document"),
+        (["--input", "empty.jsonl"], "the train files hold no document that is not empty; expected one"),
+        (["--input", "null.jsonl"], "the train files hold no document that is not empty (skipped 2 records without"),
         (["--input", "corpus/a.jsonl", "--heldout-input", "empty.txt"], "the heldout files hold no document"),
+        (["--input", "corpus/a.jsonl", "--heldout-input", "empty.jsonl"], "the heldout files hold no document"),
+        (["--input", "corpus/a.jsonl", "--heldout-input", "null.jsonl"], "the heldout files hold no document"),
+        (["--input", "null.jsonl", "--strict"], "null.jsonl:1: field 'text' is null; expected a text"),
         (["--input", "corpus/d.txt", "--heldout-input", "corpus/d.txt"], "--input: every file is held out"),
         (["--input", "cut.jsonl.gz"], "cut.jsonl.gz: damaged or not a gzip file"),
         (["--input", "cut.jsonl.zst"], "cut.jsonl.zst: damaged or not a zstd file"),
@@ -357,6 +434,8 @@ def test_bad_input_is_told_in_one_line_and_leaves_no_output(
 ) -> None:
     shutil.copytree(tokenizer, tmp_path / "tok")
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n{"text": ""}\n')
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n{\n')
     for name in ("b.jsonl.gz", "c.jsonl.zst"):
         data = (corpus / name).read_bytes()
