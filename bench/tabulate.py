@@ -32,6 +32,7 @@ MODULES = {
     "exits": "eval.exits",
     "fewshot": "eval.fewshot",
     "fewshot-speed": "bench.fewshot",
+    "generation-speed": "bench.generate",
     "kernels": "bench.kernel_report",
     "losses": "bench.losses",
     "perplexity": "eval.perplexity",

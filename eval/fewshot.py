@@ -173,7 +173,7 @@ def main() -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="HF model directory or a checkpoint of this package",
+        help="HF model directory, .gguf file or checkpoint of this package",
     )
     parser.add_argument(
         "--tasks",

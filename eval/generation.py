@@ -11,7 +11,7 @@ from tqdm import tqdm
 from eval.response_cache import ResponseCache
 from rrt.data.tokenizer import Tokenizer
 from rrt.decode.decoder import Decoder
-from rrt.decode.greedy import generate
+from rrt.decode.generation import generate
 from rrt.decode.kv_cache import PagedCache, page_bytes
 from rrt.model.transformer import RecursiveTransformer
 
@@ -76,7 +76,7 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
         decoder,
         [prompt.tokens for prompt in batch],
         batch[0].max_new_tokens,
-        eos_token_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         should_stop=has_stopped,
     )
     texts = [tokenizer.decode(tokens) for tokens in outputs]

@@ -1,28 +1,40 @@
-"""Continue prompts by greedy decoding: checkpoint and text in, text out.
+"""Continue prompts, or answer messages: checkpoint and text in, text out as it is generated.
 
     python -m rrt.generate --checkpoint runs/out/relaxed --prompt "def main(" --max-new-tokens 32
 
-Decoding runs all loops of every token through a paged key/value cache; the work is done by :mod:`rrt.decode.greedy`.
+Decoding runs all loops of every token through a paged key/value cache; the work is done by
+:mod:`rrt.decode.generation`.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import human_bytes, human_count, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
-from rrt.data.tokenizer import check_vocab, load_tokenizer
+from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.decode.decoder import Decoder
-from rrt.decode.greedy import generate
+from rrt.decode.generation import generate_steps
 from rrt.decode.kv_cache import PagedCache
+from rrt.decode.sampling import Sampling
+from rrt.decode.text_stream import StopStrings, TextStream
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 
 _PAGE_SIZE = 16
-_ADD_BOS = {"auto": None, "yes": True, "no": False}
+_SEPARATOR = "\n---\n"
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Tokens to continue, and those of them that are shown before the new text."""
+
+    tokens: list[int]
+    shown: list[int]
 
 
 def _make_cache(model: RecursiveTransformer, lengths: Sequence[int]) -> PagedCache:
@@ -35,42 +47,153 @@ def _make_cache(model: RecursiveTransformer, lengths: Sequence[int]) -> PagedCac
     )
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
+def _check_prompts(prompts: Sequence[_Prompt], max_new_tokens: int, max_positions: int) -> None:
     for number, prompt in enumerate(prompts, 1):
-        if not prompt:
+        if not prompt.tokens:
             raise UserError(f"--prompt number {number}: found no token; expected text, or --bos yes")
-        if len(prompt) + max_new_tokens > max_positions:
+        if len(prompt.tokens) + max_new_tokens > max_positions:
             raise UserError(
-                f"--prompt number {number}: found {len(prompt)} tokens with --max-new-tokens {max_new_tokens}; "
+                f"--prompt number {number}: found {len(prompt.tokens)} tokens with --max-new-tokens {max_new_tokens}; "
                 f"expected at most {max_positions} together, the model's positions: shorten the prompt, or add fewer"
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``python -m rrt.generate``; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rrt.generate", description=(__doc__ or "").split("\n")[0])
+def _encode_prompts(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[_Prompt]:
+    if not arguments.chat:
+        batch = tokenizer.with_bos(arguments.bos).encode_batch(arguments.prompt, parse_special=arguments.parse_special)
+        return [_Prompt(ids, ids) for ids in batch]
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    texts = [tokenizer.apply_chat_template([*system, {"role": "user", "content": text}]) for text in arguments.prompt]
+    # The template has written BOS where the model wants it.
+    return [_Prompt(ids, []) for ids in tokenizer.encode_batch(texts, bos=False, parse_special=True)]
+
+
+class _Output:
+    """The text of one prompt: what is shown of the prompt, then the new text up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: _Prompt, stops: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer)
+        self._stops = StopStrings(stops)
+        self._text = self._stream.push(prompt.shown)
+
+    def add(self, token: int) -> bool:
+        """Add a new token; returns whether a stop string ends the text."""
+        self._text += self._stops.push(self._stream.push([token]))
+        return self._stops.has_stopped
+
+    def finish(self) -> None:
+        self._text += self._stops.push(self._stream.finish()) + self._stops.finish()
+
+    def take(self) -> str:
+        """Return the text since the last call."""
+        text, self._text = self._text, ""
+        return text
+
+
+def _pieces(
+    decoder: Decoder,
+    prompts: Sequence[_Prompt],
+    outputs: Sequence[_Output],
+    samplings: Sequence[Sampling],
+    arguments: argparse.Namespace,
+    stop_ids: Sequence[int],
+) -> Iterator[str]:
+    """Yield the text as it can be printed: of one prompt step by step, of several one after the other at the end."""
+    steps = generate_steps(
+        decoder,
+        [prompt.tokens for prompt in prompts],
+        arguments.max_new_tokens,
+        samplings=samplings,
+        stop_ids=stop_ids,
+        # The token that ends a text is none of it, though it may have one.
+        has_ended=lambda index, token: token not in stop_ids and outputs[index].add(token),
+    )
+    is_streamed = len(outputs) == 1
+    if is_streamed:
+        yield outputs[0].take()
+    for _ in steps:
+        if is_streamed:
+            yield outputs[0].take()
+    for output in outputs:
+        output.finish()
+    yield _SEPARATOR.join(output.take() for output in outputs)
+
+
+def _print_pieces(pieces: Iterator[str]) -> None:
+    """Print text as it comes; an interrupted text ends its line."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=bool(piece))
+    finally:
+        print(flush=True)
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m rrt.generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--checkpoint",
         type=Path,
         required=True,
         metavar="DIR",
-        help="one of our checkpoints or an HF directory, with its tokenizer",
+        help="one of our checkpoints, an HF directory or a .gguf file, with its tokenizer",
     )
     parser.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given repeatedly"
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="text to continue; given repeatedly, all are computed together and printed when they are done",
     )
+    parser.add_argument(
+        "--chat", action="store_true", help="answer the prompt as a user's message, by the chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before the user's, with --chat")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         default=64,
         metavar="N",
-        help="most tokens to add to each prompt; the end-of-sequence token ends it earlier (default: 64)",
+        help="most tokens to add to each prompt; a token that ends the text ends it earlier (default: 64)",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given repeatedly"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="draw tokens from the softmax of logits / T; 0: take the most probable one (default: 0)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K most probable tokens; 0: from all (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest tokens that have probability P together (default: 1)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the same seed draws the same text; prompt i has N + i (default: 0)",
     )
     parser.add_argument(
         "--bos",
-        choices=tuple(_ADD_BOS),
+        choices=("auto", "yes", "no"),
         default="auto",
         help="begin each prompt with BOS; auto: as the tokenizer does (default: auto)",
+    )
+    parser.add_argument(
+        "--parse-special", action="store_true", help="text that spells a special token becomes it; --chat implies it"
     )
     add_dtype_flag(parser, "dtype to compute in")
     parser.add_argument(
@@ -79,16 +202,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
+    if "" in arguments.stop:
+        raise UserError("--stop: found an empty text; expected at least one character")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system: expected with --chat alone")
+    if arguments.chat and arguments.bos != "auto":
+        raise UserError(f"--bos: found {arguments.bos} with --chat; expected auto, for the chat template decides")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``python -m rrt.generate``; see the head of this file."""
+    arguments = _parse_arguments(argv)
+    samplings = [
+        Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
+        for index in range(len(arguments.prompt))
+    ]
     device = pick_device(arguments.device)
     # Everything that can be wrong is found before the weights are read.
     config = open_source(arguments.checkpoint).model
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, config.vocab_size, arguments.checkpoint)
-    prompts = tokenizer.encode_batch(arguments.prompt, bos=_ADD_BOS[arguments.bos])
+    prompts = _encode_prompts(tokenizer, arguments)
     _check_prompts(prompts, arguments.max_new_tokens, config.context_length)
     model = load_model(arguments.checkpoint, chosen_dtype(arguments), device)
     recursion = model.recursion
-    cache = _make_cache(model, [len(prompt) + arguments.max_new_tokens for prompt in prompts])
+    cache = _make_cache(model, [len(prompt.tokens) + arguments.max_new_tokens for prompt in prompts])
     print(
         f"{arguments.checkpoint}: {config.family}, {recursion.num_loops} loops x {len(model.stack.layers)} layers, "
         f"{human_count(sum(parameter.numel() for parameter in model.parameters()))} parameters, "
@@ -96,8 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         file=sys.stderr,
     )
     decoder = Decoder(model, cache)
-    outputs = generate(decoder, prompts, arguments.max_new_tokens, eos_token_id=tokenizer.eos_id)
-    print("\n---\n".join(tokenizer.decode(prompt + new) for prompt, new in zip(prompts, outputs, strict=True)))
+    keep_freed_memory()
+    outputs = [_Output(tokenizer, prompt, arguments.stop) for prompt in prompts]
+    _print_pieces(_pieces(decoder, prompts, outputs, samplings, arguments, tokenizer.stop_ids))
 
 
 if __name__ == "__main__":

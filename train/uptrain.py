@@ -40,7 +40,9 @@ from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, Ru
 class UptrainCheckpointConfig:
     """The model to uptrain."""
 
-    path: str = field_doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
+    path: str = field_doc(
+        "a checkpoint written by rrt.convert, or an HF directory or .gguf file (the full-size baseline)"
+    )
     num_loops: int | None = field_doc(
         "train its first loops only, as a model of their depth: 1 for K pretrained layers that are not looped; "
         "default all",

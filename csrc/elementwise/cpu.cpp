@@ -53,4 +53,9 @@ void gate_backward_cpu(const GateBackwardParams& p, ParallelFor parallel_for) {
   deal_out(p.size, 1, parallel_for, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
+void add_cpu(const AddParams& p, ParallelFor parallel_for) {
+  const auto kernel = kernels_for_this_cpu().add[static_cast<int>(p.dtype)];
+  deal_out(p.size, 1, parallel_for, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 }  // namespace rrt::elementwise

@@ -236,6 +236,17 @@ void gate_backward(const GateBackwardParams& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class D>
+void add(const AddParams& p, int64_t begin, int64_t end) {
+  using Storage = typename D::Storage;
+  for (int64_t i = begin; i < end; i += kLanes<D>) {
+    const int64_t left = end - i;
+    const auto a = read<D>(static_cast<const Storage*>(p.a) + i, left);
+    const auto b = read<D>(static_cast<const Storage*>(p.b) + i, left);
+    write<D>(a + b, static_cast<Storage*>(p.out) + i, left);
+  }
+}
+
 }  // namespace
 
 const CpuKernels RRT_KERNELS = {
@@ -245,6 +256,7 @@ const CpuKernels RRT_KERNELS = {
     {sum_shares<Float32>, sum_shares<Float64>, sum_shares<BFloat16>, sum_shares<Float16>},
     {gate<Float32>, gate<Float64>, gate<BFloat16>, gate<Float16>},
     {gate_backward<Float32>, gate_backward<Float64>, gate_backward<BFloat16>, gate_backward<Float16>},
+    {add<Float32>, add<Float64>, add<BFloat16>, add<Float16>},
 };
 
 }  // namespace rrt::elementwise

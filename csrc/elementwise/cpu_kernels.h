@@ -23,6 +23,7 @@ struct CpuKernels {
   void (*sum_shares[4])(const NormBackwardParams& params, const void* shares, int64_t begin, int64_t end);
   void (*gate[4])(const GateParams& params, int64_t begin, int64_t end);  // elements
   void (*gate_backward[4])(const GateBackwardParams& params, int64_t begin, int64_t end);
+  void (*add[4])(const AddParams& params, int64_t begin, int64_t end);  // elements
 };
 
 RRT_DECLARE_CPU_KERNELS(CpuKernels);

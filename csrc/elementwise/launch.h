@@ -69,10 +69,20 @@ struct GateBackwardParams {
   void* up_grad;
 };
 
+// out = a + b; out may be a or b.
+struct AddParams {
+  Dtype dtype;
+  int64_t size;
+  const void* a;
+  const void* b;
+  void* out;
+};
+
 void rotary_cpu(const RotaryParams& params, ParallelFor parallel_for);
 void norm_cpu(const NormParams& params, ParallelFor parallel_for);
 void norm_backward_cpu(const NormBackwardParams& params, ParallelFor parallel_for);
 void gate_cpu(const GateParams& params, ParallelFor parallel_for);
 void gate_backward_cpu(const GateBackwardParams& params, ParallelFor parallel_for);
+void add_cpu(const AddParams& params, ParallelFor parallel_for);
 
 }  // namespace rrt::elementwise

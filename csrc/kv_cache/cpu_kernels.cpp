@@ -11,16 +11,22 @@
 namespace rrt::kv_cache {
 namespace {
 
-// Rotates the first rotary_dim elements of a head, which read(i) gives and write(i, value) takes.
-template <class Acc, class Read, class Write>
+// Rotates the first rotary_dim elements of a head by vectors, which read(i, lanes) gives and write(i, lanes, vector)
+// takes, of up to kLanes elements from i on.
+template <class D, class Read, class Write>
 inline void rotate(const Rope& rope, int64_t row, Read read, Write write) {
+  using Acc = typename D::Acc;
   const Acc* cos = static_cast<const Acc*>(rope.cos_sin) + rope.positions[row] * rope.rotary_dim;
   const int64_t half = rope.rotary_dim / 2;
   const Acc* sin = cos + half;
-  for (int64_t i = 0; i < half; ++i) {
-    const Acc first = read(i), second = read(half + i);
-    write(i, first * cos[i] - second * sin[i]);
-    write(half + i, second * cos[i] + first * sin[i]);
+  for (int64_t i = 0; i < half; i += kLanes<D>) {
+    const int64_t lanes = smaller(half - i, kLanes<D>);
+    typename D::Vec c = {}, s = {};
+    std::memcpy(&c, cos + i, lanes * sizeof(Acc));
+    std::memcpy(&s, sin + i, lanes * sizeof(Acc));
+    const typename D::Vec first = read(i, lanes), second = read(half + i, lanes);
+    write(i, lanes, first * c - second * s);
+    write(half + i, lanes, second * c + first * s);
   }
 }
 
@@ -48,9 +54,20 @@ void write(const WriteParams& p, int64_t begin, int64_t end) {
       auto* k_to = static_cast<Storage*>(p.k_cache) + to;
       std::memcpy(k_to, k, size);
       if (p.rope.positions == nullptr) continue;
-      rotate<typename D::Acc>(
-          p.rope, row, [&](int64_t i) { return widen_one<D>(k + i); },
-          [&](int64_t i, typename D::Acc value) { k_to[i] = D::narrow(value); });
+      rotate<D>(
+          p.rope, row,
+          [&](int64_t i, int64_t lanes) {
+            Storage part[kLanes<D>] = {};
+            std::memcpy(part, k + i, lanes * sizeof(part[0]));
+            return D::widen(part);
+          },
+          [&](int64_t i, int64_t lanes, typename D::Vec values) {
+            typename D::Acc wide[kLanes<D>];
+            Storage part[kLanes<D>];
+            std::memcpy(wide, &values, sizeof(values));
+            for (int lane = 0; lane < kLanes<D>; ++lane) part[lane] = D::narrow(wide[lane]);
+            std::memcpy(k_to + i, part, lanes * sizeof(part[0]));
+          });
     }
   }
 }
@@ -100,8 +117,14 @@ struct Attend {
       const auto* q = static_cast<const Storage*>(p.q) + query * p.q_row_stride + head * p.q_head_stride;
       widen_row<D>(q, p.head_dim, wide);
       if (p.rope.positions != nullptr) {
-        rotate<Acc>(
-            p.rope, query, [&](int64_t i) { return wide[i]; }, [&](int64_t i, Acc value) { wide[i] = value; });
+        rotate<D>(
+            p.rope, query,
+            [&](int64_t i, int64_t lanes) {
+              Vec part = {};
+              std::memcpy(&part, wide + i, lanes * sizeof(Acc));
+              return part;
+            },
+            [&](int64_t i, int64_t lanes, Vec values) { std::memcpy(wide + i, &values, lanes * sizeof(Acc)); });
       }
       Unit* to = static_cast<Unit*>(scratch.q) + row * (dim / kPair<D>);
       for (int64_t i = 0; i < dim; i += kPair<D>) to[i / kPair<D>] = Op::narrow_unit(wide + i);

@@ -18,7 +18,7 @@ from rrt import ops
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.merged_weights import PrefillLinears
 from rrt.decode.passes import DecodePlan, PassPlan, PrefillPlan
-from rrt.decode.row_linears import DecodeLayer, RowHead
+from rrt.decode.row_linears import DecodeBlock, DecodeLayer, RowHead
 from rrt.errors import UserError
 from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
@@ -73,6 +73,7 @@ class Decoder:
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [DecodeLayer(layer) for layer in _layers(model)]
+        self._block = DecodeBlock(model, self._layers) if DecodeBlock.fits(model) else None
         self._head = RowHead(model)
         self._write_prefix()
 
@@ -116,6 +117,8 @@ class Decoder:
     def _decode(self, x: Tensor, plan: DecodePlan) -> Tensor:
         if len(x) == 0:
             return x
+        if self._block is not None:
+            return self._block(x, plan, self.cache.k, self.cache.v, self._cos_sin)
         config, reading = self.model.config, slice(plan.num_kv_only, None)
         kept, x = x[: plan.num_kv_only], x[reading]
         loops, positions = plan.loops[reading], plan.positions[reading]

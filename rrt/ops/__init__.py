@@ -11,6 +11,8 @@ from rrt.ops.attention import (
     causal_attention_backward_reference,
     causal_attention_reference,
 )
+from rrt.ops.decode_block import PARAMETERS as BLOCK_PARAMETERS
+from rrt.ops.decode_block import decode_block, decode_block_reference
 from rrt.ops.elementwise import (
     GATED_ACTIVATIONS,
     gated_activation,
@@ -41,6 +43,7 @@ from rrt.ops.loop_lora import (
 from rrt.ops.packing import pack_linear, pack_linear_reference, packed_linear
 
 __all__ = [
+    "BLOCK_PARAMETERS",
     "GATED_ACTIVATIONS",
     "BuildInfo",
     "branch_mask",
@@ -48,6 +51,8 @@ __all__ = [
     "causal_attention",
     "causal_attention_backward_reference",
     "causal_attention_reference",
+    "decode_block",
+    "decode_block_reference",
     "gated_activation",
     "gated_activation_backward_reference",
     "gated_activation_reference",

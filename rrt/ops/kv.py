@@ -136,13 +136,11 @@ def loop_kv_write_reference(
     """`loop_kv_write` in plain PyTorch, on any device: same arguments and errors."""
     check = _write_check
     _check_write(k, v, k_cache, v_cache, slot_mapping, positions, cos_sin)
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
-    outside = (slot_mapping < -1) | (slot_mapping >= num_slots)
-    _check_values(check, "slot_mapping", slot_mapping, outside, f"a slot in [0, {num_slots}), or -1 to skip the row")
+    check_slots(check, slot_mapping, k_cache)
     kept = slot_mapping >= 0
     k, v, slots = k[kept], v[kept], slot_mapping[kept]
     if positions is not None and cos_sin is not None:
-        _check_positions(check, positions, cos_sin, kept)
+        check_positions(check, positions, cos_sin, kept)
         k = _rotate(k, positions[kept], cos_sin)
     k_cache.flatten(0, 1)[slots] = k
     v_cache.flatten(0, 1)[slots] = v
@@ -161,12 +159,12 @@ def loop_kv_attention_reference(
     """`loop_kv_attention` in plain PyTorch, on any device: same arguments and errors; rounds as PyTorch does."""
     check = _attention_check
     _check_attention(check, q, k_cache, v_cache, block_tables, None, context_lens, positions, cos_sin)
-    _check_context_lens(check, context_lens, block_tables, k_cache)
-    _check_pages(check, block_tables, context_lens, k_cache)
+    check_context_lens(check, context_lens, block_tables, k_cache)
+    check_pages(check, block_tables, context_lens, k_cache)
     kept = context_lens > 0
     queries = q[kept]
     if positions is not None and cos_sin is not None:
-        _check_positions(check, positions, cos_sin, kept)
+        check_positions(check, positions, cos_sin, kept)
         queries = _rotate(queries, positions[kept], cos_sin)
     out = q.new_zeros(q.shape)
     for query, row in zip(queries, kept.nonzero().squeeze(1).tolist(), strict=True):
@@ -190,14 +188,14 @@ def loop_kv_prefill_reference(
     check = _prefill_check
     _check_attention(check, q, k_cache, v_cache, block_tables, query_start, context_lens, positions, cos_sin)
     _check_query_start(query_start, q.shape[0])
-    _check_context_lens(check, context_lens, block_tables, k_cache)
+    check_context_lens(check, context_lens, block_tables, k_cache)
     lengths = query_start.diff()
     if (short := _first(context_lens < lengths)) is not None:
         expected = f"at least {int(lengths[short])}, the queries of the sequence"
         check.fail(f"context_lens[{short[0]}]", int(context_lens[short]), expected)
-    _check_pages(check, block_tables, context_lens.where(lengths > 0, 0), k_cache)
+    check_pages(check, block_tables, context_lens.where(lengths > 0, 0), k_cache)
     if positions is not None and cos_sin is not None:
-        _check_positions(check, positions, cos_sin, torch.ones_like(positions, dtype=torch.bool))
+        check_positions(check, positions, cos_sin, torch.ones_like(positions, dtype=torch.bool))
         q = _rotate(q, positions, cos_sin)
     out = q.new_empty(q.shape)
     for s, (begin, end) in enumerate(pairwise(query_start.tolist())):
@@ -329,19 +327,25 @@ def _check_values(check: Checks, name: str, values: Tensor, bad: Tensor, expecte
         check.fail(f"{name}{list(index)}", int(values[index]), expected)
 
 
-def _check_positions(check: Checks, positions: Tensor, cos_sin: Tensor, kept: Tensor) -> None:
+def check_slots(check: Checks, slot_mapping: Tensor, k_cache: Tensor) -> None:
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    outside = (slot_mapping < -1) | (slot_mapping >= num_slots)
+    _check_values(check, "slot_mapping", slot_mapping, outside, f"a slot in [0, {num_slots}), or -1 to skip the row")
+
+
+def check_positions(check: Checks, positions: Tensor, cos_sin: Tensor, kept: Tensor) -> None:
     end = cos_sin.shape[0]
     outside = kept & ((positions < 0) | (positions >= end))
     _check_values(check, "positions", positions, outside, f"a position in [0, {end})")
 
 
-def _check_context_lens(check: Checks, context_lens: Tensor, block_tables: Tensor, k_cache: Tensor) -> None:
+def check_context_lens(check: Checks, context_lens: Tensor, block_tables: Tensor, k_cache: Tensor) -> None:
     most = block_tables.shape[1] * k_cache.shape[1]
     outside = (context_lens < 0) | (context_lens > most)
     _check_values(check, "context_lens", context_lens, outside, f"a length in [0, {most}], what block_tables hold")
 
 
-def _check_pages(check: Checks, block_tables: Tensor, context_lens: Tensor, k_cache: Tensor) -> None:
+def check_pages(check: Checks, block_tables: Tensor, context_lens: Tensor, k_cache: Tensor) -> None:
     num_pages, page_size = k_cache.shape[:2]
     first_position = torch.arange(block_tables.shape[1], device=block_tables.device) * page_size
     needed = first_position < context_lens[:, None]

@@ -7,7 +7,7 @@ import torch
 from rrt import ops
 from rrt.checkpoint.source import load_model
 from rrt.decode.decoder import Decoder
-from rrt.decode.greedy import generate
+from rrt.decode.generation import generate
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
@@ -273,7 +273,7 @@ def test_generation_equals_the_naive_full_forward(family, looped):
         assert generate(decoder, PROMPTS, 12, chunk_size=chunk_size) == expected
         assert (decoder.cache.num_used_pages, decoder.cache.num_sequences) == (used, 0)
     eos = expected[3][4]
-    assert generate(decoder, PROMPTS, 12, eos_token_id=eos) == [naive_greedy(model, p, 12, eos) for p in PROMPTS]
+    assert generate(decoder, PROMPTS, 12, stop_ids=[eos]) == [naive_greedy(model, p, 12, eos) for p in PROMPTS]
     wanted = [tokens[:length] for tokens, length in zip(expected, (3, 1, 12, 7, 2), strict=True)]
     # A sequence may begin as another that ends early.
     wanted = [next(t[:n] for n in range(1, 13) if t[:n] in wanted) for t in expected]

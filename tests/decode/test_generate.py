@@ -1,6 +1,8 @@
 """The command `python -m rrt.generate` against transformers' own generation."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,9 +89,68 @@ def test_a_text_ends_with_the_end_token(bases, capsys, monkeypatch):
     prompt = tokenizer.encode(PROMPTS[0])
     *_, last = ids = continue_naively(model, prompt, 4, None)
     assert last not in ids[len(prompt) : -1]
-    monkeypatch.setattr(generate, "load_tokenizer", lambda directory: dataclasses.replace(tokenizer, eos_id=last))
+    unused = next(token for token in range(tokenizer.vocab_size) if token not in ids)
+    stopping = dataclasses.replace(tokenizer, stop_ids=(unused, last))
+    monkeypatch.setattr(generate, "load_tokenizer", lambda directory: stopping)
     found = run(capsys, base, "--max-new-tokens", "20", "--device", "cpu", prompts=PROMPTS[:1])
     assert found == [tokenizer.decode(ids[:-1])]
+
+
+def test_a_stop_string_ends_the_text_before_it(bases, capsys):
+    """Cut from the middle of the text, so that it is split over tokens and shorter ones lie before it."""
+    base = bases / "llama"
+    whole = run(capsys, base, "--max-new-tokens", "20", "--device", "cpu")
+    stops = [text[len(prompt) + 5 :][:4] for text, prompt in zip(whole, PROMPTS, strict=True)]
+    flags = [f"--stop={stop}" for stop in stops]
+    found = run(capsys, base, "--max-new-tokens", "20", "--device", "cpu", *flags)
+    for text, cut, prompt in zip(whole, found, PROMPTS, strict=True):
+        new = text[len(prompt) :]
+        assert cut == prompt + new[: min(place for place in map(new.find, stops) if place >= 0)]
+        # Alone, a prompt is streamed: the same text.
+        assert run(capsys, base, "--max-new-tokens", "20", "--device", "cpu", *flags, prompts=[prompt]) == [cut]
+
+
+def test_text_is_printed_as_it_comes(bases, capsys, monkeypatch):
+    pieces = []
+    # A random model repeats itself, here in halves of characters, unless tokens are drawn.
+    flags = ["--max-new-tokens=20", "--device=cpu", "--temperature=3"]
+    monkeypatch.setattr("builtins.print", lambda *args, **options: pieces.append((args, options)))
+    generate.main(["--checkpoint", str(bases / "llama"), "--prompt=x", *flags])
+    monkeypatch.undo()
+    printed = [args[0] for args, options in pieces if options.get("flush") and args]
+    assert len(printed) > 5
+    assert ["".join(printed)] == run(capsys, bases / "llama", *flags, prompts=["x"])
+
+
+def test_the_same_seed_draws_the_same_text(bases, capsys):
+    flags = ["--max-new-tokens=20", "--device=cpu", "--temperature=1.5", "--top-k=50", "--top-p=0.95"]
+    first = run(capsys, bases / "llama", *flags, "--seed=3", prompts=["x", "x"])
+    assert run(capsys, bases / "llama", *flags, "--seed=3", prompts=["x", "x"]) == first
+    # Each prompt has a seed of its own, and gets the same text alone.
+    assert first[0] != first[1]
+    assert run(capsys, bases / "llama", *flags, "--seed=4", prompts=["x"]) == first[1:]
+
+
+def test_a_chat_is_rendered_by_the_template_and_the_answer_alone_is_printed(bases, tmp_path, capsys):
+    base = Path(shutil.copytree(bases / "llama", tmp_path / "chat"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}assistant:"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    found = run(
+        capsys, base, "--chat", "--system=Be brief.", "--max-new-tokens=12", "--device=cpu", prompts=["Hi", "x"]
+    )
+    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
+    for message, answer in zip(("Hi", "x"), found, strict=True):
+        text = f"system: Be brief.</s>user: {message}</s>assistant:"
+        ids = tokenizer.encode(text, bos=False, parse_special=True)
+        assert ids.count(tokenizer.eos_id) == 2
+        new = continue_naively(model, ids, 12, tokenizer.eos_id)[len(ids) :]
+        assert answer == tokenizer.decode(new)
+
+
+def test_text_that_spells_a_special_token_becomes_it_only_where_asked(bases, capsys):
+    flags = ["--max-new-tokens=1", "--device=cpu"]
+    assert run(capsys, bases / "llama", *flags, prompts=["a</s>b"])[0].startswith("a</s>b")
+    assert not run(capsys, bases / "llama", *flags, "--parse-special", prompts=["a</s>b"])[0].startswith("a</s>")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +160,11 @@ def test_a_text_ends_with_the_end_token(bases, capsys, monkeypatch):
         (["--max-new-tokens", "600"], r"--prompt number 1: found \d+ tokens .* expected at most 512 together"),
         (["--device", "abacus"], "--device: found 'abacus'"),
         (["--prompt", "", "--bos", "no"], "--prompt number 2: found no token"),
+        (["--temperature", "-1"], "temperature: found -1.0; expected 0 or more"),
+        (["--stop", ""], "--stop: found an empty text"),
+        (["--system", "Be brief."], "--system: expected with --chat alone"),
+        (["--chat", "--bos", "yes"], "--bos: found yes with --chat; expected auto"),
+        (["--chat"], "no chat template; looked for chat_template.jinja"),
     ],
 )
 def test_bad_input_is_one_error(flags, message, bases, capsys):

@@ -34,8 +34,7 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     tokenizer = load_tokenizer(make_bpe_tokenizer(tmp_path_factory.mktemp("tokenizer"), "llama"))
     make_hf_model(directory, "llama", num_layers=4, vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2)
-    for file in tokenizer.files:
-        shutil.copy(file, directory)
+    tokenizer.save(directory)
     return directory
 
 

@@ -1,7 +1,7 @@
-"""Greedy decoding of a batch of prompts, every token through all loops: the baseline for other ways of serving."""
+"""Generation for a batch of prompts, every token through all loops: the baseline for other ways of serving."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from rrt.common.dtypes import dtype_name
 from rrt.decode.decoder import Decoder
 from rrt.decode.passes import Chunk, PassRows
+from rrt.decode.sampling import GREEDY, Sampling, choose_tokens
 from rrt.errors import UserError
 
 
@@ -18,17 +19,19 @@ def generate(
     prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     max_new_tokens: int,
     *,
-    eos_token_id: int | None = None,
+    samplings: Sequence[Sampling] | None = None,
+    stop_ids: Collection[int] = (),
     should_stop: Callable[[list[int]], bool] = lambda new_tokens: False,
     chunk_size: int = 512,
 ) -> list[list[int]]:
-    """Continue each prompt by its most probable next token, again and again.
+    """Continue each prompt token by token.
 
     Args:
         prompts: token ids, BOS included where the model expects one; each has at least one token. Sequences of ints
             or integer tensors [T]; a tensor [batch, T] is prompts of one length.
         max_new_tokens: most tokens to add to each prompt.
-        eos_token_id: a sequence ends with this token.
+        samplings: how the tokens of each prompt are chosen; default the most probable one, again and again.
+        stop_ids: a sequence ends with one of these tokens.
         should_stop: called after each new token with all new tokens of its prompt; true ends the sequence.
         chunk_size: most prompt tokens in one pass.
 
@@ -40,34 +43,87 @@ def generate(
             `decoder.max_positions`, or more sequences than the cache's free pages hold. The cache is left as it was
             before.
     """
-    token_ids = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
-    _check_arguments(decoder, token_ids, max_new_tokens, chunk_size)
-    outputs: list[list[int]] = [[] for _ in token_ids]
-    if max_new_tokens == 0:
-        return outputs
-    sequences = [decoder.cache.allocate() for _ in token_ids]
-    try:
-        for output, token in zip(outputs, _prefill(decoder, token_ids, sequences, chunk_size), strict=True):
-            output.append(token)
-        active = list(range(len(token_ids)))
+    outputs: list[list[int]] = [[] for _ in prompts]
 
-        def goes_on(output: list[int]) -> bool:
-            return len(output) < max_new_tokens and output[-1] != eos_token_id and not should_stop(output)
+    def has_ended(index: int, token: int) -> bool:
+        outputs[index].append(token)
+        return should_stop(outputs[index])
 
-        while active := [i for i in active if goes_on(outputs[i])]:
-            positions = [len(token_ids[i]) + len(outputs[i]) - 1 for i in active]
-            tokens = _decode(decoder, [outputs[i][-1] for i in active], [sequences[i] for i in active], positions)
-            for i, token in zip(active, tokens, strict=True):
-                outputs[i].append(token)
-    finally:
-        for sequence in sequences:
-            decoder.cache.free(sequence)
+    for _ in generate_steps(
+        decoder,
+        prompts,
+        max_new_tokens,
+        samplings=samplings,
+        stop_ids=stop_ids,
+        has_ended=has_ended,
+        chunk_size=chunk_size,
+    ):
+        pass
     return outputs
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], sequences: list[int], chunk_size: int) -> list[int]:
-    """Run the prompts through all loops; returns the token after each."""
-    following = [0] * len(prompts)
+def generate_steps(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
+    max_new_tokens: int,
+    *,
+    samplings: Sequence[Sampling] | None = None,
+    stop_ids: Collection[int] = (),
+    has_ended: Callable[[int, int], bool] = lambda index, token: False,
+    chunk_size: int = 512,
+) -> Iterator[dict[int, int]]:
+    """Yield the new tokens step by step, each with the index of its prompt.
+
+    Args:
+        has_ended: called with the index of a prompt and its new token, before the step is yielded; true ends the
+            sequence.
+
+    The other arguments, and the errors, are those of `generate`. Closing the iterator gives the cache's pages back.
+    """
+    token_ids = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
+    _check_arguments(decoder, token_ids, max_new_tokens, chunk_size)
+    samplings = [GREEDY] * len(token_ids) if samplings is None else samplings
+    if len(samplings) != len(token_ids):
+        raise UserError(f"samplings: found {len(samplings)}; expected {len(token_ids)}, one for each prompt")
+    return _generate(decoder, token_ids, max_new_tokens, samplings, frozenset(stop_ids), has_ended, chunk_size)
+
+
+def _generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    samplings: Sequence[Sampling],
+    stop_ids: frozenset[int],
+    has_ended: Callable[[int, int], bool],
+    chunk_size: int,
+) -> Iterator[dict[int, int]]:
+    if max_new_tokens == 0 or not prompts:
+        return
+    sequences = [decoder.cache.allocate() for _ in prompts]
+    try:
+        active = list(range(len(prompts)))
+        rows = _prefill(decoder, prompts, sequences, chunk_size)
+        for step in range(max_new_tokens):
+            tokens = choose_tokens(decoder.logits(rows), [samplings[i] for i in active], [step] * len(active))
+            chosen = dict(zip(active, tokens, strict=True))
+            active = [i for i in active if not has_ended(i, chosen[i]) and chosen[i] not in stop_ids]
+            yield chosen
+            if not active or step == max_new_tokens - 1:
+                return
+            rows = _decode(
+                decoder,
+                [chosen[i] for i in active],
+                [sequences[i] for i in active],
+                [len(prompts[i]) + step for i in active],
+            )
+    finally:
+        for sequence in sequences:
+            decoder.cache.free(sequence)
+
+
+def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], sequences: list[int], chunk_size: int) -> Tensor:
+    """Run the prompts through all loops; returns the state [M, D] of the last token of each."""
+    last_states: list[Tensor] = []
     for pieces in _pieces([len(prompt) for prompt in prompts], chunk_size):
         for i, begin, end in pieces:
             decoder.cache.append(sequences[i], end - begin)
@@ -81,18 +137,18 @@ def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], sequences: list
             ],
         )
         ends = accumulate(end - begin for _, begin, end in pieces)
-        last_rows = {i: row - 1 for (i, _, end), row in zip(pieces, ends, strict=True) if end == len(prompts[i])}
-        for i, token in zip(last_rows, _best(decoder, x[list(last_rows.values())]), strict=True):
-            following[i] = token
-    return following
+        # Pieces are in the order of the prompts, so their ends are too.
+        last_states += [x[end - 1] for end, (i, _, stop) in zip(ends, pieces, strict=True) if stop == len(prompts[i])]
+    return torch.stack(last_states)
 
 
-def _decode(decoder: Decoder, tokens: list[int], sequences: list[int], positions: list[int]) -> list[int]:
-    for sequence in sequences:
-        decoder.cache.append(sequence, 1)
+def _decode(decoder: Decoder, tokens: list[int], sequences: list[int], positions: list[int]) -> Tensor:
+    """Run one token of each sequence through all loops; returns their states [M, D]."""
     loops = range(decoder.cache.num_loops)
-    x = _all_loops(decoder, tokens, [PassRows(sequences, [loop] * len(sequences), positions) for loop in loops])
-    return _best(decoder, x)
+    decoder.cache.append_rows(
+        sequences * len(loops), [loop for loop in loops for _ in sequences], [1] * (len(loops) * len(sequences))
+    )
+    return _all_loops(decoder, tokens, [PassRows(sequences, [loop] * len(sequences), positions) for loop in loops])
 
 
 def _all_loops(decoder: Decoder, tokens: list[int], rows_of_loops: list[PassRows]) -> Tensor:
@@ -100,11 +156,6 @@ def _all_loops(decoder: Decoder, tokens: list[int], rows_of_loops: list[PassRows
     for rows in rows_of_loops:
         x = decoder.block(x, decoder.cache.plan(rows))
     return x
-
-
-def _best(decoder: Decoder, x: Tensor) -> list[int]:
-    best: list[int] = decoder.logits(x).argmax(-1).tolist()
-    return best
 
 
 def _pieces(lengths: list[int], chunk_size: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -1,0 +1,119 @@
+"""The choice of a token from logits: the most probable one, or a draw from a tempered and cut distribution.
+
+Shapes: M rows, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rrt.errors import UserError
+
+_CHUNK = 128
+_FIRST_CANDIDATES = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen for one sequence.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    """Divisor of the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from this many most probable tokens alone; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that have this probability together, after `top_k`."""
+    seed: int = 0
+    """A draw depends on the seed, the token's place and its logits alone."""
+
+    def __post_init__(self) -> None:
+        for name, value, fits, expected in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("seed", self.seed, 0 <= self.seed < 2**64, "0 or more, below 2^64"),
+        ):
+            if not fits:
+                raise UserError(f"{name}: found {value}; expected {expected}")
+
+
+GREEDY = Sampling()
+
+
+def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
+    """Choose a token for each row.
+
+    Args:
+        logits: [M, V].
+        samplings: [M]
+        steps: [M], the place of each token in its sequence. It numbers the draws of a seed, so that a row's token does
+            not depend on the other rows, and the same step draws alike when it is computed again.
+
+    Returns:
+        [M] tokens. Of equal logits the first is the most probable.
+    """
+    tokens = [0] * len(samplings)
+    greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0]
+    if greedy:
+        rows = logits if len(greedy) == len(samplings) else logits[greedy]
+        for i, token in zip(greedy, most_probable(rows).tolist(), strict=True):
+            tokens[i] = token
+    for i, (sampling, step) in enumerate(zip(samplings, steps, strict=True)):
+        if sampling.temperature > 0:
+            tokens[i] = _draw(logits[i], sampling, _uniform(sampling.seed, step))
+    return tokens
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """Return the index of the largest logit of each row, the first of equals: [M, V] -> int64 [M].
+
+    In two steps, of which PyTorch vectorises the first on CPUs; of 16-bit numbers its argmax is ten times slower.
+    """
+    if logits.device.type != "cpu" or logits.shape[1] % _CHUNK:
+        return logits.argmax(-1)
+    chunks = logits.unflatten(1, (-1, _CHUNK))
+    best = chunks.amax(-1).float().argmax(-1)
+    within = chunks[torch.arange(len(logits)), best].float().argmax(-1)
+    return best * _CHUNK + within
+
+
+def _draw(logits: Tensor, sampling: Sampling, uniform: float) -> int:
+    """Draw from one row [V], by the inverse of the distribution function at `uniform` in [0, 1)."""
+    scaled = (logits.float() - logits.max().float()) / sampling.temperature
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return _inverse(scaled.softmax(0).double().cumsum(0), uniform)
+    total = scaled.exp().sum(dtype=torch.float64)
+    # Cut at top_p, most rows end within few candidates: sorting all tokens would take longer than the model.
+    count = sampling.top_k or _FIRST_CANDIDATES
+    while True:
+        count = min(count, len(scaled))
+        values, indices = scaled.topk(count)
+        cumulative = values.exp().double().cumsum(0)
+        # After top_k, top_p is a share of the probability of what is left.
+        target = sampling.top_p * (cumulative[-1] if sampling.top_k else total)
+        if sampling.top_k or cumulative[-1] >= target or count == len(scaled):
+            break
+        count *= 8
+    kept = min(int((cumulative < target).sum()) + 1, count)
+    cumulative = cumulative[:kept]
+    return int(indices[_inverse(cumulative / cumulative[-1], uniform)])
+
+
+def _inverse(cumulative: Tensor, uniform: float) -> int:
+    """Return the first index whose cumulative probability exceeds `uniform`."""
+    # The last one is 1 but for rounding, and what lies beyond it has no probability.
+    point = min(uniform * float(cumulative[-1]), math.nextafter(float(cumulative[-1]), 0))
+    return int(torch.searchsorted(cumulative, point, right=True))
+
+
+def _uniform(seed: int, step: int) -> float:
+    """Return draw number `step` of a seed, in [0, 1)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=[step, 0, 0, 0])).random())
