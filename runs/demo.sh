@@ -18,11 +18,11 @@ CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
 # fp32 is half as fast, and gets half the tokens.
-TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 49152 || echo 24576)}
+TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 40960 || echo 20480)}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
 LORA_RANK=${DEMO_LORA_RANK:-64}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-}
-SEQ_LEN=256 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=${DEMO_PROCESSES:-1} THREADS=${DEMO_THREADS:-2}
+SEQ_LEN=256 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=${DEMO_PROCESSES:-2} THREADS=${DEMO_THREADS:-1}
 SETTINGS=(--optim.warmup_steps 4 --guard.loss_spike inf --run.log_every 8)
 PROMPT=${DEMO_PROMPT:-$'def read_lines(path):\n    """'}
 

@@ -167,8 +167,8 @@ def main() -> None:
         "samples": samples,
     }
     text = "\n\n".join(table.markdown() for table in tables(result))
-    text += "\n\n```text\n" + side_by_side({SAMPLES[name]: text for name, text in samples.items()}, SAMPLE_WIDTH)
-    text += "\n```\n"
+    text += "\n\n~~~text\n" + side_by_side({SAMPLES[name]: text for name, text in samples.items()}, SAMPLE_WIDTH)
+    text += "\n~~~\n"
     atomic_write(out / "report.md", text)
     write_result(out / "report.json", result)
     plot_curves(out, out / "curves.png", MODELS, "Uptraining with the base as teacher", steps=4)
