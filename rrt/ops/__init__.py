@@ -6,10 +6,10 @@ operator names, with one warning. `build_info()` tells which.
 
 from rrt.native import BuildInfo, build_info
 from rrt.ops.attention import (
-    branch_mask,
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
+    packed_texts_mask,
 )
 from rrt.ops.elementwise import (
     GATED_ACTIVATIONS,
@@ -43,7 +43,6 @@ from rrt.ops.packing import pack_linear, pack_linear_reference, packed_linear
 __all__ = [
     "GATED_ACTIVATIONS",
     "BuildInfo",
-    "branch_mask",
     "build_info",
     "causal_attention",
     "causal_attention_backward_reference",
@@ -67,6 +66,7 @@ __all__ = [
     "pack_linear",
     "pack_linear_reference",
     "packed_linear",
+    "packed_texts_mask",
     "rms_norm",
     "rms_norm_backward_reference",
     "rms_norm_reference",
