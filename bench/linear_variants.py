@@ -74,13 +74,13 @@ class Projection:
 def projections(config: ModelConfig) -> list[Projection]:
     """Return the projections of a layer: q,k,v fused, out, gate,up fused (or up), down."""
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.use_bias
+    hidden, inner = config.hidden_size, config.intermediate_size
     gated = config.gated_mlp
     return [
-        Projection("q,k,v", hidden, (width, kv_width, kv_width), bias),
-        Projection("out", width, (hidden,), bias),
-        Projection("gate,up" if gated else "up", hidden, (inner, inner) if gated else (inner,), bias),
-        Projection("down", inner, (hidden,), bias),
+        Projection("q,k,v", hidden, (width, kv_width, kv_width), config.qkv_bias),
+        Projection("out", width, (hidden,), config.out_bias),
+        Projection("gate,up" if gated else "up", hidden, (inner, inner) if gated else (inner,), config.mlp_bias),
+        Projection("down", inner, (hidden,), config.mlp_bias),
     ]
 
 

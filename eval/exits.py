@@ -99,7 +99,7 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
         raise UserError(f"{arguments.checkpoint}: has 1 loop and no exit before its end; expected a looped checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    context = choose_context(arguments, source.model.max_position_embeddings)
+    context = choose_context(arguments, source.model.context_length)
     check_least("--samples", arguments.samples)
     bos_id = choose_bos(arguments, tokenizer)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, None, tokenizer)

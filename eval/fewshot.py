@@ -4,7 +4,8 @@
 
 The harness (pip install 'relaxed-recursive-transformers[eval]') makes prompts and metrics, our model scores them: HF
 directories, vanilla, recursive, relaxed and prefix checkpoints, at the last loop or, with --exit-loop, an earlier one.
-Scores are those of the harness's own `hf` model on the exported checkpoint, several times faster.
+Scores are those of the harness's own `hf` model on the exported checkpoint, several times faster. They differ, on
+purpose, where a text spells a special token, such as a literal <s>: here it stays text, there it becomes the token.
 
 Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.

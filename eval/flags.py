@@ -23,7 +23,10 @@ def add_stream_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=8, metavar="N", help="windows of --context positions per forward (default 8)"
     )
     parser.add_argument(
-        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin windows with BOS (default auto: by family)"
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="begin windows with BOS (default auto: as the tokenizer's files say, else its family)",
     )
     add_device_flag(parser)
 
@@ -36,9 +39,7 @@ def choose_context(arguments: argparse.Namespace, longest: int) -> int:
     """Check --batch-size, and return --context, at most `longest`."""
     context: int = min(2048, longest) if arguments.context is None else arguments.context
     if not 0 < context <= longest:
-        raise UserError(
-            f"--context: found {context}; expected a positive number, at most max_position_embeddings = {longest}"
-        )
+        raise UserError(f"--context: found {context}; expected a positive number, at most context_length = {longest}")
     check_least("--batch-size", arguments.batch_size)
     return context
 
@@ -78,9 +79,8 @@ def notice_untrained(source: Source, loops: Iterable[int]) -> None:
 
 def choose_bos(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
     """Return the BOS that texts and windows begin with, or None."""
-    if arguments.bos == "yes" and tokenizer.bos_id is None:
-        raise UserError(f"--bos: found yes; the tokenizer of {arguments.checkpoint} has no BOS: expected auto or no")
-    return tokenizer.bos_id if arguments.bos == "yes" or (arguments.bos == "auto" and tokenizer.add_bos) else None
+    tokenizer = tokenizer.with_bos(arguments.bos)
+    return tokenizer.bos_id if tokenizer.add_bos else None
 
 
 def check_output_file(flag: str, path: Path | None) -> None:

@@ -60,7 +60,7 @@ class HarnessLM(LM):
         self.model = model
         self.model_tokenizer = tokenizer
         self.bos = bos
-        self.max_length = model.config.max_position_embeddings if max_length is None else max_length
+        self.max_length = model.config.context_length if max_length is None else max_length
         self.progress = progress
         self.scorer = Scorer(model, self.max_length, batch_tokens, cache, packed_bytes)
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

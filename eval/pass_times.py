@@ -67,7 +67,7 @@ def _with_context(model: RecursiveTransformer, num_sequences: int, length: int) 
     cache = PagedCache(config, recursion, pages, PAGE_SIZE, weight.dtype, weight.device)
     for values in (cache.k, cache.v):  # new memory may hold subnormals, which are slow
         values.normal_()
-    decoder = Decoder(model, cache, max(config.max_position_embeddings, length))
+    decoder = Decoder(model, cache, max(config.context_length, length))
     sequences = [cache.allocate() for _ in range(num_sequences)]
     for sequence in sequences:
         cache.append(sequence, length)

@@ -104,7 +104,7 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
     source = open_source(arguments.checkpoint)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
-    context = choose_context(arguments, source.model.max_position_embeddings)
+    context = choose_context(arguments, source.model.context_length)
     check_least("--max-tokens", arguments.max_tokens)
     limit = math.inf if arguments.max_tokens is None else arguments.max_tokens
     last = choose_exit(source, arguments.exit_loop)

@@ -13,8 +13,9 @@ from pathlib import Path
 from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.schema import to_mapping
+from rrt.errors import UserError
 from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
-from rrt.folding.fold import MatrixReport
+from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraInit, LoraRanks, NormInit, RecursiveConfig
 from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
 from rrt.model.sizes import Sizes
@@ -25,10 +26,13 @@ def describe(conversion: PreparedConversion) -> str:
     recursion, model, base = conversion.recursion, conversion.source.model, conversion.source.directory
     layers = recursion.layers_per_loop(model)
     norms = "norms and biases per depth" if recursion.untie_norms else "norms and biases tied"
+    if folds_norms(recursion):
+        norms = "norms folded into the linears"
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
     if recursion.prefix_length:
         lora += f"; {recursion.prefix_length} prefix vectors per depth"
-    init = f"{recursion.init} (norms: {recursion.norm_init})" if recursion.init == "average" else recursion.init
+    averages_norms = recursion.init == "average" and not folds_norms(recursion)
+    init = f"{recursion.init} (norms: {recursion.norm_init})" if averages_norms else recursion.init
     return "\n".join(
         (
             f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
@@ -49,36 +53,58 @@ def _size(sizes: Sizes) -> str:
 def report_table(report: ConversionReport) -> str:
     """Format, per shared layer and group, the share of ||W||^2 that tying lost and the part of it that LoRA keeps."""
     groups = list(to_mapping(LoraRanks()))
-    by_layer: dict[str, dict[str, list[MatrixReport]]] = {}
+    matrices: dict[str, dict[str, list[MatrixReport]]] = {}
+    vectors: dict[str, list[VectorReport]] = {}
     for matrix in report.matrices:
-        layer, linear = matrix.name.removeprefix("stack.layers.").split(".", 1)
+        layer, linear = _place(matrix.name)
         for row in (layer, "all"):
-            by_layer.setdefault(row, {}).setdefault(LORA_GROUP_OF_LINEAR[linear], []).append(matrix)
-    by_layer["all"] = by_layer.pop("all")
-    lines = ["lost by tying -> of that kept by LoRA", f"{'layer':>5}" + "".join(f"{group:>18}" for group in groups)]
-    for row, matrices in by_layer.items():
-        lines.append(f"{row:>5}" + "".join(f"{_lost_and_kept(matrices[group]):>18}" for group in groups))
+            matrices.setdefault(row, {}).setdefault(LORA_GROUP_OF_LINEAR[linear], []).append(matrix)
+    for vector in report.vectors:
+        for row in (_place(vector.name)[0], "all"):
+            vectors.setdefault(row, []).append(vector)
+    matrices["all"] = matrices.pop("all")
+    heads = [*groups, "norms, biases"] if vectors else groups
+    lines = ["lost by tying -> of that kept by LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
+    for row, by_group in matrices.items():
+        cells = [_lost_and_kept(by_group[group]) for group in groups]
+        if vectors:
+            cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
+        lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 
-def _lost_and_kept(matrices: list[MatrixReport]) -> str:
-    lost = sum(matrix.mean_tying_loss for matrix in matrices) / len(matrices)
+def _place(name: str) -> tuple[str, str]:
+    """Split a name in the block into the layer's number and the name in the layer."""
+    layer, _, rest = name.removeprefix("stack.layers.").partition(".")
+    return layer, rest
+
+
+def _mean_loss(reports: Sequence[MatrixReport | VectorReport]) -> float:
+    return sum(report.mean_tying_loss for report in reports) / len(reports)
+
+
+def _lost_and_kept(matrices: Sequence[MatrixReport]) -> str:
+    lost = _mean_loss(matrices)
     kept = [matrix.mean_energy_kept for matrix in matrices if matrix.mean_energy_kept is not None]
     return f"{lost:.1%} -> {sum(kept) / len(kept):.1%}" if kept else f"{lost:.1%} -> -"
 
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
-    """Parse only the command's flags that describe the new model."""
+    """Parse only the command's flags that describe the new model.
+
+    Raises:
+        UserError: ``--num-loops`` is missing, or a value is out of range.
+    """
     parser = argparse.ArgumentParser(prog="python -m rrt.convert")
     _add_recursive_flags(parser)
-    return _recursive_config(parser.parse_args(flags))
+    arguments = parser.parse_args(flags)
+    return _recursive_config(arguments, arguments.num_loops)
 
 
 def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-loops",
         type=int,
-        required=True,
         metavar="B",
         help="loops over the shared block of L/B layers; 1 keeps the model vanilla",
     )
@@ -101,9 +127,9 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--norm-init",
         choices=typing.get_args(NormInit),
-        default="average",
-        help="weights and biases of the norms under --init average: their mean, the first loop's, or zero "
-        "(default: average)",
+        default="folded",
+        help="tied norms: folded into the linears that read them, which loses nothing (default); or, as in the paper, "
+        "their mean, the first loop's, or zero under --init average, the kept layer's under the others",
     )
     add_untie_norms_flag(parser)
     add_prefix_length_flag(parser)
@@ -115,16 +141,25 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to create")
     _add_recursive_flags(parser)
+    parser.add_argument(
+        "--keep-layers",
+        type=int,
+        metavar="K",
+        help="in place of --num-loops: keep K of the base's layers, chosen by --init (auto is stepwise), as a vanilla "
+        "model, the reduced-size baseline",
+    )
     add_dtype_flag(parser, "dtype of the stored parameters")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
-def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:
+def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> RecursiveConfig:
+    if num_loops is None:
+        raise UserError("--num-loops: missing; expected the number of loops over the shared block")
     ranks = lora_ranks(arguments)
     best: Init = "average" if ranks or arguments.prefix_length else "stepwise"
     return RecursiveConfig(
-        num_loops=arguments.num_loops,
+        num_loops=num_loops,
         init=best if arguments.init == "auto" else arguments.init,
         norm_init=arguments.norm_init,
         lora_rank=ranks,
@@ -139,10 +174,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rrt.convert", description=(__doc__ or "").split("\n")[0])
     _add_flags(parser)
     arguments = parser.parse_args(argv)
+    num_loops = arguments.num_loops
+    if arguments.keep_layers is not None:
+        if num_loops is not None:
+            raise UserError(f"--keep-layers: found beside --num-loops {num_loops}; expected one of the two")
+        num_loops = 1
     conversion = prepare_conversion(
         arguments.base,
         arguments.out,
-        _recursive_config(arguments),
+        _recursive_config(arguments, num_loops),
+        keep_layers=arguments.keep_layers,
         dtype=chosen_dtype(arguments),
         seed=arguments.seed,
         overwrite=arguments.overwrite,

@@ -1,4 +1,4 @@
-"""Unroll a checkpoint into an ordinary Hugging Face directory that any tool for Gemma, Llama or GPT-NeoX runs.
+"""Unroll a checkpoint into an ordinary Hugging Face directory that any tool for the base runs.
 
     python -m rrt.export --checkpoint runs/out/relaxed --out runs/out/unrolled
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrt.checkpoint.hf_config import ARCHITECTURES
+from rrt.checkpoint.families import FAMILIES
 from rrt.common.cli import human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.folding.unroll import PreparedExport, prepare_export, run_export
@@ -20,11 +20,12 @@ def describe(prepared: PreparedExport) -> str:
     """Describe what the command is about to do."""
     model, recursion = prepared.source.model, prepared.source.recursion
     layers = recursion.layers_per_loop(model)
+    architecture = FAMILIES[model.family].architecture
     return "\n".join(
         (
             f"from  {prepared.source.directory}: {recursion.num_loops} loops x {layers} layers, "
             f"LoRA rank {recursion.lora_rank}",
-            f"to    {prepared.out}: {ARCHITECTURES[model.family]}, {model.num_layers} layers, {_size(prepared)}",
+            f"to    {prepared.out}: {architecture}, {model.num_layers} layers, {_size(prepared)}",
             *(f"notice: {notice}" for notice in prepared.notices),
         )
     )

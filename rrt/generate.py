@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, config.vocab_size, arguments.checkpoint)
     prompts = tokenizer.encode_batch(arguments.prompt, bos=_ADD_BOS[arguments.bos])
-    _check_prompts(prompts, arguments.max_new_tokens, config.max_position_embeddings)
+    _check_prompts(prompts, arguments.max_new_tokens, config.context_length)
     model = load_model(arguments.checkpoint, chosen_dtype(arguments), device)
     recursion = model.recursion
     cache = _make_cache(model, [len(prompt) + arguments.max_new_tokens for prompt in prompts])

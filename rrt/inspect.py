@@ -9,6 +9,7 @@ The counts are made by :mod:`rrt.model.sizes`.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
+from rrt.model.meta import capped_lora_ranks
 from rrt.model.sizes import Sizes, model_sizes
 
 
@@ -61,7 +63,8 @@ def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfi
     """Find the model that the flags name, with the dtype that ``--dtype auto`` means."""
     recursion = _recursive_config(arguments)
     if arguments.preset is not None:
-        return preset(arguments.preset), recursion, preset_dtype(arguments.preset)
+        model = preset(arguments.preset)
+        return model, _capped(model, recursion), preset_dtype(arguments.preset)
     source = open_source(arguments.checkpoint)
     if recursion == RecursiveConfig():
         return source.model, source.recursion, source.dtype
@@ -70,7 +73,11 @@ def _subject(arguments: argparse.Namespace) -> tuple[ModelConfig, RecursiveConfi
             f"{arguments.checkpoint}: is recursive already (num_loops = {source.recursion.num_loops}); expected a "
             "vanilla model with the flags that describe looping"
         )
-    return source.model, recursion, source.dtype
+    return source.model, _capped(source.model, recursion), source.dtype
+
+
+def _capped(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveConfig:
+    return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from rrt.convert import recursive_flags
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
-from rrt.model.meta import meta_model
+from rrt.model.meta import capped_lora_ranks, meta_model
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 
@@ -121,7 +121,7 @@ def open_checkpoint(checkpoint: str, start: StartConfig) -> Source:
 def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveConfig, start: StartConfig) -> None:
     """Check that a checkpoint has the family, fold and relaxation that `start` describes, if it describes any.
 
-    Sizes may differ, so that a row can be tried with a small model.
+    Sizes may differ, so that a row can be tried with a small model; LoRA ranks are compared as capped for that model.
 
     Raises:
         UserError: the first field in which they differ.
@@ -134,7 +134,7 @@ def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveCo
             f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
             f"start.base = '{start.base}' says"
         )
-    recursion, described = _without_unused(recursion), _without_unused(_described_recursion(start))
+    recursion, described = (_without_unused(each, model) for each in (recursion, _described_recursion(start)))
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursion, name), getattr(described, name)
         if found != expected:
@@ -144,14 +144,18 @@ def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveCo
             )
 
 
-def _without_unused(recursion: RecursiveConfig) -> RecursiveConfig:
-    """Return `recursion` with defaults for what has no effect on its fold, so that equal folds compare as equal."""
+def _without_unused(recursion: RecursiveConfig, model: ModelConfig) -> RecursiveConfig:
+    """Return `recursion` with defaults for what has no effect on the fold of `model`, so that equal folds are equal."""
     default = RecursiveConfig()
-    if recursion.init != "average" or (recursion.untie_norms and recursion.num_loops > 1):
+    if recursion.init == "random" or (recursion.untie_norms and recursion.num_loops > 1):
         recursion = replace(recursion, norm_init=default.norm_init)
+    elif recursion.num_loops == 1 and recursion.norm_init == "folded":
+        recursion = replace(recursion, norm_init="average")
+    if recursion.init != "average" and recursion.norm_init != "folded":
+        recursion = replace(recursion, norm_init="average")
     if not recursion.lora_rank:
         recursion = replace(recursion, lora_init=default.lora_init)
-    return recursion
+    return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

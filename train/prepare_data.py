@@ -98,6 +98,7 @@ def prepare_data(
     workers: int = 1,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     text_field: str = "text",
+    bos: str = "auto",
     overwrite: bool = False,
 ) -> None:
     """Tokenise `inputs` into the shard directory `out`; the arguments are the command's options."""
@@ -106,7 +107,7 @@ def prepare_data(
         if value < 1:
             raise UserError(f"{option} is {value}; expected at least 1")
     check_output_directory(out, overwrite)
-    tokenizer = load_tokenizer(tokenizer_directory)
+    tokenizer = load_tokenizer(tokenizer_directory).with_bos(bos)
     files = find_splits(inputs, heldout_inputs)
     settings = [UNIT_FORMAT, tokenizer.sha256, document_bos(tokenizer), tokenizer.eos_id, text_field]
     units = make_units(files, settings)
@@ -116,7 +117,8 @@ def prepare_data(
     for split, paths in files.items():
         size = sum(unit.size for unit in units if unit.split == split)
         print(f"{split}: {len(paths)} files, {human_bytes(size)}")
-    source: dict[str, Any] = {"inputs": list(inputs), "heldout_inputs": list(heldout_inputs), "text_field": text_field}
+    source: dict[str, Any] = {"inputs": list(inputs), "heldout_inputs": list(heldout_inputs)}
+    source |= {"text_field": text_field, "bos": bos}
     if PYTHON_STDLIB in inputs:
         source["python"] = platform.python_version()
 
@@ -417,6 +419,12 @@ def main() -> None:
         help=f"most tokens in a shard (default: {DEFAULT_SHARD_TOKENS:,})",
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON field of the text (default: text)")
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="begin documents with BOS (default auto: as the tokenizer's files say, else its family)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     arguments = parser.parse_args()
     prepare_data(
@@ -427,6 +435,7 @@ def main() -> None:
         workers=arguments.workers,
         shard_tokens=arguments.shard_tokens,
         text_field=arguments.text_field,
+        bos=arguments.bos,
         overwrite=arguments.overwrite,
     )
 

@@ -81,7 +81,7 @@ def open_initial_model(recipe: PretrainRecipe) -> InitialModel:
     """Describe a model with random weights, which are drawn when training starts."""
     config, recursion = architecture(recipe)
     tokenizer = load_tokenizer(recipe.model.tokenizer)
-    config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=(tokenizer.eos_id,))
 
     def draw() -> Callable[[str], Tensor]:
         # Every process draws the whole model in one order, so that it is the same for any number of processes.

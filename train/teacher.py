@@ -32,7 +32,7 @@ def open_teacher(path: Path, student: ModelConfig, tokenizer: Tokenizer, seq_len
             f"field 'distill.teacher': {path} has the tokenizer of sha256 {found.sha256[:12]}; expected the model's, "
             f"{tokenizer.sha256[:12]}: distillation compares the same tokens"
         )
-    for name, least in (("vocab_size", student.vocab_size), ("max_position_embeddings", seq_len)):
+    for name, least in (("vocab_size", student.vocab_size), ("context_length", seq_len)):
         has = getattr(source.model, name)
         if has < least or (name == "vocab_size" and has != least):
             expected = f"{least}, as the model has" if name == "vocab_size" else f"at least data.seq_len = {least}"

@@ -83,10 +83,10 @@ class Trainer:
         self.accumulation = accumulation(recipe, processes.world_size)
         check_vocab(initial.tokenizer, initial.model.vocab_size, "the model")
         self.samples = open_data(recipe.data, initial.tokenizer, recipe.run.seed)
-        if recipe.data.seq_len > initial.model.max_position_embeddings:
+        if recipe.data.seq_len > initial.model.context_length:
             raise UserError(
                 f"field 'data.seq_len': found {recipe.data.seq_len}; expected at most the model's "
-                f"max_position_embeddings = {initial.model.max_position_embeddings}"
+                f"context_length = {initial.model.context_length}"
             )
         self.teacher = None
         if initial.teacher is not None:

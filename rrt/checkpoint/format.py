@@ -23,7 +23,7 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 
 FORMAT = "rrt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

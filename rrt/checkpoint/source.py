@@ -1,4 +1,4 @@
-"""Loading of models: HF directories of three families and our own checkpoints, through one interface.
+"""Loading of models: HF directories and our own checkpoints, through one interface.
 
 `open_source` detects the layout of a directory and hands out parameters by our names, one at a time, straight
 from the files; `load_model` fills a model from it. Every key, shape and dtype is accounted for first.
@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rrt.checkpoint.families import FAMILIES
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
 from rrt.checkpoint.hf_config import model_config_from_hf
-from rrt.checkpoint.hf_layout import HEAD_KEYS, HFTensor, constant_keys, tensor_table
+from rrt.checkpoint.hf_layout import HFTensor, constant_keys, tensor_table
 from rrt.checkpoint.tensor_files import TensorFiles
 from rrt.common.dtypes import PARAMETER_DTYPES, dtype_name
 from rrt.common.files import read_json
@@ -77,12 +78,12 @@ class Source(ABC):
 
 
 class HFSource(Source):
-    """An HF directory of one of the three families, as a vanilla model."""
+    """An HF directory as a vanilla model."""
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
         self.directory, self.model, self.recursion = directory, model, RecursiveConfig()
         self._files = TensorFiles(directory)
-        head_keys = HEAD_KEYS[model.family]
+        head_keys = FAMILIES[model.family].head_keys
         head_key = next((key for key in head_keys if key in self._files), head_keys[0])
         table = [
             dataclasses.replace(entry, key=head_key) if entry.targets == ("head",) else entry

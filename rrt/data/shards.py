@@ -55,6 +55,7 @@ class TokenShards:
         num_tokens, num_documents, text_bytes: totals over `shards`.
         bos_id: the token that begins every document, or None.
         eos_id: the token that ends every document.
+        bos: how `bos_id` was chosen: ``"auto"``, by the tokenizer, or ``"yes"`` or ``"no"``, by `--bos`.
     """
 
     directory: Path
@@ -64,6 +65,7 @@ class TokenShards:
     bos_id: int | None
     eos_id: int
     tokenizer_sha256: str
+    bos: str = "auto"
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +86,9 @@ class TokenShards:
                 yield shard.document(index)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer other than the one that made the shards."""
+        """Refuse a tokenizer other than the one that made the shards; `--bos` may have overruled its BOS."""
+        if self.bos in ("yes", "no"):
+            tokenizer = tokenizer.with_bos(self.bos)
         where = self.directory / META_FILE
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise UserError(
@@ -134,6 +138,7 @@ def open_shards(directory: str | Path, split: str) -> TokenShards:
         sha256, vocab_size, eos_id = str(made_by["sha256"]), int(made_by["vocab_size"]), int(made_by["eos_id"])
         bos_id = None if made_by["bos_id"] is None else int(made_by["bos_id"])
         listed = {name: [ShardMeta(**shard) for shard in shards] for name, shards in meta["splits"].items()}
+        bos = str(meta.get("source", {}).get("bos", "auto"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the data again") from None
     if split not in listed:
@@ -146,6 +151,7 @@ def open_shards(directory: str | Path, split: str) -> TokenShards:
         bos_id=bos_id,
         eos_id=eos_id,
         tokenizer_sha256=sha256,
+        bos=bos,
     )
 
 

@@ -5,119 +5,38 @@ base was pretrained on SentencePiece's ids, and `tokenizer.json` is a conversion
 the two give the same ids. A `tokenizer.json` that transformers 5 wrote for Llama does not, nor does
 transformers 5 itself: both drop one of a text's leading spaces.
 
-Which text becomes a special token. None: BOS and EOS come from `bos=` and `encode_document` only, so
-text which spells ``</s>`` or ``<|endoftext|>`` is encoded as those characters and a corpus cannot end
-its own documents. (transformers turns such text into the special token unless `split_special_tokens`
-is set.) Only a symbol that the vocabulary declares as ordinary matches whole, such as GPT-NeoX's runs
-of spaces, Gemma's runs of newlines and, in a `tokenizer.model`, Gemma's ``<start_of_turn>``.
+Which text becomes a special token. None, unless `parse_special` is set: BOS and EOS come from `bos=` and
+`encode_document` only, so text which spells ``</s>`` or ``<|endoftext|>`` is encoded as those characters
+and a corpus cannot end its own documents. (transformers turns such text into the special token unless
+`split_special_tokens` is set.) Only a symbol that the vocabulary declares as ordinary matches whole, such
+as GPT-NeoX's runs of spaces, Gemma's runs of newlines, added tokens that no file calls special, and, in a
+`tokenizer.model`, Gemma's ``<start_of_turn>``.
 
 ``decode(encode(text)) == text`` up to the normaliser of the tokenizer itself: SentencePiece reads the
 character U+2581 as a space, GPT-NeoX composes to NFC. A lone surrogate, which JSON can spell and UTF-8
 cannot, is read as U+FFFD.
 """
 
-import os
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import sentencepiece
-import tokenizers
-
-from rrt.common.files import read_json, sha256_file
+from rrt.common.files import sha256_file
+from rrt.data.chat import ChatTemplate, Message, find_chat_template
+from rrt.data.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
+from rrt.data.tokenizer_files import TokenizerFiles
 from rrt.errors import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-FAMILY_ADDS_BOS = {"gemma": True, "llama": True, "gpt_neox": False}
+# Of a bare `tokenizer.model`; a tokenizer with files of its own says it itself.
+FAMILY_ADDS_BOS = {"gemma": True, "llama": True, "mistral": True, "gpt_neox": False, "qwen2": False, "qwen3": False}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLES = ("bos", "eos", "pad")
 
-
-class _Backend(Protocol):
-    """Interface of a tokenizer library: text to ids without special tokens, and back."""
-
-    vocab_size: int
-    special_ids: frozenset[int]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-    def token_id(self, token: str) -> int | None: ...
-
-    def own_id(self, role: str) -> int | None:
-        """Return the id of ``"bos"``, ``"eos"`` or ``"pad"`` if the file itself has it."""
-
-    def adds_bos(self, bos_id: int | None) -> bool:
-        """True if the file itself asks for BOS at the start of a text."""
-
-
-class _SentencePiece:
-    def __init__(self, path: Path) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({_one_line(error)})") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.special_ids = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        threads = -1 if _parallelism_allowed() else 1
-        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        text: str = self._processor.decode(ids)
-        return text
-
-    def token_id(self, token: str) -> int | None:
-        token_id: int = self._processor.piece_to_id(token)
-        return token_id if self._processor.id_to_piece(token_id) == token else None
-
-    def own_id(self, role: str) -> int | None:
-        token_id: int = getattr(self._processor, f"{role}_id")()
-        return token_id if token_id >= 0 else None
-
-    def adds_bos(self, bos_id: int | None) -> bool:
-        return bos_id is not None
-
-
-class _TokenizersJson:
-    def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path}: not a tokenizer of the tokenizers library ({_one_line(error)})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # special-token strings in text stay text
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def own_id(self, role: str) -> int | None:
-        return None
-
-    def adds_bos(self, bos_id: int | None) -> bool:
-        return self._tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,30 +48,41 @@ class Tokenizer:
         bos_id: beginning of sequence, None where the vocabulary has none.
         eos_id: end of sequence; separates training documents.
         pad_id: padding, None where the vocabulary has none.
-        add_bos: whether a sequence starts with BOS (Gemma and Llama do, GPT-NeoX does not).
+        stop_ids: the tokens that end a generation: `generation_config.json`'s, which transformers obeys too, else
+            `config.json`'s, else EOS.
+        add_bos: whether a sequence starts with BOS (Gemma and Llama do, GPT-NeoX and SmolLM2 do not).
         sha256: hex digest of the file that `encode` reads; the same for every copy of the tokenizer.
-        files: what a checkpoint needs to carry the tokenizer (never `config.json`).
+        files: what a checkpoint carries along: the tokenizer, its chat template and `generation_config.json` (never
+            `config.json`).
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int
     pad_id: int | None
+    stop_ids: tuple[int, ...]
     add_bos: bool
     sha256: str
     files: tuple[Path, ...]
-    _backend: _Backend = field(repr=False)
+    _template: ChatTemplate | None = field(repr=False)
+    _backend: Backend = field(repr=False)
 
-    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        """Encode `text`, after BOS if `bos` (None: the family's rule). EOS is never added."""
-        return self.encode_batch([text], bos=bos)[0]
+    def encode(self, text: str, *, bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Encode `text`, after BOS if `bos` (None: the tokenizer's rule). EOS is never added.
 
-    def encode_batch(self, texts: Sequence[str], *, bos: bool | None = None) -> list[list[int]]:
-        """Encode each text, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
+        With `parse_special` text that spells a special token becomes it: for prompts that `apply_chat_template` wrote,
+        which hold their BOS (``bos=False``), and never for a corpus.
+        """
+        return self.encode_batch([text], bos=bos, parse_special=parse_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, bos: bool | None = None, parse_special: bool = False
+    ) -> list[list[int]]:
+        """Encode each text as `encode` does, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
         try:
-            batch = self._backend.encode(texts)
+            batch = self._backend.encode(texts, parse_special)
         except (UnicodeEncodeError, TypeError, RuntimeError):  # how the libraries refuse surrogates
-            batch = self._backend.encode([_LONE_SURROGATE.sub("\ufffd", text) for text in texts])
+            batch = self._backend.encode([_LONE_SURROGATE.sub("\ufffd", text) for text in texts], parse_special)
         if not (self.add_bos if bos is None else bos):
             return batch
         if self.bos_id is None:
@@ -160,7 +90,7 @@ class Tokenizer:
         return [[self.bos_id, *ids] for ids in batch]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode training documents: BOS if the family has it, the text, EOS."""
+        """Encode training documents: BOS if texts begin with it, the text, EOS."""
         return [[*ids, self.eos_id] for ids in self.encode_batch(texts)]
 
     def encode_document(self, text: str) -> list[int]:
@@ -170,8 +100,50 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode `ids` to text. Special tokens, and ids that only a padded embedding has, are left out."""
         skipped = self._backend.special_ids | {self.bos_id, self.eos_id, self.pad_id}
-        known = self._backend.vocab_size
+        known = self.vocab_size
         return self._backend.decode([i for i in map(int, ids) if i not in skipped and 0 <= i < known])
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja program that writes a conversation, None if the tokenizer has none."""
+        return None if self._template is None else self._template.text
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Write a conversation as the text that the model was tuned on.
+
+        Args:
+            messages: objects such as ``{"role": "user", "content": "Hi"}``.
+            add_generation_prompt: end with the beginning of the assistant's answer.
+            variables: whatever else the template knows, such as ``tools`` or ``enable_thinking``.
+
+        Returns:
+            the text; encode it with ``bos=False, parse_special=True``.
+
+        Raises:
+            UserError: no template, or one that cannot be read or refuses the messages.
+        """
+        if self._template is None:
+            raise UserError(
+                f"{self._place}: no chat template; looked for chat_template.jinja, and chat_template in "
+                "tokenizer_config.json and chat_template.json: expected an instruction-tuned model"
+            )
+        return self._template.render(messages, add_generation_prompt, **variables)
+
+    def with_bos(self, choice: str) -> "Tokenizer":
+        """Return the tokenizer with another rule of BOS: ``"yes"``, ``"no"``, or ``"auto"`` for its own.
+
+        Raises:
+            UserError: yes, of a tokenizer without BOS.
+        """
+        if choice == "yes" and self.bos_id is None:
+            raise UserError(f"--bos: found yes; the tokenizer of {self._place} has no BOS: expected auto or no")
+        return self if choice == "auto" else replace(self, add_bos=choice == "yes")
+
+    @property
+    def _place(self) -> Path | str:
+        return self.files[0].parent if self.files else "the model"
 
     def save(self, directory: str | Path) -> None:
         """Copy the tokenizer's files into the existing `directory`."""
@@ -182,9 +154,15 @@ class Tokenizer:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read the tokenizer in a checkpoint (Hugging Face's or ours) or tokenizer directory.
 
-    The ids of BOS, EOS and padding come from `config.json`, else `tokenizer_config.json`, else
-    `special_tokens_map.json`, else the SentencePiece model. Whether BOS is added: `add_bos_token` in
-    `tokenizer_config.json`, else the family that `config.json` names, else the tokenizer's own file.
+    BOS is the token that the tokenizer's own files name, else `config.json`'s, else the SentencePiece model's. Whether
+    it begins a text: as the post-processor of `tokenizer.json` has it, which is how transformers does it, else as
+    `add_bos_token` in `tokenizer_config.json`, else as the family that `config.json` names. Where these disagree, a
+    warning says what was taken.
+
+    EOS is the first of `config.json`'s, else the tokenizer's `eos_token`. An instruction-tuned model has several, and
+    its `eos_token` is the one that ends a turn of a chat (Llama 3.1's ``<|eot_id|>``) while its config lists the one
+    that ended documents in pretraining first (``<|end_of_text|>``). Added tokens are taken from
+    `tokenizer_config.json`, `tokenizer.json` and `added_tokens.json`.
 
     Raises:
         UserError: no such directory, no tokenizer in it, a file that cannot be read, an unknown EOS,
@@ -193,48 +171,31 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected one with tokenizer files")
-    backend, source = _load_backend(directory)
-    settings = _Settings(directory)
-    added = settings.added_tokens
-    vocab_size = max([backend.vocab_size, *(token_id + 1 for token_id in added.values())])
-
-    special: dict[str, int | None] = {}
-    for role in ("bos", "eos", "pad"):
-        token_id = settings.special_id(role)
-        token = settings.special_token(role)
-        if token_id is None and token is not None:
-            token_id = added.get(token, backend.token_id(token))
-            if token_id is None:
-                raise UserError(f"{directory}: {role}_token {token!r} is not in the vocabulary of {source.name}")
-        if token_id is None:
-            token_id = backend.own_id(role)
-        if token_id is not None and not 0 <= token_id < vocab_size:
-            raise UserError(
-                f"{directory}: {role}_token_id is {token_id}; expected an id of {source.name}, below {vocab_size}"
-            )
-        special[role] = token_id
-
-    if special["eos"] is None:
+    files = TokenizerFiles(directory)
+    backend, source = _load_backend(files)
+    special = _special_ids(files, backend, source)
+    eos_id = special["eos"]
+    if eos_id is None:
         raise UserError(
             f"{directory}: the end-of-sequence token is unknown; expected eos_token_id in config.json "
             "or eos_token in tokenizer_config.json"
         )
-    add_bos = settings.add_bos
-    if add_bos is None:
-        add_bos = backend.adds_bos(special["bos"])
-    if add_bos and special["bos"] is None:
-        raise UserError(
-            f"{directory}: sequences start with BOS here but the token is unknown; expected bos_token_id "
-            "in config.json or bos_token in tokenizer_config.json"
-        )
+    add_bos, bos_id = _bos_rule(files, backend, special["bos"])
+    names = files.named_tokens()
+    for role, token_id in (("bos", bos_id), ("eos", eos_id)):
+        token = None if token_id is None or files.names(role) else backend.token(token_id)
+        if token is not None:
+            names.setdefault(f"{role}_token", token)
     return Tokenizer(
-        vocab_size=vocab_size,
-        bos_id=special["bos"],
-        eos_id=special["eos"],
+        vocab_size=backend.vocab_size,
+        bos_id=bos_id,
+        eos_id=eos_id,
         pad_id=special["pad"],
+        stop_ids=files.stop_ids() or (eos_id,),
         add_bos=add_bos,
         sha256=sha256_file(source),
-        files=tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file()),
+        files=files.paths,
+        _template=find_chat_template(files, names),
         _backend=backend,
     )
 
@@ -261,71 +222,62 @@ def tokenizer_of(directory: Path, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
-class _Settings:
-    """Settings of a tokenizer in the JSON files of its directory; a missing file is empty."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        config = self._read("config.json")
-        ours = config.get("format") == "rrt"
-        self._config: dict[str, Any] = config.get("model", {}) if ours else config
-        if not isinstance(self._config, dict):
-            raise UserError(f"{directory / 'config.json'}: field 'model': found {self._config!r}; expected an object")
-        self._family = self._config.get("family" if ours else "model_type")
-        self._tokenizer_config = self._read("tokenizer_config.json")
-        self._special_tokens_map = self._read("special_tokens_map.json")
-        self.added_tokens: dict[str, int] = {}
-        for token, token_id in self._read("added_tokens.json").items():
-            self.added_tokens[token] = self._integer("added_tokens.json", token, token_id)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self._directory / name
-        return read_json(path) if path.is_file() else {}
-
-    def special_id(self, role: str) -> int | None:
-        """Return `config.json`'s id of ``"bos"``, ``"eos"`` or ``"pad"``; the first of several."""
-        key = f"{role}_token_id"
-        value = self._config.get(key)
-        if isinstance(value, list) and value:
-            value = value[0]
-        return None if value is None else self._integer("config.json", key, value)
-
-    def special_token(self, role: str) -> str | None:
-        """Return the string of a special token, from the first file that has it."""
-        key = f"{role}_token"
-        value = self._tokenizer_config.get(key, self._special_tokens_map.get(key))
-        if isinstance(value, dict):
-            value = value.get("content")
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{self._directory}: {key} is {value!r}; expected a string")
-        return value
-
-    def _integer(self, name: str, key: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{self._directory / name}: {key} is {value!r}; expected an integer")
-        return value
-
-    @property
-    def add_bos(self) -> bool | None:
-        """True if sequences start with BOS; None if no file says."""
-        explicit = self._tokenizer_config.get("add_bos_token")
-        if isinstance(explicit, bool):
-            return explicit
-        return FAMILY_ADDS_BOS.get(self._family) if isinstance(self._family, str) else None
+def _load_backend(files: TokenizerFiles) -> tuple[Backend, Path]:
+    added, special = files.added_tokens(), files.special_strings()
+    path = files.directory / "tokenizer.model"
+    if path.is_file():
+        legacy = files.tokenizer_config.get("legacy") is True
+        backend = SentencePieceBackend(path, added, special, legacy=legacy, tokenizer_json=files.tokenizer_json)
+        return backend, path
+    path = files.directory / "tokenizer.json"
+    if path.is_file():
+        return TokenizersBackend(path, added, special), path
+    raise UserError(f"{files.directory}: no tokenizer; looked for tokenizer.model and tokenizer.json")
 
 
-def _load_backend(directory: Path) -> tuple[_Backend, Path]:
-    for name, backend in (("tokenizer.model", _SentencePiece), ("tokenizer.json", _TokenizersJson)):
-        path = directory / name
-        if path.is_file():
-            return backend(path), path
-    raise UserError(f"{directory}: no tokenizer; looked for tokenizer.model and tokenizer.json")
+def _special_ids(files: TokenizerFiles, backend: Backend, source: Path) -> dict[str, int | None]:
+    """Find the ids of BOS, EOS and padding; None where there is no such token."""
+    special: dict[str, int | None] = {}
+    for role in _ROLES:
+        configured = files.config_id(role)
+        if configured is not None and not 0 <= configured < backend.vocab_size:
+            raise UserError(
+                f"{files.directory}: {role}_token_id is {configured}; expected an id of {source.name}, "
+                f"below {backend.vocab_size}"
+            )
+        token = files.special_token(role)
+        named = None if token is None else backend.token_id(token)
+        if token is not None and named is None and role != "pad" and (role == "bos" or configured is None):
+            raise UserError(f"{files.directory}: {role}_token {token!r} is not in the vocabulary of {source.name}")
+        if role == "bos" and files.names(role):
+            # Null says that there is none: the config.json of Qwen has an id all the same.
+            special[role] = named
+        else:
+            special[role] = next((i for i in (configured, named, backend.own_id(role)) if i is not None), None)
+    return special
 
 
-def _parallelism_allowed() -> bool:
-    """Read the tokenizers library's own switch, which is here for SentencePiece too."""
-    return os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() not in ("0", "false", "off", "no", "n", "f", "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _bos_rule(files: TokenizerFiles, backend: Backend, bos_id: int | None) -> tuple[bool, int | None]:
+    """Decide whether texts begin with BOS, and with which id; print a notice where files or family disagree."""
+    explicit = files.tokenizer_config.get("add_bos_token")
+    expected = FAMILY_ADDS_BOS.get(files.family or "")
+    leading = backend.leading_ids()
+    if leading is not None:
+        source, adds = "tokenizer.json", bool(leading)
+        bos_id = leading[0] if leading else bos_id
+    elif isinstance(explicit, bool):
+        source, adds = "tokenizer_config.json", explicit
+    else:
+        return (bos_id is not None if expected is None else expected and bos_id is not None), bos_id
+    adds = adds and bos_id is not None
+    others = []
+    if isinstance(explicit, bool) and explicit != adds:
+        others.append(f"add_bos_token in tokenizer_config.json is {str(explicit).lower()}")
+    if expected is not None and expected != adds:
+        others.append(f"{files.family} models mostly begin {'with' if expected else 'without'} one")
+    if others:
+        log.warning(
+            "%s: texts begin %s BOS, as in transformers, though %s (--bos decides otherwise)",
+            files.directory / source, "with" if adds else "without", " and ".join(others),
+        )  # fmt: skip
+    return adds, bos_id

@@ -46,7 +46,7 @@ class Decoder:
         """Write the keys and values of the model's prefix vectors into the cache, and pack weights on the CPU.
 
         Args:
-            max_positions: length of the longest sequence; default the longest context that the base was trained for.
+            max_positions: length of the longest sequence; default the model's `context_length`.
             merged_bytes: memory in which prefill may keep the weights merged with each loop's LoRA, so that a prompt
                 costs no more than without LoRA. All of them are B times the shared weights that have LoRA, in bytes.
 
@@ -64,7 +64,7 @@ class Decoder:
                 raise UserError(f"cache: found {name} {found}; expected the model's, {expected}")
         self.model = model
         self.cache = cache
-        self.max_positions = model.config.max_position_embeddings if max_positions is None else max_positions
+        self.max_positions = model.config.context_length if max_positions is None else max_positions
         if self.max_positions < 1:
             raise UserError(f"max_positions: found {self.max_positions}; expected at least 1")
         if merged_bytes < 0:
@@ -125,6 +125,7 @@ class Decoder:
             q, k, v = qkv.unflatten(1, (-1, config.head_dim)).split(
                 (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
             )
+            q, k = layer.module.attn.normalize(q, k, plan.loops)
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
             ops.loop_kv_write(k, v, k_cache, v_cache, plan.slot_mapping, plan.positions, self._cos_sin)
             y = ops.loop_kv_attention(
@@ -148,6 +149,7 @@ class Decoder:
                 self._linears(linear, h, loop).unflatten(1, (-1, config.head_dim))
                 for linear in (layer.attn.q, layer.attn.k, layer.attn.v)
             )
+            q, k = layer.attn.normalize(q, k, loop)
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
             ops.loop_kv_write(k, v, k_cache, v_cache, plan.slot_mapping, plan.positions, self._cos_sin)
             y = ops.loop_kv_prefill(
@@ -173,13 +175,10 @@ class Decoder:
             raise UserError(
                 f"cache: found {self.cache.num_sequences} sequences; expected none before the prefix is written"
             )
-        heads = (self.model.config.num_kv_heads, self.model.config.head_dim)
         layers = _layers(self.model)
         for depth, vectors in enumerate(prefix):
             loop, index = divmod(depth, len(layers))
-            k, v = (
-                linear(vectors, loop).unflatten(1, heads) for linear in (layers[index].attn.k, layers[index].attn.v)
-            )
+            k, v = layers[index].attn.prefix_heads(vectors, loop)
             ops.loop_kv_write(k, v, self.cache.k[index], self.cache.v[index], self.cache.prefix_slots(loop))
 
 

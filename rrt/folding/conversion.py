@@ -7,7 +7,7 @@ checkpoint's, matrix by matrix: memory holds one matrix of every loop and the wr
 import time
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from rrt.common.files import check_output
 from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
-from rrt.folding.fold import Folding, MatrixReport
-from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraGroup, RecursiveConfig
+from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
+from rrt.folding.views import KeptLayers
+from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig
 from rrt.model.loop_linear import loop_linears
-from rrt.model.meta import meta_model
+from rrt.model.meta import capped_lora_ranks, meta_model
 from rrt.model.sizes import Sizes, model_sizes
 from rrt.model.transformer import Layer
 
@@ -45,12 +46,14 @@ class PreparedConversion:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Result of a conversion: sizes before and after, and per matrix what tying lost and LoRA kept."""
+    """Result of a conversion: sizes before and after, what tying lost, and what of it LoRA kept."""
 
     out: Path
     before: Sizes
     after: Sizes
     matrices: tuple[MatrixReport, ...]
+    vectors: tuple[VectorReport, ...]
+    """The tied norms and biases; none where they are kept per depth."""
     notices: tuple[str, ...]
     seconds: float
 
@@ -60,13 +63,14 @@ def prepare_conversion(
     out: str | Path,
     recursion: RecursiveConfig,
     *,
+    keep_layers: int | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> PreparedConversion:
     """Open the base and check everything that can be checked before work starts. Arguments as in `convert`."""
     base, out = Path(base), Path(out)
-    _check_offered(recursion)
+    _check_offered(recursion, keep_layers)
     source = open_source(base)
     if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
@@ -74,14 +78,20 @@ def prepare_conversion(
             f"{source.recursion.num_loops}, LoRA rank {source.recursion.lora_rank}); expected a vanilla base: "
             "python -m rrt.export unrolls it into one"
         )
+    before = model_sizes(source.model, source.recursion, source.dtype)
+    notices = []
+    if keep_layers is not None:
+        depths = _depths_to_keep(source.model, recursion.init, keep_layers)
+        source = KeptLayers(source, depths)
+        notices.append(f"kept are layers {', '.join(map(str, depths))} of the base's {before.model.num_layers}, from 0")
     check_output(out, base, overwrite)
     dtype = dtype or source.dtype
+    notices += _rank_caps(source.model, recursion)
+    recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
     after = model_sizes(source.model, recursion, dtype)
     tokenizer = tokenizer_of(base, source.model.vocab_size)
-    notices = list(_rank_caps(source, recursion))
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    before = model_sizes(source.model, source.recursion, source.dtype)
     return PreparedConversion(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
 
 
@@ -90,6 +100,7 @@ def convert(
     out: str | Path,
     recursion: RecursiveConfig,
     *,
+    keep_layers: int | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -99,6 +110,9 @@ def convert(
 
     Args:
         base: HF directory, or a vanilla checkpoint of ours.
+        recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have.
+        keep_layers: write so many of the base's layers as a vanilla model, the reduced-size baseline; `recursion.init`
+            chooses them and the rest of `recursion` is the default's.
         dtype: of the stored parameters; default the base's.
         seed: of everything random. A matrix's values depend on it and the matrix's name only.
         progress: show a bar over the matrices on stderr.
@@ -107,7 +121,9 @@ def convert(
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
             values that are not finite or do not fit `dtype`, or `recursion` asks for what is not offered yet.
     """
-    prepared = prepare_conversion(base, out, recursion, dtype=dtype, seed=seed, overwrite=overwrite)
+    prepared = prepare_conversion(
+        base, out, recursion, keep_layers=keep_layers, dtype=dtype, seed=seed, overwrite=overwrite
+    )
     return run_conversion(prepared, progress=progress)
 
 
@@ -118,18 +134,33 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
     config = CheckpointConfig(conversion.source.model, conversion.recursion, conversion.dtype)
     provenance = make_provenance("convert", conversion.source.directory, seed=conversion.seed)
     with write_checkpoint(conversion.out, config, provenance, overwrite=conversion.overwrite) as writer:
-        matrices = tuple(_write_tensors(folding, writer, progress))
+        vectors: list[VectorReport] = []
+        matrices = tuple(_write_tensors(folding, writer, vectors, progress))
         if conversion.tokenizer is not None:
             conversion.tokenizer.save(writer.directory)
         provenance["notices"] = conversion.notices
         provenance["matrices"] = [matrix.to_json() for matrix in matrices]
+        provenance["vectors"] = [vector.to_json() for vector in vectors]
     return ConversionReport(
-        conversion.out, conversion.before, conversion.after, matrices, conversion.notices, time.monotonic() - start
+        conversion.out,
+        conversion.before,
+        conversion.after,
+        matrices,
+        tuple(vectors),
+        conversion.notices,
+        time.monotonic() - start,
     )
 
 
-def _check_offered(recursion: RecursiveConfig) -> None:
+def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
     default = RecursiveConfig()
+    if keep_layers is not None:
+        for field in fields(RecursiveConfig):
+            found, expected = getattr(recursion, field.name), getattr(default, field.name)
+            if field.name != "init" and found != expected:
+                raise UserError(
+                    f"field '{field.name}': found {found}; expected {expected} with keep_layers: layers are kept as is"
+                )
     for name in ("head_lora_rank", "exit_loops"):
         if getattr(recursion, name) != getattr(default, name):
             raise UserError(
@@ -140,10 +171,21 @@ def _check_offered(recursion: RecursiveConfig) -> None:
         raise UserError("field 'lora_init': found 'joint'; expected 'svd' or 'zero': conversion does not make this")
 
 
-def _rank_caps(source: Source, recursion: RecursiveConfig) -> Iterator[str]:
+def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:
+    if init in ("average", "random"):
+        raise UserError(
+            f"field 'init': found '{init}'; expected 'stepwise', 'stepwise-fixed-start' or 'lower', which choose the "
+            "layers to keep"
+        )
+    if not 1 <= keep_layers <= model.num_layers:
+        raise UserError(f"keep_layers: found {keep_layers}; expected 1 to {model.num_layers}, the base's layers")
+    return kept_depths(init, model.num_layers, keep_layers)
+
+
+def _rank_caps(model: ModelConfig, recursion: RecursiveConfig) -> Iterator[str]:
     """Yield a notice for each group in which a linear is too small for the rank in `recursion`."""
     capped: dict[tuple[LoraGroup, int], list[str]] = {}
-    for name, linear in loop_linears(meta_model(source.model, recursion).stack.layers[0]):
+    for name, linear in loop_linears(meta_model(model, recursion).stack.layers[0]):
         group = LORA_GROUP_OF_LINEAR[name]
         if linear.rank < getattr(recursion.lora_rank, group):
             capped.setdefault((group, linear.rank), []).append(name)
@@ -152,8 +194,10 @@ def _rank_caps(source: Source, recursion: RecursiveConfig) -> Iterator[str]:
         yield f"LoRA rank of group {group}: {rank_wanted} is capped at {rank}, the smaller side of {', '.join(names)}"
 
 
-def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -> Iterator[MatrixReport]:
-    """Make and store every parameter of the new model; yield a report per linear of the block."""
+def _write_tensors(
+    folding: Folding, writer: CheckpointWriter, vectors: list[VectorReport], progress: bool
+) -> Iterator[MatrixReport]:
+    """Make and store every parameter of the new model; yield a report per linear of the block, append the vectors'."""
     model = meta_model(folding.source.model, folding.recursion)
     for name, parameter in model.named_parameters():
         if name == "stack.prefix":
@@ -165,7 +209,7 @@ def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -
     # Without a terminal the bar would fill a log file.
     with tqdm(total=matrices, unit="matrix", desc="converting", disable=None if progress else True) as bar:
         for index, layer in enumerate(layers):
-            _write_vectors(folding, writer, index, layer)
+            vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
                 weight = folding.shared(index, f"{name}.weight")
                 lora_a, lora_b, report = folding.lora(index, name, weight, linear.rank)
@@ -177,10 +221,12 @@ def _write_tensors(folding: Folding, writer: CheckpointWriter, progress: bool) -
                 yield report
 
 
-def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> None:
-    """Make and store the norms and biases of one shared layer."""
+def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> Iterator[VectorReport]:
+    """Make and store the norms and biases of one shared layer; yield a report per tied one."""
     untied = folding.recursion.untie_norms and folding.recursion.num_loops > 1
     for name, _ in layer.named_parameters():
         if "norm" in name or name.endswith(".bias"):
-            make = folding.untied if untied else folding.shared
-            writer.add(f"stack.layers.{index}.{name}", make(index, name))
+            vector = (folding.untied if untied else folding.shared)(index, name)
+            writer.add(f"stack.layers.{index}.{name}", vector)
+            if not untied:
+                yield folding.vector_report(index, name, vector)

@@ -15,24 +15,30 @@ from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 from rrt.folding.svd import truncated_svd
+from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, RecursiveConfig
 
 _RANDOM_STD = 0.02
 
 
-def kept_depths(init: Init, num_layers: int, num_loops: int) -> tuple[int, ...]:
-    """Return the base layer, from 0, that each shared layer copies; for the inits that copy whole layers.
+def kept_depths(init: Init, num_layers: int, num_kept: int) -> tuple[int, ...]:
+    """Return the base layer, from 0, that each of K kept layers copies; for the inits that copy whole layers.
 
     "stepwise" spaces them evenly from the first layer to the last; "stepwise-fixed-start" evenly from the
     first, so that the last loop's final layer may go; "lower" takes the first K.
     """
-    shared = num_layers // num_loops
     if init == "stepwise":
-        return tuple(round(i * (num_layers - 1) / (shared - 1)) if shared > 1 else 0 for i in range(shared))
+        return tuple(round(i * (num_layers - 1) / (num_kept - 1)) if num_kept > 1 else 0 for i in range(num_kept))
     if init == "stepwise-fixed-start":
-        return tuple(i * num_loops for i in range(shared))
+        return tuple(i * (num_layers // num_kept) for i in range(num_kept))
     assert init == "lower", init
-    return tuple(range(shared))
+    return tuple(range(num_kept))
+
+
+def folds_norms(recursion: RecursiveConfig) -> bool:
+    """Decide whether the norms' gains move into the linears before anything else is computed from them."""
+    ties_norms = recursion.num_loops > 1 and not recursion.untie_norms
+    return ties_norms and recursion.norm_init == "folded" and recursion.init != "random"
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
@@ -42,14 +48,34 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
+class VectorReport:
+    """Loss of one tied norm or bias by tying, per loop; no LoRA restores any of it.
+
+    Attributes:
+        name: of the parameter, such as ``stack.layers.0.attn_norm.weight``.
+        tying_loss: ||v_l - v'||^2 / ||v_l||^2, of the gains 1 + w for Gemma's norms; 1 if v_l is zero and v' is not.
+    """
+
+    name: str
+    tying_loss: tuple[float, ...]
+
+    @property
+    def mean_tying_loss(self) -> float:
+        return sum(self.tying_loss) / len(self.tying_loss)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "tying_loss": self.tying_loss, "mean_tying_loss": self.mean_tying_loss}
+
+
+@dataclass(frozen=True)
 class MatrixReport:
     """Loss of one linear by tying, and the part that its LoRA restores, per loop.
 
     Attributes:
         name: of the linear, such as ``stack.layers.0.attn.q``.
         rank: of its LoRA after the cap.
-        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero.
-        energy_kept: ||B A||^2 / ||W_l - W'||^2 at initialisation; None where W_l equals W'.
+        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero. W_l has its norm's gain folded in, as W' has.
+        energy_kept: ||B A||^2 / ||W_l - W'||^2 at initialisation; None where W_l equals W' or there is no LoRA.
     """
 
     name: str
@@ -85,11 +111,12 @@ class Folding:
     """
 
     def __init__(self, source: Source, recursion: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
-        self.source, self.recursion, self.dtype, self.seed = source, recursion, dtype, seed
+        self.source = FoldedNorms(source) if folds_norms(recursion) else source
+        self.recursion, self.dtype, self.seed = recursion, dtype, seed
         self.layers_per_loop = recursion.layers_per_loop(source.model)
         self._kept: tuple[int, ...] = ()
         if recursion.init not in ("average", "random"):
-            self._kept = kept_depths(recursion.init, source.model.num_layers, recursion.num_loops)
+            self._kept = kept_depths(recursion.init, source.model.num_layers, self.layers_per_loop)
 
     def unlooped(self, name: str) -> Tensor:
         """Return a parameter outside the block (embedding, final norm, head), unchanged."""
@@ -105,6 +132,18 @@ class Folding:
         """Make the tied parameter `name` of shared layer `layer`."""
         target = f"stack.layers.{layer}.{name}"
         return self._stored(self._shared(layer, name, target), target)
+
+    def vector_report(self, layer: int, name: str, shared: Tensor) -> VectorReport:
+        """Measure what tying lost of the norm or bias `name`, for its tied value as stored."""
+        losses = []
+        offset = 1.0 if name.endswith("norm.weight") and self.source.model.norm_type == "rmsnorm_1p" else 0.0
+        for loop in range(self.recursion.num_loops):
+            vector = self._base(layer, loop, name)
+            lost = 0.0
+            if not torch.equal(vector.to(self.dtype), shared):
+                lost = (vector.double() - shared.double()).square().sum().item()
+            losses.append(lost / ((vector.double() + offset).square().sum().item() or lost) if lost else 0.0)
+        return VectorReport(f"stack.layers.{layer}.{name}", tuple(losses))
 
     def untied(self, layer: int, name: str) -> Tensor:
         """Stack a norm or bias of the base over the loops: [B, ...]."""
@@ -139,7 +178,7 @@ class Folding:
             else:
                 lora_a, lora_b = truncated_svd(residual, rank, generator)
             # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
-            kept.append(lora_b.square().sum().item() / energy if energy else None)
+            kept.append(lora_b.square().sum().item() / energy if energy and rank else None)
             factors_a.append(self._stored(lora_a, f"{name}.lora_a"))
             factors_b.append(self._stored(lora_b, f"{name}.lora_b"))
         report = MatrixReport(name, rank, tuple(losses), tuple(kept))
@@ -172,10 +211,7 @@ class Folding:
         return self._read(f"stack.layers.{loop * self.layers_per_loop + layer}.{name}")
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.source.get(name)
-        if not tensor.isfinite().all():
-            raise UserError(f"{self.source.directory}: tensor '{name}': found NaN or infinity; expected finite values")
-        return tensor
+        return read_finite(self.source, name)
 
     def _stored(self, tensor: Tensor, name: str) -> Tensor:
         stored = tensor.to(self.dtype)

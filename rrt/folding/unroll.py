@@ -95,6 +95,16 @@ def run_export(prepared: PreparedExport, *, progress: bool = False, max_shard_by
         write_json(directory / "provenance.json", provenance)
         if prepared.tokenizer is not None:
             prepared.tokenizer.save(directory)
+            _write_generation_config(directory, prepared.tokenizer)
+
+
+def _write_generation_config(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write the tokens that end a generation, if there are several and the base brought no file that says so."""
+    path = directory / "generation_config.json"
+    if len(tokenizer.stop_ids) > 1 and not path.exists():
+        special = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        fields = {name: token_id for name, token_id in special.items() if token_id is not None}
+        write_json(path, fields | {"eos_token_id": list(tokenizer.stop_ids)})
 
 
 def _unrolled(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[tuple[str, Tensor]]:

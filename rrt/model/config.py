@@ -14,18 +14,46 @@ from rrt.errors import UserError
 # No real size comes near it, and sizes beyond it overflow in torch.
 _LARGEST = 2**40
 
-Family = Literal["gemma", "llama", "gpt_neox"]
+Family = Literal["gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
-NormInit = Literal["average", "choice", "zero"]
+NormInit = Literal["folded", "average", "choice", "zero"]
 LoraInit = Literal["svd", "zero", "joint"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
 
 
-def _require_positive(config: object, names: tuple[str, ...]) -> None:
+def _require_positive(config: object, names: tuple[str, ...], prefix: str = "") -> None:
     for name in names:
         value = getattr(config, name)
         if not 0 < value < _LARGEST:
-            raise UserError(f"field '{name}': found {value}; expected a positive number below {_LARGEST:.0e}")
+            raise UserError(f"field '{prefix}{name}': found {value}; expected a positive number below {_LARGEST:.0e}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Change of the rotary frequencies with which a base was trained further to longer contexts."""
+
+    kind: Literal["linear", "llama3"] = field_doc("'linear' divides all frequencies, 'llama3' (Llama 3.1) the low ones")
+    factor: float = field_doc("divisor of the frequencies")
+    low_freq_factor: float | None = field_doc(
+        "llama3: frequencies that turn fewer times than this within the original context are divided", default=None
+    )
+    high_freq_factor: float | None = field_doc(
+        "llama3: those that turn more often than this are kept; between the two, a mean", default=None
+    )
+    original_max_position_embeddings: int | None = field_doc(
+        "llama3: longest context before the change, tokens", default=None
+    )
+
+    def __post_init__(self) -> None:
+        own = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        for name in own:
+            if (getattr(self, name) is None) == (self.kind == "llama3"):
+                expected = "a number" if self.kind == "llama3" else f"none for {self.kind}"
+                raise UserError(f"field 'rope_scaling.{name}': found {getattr(self, name)}; expected {expected}")
+        _require_positive(self, ("factor", *own) if self.kind == "llama3" else ("factor",), "rope_scaling.")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise UserError(f"field 'rope_scaling.high_freq_factor': found {high}; expected more than {low}")
 
 
 @dataclass(frozen=True)
@@ -47,17 +75,26 @@ class ModelConfig:
     norm_eps: float = field_doc("epsilon inside the norm's square root")
     rope_theta: float = field_doc("base of the rotary frequencies")
     rotary_fraction: float = field_doc("fraction of each head's dimensions that rotate")
-    use_bias: bool = field_doc("biases on every linear of attention and feed-forward")
+    qkv_bias: bool = field_doc("biases on the query, key and value projections")
+    out_bias: bool = field_doc("a bias on the attention output projection")
+    mlp_bias: bool = field_doc("biases on the feed-forward linears")
     parallel_residual: bool = field_doc("attention and feed-forward both read the layer's input")
     tie_embeddings: bool = field_doc("the head is the embedding")
     scale_embeddings: bool = field_doc("embeddings are multiplied by sqrt(hidden_size)")
     bos_token_id: int | None = field_doc("begin-of-sequence token, if any", default=None)
-    eos_token_id: int | None = field_doc("end-of-sequence token, if any", default=None)
+    eos_token_ids: tuple[int, ...] = field_doc("end-of-sequence tokens; the first separates documents", default=())
     pad_token_id: int | None = field_doc("padding token, if any", default=None)
+    qk_norm: bool = field_doc("a norm over each head's width on queries and keys, before they rotate", default=False)
+    rope_scaling: RopeScaling | None = field_doc("change of the rotary frequencies, if any", default=None)
+    sliding_window: int | None = field_doc(
+        "tokens that a token sees in the base, itself included; contexts stay within it here", default=None
+    )
 
     def __post_init__(self) -> None:
         sizes = "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size"
         _require_positive(self, (*sizes.split(), "max_position_embeddings", "norm_eps", "rope_theta"))
+        if self.sliding_window is not None:
+            _require_positive(self, ("sliding_window",))
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"field 'num_kv_heads': found {self.num_kv_heads}; expected a divisor of num_heads = {self.num_heads}"
@@ -74,6 +111,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotate."""
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def context_length(self) -> int:
+        """Longest context that the model computes as the base does, tokens."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 LORA_GROUP_OF_LINEAR: dict[str, LoraGroup] = {
@@ -125,7 +167,11 @@ class RecursiveConfig:
     num_loops: int = field_doc("loops B over the shared block; 1 is a vanilla model", default=1)
     sharing: Literal["cycle"] = field_doc("depth l uses shared layer l mod K", default="cycle")
     init: Init = field_doc("how the shared block is made from the base's layers", default="stepwise")
-    norm_init: NormInit = field_doc("norm weights under init 'average': mean, one layer's, or zero", default="average")
+    norm_init: NormInit = field_doc(
+        "tied norms: neutral, their gains folded into the linears; or under init 'average' the mean, one layer's, or "
+        "zero, under the others the kept layer's",
+        default="folded",
+    )
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
     lora_init: LoraInit = field_doc("LoRA from the SVD of what tying lost, or zero", default="svd")
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)

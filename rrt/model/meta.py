@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from rrt.errors import UserError
-from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.loop_linear import loop_linears
 from rrt.model.transformer import RecursiveTransformer
 
 
@@ -18,6 +19,14 @@ def meta_model(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveTrans
 def parameter_shapes(model: ModelConfig, recursion: RecursiveConfig) -> dict[str, tuple[int, ...]]:
     """Return every parameter's name and shape."""
     return {name: tuple(p.shape) for name, p in meta_model(model, recursion).named_parameters()}
+
+
+def capped_lora_ranks(model: ModelConfig, recursion: RecursiveConfig) -> LoraRanks:
+    """Return the ranks of `recursion`, each at most what the largest linear of its group can have."""
+    ranks = dict.fromkeys(LORA_GROUP_OF_LINEAR.values(), 0)
+    for name, linear in loop_linears(meta_model(model, recursion).stack.layers[0]):
+        ranks[LORA_GROUP_OF_LINEAR[name]] = max(ranks[LORA_GROUP_OF_LINEAR[name]], linear.rank)
+    return LoraRanks(**ranks)
 
 
 def first_loops(

@@ -65,7 +65,7 @@ def model_sizes(
     Raises:
         UserError: `num_loops` does not divide `num_layers`, or the model cannot be built.
     """
-    context = model.max_position_embeddings if context is None else context
+    context = model.context_length if context is None else context
     if context < 1:
         raise UserError(f"context: found {context}; expected a positive number of positions")
     meta = meta_model(model, recursion)

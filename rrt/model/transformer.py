@@ -1,4 +1,4 @@
-"""Gemma, Llama and GPT-NeoX decoders, vanilla, recursive or relaxed, in one file.
+"""Decoders of the Llama, Gemma and GPT-NeoX kinds, vanilla, recursive or relaxed, in one file.
 
 The whole method: `LoopedStack` holds K shared layers and runs them B times; each linear adds the LoRA of
 the loop it runs in (:class:`rrt.model.loop_linear.LoopLinear`). A vanilla model is one loop over all its layers.
@@ -46,19 +46,23 @@ class ForwardContext:
 class Norm(nn.Module):
     """RMSNorm, Gemma's RMSNorm with (1 + weight), or LayerNorm; computed in fp32 (fp64 for fp64 input)."""
 
-    def __init__(self, config: ModelConfig, num_loops: int = 1) -> None:
+    def __init__(self, config: ModelConfig, num_loops: int = 1, width: int | None = None) -> None:
         super().__init__()
         self.kind = config.norm_type
         self.eps = config.norm_eps
-        shape = (config.hidden_size,) if num_loops == 1 else (num_loops, config.hidden_size)
+        width = config.hidden_size if width is None else width
+        shape = (width,) if num_loops == 1 else (num_loops, width)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape)) if self.kind == "layernorm" else None
 
     def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
-        """Normalise x [..., D]; `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D]."""
-        weight = self.weight if self.weight.dim() == 1 else self.weight[loop]
+        """Normalise the last dimension of x.
+
+        `loop` is one for all, or an int32 tensor [M] with one for each row of x [M, D] or [M, heads, D_h].
+        """
+        weight = _of_loop(self.weight, loop, x)
         if self.kind == "layernorm":
-            bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
+            bias = None if self.bias is None else _of_loop(self.bias, loop, x)
             if weight.dim() == 1:
                 return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -73,11 +77,25 @@ class Norm(nn.Module):
         return weight * normed.to(x.dtype)
 
 
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Compute the rotary frequencies, fp32 [rotary_dim / 2], in radians per position."""
+    exponents = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32)
+    frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.original_max_position_embeddings is None:
+        return frequencies / scaling.factor
+    assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
 def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Compute rotary cosines and sines [batch or 1, T, rotary_dim / 2] of `positions` [batch or 1, T]."""
-    exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    inverse_frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
-    angles = positions[..., None].float() * inverse_frequencies
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -98,7 +116,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with separate q, k, v projections (MHA, GQA, MQA) and optional prefix vectors."""
+    """Causal attention with separate q, k, v projections (MHA, GQA, MQA), optional q and k norms and prefix vectors."""
 
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
@@ -106,13 +124,16 @@ class Attention(nn.Module):
         ranks, width = recursion.lora_rank, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
-        def linear(inputs: int, outputs: int, rank: int) -> LoopLinear:
-            return _linear(config, recursion, inputs, outputs, rank)
+        def linear(inputs: int, outputs: int, rank: int, bias: bool) -> LoopLinear:
+            return _linear(recursion, inputs, outputs, rank, bias)
 
-        self.q = linear(config.hidden_size, width, ranks.q)
-        self.k = linear(config.hidden_size, kv_width, ranks.kv)
-        self.v = linear(config.hidden_size, kv_width, ranks.kv)
-        self.out = linear(width, config.hidden_size, ranks.out)
+        self.q = linear(config.hidden_size, width, ranks.q, config.qkv_bias)
+        self.k = linear(config.hidden_size, kv_width, ranks.kv, config.qkv_bias)
+        self.v = linear(config.hidden_size, kv_width, ranks.kv, config.qkv_bias)
+        self.out = linear(width, config.hidden_size, ranks.out, config.out_bias)
+        norm_loops = recursion.num_loops if recursion.untie_norms else 1
+        self.q_norm = Norm(config, norm_loops, config.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, norm_loops, config.head_dim) if config.qk_norm else None
 
     def forward(
         self,
@@ -124,11 +145,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within x [batch, T, D] and to prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
         q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
+        q, k = self.normalize(q, k, loop)
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
         if prefix is not None:
             # Prefix keys carry no position: every query sees them alike.
-            k = torch.cat((self._prefix_heads(self.k(prefix, loop), x.shape[0]), k), dim=1)
-            v = torch.cat((self._prefix_heads(self.v(prefix, loop), x.shape[0]), v), dim=1)
+            prefix_k, prefix_v = (heads.expand(len(x), -1, -1, -1) for heads in self.prefix_heads(prefix, loop))
+            k, v = torch.cat((prefix_k, k), dim=1), torch.cat((prefix_v, v), dim=1)
         if context.seen_until is not None or (context.mask is None and ops.has_native_kernels(x)):
             y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, context.seen_until)
         else:
@@ -138,11 +160,19 @@ class Attention(nn.Module):
             ).transpose(1, 2)
         return self.out(_select(y.flatten(2), selected_tokens), loop)
 
+    def normalize(self, q: Tensor, k: Tensor, loop: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the q and k norms, if there are any, to heads [..., H, D_h] and [..., H_kv, D_h]."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q, loop), self.k_norm(k, loop)
+
+    def prefix_heads(self, prefix: Tensor, loop: int) -> tuple[Tensor, Tensor]:
+        """Compute keys and values [P, H_kv, D_h] of prefix vectors [P, D]."""
+        k, v = self._split_heads(self.k(prefix, loop)), self._split_heads(self.v(prefix, loop))
+        return k if self.k_norm is None else self.k_norm(k, loop), v
+
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim))
-
-    def _prefix_heads(self, x: Tensor, batch: int) -> Tensor:
-        return self._split_heads(x).expand(batch, -1, -1, -1)
 
 
 class MLP(nn.Module):
@@ -152,9 +182,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         hidden, inner, rank = config.hidden_size, config.intermediate_size, recursion.lora_rank.ffn
-        self.gate = _linear(config, recursion, hidden, inner, rank) if config.gated_mlp else None
-        self.up = _linear(config, recursion, hidden, inner, rank)
-        self.down = _linear(config, recursion, inner, hidden, rank)
+        self.gate = _linear(recursion, hidden, inner, rank, config.mlp_bias) if config.gated_mlp else None
+        self.up = _linear(recursion, hidden, inner, rank, config.mlp_bias)
+        self.down = _linear(recursion, inner, hidden, rank, config.mlp_bias)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
         if self.gate is None:
@@ -294,7 +324,8 @@ class RecursiveTransformer(nn.Module):
             [batch, T, V] in the parameters' dtype.
 
         Raises:
-            UserError: `exit_loop` is out of range, or `positions` and `seen_until` do not fit `input_ids`.
+            UserError: `exit_loop` is out of range, `positions` and `seen_until` do not fit `input_ids`, or a text is
+                longer than the base's sliding window.
         """
         loops = self.recursion.num_loops
         last = loops - 1 if exit_loop is None else exit_loop
@@ -359,6 +390,7 @@ class RecursiveTransformer(nn.Module):
         if (positions is None) != (seen_until is None):
             found = "positions" if seen_until is None else "seen_until"
             raise UserError(f"positions and seen_until: found {found} alone; expected both, or neither")
+        self._check_window(expected[1], positions)
         if positions is None or seen_until is None:
             rope = rope_cos_sin(self.config, torch.arange(expected[1], device=x.device)[None], x.dtype)
             if prefix_length == 0:
@@ -369,6 +401,17 @@ class RecursiveTransformer(nn.Module):
             if prefix_length == 0 and ops.has_native_kernels(x):
                 return ForwardContext(rope, seen_until=seen_until)
         return ForwardContext(rope, F.pad(ops.packed_texts_mask(seen_until), (prefix_length, 0), value=True))
+
+    def _check_window(self, length: int, positions: Tensor | None) -> None:
+        window = self.config.sliding_window
+        if window is None or length <= window:
+            return
+        longest = length if positions is None else int(positions.max()) + 1
+        if longest > window:
+            raise UserError(
+                f"input_ids: found a text of {longest} tokens; expected at most sliding_window = {window}: the base "
+                "sees no further back, and windows are not implemented"
+            )
 
     def set_merge(self, merge: bool | None) -> None:
         """Compute every LoRA merged into its weight, as separate products, or (None) by the cheaper of the two."""
@@ -406,12 +449,20 @@ def _select(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x.flatten(0, 1)[tokens]
 
 
-def _linear(config: ModelConfig, recursion: RecursiveConfig, inputs: int, outputs: int, rank: int) -> LoopLinear:
+def _of_loop(parameter: Tensor, loop: int | Tensor, x: Tensor) -> Tensor:
+    """Return a norm's parameter [D], or of parameters kept per loop [B, D] what `loop` selects for x: [D] or [M, D]."""
+    if parameter.dim() == 1:
+        return parameter
+    chosen = parameter[loop]
+    return chosen[:, None] if chosen.dim() == 2 and x.dim() == 3 else chosen
+
+
+def _linear(recursion: RecursiveConfig, inputs: int, outputs: int, rank: int, bias: bool) -> LoopLinear:
     return LoopLinear(
         inputs,
         outputs,
         num_loops=recursion.num_loops,
         rank=rank,
-        bias=config.use_bias,
+        bias=bias,
         untie_bias=recursion.untie_norms,
     )

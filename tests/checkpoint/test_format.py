@@ -29,11 +29,13 @@ MODEL = ModelConfig(
     norm_eps=1e-5,
     rope_theta=10000.0,
     rotary_fraction=0.25,
-    use_bias=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
     parallel_residual=True,
     tie_embeddings=False,
     scale_embeddings=False,
-    eos_token_id=0,
+    eos_token_ids=(0,),
 )
 EVERYTHING = RecursiveConfig(
     num_loops=2,
@@ -87,7 +89,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(checkpoint):
     config = read_checkpoint_config(checkpoint / "config.json")
     assert config == CheckpointConfig(MODEL, EVERYTHING, torch.float32)
     data = json.loads((checkpoint / "config.json").read_text())
-    assert is_checkpoint(data) and data["format_version"] == 1 and not is_checkpoint({"model_type": "llama"})
+    assert is_checkpoint(data) and data["format_version"] == 2 and not is_checkpoint({"model_type": "llama"})
     model, loaded = random_model(), load_model(checkpoint)
     assert not loaded.training
     for (name, expected), (found_name, found) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
@@ -118,16 +120,20 @@ def test_provenance_says_where_it_comes_from(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "field 'format_version': found 2; expected 1"),
-        ({"format_version": None}, "field 'format_version': found None; expected 1"),
-        ({"format_version": True}, "field 'format_version': found True; expected 1"),
+        ({"format_version": 1}, "field 'format_version': found 1; expected 2"),
+        ({"format_version": None}, "field 'format_version': found None; expected 2"),
+        ({"format_version": True}, "field 'format_version': found True; expected 2"),
         ({"extra": 1}, "unknown field 'extra'; expected format, format_version, dtype, model, recursive"),
         ({"dtype": "int8"}, "dtype: found 'int8'; expected one of float32"),
         ({"dtype": 16}, "field 'dtype': found 16; expected str"),
         ({"model": [1]}, "field 'model': found [1]; expected dict"),
         ({"recursive": None}, "field 'recursive': found None; expected dict"),
         ({"model__width": 3}, "unknown field 'model.width'; expected one of: family"),
-        ({"model__family": "bert"}, "field 'model.family': found 'bert'; expected one of 'gemma', 'llama', 'gpt_neox'"),
+        (
+            {"model__family": "bert"},
+            "field 'model.family': found 'bert'; expected one of 'gemma', 'llama', 'mistral', 'qwen2', 'qwen3', "
+            "'gpt_neox'",
+        ),
         ({"model__head_dim": None}, "missing field 'model.head_dim'"),
         ({"model__num_layers": 0}, "field 'num_layers': found 0; expected a positive number"),
         ({"recursive__num_loop": 2}, "unknown field 'recursive.num_loop'; expected one of: num_loops"),

@@ -21,7 +21,7 @@ from rrt.checkpoint.source import load_model, open_source
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
-from tests.util.models import FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, make_hf_model
 
 LAYOUTS = ("safetensors", "safetensors-shards", "bin", "bin-shards", "legacy-bin")
 
@@ -30,7 +30,7 @@ LAYOUTS = ("safetensors", "safetensors-shards", "bin", "bin-shards", "legacy-bin
 def bases(tmp_path_factory):
     """A two-layer fp32 base of each family, as transformers writes it."""
     root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family, num_layers=2) for family in FAMILIES}
+    return {family: make_hf_model(root / family, family, num_layers=2) for family in ALL_FAMILIES}
 
 
 def tensors_of(directory):
@@ -81,7 +81,7 @@ def assert_same_parameters(found, expected):
         assert torch.equal(parameter, expected_parameter), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_layout_gives_bitwise_the_same_model(bases, family, tmp_path):
     expected = load_model(bases[family])
     for layout in LAYOUTS:
@@ -89,7 +89,7 @@ def test_every_layout_gives_bitwise_the_same_model(bases, family, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_an_old_config_and_a_current_one_give_transformers_logits(bases, family, tmp_path):
     """Rotary settings where transformers before version 5 wrote them, and at values that show."""
     config = json.loads((bases[family] / "config.json").read_text())
@@ -219,7 +219,7 @@ def test_a_tied_head_that_is_stored_too_must_equal_the_embedding(bases, layout, 
 
 def test_a_state_dict_of_transformers_saved_as_it_is_loads(bases, tmp_path):
     """Transformers 5 calls GPT-NeoX's head lm_head in memory."""
-    for family in FAMILIES:
+    for family in ALL_FAMILIES:
         directory = tmp_path / family
         directory.mkdir()
         shutil.copy(bases[family] / "config.json", directory)
@@ -238,7 +238,9 @@ def test_unusable_directories_are_refused(bases, tmp_path):
     shutil.copy(bases["llama"] / "config.json", tmp_path / "empty")
     assert refusal(tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: no weights; expected model.safetensors")
     (tmp_path / "empty" / "config.json").write_text('{"format": "other"}')
-    assert "field 'model_type': found null; expected gemma, llama, gpt_neox" in refusal(tmp_path / "empty")
+    assert "field 'model_type': found null; expected gemma, llama, mistral, qwen2, qwen3, gpt_neox" in refusal(
+        tmp_path / "empty"
+    )
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -288,7 +290,7 @@ def write_native(out, base, recursion, dtype=torch.float32):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
 def test_fewer_loops_than_stored_equal_the_exit_after_them(bases, family, recursion, tmp_path):
     model = write_native(tmp_path / "checkpoint", bases[family], recursion)

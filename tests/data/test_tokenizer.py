@@ -1,7 +1,6 @@
 """Tokenizers of every published layout against the reference libraries, and the command that trains one."""
 
 import json
-import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,69 +15,18 @@ from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.errors import UserError
 from tests.util.commands import Done, run_main
 from tests.util.tokenizers import (
+    KINDS,
     SPECIAL_TOKENS,
+    TEXTS,
     environment,
-    make_bpe_tokenizer,
-    make_sentencepiece_tokenizer,
     training_texts,
     write_hf_config,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("sp-gemma", "sp-llama", "json-gemma", "json-llama", "json-gpt_neox", "trained")
-TEXTS = (
-    "",
-    " ",
-    "  two leading spaces",
-    "no leading space",
-    "a\n\nb\n\n\n\n\nc\r\n\td    e     f",
-    "\n",
-    "nul \x00 and escape \x1b",
-    "Zürich, Ελλάδα, 日本語, العربية",
-    "emoji 🎉 and family 👨‍👩‍👧",
-    "1234567890" * 3,
-)
 # U+2581 stands for a space in SentencePiece; GPT-NeoX composes, so only composed text comes back as it was.
 any_text = st.text(st.characters(max_codepoint=0x1F9FF, exclude_categories=("Cs", "Cn"), exclude_characters="▁")).map(
     lambda text: unicodedata.normalize("NFC", text)
 )
-
-
-@pytest.fixture(scope="session")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A directory of each kind."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    made = {}
-    for kind in KINDS:
-        form, _, family = kind.partition("-")
-        if form == "trained":
-            made[kind] = root / kind
-            made[kind].mkdir()
-            train_bpe(training_texts(), 400, made[kind])
-        else:
-            make = make_sentencepiece_tokenizer if form == "sp" else make_bpe_tokenizer
-            made[kind] = make(root / kind, family)
-    return made
-
-
-@pytest.fixture(scope="session")
-def loaded(directories: dict[str, Path]) -> dict[str, Tokenizer]:
-    return {kind: load_tokenizer(directory) for kind, directory in directories.items()}
-
-
-@pytest.fixture
-def copy_of(directories: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A directory of a kind that the test may change."""
-
-    def copy(kind: str) -> Path:
-        return Path(shutil.copytree(directories[kind], tmp_path / kind))
-
-    return copy
-
-
-def set_config(directory: Path, **changes: object) -> None:
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,138 +180,6 @@ def test_a_copy_has_the_same_fingerprint_and_never_a_model_config(
 
 def test_another_vocabulary_has_another_fingerprint(loaded: dict[str, Tokenizer]) -> None:
     assert len({tokenizer.sha256 for tokenizer in loaded.values()}) == len(KINDS)
-
-
-@pytest.mark.parametrize(("family", "adds"), [("gemma", True), ("llama", True), ("gpt_neox", False)])
-@pytest.mark.parametrize("ours", [False, True])
-def test_the_family_in_the_model_config_decides_about_bos(
-    copy_of: Callable[[str], Path], family: str, adds: bool, ours: bool
-) -> None:
-    directory = copy_of("trained")
-    (directory / "tokenizer_config.json").unlink()
-    if ours:
-        model = {"family": family, "bos_token_id": 0, "eos_token_id": 1}
-        (directory / "config.json").write_text(json.dumps({"format": "rrt", "model": model}))
-    else:
-        write_hf_config(directory, family, bos_token_id=0, eos_token_id=[1, 7])
-    tokenizer = load_tokenizer(directory)
-    assert (tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_id) == (adds, 0, 1)
-
-
-def test_an_explicit_add_bos_token_wins_over_the_family(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("sp-llama")
-    write_hf_config(directory, "llama")
-    set_config(directory, add_bos_token=False)
-    assert not load_tokenizer(directory).add_bos
-
-
-def test_a_sentencepiece_model_alone_is_enough(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("sp-gemma")
-    (directory / "tokenizer_config.json").unlink()
-    tokenizer = load_tokenizer(directory)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.add_bos) == (2, 1, 0, True)
-
-
-def test_special_tokens_map_is_read_where_the_tokenizer_config_is_silent(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("json-gpt_neox")
-    (directory / "tokenizer_config.json").unlink()
-    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|padding|>"}}))
-    tokenizer = load_tokenizer(directory)
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.add_bos) == (1, None, False)
-    with pytest.raises(UserError, match="has no BOS token"):
-        tokenizer.encode("text", bos=True)
-
-
-def test_added_tokens_count_in_the_vocabulary(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("sp-llama")
-    (directory / "added_tokens.json").write_text(json.dumps({"<pad>": 420}))
-    set_config(directory, pad_token="<pad>")
-    tokenizer = load_tokenizer(directory)
-    assert (tokenizer.vocab_size, tokenizer.pad_id) == (421, 420)
-    assert tokenizer.decode([*tokenizer.encode("text"), 420]) == "text"
-
-
-def break_nothing_there(directory: Path) -> None:
-    shutil.rmtree(directory)
-
-
-def break_no_files(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink()
-
-
-def break_model_file(directory: Path) -> None:
-    for path in directory.glob("tokenizer.[mj]*"):
-        path.write_bytes(path.read_bytes()[:-200])
-
-
-def break_empty_model_file(directory: Path) -> None:
-    for path in directory.glob("tokenizer.[mj]*"):
-        path.write_bytes(b"")
-
-
-def break_config_syntax(directory: Path) -> None:
-    (directory / "tokenizer_config.json").write_text("{")
-
-
-def break_eos_token(directory: Path) -> None:
-    set_config(directory, eos_token="<nowhere>")
-
-
-def break_eos_type(directory: Path) -> None:
-    set_config(directory, eos_token=7)
-
-
-def break_bos_id(directory: Path) -> None:
-    write_hf_config(directory, "llama", bos_token_id=100000)
-
-
-def break_id_type(directory: Path) -> None:
-    write_hf_config(directory, "llama", bos_token_id="1")
-
-
-def break_added_tokens(directory: Path) -> None:
-    (directory / "added_tokens.json").write_text('{"<pad>": "420"}')
-
-
-@pytest.mark.parametrize("kind", ["sp-llama", "json-llama"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_nothing_there, "no such directory"),
-        (break_no_files, "looked for tokenizer.model and tokenizer.json"),
-        (break_model_file, "tokenizer.(model: not a SentencePiece model|json: not a tokenizer)"),
-        (break_empty_model_file, "tokenizer.(model: not a SentencePiece model|json: not a tokenizer)"),
-        (break_config_syntax, "tokenizer_config.json: not valid JSON"),
-        (break_eos_token, "eos_token '<nowhere>' is not in the vocabulary"),
-        (break_eos_type, "eos_token is 7; expected a string"),
-        (break_bos_id, "bos_token_id is 100000; expected an id of tokenizer.(model|json), below 420"),
-        (break_id_type, "config.json: bos_token_id is '1'; expected an integer"),
-        (break_added_tokens, "added_tokens.json: <pad> is '420'; expected an integer"),
-    ],
-)
-def test_a_damaged_directory_is_refused_in_one_line(
-    copy_of: Callable[[str], Path], kind: str, damage: Callable[[Path], None], message: str
-) -> None:
-    directory = copy_of(kind)
-    damage(directory)
-    with pytest.raises(UserError, match=message) as caught:
-        load_tokenizer(directory)
-    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
-
-
-def test_an_unknown_eos_is_refused(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("json-gpt_neox")
-    (directory / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="end-of-sequence token is unknown"):
-        load_tokenizer(directory)
-
-
-def test_bos_without_a_token_is_refused(copy_of: Callable[[str], Path]) -> None:
-    directory = copy_of("json-gpt_neox")
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "add_bos_token": True}))
-    with pytest.raises(UserError, match="start with BOS here but the token is unknown"):
-        load_tokenizer(directory)
 
 
 def test_training_is_reproducible_and_reaches_the_size_asked_for(tmp_path: Path) -> None:

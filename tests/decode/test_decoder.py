@@ -202,6 +202,7 @@ def test_kv_only_rows_write_what_their_state_has_and_stay_as_they_are(family, lo
     for index, layer in enumerate(model.stack.layers):
         h = layer.attn_norm(x[:1], 2)
         k, v = (linear(h, 2).unflatten(1, (-1, model.config.head_dim))[0] for linear in (layer.attn.k, layer.attn.v))
+        _, k = layer.attn.normalize(k, k, 2)
         half = len(cos_sin) // 2
         first, second = k[:, :half].clone(), k[:, half : 2 * half].clone()
         k[:, :half] = first * cos_sin[:half] - second * cos_sin[half:]
@@ -273,6 +274,8 @@ def test_generation_equals_the_naive_full_forward(family, looped):
     eos = expected[3][4]
     assert generate(decoder, PROMPTS, 12, eos_token_id=eos) == [naive_greedy(model, p, 12, eos) for p in PROMPTS]
     wanted = [tokens[:length] for tokens, length in zip(expected, (3, 1, 12, 7, 2), strict=True)]
+    # A sequence may begin as another that ends early.
+    wanted = [next(t[:n] for n in range(1, 13) if t[:n] in wanted) for t in expected]
     assert generate(decoder, PROMPTS, 12, should_stop=lambda new_tokens: new_tokens in wanted) == wanted
     assert generate(decoder, PROMPTS[1:2], 12) == expected[1:2]
     assert generate(decoder, PROMPTS, 1) == [tokens[:1] for tokens in expected]

@@ -18,10 +18,10 @@ from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.folding.fold import kept_depths
 from rrt.folding.svd import truncated_svd
-from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
 from tests.util.commands import run_main
-from tests.util.models import FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, make_hf_model
 from tests.util.tokenizers import make_sentencepiece_tokenizer
 
 LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
@@ -31,7 +31,7 @@ LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.
 def bases(tmp_path_factory):
     """A six-layer fp32 base of each family."""
     root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family) for family in FAMILIES}
+    return {family: make_hf_model(root / family, family) for family in ALL_FAMILIES}
 
 
 def fold(base, out, *, num_loops=2, rank=0, **options):
@@ -59,35 +59,35 @@ def linears(new):
 
 
 def test_stepwise_keeps_the_first_and_the_last_layer():
-    assert kept_depths("stepwise", 6, 2) == (0, 2, 5)
-    assert kept_depths("stepwise", 18, 2) == (0, 2, 4, 6, 8, 11, 13, 15, 17)
-    assert kept_depths("stepwise", 18, 3) == (0, 3, 7, 10, 14, 17)
-    assert kept_depths("stepwise", 22, 2) == (0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21)
-    assert kept_depths("stepwise", 16, 2) == (0, 2, 4, 6, 9, 11, 13, 15)
-    assert kept_depths("stepwise", 4, 4) == (0,)
-    assert kept_depths("stepwise", 5, 1) == (0, 1, 2, 3, 4)
+    assert kept_depths("stepwise", 6, 3) == (0, 2, 5)
+    assert kept_depths("stepwise", 18, 9) == (0, 2, 4, 6, 8, 11, 13, 15, 17)
+    assert kept_depths("stepwise", 18, 6) == (0, 3, 7, 10, 14, 17)
+    assert kept_depths("stepwise", 22, 11) == (0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21)
+    assert kept_depths("stepwise", 16, 8) == (0, 2, 4, 6, 9, 11, 13, 15)
+    assert kept_depths("stepwise", 4, 1) == (0,)
+    assert kept_depths("stepwise", 5, 5) == (0, 1, 2, 3, 4)
 
 
 def test_fixed_start_keeps_every_bth_layer_and_lower_the_first_ones():
-    assert kept_depths("stepwise-fixed-start", 6, 2) == (0, 2, 4)
-    assert kept_depths("stepwise-fixed-start", 18, 3) == (0, 3, 6, 9, 12, 15)
-    assert kept_depths("lower", 6, 2) == (0, 1, 2)
+    assert kept_depths("stepwise-fixed-start", 6, 3) == (0, 2, 4)
+    assert kept_depths("stepwise-fixed-start", 18, 6) == (0, 3, 6, 9, 12, 15)
+    assert kept_depths("lower", 6, 3) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("init", ["stepwise", "stepwise-fixed-start", "lower"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_copying_inits_take_whole_layers_norms_and_biases_included(bases, family, init, tmp_path):
-    base, new, _ = fold(bases[family], tmp_path / "out", init=init)
-    kept = kept_depths(init, 6, 2)
+    base, new, _ = fold(bases[family], tmp_path / "out", init=init, norm_init="average")
+    kept = kept_depths(init, 6, 3)
     assert len(block_names(new)) == sum(name.startswith("stack.") for name in base) / 2
     for layer, name in block_names(new):
         assert torch.equal(new[f"stack.layers.{layer}.{name}"], base[f"stack.layers.{kept[layer]}.{name}"]), name
 
 
 @pytest.mark.parametrize("num_loops", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_average_is_the_mean_over_the_loops_of_the_cycle(bases, family, num_loops, tmp_path):
-    base, new, _ = fold(bases[family], tmp_path / "out", num_loops=num_loops, init="average")
+    base, new, _ = fold(bases[family], tmp_path / "out", num_loops=num_loops, init="average", norm_init="average")
     layers = 6 // num_loops
     for layer, name in block_names(new):
         looped = [base[f"stack.layers.{loop * layers + layer}.{name}"].double() for loop in range(num_loops)]
@@ -98,7 +98,7 @@ def test_average_is_the_mean_over_the_loops_of_the_cycle(bases, family, num_loop
 def test_average_takes_norms_from_the_first_loop_or_zero_if_asked(bases, tmp_path):
     base, choice, _ = fold(bases["gpt_neox"], tmp_path / "choice", init="average", norm_init="choice")
     _, zero, _ = fold(bases["gpt_neox"], tmp_path / "zero", init="average", norm_init="zero")
-    _, mean, _ = fold(bases["gpt_neox"], tmp_path / "mean", init="average")
+    _, mean, _ = fold(bases["gpt_neox"], tmp_path / "mean", init="average", norm_init="average")
     for name in mean:
         if name.startswith("stack.") and "norm" in name:
             assert torch.equal(choice[name], base[name])
@@ -108,7 +108,7 @@ def test_average_takes_norms_from_the_first_loop_or_zero_if_asked(bases, tmp_pat
             assert torch.equal(choice[name], mean[name]) and torch.equal(zero[name], mean[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_random_draws_weights_and_resets_norms_and_biases(bases, family, tmp_path):
     _, new, _ = fold(bases[family], tmp_path / "out", init="random")
     identity = 0.0 if family == "gemma" else 1.0
@@ -127,21 +127,25 @@ def test_random_draws_weights_and_resets_norms_and_biases(bases, family, tmp_pat
 
 
 @pytest.mark.parametrize("init", ["stepwise", "average", "random"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_embedding_final_norm_and_head_come_unchanged(bases, family, init, tmp_path):
     base, new, _ = fold(bases[family], tmp_path / "out", init=init)
     outside = [name for name in new if not name.startswith("stack.")]
-    assert "embed" in outside and "norm.weight" in outside and ("head" in outside) == (family != "gemma")
+    assert (
+        "embed" in outside
+        and "norm.weight" in outside
+        and ("head" in outside) == (family not in ("gemma", "qwen2", "qwen3"))
+    )
     for name in outside:
         assert torch.equal(new[name], base[name])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_full_rank_with_untied_norms_reproduces_the_base(bases, family, init, tmp_path):
     fold(bases[family], tmp_path / "full", rank=999, init=init, untie_norms=True)
-    fold(bases[family], tmp_path / "tied", rank=999, init=init)
+    fold(bases[family], tmp_path / "tied", rank=999, init=init, norm_init="average")
     base, full, tied = (load_model(d) for d in (bases[family], tmp_path / "full", tmp_path / "tied"))
     input_ids = torch.randint(0, 151, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = base(input_ids)
@@ -215,8 +219,9 @@ def test_svd_beyond_the_residuals_rank_gives_zero_columns_and_random_unit_rows(s
 @pytest.mark.parametrize(("family", "dtype"), [("gemma", torch.bfloat16), ("gpt_neox", torch.float32)])
 def test_lora_is_the_best_correction_of_the_weight_as_stored(family, dtype, init, tmp_path):
     base_dir = make_hf_model(tmp_path / "base", family, dtype=dtype)
-    base, new, _ = fold(base_dir, tmp_path / "out", rank=LoraRanks(q=5, kv=3, out=4, ffn=7), init=init)
-    kept = kept_depths(init, 6, 2) if init == "stepwise" else (-1, -1, -1)
+    ranks = LoraRanks(q=5, kv=3, out=4, ffn=7)
+    base, new, _ = fold(base_dir, tmp_path / "out", rank=ranks, init=init, norm_init="average")
+    kept = kept_depths(init, 6, 3) if init == "stepwise" else (-1, -1, -1)
     # Rounding the factors to the stored dtype is the one loss beyond the SVD's.
     rounding = 2 * torch.finfo(dtype).eps ** 2
     for name in linears(new):
@@ -243,7 +248,7 @@ def test_rank_per_group_goes_to_the_linears_of_the_group(bases, tmp_path):
 
 def test_where_a_layer_was_kept_a_is_gaussian_and_b_zero_matrix_by_matrix(bases, tmp_path):
     _, new, report = fold(bases["llama"], tmp_path / "out", rank=6, init="stepwise")
-    kept = kept_depths("stepwise", 6, 2)
+    kept = kept_depths("stepwise", 6, 3)
     drawn = []
     for name in linears(new):
         layer = int(name.split(".")[2])
@@ -271,7 +276,7 @@ def test_one_equal_matrix_among_different_ones_is_recognised(bases, tmp_path):
     weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].clone()
     save_file(weights, base_dir / "model.safetensors")
     (base_dir / "config.json").write_text((bases["llama"] / "config.json").read_text())
-    _, new, _ = fold(base_dir, tmp_path / "out", rank=4, init="average")
+    _, new, _ = fold(base_dir, tmp_path / "out", rank=4, init="average", norm_init="average")
     assert new["stack.layers.0.mlp.up.lora_b"].count_nonzero() == 0
     assert new["stack.layers.0.mlp.gate.lora_b"].count_nonzero() > 0
 
@@ -315,7 +320,7 @@ def test_ranks_beyond_the_smaller_side_are_capped_with_a_notice_per_group(bases,
 
 
 def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
-    base, new, report = fold(bases["gemma"], tmp_path / "out", rank=5, init="average")
+    base, new, report = fold(bases["gemma"], tmp_path / "out", rank=5, init="average", norm_init="average")
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["stage"] == "convert" and provenance["parent"]["path"] == str(bases["gemma"])
     assert [matrix["name"] for matrix in provenance["matrices"]] == linears(new)
@@ -334,7 +339,7 @@ def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
     assert report.after.bytes == sum(tensor.nbytes for tensor in new.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_one_loop_is_the_vanilla_base(bases, family, tmp_path):
     for init in ("stepwise", "average", "lower", "stepwise-fixed-start"):
         base, new, _ = fold(bases[family], tmp_path / init, num_loops=1, init=init)
@@ -356,7 +361,7 @@ def test_dtype_is_the_bases_unless_asked_and_values_that_do_not_fit_are_refused(
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     save_file(weights, base_dir / "model.safetensors")
     with pytest.raises(UserError, match=r"layers.1.mlp.up.weight.*5e\+05; expected at most 6.55e\+04 for float16"):
-        fold(base_dir, tmp_path / "fp16", init="average", dtype=torch.float16)
+        fold(base_dir, tmp_path / "fp16", init="average", norm_init="average", dtype=torch.float16)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, base_dir / "model.safetensors")
     with pytest.raises(UserError, match=r"stack.layers.1.mlp.up.weight': found NaN or infinity"):
@@ -428,11 +433,11 @@ def test_command_says_what_it_does_and_what_it_did(bases, tmp_path, capsys, monk
     code, stdout, stderr = run_main(main, argv, capsys, monkeypatch)
     assert (code, stderr) == (0, "")
     assert "6 layers, 74.59 K parameters (64.93 K non-embedding), 291.38 KiB float32" in stdout
-    assert "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 20, out 20, ffn 8" in stdout
+    assert "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 16, out 20, ffn 8 (svd); norms folded into" in stdout
     assert "notice: LoRA rank of group kv: 20 is capped at 16" in stdout
     assert "layer" in stdout and "all" in stdout and f"wrote {out}" in stdout
     assert open_source(out).recursion == RecursiveConfig(
-        num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=20, out=20, ffn=8)
+        num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=16, out=20, ffn=8)
     )
 
 
@@ -503,3 +508,170 @@ def test_an_interrupted_command_leaves_nothing_behind(tmp_path):
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+# ---- norms folded into the linears that read them
+
+
+def gains(base, depth, norm, family):
+    weight = base[f"stack.layers.{depth}.{norm}.weight"].double()
+    return weight + 1 if family == "gemma" else weight
+
+
+NORM_OF = {
+    "attn.q": "attn_norm",
+    "attn.k": "attn_norm",
+    "attn.v": "attn_norm",
+    "mlp.gate": "mlp_norm",
+    "mlp.up": "mlp_norm",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_full_rank_with_folded_norms_reproduces_the_base_though_norms_are_tied(bases, family, init, tmp_path):
+    fold(bases[family], tmp_path / "full", rank=999, init=init)
+    base, full = load_model(bases[family]), load_model(tmp_path / "full")
+    input_ids = torch.randint(0, 151, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = base(input_ids)
+    assert (full(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_copied_layers_compute_the_same_with_norms_folded_and_kept(bases, family, tmp_path):
+    fold(bases[family], tmp_path / "folded", init="stepwise")
+    fold(bases[family], tmp_path / "kept", init="stepwise", norm_init="average")
+    folded, kept = load_model(tmp_path / "folded"), load_model(tmp_path / "kept")
+    input_ids = torch.randint(0, 151, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = kept(input_ids)
+    assert (folded(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not torch.equal(folded.stack.layers[1].attn.q.weight, kept.stack.layers[1].attn.q.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("gemma", torch.bfloat16), ("llama", torch.float32), ("gpt_neox", torch.float32)]
+)
+def test_folding_leaves_neutral_norms_and_averages_the_folded_weights_and_biases(family, dtype, tmp_path):
+    base, new, report = fold(make_hf_model(tmp_path / "base", family, dtype=dtype), tmp_path / "out", init="average")
+    for layer, name in block_names(new):
+        found = new[f"stack.layers.{layer}.{name}"]
+        part, _, leaf = name.rpartition(".")
+        if "norm" in name:
+            neutral = 0.0 if leaf == "bias" or family == "gemma" else 1.0
+            assert torch.equal(found, torch.full_like(found, neutral)), name
+            continue
+        total = 0
+        for depth in (layer, layer + 3):
+            value, norm = base[f"stack.layers.{depth}.{name}"].double(), NORM_OF.get(part)
+            if norm and leaf == "weight":
+                value = value * gains(base, depth, norm, family)
+            elif norm:
+                value = (
+                    value
+                    + base[f"stack.layers.{depth}.{part}.weight"].double()
+                    @ base[f"stack.layers.{depth}.{norm}.bias"].double()
+                )
+            total += value
+        assert torch.equal(found, (total / 2).to(dtype)), name  # rounded once
+    lost = {vector.name.split(".", 3)[3]: vector.mean_tying_loss for vector in report.vectors}
+    assert all((loss > 0) == (name.endswith(".bias") and "norm" not in name) for name, loss in lost.items())
+
+
+def test_norms_are_not_folded_where_they_are_not_tied_or_all_is_random(bases, tmp_path):
+    for number, options in enumerate((dict(untie_norms=True), dict(num_loops=1), dict(init="random"))):
+        _, folded, _ = fold(bases["gpt_neox"], tmp_path / f"folded{number}", rank=2, **options)
+        _, kept, _ = fold(bases["gpt_neox"], tmp_path / f"kept{number}", rank=2, norm_init="average", **options)
+        assert all(torch.equal(folded[name], kept[name]) for name in kept)
+
+
+def test_a_gain_that_is_not_finite_is_named(bases, tmp_path):
+    (tmp_path / "base").mkdir()
+    weights = load_file(bases["llama"] / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text((bases["llama"] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"tensor 'stack.layers.1.attn_norm.weight': found NaN or infinity"):
+        fold(tmp_path / "base", tmp_path / "out", init="average")
+
+
+def test_the_report_shows_what_tying_vectors_lost_and_that_no_lora_keeps_it(bases, tmp_path, capsys, monkeypatch):
+    base, new, report = fold(bases["gemma"], tmp_path / "api", init="average", norm_init="average")
+    first = report.vectors[0]
+    assert first.name == "stack.layers.0.attn_norm.weight"
+    tied = new[first.name].double() + 1
+    for loop, depth in enumerate((0, 3)):
+        own = gains(base, depth, "attn_norm", "gemma")
+        assert first.tying_loss[loop] == pytest.approx(((own - tied).square().sum() / own.square().sum()).item())
+    provenance = json.loads((tmp_path / "api" / "provenance.json").read_text())
+    assert provenance["vectors"][0]["tying_loss"] == list(first.tying_loss)
+
+    argv = ["--base", bases["llama"], "--num-loops", 2, "--init", "average"]
+    for name, flags in {
+        "paper": ["--norm-init", "average", "--lora-rank", 4],
+        "folded": [],
+        "untied": ["--untie-norms"],
+    }.items():
+        code, stdout, _ = run_main(main, [*argv, *flags, "--out", tmp_path / name], capsys, monkeypatch)
+        assert code == 0
+        head, *rows = stdout.splitlines()[-6:-1]
+        cells = rows[-1].split("->")
+        assert ("norms, biases" in head) == (name != "untied")
+        if name == "paper":
+            assert "%" in cells[1] and cells[-1].strip() == "-" and "100.0%" not in rows[-1]
+            assert float(cells[-2].split()[-1].rstrip("%")) > 1
+        else:
+            assert [cell.split()[0] for cell in cells[1:]] == ["-"] * (4 + (name != "untied"))
+
+
+@torch.no_grad()
+def test_kept_layers_are_a_vanilla_model_of_the_layers_that_the_init_chooses(bases, tmp_path, capsys, monkeypatch):
+    for flags, kept in (([], (0, 2, 5)), (["--init", "lower"], (0, 1, 2)), (["--keep-layers", 4], (0, 2, 3, 5))):
+        out = tmp_path / "out"
+        argv = ["--base", bases["gpt_neox"], "--out", out, "--keep-layers", 3, *flags, "--overwrite"]
+        code, stdout, _ = run_main(main, argv, capsys, monkeypatch)
+        assert (
+            code == 0
+            and f"layers {', '.join(map(str, kept))} of the base's 6" in stdout
+            and "lost by tying" not in stdout
+        )
+        source = open_source(out)
+        assert source.model.num_layers == len(kept)
+        assert source.recursion == RecursiveConfig(init="lower" if "lower" in flags else "stepwise")
+        base, new = tensors(bases["gpt_neox"]), tensors(out)
+        for layer, name in block_names(new):
+            assert torch.equal(new[f"stack.layers.{layer}.{name}"], base[f"stack.layers.{kept[layer]}.{name}"])
+        assert torch.equal(new["embed"], base["embed"]) and torch.equal(new["head"], base["head"])
+        assert load_model(out)(torch.arange(9)[None]).isfinite().all()
+
+
+def test_keeping_layers_refuses_what_it_does_not_make(bases, tmp_path, capsys, monkeypatch):
+    cases = {
+        "--num-loops: missing": [],
+        "--keep-layers: found beside --num-loops 2": ["--keep-layers", 3, "--num-loops", 2],
+        "keep_layers: found 7; expected 1 to 6": ["--keep-layers", 7],
+        "keep_layers: found 0; expected 1 to 6": ["--keep-layers", 0],
+        "field 'init': found 'average'; expected 'stepwise'": ["--keep-layers", 3, "--init", "average"],
+        "field 'lora_rank': found 4; expected 0 with keep_layers": ["--keep-layers", 3, "--lora-rank", 4],
+        "field 'untie_norms': found True; expected False with keep_layers": ["--keep-layers", 3, "--untie-norms"],
+    }
+    for message, flags in cases.items():
+        argv = ["--base", bases["llama"], "--out", tmp_path / "out", *flags]
+        code, _, stderr = run_main(main, argv, capsys, monkeypatch)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_capped_ranks_are_what_the_checkpoint_keeps(bases, tmp_path):
+    """A group's rank is what its largest linear can have, so that capping changes no shape."""
+    base = make_hf_model(tmp_path / "base", "gemma", hidden_size=32, intermediate_size=24)
+    _, new, _ = fold(base, tmp_path / "out", rank=100_000, init="average")
+    found = open_source(tmp_path / "out").recursion.lora_rank
+    assert found == LoraRanks(q=32, kv=12, out=32, ffn=24)
+    for name, tensor in new.items():
+        if name.endswith("lora_a"):
+            assert tensor.shape[1] == getattr(
+                found, LORA_GROUP_OF_LINEAR[name.split(".", 3)[3].removesuffix(".lora_a")]
+            )

@@ -25,7 +25,7 @@ from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
 from tests.util.commands import run_main
-from tests.util.models import FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 RECURSIVE = {
@@ -38,7 +38,7 @@ RECURSIVE = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family) for family in FAMILIES}
+    return {family: make_hf_model(root / family, family) for family in ALL_FAMILIES}
 
 
 def random_checkpoint(base, out, recursion, dtype=torch.float32):
@@ -61,7 +61,7 @@ def load_in_transformers(directory, dtype=torch.float32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("recursion", RECURSIVE.values(), ids=RECURSIVE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_transformers_computes_our_logits_from_the_export(bases, family, recursion, tmp_path):
     checkpoint = random_checkpoint(bases[family], tmp_path / "checkpoint", recursion)
     export(checkpoint, tmp_path / "hf")
@@ -74,7 +74,7 @@ def test_transformers_computes_our_logits_from_the_export(bases, family, recursi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_vanilla_round_trip_is_bit_for_bit(family, dtype, tmp_path):
     base = make_hf_model(tmp_path / "base", family, dtype=dtype, num_layers=2)
     convert(base, tmp_path / "vanilla", RecursiveConfig())
@@ -121,6 +121,38 @@ def test_tokenizer_config_and_provenance_come_along(tmp_path):
     assert tokenizer("x = 1").input_ids == load_tokenizer(base).encode("x = 1")
     provenance = json.loads((tmp_path / "hf" / "provenance.json").read_text())
     assert provenance["stage"] == "export" and provenance["parent"]["path"] == str(tmp_path / "recursive")
+
+
+def test_a_chat_and_generation_go_on_as_on_the_base(tmp_path):
+    base = make_hf_model(tmp_path / "base", "llama", vocab_size=448, num_layers=2)
+    make_bpe_tokenizer(base, "llama")
+    (base / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "do_sample": True, "top_k": 7}))
+    convert(base, tmp_path / "recursive", RecursiveConfig(num_loops=2))
+    export(tmp_path / "recursive", tmp_path / "hf")
+    assert load_tokenizer(tmp_path / "recursive").stop_ids == load_tokenizer(tmp_path / "hf").stop_ids == (2, 5)
+    expected, found = (transformers.AutoTokenizer.from_pretrained(path) for path in (base, tmp_path / "hf"))
+    chat = [{"role": "user", "content": "x = 1"}]
+    ids = found.apply_chat_template(chat, return_dict=False)
+    assert ids == expected.apply_chat_template(chat, return_dict=False)
+    ours = load_tokenizer(tmp_path / "hf")
+    assert found.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(chat) == "<s>x = 1</s>"
+    generation = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
+    assert (generation.eos_token_id, generation.top_k) == ([2, 5], 7)
+
+
+def test_several_eos_become_a_generation_config_where_the_base_has_none(tmp_path):
+    base = make_hf_model(tmp_path / "base", "llama", vocab_size=448, num_layers=2)
+    make_bpe_tokenizer(base, "llama")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    for eos, expected in ((2, None), ([2, 5], {"bos_token_id": 1, "eos_token_id": [2, 5]})):
+        (base / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": eos}))
+        export(base, tmp_path / "hf", overwrite=True)
+        path = tmp_path / "hf" / "generation_config.json"
+        assert (json.loads(path.read_text()) if path.exists() else None) == expected
+        assert load_tokenizer(tmp_path / "hf").stop_ids == load_tokenizer(base).stop_ids
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [2, 5]
 
 
 def test_shards_and_index_load_in_transformers(bases, tmp_path):

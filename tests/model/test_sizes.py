@@ -66,6 +66,22 @@ def test_base_models_are_the_papers():
         assert embedding in as_printed(sizes.embedding_params)
 
 
+def test_base_models_have_the_published_numbers_of_parameters():
+    for name, total in {
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+        "smollm2-135m": 134_515_008,
+        "smollm2-360m": 361_821_120,
+        "smollm2-1.7b": 1_711_376_384,
+        "mistral-7b": 7_241_732_096,
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-1.7b": 1_720_574_976,
+    }.items():
+        assert model_sizes(preset(name), RecursiveConfig(), torch.bfloat16).total_params == total
+
+
 def test_prefix_sizes_are_the_papers():
     for name, length, millions in (
         ("gemma-2b", 256, 9.4),
@@ -184,6 +200,12 @@ def test_command_prints_a_table(capsys, monkeypatch):
     assert (done.code, done.err) == (0, "")
     for text in ("18 = 2 loops x 9 layers", "q 64, kv 64, out 64, ffn 32", "18.00 KiB", "524,288,000"):
         assert text in done.out
+
+
+def test_ranks_are_capped_as_conversion_caps_them(capsys, monkeypatch):
+    argv = ["--preset", "gemma-2b", "--num-loops", 2, "--lora-rank", 100_000, "--json"]
+    found = json.loads(run_main(main, argv, capsys, monkeypatch)[1])
+    assert found["recursive"]["lora_rank"] == {"q": 2048, "kv": 256, "out": 2048, "ffn": 2048}
 
 
 def test_dtype_and_context_change_bytes_and_flops(capsys, monkeypatch):

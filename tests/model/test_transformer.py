@@ -5,9 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 import rrt
 from rrt.checkpoint.hf_config import model_config_from_hf
+from rrt.checkpoint.hf_layout import tensor_table
 from rrt.checkpoint.source import load_model, open_source
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.loop_linear import LoopLinear
@@ -40,7 +42,7 @@ def test_logits_equal_transformers(pair, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "qwen2", "qwen3"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
     hf = make_variant(name)
@@ -52,6 +54,43 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name, device, tmp_path):
     ours = load_model(tmp_path, torch.bfloat16, device)(input_ids)
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["llama-3", "llama-linear-scaling-biases", "mistral", "qwen2", "qwen3-biases"])
+def test_gradients_equal_transformers(name, tmp_path):
+    hf = make_variant(name)
+    hf.save_pretrained(tmp_path)
+    hf, ours = hf.double(), load_model(tmp_path, torch.float64)
+    tokens = torch.randint(0, 151, (2, 33), generator=torch.Generator().manual_seed(2))
+    for logits in (hf(tokens).logits, ours(tokens)):
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    theirs = dict(hf.named_parameters())
+    for entry in tensor_table(ours.config):
+        for target in entry.targets:
+            assert relative_error(ours.get_parameter(target).grad, theirs[entry.key].grad) <= 1e-5, (
+                entry.key
+            )  # its norms are in fp32
+
+
+@torch.no_grad()
+def test_texts_beyond_the_sliding_window_are_refused_and_those_within_it_equal_transformers(tmp_path):
+    make_variant("mistral", sliding_window=16, max_position_embeddings=64).save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(40)[None]
+    assert ours.config.context_length == 16
+    assert relative_error(ours(tokens[:, :16]), hf(tokens[:, :16]).logits) <= 2e-5
+    with pytest.raises(rrt.UserError, match="found a text of 17 tokens; expected at most sliding_window = 16"):
+        ours(tokens[:, :17])
+    # Texts of 16 tokens in a row of 26.
+    positions = torch.cat([torch.arange(16), torch.arange(6, 16)])[None]
+    seen_until = torch.tensor([[26] * 6 + [16] * 10 + [26] * 10])
+    packed = torch.cat([tokens[:, :16], tokens[:, 20:30]], dim=1)
+    alone = torch.cat([tokens[:, :6], tokens[:, 20:30]], dim=1)
+    found = ours(packed, positions=positions, seen_until=seen_until)
+    assert relative_error(found[:, 16:], ours(alone)[:, 6:]) <= 1e-5
+    with pytest.raises(rrt.UserError, match="found a text of 17 tokens"):
+        ours(packed, positions=positions + 1, seen_until=seen_until)
 
 
 def recursive_model(name="llama-gqa", seed=0, **recursion):
@@ -76,7 +115,7 @@ RELAXED = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("recursion", RELAXED.values(), ids=RELAXED)
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases"])
 def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name, recursion):
     model = recursive_model(name, **recursion)
     shared, *branches = torch.randint(0, 151, (18,), generator=torch.Generator().manual_seed(5)).split([7, 5, 6])
@@ -91,7 +130,7 @@ def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases"])
 def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
     model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True, prefix_length=3)
     vanilla = RecursiveTransformer(model.config, RecursiveConfig(prefix_length=3)).double().eval()

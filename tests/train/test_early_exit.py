@@ -390,7 +390,7 @@ def bad_teachers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             "has the tokenizer of sha256 .*; expected the model's, .*: distillation compares the same tokens",
         ),
         ("vocabulary", "has vocab_size 424; expected 420, as the model has"),
-        ("context", "has max_position_embeddings 8; expected at least data.seq_len = 32"),
+        ("context", "has context_length 8; expected at least data.seq_len = 32"),
     ],
 )
 def test_a_teacher_of_other_tokens_is_refused(

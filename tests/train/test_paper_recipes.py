@@ -104,7 +104,7 @@ def settings_of(row: str) -> dict[str, Any]:
 def test_rows_resolve_to_the_settings_of_their_file() -> None:
     common = {"run.micro_batch": 4, "run.tokens": 15_000_000_000}
     longer = {"run.micro_batch": 4, "run.tokens": 60_000_000_000, "optim.warmup_steps": 800}
-    b2 = {"start.base": "gemma-2b", "start.convert": "--num-loops 2 --init stepwise"}
+    b2 = {"start.base": "gemma-2b", "start.convert": "--num-loops 2 --init stepwise --norm-init average"}
     assert settings_of("tinyllama/b2_reduced_15b") == {
         "model.config": "tinyllama-1.1b",
         "model.num_layers": 11,
@@ -118,12 +118,12 @@ def test_rows_resolve_to_the_settings_of_their_file() -> None:
     }
     assert settings_of("gemma/b2_average_svd_q128_kv128_out128_ffn64_15b") == common | {
         "start.base": "gemma-2b",
-        "start.convert": "--num-loops 2 --init average --lora-rank-q 128 --lora-rank-kv 128 --lora-rank-out 128 "
-        "--lora-rank-ffn 64",
+        "start.convert": "--num-loops 2 --init average --norm-init average --lora-rank-q 128 --lora-rank-kv 128 "
+        "--lora-rank-out 128 --lora-rank-ffn 64",
     }
     assert settings_of("gemma/b2_average_svd_r512_kd_60b") == longer | {
         "start.base": "gemma-2b",
-        "start.convert": "--num-loops 2 --init average --lora-rank 512",
+        "start.convert": "--num-loops 2 --init average --norm-init average --lora-rank 512",
         "start.teacher": "full_15b",
     }
     assert settings_of("gemma/b2_stepwise_jsd_15b") == common | b2 | {
@@ -136,7 +136,7 @@ def test_rows_resolve_to_the_settings_of_their_file() -> None:
     }
     assert settings_of("gemma/b3_exits_frozen_head_lora_distill") == common | {
         "start.base": "gemma-2b",
-        "start.convert": "--num-loops 3 --init stepwise",
+        "start.convert": "--num-loops 3 --init stepwise --norm-init average",
         "start.after": "b3_stepwise_kd_60b",
         "exits.distill": "last",
         "exits.head_lora_rank": 128,
@@ -145,7 +145,7 @@ def test_rows_resolve_to_the_settings_of_their_file() -> None:
     assert settings_of("pythia-160m/b2_stepwise_not_looped_15b") == {
         "checkpoint.num_loops": 1,
         "start.base": "pythia-160m",
-        "start.convert": "--num-loops 2 --init stepwise",
+        "start.convert": "--num-loops 2 --init stepwise --norm-init average",
         "run.micro_batch": 16,
         "run.tokens": 15_000_000_000,
     }
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("--norm-init zero", "norm_init average; expected zero"),
+        ("--norm-init zero", "norm_init folded; expected zero"),
         ("--untie-norms", "untie_norms False; expected True"),
         ("--prefix-length 4", "prefix_length 0; expected 4"),
         ("--lora-init zero", "lora_init svd; expected zero"),
@@ -290,7 +290,9 @@ def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, messag
     ("flags", "other"),
     [
         ("--init average", "--lora-init zero"),
-        ("--init stepwise --lora-rank 4", "--norm-init zero"),
+        ("--init stepwise --norm-init average --lora-rank 4", "--norm-init zero"),
+        ("--init random", "--norm-init average"),
+        ("--init average --lora-rank 768", "--lora-rank 100000"),
         ("--init average --untie-norms", "--norm-init zero"),
     ],
 )

@@ -19,7 +19,7 @@ import zstandard
 from rrt.data.shards import open_shards
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from tests.util.tokenizers import make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
+from tests.util.tokenizers import make_bpe_tokenizer, make_sentencepiece_tokenizer, set_config, training_texts
 from train import prepare_data as module
 from train.prepare_data import prepare_data
 
@@ -88,6 +88,31 @@ def test_a_family_without_bos_gets_none(corpus: Path, texts: list[str], tmp_path
     loaded = load_tokenizer(neox)
     first = next(open_shards(tmp_path / "out", "train").documents()).tolist()
     assert first == [*loaded.encode(texts[0], bos=False), 0]
+
+
+@pytest.mark.parametrize(
+    ("family", "bos", "bos_id"), [("llama", "no", None), ("llama", "yes", 1), ("gpt_neox", "yes", 0)]
+)
+def test_bos_overrules_the_tokenizer_and_is_recorded(
+    corpus: Path, texts: list[str], tmp_path: Path, family: str, bos: str, bos_id: int | None
+) -> None:
+    directory = make_bpe_tokenizer(tmp_path / "tokenizer", family)
+    prepare_data([f"{corpus}/*"], directory, tmp_path / "out", bos=bos)
+    shards, loaded = open_shards(tmp_path / "out", "train"), load_tokenizer(directory)
+    expected = [*loaded.encode(texts[0], bos=bos == "yes"), loaded.eos_id]
+    assert next(shards.documents()).tolist() == expected
+    assert (shards.bos_id, shards.bos) == (bos_id, bos)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["source"]["bos"] == bos and meta["tokenizer"]["bos_id"] == bos_id
+    shards.check_tokenizer(loaded)  # chosen, so no mistake
+
+
+def test_bos_of_a_tokenizer_without_one_is_refused(corpus: Path, tmp_path: Path) -> None:
+    directory = make_bpe_tokenizer(tmp_path / "tokenizer")
+    set_config(directory, bos_token=None)
+    with pytest.raises(UserError, match=r"--bos: found yes; the tokenizer of .* has no BOS: expected auto or no"):
+        prepare_data([f"{corpus}/*"], directory, tmp_path / "out", bos="yes")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_does_not_depend_on_the_number_of_workers(

@@ -347,7 +347,7 @@ def bad_input(flags: Flags, data: Path, checkpoint: Path, tmp_path_factory: pyte
             {"run__batch_tokens": BATCH * LENGTH + 1, "run__tokens": 1000},
             "field 'run.batch_tokens'",
         ),
-        "context too long": ({"data__seq_len": 128, "run__tokens": 1024}, "max_position_embeddings = 64"),
+        "context too long": ({"data__seq_len": 128, "run__tokens": 1024}, "context_length = 64"),
         "no checkpoint": (
             {"checkpoint__path": checkpoint / "none"},
             "no such directory; expected an HF model directory",
@@ -453,7 +453,7 @@ def test_pretraining_starts_alike_on_any_number_of_processes(tokenizer: Path, da
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     model = rrt.load_model(tmp_path / "two" / "final")
     assert (model.config.num_layers, model.recursion.num_loops, len(model.stack.layers)) == (2, 2, 1)
-    assert model.config.eos_token_id == load_tokenizer(tokenizer).eos_id
+    assert model.config.eos_token_ids == (load_tokenizer(tokenizer).eos_id,)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,9 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
 
 
 def test_norms_and_biases_are_not_decayed() -> None:
-    config = replace(LLAMA, family="gpt_neox", norm_type="layernorm", use_bias=True, num_kv_heads=4)
+    config = replace(
+        LLAMA, family="gpt_neox", norm_type="layernorm", qkv_bias=True, out_bias=True, mlp_bias=True, num_kv_heads=4
+    )
     recursion = replace(RELAXED, prefix_length=2)
     model = RecursiveTransformer(config, recursion)
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.2))

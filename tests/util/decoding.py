@@ -1,4 +1,4 @@
-"""Small random models in the three families' forms, and their paged decoding by whole prompts and by tokens."""
+"""Small random models in the families' forms, and their paged decoding by whole prompts and by tokens."""
 
 import dataclasses
 from typing import Any
@@ -16,6 +16,8 @@ from rrt.model.transformer import RecursiveTransformer
 FAMILIES = {
     "gemma": ("gemma-2b", dict(num_heads=4, num_kv_heads=1, head_dim=16)),
     "llama": ("tinyllama-1.1b", dict(num_heads=6, num_kv_heads=2, head_dim=8)),
+    "qwen2": ("qwen2.5-0.5b", dict(num_heads=4, num_kv_heads=2, head_dim=12)),
+    "qwen3": ("qwen3-0.6b", dict(num_heads=6, num_kv_heads=3, head_dim=16)),
     "gpt_neox": ("pythia-410m", dict(num_heads=4, num_kv_heads=4, head_dim=8)),
 }
 RANKS = LoraRanks(q=3, kv=5, out=0, ffn=7)

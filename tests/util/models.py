@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face checkpoints of the three families, for tests of everything that reads them."""
+"""Tiny random Hugging Face checkpoints of all families, for tests of everything that reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,24 @@ import torch
 import transformers
 
 FAMILIES = ("gemma", "llama", "gpt_neox")
+"""Those of the paper, whose tokenizers are made by `tests/util/tokenizers.py`."""
 
-_KINDS = {"gemma": "Gemma", "llama": "Llama", "gpt_neox": "GPTNeoX"}
+ALL_FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+
+_KINDS = {
+    "gemma": "Gemma",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gpt_neox": "GPTNeoX",
+}
 # MQA with a head width of its own, GQA with an untied head, and MHA with biases and partial rotary: small forms
-# of Gemma 2B, TinyLlama and Pythia.
+# of Gemma 2B, TinyLlama and Pythia. Likewise biases on q, k, v and a tied head (Qwen2), q and k norms (Qwen3).
 _OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=None),
+    "qwen2": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True),
     "gemma": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=12),
     "llama": dict(num_attention_heads=4, num_key_value_heads=2),
     "gpt_neox": dict(num_attention_heads=4),
@@ -36,6 +49,41 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         ),
     ),
+    "llama-3": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ),
+    "llama-linear-scaling-biases": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+        ),
+    ),
+    # Eight heads of 8 in a width of 40.
+    "smollm2-narrow": (
+        "Llama",
+        dict(hidden_size=40, num_attention_heads=8, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
+    ),
+    "mistral": ("Mistral", dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=1024)),
+    "qwen2": ("Qwen2", dict(num_attention_heads=4, num_key_value_heads=2)),
+    "qwen3": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True)),
+    "qwen3-biases": ("Qwen3", dict(num_attention_heads=3, num_key_value_heads=3, head_dim=10, attention_bias=True)),
     "neox-parallel": ("GPTNeoX", dict(num_attention_heads=4)),
     "neox-sequential": (
         "GPTNeoX",
@@ -77,7 +125,7 @@ def make_hf_model(
     max_shard_size: str = "50GB",
     **overrides: Any,
 ) -> Path:
-    """Write a random model of `family` ("gemma", "llama", "gpt_neox") as an HF directory without tokenizer.
+    """Write a random model of `family` (of `ALL_FAMILIES`) as an HF directory without tokenizer.
 
     Norms and biases are far from their initial values, so that a tensor which is dropped or mixed up shows.
     `overrides` are fields of the transformers configuration.

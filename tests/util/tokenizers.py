@@ -21,6 +21,20 @@ SPECIAL_TOKENS = {
 }
 TOKENIZER_CLASSES = {"gemma": "GemmaTokenizer", "llama": "LlamaTokenizer", "gpt_neox": "GPTNeoXTokenizer"}
 
+KINDS = ("sp-gemma", "sp-llama", "json-gemma", "json-llama", "json-gpt_neox", "trained")
+TEXTS = (
+    "",
+    " ",
+    "  two leading spaces",
+    "no leading space",
+    "a\n\nb\n\n\n\n\nc\r\n\td    e     f",
+    "\n",
+    "nul \x00 and escape \x1b",
+    "Zürich, Ελλάδα, 日本語, العربية",
+    "emoji 🎉 and family 👨‍👩‍👧",
+    "1234567890" * 3,
+)
+
 
 def training_texts() -> list[str]:
     """Read a few files of the standard library."""
@@ -75,6 +89,12 @@ def make_bpe_tokenizer(directory: Path, family: str = "gpt_neox", vocab_size: in
 def write_hf_config(directory: Path, family: str, **fields: Any) -> None:
     """Write a `config.json` with the fields that a tokenizer needs."""
     (directory / "config.json").write_text(json.dumps({"model_type": family, **fields}))
+
+
+def set_config(directory: Path, **changes: object) -> None:
+    """Change fields of `tokenizer_config.json`."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def _write_config(directory: Path, family: str) -> None:
