@@ -39,7 +39,7 @@ from eval.flags import (
     choose_exit,
     notice_untrained,
 )
-from eval.harness_tasks import PAPER_METRICS, load_tasks, paper_average, run_harness
+from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, paper_average, run_harness
 from eval.response_cache import ResponseCache, code_digest
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
@@ -82,12 +82,24 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.packed_gib < math.inf:
         raise UserError(f"--packed-gib: found {arguments.packed_gib}; expected 0 or more")
     check_output_file("--json", arguments.json)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
+    if arguments.tasks is None:
+        arguments.tasks = choose_tasks(arguments.data_dir)
     if not arguments.tasks:
         raise UserError("--tasks: found none; expected names with commas between them")
     if repeated := {name for name in arguments.tasks if arguments.tasks.count(name) > 1}:
         raise UserError(f"--tasks: found {sorted(repeated)[0]!r} twice; expected each once")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
+
+
+def choose_tasks(data_dir: Path | None) -> list[str]:
+    """Return the paper's seven tasks; of local files those that are there, and print a notice that names the others."""
+    if data_dir is None:
+        return list(PAPER_METRICS)
+    names = available_tasks(data_dir)
+    if missing := ", ".join(name for name in PAPER_METRICS if name not in names):
+        print(f"notice: {data_dir} has no file of {missing}: left out, and no average of seven", file=sys.stderr)
+    return names
 
 
 def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path]:
@@ -178,10 +190,9 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
-        default=list(PAPER_METRICS),
         metavar="NAMES",
         help="tasks, groups or tags of the harness, with commas between them (default: the paper's seven, "
-        f"{','.join(PAPER_METRICS)})",
+        f"{','.join(PAPER_METRICS)}; with --data-dir those of them that have a file there)",
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="read the seven tasks from files here (eval/tasks/README.md)"

@@ -138,24 +138,50 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
+// Which queries of a sequence see which keys: those from the key on to where it ends to be seen.
+template <class D>
+struct Sight {
+  using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+  // As wide as Acc, so that comparisons make masks of its vectors.
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using IndexVec = typename Register<Index>::Type;
+
+  const Index* until = nullptr;  // of each token up to the end of the last tile; null: all are seen to the end
+
+  Sight(const Shape& shape, int64_t batch, void* scratch) {
+    if (shape.seen_until == nullptr) return;
+    const int32_t* from = shape.seen_until + batch * shape.length;
+    auto* to = static_cast<Index*>(scratch);
+    for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
+      const int64_t given = token < shape.length ? from[token] : 0;
+      to[token] = static_cast<Index>(given > token ? given : token + 1);
+    }
+    until = to;
+  }
+
+  // Whether any query from `query` on sees a key of tile j.
+  bool reaches(int64_t j, int64_t query) const {
+    if (until == nullptr) return true;
+    bool seen = false;
+    for (int64_t key = j * kTile; key < (j + 1) * kTile; ++key) seen |= until[key] > query;
+    return seen;
+  }
+};
+
 // Masks the pairs of tile i of queries and tile j of keys in which the query does not see the key.
 template <class D>
 struct Unseen {
   using Acc = typename D::Acc;
   using Vec = typename D::Vec;
-  // As wide as Acc, so that comparisons make masks of its vectors.
-  using Branch = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
-  using BranchVec = typename Register<Branch>::Type;
+  using Index = typename Sight<D>::Index;
 
   const bool diagonal;
-  const Branch* queries = nullptr;  // branches of the tiles' tokens; null: there are none
-  const Branch* keys = nullptr;
+  const Index first;  // query of the tile
+  const Index* until = nullptr;
 
-  // `branches` is what stage_branches returned.
-  Unseen(int64_t i, int64_t j, const Branch* branches) : diagonal(i == j) {
-    if (branches == nullptr) return;
-    queries = branches + i * kTile;
-    keys = branches + j * kTile;
+  Unseen(int64_t i, int64_t j, const Sight<D>& sight) : diagonal(i == j), first(static_cast<Index>(i * kTile)) {
+    if (sight.until != nullptr) until = sight.until + j * kTile;
   }
 
   // Puts `value` into the lanes of queries, from `query` on, that do not see the key.
@@ -165,20 +191,15 @@ struct Unseen {
       for (int i = 0; i < kLanes<D>; ++i) number[i] = static_cast<Acc>(i);
       values = number < static_cast<Acc>(key - query) ? Vec{} + value : values;
     }
-    if (queries != nullptr && keys[key] != 0) {
-      values = load<BranchVec>(queries + query) != keys[key] ? Vec{} + value : values;
+    if (until != nullptr) {
+      const Index left = until[key] - first - static_cast<Index>(query);
+      if (left < kLanes<D>) {
+        typename Sight<D>::IndexVec number;
+        for (int i = 0; i < kLanes<D>; ++i) number[i] = i;
+        values = number >= left ? Vec{} + value : values;
+      }
     }
     return values;
-  }
-
-  // A sequence's branches up to the end of its last tile, or null.
-  static const Branch* stage_branches(const Shape& shape, int64_t batch, void* to) {
-    if (shape.branches == nullptr) return nullptr;
-    auto* branches = static_cast<Branch*>(to);
-    for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
-      branches[token] = token < shape.length ? shape.branches[batch * shape.length + token] : 0;
-    }
-    return branches;
   }
 };
 
@@ -266,12 +287,13 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
   auto* keys = static_cast<Unit*>(scratch.keys);
   auto* values = static_cast<Unit*>(scratch.values);
   const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
+  const Sight<D> sight(shape, batch, scratch.seen_until);
   for (int64_t j = 0; j < tiles_of(end); ++j) {
+    if (!sight.reaches(j, first)) continue;
     stager.rows(k, j * kTile, shape.length, keys + j * size);
     stager.column_pairs(v, j * kTile, shape.length, values + j * size);
   }
   auto* out = static_cast<Acc*>(scratch.out);
-  const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Head<D> q(params.q, batch, head);
     for (int64_t begin = first; begin < end; begin += kTile) {
@@ -283,9 +305,10 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
       }
       for (int64_t i = 0; i < dim * kTile; ++i) out[i] = 0;
       for (int64_t j = 0; j <= begin / kTile; ++j) {
+        if (!sight.reaches(j, begin)) continue;
         multiply_rows<D, kMaxRows, false>(keys + j * size, dim / kPair<D>, queries, dim,
                                           static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
-        tile.softmax({begin / kTile, j, branches});
+        tile.softmax({begin / kTile, j, sight});
         const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
         multiply_rows<D, kMaxRows, true>(values + j * size, tile.kPairStride, probabilities, kTile, out, kTile, dim,
                                          kTile);
@@ -331,13 +354,15 @@ struct Backward {
   void run() const {
     stage_queries();
     const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
-    const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
+    const Sight<D> sight(shape, batch, scratch.seen_until);
     for (int64_t j = 0; j < tiles; ++j) {
       stager.rows(k, j * kTile, shape.length, at<Unit>(scratch.k_rows));
       stager.column_pairs(k, j * kTile, shape.length, at<Unit>(scratch.k_columns));
       stager.rows(v, j * kTile, shape.length, at<Unit>(scratch.v_rows));
       for (int64_t i = 0; i < size; ++i) *at<Acc>(scratch.k_grad, i) = *at<Acc>(scratch.v_grad, i) = 0;
-      for (int64_t i = j; i < tiles; ++i) multiply(i, {i, j, branches});
+      for (int64_t i = j; i < tiles; ++i) {
+        if (sight.reaches(j, i * kTile)) multiply(i, {i, j, sight});
+      }
       store_keys(j, at<Acc>(scratch.k_grad), params.k_grad, 0);
       store_keys(j, at<Acc>(scratch.v_grad), params.v_grad, 1);
     }
