@@ -432,7 +432,7 @@ def test_one_process_of_torchrun_reports_the_error(flags: Flags, tmp_path: Path)
 
 def pretrain_flags(out: Path, tokenizer: Path, data: Path, **overrides: Any) -> list[str]:
     values = {
-        "model.config": ROOT / "runs" / "demo_base.json",
+        "model.config": ROOT / "runs" / "demo_scratch_base.json",
         "model.tokenizer": tokenizer,
         "model.num_layers": 2,
         "data.path": data,
