@@ -138,6 +138,13 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
+// A part of a tile of keys and one of queries: some keys, and the first queries.
+struct Part {
+  int64_t key_begin, key_end, query_end;
+};
+// Its sides are multiples of this: of the elements of any vector of units.
+constexpr int64_t kPartBlock = 32;
+
 // Which queries of a sequence see which keys: those from the key on to where it ends to be seen.
 template <class D>
 struct Sight {
@@ -166,6 +173,22 @@ struct Sight {
     bool seen = false;
     for (int64_t key = j * kTile; key < (j + 1) * kTile; ++key) seen |= until[key] > query;
     return seen;
+  }
+
+  // The part of a tile of keys and one of queries outside of which no query sees a key, in whole blocks.
+  Part part(int64_t i, int64_t j) const {
+    Part part{0, kTile, kTile};
+    if (until == nullptr) return part;
+    const int64_t first = i * kTile;
+    const Index* keys = until + j * kTile;
+    while (part.key_begin < kTile && keys[part.key_begin] <= first) ++part.key_begin;
+    while (part.key_end > part.key_begin && keys[part.key_end - 1] <= first) --part.key_end;
+    int64_t last = 0;
+    for (int64_t key = part.key_begin; key < part.key_end; ++key) last = keys[key] > last ? keys[key] : last;
+    part.key_begin -= part.key_begin % kPartBlock;
+    part.key_end = smaller(kTile, round_up(part.key_end, kPartBlock));
+    part.query_end = smaller(kTile, round_up(last > first ? last - first : 0, kPartBlock));
+    return part;
   }
 };
 
@@ -238,22 +261,22 @@ struct Forward {
   const int64_t dim = padded_dim(shape);
 
   // Scores of a tile become probabilities, and `out` and the running softmax follow.
-  void softmax(const Unseen<D>& unseen) const {
+  void softmax(const Unseen<D>& unseen, const Part& part) const {
     auto* scores = static_cast<Acc*>(scratch.scores);
     auto* probabilities = static_cast<Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(scratch.out);
-    for (int64_t query = 0; query < kTile; query += kLanes<D>) {
+    for (int64_t query = 0; query < part.query_end; query += kLanes<D>) {
       Acc* max_at = static_cast<Acc*>(scratch.max) + query;
       Acc* sum_at = static_cast<Acc*>(scratch.sum) + query;
       const Vec old = load<Vec>(max_at);
       Vec max = old, sum = {};
-      for (int64_t key = 0; key < kTile; ++key) {
+      for (int64_t key = part.key_begin; key < part.key_end; ++key) {
         Acc* at = scores + key * kTile + query;
         const Vec score = unseen.set(load<Vec>(at) * static_cast<Acc>(shape.scale), query, key, kUnseen<Acc>);
         std::memcpy(at, &score, sizeof(score));
         max = score > max ? score : max;
       }
-      for (int64_t key = 0; key < kTile; key += kPair<D>) {
+      for (int64_t key = part.key_begin; key < part.key_end; key += kPair<D>) {
         Vec p[kPair<D>];
         for (int i = 0; i < kPair<D>; ++i) {
           p[i] = exp_negative(load<Vec>(scores + (key + i) * kTile + query) - max);
@@ -305,13 +328,17 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
       }
       for (int64_t i = 0; i < dim * kTile; ++i) out[i] = 0;
       for (int64_t j = 0; j <= begin / kTile; ++j) {
-        if (!sight.reaches(j, begin)) continue;
-        multiply_rows<D, kMaxRows, false>(keys + j * size, dim / kPair<D>, queries, dim,
-                                          static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
-        tile.softmax({begin / kTile, j, sight});
-        const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
-        multiply_rows<D, kMaxRows, true>(values + j * size, tile.kPairStride, probabilities, kTile, out, kTile, dim,
-                                         kTile);
+        const Part part = sight.part(begin / kTile, j);
+        if (part.key_begin >= part.key_end) continue;
+        const int64_t num_keys = part.key_end - part.key_begin, num_queries = part.query_end;
+        multiply_rows<D, kMaxRows, false>(keys + j * size + part.key_begin * dim / kPair<D>, dim / kPair<D>, queries,
+                                          dim, static_cast<Acc*>(scratch.scores) + part.key_begin * kTile, kTile,
+                                          num_keys, num_queries);
+        tile.softmax({begin / kTile, j, sight}, part);
+        const Staged<D> probabilities{
+            static_cast<const Unit*>(scratch.probabilities) + part.key_begin / kPair<D> * kTile, kTile};
+        multiply_rows<D, kMaxRows, true>(values + j * size + part.key_begin / kPair<D>, tile.kPairStride, probabilities,
+                                         num_keys, out, kTile, dim, num_queries);
       }
       const int64_t count = smaller(kTile, end - begin);
       const auto* max = static_cast<const Acc*>(scratch.max);
