@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.cli import human_bytes, human_count, keep_freed_memory, run_command
+from rrt.common.cli import CommandParser, human_bytes, human_count, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
 from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -129,7 +129,7 @@ def _print_pieces(pieces: Iterator[str]) -> None:
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m rrt.generate", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m rrt.generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -214,10 +214,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.generate``; see the head of this file."""
     arguments = _parse_arguments(argv)
-    samplings = [
-        Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
-        for index in range(len(arguments.prompt))
-    ]
+    try:
+        samplings = [
+            Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
+            for index in range(len(arguments.prompt))
+        ]
+    except UserError as error:  # begins with the name of a field, which is a flag here
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
     device = pick_device(arguments.device)
     # Everything that can be wrong is found before the weights are read.
     config = open_source(arguments.checkpoint).model
