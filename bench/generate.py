@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-# Not this folder: its tabulate.py would take the place of a library that torch imports.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, Rates, Timer, Variant, speedup, spread
