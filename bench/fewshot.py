@@ -36,7 +36,7 @@ sys.path[:] = [str(BENCH.parent), *(path for path in sys.path if Path(path).reso
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, Rates, Timer, spread
 from eval.flags import check_least, choose_bos
-from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, run_harness
+from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, quiet_harness, run_harness
 from eval.response_cache import ResponseCache
 from eval.scoring import pack_rows
 from eval.tables import Table, format_seconds, format_spread, print_tables
@@ -64,6 +64,7 @@ def load_ours(directory: Path, dtype: torch.dtype, threads: int, bos: bool, batc
     global lm
     from eval.harness_lm import HarnessLM
 
+    quiet_harness()
     torch.set_num_threads(threads)
     model = load_model(directory, dtype)
     keep_freed_memory()
@@ -77,6 +78,7 @@ def load_hf(directory: Path, dtype: torch.dtype, threads: int, bos: bool) -> Non
     global lm
     from lm_eval.models.huggingface import HFLM
 
+    quiet_harness()
     torch.set_num_threads(threads)
     lm = HFLM(str(directory), device="cpu", dtype=dtype, add_bos_token=bos)
 

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import sys
@@ -41,7 +40,7 @@ from eval.flags import (
     choose_exit,
     notice_untrained,
 )
-from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, paper_average, run_harness
+from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, paper_average, quiet_harness, run_harness
 from eval.response_cache import ResponseCache, code_digest
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
@@ -127,12 +126,9 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     with ThreadPoolExecutor(2) as executor:
         loading = executor.submit(load_model, arguments.checkpoint, dtype, device, exit_loop + 1)
         hashing = executor.submit(fingerprint, arguments.checkpoint)
-        import datasets
-
         from eval.harness_lm import HarnessLM
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
+        quiet_harness()
         tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
         model, checkpoint_sha256 = loading.result(), hashing.result()
     # Merging a LoRA into a square weight costs as much as its own products on half as many rows as the weight has.

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import math
 import os
 import random
@@ -27,6 +28,14 @@ PAPER_METRICS = {
 BOOTSTRAP_ITERATIONS = 1000
 """Iterations for standard errors of metrics that are not means, such as LAMBADA's perplexity."""
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
+
+
+def quiet_harness() -> None:
+    """Leave of what the harness and the data set library print only errors, and the harness's own bars."""
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
 
 
 def available_tasks(data_dir: Path) -> list[str]:
