@@ -1,4 +1,4 @@
-# make install | demo | check | test: each does all the set-up it needs. PYTHON= names the interpreter for a new .venv.
+# make install | demo | demo-scratch | check | test: each does all the set-up it needs. PYTHON= names the interpreter for a new .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ CORE_TESTS := $(addprefix tests/,common ops model checkpoint data folding decode
 	$(patsubst %,tests/train/test_%.py,losses data guard permutation recipe paper_recipes flops) \
 	$(patsubst %,tests/eval/test_%.py,scoring simulate local_tasks)
 
-.PHONY: install demo lint check test test-ops test-real test-cpp clean
+.PHONY: install demo demo-scratch lint check test test-ops test-real test-cpp clean
 
 install: $(STAMP)
 
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 
 demo: install
 	bash runs/demo.sh
+
+demo-scratch: install
+	bash runs/demo_scratch.sh
 
 lint: install
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ MAX_LINES = 80
 MODULES = {
     "bigram": "eval.bigram",
     "demo": "runs.demo_report",
+    "demo-scratch": "runs.demo_scratch_report",
     "exits": "eval.exits",
     "fewshot": "eval.fewshot",
     "fewshot-speed": "bench.fewshot",

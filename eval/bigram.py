@@ -1,5 +1,5 @@
 """Perplexity of a bigram model, a baseline that a trained model must clearly beat:
-python eval/bigram.py --train runs/out/demo/data --data runs/out/demo/data
+python eval/bigram.py --train runs/out/demo-scratch/data --data runs/out/demo-scratch/data
 
 Counts token pairs of one split and predicts every token of another from the token before it, with absolute discounting
 of the pair counts, interpolated with the unigram distribution; unigrams are smoothed by one.

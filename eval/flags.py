@@ -12,7 +12,9 @@ from rrt.errors import UserError
 
 def add_stream_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a checkpoint, a corpus and its windows."""
-    parser.add_argument("--checkpoint", required=True, help="HF model directory or a checkpoint of this package")
+    parser.add_argument(
+        "--checkpoint", required=True, help="HF model directory, .gguf file or checkpoint of this package"
+    )
     parser.add_argument("--data", required=True, help="token shard directory, or files (a name or a glob)")
     parser.add_argument("--split", default="heldout", help="split of the shards, or of python-stdlib (default heldout)")
     parser.add_argument("--text-field", default="text", help="field of a record that is the document (default text)")

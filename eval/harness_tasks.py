@@ -29,6 +29,16 @@ BOOTSTRAP_ITERATIONS = 1000
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
 
 
+def available_tasks(data_dir: Path) -> list[str]:
+    """Return those of the paper's seven tasks that have a file in `data_dir`; raise `UserError` if none has."""
+    from eval import local_tasks
+
+    names = [name for name in PAPER_METRICS if local_tasks.has_file(name, data_dir)]
+    if not names:
+        raise UserError(f"--data-dir: found no file of a task in {data_dir}; expected some (see eval/tasks/README.md)")
+    return names
+
+
 def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, dict[str, Path]]:
     """Load the harness's tasks of these names; return them and the local files that they read.
 

@@ -1,4 +1,4 @@
-"""Perplexity of every exit: python eval/perplexity.py --checkpoint runs/out/demo/base/final --data runs/out/demo/data
+"""Perplexity of every exit: python eval/perplexity.py --checkpoint runs/out/demo/relaxed --data runs/out/demo/data
 
 Works on HF directories, vanilla, recursive and relaxed checkpoints, over token shards (of the model's own tokenizer)
 or over text (.txt, .py, ...), .jsonl, .jsonl.zst, .jsonl.gz and .parquet files, which are tokenised on the way. One

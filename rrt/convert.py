@@ -137,7 +137,7 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help="HF directory, or a vanilla checkpoint of ours"
+        "--base", type=Path, required=True, metavar="DIR", help="HF directory, .gguf file or vanilla checkpoint of ours"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to create")
     _add_recursive_flags(parser)

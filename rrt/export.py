@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.export``; see the head of this file."""
     parser = CommandParser(prog="python -m rrt.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="one of our checkpoints, or an HF directory"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="one of our checkpoints, an HF directory or a .gguf",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF directory to create")
     add_dtype_flag(parser, "dtype of the written tensors")

@@ -135,7 +135,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="one of our checkpoints or an HF directory, with its tokenizer",
+        help="one of our checkpoints, an HF directory or a .gguf file, with its tokenizer",
     )
     parser.add_argument(
         "--prompt",

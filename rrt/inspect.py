@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.inspect``; see the head of this file."""
     parser = CommandParser(prog="python -m rrt.inspect", description=(__doc__ or "").split("\n")[0])
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory or a checkpoint of ours")
+    subject.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory, .gguf or checkpoint of ours")
     subject.add_argument("--preset", choices=tuple(PRESETS), help="a published base model, without its weights")
     parser.add_argument("--num-loops", type=int, default=1, metavar="B", help="loops to fold into (default: 1, none)")
     add_lora_rank_flags(parser)

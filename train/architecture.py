@@ -8,11 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
+from rrt.checkpoint.gguf_config import gguf_model_config
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.checkpoint.source import Source, open_source
 from rrt.common.cli import human_count
 from rrt.common.files import read_json
+from rrt.common.gguf_file import GGUFFile, is_gguf
 from rrt.convert import recursive_flags
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
@@ -65,13 +67,15 @@ def describe_model(model: ModelConfig, recursion: RecursiveConfig) -> str:
 
 
 def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConfig]:
-    """Read the shape called `name`: a preset, a `config.json`, or a directory that has one, ours or Hugging Face's.
+    """Read the shape called `name`: a preset, a `config.json`, a directory that has one, or a GGUF file.
 
     Raises:
         UserError: none of these, naming `field`, or a configuration that is wrong.
     """
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
+    if is_gguf(path):
+        return gguf_model_config(GGUFFile(path)), RecursiveConfig()
     if file.is_file():
         values = read_json(file)
         if is_checkpoint(values):
@@ -82,7 +86,8 @@ def read_architecture(name: str, field: str) -> tuple[ModelConfig, RecursiveConf
         return preset(name), RecursiveConfig()
     found = "missing" if name == ABSENT else f"found {name!r}"
     raise UserError(
-        f"field '{field}': {found}; expected a config.json, a model directory or one of {', '.join(PRESETS)}"
+        f"field '{field}': {found}; expected a config.json, a model directory, a GGUF file or one of "
+        f"{', '.join(PRESETS)}"
     )
 
 

@@ -4,9 +4,9 @@
 
 Small, on a laptop without a GPU (after `make demo`):
 
-    torchrun --nproc-per-node 2 train/early_exit.py --checkpoint.path runs/out/demo/recursive-uptrained/final \\
-        --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
-        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/exits
+    torchrun --nproc-per-node 2 train/early_exit.py --checkpoint.path runs/out/demo-scratch/recursive-uptrained/final \\
+        --data.path runs/out/demo-scratch/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
+        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo-scratch/exits
 
 Each exit goes through the model's own final norm and head (arXiv 2410.20672, section 2.4). From an uptrained checkpoint
 this is post-training; from a converted one it is co-training, uptraining with the exits' losses. The settings of the

@@ -4,10 +4,10 @@
 
 Small, on a laptop without a GPU:
 
-    torchrun --nproc-per-node 2 train/pretrain.py --model.config runs/demo_base.json \\
-        --model.tokenizer runs/out/demo/tokenizer --data.path runs/out/demo/data --data.seq_len 256 \\
+    torchrun --nproc-per-node 2 train/pretrain.py --model.config runs/demo_scratch_base.json \\
+        --model.tokenizer runs/out/demo-scratch/tokenizer --data.path runs/out/demo-scratch/data --data.seq_len 256 \\
         --optim.warmup_steps 2 --run.micro_batch 4 --run.tokens 65536 --run.batch_tokens 8192 \\
-        --run.out runs/out/demo/base
+        --run.out runs/out/demo-scratch/base
 
 For the paper's reduced-size baseline (the base's shape with K layers, no loop), for a looped model without a
 base, and where no base can be downloaded.

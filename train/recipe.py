@@ -198,7 +198,7 @@ class DistillConfig:
     """Distillation: (1 - weight) cross-entropy + weight x temperature^2 x divergence."""
 
     teacher: str | None = field_doc(
-        "HF directory or checkpoint with the model's tokenizer; none: no teacher", default=None
+        "HF directory, .gguf file or checkpoint with the model's tokenizer; none: no teacher", default=None
     )
     loss: Divergence = field_doc("divergence of the student's distribution from the teacher's", default="forward_kl")
     temperature: float = field_doc("divides both models' logits in the divergence", default=1.0)

@@ -45,7 +45,7 @@ class RunDirectory:
     def __init__(self, recipe: Recipe, initial: InitialModel) -> None:
         self.path = Path(recipe.run.out)
         self._recipe, self._initial = recipe, initial
-        self._tokenizer_files = {file.name: file.read_bytes() for file in initial.tokenizer.files}
+        self._tokenizer_files = initial.tokenizer.files
         self._provenance = make_provenance(initial.stage, initial.parent, data=recipe.data.path)
         if initial.teacher is not None:
             self._provenance["teacher"] = {"path": str(initial.teacher), "sha256": fingerprint(initial.teacher)}
@@ -123,7 +123,7 @@ class RunDirectory:
         """Refuse to overwrite a directory that this run reads from."""
         out = self.path.resolve()
         data = map(Path, self._recipe.data.paths)
-        for source in (self._initial.parent, self._initial.teacher, *self._initial.tokenizer.files, *data):
+        for source in (self._initial.parent, self._initial.teacher, self._initial.tokenizer.place, *data):
             if source is not None and source.resolve().is_relative_to(out):
                 raise UserError(f"{source}: lies in run.out, which --run.overwrite would delete; name another run.out")
 

@@ -1,11 +1,11 @@
 """Uptrain a checkpoint: torchrun --nproc-per-node 8 train/uptrain.py --recipe train/recipes/gemma.toml#15b \\
     --checkpoint.path runs/out/relaxed --data.path data/slimpajama-gemma --run.out runs/out/uptrained
 
-Small, on a laptop without a GPU (`make demo` does this and more):
+Small, on a laptop without a GPU (`make demo-scratch` does this and more):
 
-    torchrun --nproc-per-node 2 train/uptrain.py --checkpoint.path runs/out/demo/recursive \\
-        --data.path runs/out/demo/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
-        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo/uptrained
+    torchrun --nproc-per-node 2 train/uptrain.py --checkpoint.path runs/out/demo-scratch/recursive \\
+        --data.path runs/out/demo-scratch/data --data.seq_len 256 --optim.warmup_steps 2 --run.micro_batch 4 \\
+        --run.tokens 65536 --run.batch_tokens 8192 --run.out runs/out/demo-scratch/uptrained
 
 All parameters train: the shared block, every LoRA, norms, embedding and head (arXiv 2410.20672, section 2.3). Running
 the same command again continues from the latest `step-N/` in `run.out`. Without torchrun it runs in one process.
@@ -40,7 +40,9 @@ from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, Ru
 class UptrainCheckpointConfig:
     """The model to uptrain."""
 
-    path: str = field_doc("a checkpoint written by rrt.convert, or an HF directory (the full-size baseline)")
+    path: str = field_doc(
+        "a checkpoint written by rrt.convert, or an HF directory or .gguf file (the full-size baseline)"
+    )
     num_loops: int | None = field_doc(
         "train its first loops only, as a model of their depth: 1 for K pretrained layers that are not looped; "
         "default all",

@@ -1,6 +1,6 @@
-"""Loading of models: HF directories and our own checkpoints, through one interface.
+"""Loading of models: HF directories, GGUF files and our own checkpoints, through one interface.
 
-`open_source` detects the layout of a directory and hands out parameters by our names, one at a time, straight
+`open_source` detects the layout and hands out parameters by our names, one at a time, straight
 from the files; `load_model` fills a model from it. Every key, shape and dtype is accounted for first.
 """
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from rrt.checkpoint.families import FAMILIES
 from rrt.checkpoint.format import is_checkpoint, read_checkpoint_config
+from rrt.checkpoint.gguf_config import gguf_model_config
+from rrt.checkpoint.gguf_tensors import GGUFTensors
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.hf_layout import HFTensor, constant_keys, tensor_table
 from rrt.checkpoint.tensor_files import TensorFiles
 from rrt.common.dtypes import PARAMETER_DTYPES, dtype_name
 from rrt.common.files import read_json
+from rrt.common.gguf_file import GGUFFile, is_gguf
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.loop_linear import merge_lora
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def _check_tensors(
-    files: TensorFiles,
+    files: TensorFiles | GGUFTensors,
     expected: dict[str, tuple[int, ...]],
     skipped: set[str] | frozenset[str] = frozenset(),
     dtypes: frozenset[torch.dtype] = PARAMETER_DTYPES,
@@ -51,10 +54,11 @@ def _check_tensors(
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{files.path}: tensors do not match config.json: {'; '.join(problems[:8])}{more}")
+        described = "the metadata" if isinstance(files, GGUFTensors) else "config.json"
+        raise UserError(f"{files.path}: tensors do not match {described}: {'; '.join(problems[:8])}{more}")
 
 
-def _place(files: TensorFiles, key: str) -> str:
+def _place(files: TensorFiles | GGUFTensors, key: str) -> str:
     return repr(key) if files.file(key) == files.path else f"{key!r} in {files.file(key).name}"
 
 
@@ -63,9 +67,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class Source(ABC):
-    """A checkpoint directory opened for reading, by the names of `RecursiveTransformer`'s parameters."""
+    """A checkpoint opened for reading, by the names of `RecursiveTransformer`'s parameters."""
 
     directory: Path
+    """The directory, or the GGUF file."""
     model: ModelConfig
     recursion: RecursiveConfig
     dtype: torch.dtype
@@ -133,6 +138,20 @@ class HFSource(Source):
         return f"{self._files.file(key)}: tensor '{key}'"
 
 
+class GGUFSource(Source):
+    """A GGUF file as a vanilla model."""
+
+    def __init__(self, path: Path) -> None:
+        file = GGUFFile(path)
+        self.directory, self.model, self.recursion = path, gguf_model_config(file), RecursiveConfig()
+        self._tensors = GGUFTensors(file, self.model)
+        _check_tensors(self._tensors, self._tensors.expected, skipped=self._tensors.skipped)
+        self.dtype = self._tensors.model_dtype
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors.get(name)
+
+
 class CheckpointSource(Source):
     """One of our own checkpoints."""
 
@@ -152,15 +171,17 @@ class CheckpointSource(Source):
 
 
 def open_source(directory: str | Path) -> Source:
-    """Open an HF directory or one of our checkpoints, checking every tensor's name, shape and dtype.
+    """Open an HF directory, a GGUF file or one of our checkpoints, checking every tensor's name, shape and dtype.
 
     Raises:
-        UserError: the directory is no usable model; names the file, the field, found and expected.
+        UserError: it is no usable model; names the file, the field, found and expected.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        return GGUFSource(directory)
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "no such directory"
-        raise UserError(f"{directory}: {found}; expected an HF model directory or a checkpoint")
+        raise UserError(f"{directory}: {found}; expected an HF model directory, a GGUF file or a checkpoint")
     path = directory / "config.json"
     config = read_json(path)
     if is_checkpoint(config):
@@ -203,7 +224,7 @@ def load_model(
     device: str | torch.device = "cpu",
     num_loops: int | None = None,
 ) -> RecursiveTransformer:
-    """Load an HF directory or one of our checkpoints.
+    """Load an HF directory, a GGUF file or one of our checkpoints.
 
     Tensors stream from the files, largest first, into parameters of the target dtype and device: peak
     memory stays within 1.2 times the model's size there (but pickles from before torch 1.6 are read whole).

@@ -13,7 +13,12 @@ from rrt.version import __version__
 
 
 def fingerprint(directory: Path) -> str:
-    """Compute the SHA-256 over the names and bytes of a checkpoint's configuration and weight files."""
+    """Compute the SHA-256 over the names and bytes of a checkpoint's configuration and weight files.
+
+    Of a single file, as a GGUF file is, its own.
+    """
+    if directory.is_file():
+        return sha256_file(directory)
     digest = hashlib.sha256()
     patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
     for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):

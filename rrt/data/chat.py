@@ -97,9 +97,9 @@ def find_chat_template(files: TokenizerFiles, names: Mapping[str, str]) -> ChatT
         UserError: a file that is not text, or a field that is no template.
     """
     path = files.directory / "chat_template.jinja"
-    if path.is_file():
+    if path.name in files:
         try:
-            return ChatTemplate(path, path.read_text(encoding="utf-8"), names)
+            return ChatTemplate(path, files.content(path.name).decode("utf-8"), names)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error})") from None
     for name, content in (

@@ -17,16 +17,17 @@ character U+2581 as a space, GPT-NeoX composes to NFC. A lone surrogate, which J
 cannot, is read as U+FFFD.
 """
 
+import hashlib
 import logging
 import re
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rrt.common.files import check_no_lfs_pointer, sha256_file
+from rrt.common.gguf_file import GGUFFile, is_gguf
 from rrt.data.chat import ChatTemplate, Message, find_chat_template
+from rrt.data.gguf_tokenizer import gguf_tokenizer_files
 from rrt.data.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
 from rrt.data.tokenizer_files import TokenizerFiles
 from rrt.errors import UserError
@@ -52,8 +53,9 @@ class Tokenizer:
             `config.json`'s, else EOS.
         add_bos: whether a sequence starts with BOS (Gemma and Llama do, GPT-NeoX and SmolLM2 do not).
         sha256: hex digest of the file that `encode` reads; the same for every copy of the tokenizer.
-        files: what a checkpoint carries along: the tokenizer, its chat template and `generation_config.json` (never
-            `config.json`).
+        files: what a checkpoint carries along, name -> content: the tokenizer, its chat template and
+            `generation_config.json` (never `config.json`).
+        place: the directory or GGUF file that it was read from.
     """
 
     vocab_size: int
@@ -63,7 +65,8 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     add_bos: bool
     sha256: str
-    files: tuple[Path, ...]
+    files: Mapping[str, bytes] = field(repr=False)
+    place: Path
     _template: ChatTemplate | None = field(repr=False)
     _backend: Backend = field(repr=False)
 
@@ -126,7 +129,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise UserError(
-                f"{self._place}: no chat template; looked for chat_template.jinja, and chat_template in "
+                f"{self.place}: no chat template; looked for chat_template.jinja, and chat_template in "
                 "tokenizer_config.json and chat_template.json: expected an instruction-tuned model"
             )
         return self._template.render(messages, add_generation_prompt, **variables)
@@ -138,21 +141,17 @@ class Tokenizer:
             UserError: yes, of a tokenizer without BOS.
         """
         if choice == "yes" and self.bos_id is None:
-            raise UserError(f"--bos: found yes; the tokenizer of {self._place} has no BOS: expected auto or no")
+            raise UserError(f"--bos: found yes; the tokenizer of {self.place} has no BOS: expected auto or no")
         return self if choice == "auto" else replace(self, add_bos=choice == "yes")
 
-    @property
-    def _place(self) -> Path | str:
-        return self.files[0].parent if self.files else "the model"
-
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files into the existing `directory`."""
-        for file in self.files:
-            shutil.copyfile(file, Path(directory) / file.name)
+        """Write the tokenizer's files into the existing `directory`."""
+        for name, content in self.files.items():
+            (Path(directory) / name).write_bytes(content)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Read the tokenizer in a checkpoint (Hugging Face's or ours) or tokenizer directory.
+    """Read the tokenizer in a checkpoint (Hugging Face's or ours), a tokenizer directory or a GGUF file.
 
     BOS is the token that the tokenizer's own files name, else `config.json`'s, else the SentencePiece model's. Whether
     it begins a text: as the post-processor of `tokenizer.json` has it, which is how transformers does it, else as
@@ -168,10 +167,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         UserError: no such directory, no tokenizer in it, a file that cannot be read, an unknown EOS,
             or special-token ids that the vocabulary does not have.
     """
-    directory = Path(directory)
+    return _load(_open_files(Path(directory)))
+
+
+def _open_files(directory: Path) -> TokenizerFiles:
+    if is_gguf(directory):
+        return TokenizerFiles(directory, gguf_tokenizer_files(GGUFFile(directory)))
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected one with tokenizer files")
-    files = TokenizerFiles(directory)
+        raise UserError(f"{directory}: no such directory; expected one with tokenizer files, or a GGUF file")
+    return TokenizerFiles(directory)
+
+
+def _load(files: TokenizerFiles) -> Tokenizer:
+    directory = files.directory
     backend, source = _load_backend(files)
     special = _special_ids(files, backend, source)
     eos_id = special["eos"]
@@ -193,8 +201,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         pad_id=special["pad"],
         stop_ids=files.stop_ids() or (eos_id,),
         add_bos=add_bos,
-        sha256=sha256_file(source),
-        files=files.paths,
+        sha256=hashlib.sha256(files.content(source)).hexdigest(),
+        files=files.carried(),
+        place=directory,
         _template=find_chat_template(files, names),
         _backend=backend,
     )
@@ -210,47 +219,49 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> Non
 
 
 def tokenizer_of(directory: Path, vocab_size: int) -> Tokenizer | None:
-    """Load the tokenizer in `directory`, None if it has none.
+    """Load the tokenizer in `directory` (or GGUF file), None if it has none.
 
     Raises:
         UserError: it has one that cannot be read, or whose ids exceed the `vocab_size` embedding rows.
     """
-    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    files = _open_files(directory)
+    if not any(name in files for name in ("tokenizer.model", "tokenizer.json")):
         return None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = _load(files)
     check_vocab(tokenizer, vocab_size, directory)
     return tokenizer
 
 
-def _load_backend(files: TokenizerFiles) -> tuple[Backend, Path]:
+def _load_backend(files: TokenizerFiles) -> tuple[Backend, str]:
+    """Return the tokenizer and the name of its file."""
     added, special = files.added_tokens(), files.special_strings()
-    path = files.directory / "tokenizer.model"
-    if path.is_file():
-        check_no_lfs_pointer(path)
+    name = "tokenizer.model"
+    if name in files:
         legacy = files.tokenizer_config.get("legacy") is True
-        backend = SentencePieceBackend(path, added, special, legacy=legacy, tokenizer_json=files.tokenizer_json)
-        return backend, path
-    path = files.directory / "tokenizer.json"
-    if path.is_file():
-        check_no_lfs_pointer(path)
-        return TokenizersBackend(path, added, special), path
+        return SentencePieceBackend(
+            files.directory / name, files.content(name), added, special,
+            legacy=legacy, tokenizer_json=files.tokenizer_json,
+        ), name  # fmt: skip
+    name = "tokenizer.json"
+    if name in files:
+        return TokenizersBackend(files.directory / name, files.content(name), added, special), name
     raise UserError(f"{files.directory}: no tokenizer; looked for tokenizer.model and tokenizer.json")
 
 
-def _special_ids(files: TokenizerFiles, backend: Backend, source: Path) -> dict[str, int | None]:
+def _special_ids(files: TokenizerFiles, backend: Backend, source: str) -> dict[str, int | None]:
     """Find the ids of BOS, EOS and padding; None where there is no such token."""
     special: dict[str, int | None] = {}
     for role in _ROLES:
         configured = files.config_id(role)
         if configured is not None and not 0 <= configured < backend.vocab_size:
             raise UserError(
-                f"{files.directory}: {role}_token_id is {configured}; expected an id of {source.name}, "
+                f"{files.directory}: {role}_token_id is {configured}; expected an id of {source}, "
                 f"below {backend.vocab_size}"
             )
         token = files.special_token(role)
         named = None if token is None else backend.token_id(token)
         if token is not None and named is None and role != "pad" and (role == "bos" or configured is None):
-            raise UserError(f"{files.directory}: {role}_token {token!r} is not in the vocabulary of {source.name}")
+            raise UserError(f"{files.directory}: {role}_token {token!r} is not in the vocabulary of {source}")
         if role == "bos" and files.names(role):
             # Null says that there is none: the config.json of Qwen has an id all the same.
             special[role] = named

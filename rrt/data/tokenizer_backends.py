@@ -53,7 +53,8 @@ class SentencePieceBackend:
     """A `tokenizer.model` with the added tokens that lie beside it.
 
     Args:
-        path: the `tokenizer.model`.
+        path: the `tokenizer.model`, for messages.
+        content: its content.
         added: id and properties of added tokens, those of the model's own vocabulary included.
         special: strings of special tokens.
         legacy: whether text after an added token gets a leading space of its own, as transformers'
@@ -64,14 +65,16 @@ class SentencePieceBackend:
     def __init__(
         self,
         path: Path,
+        content: bytes,
         added: Mapping[int, tokenizers.AddedToken],
         special: frozenset[str],
         *,
         legacy: bool,
         tokenizer_json: dict[str, Any],
     ) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._processor.LoadFromSerializedProto(content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({_one_line(error)})") from None
         self._tokenizer_json = tokenizer_json
@@ -102,7 +105,7 @@ class SentencePieceBackend:
         self._ordinary = _Splitter(ordinary) if ordinary else None
         self._all = _Splitter({token_id: tokens[token_id] for token_id in self.special_ids} | ordinary)
         # Reads the beginning of a text like the rest of it.
-        self._unprefixed = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + _NO_DUMMY_PREFIX)
+        self._unprefixed = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
         self._inner = self._processor if legacy else self._unprefixed
 
     def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
@@ -165,11 +168,13 @@ class SentencePieceBackend:
 
 
 class TokenizersBackend:
-    """A `tokenizer.json`; `added` and `special` are what the files beside it say."""
+    """A `tokenizer.json` of this content; `added` and `special` are what the files beside it say."""
 
-    def __init__(self, path: Path, added: Mapping[int, tokenizers.AddedToken], special: frozenset[str]) -> None:
+    def __init__(
+        self, path: Path, content: bytes, added: Mapping[int, tokenizers.AddedToken], special: frozenset[str]
+    ) -> None:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{path}: not a tokenizer of the tokenizers library ({_one_line(error)})") from None
         self._tokenizer.no_truncation()

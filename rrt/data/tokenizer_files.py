@@ -1,12 +1,13 @@
 """The JSON files beside a tokenizer, as transformers 4 and 5 write them: special and added tokens, BOS, EOS."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from rrt.common.files import read_json
+from rrt.common.files import check_no_lfs_pointer, read_json
 from rrt.errors import UserError
 
 # What a checkpoint carries of its base, beside the weights and config.json.
@@ -24,10 +25,15 @@ _TOKEN_LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
 class TokenizerFiles:
-    """Settings of a tokenizer in the JSON files of its directory; a missing file is empty."""
+    """The files of a tokenizer and the settings in them; a missing file is empty.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Args:
+        directory: where they are, or what they are made of.
+        made: their contents by name, where they are not in `directory`.
+    """
+
+    def __init__(self, directory: Path, made: Mapping[str, bytes] | None = None) -> None:
+        self.directory, self._made = directory, made
         config = self.read("config.json")
         ours = config.get("format") == "rrt"
         self._config: dict[str, Any] = config.get("model", {}) if ours else config
@@ -38,16 +44,31 @@ class TokenizerFiles:
         self.tokenizer_config = self.read("tokenizer_config.json")
         self._special_tokens_map = self.read("special_tokens_map.json")
         # A conversion of `tokenizer.model` may lie beside it, with added tokens of its own.
-        self.tokenizer_json = self.read("tokenizer.json") if (directory / "tokenizer.model").is_file() else {}
+        self.tokenizer_json = self.read("tokenizer.json") if "tokenizer.model" in self else {}
 
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files that a checkpoint carries along."""
-        return tuple(self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file())
+    def __contains__(self, name: str) -> bool:
+        return (self.directory / name).is_file() if self._made is None else name in self._made
+
+    def content(self, name: str) -> bytes:
+        """Return the content of a file that is there."""
+        if self._made is not None:
+            return self._made[name]
+        try:
+            check_no_lfs_pointer(self.directory / name)
+            return (self.directory / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.directory / name}: cannot be read ({error.strerror})") from None
 
     def read(self, name: str) -> dict[str, Any]:
-        path = self.directory / name
-        return read_json(path) if path.is_file() else {}
+        """Read a file of JSON."""
+        if self._made is not None:
+            content: dict[str, Any] = json.loads(self._made.get(name, b"{}"))
+            return content
+        return read_json(self.directory / name) if name in self else {}
+
+    def carried(self) -> dict[str, bytes]:
+        """Return the files that a checkpoint carries along."""
+        return {name: self.content(name) for name in TOKENIZER_FILES if name in self}
 
     def config_id(self, role: str) -> int | None:
         """Return `config.json`'s id of ``"bos"``, ``"eos"`` or ``"pad"``; the first of several."""

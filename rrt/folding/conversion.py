@@ -109,7 +109,7 @@ def convert(
     """Fold the model in `base` as `recursion` says and write the checkpoint `out`, whole or not at all.
 
     Args:
-        base: HF directory, or a vanilla checkpoint of ours.
+        base: HF directory, GGUF file, or a vanilla checkpoint of ours.
         recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have.
         keep_layers: write so many of the base's layers as a vanilla model, the reduced-size baseline; `recursion.init`
             chooses them and the rest of `recursion` is the default's.

@@ -73,7 +73,7 @@ def export(
     """Write the unrolled HF directory `out`, whole or not at all.
 
     Args:
-        checkpoint: one of our checkpoints, or an HF directory.
+        checkpoint: one of our checkpoints, an HF directory or a GGUF file.
         dtype: of the written tensors; default as stored. W' + B_l A_l is summed in fp32 and then cast.
         progress: show a bar over the tensors on stderr.
 

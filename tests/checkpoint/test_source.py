@@ -286,7 +286,7 @@ def test_unusable_directories_are_refused(bases, tmp_path):
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty") == f"{tmp_path / 'empty' / 'config.json'}: no such file"
     (tmp_path / "file").write_text("x")
-    expected = "expected an HF model directory or a checkpoint"
+    expected = "expected an HF model directory, a GGUF file or a checkpoint"
     assert refusal(tmp_path / "file") == f"{tmp_path / 'file'}: is a file; {expected}"
     assert refusal(tmp_path / "absent") == f"{tmp_path / 'absent'}: no such directory; {expected}"
     shutil.copy(bases["llama"] / "config.json", tmp_path / "empty")

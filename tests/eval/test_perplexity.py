@@ -69,8 +69,7 @@ def model_dir(tmp_path_factory):
     make_bpe_tokenizer(tokenizer_dir, "llama")
     vocab_size = load_tokenizer(tokenizer_dir).vocab_size
     make_hf_model(directory, "llama", num_layers=4, vocab_size=vocab_size)
-    for file in load_tokenizer(tokenizer_dir).files:
-        shutil.copy(file, directory)
+    load_tokenizer(tokenizer_dir).save(directory)
     return directory
 
 
@@ -287,8 +286,7 @@ def test_bad_input_ends_with_one_line_and_no_result(model_dir, shard_dir, tmp_pa
     other = tmp_path / "other"
     make_bpe_tokenizer(tmp_path / "tok", "gpt_neox")
     shutil.copytree(model_dir, other)
-    for file in load_tokenizer(tmp_path / "tok").files:
-        shutil.copy(file, other)
+    load_tokenizer(tmp_path / "tok").save(other)
     (tmp_path / "empty.txt").write_text("")
     broken = broken_copy(model_dir, tmp_path / "broken")
     cases = [

@@ -541,7 +541,7 @@ NORM_OF = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
-@pytest.mark.parametrize("family", ["gemma", "llama"])
+@pytest.mark.parametrize("family", ["gemma", "llama", "mistral"])
 def test_full_rank_with_folded_norms_reproduces_the_base_though_norms_are_tied(bases, family, init, tmp_path):
     fold(bases[family], tmp_path / "full", rank=999, init=init)
     base, full = load_model(bases[family]), load_model(tmp_path / "full")
@@ -562,15 +562,14 @@ def test_copied_layers_compute_the_same_with_norms_folded_and_kept(bases, family
     assert not torch.equal(folded.stack.layers[1].attn.q.weight, kept.stack.layers[1].attn.q.weight)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("gemma", torch.bfloat16), ("llama", torch.float32), ("gpt_neox", torch.float32)]
-)
-def test_folding_leaves_neutral_norms_and_averages_the_folded_weights_and_biases(family, dtype, tmp_path):
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_folding_leaves_neutral_norms_and_averages_the_folded_weights_and_biases(family, tmp_path):
+    dtype = torch.bfloat16 if family == "gemma" else torch.float32
     base, new, report = fold(make_hf_model(tmp_path / "base", family, dtype=dtype), tmp_path / "out", init="average")
     for layer, name in block_names(new):
         found = new[f"stack.layers.{layer}.{name}"]
         part, _, leaf = name.rpartition(".")
-        if "norm" in name:
+        if part in NORM_OF.values():
             neutral = 0.0 if leaf == "bias" or family == "gemma" else 1.0
             assert torch.equal(found, torch.full_like(found, neutral)), name
             continue
@@ -579,7 +578,7 @@ def test_folding_leaves_neutral_norms_and_averages_the_folded_weights_and_biases
             value, norm = base[f"stack.layers.{depth}.{name}"].double(), NORM_OF.get(part)
             if norm and leaf == "weight":
                 value = value * gains(base, depth, norm, family)
-            elif norm:
+            elif norm and family == "gpt_neox":
                 value = (
                     value
                     + base[f"stack.layers.{depth}.{part}.weight"].double()
@@ -588,7 +587,22 @@ def test_folding_leaves_neutral_norms_and_averages_the_folded_weights_and_biases
             total += value
         assert torch.equal(found, (total / 2).to(dtype)), name  # rounded once
     lost = {vector.name.split(".", 3)[3]: vector.mean_tying_loss for vector in report.vectors}
-    assert all((loss > 0) == (name.endswith(".bias") and "norm" not in name) for name, loss in lost.items())
+    # Tied biases, and norms of queries and keys, are means of what differs.
+    assert all((loss > 0) == (name.rpartition(".")[0] not in NORM_OF.values()) for name, loss in lost.items())
+    assert bool(sum(lost.values())) == (family in ("gpt_neox", "qwen2", "qwen3"))
+
+
+@torch.no_grad()
+def test_a_norm_with_a_shift_that_its_readers_have_no_bias_for_stays(tmp_path):
+    base = make_hf_model(tmp_path / "base", "gpt_neox", attention_bias=False)
+    _, new, _ = fold(base, tmp_path / "folded", init="stepwise")
+    original, _, _ = fold(base, tmp_path / "kept", init="stepwise", norm_init="average")
+    assert torch.equal(new["stack.layers.2.attn_norm.bias"], original["stack.layers.5.attn_norm.bias"])
+    assert torch.equal(new["stack.layers.2.attn.q.weight"], original["stack.layers.5.attn.q.weight"])
+    assert torch.equal(new["stack.layers.2.mlp_norm.weight"], torch.ones(new["norm.weight"].shape))
+    input_ids = torch.arange(40)[None]
+    expected = load_model(tmp_path / "kept")(input_ids)
+    assert (load_model(tmp_path / "folded")(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_norms_are_not_folded_where_they_are_not_tied_or_all_is_random(bases, tmp_path):

