@@ -1,24 +1,21 @@
-"""Log-likelihood requests per second of eval/fewshot.py against the LM Evaluation Harness's own `hf` model.
+"""Few-shot tasks on a real model: eval/fewshot.py's way of scoring against the LM Evaluation Harness's own `hf` model.
 
-    python bench/fewshot.py --threads 1 2 --json out.json
+    python bench/fewshot.py --checkpoint models/smollm2-135m --data-dir data/tasks --json out.json
 
-Both score the same requests with the same weights in fp32, in alternating order, tokenisation included, through the
-interface that the harness calls. Each has a process of its own and has scored the requests once before. Ours has packed
-its weights, which is timed apart, and keeps freed memory, as eval/fewshot.py does. The baseline is hf at the faster of
-its batch sizes; "nothing shared" is ours without shared beginnings, with the head on continuations only. The floor is
-the time of the linears over all tokens that ours reads, and of the head over the states that it scores, at the best
-matmul rate of the run.
+Each runs the harness's `evaluate` on the same documents of each task with the same weights: building requests, tokens,
+scores, metrics and their standard errors all count; loading and packing, which is timed apart, do not. Each has a
+process of its own that has scored a few documents before, and they take turns. The baseline is hf (on the export, if
+DIR is a checkpoint of this package) at the batch size that is fastest on some of each task's documents. The table has
+both accuracies, which must be equal in fp32, and the largest difference between two scores. The floor is the time of
+the products that ours needs, of linears and head, at the best matmul rate of the run.
 
-Requests have the form of the seven tasks, with nominal lengths and the standard library's prose for words. The random
-Llama has TinyLlama's vocabulary, so its head is half of its multiplications (of TinyLlama's 6 %, of Gemma 2B's 21 %);
-with --hidden-size 512 --layers 8 --vocab-size 8192 it is 15 %. Run nothing else beside it.
+Tasks are those of the paper's seven with a file in --data-dir (eval/tasks/README.md). Run nothing else beside it.
 """
 
 import argparse
 import importlib.util
 import multiprocessing
-import random
-import re
+import os
 import statistics
 import sys
 import tempfile
@@ -26,316 +23,283 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# In place of this folder, whose tabulate.py would be taken for the package that the harness imports.
+BENCH = Path(__file__).resolve().parent
+sys.path[:] = [str(BENCH.parent), *(path for path in sys.path if Path(path).resolve() != BENCH)]
 
 from bench.output import add_json_flag, check_json_flag, save_result
-from bench.timing import Rates, Timer, Variant, speedup, spread
-from eval import scoring
+from bench.timing import RATIOS_NOTE, Rates, Timer, spread
+from eval.flags import check_least, choose_bos
+from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, quiet_harness, run_harness
 from eval.response_cache import ResponseCache
-from eval.scoring import share_beginnings
+from eval.scoring import pack_rows
 from eval.tables import Table, format_seconds, format_spread, print_tables
-from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
-from rrt.checkpoint.presets import preset
-from rrt.checkpoint.source import load_model
+from rrt.checkpoint.source import HFSource, load_model, open_source
 from rrt.common.cli import CommandParser, human_count, keep_freed_memory, run_command
-from rrt.common.provenance import make_provenance
-from rrt.data.bpe import train_bpe
-from rrt.data.corpus import documents
+from rrt.common.provenance import fingerprint
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.unroll import export
-from rrt.model.config import ModelConfig, RecursiveConfig
-from rrt.model.meta import meta_model
 from rrt.model.sizes import model_sizes
 
 KIND = "fewshot-speed"
 """Of the result; "fewshot" is that of eval/fewshot.py."""
-TOKENIZER_IDS = 8192
-"""Vocabulary of the tokenizer that is trained on the spot; the embedding may have more rows."""
-GOALS = {"hellaswag": 3.5, "mix": 2.0}
-"""Speedups over the baseline to reach."""
+GOALS = {"fp32": 3.0, "bf16": 3.5}
+"""Speedups over the baseline to reach, all tasks together."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-@dataclass(frozen=True)
-class Form:
-    """Form of a task's requests: documents in its scored split, and ranges of lengths in words."""
-
-    documents: int
-    context: tuple[int, int]
-    choices: int
-    choice: tuple[int, int]
-    option_in_context: bool = False
-
-
-FORMS = {
-    "lambada_openai": Form(5153, (50, 90), 1, (1, 1)),
-    "hellaswag": Form(10042, (20, 80), 4, (10, 35)),
-    "piqa": Form(1838, (5, 15), 2, (8, 30)),
-    "winogrande": Form(1267, (6, 14), 2, (4, 9), option_in_context=True),
-    "arc_easy": Form(2376, (10, 30), 4, (1, 8)),
-    "arc_challenge": Form(1172, (12, 35), 4, (2, 12)),
-    "openbookqa": Form(500, (6, 16), 4, (1, 6)),
-}
-
-
-def make_requests(form: Form, count: int, words: list[str], rng: random.Random) -> list[tuple[str, str]]:
-    """Draw contexts and continuations of `count` documents."""
-
-    def text(length: tuple[int, int]) -> str:
-        size = rng.randint(*length)
-        start = rng.randrange(len(words) - size)
-        return " ".join(words[start : start + size])
-
-    requests = []
-    for _ in range(count):
-        context, ending = text(form.context), text(form.choice)
-        for _ in range(form.choices):
-            if form.option_in_context:
-                requests.append((f"{context} {text((1, 2))}", f" {ending}"))
-            else:
-                requests.append((context, f" {text(form.choice)}"))
-    return requests
-
-
-def make_shapes(hellaswag_documents: int, mix_requests: int, words: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """Draw requests of HellaSwag's form, and a mix in which each task has its share."""
-    rng = random.Random(0)
-    all_requests = sum(form.documents * form.choices for form in FORMS.values())
-    mix = []
-    for form in FORMS.values():
-        mix += make_requests(form, max(1, round(form.documents * mix_requests / all_requests)), words, rng)
-    return {"hellaswag": make_requests(FORMS["hellaswag"], hellaswag_documents, words, rng), "mix": mix}
-
-
-def make_models(directory: Path, config: ModelConfig, texts: list[str]) -> tuple[Path, Path]:
-    """Write a random checkpoint with a tokenizer of its vocabulary, and its export for the `hf` model."""
-    ours, exported, tokenizer_dir = (directory / name for name in ("ours", "hf", "tokenizer"))
-    tokenizer_dir.mkdir()
-    train_bpe(texts, min(config.vocab_size, TOKENIZER_IDS), tokenizer_dir)
-    generator = torch.Generator().manual_seed(0)
-    recursion = RecursiveConfig()
-    with write_checkpoint(
-        ours, CheckpointConfig(config, recursion, torch.float32), make_provenance("bench", None)
-    ) as writer:
-        for name, parameter in meta_model(config, recursion).named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * (0.0 if "norm" in name else 0.04)
-            writer.add(name, noise + ("norm" in name))
-        load_tokenizer(tokenizer_dir).save(writer.directory)
-    export(ours, exported)
-    return ours, exported
-
-
-Requests = list[tuple[str, str]]
 Scores = list[tuple[float, bool]]
 lm: Any
 """The language model of this process, as the harness sees it."""
 
 
-def load_ours(directory: Path, batch_tokens: int) -> None:
+def load_ours(directory: Path, dtype: torch.dtype, threads: int, bos: bool, batch_tokens: int) -> float:
+    """Load the model; return the seconds that packing its weights takes."""
     global lm
     from eval.harness_lm import HarnessLM
 
-    model = load_model(directory)
+    quiet_harness()
+    torch.set_num_threads(threads)
+    model = load_model(directory, dtype)
     keep_freed_memory()
-    lm = HarnessLM(model, load_tokenizer(directory), bos=True, batch_tokens=batch_tokens)
-
-
-def seconds_to_pack() -> float:
+    lm = HarnessLM(model, load_tokenizer(directory), bos=bos, batch_tokens=batch_tokens)
     began = time.perf_counter()
     lm.scorer.pack()
     return time.perf_counter() - began
 
 
-def load_hf(directory: Path) -> None:
+def load_hf(directory: Path, dtype: torch.dtype, threads: int, bos: bool) -> None:
     global lm
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(str(directory), device="cpu", dtype="float32", add_bos_token=True)
+    quiet_harness()
+    torch.set_num_threads(threads)
+    lm = HFLM(str(directory), device="cpu", dtype=dtype, add_bos_token=bos)
 
 
-def score_ours(requests: Requests, min_saved_tokens: int) -> Scores:
-    lm.scorer.cache = ResponseCache()
-    with mock.patch.object(scoring, "MIN_SAVED_TOKENS", min_saved_tokens):
-        return list(lm.loglikelihood(make_instances(requests)))
-
-
-def score_hf(requests: Requests, batch_size: int) -> Scores:
-    lm.batch_size_per_gpu = batch_size
-    return list(lm.loglikelihood(make_instances(requests), disable_tqdm=True))
-
-
-def make_instances(requests: Requests) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance("loglikelihood", {}, pair, i, ("bench", i, 1)) for i, pair in enumerate(requests)]
-
-
-def count_tokens(requests: Requests) -> dict[str, int]:
-    """Count the tokens that ours reads with and without sharing, those scored, and the states that meet the head."""
-    texts = [lm.scorer.make_text(*pair) for pair in lm.encode_pairs(make_instances(requests))]
-    rows = share_beginnings(texts)
+def run_task(name: str, data_dir: Path, documents: int, batch_size: int | None) -> dict[str, Any]:
+    """Run a task on this process's model; return its seconds, its metric and its scores."""
+    tasks, _ = load_tasks([name], data_dir, None)
+    if batch_size is None:
+        lm.scorer.cache = ResponseCache()
+    else:
+        lm.batch_size_per_gpu = batch_size
+    began, cpu_began = time.perf_counter(), time.process_time()
+    results = run_harness(lm, tasks, documents)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    requests = [request for task in tasks["tasks"].values() for request in task.instances]
     return {
-        "one by one": sum(len(text.inputs) for text in texts),
-        "shared": sum(row.length for row in rows),
-        "scored": sum(len(text.targets) for text in texts),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "documents": results[name]["documents"],
+        "value": results[name]["metrics"][PAPER_METRICS[name]],
+        "scores": [request.resps[0] for request in requests],
+    }
+
+
+def count_tokens(name: str, data_dir: Path, documents: int) -> dict[str, int]:
+    """Count the tokens that ours reads with and without sharing, those scored, and the states that meet the head."""
+    tasks, _ = load_tasks([name], data_dir, None)
+    tasks["tasks"][name].build_all_requests(limit=documents)
+    pairs = lm.encode_pairs(tasks["tasks"][name].instances)
+    texts = {text.key: text for text in (lm.scorer.make_text(*pair) for pair in pairs if pair[1])}
+    rows = list(pack_rows(list(texts.values()), lm.scorer.row_tokens))
+    return {
+        "one by one": sum(len(text.inputs) for text in texts.values()),
+        "read": sum(row.length for row in rows),
+        "scored": sum(len(text.targets) for text in texts.values()),
         "through the head": sum(len(set(row.layout()[-1])) for row in rows),
     }
 
 
 @contextmanager
-def process_with(load: Any, *arguments: Any) -> Iterator[Any]:
-    """Start a process and call `load` in it; yield a function that calls others there and waits for their results."""
+def process_with(load: Any, *arguments: Any) -> Iterator[tuple[Any, Any]]:
+    """Start a process and call `load` in it; yield a function that calls others there, and what `load` returned."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as executor:
-        executor.submit(load, *arguments).result()
-        yield lambda function, *arguments: executor.submit(function, *arguments).result()
+        loaded = executor.submit(load, *arguments).result()
+        yield lambda function, *arguments: executor.submit(function, *arguments).result(), loaded
+
+
+def measure(
+    arguments: argparse.Namespace, dtype: str, names: list[str], hf_directory: Path, bos: bool
+) -> dict[str, Any]:
+    """Measure all tasks in one dtype."""
+    data_dir, documents, threads = arguments.data_dir, arguments.documents, arguments.threads
+    source = open_source(arguments.checkpoint)
+    sizes = model_sizes(source.model, source.recursion, DTYPES[dtype])
+    cases = []
+    with ExitStack() as stack:
+        load = (arguments.checkpoint, DTYPES[dtype], threads, bos, arguments.batch_tokens)
+        ours, packing = stack.enter_context(process_with(load_ours, *load))
+        hf, _ = stack.enter_context(process_with(load_hf, hf_directory, DTYPES[dtype], threads, bos))
+        rates = Rates(Timer(torch.device("cpu"), 1.0), DTYPES[dtype], 2**26)
+        for name in names:
+            few = max(4, documents // 10)
+            ours(run_task, name, data_dir, few, None)
+            hf(run_task, name, data_dir, 2, arguments.hf_batch_sizes[0])
+            trials = {
+                size: hf(run_task, name, data_dir, few, size)["seconds"]
+                for size in dict.fromkeys(arguments.hf_batch_sizes)
+            }
+            batch_size = min(trials, key=lambda size: trials[size])
+            runs: dict[str, list[dict[str, Any]]] = {"ours": [], "hf": []}
+            for index in range(arguments.rounds):
+                for side in ("ours", "hf") if index % 2 == 0 else ("hf", "ours"):
+                    run = (ours, None) if side == "ours" else (hf, batch_size)
+                    runs[side].append(run[0](run_task, name, data_dir, documents, run[1]))
+            rates.probe()
+            tokens = ours(count_tokens, name, data_dir, documents)
+            head = source.model.vocab_size * source.model.hidden_size
+            flops = 2 * (tokens["read"] * sizes.non_embedding_params + tokens["through the head"] * head)
+            one, other = (runs[side][0] for side in ("ours", "hf"))
+            cases.append(
+                {
+                    "task": name,
+                    "documents": one["documents"],
+                    "requests": len(one["scores"]),
+                    "tokens": tokens,
+                    "floor_flops": flops,
+                    "hf_batch_size": batch_size,
+                    "metric": PAPER_METRICS[name],
+                    "value": {side: of[0]["value"] for side, of in runs.items()},
+                    "seconds": {side: [run["seconds"] for run in of] for side, of in runs.items()},
+                    "cpu_seconds": {side: [run["cpu_seconds"] for run in of] for side, of in runs.items()},
+                    "max_difference": max(
+                        abs(a - b) for (a, _), (b, _) in zip(one["scores"], other["scores"], strict=True)
+                    ),
+                    "greedy_differences": sum(
+                        a != b for (_, a), (_, b) in zip(one["scores"], other["scores"], strict=True)
+                    ),
+                }
+            )
+            print(f"\n{speed_table(dtype, cases[-1:], total=False).text()}", flush=True)
+        for case in cases:
+            case["floor_seconds"] = case["floor_flops"] / rates.best_matmul()[1]
+    return {"dtype": dtype, "packing_seconds": packing, "cases": cases, "speedup": overall(cases)}
+
+
+def overall(cases: list[dict[str, Any]]) -> float:
+    """Return how many times faster ours is on all tasks together: the median over the rounds."""
+    rounds = range(len(cases[0]["seconds"]["ours"]))
+    totals = {side: [sum(case["seconds"][side][i] for case in cases) for i in rounds] for side in ("ours", "hf")}
+    return statistics.median(b / a for a, b in zip(totals["ours"], totals["hf"], strict=True))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all variants and return the result."""
-    config = replace(
-        preset("tinyllama-1.1b"),
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        num_layers=arguments.layers,
-        num_heads=arguments.hidden_size // 64,
-        num_kv_heads=arguments.hidden_size // 128,
-        intermediate_size=arguments.hidden_size * 11 // 4,
-        bos_token_id=0,  # as train_bpe numbers them
-        eos_token_ids=(1,),
+    """Measure all dtypes and return the result."""
+    source, tokenizer = open_source(arguments.checkpoint), load_tokenizer(arguments.checkpoint)
+    bos = choose_bos(arguments, tokenizer) is not None
+    names = arguments.tasks or available_tasks(arguments.data_dir)
+    sizes = model_sizes(source.model, source.recursion, torch.float32)
+    print(
+        f"{arguments.checkpoint}: {human_count(sizes.total_params)} parameters on the CPU, "
+        f"{arguments.threads} threads, texts begin {'with' if bos else 'without'} BOS",
+        flush=True,
     )
-    texts = list(documents("python-stdlib", split="heldout"))
-    # Prose: words of docstrings and comments.
-    words = [word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+[,.]?(?= )", text)]
-    sizes = model_sizes(config, RecursiveConfig(), torch.float32)
-    print(f"a Llama of {human_count(sizes.total_params)} parameters in float32 on the CPU", flush=True)
-    cases = []
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ours_directory, exported = make_models(directory, config, texts)
-        ours = stack.enter_context(process_with(load_ours, ours_directory, arguments.batch_tokens))
-        hf = stack.enter_context(process_with(load_hf, exported))
-        packing = ours(seconds_to_pack)
-        print(f"packed in {packing:.2f} s", flush=True)
-        device = torch.device("cpu")
-        for threads in arguments.threads:
-            for each in (ours, hf):
-                each(torch.set_num_threads, threads)
-            torch.set_num_threads(threads)
-            rates = Rates(Timer(device, 1.0), torch.float32, 2**26)
-            for shape, requests in make_shapes(arguments.documents, arguments.mix, words).items():
-                variants = {
-                    "ours": Variant(lambda _, x=requests: ours(score_ours, x, scoring.MIN_SAVED_TOKENS)),
-                    "nothing shared": Variant(lambda _, x=requests: ours(score_ours, x, sys.maxsize)),
-                } | {
-                    f"hf, batch {size}": Variant(lambda _, x=requests, size=size: hf(score_hf, x, size))
-                    for size in arguments.hf_batch_sizes
-                }
-                first = {name: variant.call(0) for name, variant in variants.items()}
-                samples = Timer(device, arguments.seconds_per_case, arguments.rounds).measure(variants, copies=1)
-                rates.probe()
-                cases.append({"shape": shape, "threads": threads, "requests": len(requests)})
-                hf_names = [name for name in variants if name.startswith("hf")]
-                baseline = min(hf_names, key=lambda name: statistics.median(samples[name]))
-                read = ours(count_tokens, requests)
-                head = config.vocab_size * config.hidden_size
-                flops = 2 * (read["shared"] * sizes.shared_params + read["through the head"] * head)
-                cases[-1] |= {
-                    "rounds": len(samples["ours"]),
-                    "seconds": {name: spread(values) for name, values in samples.items()},
-                    "requests_per_second": {
-                        name: len(requests) / statistics.median(values) for name, values in samples.items()
-                    },
-                    "baseline": baseline,
-                    "speedup": speedup(samples, "ours", baseline),
-                    "tokens": read,
-                    "floor_flops": flops,
-                    "max_difference": max(
-                        abs(a - b) for (a, _), (b, _) in zip(first["ours"], first[baseline], strict=True)
-                    ),
-                    "same_greedy": [g for _, g in first["ours"]] == [g for _, g in first[baseline]],
-                }
-                print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
-            for case in cases:
-                if case["threads"] == threads:
-                    case["floor_seconds"] = case["floor_flops"] / rates.best_matmul()[1]
-                    case["over_floor"] = case["seconds"]["ours"]["median"] / case["floor_seconds"]
+        hf_directory = arguments.checkpoint
+        if not isinstance(source, HFSource):
+            hf_directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "exported"
+            export(arguments.checkpoint, hf_directory)
+        results = [measure(arguments, dtype, names, hf_directory, bos) for dtype in arguments.dtype]
     return {
-        "model": {"config": asdict(config), "parameters": sizes.total_params},
+        "checkpoint": str(arguments.checkpoint),
+        "checkpoint_sha256": fingerprint(arguments.checkpoint),
+        "parameters": sizes.total_params,
+        "bos": bos,
         "batch_tokens": arguments.batch_tokens,
-        "packing_seconds": packing,
-        "cases": cases,
+        "rounds": arguments.rounds,
+        "results": results,
         "goals": GOALS,
     }
 
 
-def rates_table(cases: list[dict[str, Any]]) -> Table:
-    """Make the table of rates, with a row per case and variant."""
-    rows = [
-        [
-            case["shape"],
-            str(case["threads"]),
-            str(case["requests"]),
-            name,
-            format_seconds(seconds["median"]),
-            format_spread(seconds),
-            f"{case['requests_per_second'][name]:.1f}",
-        ]
-        for case in cases
-        for name, seconds in case["seconds"].items()
-    ]
-    header = ["requests", "threads", "number", "variant", "time", "+-", "requests/s"]
-    return Table("Requests per second", header, rows, (0, 3), gap_after=2)
-
-
-def goals_table(cases: list[dict[str, Any]]) -> Table:
-    """Make the table of speedups over the baseline, beside the goals and the largest difference between scores."""
-    rows = [
-        [
-            case["shape"],
-            str(case["threads"]),
-            case["baseline"],
-            f"{case['speedup']:.2f}x",
-            f"{GOALS[case['shape']]}x",
-            f"{case['over_floor']:.2f}" if "over_floor" in case else "",
-            f"{case['max_difference']:.1e}",
-        ]
-        for case in cases
-    ]
-    header = ["requests", "threads", "baseline", "ours is as fast", "goal", "time/floor", "scores differ by"]
-    return Table("Ours against the baseline", header, rows, (0, 2))
+def speed_table(dtype: str, cases: list[dict[str, Any]], *, total: bool = True) -> Table:
+    """Make the table of a dtype, with a row per task and one of all."""
+    rows = []
+    for case in cases:
+        seconds = {side: spread(values) for side, values in case["seconds"].items()}
+        ratios = [hf / ours for ours, hf in zip(case["seconds"]["ours"], case["seconds"]["hf"], strict=True)]
+        floor = f"{seconds['ours']['median'] / case['floor_seconds']:.2f}" if "floor_seconds" in case else ""
+        rows.append(
+            [
+                case["task"],
+                f"{case['documents']:,}",
+                f"{case['tokens']['read'] / case['tokens']['one by one']:.2f}",
+                case["metric"],
+                *(f"{case['value'][side]:.4f}" for side in ("ours", "hf")),
+                f"{case['max_difference']:.1e}",
+                format_seconds(seconds["ours"]["median"]),
+                format_seconds(seconds["hf"]["median"]),
+                format_spread(seconds["hf"]),
+                str(case["hf_batch_size"]),
+                f"{statistics.median(ratios):.2f}x",
+                floor,
+            ]
+        )
+    if total:
+        times = [sum(statistics.median(case["seconds"][side]) for case in cases) for side in ("ours", "hf")]
+        goal = f"{overall(cases):.2f}x"
+        rows.append(["all", "", "", "", "", "", "", *map(format_seconds, times), "", "", goal, ""])
+    header = "task documents read metric ours hf dll ours-time hf-time +- batch speedup time/floor".split()
+    return Table(f"Few-shot tasks in {dtype}", header, rows, (0, 3))
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    size = human_count(result["model"]["parameters"])
-    packing = (
-        f"A Llama of {size} parameters; packing its weights takes {format_seconds(result['packing_seconds'])} once."
-    )
-    return [replace(goals_table(result["cases"]), notes=[packing]), rates_table(result["cases"])]
+    """Make a table of each dtype."""
+    made = []
+    for found in result["results"]:
+        table = speed_table(found["dtype"], found["cases"])
+        packing = format_seconds(found["packing_seconds"])
+        goal = result["goals"][found["dtype"]]
+        notes = [
+            f"{human_count(result['parameters'])} parameters, packed in {packing}; goal {goal}x. Read: tokens that the "
+            "model reads, of those of all requests. dll: largest difference of two log-likelihoods. Batch: hf's. "
+            f"{RATIOS_NOTE}"
+        ]
+        made.append(replace(table, notes=notes))
+    return made
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="torch threads (default 1)")
-    parser.add_argument("--documents", type=int, default=16, metavar="N", help="HellaSwag's documents (default 16)")
-    parser.add_argument("--mix", type=int, default=128, metavar="N", help="about as many requests of all (default 128)")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="HF model directory or a checkpoint of ours"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, metavar="DIR", help="files of the tasks (eval/tasks/README.md)"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        metavar="NAMES",
+        help="of the seven, with commas between them (default: those with a file)",
+    )
+    parser.add_argument("--documents", type=int, default=300, metavar="N", help="of each task (default 300)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="one after the other (default fp32 bf16)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="torch threads (default: as torch has)",
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="runs of each side (default 1)")
+    parser.add_argument(
+        "--bos", choices=("auto", "yes", "no"), default="auto", help="begin texts with BOS (default: as the tokenizer)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="of ours (default 1024)")
     parser.add_argument(
-        "--hf-batch-sizes", type=int, nargs="+", default=[4, 16], metavar="N", help="of the hf model (default 4 16)"
-    )
-    parser.add_argument("--hidden-size", type=int, default=384, metavar="D", help="a multiple of 128 (default 384)")
-    parser.add_argument("--layers", type=int, default=6, metavar="L", help="default 6")
-    parser.add_argument("--vocab-size", type=int, default=32000, metavar="V", help="default 32000")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="least rounds of a case (default 3)")
-    parser.add_argument(
-        "--seconds-per-case", type=float, default=0.0, metavar="S", help="more rounds until S have passed (default 0)"
+        "--hf-batch-sizes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="to choose from (default 4 8 16)"
     )
     add_json_flag(parser, "fewshot")
     arguments = parser.parse_args()
@@ -344,17 +308,15 @@ def main() -> None:
             raise UserError(
                 f"{module} is not installed; expected it: pip install 'relaxed-recursive-transformers[test]'"
             )
-    for flag in ("documents", "mix", "batch_tokens", "layers", "vocab_size", "rounds"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: found {getattr(arguments, flag)}; expected 1 or more")
-    if min(*arguments.threads, *arguments.hf_batch_sizes) < 1:
-        raise UserError("--threads and --hf-batch-sizes: expected numbers of 1 or more")
-    if arguments.hidden_size % 128 or arguments.hidden_size < 128:
-        raise UserError(f"--hidden-size: found {arguments.hidden_size}; expected a multiple of 128")
+    for flag in ("documents", "threads", "batch_tokens", "rounds"):
+        check_least(f"--{flag.replace('_', '-')}", getattr(arguments, flag))
+    for size in arguments.hf_batch_sizes:
+        check_least("--hf-batch-sizes", size)
     check_json_flag(arguments.json)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     result = run(arguments)
     save_result(arguments.json, KIND, result)
-    print_tables(tables(result)[:1])
+    print_tables(tables(result))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, Rates, Timer, Variant, speedup, spread
 from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.checkpoint.source import HFSource, load_model, open_source
-from rrt.common.cli import human_bytes, keep_freed_memory, run_command
+from rrt.common.cli import CommandParser, human_bytes, keep_freed_memory, run_command
 from rrt.common.dtypes import parse_dtype
 from rrt.data.corpus import documents
 from rrt.data.tokenizer import load_tokenizer
@@ -235,7 +237,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="HF directory, or one of our checkpoints"
     )

@@ -30,6 +30,7 @@ template <class MakeMemory, class Run>
 void run_tasks(int64_t count, int64_t grain, ParallelFor parallel_for, const MakeMemory& make_memory, const Run& run) {
   std::atomic<int64_t> next{0};
   run_ranges(count, grain, parallel_for, [&](int64_t, int64_t) {
+    if (next >= count) return;
     const auto memory = make_memory();
     for (int64_t task = next++; task < count; task = next++) run(task, memory);
   });

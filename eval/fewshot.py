@@ -10,7 +10,8 @@ purpose, where a text spells a special token, such as a literal <s>: here it sta
 Data sets come from the Hugging Face Hub, or with --data-dir from local files (eval/tasks/README.md). The average of
 the seven tasks is the paper's: acc of lambada_openai and winogrande, acc_norm of the others.
 
-On a CPU, unless it has instructions for the 16-bit dtype, scoring keeps packed copies of the weights (--packed-gib).
+On a CPU, unless PyTorch multiplies the 16-bit dtype as fast (on AMX tiles), scoring keeps packed copies of the weights
+(--packed-gib).
 Finished requests are kept (--cache), so that an interrupted run resumes when it is started again.
 """
 
@@ -18,11 +19,11 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from eval.flags import (
     choose_exit,
     notice_untrained,
 )
-from eval.harness_tasks import PAPER_METRICS, load_tasks, paper_average, run_harness
+from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, paper_average, quiet_harness, run_harness
 from eval.response_cache import ResponseCache, code_digest
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
@@ -82,12 +83,24 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.packed_gib < math.inf:
         raise UserError(f"--packed-gib: found {arguments.packed_gib}; expected 0 or more")
     check_output_file("--json", arguments.json)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
+    if arguments.tasks is None:
+        arguments.tasks = choose_tasks(arguments.data_dir)
     if not arguments.tasks:
         raise UserError("--tasks: found none; expected names with commas between them")
     if repeated := {name for name in arguments.tasks if arguments.tasks.count(name) > 1}:
         raise UserError(f"--tasks: found {sorted(repeated)[0]!r} twice; expected each once")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; expected it: pip install 'relaxed-recursive-transformers[eval]'")
+
+
+def choose_tasks(data_dir: Path | None) -> list[str]:
+    """Return the paper's seven tasks; of local files those that are there, and print a notice that names the others."""
+    if data_dir is None:
+        return list(PAPER_METRICS)
+    names = available_tasks(data_dir)
+    if missing := ", ".join(name for name in PAPER_METRICS if name not in names):
+        print(f"notice: {data_dir} has no file of {missing}: left out, and no average of seven", file=sys.stderr)
+    return names
 
 
 def open_cache(directory: Path, **identity: object) -> tuple[ResponseCache, Path]:
@@ -109,19 +122,19 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     dtype = chosen_dtype(arguments) or source.dtype
     batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
 
-    import datasets
+    # Weights are read and hashed, which holds no interpreter lock, while the harness is imported, which does.
+    with ThreadPoolExecutor(2) as executor:
+        loading = executor.submit(load_model, arguments.checkpoint, dtype, device, exit_loop + 1)
+        hashing = executor.submit(fingerprint, arguments.checkpoint)
+        from eval.harness_lm import HarnessLM
 
-    from eval.harness_lm import HarnessLM
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
-
-    model = load_model(arguments.checkpoint, dtype, device, exit_loop + 1)
+        quiet_harness()
+        tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
+        model, checkpoint_sha256 = loading.result(), hashing.result()
     # Merging a LoRA into a square weight costs as much as its own products on half as many rows as the weight has.
     model.set_merge(batch_tokens >= source.model.hidden_size)
     identity = {
-        "checkpoint_sha256": fingerprint(arguments.checkpoint),
+        "checkpoint_sha256": checkpoint_sha256,
         "tokenizer_sha256": tokenizer.sha256,
         "dtype": dtype_name(dtype),
         "exit_loop": exit_loop,
@@ -178,10 +191,9 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
-        default=list(PAPER_METRICS),
         metavar="NAMES",
         help="tasks, groups or tags of the harness, with commas between them (default: the paper's seven, "
-        f"{','.join(PAPER_METRICS)})",
+        f"{','.join(PAPER_METRICS)}; with --data-dir those of them that have a file there)",
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="read the seven tasks from files here (eval/tasks/README.md)"

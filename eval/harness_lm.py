@@ -1,8 +1,15 @@
 """Our models as a language model of the LM Evaluation Harness, without transformers and its tokenizers.
 
-Text becomes tokens as in the harness's `hf` model: context and continuation are encoded together, spaces that end the
-context go to the continuation, an empty context is BOS (EOS where there is none), and long texts are cut at the
-beginning, BOS first. So scores are those of that backend on the exported model; `eval/scoring.py` says why faster.
+Text becomes tokens as in the harness's `hf` model: spaces that end the context go to the continuation, both are encoded
+together, and what comes after as many tokens as the context alone has is scored after that context's own tokens. An
+empty context is BOS (EOS where there is none), and long texts are cut at the beginning, BOS first. So scores are those
+of that backend on the exported model; `eval/scoring.py` says why faster. Where they differ, on purpose:
+
+- A BOS spelt out in a text (`<s>`) is text, and comes after the BOS that texts begin with.
+- A continuation that leaves no token of its own, which stops that backend, is scored from where the encodings part.
+- Documents that are scored whole (`loglikelihood_rolling`) are cut into windows, each token scored once. The prefix
+  token begins the first window; with `bos`, BOS begins each, as in training, where that backend has it twice in the
+  first, scores the second one, and has none in the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -85,13 +92,7 @@ class HarnessLM(LM):
         texts = [request.args[0] for request in requests]
         # Without BOS: the first window gets the prefix token.
         encoded = self._encode(texts, False)
-        windows: list[list[Request]] = [
-            [
-                make_disjoint_window(window)
-                for window in get_rolling_token_windows(encoded[text], self._prefix, self.max_length, context_len=1)
-            ]
-            for text in texts
-        ]
+        windows = [self._windows(encoded[text]) for text in texts]
         scores = iter(self.scorer.score([pair for document in windows for pair in document], progress=self.progress))
         return [sum(next(scores)[0] for _ in document) for document in windows]
 
@@ -111,6 +112,13 @@ class HarnessLM(LM):
             prompts.append(Prompt(tuple(tokens), until, max_new_tokens))
         return generate_texts(self.model, self.model_tokenizer, prompts, self.scorer.cache, progress=self.progress)
 
+    def _windows(self, tokens: list[int]) -> list[Request]:
+        """Cut a document into windows that follow one another, each with the token before it as its context."""
+        length = self.max_length - 1 if self.bos and len(tokens) > self.max_length else self.max_length
+        windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self._prefix, length, context_len=1))
+        begin = [self._prefix] if self.bos else []
+        return [([*(begin if place else []), *window[0]], window[1]) for place, window in enumerate(windows)]
+
     def _encode(self, texts: Iterable[str], bos: bool) -> dict[str, list[int]]:
         """Encode each distinct text once."""
         distinct = list(dict.fromkeys(texts))
@@ -125,14 +133,15 @@ class HarnessLM(LM):
 def split_tokens(context: Sequence[int], whole: Sequence[int]) -> Request:
     """Split the tokens of context and continuation together into the two.
 
-    The context keeps its number of tokens, as in the harness. If a token spans both, that may leave none for the
-    continuation; then it begins where the two encodings part, and is empty only if the whole adds nothing.
+    As in the harness, the continuation is what comes after as many tokens as the context alone has, and comes after
+    the context's own tokens even if a token spans both. If that leaves it none, it begins where the two encodings part,
+    and is empty only if the whole adds nothing.
     """
-    length = len(context)
-    if len(whole) <= length:
-        length = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(whole))
-        # Nothing predicts the first token.
-        length = max(1, length)
+    if len(whole) > len(context) > 0:
+        return list(context), list(whole[len(context) :])
+    length = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(whole))
+    # Nothing predicts the first token.
+    length = max(1, length)
     return list(whole[:length]), list(whole[length:])
 
 

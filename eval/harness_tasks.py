@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import math
 import os
 import random
@@ -27,6 +28,24 @@ PAPER_METRICS = {
 BOOTSTRAP_ITERATIONS = 1000
 """Iterations for standard errors of metrics that are not means, such as LAMBADA's perplexity."""
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
+
+
+def quiet_harness() -> None:
+    """Leave of what the harness and the data set library print only errors, and the harness's own bars."""
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+def available_tasks(data_dir: Path) -> list[str]:
+    """Return those of the paper's seven tasks that have a file in `data_dir`; raise `UserError` if none has."""
+    from eval import local_tasks
+
+    names = [name for name in PAPER_METRICS if local_tasks.has_file(name, data_dir)]
+    if not names:
+        raise UserError(f"--data-dir: found no file of a task in {data_dir}; expected some (see eval/tasks/README.md)")
+    return names
 
 
 def load_tasks(names: list[str], data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, dict[str, Path]]:

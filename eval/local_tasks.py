@@ -3,7 +3,9 @@
 `eval/tasks/README.md` has the schemas; prompts and metrics are the harness's own.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from rrt.errors import UserError
 
 OVERLAYS = Path(__file__).parent / "tasks"
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
-FORMATS = ("jsonl", "parquet")
+FORMATS = ("jsonl", "jsonl.gz", "parquet")
 
 Rule = tuple[Callable[[object, dict[str, Any]], bool], str]
 """A check of a field's value, given the record, whose earlier fields are checked; and the expectation in words."""
@@ -30,6 +32,13 @@ def stock_file(task: str) -> Path:
     if not path.is_file():
         raise UserError(f"lm-eval {lm_eval.__version__}: has no {path}; expected it, as in lm-eval 0.4.13")
     return path
+
+
+def has_file(task: str, directory: Path) -> bool:
+    """Return True if there is a file of the task's scored split."""
+    if not directory.is_dir():
+        raise UserError(f"--data-dir: found {directory}; expected a directory")
+    return any((directory / f"{task}.{suffix}").is_file() for suffix in FORMATS)
 
 
 def data_files(task: str, directory: Path, num_fewshot: int) -> dict[str, Path]:
@@ -58,7 +67,23 @@ def local_task(task: str, files: dict[str, Path]) -> dict[str, Any]:
         split = _overlay(task)[name]
         config[name] = split if split in splits else None
 
+    if "process_docs" in config:
+        config["process_docs"] = _once_per_split(config["process_docs"])
     return {**config, "dataset_name": None, "custom_dataset": lambda **_: splits}
+
+
+def _once_per_split(process: Callable[[datasets.Dataset], datasets.Dataset]) -> Callable[..., datasets.Dataset]:
+    """Keep what a task makes of its records: the harness makes it anew whenever it looks at them, five times a run."""
+    made: list[tuple[datasets.Dataset, datasets.Dataset]] = []
+
+    def processed(records: datasets.Dataset) -> datasets.Dataset:
+        for known, result in made:
+            if known is records:
+                return result
+        made.append((records, process(records)))
+        return made[-1][1]
+
+    return processed
 
 
 def _overlay(task: str) -> dict[str, Any]:
@@ -72,8 +97,9 @@ def _find(directory: Path, name: str) -> Path:
     names = [f"{name}.{suffix}" for suffix in FORMATS]
     found = [directory / name for name in names if (directory / name).is_file()]
     if len(found) != 1:
-        having = " and ".join(path.name for path in found) or "neither"
-        raise UserError(f"{directory}: found {having}; expected {' or '.join(names)} (see eval/tasks/README.md)")
+        having = " and ".join(path.name for path in found) or "none"
+        expected = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise UserError(f"{directory}: found {having}; expected {expected} (see eval/tasks/README.md)")
     return found[0]
 
 
@@ -111,14 +137,17 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: not a Parquet file ({error})") from None
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number}: not valid JSON ({error})") from None
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}: line {number}: not valid JSON ({error})") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def _is_text(value: object, _: dict[str, Any]) -> bool:

@@ -1,8 +1,9 @@
-"""Log-likelihoods of continuations; shared beginnings are computed once, and the head runs on scored tokens only.
+"""Log-likelihoods of continuations; beginnings that texts share are computed once, the head runs on scored tokens only.
 
-Requests that begin with the same tokens (a question and its choices, a sentence and its two options) share one row: the
-common beginning, then a branch for the rest of each. A token sees the beginning and its own branch, at its position in
-its own text, so a row gives the scores of its texts alone. Rows are sorted by length and batched by tokens.
+Texts are sorted by their tokens and packed into rows one after the other, each without what it shares with the one
+before: a question is there once for its choices, `Question:` once for all questions of a row. A token sees those of its
+own text alone, at its position in that text, so a row gives the scores that its texts have alone. On a CPU a batch is
+one row, so there is no padding.
 
 Shapes as in `rrt.model.transformer`, M states that predict tokens, and P tokens that are scored.
 """
@@ -10,8 +11,9 @@ Shapes as in `rrt.model.transformer`, M states that predict tokens, and P tokens
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,10 +32,10 @@ Request = tuple[list[int], list[int]]
 Score = tuple[float, bool]
 """Log-likelihood (nats) of the continuation, and whether each of its tokens is the most probable one."""
 
-MIN_SAVED_TOKENS = 8
-"""A text joins a row if that saves at least this many tokens more; longer rows cost attention."""
-MAX_BRANCH_TOKENS = 2048
-"""Most tokens of a row after its common beginning; attention costs the square of a row's length."""
+MIN_SHARED_TOKENS = 4
+"""A shorter beginning is computed again: it would cost more in the attention of all that share it."""
+MASKED_ROW_TOKENS = 512
+"""Tokens of a row where attention computes every pair of them and masks; elsewhere a row has a batch's tokens."""
 LOGITS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Logits held at once, 8 and 256 MiB in fp32; the former fits in a CPU's cache."""
 PACKED_BYTES = 2**32
@@ -51,34 +53,37 @@ class Text:
     targets: list[int]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """Texts that begin with the same `shared` tokens."""
+    """Texts sorted by their tokens, and how many tokens of each are those that the text before it begins with."""
 
-    shared: int
-    texts: list[Text] = field(default_factory=list)
+    texts: list[Text]
+    shared: list[int]
 
     @property
     def length(self) -> int:
-        return self.shared + sum(len(text.inputs) - self.shared for text in self.texts)
+        return sum(len(text.inputs) for text in self.texts) - sum(self.shared)
 
     @property
-    def has_branches(self) -> bool:
-        """Return True if causal attention alone would let a text see another."""
-        return self.length > max(len(text.inputs) for text in self.texts)
+    def is_causal(self) -> bool:
+        """Return True if causal attention alone would let each text see itself alone."""
+        return self.length == len(self.texts[-1].inputs)
 
-    def layout(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Return the row's tokens, positions, branch ids (0: shared), and the places in it whose logits are scored."""
-        tokens = self.texts[0].inputs[: self.shared]
-        positions, branch_ids, scored = list(range(self.shared)), [0] * self.shared, []
-        for branch, text in enumerate(self.texts, start=1):
-            shift = len(tokens) - self.shared
-            first = len(text.inputs) - len(text.targets)
-            scored += [p if p < self.shared else p + shift for p in range(first, len(text.inputs))]
-            tokens += text.inputs[self.shared :]
-            positions += range(self.shared, len(text.inputs))
-            branch_ids += [branch] * (len(text.inputs) - self.shared)
-        return tokens, positions, branch_ids, scored
+    def layout(self) -> tuple[list[int], list[int], np.ndarray, list[int]]:
+        """Return the row's tokens, their positions and `seen_until` (of the model), and the places that are scored."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        path: list[int] = []  # where the tokens of the text at hand are
+        scored: list[int] = []
+        seen_until = np.full(self.length, self.length, dtype=np.int32)
+        for text, shared in zip(self.texts, self.shared, strict=True):
+            seen_until[path[shared:]] = len(tokens)
+            del path[shared:]
+            path += range(len(tokens), len(tokens) + len(text.inputs) - shared)
+            tokens += text.inputs[shared:]
+            positions += range(shared, len(text.inputs))
+            scored += path[len(text.inputs) - len(text.targets) :]
+        return tokens, positions, seen_until, scored
 
 
 class Scorer:
@@ -98,8 +103,8 @@ class Scorer:
         """
         Args:
             max_length: longest input in tokens; longer ones lose their beginning, BOS first.
-            batch_tokens: most tokens in a batch, padding included, unless a single row has more: smaller batches have
-                less padding and stay in a CPU's caches, larger ones fill a GPU.
+            batch_tokens: most tokens in a batch, padding included, unless a single text has more: smaller batches stay
+                in a CPU's caches, larger ones share more and fill a GPU.
             packed_bytes: memory for packed copies of the weights.
         """
         self.model = model
@@ -133,13 +138,19 @@ class Scorer:
         """
         texts = [self.make_text(context, continuation) for context, continuation in requests]
         waiting = {text.key: text for text in texts if text.key not in self.cache}
-        rows = share_beginnings(list(waiting.values()))
+        rows = list(pack_rows(list(waiting.values()), self.row_tokens)) if waiting else []
         total = sum(row.length for row in rows)
         with tqdm(total=total, unit="tok", unit_scale=True, desc="scoring", disable=None if progress else True) as bar:
             for batch in batches(rows, self.batch_tokens):
                 self.cache.add(self._score_rows(batch))
                 bar.update(sum(row.length for row in batch))
         return [(float(value), bool(greedy)) for value, greedy in (self.cache[text.key] for text in texts)]
+
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens of a row: all of a batch if attention skips what a row's tokens do not see."""
+        skips = ops.has_native_kernels(self.model.embed) and self.model.recursion.prefix_length == 0
+        return self.batch_tokens if skips else min(self.batch_tokens, MASKED_ROW_TOKENS)
 
     def make_text(self, context: list[int], continuation: list[int]) -> Text:
         """Cut a request to `max_length` inputs; raise `UserError` if its continuation alone is longer."""
@@ -157,28 +168,24 @@ class Scorer:
         device = self.model.embed.device
         layouts = [row.layout() for row in rows]
         width = max(len(tokens) for tokens, *_ in layouts)
-        tokens, positions, branch_ids = np.zeros((3, len(rows), width), dtype=np.int64)
+        tokens, positions = np.zeros((2, len(rows), width), dtype=np.int64)
+        seen_until = np.zeros((len(rows), width), dtype=np.int32)  # padding is seen by itself
         scored: list[int] = []
-        for index, (row_tokens, row_positions, row_branches, row_scored) in enumerate(layouts):
+        for index, (row_tokens, row_positions, row_seen, row_scored) in enumerate(layouts):
             end = len(row_tokens)
-            tokens[index, :end], positions[index, :end], branch_ids[index, :end] = (
-                row_tokens,
-                row_positions,
-                row_branches,
-            )
-            branch_ids[index, end:] = -1  # padding sees the beginning and itself
+            tokens[index, :end], positions[index, :end], seen_until[index, :end] = row_tokens, row_positions, row_seen
             scored += [index * width + place for place in row_scored]
         layout = {}
-        if any(row.has_branches for row in rows):
+        if not all(row.is_causal for row in rows):
             layout = {
-                "branch_ids": torch.from_numpy(branch_ids).to(device),
+                "seen_until": torch.from_numpy(seen_until).to(device),
                 "positions": torch.from_numpy(positions).to(device),
             }
         texts = [text for row in rows for text in row.texts]
         targets = np.array([target for text in texts for target in text.targets])
         # A state that several texts share goes through the head once, for the target of each.
         places, sources = np.unique(scored, return_inverse=True)
-        # Without branches a row is one text: under causal attention the padding after it changes nothing.
+        # Under causal attention the padding after a row changes nothing.
         selected_tokens = torch.from_numpy(places).to(device)
         with self._packed_layers.in_use():
             input_ids = torch.from_numpy(tokens).to(device)
@@ -236,37 +243,39 @@ class Scorer:
         return torch.cat(values).cpu().numpy()[inverse], torch.cat(hits).cpu().numpy()[inverse]
 
 
-def share_beginnings(texts: list[Text]) -> list[Row]:
-    """Pack texts that begin alike into rows.
+def pack_rows(texts: list[Text], row_tokens: int) -> Iterator[Row]:
+    """Pack texts into rows of at most `row_tokens` tokens; a longer text has a row of its own.
 
-    Sorted by their tokens, neighbours share most. A row of n texts that share s tokens saves (n - 1) * s; the next text
-    joins if the saving grows.
+    A row ends where the next text shares least with it, within its last quarter: what two rows share is computed twice.
     """
-    rows: list[Row] = []
-    for text in sorted(texts, key=lambda text: text.inputs):
-        if rows:
-            row = rows[-1]
-            count = len(row.texts)
-            shared = _common_prefix_length(row.texts[-1].inputs[: row.shared], text.inputs)
-            grown = row.length + (count - 1) * (row.shared - shared) + len(text.inputs) - shared
-            gain = count * shared - (count - 1) * row.shared
-            if gain >= MIN_SAVED_TOKENS and grown - shared <= MAX_BRANCH_TOKENS:
-                row.shared = shared
-                row.texts.append(text)
-                continue
-        rows.append(Row(len(text.inputs), [text]))
-    return rows
+    texts = sorted(texts, key=lambda text: text.inputs)
+    shared = [0, *(_common_prefix_length(a.inputs, b.inputs) for a, b in pairwise(texts))]
+    shared = [count if count >= MIN_SHARED_TOKENS else 0 for count in shared]
+    first = 0
+    while first < len(texts):
+        lengths = [len(texts[first].inputs)]
+        for index in range(first + 1, len(texts)):
+            length = lengths[-1] + len(texts[index].inputs) - shared[index]
+            if length > row_tokens:
+                break
+            lengths.append(length)
+        end = first + len(lengths)
+        if end < len(texts):
+            ends = [end for end, length in enumerate(lengths, start=first + 1) if 4 * length >= 3 * lengths[-1]]
+            end = min(reversed(ends), key=lambda end: shared[end])
+        yield Row(texts[first:end], [0, *shared[first + 1 : end]])
+        first = end
 
 
 def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Yield batches of rows of similar length, longest first, so that memory runs out at once or not at all.
 
-    All rows of a batch have branches or none has.
+    Causal attention is enough for all rows of a batch or for none.
     """
-    rows = sorted(rows, key=lambda row: (row.has_branches, row.length), reverse=True)
+    rows = sorted(rows, key=lambda row: (not row.is_causal, row.length), reverse=True)
     batch: list[Row] = []
     for row in rows:
-        if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].has_branches != row.has_branches):
+        if batch and ((len(batch) + 1) * batch[0].length > batch_tokens or batch[0].is_causal != row.is_causal):
             yield batch
             batch = []
         batch.append(row)

@@ -214,10 +214,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.generate``; see the head of this file."""
     arguments = _parse_arguments(argv)
-    samplings = [
-        Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
-        for index in range(len(arguments.prompt))
-    ]
+    try:
+        samplings = [
+            Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
+            for index in range(len(arguments.prompt))
+        ]
+    except UserError as error:  # begins with the name of a field, which is a flag here
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
     device = pick_device(arguments.device)
     # Everything that can be wrong is found before the weights are read.
     config = open_source(arguments.checkpoint).model

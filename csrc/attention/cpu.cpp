@@ -31,7 +31,7 @@ class ForwardMemory {
       scratch_.max = arena_.take<Acc>(kTile);
       scratch_.sum = arena_.take<Acc>(kTile);
       scratch_.out = arena_.take<Acc>(tile);
-      scratch_.branches = arena_.take<Acc>(tiles * kTile);
+      scratch_.seen_until = arena_.take<Acc>(tiles * kTile);
     });
   }
   const ForwardScratch& scratch() const { return scratch_; }
@@ -65,7 +65,7 @@ class BackwardMemory {
       scratch_.probabilities = arena_.take<Acc>(kPair);
       scratch_.score_rows = arena_.take<Acc>(kPair);
       scratch_.score_pairs = arena_.take<Acc>(kPair);
-      scratch_.branches = arena_.take<Acc>(tiles * kTile);
+      scratch_.seen_until = arena_.take<Acc>(tiles * kTile);
     });
   }
   const BackwardScratch& scratch() const { return scratch_; }

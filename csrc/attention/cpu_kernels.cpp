@@ -138,24 +138,73 @@ inline void store_pairs(const typename D::Vec (&values)[kPair<D>], typename Oper
   }
 }
 
+// A part of a tile of keys and one of queries: some keys, and the first queries.
+struct Part {
+  int64_t key_begin, key_end, query_end;
+};
+// Its sides are multiples of this: of the elements of any vector of units.
+constexpr int64_t kPartBlock = 32;
+
+// Which queries of a sequence see which keys: those from the key on to where it ends to be seen.
+template <class D>
+struct Sight {
+  using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+  // As wide as Acc, so that comparisons make masks of its vectors.
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using IndexVec = typename Register<Index>::Type;
+
+  const Index* until = nullptr;  // of each token up to the end of the last tile; null: all are seen to the end
+
+  Sight(const Shape& shape, int64_t batch, void* scratch) {
+    if (shape.seen_until == nullptr) return;
+    const int32_t* from = shape.seen_until + batch * shape.length;
+    auto* to = static_cast<Index*>(scratch);
+    for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
+      const int64_t given = token < shape.length ? from[token] : 0;
+      to[token] = static_cast<Index>(given > token ? given : token + 1);
+    }
+    until = to;
+  }
+
+  // Whether any query from `query` on sees a key of tile j.
+  bool reaches(int64_t j, int64_t query) const {
+    if (until == nullptr) return true;
+    bool seen = false;
+    for (int64_t key = j * kTile; key < (j + 1) * kTile; ++key) seen |= until[key] > query;
+    return seen;
+  }
+
+  // The part of a tile of keys and one of queries outside of which no query sees a key, in whole blocks.
+  Part part(int64_t i, int64_t j) const {
+    Part part{0, kTile, kTile};
+    if (until == nullptr) return part;
+    const int64_t first = i * kTile;
+    const Index* keys = until + j * kTile;
+    while (part.key_begin < kTile && keys[part.key_begin] <= first) ++part.key_begin;
+    while (part.key_end > part.key_begin && keys[part.key_end - 1] <= first) --part.key_end;
+    int64_t last = 0;
+    for (int64_t key = part.key_begin; key < part.key_end; ++key) last = keys[key] > last ? keys[key] : last;
+    part.key_begin -= part.key_begin % kPartBlock;
+    part.key_end = smaller(kTile, round_up(part.key_end, kPartBlock));
+    part.query_end = smaller(kTile, round_up(last > first ? last - first : 0, kPartBlock));
+    return part;
+  }
+};
+
 // Masks the pairs of tile i of queries and tile j of keys in which the query does not see the key.
 template <class D>
 struct Unseen {
   using Acc = typename D::Acc;
   using Vec = typename D::Vec;
-  // As wide as Acc, so that comparisons make masks of its vectors.
-  using Branch = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
-  using BranchVec = typename Register<Branch>::Type;
+  using Index = typename Sight<D>::Index;
 
   const bool diagonal;
-  const Branch* queries = nullptr;  // branches of the tiles' tokens; null: there are none
-  const Branch* keys = nullptr;
+  const Index first;  // query of the tile
+  const Index* until = nullptr;
 
-  // `branches` is what stage_branches returned.
-  Unseen(int64_t i, int64_t j, const Branch* branches) : diagonal(i == j) {
-    if (branches == nullptr) return;
-    queries = branches + i * kTile;
-    keys = branches + j * kTile;
+  Unseen(int64_t i, int64_t j, const Sight<D>& sight) : diagonal(i == j), first(static_cast<Index>(i * kTile)) {
+    if (sight.until != nullptr) until = sight.until + j * kTile;
   }
 
   // Puts `value` into the lanes of queries, from `query` on, that do not see the key.
@@ -165,20 +214,15 @@ struct Unseen {
       for (int i = 0; i < kLanes<D>; ++i) number[i] = static_cast<Acc>(i);
       values = number < static_cast<Acc>(key - query) ? Vec{} + value : values;
     }
-    if (queries != nullptr && keys[key] != 0) {
-      values = load<BranchVec>(queries + query) != keys[key] ? Vec{} + value : values;
+    if (until != nullptr) {
+      const Index left = until[key] - first - static_cast<Index>(query);
+      if (left < kLanes<D>) {
+        typename Sight<D>::IndexVec number;
+        for (int i = 0; i < kLanes<D>; ++i) number[i] = i;
+        values = number >= left ? Vec{} + value : values;
+      }
     }
     return values;
-  }
-
-  // A sequence's branches up to the end of its last tile, or null.
-  static const Branch* stage_branches(const Shape& shape, int64_t batch, void* to) {
-    if (shape.branches == nullptr) return nullptr;
-    auto* branches = static_cast<Branch*>(to);
-    for (int64_t token = 0; token < tiles_of(shape.length) * kTile; ++token) {
-      branches[token] = token < shape.length ? shape.branches[batch * shape.length + token] : 0;
-    }
-    return branches;
   }
 };
 
@@ -217,22 +261,22 @@ struct Forward {
   const int64_t dim = padded_dim(shape);
 
   // Scores of a tile become probabilities, and `out` and the running softmax follow.
-  void softmax(const Unseen<D>& unseen) const {
+  void softmax(const Unseen<D>& unseen, const Part& part) const {
     auto* scores = static_cast<Acc*>(scratch.scores);
     auto* probabilities = static_cast<Unit*>(scratch.probabilities);
     auto* out = static_cast<Acc*>(scratch.out);
-    for (int64_t query = 0; query < kTile; query += kLanes<D>) {
+    for (int64_t query = 0; query < part.query_end; query += kLanes<D>) {
       Acc* max_at = static_cast<Acc*>(scratch.max) + query;
       Acc* sum_at = static_cast<Acc*>(scratch.sum) + query;
       const Vec old = load<Vec>(max_at);
       Vec max = old, sum = {};
-      for (int64_t key = 0; key < kTile; ++key) {
+      for (int64_t key = part.key_begin; key < part.key_end; ++key) {
         Acc* at = scores + key * kTile + query;
         const Vec score = unseen.set(load<Vec>(at) * static_cast<Acc>(shape.scale), query, key, kUnseen<Acc>);
         std::memcpy(at, &score, sizeof(score));
         max = score > max ? score : max;
       }
-      for (int64_t key = 0; key < kTile; key += kPair<D>) {
+      for (int64_t key = part.key_begin; key < part.key_end; key += kPair<D>) {
         Vec p[kPair<D>];
         for (int i = 0; i < kPair<D>; ++i) {
           p[i] = exp_negative(load<Vec>(scores + (key + i) * kTile + query) - max);
@@ -266,12 +310,13 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
   auto* keys = static_cast<Unit*>(scratch.keys);
   auto* values = static_cast<Unit*>(scratch.values);
   const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
+  const Sight<D> sight(shape, batch, scratch.seen_until);
   for (int64_t j = 0; j < tiles_of(end); ++j) {
+    if (!sight.reaches(j, first)) continue;
     stager.rows(k, j * kTile, shape.length, keys + j * size);
     stager.column_pairs(v, j * kTile, shape.length, values + j * size);
   }
   auto* out = static_cast<Acc*>(scratch.out);
-  const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Head<D> q(params.q, batch, head);
     for (int64_t begin = first; begin < end; begin += kTile) {
@@ -283,12 +328,17 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
       }
       for (int64_t i = 0; i < dim * kTile; ++i) out[i] = 0;
       for (int64_t j = 0; j <= begin / kTile; ++j) {
-        multiply_rows<D, kMaxRows, false>(keys + j * size, dim / kPair<D>, queries, dim,
-                                          static_cast<Acc*>(scratch.scores), kTile, kTile, kTile);
-        tile.softmax({begin / kTile, j, branches});
-        const Staged<D> probabilities{static_cast<const Unit*>(scratch.probabilities), kTile};
-        multiply_rows<D, kMaxRows, true>(values + j * size, tile.kPairStride, probabilities, kTile, out, kTile, dim,
-                                         kTile);
+        const Part part = sight.part(begin / kTile, j);
+        if (part.key_begin >= part.key_end) continue;
+        const int64_t num_keys = part.key_end - part.key_begin, num_queries = part.query_end;
+        multiply_rows<D, kMaxRows, false>(keys + j * size + part.key_begin * dim / kPair<D>, dim / kPair<D>, queries,
+                                          dim, static_cast<Acc*>(scratch.scores) + part.key_begin * kTile, kTile,
+                                          num_keys, num_queries);
+        tile.softmax({begin / kTile, j, sight}, part);
+        const Staged<D> probabilities{
+            static_cast<const Unit*>(scratch.probabilities) + part.key_begin / kPair<D> * kTile, kTile};
+        multiply_rows<D, kMaxRows, true>(values + j * size + part.key_begin / kPair<D>, tile.kPairStride, probabilities,
+                                         num_keys, out, kTile, dim, num_queries);
       }
       const int64_t count = smaller(kTile, end - begin);
       const auto* max = static_cast<const Acc*>(scratch.max);
@@ -331,13 +381,15 @@ struct Backward {
   void run() const {
     stage_queries();
     const Head<D> k(params.k, batch, kv_head), v(params.v, batch, kv_head);
-    const auto* branches = Unseen<D>::stage_branches(shape, batch, scratch.branches);
+    const Sight<D> sight(shape, batch, scratch.seen_until);
     for (int64_t j = 0; j < tiles; ++j) {
       stager.rows(k, j * kTile, shape.length, at<Unit>(scratch.k_rows));
       stager.column_pairs(k, j * kTile, shape.length, at<Unit>(scratch.k_columns));
       stager.rows(v, j * kTile, shape.length, at<Unit>(scratch.v_rows));
       for (int64_t i = 0; i < size; ++i) *at<Acc>(scratch.k_grad, i) = *at<Acc>(scratch.v_grad, i) = 0;
-      for (int64_t i = j; i < tiles; ++i) multiply(i, {i, j, branches});
+      for (int64_t i = j; i < tiles; ++i) {
+        if (sight.reaches(j, i * kTile)) multiply(i, {i, j, sight});
+      }
       store_keys(j, at<Acc>(scratch.k_grad), params.k_grad, 0);
       store_keys(j, at<Acc>(scratch.v_grad), params.v_grad, 1);
     }

@@ -24,7 +24,7 @@ struct ForwardScratch {
   void* max;            // [kTile]
   void* sum;            // [kTile]
   void* out;            // [dim, kTile]
-  void* branches;       // tiles of [kTile] integers
+  void* seen_until;     // tiles of [kTile] integers
 };
 
 struct BackwardScratch {
@@ -48,7 +48,7 @@ struct BackwardScratch {
   void* probabilities;  // as a left operand
   void* score_rows;     // the scores' gradient as a left operand
   void* score_pairs;    // and as a right one
-  void* branches;       // tiles of [kTile] integers
+  void* seen_until;     // tiles of [kTile] integers
 };
 
 struct CpuKernels {

@@ -11,8 +11,9 @@ struct Shape {
   Dtype dtype;
   int64_t batch, length, num_heads, num_kv_heads, head_dim;
   double scale;
-  // [batch, length], contiguous: a token sees those before it of branch 0 and of its own. Null: it sees all of them.
-  const int32_t* branches = nullptr;
+  // [batch, length], contiguous: a token sees itself and, of those before it, each j with seen_until[j] beyond the
+  // token. Null: it sees all of them.
+  const int32_t* seen_until = nullptr;
 };
 
 // [batch, length, heads, head_dim]. Strides are in elements; a head's elements are adjacent.

@@ -16,7 +16,7 @@ constexpr Checks forward_check{"causal_attention"};
 constexpr Checks backward_check{"causal_attention_backward"};
 
 attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                             const std::optional<Tensor>& branches) {
+                             const std::optional<Tensor>& seen_until) {
   const Dtype dtype = check.float_dtype("q", q);
   check.dtype("k", k, q.scalar_type());
   check.dtype("v", v, q.scalar_type());
@@ -30,11 +30,11 @@ attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor&
   if (num_kv_heads > 0 ? num_heads % num_kv_heads != 0 : num_heads != 0) {
     check.fail("q: found ", num_heads, " heads; expected a multiple of k's ", num_kv_heads);
   }
-  if (branches) {
-    check.dtype("branches", *branches, ScalarType::Int);
-    check.same_device("branches", *branches, q, "q");
-    check.shape("branches", *branches, {{"B", batch}, {"T", length}});
-    check.contiguous("branches", *branches);
+  if (seen_until) {
+    check.dtype("seen_until", *seen_until, ScalarType::Int);
+    check.same_device("seen_until", *seen_until, q, "q");
+    check.shape("seen_until", *seen_until, {{"B", batch}, {"T", length}});
+    check.contiguous("seen_until", *seen_until);
   }
   attention::Shape shape{};
   shape.dtype = dtype;
@@ -44,7 +44,7 @@ attention::Shape check_shape(const Checks& check, const Tensor& q, const Tensor&
   shape.num_kv_heads = num_kv_heads;
   shape.head_dim = head_dim;
   shape.scale = scale;
-  shape.branches = branches ? branches->const_data_ptr<int32_t>() : nullptr;
+  shape.seen_until = seen_until ? seen_until->const_data_ptr<int32_t>() : nullptr;
   return shape;
 }
 
@@ -55,8 +55,8 @@ ScalarType lse_dtype(const Tensor& q) {
 }
 
 std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                                const std::optional<Tensor>& branches) {
-  const attention::Shape shape = check_shape(forward_check, q, k, v, scale, branches);
+                                                const std::optional<Tensor>& seen_until) {
+  const attention::Shape shape = check_shape(forward_check, q, k, v, scale, seen_until);
   const Tensor dense_q = with_dense_last_dim(q), dense_k = with_dense_last_dim(k), dense_v = with_dense_last_dim(v);
   const int64_t lse_size[] = {shape.batch, shape.num_heads, shape.length};
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, lse_size, lse_dtype(q));
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor> causal_attention_cpu(const Tensor& q, const Tensor& k
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& out_grad, const Tensor& q,
                                                                  const Tensor& k, const Tensor& v, const Tensor& out,
                                                                  const Tensor& lse, double scale,
-                                                                 const std::optional<Tensor>& branches) {
+                                                                 const std::optional<Tensor>& seen_until) {
   const Checks& check = backward_check;
-  const attention::Shape shape = check_shape(check, q, k, v, scale, branches);
+  const attention::Shape shape = check_shape(check, q, k, v, scale, seen_until);
   const auto check_like_q = [&](const char* name, const Tensor& tensor) {
     check.dtype(name, tensor, q.scalar_type());
     check.same_device(name, tensor, q, "q");
@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward_cpu(const Tensor& o
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
-      "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? branches=None) -> (Tensor, Tensor)");
+      "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? seen_until=None) -> (Tensor, Tensor)");
   library.def(
       "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, Tensor? branches=None) -> (Tensor, Tensor, Tensor)");
+      "float scale, Tensor? seen_until=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "arena.h"
+#include "decode_block/team.h"
 #include "kv_cache/plan.h"
 #include "parallel.h"
 
@@ -14,6 +15,9 @@ namespace {
 
 // Elements that are worth a thread, as in elementwise/cpu.cpp.
 constexpr int64_t kGrainElements = 1 << 14;
+// Multiply-adds of a linear that are worth a thread, as in loop_lora/cpu.cpp.
+constexpr int64_t kThreadWork = 1 << 16;
+constexpr int64_t kMaxThreads = 256;
 
 void run_serially(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin < end) body(begin, end, context);
@@ -188,8 +192,13 @@ class Pass {
 
 void run_cpu(const Params& params, ParallelFor parallel_for) {
   if (params.rows == 0) return;
-  Pass pass(params, parallel_for);
-  for (const Layer& layer : params.layers) pass.run(layer);
+  // More threads than the widest linear gives work would wait for it.
+  const int64_t work = params.rows * params.hidden_size * 2 * params.inner_size;
+  const int64_t threads = std::clamp<int64_t>(work / kThreadWork, 1, kMaxThreads);
+  Team::run(threads, parallel_for, [&] {
+    Pass pass(params, Team::parallel_for);
+    for (const Layer& layer : params.layers) pass.run(layer);
+  });
 }
 
 }  // namespace rrt::decode_block

@@ -36,9 +36,7 @@ int64_t dense(const Shape& s, int64_t heads, int64_t b, int64_t t, int64_t h, in
 }
 
 bool sees(const Shape& s, int64_t b, int64_t query, int64_t key) {
-  if (s.branches == nullptr) return true;
-  const int32_t* branch = s.branches + b * s.length;
-  return branch[key] == 0 || branch[key] == branch[query];
+  return s.seen_until == nullptr || key == query || query < s.seen_until[b * s.length + key];
 }
 
 void check(const Shape& s, Random& random) {
@@ -121,18 +119,21 @@ void results_and_gradients_are_those_of_the_definition() {
   }
 }
 
-void branches_see_the_beginning_and_themselves() {
+void tokens_see_only_their_own_text_where_texts_share_a_row() {
   Random random(3);
-  for (Shape shape : {Shape{{}, 2, 150, 4, 2, 24, 0.3}, Shape{{}, 1, 70, 2, 1, 64, 0.2}}) {
-    std::vector<int32_t> branches(shape.batch * shape.length);
+  for (Shape shape : {Shape{{}, 2, 150, 4, 2, 24, 0.3}, Shape{{}, 1, 330, 2, 1, 64, 0.2}}) {
+    std::vector<int32_t> seen_until(shape.batch * shape.length);
     for (int64_t b = 0; b < shape.batch; ++b) {
-      // A beginning that ends inside of a tile, or none; branches of different lengths; padding.
-      const int64_t beginning = b == 0 ? 10 : 0, padding = shape.length - 5;
-      for (int64_t t = beginning; t < shape.length; ++t) {
-        branches[b * shape.length + t] = t >= padding ? -1 : 1 + static_cast<int32_t>((t - beginning) / 30);
+      for (int64_t t = 0; t < shape.length; ++t) {
+        // Texts of 30 tokens after a beginning that ends inside of a tile, or none; in the middle, two share 12;
+        // the last tokens see the beginning and themselves.
+        const int64_t beginning = b == 0 ? 10 : 0, place = t - beginning, text = beginning + place / 30 * 30;
+        const bool middle = place / 30 == 2, shared = place % 30 < 12, alone = t >= shape.length - 5;
+        int64_t until = place < 0 ? shape.length : alone ? 0 : text + (middle && !shared && place % 30 < 21 ? 21 : 30);
+        seen_until[b * shape.length + t] = static_cast<int32_t>(until);
       }
     }
-    shape.branches = branches.data();
+    shape.seen_until = seen_until.data();
     for (Dtype dtype : kDtypes) {
       shape.dtype = dtype;
       check(shape, random);
@@ -174,6 +175,6 @@ void nothing_is_computed_of_nothing() {
 
 int main() {
   if (lacks_instruction_set()) return kSkipped;
-  return run(results_and_gradients_are_those_of_the_definition, branches_see_the_beginning_and_themselves,
+  return run(results_and_gradients_are_those_of_the_definition, tokens_see_only_their_own_text_where_texts_share_a_row,
              threads_change_no_bit, nothing_is_computed_of_nothing);
 }

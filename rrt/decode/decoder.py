@@ -2,14 +2,14 @@
 
 One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
 go through the native operators, and a row's result is bitwise independent of the other rows in the pass. Prefill
-chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`.
+chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`, or packed weights if there is no LoRA.
 
 Shapes as in `rrt.model.transformer`, and N kv-only and decode rows, M rows in all.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch import Tensor
 from rrt import ops
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.merged_weights import PrefillLinears
+from rrt.decode.packed_weights import should_pack_for_batches
 from rrt.decode.passes import DecodePlan, PassPlan, PrefillPlan
 from rrt.decode.row_linears import DecodeBlock, DecodeLayer, RowHead
 from rrt.errors import UserError
+from rrt.model.loop_linear import loop_linears
 from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
 
@@ -31,8 +33,9 @@ class Decoder:
             x = decoder.block(x, cache.plan(rows_at(loop)))
         logits = decoder.logits(x)
 
-    Decode rows use a copy of the weights, which is made here and on the CPU packed for few rows; prefill, norms and
-    embedding use the model itself. So do not change the model while a decoder lives; after a change, make another.
+    Decode rows use a copy of the weights, which is made here and on the CPU packed for few rows; so does prefill
+    without LoRA, where packed weights are the faster ones. Else prefill uses the model itself, as norms and embedding
+    do. So do not change the model while a decoder lives; after a change, make another.
     """
 
     @torch.no_grad()
@@ -70,6 +73,9 @@ class Decoder:
         if merged_bytes < 0:
             raise UserError(f"merged_bytes: found {merged_bytes}; expected at least 0")
         self._linears = PrefillLinears(merged_bytes)
+        # With LoRA, a chunk costs less merged.
+        has_lora = any(linear.rank for _, linear in loop_linears(model.stack))
+        self._prefills_packed = should_pack_for_batches(weight) and not has_lora
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [DecodeLayer(layer) for layer in _layers(model)]
@@ -119,15 +125,13 @@ class Decoder:
             return x
         if self._block is not None:
             return self._block(x, plan, self.cache.k, self.cache.v, self._cos_sin)
-        config, reading = self.model.config, slice(plan.num_kv_only, None)
+        reading = slice(plan.num_kv_only, None)
         kept, x = x[: plan.num_kv_only], x[reading]
         loops, positions = plan.loops[reading], plan.positions[reading]
         for index, layer in enumerate(self._layers):
             rows = torch.cat((kept, x)) if len(kept) else x
             qkv = layer.qkv(layer.module.attn_norm(rows, plan.loops), plan.loops)
-            q, k, v = qkv.unflatten(1, (-1, config.head_dim)).split(
-                (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
-            )
+            q, k, v = self._split_heads(qkv)
             q, k = layer.module.attn.normalize(q, k, plan.loops)
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
             ops.loop_kv_write(k, v, k_cache, v_cache, plan.slot_mapping, plan.positions, self._cos_sin)
@@ -141,17 +145,22 @@ class Decoder:
                 positions,
                 self._cos_sin,
             )
-            x = _add_residuals(layer.module, x, layer.out(y.flatten(1), loops), loops, layer.mlp)
+            x = _add_residuals(layer.module, x, layer.out(y.flatten(1), loops), loops, partial(layer.mlp, loops=loops))
         return torch.cat((kept, x)) if len(kept) else x
 
     def _prefill(self, x: Tensor, plan: PrefillPlan) -> Tensor:
-        config, loop = self.model.config, plan.loop
-        for index, layer in enumerate(_layers(self.model)):
+        loop, packed = plan.loop, self._prefills_packed
+        loops = torch.full((len(x),), loop, dtype=torch.int32, device=x.device)
+        for index, decode_layer in enumerate(self._layers):
+            layer = decode_layer.module
             h = layer.attn_norm(x, loop)
-            q, k, v = (
-                self._linears(linear, h, loop).unflatten(1, (-1, config.head_dim))
-                for linear in (layer.attn.q, layer.attn.k, layer.attn.v)
-            )
+            if packed:
+                q, k, v = self._split_heads(decode_layer.qkv(h, loops))
+            else:
+                q, k, v = (
+                    self._linears(linear, h, loop).unflatten(1, (-1, self.model.config.head_dim))
+                    for linear in (layer.attn.q, layer.attn.k, layer.attn.v)
+                )
             q, k = layer.attn.normalize(q, k, loop)
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
             ops.loop_kv_write(k, v, k_cache, v_cache, plan.slot_mapping, plan.positions, self._cos_sin)
@@ -166,9 +175,20 @@ class Decoder:
                 plan.positions,
                 self._cos_sin,
             )
-            attended = self._linears(layer.attn.out, y.flatten(1), loop)
-            x = _add_residuals(layer, x, attended, loop, partial(self._linears.mlp, layer.mlp))
+            y = y.flatten(1)
+            if packed:
+                mlp = partial(decode_layer.mlp, loops=loops)
+                x = _add_residuals(layer, x, decode_layer.out(y, loops), loop, mlp)
+            else:
+                attended = self._linears(layer.attn.out, y, loop)
+                x = _add_residuals(layer, x, attended, loop, partial(self._linears.mlp, layer.mlp, loop=loop))
         return x
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Split a fused projection [M, .] into heads [M, H or H_kv, D_h] of queries, keys and values."""
+        config = self.model.config
+        sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        return qkv.unflatten(1, (-1, config.head_dim)).split(sizes, dim=1)
 
     def _write_prefix(self) -> None:
         prefix = self.model.stack.prefix
@@ -186,11 +206,11 @@ class Decoder:
 
 
 def _add_residuals(
-    layer: Layer, x: Tensor, attended: Tensor, loop: int | Tensor, mlp: Callable[[Tensor, Any], Tensor]
+    layer: Layer, x: Tensor, attended: Tensor, loop: int | Tensor, mlp: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Finish a layer after attention, sequential or with parallel residual: [M, D] -> [M, D]."""
     residual = x + attended
-    return residual + mlp(layer.mlp_norm(x if layer.parallel_residual else residual, loop), loop)
+    return residual + mlp(layer.mlp_norm(x if layer.parallel_residual else residual, loop))
 
 
 def _layers(model: RecursiveTransformer) -> list[Layer]:

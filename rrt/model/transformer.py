@@ -32,15 +32,15 @@ Checkpointing = Literal["none", "layer", "loop"]
 class ForwardContext:
     """Inputs that all layers and loops of one forward share: rotary angles, and which tokens each query sees.
 
-    Without `mask` and `branch_ids`, attention is plainly causal.
+    Without `mask` and `seen_until`, attention is plainly causal.
     """
 
     rope: tuple[Tensor, Tensor]
     """Cosines and sines [batch or 1, T, rotary_dim / 2], see `rope_cos_sin`."""
     mask: Tensor | None = None
     """bool [batch or 1, 1, T, P + T]; true where a query sees a key, prefix vectors first."""
-    branch_ids: Tensor | None = None
-    """int32 [batch, T], contiguous: stands for the mask `ops.branch_mask` where the native operator takes it."""
+    seen_until: Tensor | None = None
+    """int32 [batch, T], contiguous: stands for `ops.packed_texts_mask` where the native operator takes it."""
 
 
 class Norm(nn.Module):
@@ -151,8 +151,8 @@ class Attention(nn.Module):
             # Prefix keys carry no position: every query sees them alike.
             prefix_k, prefix_v = (heads.expand(len(x), -1, -1, -1) for heads in self.prefix_heads(prefix, loop))
             k, v = torch.cat((prefix_k, k), dim=1), torch.cat((prefix_v, v), dim=1)
-        if context.branch_ids is not None or (context.mask is None and ops.has_native_kernels(x)):
-            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, context.branch_ids)
+        if context.seen_until is not None or (context.mask is None and ops.has_native_kernels(x)):
+            y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, context.seen_until)
         else:
             q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
             y = F.scaled_dot_product_attention(
@@ -308,30 +308,30 @@ class RecursiveTransformer(nn.Module):
         input_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        branch_ids: Tensor | None = None,
+        seen_until: Tensor | None = None,
         exit_loop: int | None = None,
     ) -> Tensor:
         """Compute the logits of every position, each from the tokens up to it.
 
         Args:
             input_ids: [batch, T] int64.
-            positions, branch_ids: int64 and int32 [batch, T], both or neither, for several texts packed into one row
-                after a shared prefix. The prefix has branch 0 and each text a number of its own; a token sees the
-                tokens before it that are of branch 0 or its own. `positions` are those in the unpacked texts.
+            positions, seen_until: int64 and int32 [batch, T], both or neither, for several texts packed into one row;
+                those that begin alike come after what they share. `positions` are those in the unpacked texts, and
+                `seen_until` the index of the first token after each that does not see it.
             exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
 
         Returns:
             [batch, T, V] in the parameters' dtype.
 
         Raises:
-            UserError: `exit_loop` is out of range, `positions` and `branch_ids` do not fit `input_ids`, or a text is
+            UserError: `exit_loop` is out of range, `positions` and `seen_until` do not fit `input_ids`, or a text is
                 longer than the base's sliding window.
         """
         loops = self.recursion.num_loops
         last = loops - 1 if exit_loop is None else exit_loop
         if not 0 <= last < loops:
             raise UserError(f"exit_loop: found {last}; expected a loop in [0, {loops})")
-        exits = self.hidden_states(input_ids, positions=positions, branch_ids=branch_ids, num_loops=last + 1)
+        exits = self.hidden_states(input_ids, positions=positions, seen_until=seen_until, num_loops=last + 1)
         return self.logits(exits[-1], last)
 
     def hidden_states(
@@ -339,7 +339,7 @@ class RecursiveTransformer(nn.Module):
         input_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        branch_ids: Tensor | None = None,
+        seen_until: Tensor | None = None,
         num_loops: int | None = None,
         selected_tokens: Tensor | None = None,
     ) -> list[Tensor]:
@@ -355,7 +355,7 @@ class RecursiveTransformer(nn.Module):
         if num_loops is not None and not 1 <= num_loops <= loops:
             raise UserError(f"num_loops: found {num_loops}; expected 1 to {loops}")
         x = self.embed_tokens(input_ids)
-        exits: list[Tensor] = self.stack(x, self._context(x, positions, branch_ids), num_loops, selected_tokens)
+        exits: list[Tensor] = self.stack(x, self._context(x, positions, seen_until), num_loops, selected_tokens)
         return exits
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -381,26 +381,26 @@ class RecursiveTransformer(nn.Module):
         """The head's matrix [V, D]: the embedding where they are tied."""
         return self.embed if self.head is None else self.head
 
-    def _context(self, x: Tensor, positions: Tensor | None, branch_ids: Tensor | None) -> ForwardContext:
+    def _context(self, x: Tensor, positions: Tensor | None, seen_until: Tensor | None) -> ForwardContext:
         """Make the context of a forward of x [batch, T, D]."""
         expected, prefix_length = tuple(x.shape[:2]), self.recursion.prefix_length
-        for name, tensor in (("positions", positions), ("branch_ids", branch_ids)):
+        for name, tensor in (("positions", positions), ("seen_until", seen_until)):
             if tensor is not None and tensor.shape != expected:
                 raise UserError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}, as input_ids")
-        if (positions is None) != (branch_ids is None):
-            found = "positions" if branch_ids is None else "branch_ids"
-            raise UserError(f"positions and branch_ids: found {found} alone; expected both, or neither")
+        if (positions is None) != (seen_until is None):
+            found = "positions" if seen_until is None else "seen_until"
+            raise UserError(f"positions and seen_until: found {found} alone; expected both, or neither")
         self._check_window(expected[1], positions)
-        if positions is None or branch_ids is None:
+        if positions is None or seen_until is None:
             rope = rope_cos_sin(self.config, torch.arange(expected[1], device=x.device)[None], x.dtype)
             if prefix_length == 0:
                 return ForwardContext(rope)
-            branch_ids = torch.zeros(1, expected[1], dtype=torch.int32, device=x.device)
+            seen_until = torch.full((1, expected[1]), expected[1], dtype=torch.int32, device=x.device)
         else:
-            rope, branch_ids = rope_cos_sin(self.config, positions, x.dtype), branch_ids.int().contiguous()
+            rope, seen_until = rope_cos_sin(self.config, positions, x.dtype), seen_until.int().contiguous()
             if prefix_length == 0 and ops.has_native_kernels(x):
-                return ForwardContext(rope, branch_ids=branch_ids)
-        return ForwardContext(rope, F.pad(ops.branch_mask(branch_ids), (prefix_length, 0), value=True))
+                return ForwardContext(rope, seen_until=seen_until)
+        return ForwardContext(rope, F.pad(ops.packed_texts_mask(seen_until), (prefix_length, 0), value=True))
 
     def _check_window(self, length: int, positions: Tensor | None) -> None:
         window = self.config.sliding_window

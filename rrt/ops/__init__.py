@@ -6,10 +6,10 @@ operator names, with one warning. `build_info()` tells which.
 
 from rrt.native import BuildInfo, build_info
 from rrt.ops.attention import (
-    branch_mask,
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
+    packed_texts_mask,
 )
 from rrt.ops.decode_block import PARAMETERS as BLOCK_PARAMETERS
 from rrt.ops.decode_block import decode_block, decode_block_reference
@@ -46,7 +46,6 @@ __all__ = [
     "BLOCK_PARAMETERS",
     "GATED_ACTIVATIONS",
     "BuildInfo",
-    "branch_mask",
     "build_info",
     "causal_attention",
     "causal_attention_backward_reference",
@@ -72,6 +71,7 @@ __all__ = [
     "pack_linear",
     "pack_linear_reference",
     "packed_linear",
+    "packed_texts_mask",
     "rms_norm",
     "rms_norm_backward_reference",
     "rms_norm_reference",

@@ -15,7 +15,7 @@ _check = Checks("causal_attention")
 _backward_check = Checks("causal_attention_backward")
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen_until: Tensor | None = None) -> Tensor:
     """Attend from every token to itself and those before it in its sequence; with gradients of q, k and v.
 
     A native kernel exists for CPUs. It keeps the inputs, the result and one number per query, and spreads B * H parts
@@ -27,9 +27,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Te
             key/value head ``h // (H // H_kv)``. Any strides; heads whose elements are not adjacent are copied.
         k, v: [B, T, H_kv, D_h] of q's dtype.
         scale: factor on the scores, before the softmax.
-        branches: int32 [B, T], contiguous, or None (the model's `branch_ids`): a number per token for several texts
-            packed into one row after a shared prefix. A token then sees, of those before it, the ones of branch 0 (the
-            prefix) and of its own.
+        seen_until: int32 [B, T], contiguous, or None, for several texts packed into one row, those that begin alike
+            after what they share: the index of the first token after each that does not see it. A token sees itself,
+            and of those before it those whose number is larger than its index.
 
     Returns:
         [B, T, H, D_h] of q's dtype, accumulated in float32 (float64 for float64). The native kernel gives the same
@@ -39,21 +39,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Te
         RuntimeError: a dtype, device or shape that does not fit; the message names the argument, what was found and
             what was expected.
     """
-    out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale, branches)[0]
+    out: Tensor = torch.ops.rrt.causal_attention.default(q, k, v, scale, seen_until)[0]
     return out
 
 
 def causal_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen_until: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`causal_attention` in plain PyTorch, on any device; rounds as PyTorch does.
 
     Returns:
         The result, and [B, H, T] float32 (float64) the logarithm of the sum of each query's exponentials.
     """
-    _check_inputs(_check, q, k, v, branches)
+    _check_inputs(_check, q, k, v, seen_until)
     q_heads, k_heads, v_heads = _heads(q, k, v)
-    scores = _scores(q_heads, k_heads, scale, branches)
+    scores = _scores(q_heads, k_heads, scale, seen_until)
     out = scores.softmax(-1).to(v_heads.dtype) @ v_heads
     return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1)
 
@@ -66,12 +66,12 @@ def causal_attention_backward_reference(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    branches: Tensor | None = None,
+    seen_until: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients of q, k and v in plain PyTorch; `lse` is `causal_attention_reference`'s second result."""
-    _check_backward(out_grad, q, k, v, out, lse, scale, branches)
+    _check_backward(out_grad, q, k, v, out, lse, scale, seen_until)
     q_heads, k_heads, v_heads = _heads(q, k, v)
-    p = (_scores(q_heads, k_heads, scale, branches) - lse[..., None]).exp()
+    p = (_scores(q_heads, k_heads, scale, seen_until) - lse[..., None]).exp()
     grad = out_grad.transpose(1, 2).to(p.dtype)
     delta = (grad * out.transpose(1, 2)).sum(-1, keepdim=True)
     slope = p * (grad @ v_heads.transpose(-1, -2) - delta) * scale
@@ -96,26 +96,28 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def branch_mask(branch_ids: Tensor) -> Tensor:
-    """Mask for several texts packed into one row after a shared prefix.
+def packed_texts_mask(seen_until: Tensor) -> Tensor:
+    """Mask for several texts packed into one row.
 
     Args:
-        branch_ids: integers [B, T]; 0 for the prefix, and a number of its own for each text.
+        seen_until: integers [B, T], as of `causal_attention`.
 
     Returns:
-        bool [B, 1, T, T]: query i sees key j if j <= i and j is of branch 0 or of i's branch.
+        bool [B, 1, T, T]: query i sees key j if j = i, or j < i < seen_until[j].
     """
-    keys, queries = branch_ids[:, None, None, :], branch_ids[:, None, :, None]
-    return ((keys == 0) | (keys == queries)).tril()
+    places = torch.arange(seen_until.shape[1], device=seen_until.device)
+    until = torch.maximum(seen_until, places + 1)
+    return (places[:, None] < until[:, None, None, :]).tril()
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, branches: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, seen_until: Tensor | None) -> Tensor:
     """Compute scores [B, H, T, T], minus infinity at keys that a query does not see."""
-    mask = branch_mask(q.new_zeros(1, q.shape[2]) if branches is None else branches)
+    length = q.shape[2]
+    mask = packed_texts_mask(q.new_full((1, length), length) if seen_until is None else seen_until)
     return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
 
 
-def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tensor | None) -> None:
+def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, seen_until: Tensor | None) -> None:
     """Make the checks of csrc/attention/op.cpp, in its order."""
     check.float_dtype("q", q)
     for name, tensor in (("k", k), ("v", v)):
@@ -127,11 +129,11 @@ def _check_inputs(check: Checks, q: Tensor, k: Tensor, v: Tensor, branches: Tens
     check.shape("k", k, batch, length, "H_kv", head_dim)
     check.shape("v", v, batch, length, k.shape[2], head_dim)
     check.multiple_of_kv_heads(num_heads, k.shape[2], "k")
-    if branches is not None:
-        check.dtype("branches", branches, torch.int32)
-        check.same_device("branches", branches, q, "q")
-        check.shape("branches", branches, batch, length)
-        check.contiguous("branches", branches)
+    if seen_until is not None:
+        check.dtype("seen_until", seen_until, torch.int32)
+        check.same_device("seen_until", seen_until, q, "q")
+        check.shape("seen_until", seen_until, batch, length)
+        check.contiguous("seen_until", seen_until)
 
 
 def _check_backward(
@@ -142,11 +144,11 @@ def _check_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    branches: Tensor | None = None,
+    seen_until: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make the backward's checks; return the tensors that its results are shaped like."""
     check = _backward_check
-    _check_inputs(check, q, k, v, branches)
+    _check_inputs(check, q, k, v, seen_until)
     for name, tensor in (("out_grad", out_grad), ("out", out)):
         check.like(name, tensor, q, "q")
         check.shape(name, tensor, *q.shape)
@@ -158,24 +160,24 @@ def _check_backward(
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen_until: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check_inputs(_check, q, k, v, branches)
+    _check_inputs(_check, q, k, v, seen_until)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulation_dtype(q))
     return q.new_empty(q.shape), lse
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, branches = inputs
+    q, k, v, ctx.scale, seen_until = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, branches)
+    ctx.save_for_backward(q, k, v, out, lse, seen_until)
 
 
 def _gradients(ctx: Any, out_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, branches = ctx.saved_tensors
+    *tensors, seen_until = ctx.saved_tensors
     backward = torch.ops.rrt.causal_attention_backward.default
-    return (*backward(out_grad, *tensors, ctx.scale, branches), None, None)
+    return (*backward(out_grad, *tensors, ctx.scale, seen_until), None, None)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -183,13 +185,13 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 
 register_op(
-    "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? branches=None) -> (Tensor, Tensor)",
+    "causal_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? seen_until=None) -> (Tensor, Tensor)",
     causal_attention_reference,
     _forward_fake,
 )
 register_op(
     "causal_attention_backward(Tensor out_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-    "Tensor? branches=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor? seen_until=None) -> (Tensor, Tensor, Tensor)",
     causal_attention_backward_reference,
     fake=lambda *arguments: tuple(x.new_empty(x.shape) for x in _check_backward(*arguments)),
 )

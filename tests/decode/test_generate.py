@@ -16,6 +16,7 @@ from rrt.folding.conversion import convert
 from rrt.folding.unroll import export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from tests.util.models import FAMILIES, make_hf_model
+from tests.util.real import real_model_directory
 from tests.util.tokenizers import make_bpe_tokenizer
 
 PROMPTS = ["def main(", "import json\n\nclass Decoder", "x"]
@@ -160,7 +161,8 @@ def test_text_that_spells_a_special_token_becomes_it_only_where_asked(bases, cap
         (["--max-new-tokens", "600"], r"--prompt number 1: found \d+ tokens .* expected at most 512 together"),
         (["--device", "abacus"], "--device: found 'abacus'"),
         (["--prompt", "", "--bos", "no"], "--prompt number 2: found no token"),
-        (["--temperature", "-1"], "temperature: found -1.0; expected 0 or more"),
+        (["--temperature", "-1"], "--temperature: found -1.0; expected 0 or more"),
+        (["--top-p", "0"], "--top-p: found 0.0; expected more than 0"),
         (["--stop", ""], "--stop: found an empty text"),
         (["--system", "Be brief."], "--system: expected with --chat alone"),
         (["--chat", "--bos", "yes"], "--bos: found yes with --chat; expected auto"),
@@ -176,3 +178,23 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, capsys):
     make_hf_model(tmp_path, "llama", num_layers=1)
     with pytest.raises(UserError, match="no tokenizer"):
         run(capsys, tmp_path)
+
+
+@pytest.mark.real
+def test_a_real_model_continues_and_answers_as_in_transformers(capsys):
+    """Greedy and in fp32, streamed and in a batch; the answer is that of transformers' own template and end tokens."""
+    base, count = real_model_directory(), 48
+    flags = [f"--max-new-tokens={count}", "--device=cpu", "--dtype=float32"]
+    prompts = ["The capital of France is", "def fibonacci(n):\n    ", "日本の首都は"]
+    expected = texts_of_transformers(base, prompts, count)
+    assert run(capsys, base, *flags, prompts=prompts) == expected
+    assert run(capsys, base, *flags, prompts=prompts[2:]) == expected[2:]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    message = "Write one short sentence about the sea, with an emoji."
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": message}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=count, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    answer = tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert run(capsys, base, *flags, "--chat", "--system=Be brief.", prompts=[message]) == [answer]

@@ -146,7 +146,7 @@ def test_bad_input_is_one_clear_message(base, recursion, data_dir, run, tmp_path
             ("--data-dir", wrong),
             f"piqa.jsonl: line 1: field 'label': found '{label}'; expected 0 or 1, an integer",
         ),
-        (base, ("--data-dir", wrong, "--tasks", "winogrande"), "expected winogrande.jsonl or winogrande.parquet"),
+        (base, ("--data-dir", wrong, "--tasks", "winogrande"), "found none; expected winogrande.jsonl, winogrande.jso"),
         (base, (*local, "--tasks", "mmlu"), "--data-dir: found task 'mmlu'; expected one of lambada_openai"),
         (base, (*local, "--tasks", "piqa,piqa"), "--tasks: found 'piqa' twice"),
         (base, (*local, "--tasks", ","), "--tasks: found none"),

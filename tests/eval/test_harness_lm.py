@@ -170,9 +170,47 @@ def test_rolling_perplexity_of_documents_of_any_length_as_with_the_hf_model(chec
     requests = instances("loglikelihood_rolling", *((text,) for text in texts))
     found, expected = ours.loglikelihood_rolling(requests), hf.loglikelihood_rolling(requests)
     assert found == pytest.approx(expected, abs=1e-3, rel=1e-6)
-    with_bos = ours_alone(checkpoints, family, family != "gpt_neox")
-    assert with_bos.loglikelihood_rolling(requests) == found
     assert ours.loglikelihood_rolling(instances("loglikelihood_rolling", ("",))) == [0]
+
+
+def test_windows_of_documents_begin_with_bos_and_score_every_token_once(checkpoints):
+    ours = ours_alone(checkpoints, "gemma", True, max_length=10)
+    tokens = list(range(100, 135))
+    windows = ours._windows(tokens)
+    assert windows[0] == ([2], tokens[:9]) and windows[1] == ([2, 108], tokens[9:18])
+    assert [token for _, scored in windows for token in scored] == tokens
+    for context, scored in windows:
+        assert context[0] == 2 and len(context) + len(scored) - 1 <= 10
+    assert ours._windows(tokens[:10]) == [([2], tokens[:10])] and ours._windows([]) == []
+    requests = instances("loglikelihood_rolling", (training_texts()[0][:300],))
+    pieces = [(ours.model_tokenizer.encode(request.args[0], bos=False)) for request in requests]
+    scores = [sum(value for value, _ in ours.scorer.score(ours._windows(piece))) for piece in pieces]
+    assert ours.loglikelihood_rolling(requests) == scores and len(pieces[0]) > 30
+
+
+def spanning_pairs(encode, count):
+    """Find texts with a cut that a token of the whole spans, and that leaves the continuation a token of its own."""
+    found = []
+    for word in " ".join(training_texts()[0].split()[:300]).split():
+        for cut in range(1, len(word)):
+            context, whole = encode(f"The {word[:cut]}"), encode(f"The {word}")
+            if whole[: len(context)] != context and len(whole) > len(context):
+                found.append((f"The {word[:cut]}", word[cut:]))
+    assert len(found) >= count
+    return found[:count]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_that_spans_context_and_continuation_scores_as_with_the_hf_model(both, family):
+    ours, hf = both(family, family != "gpt_neox")
+    requests = instances("loglikelihood", *spanning_pairs(hf.tok_encode, 8))
+    found = ours.loglikelihood(requests)
+    assert_same(found, hf.loglikelihood(requests))
+    # The harness scores the context's own tokens and the rest of the joint encoding, not the joint encoding.
+    for request, (value, _) in zip(requests, found, strict=True):
+        context, continuation = request.args
+        whole, length = hf.tok_encode(context + continuation), len(hf.tok_encode(context))
+        assert abs(ours.scorer.score([(whole[:length], whole[length:])])[0][0] - value) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,7 +283,7 @@ def test_generation_that_samples_or_is_too_long_is_refused(checkpoints):
 
 def test_a_continuation_that_merges_into_the_context_is_scored_from_where_the_tokens_part():
     assert split_tokens([1, 2, 3], [1, 2, 3, 4]) == ([1, 2, 3], [4])
-    assert split_tokens([1, 2, 3], [1, 2, 9, 4]) == ([1, 2, 9], [4])  # the harness counts, it does not compare
+    assert split_tokens([1, 2, 3], [1, 2, 9, 4]) == ([1, 2, 3], [4])  # the harness counts, it does not compare
     assert split_tokens([1, 2, 3], [1, 2, 9]) == ([1, 2], [9])
     assert split_tokens([1, 2, 3], [1, 9]) == ([1], [9])
     assert split_tokens([1, 2, 3], [1, 2, 3]) == ([1, 2, 3], [])

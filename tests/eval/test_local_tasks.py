@@ -1,5 +1,6 @@
 """eval/local_tasks.py: what a data set's schema does not allow is refused with the file, the record and the field."""
 
+import gzip
 import json
 
 import pytest
@@ -75,34 +76,51 @@ def test_fields_of_different_types_in_different_records_are_refused(tmp_path):
 def test_missing_empty_and_doubled_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--data-dir: found .*absent; expected a directory"):
         data_files("piqa", tmp_path / "absent", 0)
-    with pytest.raises(UserError, match=r"found neither; expected piqa\.jsonl or piqa\.parquet"):
+    with pytest.raises(UserError, match=r"found none; expected piqa\.jsonl, piqa\.jsonl\.gz or piqa\.parquet"):
         data_files("piqa", tmp_path, 0)
     with pytest.raises(UserError, match=r"piqa\.jsonl: found no record"):
         write(tmp_path, "piqa", ["", ""])
-    with pytest.raises(UserError, match=r"found neither; expected piqa\.train\.jsonl or piqa\.train\.parquet"):
+    with pytest.raises(UserError, match=r"found none; expected piqa\.train\.jsonl, piqa\.train\.jsonl\.gz or"):
         data_files("piqa", tmp_path, 2)
     (tmp_path / "piqa.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"found piqa\.jsonl and piqa\.parquet; expected piqa\.jsonl or piqa\.parquet"):
+    with pytest.raises(UserError, match=r"found piqa\.jsonl and piqa\.parquet; expected piqa\.jsonl, "):
         data_files("piqa", tmp_path, 0)
     (tmp_path / "piqa.jsonl").unlink()
     with pytest.raises(UserError, match=r"piqa\.parquet: not a Parquet file"):
         local_task("piqa", data_files("piqa", tmp_path, 0))
 
 
-def test_parquet_files_give_the_requests_of_the_same_records_as_lines(tmp_path):
+def test_parquet_and_gzip_files_give_the_requests_of_the_same_records_as_lines(tmp_path):
     write_task_files(tmp_path / "lines", documents=3)
     requests = []
-    for data in (tmp_path / "lines", tmp_path / "parquet"):
+    for data in (tmp_path / "lines", tmp_path / "parquet", tmp_path / "gzip"):
         data.mkdir(exist_ok=True)
         for task, records in task_records(3, 0).items():
             if data.name == "parquet":
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), data / f"{task}.parquet")
+            elif data.name == "gzip":
+                lines = (tmp_path / "lines" / f"{task}.jsonl").read_bytes()
+                (data / f"{task}.jsonl.gz").write_bytes(gzip.compress(lines))
         tasks, files = load_tasks(list(PAPER_METRICS), data, None)
         assert sorted(path.parent.name for path in files.values()) == [data.name] * 7
         for task in tasks["tasks"].values():
             task.build_all_requests()
         requests.append([request.args for task in tasks["tasks"].values() for request in task.instances])
-    assert requests[0] == requests[1]
+    assert requests[0] == requests[1] == requests[2]
+
+
+def test_gzip_files_that_are_not_whole_are_refused(tmp_path):
+    whole = gzip.compress(json.dumps(task_records(1, 0)["piqa"][0]).encode())
+    for content in (whole[:-9], whole[:20], b"no gzip", whole[:15] + bytes([whole[15] ^ 255]) + whole[16:]):
+        (tmp_path / "piqa.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match=r"piqa\.jsonl\.gz: (not a whole gzip file|line 1: not valid JSON)"):
+            local_task("piqa", data_files("piqa", tmp_path, 0))
+
+
+def test_what_a_task_makes_of_its_records_is_made_once(tmp_path):
+    write_task_files(tmp_path, documents=3)
+    (task,) = load_tasks(["hellaswag"], tmp_path, None)[0]["tasks"].values()
+    assert task.validation_docs() is task.validation_docs()
 
 
 def test_prompts_are_those_of_the_papers_protocol(tmp_path):

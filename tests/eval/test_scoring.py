@@ -5,7 +5,7 @@ import torch
 
 from eval import scoring
 from eval.response_cache import ResponseCache
-from eval.scoring import Scorer, batches, share_beginnings
+from eval.scoring import Scorer, batches, pack_rows
 from rrt import ops
 from rrt.checkpoint.source import open_source
 from rrt.errors import UserError
@@ -69,6 +69,7 @@ def alone(model, context, continuation):
 @pytest.mark.parametrize("recursion", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, recursion, monkeypatch):
+    monkeypatch.setattr(scoring, "MASKED_ROW_TOKENS", 60)
     model = random_model(configs[family], recursion)
     requests = request_mix()
     # One whose every token is the argmax.
@@ -77,8 +78,8 @@ def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, r
     requests.append((requests[0][0], [best]))
     expected = [alone(model, *request) for request in requests]
     assert expected[-1][1] and not all(greedy for _, greedy in expected)
-    for batch_tokens, max_branches in ((1, 0), (50, 2048), (130, 20), (4096, 2048)):
-        monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", max_branches)
+    for batch_tokens, min_shared in ((1, 1), (50, 1), (130, 8), (4096, 4)):
+        monkeypatch.setattr(scoring, "MIN_SHARED_TOKENS", min_shared)
         scores = Scorer(model, MAX_LENGTH, batch_tokens).score(requests)
         assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
         assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected, strict=True)) <= 1e-10
@@ -129,6 +130,17 @@ def test_a_state_that_predicts_several_tokens_goes_through_the_head_once(packed,
 
 
 @needs_native
+def test_a_batch_is_one_row_without_padding(configs, monkeypatch):
+    model = random_model(configs["llama"], KINDS["relaxed"])
+    shapes = []
+    whole = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, **rest: shapes.append(ids.shape) or whole(ids, **rest))
+    Scorer(model, MAX_LENGTH, 100).score(request_mix())
+    assert len(shapes) > 1 and all(rows == 1 and 50 <= length <= 100 for rows, length in shapes[:-1])
+    assert sum(length for _, length in shapes) == sum(row.length for row in rows_of(request_mix(), 100))
+
+
+@needs_native
 def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, monkeypatch):
     model = random_model(configs["llama"], KINDS["relaxed"])
     scorer = Scorer(model, MAX_LENGTH, 4096)
@@ -154,46 +166,84 @@ def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, mon
     assert not rows
 
 
-def rows_of(requests):
+def rows_of(requests, row_tokens=10_000):
     scorer = Scorer(None, MAX_LENGTH, 1)
-    return share_beginnings([scorer.make_text(*request) for request in requests])
+    texts = [scorer.make_text(*request) for request in requests]
+    return list(pack_rows(list({text.key: text for text in texts}.values()), row_tokens))
+
+
+def seen(row):
+    """What each token of a row sees, as the tokens there and itself."""
+    row_tokens, _, seen_until, _ = row.layout()
+    return [[row_tokens[j] for j in range(i + 1) if j == i or i < seen_until[j]] for i in range(len(row_tokens))]
 
 
 def test_a_context_is_computed_once_for_all_its_choices():
     context = tokens(30, 1)
     rows = rows_of([(context, tokens(length, length)) for length in (5, 6, 7, 8)])
-    assert [(row.shared, row.length) for row in rows] == [(30, 30 + 4 + 5 + 6 + 7)]
+    assert [row.length for row in rows] == [30 + 4 + 5 + 6 + 7] and not rows[0].is_causal
+
+
+def test_beginnings_of_beginnings_are_computed_once_and_seen_by_their_texts_alone():
+    question, name, other = tokens(5, 1), tokens(6, 2), tokens(7, 3)
+    requests = [([*question, *name], [*begin, end, 9]) for begin in ([4, 5, 6, 7], [8]) for end in (1, 2)]
+    requests.append(([*question, *other], [3, 3]))
+    (row,) = rows_of(requests)
+    assert row.length == 5 + 6 + (4 + 1 + 1) + (1 + 1 + 1) + 7 + 1
+    inputs = [context + continuation[:-1] for context, continuation in requests]
+    assert all(any(text[:place] in seen(row) for text in inputs) for place in range(1, 12))
+    assert all(any(part == text[: len(part)] for text in inputs) for part in seen(row))
+    assert all(text in seen(row) for text in inputs)
+
+
+def test_texts_of_a_row_have_the_positions_and_scored_places_that_they_have_alone():
+    for row in rows_of(request_mix(), 60):
+        row_tokens, positions, _, scored = row.layout()
+        parts = seen(row)
+        assert [len(part) - 1 for part in parts] == positions and len(row_tokens) == row.length
+        predicting = iter(scored)
+        for text in row.texts:
+            for place in range(len(text.inputs) - len(text.targets), len(text.inputs)):
+                assert parts[next(predicting)] == text.inputs[: place + 1]
 
 
 def test_one_token_continuations_share_the_whole_row():
     context = tokens(30, 1)
     rows = rows_of([(context, [token]) for token in range(50, 54)])
-    assert [(row.shared, row.length, row.has_branches) for row in rows] == [(30, 30, False)]
+    assert [(row.length, row.is_causal) for row in rows] == [(30, True)]
 
 
 def test_two_options_in_the_context_share_what_is_before_them():
     before, after = tokens(12, 1), tokens(6, 2)
     (row,) = rows_of([([*before, option], after) for option in (4, 5)])
-    assert (row.shared, row.length) == (12, 12 + 2 * 6)
+    assert row.length == 12 + 2 * 6
 
 
-def test_texts_with_little_in_common_stay_apart_and_rows_within_their_limit(monkeypatch):
-    assert len(rows_of([([1, 2, *tokens(20, seed)], tokens(3, seed)) for seed in range(5)])) == 5
-    monkeypatch.setattr("eval.scoring.MAX_BRANCH_TOKENS", 40)
-    rows = rows_of([(tokens(20, 0), tokens(10, seed)) for seed in range(9)])
-    assert len(rows) > 1 and all(row.length - row.shared <= 40 for row in rows)
-    assert sum(len(row.texts) for row in rows) == 9
+def test_short_beginnings_are_not_shared_and_rows_stay_within_their_limit():
+    few = [([1, 2, 3, *tokens(20, seed)], tokens(3, seed)) for seed in range(5)]
+    assert [row.length for row in rows_of(few)] == [5 * 25]
+    rows = rows_of([(tokens(20, 0), tokens(10, seed)) for seed in range(9)], 50)
+    assert len(rows) == 3 and all(row.length <= 50 for row in rows)
+    assert [len(row.texts) for row in rows_of([(tokens(20, seed), tokens(10, seed)) for seed in range(3)], 10)] == [
+        1
+    ] * 3
+
+
+def test_a_row_ends_where_the_next_text_shares_least():
+    documents = [(tokens(20, seed), [choice, 3]) for seed in range(4) for choice in (5, 6, 7)]
+    rows = rows_of(documents, 50)  # of 20 + 3 tokens each, so that a third would begin in the same row
+    assert [row.length for row in rows] == [46, 46]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 200, 10_000])
 def test_batches_hold_every_row_once_within_the_budget_with_padding(batch_tokens):
-    rows = rows_of(request_mix())
+    rows = rows_of(request_mix(), 60)
     found = list(batches(rows, batch_tokens))
     assert sorted(map(id, (row for batch in found for row in batch))) == sorted(map(id, rows))
     for batch in found:
         longest = max(row.length for row in batch)
         assert len(batch) == 1 or longest * len(batch) <= batch_tokens
-        assert len({row.has_branches for row in batch}) == 1
+        assert len({row.is_causal for row in batch}) == 1
 
 
 def test_finished_requests_are_not_computed_again(configs, tmp_path):

@@ -84,13 +84,13 @@ def test_texts_beyond_the_sliding_window_are_refused_and_those_within_it_equal_t
         ours(tokens[:, :17])
     # Texts of 16 tokens in a row of 26.
     positions = torch.cat([torch.arange(16), torch.arange(6, 16)])[None]
-    branch_ids = torch.tensor([0] * 6 + [1] * 10 + [2] * 10)[None]
+    seen_until = torch.tensor([[26] * 6 + [16] * 10 + [26] * 10])
     packed = torch.cat([tokens[:, :16], tokens[:, 20:30]], dim=1)
     alone = torch.cat([tokens[:, :6], tokens[:, 20:30]], dim=1)
-    found = ours(packed, positions=positions, branch_ids=branch_ids)
+    found = ours(packed, positions=positions, seen_until=seen_until)
     assert relative_error(found[:, 16:], ours(alone)[:, 6:]) <= 1e-5
     with pytest.raises(rrt.UserError, match="found a text of 17 tokens"):
-        ours(packed, positions=positions + 1, branch_ids=branch_ids)
+        ours(packed, positions=positions + 1, seen_until=seen_until)
 
 
 def recursive_model(name="llama-gqa", seed=0, **recursion):
@@ -122,7 +122,7 @@ def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name,
     owner = torch.tensor([0] * 7 + [1] * 5 + [2] * 6)
     positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 13)])[None]
     row = torch.cat([shared, *branches])[None]
-    packed = model(row, branch_ids=owner[None].int(), positions=positions)[0]
+    packed = model(row, seen_until=torch.tensor([[18] * 7 + [12] * 5 + [18] * 6]).int(), positions=positions)[0]
     for number, branch in enumerate(branches, start=1):
         alone = model(torch.cat([shared, branch])[None])[0]
         assert relative_error(packed[:7], alone[:7]) <= 1e-12
@@ -255,7 +255,7 @@ def test_states_of_selected_tokens_are_those_of_all(name, recursion, checkpointi
         assert all(torch.equal(one, other) for one, other in zip(few[:-1], everything[:-1], strict=True))
         assert few[-1].shape == (5, everything[-1].shape[-1])
         assert relative_error(few[-1], everything[-1].flatten(0, 1)[places]) <= 1e-12
-    rows = {"branch_ids": torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7).int()}
+    rows = {"seen_until": torch.tensor([7, 7, 5, 5, 5, 7, 7]).expand(3, 7).int()}
     rows["positions"] = torch.tensor([0, 1, 2, 3, 4, 2, 3]).expand(3, 7)
     packed = model.hidden_states(input_ids, **rows)
     few_packed = model.hidden_states(input_ids, selected_tokens=places, **rows)
@@ -287,16 +287,16 @@ def test_num_loops_must_divide_the_layers():
         RecursiveTransformer(config, RecursiveConfig(num_loops=3))
 
 
-def test_positions_and_branch_ids_that_do_not_fit_are_refused():
+def test_positions_and_seen_until_that_do_not_fit_are_refused():
     model = recursive_model(num_loops=2)
     input_ids = torch.zeros(1, 4, dtype=torch.long)
-    for options in ({"positions": input_ids}, {"branch_ids": input_ids}):
+    for options in ({"positions": input_ids}, {"seen_until": input_ids}):
         [name] = options
-        message = f"positions and branch_ids: found {name} alone; expected both, or neither"
+        message = f"positions and seen_until: found {name} alone; expected both, or neither"
         with pytest.raises(rrt.UserError, match=message):
             model(input_ids, **options)
-    with pytest.raises(rrt.UserError, match=r"branch_ids: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
-        model(input_ids, positions=input_ids, branch_ids=input_ids[:, :3])
+    with pytest.raises(rrt.UserError, match=r"seen_until: found shape \(1, 3\); expected \(1, 4\), as input_ids"):
+        model(input_ids, positions=input_ids, seen_until=input_ids[:, :3])
 
 
 def test_configs_are_frozen():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,10 +31,10 @@ class _Reference(torch.autograd.Function):
     """The references of both operators as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, branches: Tensor | None = None) -> Tensor:
-        out, lse = causal_attention_reference(q, k, v, scale, branches)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, seen_until: Tensor | None = None) -> Tensor:
+        out, lse = causal_attention_reference(q, k, v, scale, seen_until)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = scale, branches
+        ctx.rest = scale, seen_until
         return out
 
     @staticmethod
@@ -75,11 +76,13 @@ def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     ]
 
 
-def results(attention: Attention, tensors: list[Tensor], scale: float, branches: Tensor | None = None) -> list[Tensor]:
+def results(
+    attention: Attention, tensors: list[Tensor], scale: float, seen_until: Tensor | None = None
+) -> list[Tensor]:
     """Compute the result and the gradients of q, k and v."""
     *leaves, grad = tensors
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = attention(*leaves, scale, branches)
+    out = attention(*leaves, scale, seen_until)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -91,7 +94,7 @@ class Expected:
     errors: list[float]
 
 
-def expected(tensors: list[Tensor], scale: float, branches: Tensor | None = None) -> Expected:
+def expected(tensors: list[Tensor], scale: float, seen_until: Tensor | None = None) -> Expected:
     """Compute the result and the gradients of q, k and v by the definition.
 
     PyTorch's own function is no oracle: its kernel for CPUs makes NaN of a negative scale.
@@ -99,10 +102,10 @@ def expected(tensors: list[Tensor], scale: float, branches: Tensor | None = None
     dtype, heads = tensors[0].dtype, tensors[1].shape[2]
     q, k, v, grad = (x.detach().double().transpose(1, 2) for x in tensors)
     k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
-    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-    if branches is not None:
-        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
-        unseen = unseen | ((keys != 0) & (keys != queries))
+    unseen = torch.ones(len(q), 1, q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    if seen_until is not None:
+        for b, key in product(range(len(q)), range(q.shape[2])):
+            unseen[b, 0, max(key + 1, int(seen_until[b, key])) :, key] = True
     p = (q @ k.mT * scale).masked_fill(unseen, float("-inf")).softmax(-1)
     p_grad = grad @ v.mT
     delta = (p * p_grad).sum(-1, keepdim=True)
@@ -171,12 +174,17 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype) ->
 
 @pytest.mark.isa
 @pairwise(beginning=[0, 1, 40, 64, 100], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
-def test_branches_see_the_beginning_and_themselves(beginning: int, dtype: torch.dtype, attention: Attention) -> None:
-    tensors = inputs(Case(2, 190, 4, 2, 20), dtype)
-    branches = torch.zeros(2, 190, dtype=torch.int32)
-    branches[0, beginning:] = 1 + torch.arange(190 - beginning) // 35
-    branches[1, 30:80], branches[1, 80:180], branches[1, 180:] = 2**24 + 1, 2**24, -1
-    assert_near(results(attention, tensors, 0.3, branches), expected(tensors, 0.3, branches))
+def test_texts_in_a_row_see_what_they_share_and_themselves(
+    beginning: int, dtype: torch.dtype, attention: Attention
+) -> None:
+    tensors = inputs(Case(2, 290, 4, 2, 20), dtype)
+    seen_until = torch.full((2, 290), 290, dtype=torch.int32)
+    # Texts of 35 after a beginning; and of any lengths, two of which share 20 after what they share with a third.
+    seen_until[0, beginning:] = beginning + (torch.arange(290 - beginning) // 35 + 1) * 35
+    for first, end, until in ((0, 30, 250), (30, 80, 80), (80, 100, 250), (100, 170, 170), (170, 250, 250)):
+        seen_until[1, first:end] = until
+    seen_until[1, 280:] = -1
+    assert_near(results(attention, tensors, 0.3, seen_until), expected(tensors, 0.3, seen_until))
 
 
 @pytest.mark.isa
@@ -269,8 +277,8 @@ def test_gradients_match_finite_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration_passes_opcheck(dtype: torch.dtype) -> None:
     *leaves, grad = inputs(Case(2, 5, 4, 2, 8), dtype)
-    branches = torch.tensor([[0, 0, 1, 1, 2]] * 2, dtype=torch.int32)
-    for rest in ((0.3,), (0.3, branches)):
+    seen_until = torch.tensor([[5, 5, 4, 4, 5]] * 2, dtype=torch.int32)
+    for rest in ((0.3,), (0.3, seen_until)):
         torch.library.opcheck(torch.ops.rrt.causal_attention.default, (*(x.requires_grad_() for x in leaves), *rest))
     with torch.no_grad():
         out, lse = torch.ops.rrt.causal_attention.default(*leaves, 0.3)
@@ -286,9 +294,12 @@ MISTAKES: list[tuple[dict[str, Tensor], str]] = [
     ({"k": torch.zeros(2, 6, 2, 8)}, r"k: found shape \[2, 6, 2, 8\]; expected \[2, 5, H_kv, 8\]"),
     ({"v": torch.zeros(2, 5, 1, 8)}, r"v: found shape \[2, 5, 1, 8\]; expected \[2, 5, 2, 8\]"),
     ({"q": torch.zeros(2, 5, 3, 8)}, "q: found 3 heads; expected a multiple of k's 2"),
-    ({"branches": torch.zeros(2, 5, dtype=torch.int64)}, "branches: found dtype int64; expected int32"),
-    ({"branches": torch.zeros(2, 4, dtype=torch.int32)}, r"branches: found shape \[2, 4\]; expected \[2, 5\]"),
-    ({"branches": torch.zeros(5, 2, dtype=torch.int32).T}, r"branches: found strides \[1, 2\]; expected a contiguous"),
+    ({"seen_until": torch.zeros(2, 5, dtype=torch.int64)}, "seen_until: found dtype int64; expected int32"),
+    ({"seen_until": torch.zeros(2, 4, dtype=torch.int32)}, r"seen_until: found shape \[2, 4\]; expected \[2, 5\]"),
+    (
+        {"seen_until": torch.zeros(5, 2, dtype=torch.int32).T},
+        r"seen_until: found strides \[1, 2\]; expected a contiguous",
+    ),
 ]
 BACKWARD_MISTAKES: list[tuple[dict[str, Tensor], str]] = [
     ({"out_grad": torch.zeros(2, 5, 4, 8, dtype=torch.float16)}, "out_grad: found dtype float16; expected float32"),
@@ -363,8 +374,8 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
     assert calls == config.num_layers
     with pretend_device("cuda"):
         theirs = logits_and_gradients()
-    branches = (torch.arange(70) // 20).int().expand(2, 70)
-    rows = {"branch_ids": branches, "positions": torch.arange(70).expand(2, 70)}
+    seen_until = ((torch.arange(70) // 20 + 1) * 20).int().expand(2, 70)
+    rows = {"seen_until": seen_until, "positions": torch.arange(70).expand(2, 70)}
     with pretend_device("cuda"):
         masked = model(ids, **rows)
     assert calls == config.num_layers
