@@ -25,6 +25,7 @@ PAPER_METRICS = {
     "openbookqa": "acc_norm",
 }
 """The seven tasks, each with its metric in the paper's average."""
+FILE_FORMATS = ("jsonl", "jsonl.gz", "parquet")
 BOOTSTRAP_ITERATIONS = 1000
 """Iterations for standard errors of metrics that are not means, such as LAMBADA's perplexity."""
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
@@ -40,9 +41,11 @@ def quiet_harness() -> None:
 
 def available_tasks(data_dir: Path) -> list[str]:
     """Return those of the paper's seven tasks that have a file in `data_dir`; raise `UserError` if none has."""
-    from eval import local_tasks
-
-    names = [name for name in PAPER_METRICS if local_tasks.has_file(name, data_dir)]
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir: found {data_dir}; expected a directory")
+    names = [
+        name for name in PAPER_METRICS if any((data_dir / f"{name}.{suffix}").is_file() for suffix in FILE_FORMATS)
+    ]
     if not names:
         raise UserError(f"--data-dir: found no file of a task in {data_dir}; expected some (see eval/tasks/README.md)")
     return names

@@ -16,11 +16,11 @@ import pyarrow.parquet
 import yaml
 from lm_eval.tasks._yaml_loader import load_yaml  # no public function reads a task's file with its functions
 
+from eval.harness_tasks import FILE_FORMATS
 from rrt.errors import UserError
 
 OVERLAYS = Path(__file__).parent / "tasks"
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
-FORMATS = ("jsonl", "jsonl.gz", "parquet")
 
 Rule = tuple[Callable[[object, dict[str, Any]], bool], str]
 """A check of a field's value, given the record, whose earlier fields are checked; and the expectation in words."""
@@ -32,13 +32,6 @@ def stock_file(task: str) -> Path:
     if not path.is_file():
         raise UserError(f"lm-eval {lm_eval.__version__}: has no {path}; expected it, as in lm-eval 0.4.13")
     return path
-
-
-def has_file(task: str, directory: Path) -> bool:
-    """Return True if there is a file of the task's scored split."""
-    if not directory.is_dir():
-        raise UserError(f"--data-dir: found {directory}; expected a directory")
-    return any((directory / f"{task}.{suffix}").is_file() for suffix in FORMATS)
 
 
 def data_files(task: str, directory: Path, num_fewshot: int) -> dict[str, Path]:
@@ -94,7 +87,7 @@ def _overlay(task: str) -> dict[str, Any]:
 def _find(directory: Path, name: str) -> Path:
     if not directory.is_dir():
         raise UserError(f"--data-dir: found {directory}; expected a directory")
-    names = [f"{name}.{suffix}" for suffix in FORMATS]
+    names = [f"{name}.{suffix}" for suffix in FILE_FORMATS]
     found = [directory / name for name in names if (directory / name).is_file()]
     if len(found) != 1:
         having = " and ".join(path.name for path in found) or "none"
