@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument(
         "--bos", choices=("auto", "yes", "no"), default="auto", help="begin texts with BOS (default: as the tokenizer)"
     )
-    parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="of ours (default 1024)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N", help="of ours (default 2048)")
     parser.add_argument(
         "--hf-batch-sizes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="to choose from (default 4 8 16)"
     )

@@ -54,7 +54,7 @@ from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
 from rrt.model.sizes import model_sizes
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -79,7 +79,9 @@ def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> li
         stop_ids=tokenizer.stop_ids,
         should_stop=has_stopped,
     )
-    texts = [tokenizer.decode(tokens) for tokens in outputs]
+    # The token that ends a text is none of it, though it may have one.
+    stops = set(tokenizer.stop_ids)
+    texts = [tokenizer.decode(tokens[:-1] if not stops.isdisjoint(tokens[-1:]) else tokens) for tokens in outputs]
     for stop in until:
         texts = [text.split(stop)[0] for text in texts]
     return texts

@@ -128,7 +128,8 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         "--norm-init",
         choices=typing.get_args(NormInit),
         default="folded",
-        help="tied norms: folded into the linears that read them, which loses nothing (default); or, as in the paper, "
+        help="tied norms before attention and feed-forward: folded into the linears that read them, which loses none "
+        "of their gains (default; biases and norms of q and k stay tied as --init ties weights); or, as in the paper, "
         "their mean, the first loop's, or zero under --init average, the kept layer's under the others",
     )
     add_untie_norms_flag(parser)

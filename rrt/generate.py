@@ -51,10 +51,11 @@ def _check_prompts(prompts: Sequence[_Prompt], max_new_tokens: int, max_position
     for number, prompt in enumerate(prompts, 1):
         if not prompt.tokens:
             raise UserError(f"--prompt number {number}: found no token; expected text, or --bos yes")
-        if len(prompt.tokens) + max_new_tokens > max_positions:
+        # The last new token is never read.
+        if len(prompt.tokens) + max_new_tokens - 1 > max_positions:
             raise UserError(
                 f"--prompt number {number}: found {len(prompt.tokens)} tokens with --max-new-tokens {max_new_tokens}; "
-                f"expected at most {max_positions} together, the model's positions: shorten the prompt, or add fewer"
+                f"expected at most {max_positions + 1} together, for the model's positions: shorten it, or add fewer"
             )
 
 

@@ -18,7 +18,7 @@ CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
 # fp32 is half as fast, and gets half the tokens.
-TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 40960 || echo 20480)}
+TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 40960 || echo 16384)}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
 LORA_RANK=${DEMO_LORA_RANK:-64}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-}

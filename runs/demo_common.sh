@@ -3,7 +3,7 @@
 # and HELDOUT if it is not the held-out part of OUT/data.
 
 # bf16 where the CPU multiplies it in hardware (elsewhere it is emulated and slow), else fp32.
-best_dtype() { grep -qw avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32; }
+best_dtype() { grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null && echo bf16 || echo fp32; }
 
 begin() { # empties OUT, which must be an earlier demo's or not exist
     if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/.demo" ]; then

@@ -111,8 +111,9 @@ class MetricsWriter:
             self._stream.write(json.dumps({key: finite.get(key) for key in record}) + "\n")
             self._stream.flush()
         numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
-        for key, value in numbers.items():
-            self._board.add_scalar(f"train/{key}", value, record["step"])
+        with explain_no_space(self._path.parent / "tb"):
+            for key, value in numbers.items():
+                self._board.add_scalar(f"train/{key}", value, record["step"])
         if self._wandb is not None:
             self._wandb.log({"step": record["step"], **{f"train/{key}": value for key, value in numbers.items()}})
 

@@ -71,6 +71,7 @@ _LLAMA_DEFAULTS = {
 _QWEN_DEFAULTS = _LLAMA_DEFAULTS | {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
+    "sliding_window": 4096,
     "max_window_layers": 28,
 }
 _WINDOW_KEYS = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))

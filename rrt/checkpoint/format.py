@@ -56,7 +56,9 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     data = read_json(path)
     version = data.get("format_version")
     if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
-        raise UserError(f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: field 'format_version': found {version!r}; expected {FORMAT_VERSION}: convert the base again"
+        )
     unknown = sorted(set(data) - {"format", "format_version", "dtype", "model", "recursive"})
     if unknown:
         raise UserError(

@@ -118,6 +118,10 @@ class GGUFTensors:
             ) from None
         return per_block, size
 
+    def key(self, name: str) -> str:
+        """Return the name in the file of the tensor that holds our parameter `name`."""
+        return self._where[name][0]
+
     def get(self, name: str) -> Tensor:
         """Return our parameter `name` as Hugging Face has it, in memory of its own."""
         key, part, num_parts = self._where[name]

@@ -58,7 +58,7 @@ _OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (),
     "use_bidirectional_attention": (False,),
     "is_causal": (True,),
-    "quantization_config": (),
+    "quantization_config": ({},),
     "final_logit_softcapping": (),
     "attn_logit_softcapping": (),
     "query_pre_attn_scalar": (),
@@ -159,7 +159,7 @@ class _HFConfig:
     def tokens(self, key: str) -> tuple[int, ...]:
         """Return the ids of a special token: one, several (newer configs list stop tokens), or none (null or -1)."""
         value = self.data.get(key)
-        values: list[Any] = value if isinstance(value, list) and value else [value]
+        values: list[Any] = value if isinstance(value, list) else [value]
         if any(isinstance(v, bool) or not (v is None or isinstance(v, int)) for v in values):
             raise self.fail(key, value, "a token id or null")
         return tuple(v for v in values if v is not None and v >= 0)
@@ -244,8 +244,10 @@ def _check_unread(hf: _HFConfig, facts: FamilyFacts) -> None:
     for key, value in hf.data.items():
         if key in known or (key in _OFF_VALUES and (value is None or value in _OFF_VALUES[key])):
             continue
+        if key == "layer_types" and _layer_types(hf) == {"full_attention"}:
+            continue
         if key in _OFF_VALUES:
-            off = json.dumps(_OFF_VALUES[key][0]) if _OFF_VALUES[key] else "null"
+            off = json.dumps(_OFF_VALUES[key][0]) if any(_OFF_VALUES[key]) or False in _OFF_VALUES[key] else "null"
             raise hf.fail(key, value, f"{off}, or no such field: it is not implemented for {hf.data['model_type']}")
         if key == "auto_map" and isinstance(value, dict) and "AutoModelForCausalLM" in value:
             raise hf.fail(key, value, "no model class: a checkpoint with code of its own may compute anything")
@@ -273,14 +275,25 @@ def _sliding_window(hf: _HFConfig, facts: FamilyFacts) -> int | None:
     if "use_sliding_window" not in facts.own_keys:
         return window
     layers = hf.number("num_hidden_layers", int)
+    first = hf.number("max_window_layers", int)
+    types = _layer_types(hf) or {"full_attention" if layer < first else "sliding_attention" for layer in range(layers)}
+    if not hf.flag("use_sliding_window") or window is None or types == {"full_attention"}:
+        return None
+    if len(types) > 1:
+        key = "max_window_layers" if hf.data.get("layer_types") is None else "layer_types"
+        raise hf.fail(key, hf.data.get(key, first), "windows in all layers, or in none")
+    return window
+
+
+def _layer_types(hf: _HFConfig) -> set[str]:
+    """Return the kinds of attention that layers have, none if the file does not say."""
     types = hf.data.get("layer_types")
     if types is None:
-        is_used = hf.number("max_window_layers", int) < layers
-    elif isinstance(types, list) and set(types) <= {"full_attention", "sliding_attention"}:
-        is_used = "sliding_attention" in types
-    else:
-        raise hf.fail("layer_types", types, 'a list of "full_attention" and "sliding_attention"')
-    return window if is_used and hf.flag("use_sliding_window") else None
+        return set()
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or not all(isinstance(kind, str) and kind in kinds for kind in types):
+        raise hf.fail("layer_types", types, f"a list of {' and '.join(kinds)}")
+    return set(types)
 
 
 def _rope(hf: _HFConfig, facts: FamilyFacts) -> tuple[float, float, RopeScaling | None]:
@@ -317,7 +330,7 @@ def _scaling(place: _HFConfig) -> RopeScaling | None:
         raise place.fail(name, kind, f"one of default, {', '.join(_SCALING_KEYS)}: no other is implemented")
     own = _SCALING_KEYS.get(kind or "default", ("factor", "original_max_position_embeddings"))
     for key, value in place.data.items():
-        if key not in (*own, "type", "rope_type", "rope_theta", "partial_rotary_factor"):
+        if value is not None and key not in (*own, "type", "rope_type", "rope_theta", "partial_rotary_factor"):
             raise place.fail(key, value, "no such field: this rope scaling is not implemented")
     if kind in (None, "default"):
         if kind is None and place.data.get("factor") not in (None, 1):

@@ -151,6 +151,9 @@ class GGUFSource(Source):
     def get(self, name: str) -> Tensor:
         return self._tensors.get(name)
 
+    def place(self, name: str) -> str:
+        return f"{self.directory}: tensor '{self._tensors.key(name)}'"
+
 
 class CheckpointSource(Source):
     """One of our own checkpoints."""

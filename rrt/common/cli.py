@@ -46,8 +46,9 @@ class CommandParser(argparse.ArgumentParser):
             return f"{flag}: found {found}; expected no value"
         if match := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
             found = match.group(1)
-            close = difflib.get_close_matches(found.split()[0].partition("=")[0], self._option_string_actions, n=1)
-            return f"command line: found {found}; expected {close[0] if close else 'no such argument'}"
+            name = (found.split() or [""])[0].partition("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            return f"command line: found {found.strip() or repr(found)}; expected {(close or ['no such argument'])[0]}"
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
             return f"{match.group(1)}: missing; expected on the command line"
         return f"command line: {message}"

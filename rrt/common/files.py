@@ -101,6 +101,8 @@ def check_output_directory(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a file; expected a directory to create")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path}: already exists and is not empty; name another or add --overwrite")
+    if path.resolve().parent == path.resolve():
+        raise UserError(f"{path}: is the root of the file system; expected a directory in it")
     existing = next(parent for parent in path.resolve().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         found = "may not be written to" if existing.is_dir() else "is a file"

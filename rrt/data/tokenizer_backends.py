@@ -77,7 +77,7 @@ class SentencePieceBackend:
             self._processor.LoadFromSerializedProto(content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({_one_line(error)})") from None
-        self._tokenizer_json = tokenizer_json
+        self._path, self._tokenizer_json = path, tokenizer_json
         pieces = self._processor.vocab_size()
         self.vocab_size: int = max([pieces, *(token_id + 1 for token_id in added)])
         # As in transformers, control symbols and the unknown one are special tokens.
@@ -164,7 +164,11 @@ class SentencePieceBackend:
         # The post-processor alone: it needs one word, and no vocabulary.
         content = {"version": "1.0", "added_tokens": [], "post_processor": self._tokenizer_json["post_processor"]}
         content["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-        return _leading_ids(tokenizers.Tokenizer.from_str(json.dumps(content)))
+        try:
+            return _leading_ids(tokenizers.Tokenizer.from_str(json.dumps(content)))
+        except Exception as error:  # the library raises nothing more specific
+            place = self._path.with_name("tokenizer.json")
+            raise UserError(f"{place}: field 'post_processor': cannot be read ({_one_line(error)})") from None
 
 
 class TokenizersBackend:
@@ -189,7 +193,11 @@ class TokenizersBackend:
                     "expected the same"
                 )
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self._tokenizer.add_special_tokens([_special_token(token) for token in sorted(special) if token in vocabulary])
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        # Those that the file knows keep what it says of them, such as `rstrip`.
+        self._tokenizer.add_special_tokens(
+            [_special_token(token) for token in sorted(special - known) if token in vocabulary]
+        )
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         own = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(

@@ -80,14 +80,15 @@ class TokenizerFiles:
         return named or self._ids("config.json", self._config, "eos")
 
     def _ids(self, name: str, content: dict[str, Any], role: str) -> tuple[int, ...]:
-        """Return the ids of one role, none if the field is missing, null or -1."""
+        """Return the ids of one role, none if the field is missing, null or negative."""
         key = f"{role}_token_id"
         value = content.get(key)
         if value is None and name == "config.json":
             key = f"{role}_token_ids"  # of our own checkpoints
             value = content.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(token_id for item in values if (token_id := self._integer(name, key, item)) != -1)
+        ids = (self._integer(name, key, item) for item in values if item is not None)
+        return tuple(token_id for token_id in ids if token_id >= 0)
 
     def _integer(self, name: str, key: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -137,7 +138,12 @@ class TokenizerFiles:
         for key, entry in _object(self.tokenizer_config, "added_tokens_decoder", self.directory / name).items():
             token_id = int(key) if key.isascii() and key.isdigit() else self._integer(name, "added_tokens_decoder", key)
             self._add(added, name, token_id, entry)
-        for entry in self.tokenizer_json.get("added_tokens", []):
+        listed = self.tokenizer_json.get("added_tokens") or []
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise UserError(
+                f"{self.directory / 'tokenizer.json'}: added_tokens is {listed!r}; expected a list of objects"
+            )
+        for entry in listed:
             token_id = self._integer("tokenizer.json", "added_tokens", _get(entry, "id"))
             self._add(added, "tokenizer.json", token_id, entry)
         for token, value in self.read("added_tokens.json").items():

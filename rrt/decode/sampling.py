@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 
 _CHUNK = 128
 _FIRST_CANDIDATES = 256
+
+
+def _is_temperature(value: float) -> bool:
+    """Return True for 0 and for what logits can be divided by."""
+    return value == 0 or 1e-6 <= value < math.inf
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, fits, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature, _is_temperature(self.temperature), "0, or 1e-6 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 or more, below 2^64"),
@@ -59,12 +65,17 @@ def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence
 
     Returns:
         [M] tokens. Of equal logits the first is the most probable.
+
+    Raises:
+        UserError: a logit is not finite, as where the model overflows in float16.
     """
     tokens = [0] * len(samplings)
     greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0]
     if greedy:
         rows = logits if len(greedy) == len(samplings) else logits[greedy]
-        for i, token in zip(greedy, most_probable(rows).tolist(), strict=True):
+        best = most_probable(rows)
+        _check_finite(rows.gather(1, best[:, None]))
+        for i, token in zip(greedy, best.tolist(), strict=True):
             tokens[i] = token
     for i, (sampling, step) in enumerate(zip(samplings, steps, strict=True)):
         if sampling.temperature > 0:
@@ -85,9 +96,20 @@ def most_probable(logits: Tensor) -> Tensor:
     return best * _CHUNK + within
 
 
+def _check_finite(largest: Tensor) -> None:
+    """Check the largest logits of rows, which NaN spreads to."""
+    if not largest.isfinite().all():
+        raise UserError(
+            f"logits: found NaN or infinity in {dtype_name(largest.dtype)}; expected finite numbers: try --dtype "
+            "float32 or bfloat16"
+        )
+
+
 def _draw(logits: Tensor, sampling: Sampling, uniform: float) -> int:
     """Draw from one row [V], by the inverse of the distribution function at `uniform` in [0, 1)."""
-    scaled = (logits.float() - logits.max().float()) / sampling.temperature
+    largest = logits.max()
+    _check_finite(largest)
+    scaled = (logits.double() - largest.double()) / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
         return _inverse(scaled.softmax(0).double().cumsum(0), uniform)
     total = scaled.exp().sum(dtype=torch.float64)

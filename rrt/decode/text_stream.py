@@ -53,7 +53,10 @@ class TextStream:
             certain = _common_prefix(text, broken)
         certain = certain.rstrip(_REPLACEMENT)
         if not certain.startswith(self._returned):
-            return ""
+            if len(self._window) <= _LONGEST_WINDOW:
+                return ""
+            # The decoder has changed text that was returned, as one that cleans up spaces may: go on by length.
+            self._returned = certain[: len(self._returned)]
         piece = certain[len(self._returned) :]
         self._returned = certain
         if certain == text and len(self._window) > _LONGEST_WINDOW:

@@ -27,7 +27,7 @@ def read_finite(source: Source, name: str) -> Tensor:
     """
     tensor = source.get(name)
     if not tensor.isfinite().all():
-        raise UserError(f"{source.directory}: tensor '{name}': found NaN or infinity; expected finite values")
+        raise UserError(f"{source.place(name)}: found NaN or infinity; expected finite values")
     return tensor
 
 
@@ -40,10 +40,16 @@ class KeptLayers(Source):
         self._source, self._depths = source, depths
 
     def get(self, name: str) -> Tensor:
+        return self._source.get(self._name(name))
+
+    def place(self, name: str) -> str:
+        return self._source.place(self._name(name))
+
+    def _name(self, name: str) -> str:
         if not name.startswith("stack.layers."):
-            return self._source.get(name)
+            return name
         layer, rest = name.removeprefix("stack.layers.").split(".", 1)
-        return self._source.get(f"stack.layers.{self._depths[int(layer)]}.{rest}")
+        return f"stack.layers.{self._depths[int(layer)]}.{rest}"
 
 
 class FoldedNorms(Source):
@@ -86,6 +92,9 @@ class FoldedNorms(Source):
         shift = read_finite(self._source, f"{prefix}.{norm}.bias").double()
         weight = read_finite(self._source, f"{prefix}.{part}.weight").double()
         return read_finite(self._source, name).double() + weight @ shift
+
+    def place(self, name: str) -> str:
+        return self._source.place(name)
 
     @property
     def _adds_one(self) -> bool:

@@ -67,11 +67,13 @@ def decode_block(
     Args:
         x: [N, D] float32, float64, bfloat16 or float16: kv-only rows, whose state is not changed, then decode rows.
         loops: int32 [N], each in [0, num_loops).
-        positions, slot_mapping: int32 and int64 [N], as in `loop_kv_write`.
+        positions, slot_mapping: int32 and int64 [N], as in `loop_kv_write`; a row without a slot (-1) has a
+            position in range too.
         num_kv_only: number of kv-only rows.
         block_tables, context_lens: int32 [M, max_pages] and [M], as in `loop_kv_attention`.
         k_cache, v_cache: [K, num_pages, page_size, H_kv, D_h], contiguous; written in place.
-        cos_sin: [max_positions, rotary_dim], as in `loop_kv_write`.
+        cos_sin: [max_positions, rotary_dim], as in `loop_kv_write`; a row without a slot (-1) has a
+            position in range too.
         parameters: for each layer those of `PARAMETERS`, of x's dtype. Norm weights are [width], or [num_loops, width];
             q_norm and k_norm (over D_h, before the rotation) may be None. Linears are packed as in `loop_lora_linear`,
             with q, k, v and gate, up as segments; biases may be None, and lora_a and lora_b where the rank is 0.

@@ -66,12 +66,14 @@ def parser():
         ("-n 2 --overwrite=yes", "--overwrite: found 'yes'; expected no value"),
         ("-n 2 --num-lops 3", "command line: found --num-lops 3; expected --num-loops"),
         ("-n 2 --init=average stray", "command line: found stray; expected no such argument"),
+        (["-n", "2", ""], "command line: found ''; expected no such argument"),
         ("", "--num-loops/-n: missing; expected on the command line"),
         ("-n 2 --in average", "command line: ambiguous option: --in could match --init, --input"),
     ],
 )
 def test_a_bad_command_line_is_one_line_with_flag_found_and_expected(capsys, line, message):
-    assert outcome(lambda: parser().parse_args(line.split()), capsys) == (
+    words = line.split() if isinstance(line, str) else line
+    assert outcome(lambda: parser().parse_args(words), capsys) == (
         2,
         f"error: {message} (--help lists the flags)\n",
     )

@@ -1,5 +1,6 @@
 """Special tokens spelt in a text: parsed in prompts on demand, as transformers does, and never in a corpus."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_the_switch_holds_for_one_call(loaded: dict[str, Tokenizer], kind: str) 
     plain = tokenizer.encode(text)
     assert tokenizer.encode(text, parse_special=True) != plain == tokenizer.encode(text)
     assert tokenizer.decode(plain) == text
+
+
+def test_special_tokens_keep_what_tokenizer_json_says_of_spaces_beside_them(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("json-gpt_neox")
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for entry in content["added_tokens"]:
+        entry["rstrip"] = True
+    path.write_text(json.dumps(content))
+    ids = load_tokenizer(directory).encode("a<|endoftext|> \n b", parse_special=True)
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode("a<|endoftext|> \n b", add_special_tokens=False).ids
+    assert ids == expected and len(ids) == 3
 
 
 def test_spaces_beside_an_added_token_go_where_its_file_says_so(copy_of: Callable[[str], Path]) -> None:

@@ -225,6 +225,30 @@ def test_a_damaged_directory_is_refused_in_one_line(
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"added_tokens": {"a": 1}}, "tokenizer.json: added_tokens is {'a': 1}; expected a list of objects"),
+        ({"added_tokens": ["x"]}, r"tokenizer.json: added_tokens is \['x'\]; expected a list of objects"),
+        ({"post_processor": {"type": "New"}}, "tokenizer.json: field 'post_processor': cannot be read"),
+    ],
+)
+def test_a_damaged_conversion_beside_a_model_is_refused_in_one_line(
+    copy_of: Callable[[str], Path], content: dict[str, object], message: str
+) -> None:
+    directory = copy_of("sp-llama")
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(directory)
+
+
+def test_a_conversion_without_added_tokens_is_no_matter(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("sp-llama")
+    before = load_tokenizer(directory).encode("text")
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": None}))
+    assert load_tokenizer(directory).encode("text") == before
+
+
 def test_an_unknown_eos_is_refused(copy_of: Callable[[str], Path]) -> None:
     directory = copy_of("json-gpt_neox")
     (directory / "tokenizer_config.json").unlink()

@@ -158,10 +158,10 @@ def test_text_that_spells_a_special_token_becomes_it_only_where_asked(bases, cap
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens: found 0; expected 1 or more"),
-        (["--max-new-tokens", "600"], r"--prompt number 1: found \d+ tokens .* expected at most 512 together"),
+        (["--max-new-tokens", "600"], r"--prompt number 1: found \d+ tokens .* expected at most 513 together"),
         (["--device", "abacus"], "--device: found 'abacus'"),
         (["--prompt", "", "--bos", "no"], "--prompt number 2: found no token"),
-        (["--temperature", "-1"], "--temperature: found -1.0; expected 0 or more"),
+        (["--temperature", "-1"], "--temperature: found -1.0; expected 0, or 1e-6 or more"),
         (["--top-p", "0"], "--top-p: found 0.0; expected more than 0"),
         (["--stop", ""], "--stop: found an empty text"),
         (["--system", "Be brief."], "--system: expected with --chat alone"),

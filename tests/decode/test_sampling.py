@@ -106,7 +106,8 @@ def test_the_most_probable_token_is_the_first_of_the_largest(dtype, size):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((-1.0,), "temperature: found -1.0; expected 0 or more"),
+        ((-1.0,), "temperature: found -1.0; expected 0, or 1e-6 or more"),
+        ((1e-46,), "temperature: found 1e-46"),
         ((math.nan,), "temperature: found nan"),
         ((1.0, -1), "top_k: found -1; expected 0 or more"),
         ((1.0, 0, 0.0), "top_p: found 0.0; expected more than 0 and at most 1"),
@@ -117,3 +118,13 @@ def test_the_most_probable_token_is_the_first_of_the_largest(dtype, size):
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         Sampling(*values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(0.7, 4), Sampling(0.7, 0, 0.9)])
+@pytest.mark.parametrize("size", [7, 256])
+def test_logits_that_are_not_finite_are_refused(value, sampling, size):
+    logits = torch.zeros(2, size, dtype=torch.float16)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match=r"logits: found NaN or infinity in float16; .* --dtype float32 or bfloat16"):
+        choose_tokens(logits, [Sampling(), sampling], [0, 0])

@@ -74,6 +74,17 @@ def test_ordinary_text_is_not_held_back(tokenizers):
         assert stream_pieces(tokenizer, ids)[-1] == ""
 
 
+def test_a_decoder_that_changes_what_it_wrote_does_not_stop_the_text():
+    class CleansUp:
+        vocab_size = 3
+
+        def decode(self, ids):
+            return "".join(("do n", "'t", " go")[i] for i in ids).replace(" n't", "n't")
+
+    pieces = stream_pieces(CleansUp(), [0, 1] + [2] * 40)
+    assert "".join(pieces[:-1]).count(" go") >= 38
+
+
 def test_only_the_last_tokens_are_decoded_again(tokenizers):
     tokenizer = tokenizers["json-llama"]
     decoded = []

@@ -1,12 +1,6 @@
 """Few-shot scores of a real model on real documents against the harness's own `hf` model: `make test-real`."""
 
 import pytest
-
-from tests.util.real import real_data, real_model_directory
-
-pytest.importorskip("lm_eval")
-pytest.importorskip("accelerate")  # which the harness's hf model needs
-
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -15,6 +9,7 @@ from eval.harness_lm import HarnessLM
 from eval.harness_tasks import PAPER_METRICS, load_tasks
 from rrt.checkpoint.source import load_model
 from rrt.data.tokenizer import load_tokenizer
+from tests.util.real import real_data, real_model_directory
 
 DOCUMENTS = 12
 """Of each task."""

@@ -21,6 +21,7 @@ ROW_LOOPS, POSITIONS = [2, 0, 1, 0, 2, 2, 1], [3, 17, 0, 8, 30, 12, 5]
 # Name: heads, key/value heads, head width, inner width, what else there is.
 FORMS: dict[str, tuple[int, int, int, int, set[str]]] = {
     "llama": (6, 2, 8, 40, set()),
+    "llama, wide enough for several threads": (6, 2, 8, 2048, set()),
     "gemma with LoRA": (4, 1, 16, 33, {"lora", "plus one", "gelu"}),
     "qwen2 with LoRA per loop": (4, 4, 12, 64, {"lora", "bias", "per loop"}),
     "qwen2": (4, 2, 12, 64, {"bias"}),
