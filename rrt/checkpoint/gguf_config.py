@@ -4,19 +4,16 @@ As with `config.json`, a field that can change what a forward pass computes is i
 other that is not known is named in one warning and ignored.
 """
 
-import logging
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from rrt.checkpoint.families import FAMILIES
+from rrt.checkpoint.hf_config import warn_of_ignored
 from rrt.common.gguf_file import GGUFFile
 from rrt.errors import UserError
 from rrt.model.config import Family, ModelConfig, RopeScaling
-
-log = logging.getLogger(__name__)
 
 # `general.architecture`, which begins the keys of all that is the architecture's own. Mistral is stored as a Llama.
 ARCHITECTURES: dict[str, Family] = {
@@ -141,13 +138,7 @@ def _check_unread(file: GGUFFile, architecture: str) -> None:
         elif value not in _OFF_VALUES[key]:
             file.fail(full_key, value, f"{_OFF_VALUES[key][0]}, or no such field: it is not implemented")
     if unknown:
-        _warn_of_ignored(str(file.path), tuple(sorted(unknown)))
-
-
-@cache
-def _warn_of_ignored(where: str, keys: tuple[str, ...]) -> None:
-    """Warn once, however often a command opens the file."""
-    log.warning("%s: ignored fields that are not known to change the model: %s", where, ", ".join(map(repr, keys)))
+        warn_of_ignored(str(file.path), tuple(sorted(unknown)))
 
 
 def _rope_scaling(file: GGUFFile, architecture: str, theta: float, head_dim: int) -> RopeScaling | None:

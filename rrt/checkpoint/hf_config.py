@@ -253,12 +253,12 @@ def _check_unread(hf: _HFConfig, facts: FamilyFacts) -> None:
             raise hf.fail(key, value, "no model class: a checkpoint with code of its own may compute anything")
         unknown.append(key)
     if unknown:
-        _warn_of_ignored(hf.where, tuple(sorted(unknown)))
+        warn_of_ignored(hf.where, tuple(sorted(unknown)))
 
 
 @cache
-def _warn_of_ignored(where: str, keys: tuple[str, ...]) -> None:
-    """Warn once, however often a command opens the file."""
+def warn_of_ignored(where: str, keys: tuple[str, ...]) -> None:
+    """Warn once of fields without a known meaning, however often a command opens the file."""
     log.warning("%s: ignored fields that are not known to change the model: %s", where, ", ".join(map(repr, keys)))
 
 
