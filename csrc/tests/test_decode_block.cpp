@@ -14,7 +14,8 @@ using namespace rrt::tests;
 
 namespace {
 
-constexpr int64_t kLayers = 2, kLoops = 3, kHidden = 40, kHeads = 4, kKvHeads = 2, kHeadDim = 12, kInner = 21;
+constexpr int64_t kLayers = 2, kLoops = 3, kHidden = 40, kHeads = 4, kKvHeads = 2, kHeadDim = 12, kInner = 821;
+// As wide as kInner, a linear is work for several threads.
 constexpr int64_t kPageSize = 4, kPagesEach = 3, kRows = 6, kPages = kRows * kPagesEach, kMaxPositions = 12;
 constexpr int32_t kLoopOfRow[kRows] = {2, 0, 0, 1, 2, 1};
 constexpr int32_t kPositions[kRows] = {5, 0, 11, 3, 7, 9};
