@@ -31,16 +31,8 @@ inline PanelUnit<D>* shrunk_at(const CpuWork& work, int64_t segment, int64_t chu
 }
 
 template <class D>
-void pack_rows(const CpuWork& work, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    pack_row<D>(work.x, row);
-    // The last step of an odd rank has a column that shrink does not write.
-    for (int64_t s = 0; s < work.num_segments; ++s) {
-      const int64_t rank = work.segments[s].rank;
-      if (rank % kStepColumns<D> == 0) continue;
-      PanelProduct<D>::set(shrunk_at<D>(work, s, rank / kChunkColumns<D>, row), rank % kChunkColumns<D>, 0);
-    }
-  }
+void pack_rows(const RowOperands& block, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) pack_row<D>(block, row);
 }
 
 // Tasks: one panel of lora_a's ranks, for one of the block's loops.
@@ -80,6 +72,12 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
           PanelProduct<D>::set(to + row * kChunk, column % kChunkColumns<D>, sums[row * kPanel + lane]);
         }
       }
+      // The last step of an odd rank has a column of no rank.
+      if (lane_begin >= lane_end || segment_end > kPanel || segment.rank % kStepColumns<D> == 0) continue;
+      PanelUnit<D>* to = shrunk_at<D>(work, s, segment.rank / kChunkColumns<D>, row_begin);
+      for (int64_t row = 0; row < row_end - row_begin; ++row) {
+        PanelProduct<D>::set(to + row * kChunk, segment.rank % kChunkColumns<D>, 0);
+      }
     }
   }
 }
@@ -118,7 +116,10 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
 template <class D>
 void store(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* sums) {
   using Acc = typename D::Acc;
+  using Vec = typename D::Vec;
+  constexpr int kVectors = kPanel / kLanes<D>;
   const Params& p = *work.params;
+  auto* y = static_cast<typename D::Storage*>(p.y) + out;
   for (int64_t i = 0; i < work.loop_starts[work.num_loops]; ++i) {
     const RowPiece& piece = work.pieces[i];
     alignas(64) Acc bias[kPanel] = {};
@@ -126,11 +127,14 @@ void store(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Ac
       const auto* from = static_cast<const typename D::Storage*>(p.bias) + piece.loop * p.bias_loop_stride + out;
       for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = widen_one<D>(from + lane);
     }
+    Vec biases[kVectors];
+    for (int v = 0; v < kVectors; ++v) biases[v] = load<Vec>(bias + v * kLanes<D>);
     for (int64_t row = piece.begin; row < piece.begin + piece.rows; ++row) {
-      typename D::Storage narrowed[kPanel];
-      for (int lane = 0; lane < kPanel; ++lane) narrowed[lane] = D::narrow(sums[row * kPanel + lane] + bias[lane]);
-      auto* to = static_cast<typename D::Storage*>(p.y) + work.x.order[row] * p.n + out;
-      std::memcpy(to, narrowed, lanes * sizeof(narrowed[0]));
+      const Acc* from = sums + row * kPanel;
+      auto* to = y + work.x.order[row] * p.n;
+      for (int v = 0; v < kVectors && v * kLanes<D> < lanes; ++v) {
+        write<D>(load<Vec>(from + v * kLanes<D>) + biases[v], to + v * kLanes<D>, lanes - v * kLanes<D>);
+      }
     }
   }
 }
@@ -146,7 +150,12 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
     const int64_t lanes = p.n - out < kPanel ? p.n - out : kPanel;
     clear<D>(sums, work.x.rows * kPanel);
     Panel<D> panel(p.packed, static_cast<const typename D::Storage*>(p.weight), out, p.n, p.k, p.k);
-    multiply_block<D>(panel, work.x, sums);
+    multiply_block<D>(panel, work.x, sums, [&](const RowTile& tile) {
+      // Where the results go: the store would wait for these lines, one per row and far apart.
+      for (int64_t row = tile.begin; row < tile.begin + tile.rows; ++row) {
+        __builtin_prefetch(static_cast<typename D::Storage*>(p.y) + work.x.order[row] * p.n + out, 1);
+      }
+    });
     for (int64_t s = 0; s < work.num_segments; ++s) {
       const Segment& segment = work.segments[s];
       const int64_t lane_begin = segment.out_begin > out ? segment.out_begin - out : 0;
