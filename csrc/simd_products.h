@@ -162,6 +162,15 @@ inline void write(typename D::Vec value, typename D::Storage* to, int64_t left) 
   }
 }
 
+// The vector as it comes back from being stored.
+template <class D>
+inline typename D::Vec rounded(typename D::Vec value) {
+  const auto narrow = narrowed<D>(value);
+  typename D::Storage stored[kLanes<D>];
+  std::memcpy(stored, &narrow, sizeof(stored));
+  return D::widen(stored);
+}
+
 // The right operand of a product, laid out by units: [units of k, stride].
 template <class D>
 struct Staged {

@@ -17,9 +17,9 @@ const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT
 // Most memory for the shrunk rows of blocks that are computed together.
 constexpr int64_t kShrunkBytes = int64_t{16} << 20;
 
-// Runs the tasks of all blocks, of which works[i] has count(works[i]), each of cost(works[i]) multiply-adds. A thread has
-// consecutive ones, and makes operands of the rows of their blocks by itself: that costs less than waiting for others,
-// and leaves them in its own cache.
+// Runs the tasks of all blocks, of which works[i] has count(works[i]), each of cost(works[i]) multiply-adds. A thread
+// has consecutive ones, and makes operands of the rows of their blocks by itself: that costs less than waiting for
+// others, and leaves them in its own cache.
 template <class Count, class Cost>
 void sweep(const CpuKernels& kernels, CpuKernels::Range range, const std::vector<CpuWork>& works, const Count& count,
            const Cost& cost, ParallelFor parallel_for) {
@@ -60,12 +60,13 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
   const std::vector<RowBlock> blocks = plan_rows(groups, tile_rows, block_rows);
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
   const int64_t block_bytes = shrunk_chunks * block_rows * kChunk * kernels.operand_bytes[dtype];
-  const int64_t together = std::clamp<int64_t>(kShrunkBytes / std::max<int64_t>(1, block_bytes), 1, std::max<int64_t>(1, num_blocks));
+  const int64_t fitting = std::max<int64_t>(1, kShrunkBytes / std::max<int64_t>(1, block_bytes));
+  const int64_t together = std::min(fitting, num_blocks);
   thread_local KeptMemory scratch;
   char* shrunk = scratch.reserve(together * block_bytes);
-  for (int64_t first = 0; first < num_blocks; first += together) {
+  for (int64_t first = 0; first < num_blocks; first += fitting) {
     std::vector<CpuWork> works;
-    for (int64_t i = first; i < std::min(first + together, num_blocks); ++i) {
+    for (int64_t i = first; i < std::min(first + fitting, num_blocks); ++i) {
       const RowBlock& block = blocks[i];
       CpuWork work{};
       work.params = &p;
@@ -85,7 +86,8 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
       work.shrunk = shrunk + (i - first) * block_bytes;
       works.push_back(work);
     }
-    const auto panel_cost = [&](const CpuWork& work) { return work.x.rows * p.k * kPanel; };
+    const int64_t products = p.gate_weight == nullptr ? 1 : 2;
+    const auto panel_cost = [&](const CpuWork& work) { return products * work.x.rows * p.k * kPanel; };
     if (p.total_rank > 0) {
       const auto num_tasks = [&](const CpuWork& work) { return work.num_loops * num_panels(p.total_rank); };
       sweep(kernels, kernels.shrink[dtype], works, num_tasks, panel_cost, parallel_for);
