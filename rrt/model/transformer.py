@@ -189,7 +189,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, loop: int) -> Tensor:
         if self.gate is None:
             return self.down(self.activate(self.up(x, loop)), loop)
-        return self.down(self.gated(self.gate(x, loop), self.up(x, loop)), loop)
+        return self.down(self._gated_linears(self.gate, self.up, x, loop), loop)
+
+    def _gated_linears(self, gate: LoopLinear, up: LoopLinear, x: Tensor, loop: int) -> Tensor:
+        if not (gate.packed and up.packed and self.gates_natively(x)):
+            return self.gated(gate(x, loop), up(x, loop))
+        biases = gate.loop_bias(loop), up.loop_bias(loop)
+        return ops.packed_gated_linear(x, gate.packed[loop], up.packed[loop], *biases, up.out_features, self.activation)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Multiply the activation of `gate` by `up`."""
