@@ -97,6 +97,7 @@ def make_recording(arguments: argparse.Namespace, replica: Replica) -> None:
     num_loops = source.recursion.num_loops
     if num_loops < 2:
         raise UserError(f"{arguments.checkpoint}: has 1 loop and no exit before its end; expected a looped checkpoint")
+    source.recursion.require_whole_loops(f"{arguments.checkpoint}: found a model")
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, source.model.vocab_size, arguments.checkpoint)
     context = choose_context(arguments, source.model.context_length)

@@ -69,6 +69,8 @@ def choose_exit(source: Source, exit_loop: int | None) -> int:
         raise UserError(
             f"--exit-loop: found {exit_loop}; {source.directory} has {num_loops} loops: expected 0 to {num_loops - 1}"
         )
+    if exit_loop != num_loops - 1:
+        source.recursion.require_whole_loops(f"--exit-loop: found {exit_loop}; {source.directory} was made")
     return exit_loop
 
 

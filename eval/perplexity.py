@@ -111,7 +111,8 @@ def evaluate(arguments: argparse.Namespace, replica: Replica) -> tuple[dict[str,
     check_least("--max-tokens", arguments.max_tokens)
     limit = math.inf if arguments.max_tokens is None else arguments.max_tokens
     last = choose_exit(source, arguments.exit_loop)
-    loops = range(0 if arguments.exit_loop is None else last, last + 1)
+    every_exit = arguments.exit_loop is None and source.recursion.runs_whole_loops
+    loops = range(0 if every_exit else last, last + 1)
     corpus = Corpus(arguments.data, arguments.split, arguments.text_field, arguments.group_field, tokenizer)
     bos_id = choose_bos(arguments, tokenizer)
     check_output_file("--json", arguments.json)

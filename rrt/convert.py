@@ -17,7 +17,13 @@ from rrt.errors import UserError
 from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
 from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraInit, LoraRanks, NormInit, RecursiveConfig
-from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
+from rrt.model.flags import (
+    add_lora_rank_flags,
+    add_prefix_length_flag,
+    add_sharing_flag,
+    add_untie_norms_flag,
+    lora_ranks,
+)
 from rrt.model.sizes import Sizes
 
 
@@ -31,12 +37,15 @@ def describe(conversion: PreparedConversion) -> str:
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
     if recursion.prefix_length:
         lora += f"; {recursion.prefix_length} prefix vectors per depth"
+    loops = f"{recursion.num_loops} loops x {layers} layers"
+    if recursion.sharing != "cycle":
+        loops += f" ({recursion.sharing})"
     averages_norms = recursion.init == "average" and not folds_norms(recursion)
     init = f"{recursion.init} (norms: {recursion.norm_init})" if averages_norms else recursion.init
     return "\n".join(
         (
             f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
-            f"new   {conversion.out}: {recursion.num_loops} loops x {layers} layers, {_size(conversion.after)}",
+            f"new   {conversion.out}: {loops}, {_size(conversion.after)}",
             f"init  {init}; {lora}; {norms}; seed {conversion.seed}",
             *(f"notice: {notice}" for notice in conversion.notices),
         )
@@ -119,6 +128,7 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="loops over the shared block of L/B layers; 1 keeps the model vanilla",
     )
+    add_sharing_flag(parser)
     parser.add_argument(
         "--init",
         choices=("auto", *typing.get_args(Init)),
@@ -176,6 +186,7 @@ def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> R
     best_lora: LoraInit = "joint" if ranks and num_loops == 2 and init == "average" else "svd"
     return RecursiveConfig(
         num_loops=num_loops,
+        sharing=arguments.sharing,
         init=init,
         norm_init=arguments.norm_init,
         lora_rank=ranks,

@@ -30,7 +30,11 @@ def sizes_table(sizes: Sizes) -> str:
     model, recursion = sizes.model, sizes.recursion
     rows = [
         ("family", model.family),
-        ("depth", f"{model.num_layers} = {recursion.num_loops} loops x {recursion.layers_per_loop(model)} layers"),
+        (
+            "depth",
+            f"{model.num_layers} = {recursion.num_loops} loops x {recursion.layers_per_loop(model)} layers"
+            + ("" if recursion.sharing == "cycle" else f" ({recursion.sharing})"),
+        ),
         ("LoRA rank", str(recursion.lora_rank)),
     ]
     for kind in ("embedding", "shared", "lora", "prefix", "norm", "non_embedding", "total"):

@@ -158,6 +158,8 @@ def _without_unused(recursion: RecursiveConfig, model: ModelConfig) -> Recursive
         recursion = replace(recursion, norm_init="average")
     if recursion.init != "average" and recursion.norm_init != "folded":
         recursion = replace(recursion, norm_init="average")
+    if recursion.num_loops == 1:
+        recursion = replace(recursion, sharing=default.sharing)
     if not recursion.lora_rank:
         recursion = replace(recursion, lora_init=default.lora_init)
     return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))

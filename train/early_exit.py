@@ -70,8 +70,10 @@ def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfi
     """Return the checkpoint's configuration with the exits that the recipe trains.
 
     Raises:
-        UserError: the checkpoint has a LoRA on the head of another rank than the recipe asks for.
+        UserError: the checkpoint has no state to exit from, or a LoRA on the head of another rank than the recipe asks
+            for.
     """
+    recursion.require_whole_loops("field 'checkpoint.path': found a model")
     rank = exits.head_lora_rank
     if recursion.head_lora_rank and rank != recursion.head_lora_rank:
         raise UserError(

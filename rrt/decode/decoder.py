@@ -21,6 +21,7 @@ from rrt.decode.packed_weights import should_pack_for_batches
 from rrt.decode.passes import DecodePlan, PassPlan, PrefillPlan
 from rrt.decode.row_linears import DecodeBlock, DecodeLayer, RowHead
 from rrt.errors import UserError
+from rrt.model.config import Place
 from rrt.model.loop_linear import loop_linears
 from rrt.model.transformer import Layer, RecursiveTransformer, rope_table
 
@@ -79,6 +80,7 @@ class Decoder:
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [DecodeLayer(layer) for layer in _layers(model)]
+        self._places = model.recursion.places(model.config)
         self._block = DecodeBlock(model, self._layers) if DecodeBlock.fits(model) else None
         self._head = RowHead(model)
         self._write_prefix()
@@ -100,6 +102,7 @@ class Decoder:
             [M, D]: kv-only rows as they were, the others after their loop.
 
         Raises:
+            UserError: the rows are at several loops that run different layers, or kv-only in a model without exits.
             RuntimeError: from the native operators; a position at or beyond `max_positions`, for instance.
         """
         sizes = [len(plan.decode.loops), *(len(prefill.positions) for prefill in plan.prefills)]
@@ -123,16 +126,24 @@ class Decoder:
     def _decode(self, x: Tensor, plan: DecodePlan) -> Tensor:
         if len(x) == 0:
             return x
+        sharing = self.model.recursion.sharing
+        if sharing != "cycle" and plan.loop is None:
+            raise UserError(
+                f"rows of a pass: found several loops; expected one: with sharing '{sharing}' they run different layers"
+            )
+        if plan.num_kv_only:
+            self.model.recursion.require_whole_loops(f"rows of a pass: found {plan.num_kv_only} kv-only ones")
         if self._block is not None:
             return self._block(x, plan, self.cache.k, self.cache.v, self._cos_sin)
         reading = slice(plan.num_kv_only, None)
         kept, x = x[: plan.num_kv_only], x[reading]
-        loops, positions = plan.loops[reading], plan.positions[reading]
-        for index, layer in enumerate(self._layers):
+        positions = plan.positions[reading]
+        for index, (layer, all_loops) in enumerate(self._layers_of(plan)):
+            loops = all_loops[reading]
             rows = torch.cat((kept, x)) if len(kept) else x
-            qkv = layer.qkv(layer.module.attn_norm(rows, plan.loops), plan.loops)
+            qkv = layer.qkv(layer.module.attn_norm(rows, all_loops), all_loops)
             q, k, v = self._split_heads(qkv)
-            q, k = layer.module.attn.normalize(q, k, plan.loops)
+            q, k = layer.module.attn.normalize(q, k, all_loops)
             k_cache, v_cache = self.cache.k[index], self.cache.v[index]
             ops.loop_kv_write(k, v, k_cache, v_cache, plan.slot_mapping, plan.positions, self._cos_sin)
             y = ops.loop_kv_attention(
@@ -149,10 +160,10 @@ class Decoder:
         return torch.cat((kept, x)) if len(kept) else x
 
     def _prefill(self, x: Tensor, plan: PrefillPlan) -> Tensor:
-        loop, packed = plan.loop, self._prefills_packed
-        loops = torch.full((len(x),), loop, dtype=torch.int32, device=x.device)
-        for index, decode_layer in enumerate(self._layers):
-            layer = decode_layer.module
+        packed = self._prefills_packed
+        for index, (loop, layer_index) in enumerate(self._places_of(plan.loop)):
+            decode_layer = self._layers[layer_index]
+            layer, loops = decode_layer.module, torch.full((len(x),), loop, dtype=torch.int32, device=x.device)
             h = layer.attn_norm(x, loop)
             if packed:
                 q, k, v = self._split_heads(decode_layer.qkv(h, loops))
@@ -184,6 +195,17 @@ class Decoder:
                 x = _add_residuals(layer, x, attended, loop, partial(self._linears.mlp, layer.mlp, loop=loop))
         return x
 
+    def _places_of(self, loop: int) -> tuple[Place, ...]:
+        """Return what the K depths of `loop` run."""
+        return self._places[loop * len(self._layers) : (loop + 1) * len(self._layers)]
+
+    def _layers_of(self, plan: DecodePlan) -> list[tuple[DecodeLayer, Tensor]]:
+        """Return the K layers that the rows go through, with the loops int32 [N] at which."""
+        if plan.loop is None or self.model.recursion.sharing == "cycle":
+            return [(layer, plan.loops) for layer in self._layers]
+        places = self._places_of(plan.loop)
+        return [(self._layers[place.layer], torch.full_like(plan.loops, place.loop)) for place in places]
+
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Split a fused projection [M, .] into heads [M, H or H_kv, D_h] of queries, keys and values."""
         config = self.model.config
@@ -199,9 +221,9 @@ class Decoder:
                 f"cache: found {self.cache.num_sequences} sequences; expected none before the prefix is written"
             )
         layers = _layers(self.model)
-        for depth, vectors in enumerate(prefix):
+        for depth, (place, vectors) in enumerate(zip(self._places, prefix, strict=True)):
             loop, index = divmod(depth, len(layers))
-            k, v = layers[index].attn.prefix_heads(vectors, loop)
+            k, v = layers[place.layer].attn.prefix_heads(vectors, place.loop)
             ops.loop_kv_write(k, v, self.cache.k[index], self.cache.v[index], self.cache.prefix_slots(loop))
 
 

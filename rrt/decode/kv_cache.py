@@ -23,9 +23,9 @@ def page_bytes(config: ModelConfig, recursion: RecursiveConfig, page_size: int, 
 class PagedCache:
     """A paged key/value cache: every depth keeps its own entries, and sequences share common beginnings.
 
-    A page belongs to one loop of one sequence and holds `page_size` positions of all K layers of the block:
-    page p of layer i is ``k[i, p]``, of k and v [K, num_pages, page_size, H_kv, D_h]. The loops of a sequence grow
-    on their own: a token that leaves after the first loop appends nothing to the second.
+    A page belongs to one loop of one sequence and holds `page_size` positions of all K layers of the block: page p of
+    the i-th layer that the loop runs is ``k[i, p]``, of k and v [K, num_pages, page_size, H_kv, D_h]. The loops of a
+    sequence grow on their own: a token that leaves after the first loop appends nothing to the second.
 
     Keys and values of prefix vectors (`RecursiveConfig.prefix_length`) are held once: every sequence begins as a
     fork of them. They take the slots before position 0, and none of the lengths here count them.
@@ -192,8 +192,10 @@ class PagedCache:
             raise ValueError(f"num_kv_only: found {rows.num_kv_only}; expected 0 to {len(handles)}, the rows")
         slots = self._slots(handles, positions)
         reading = slice(rows.num_kv_only, None)
+        loops = np.array(rows.loops, dtype=np.int32)
         decode = DecodePlan(
-            self._tensor(np.array(rows.loops, dtype=np.int32)),
+            self._tensor(loops),
+            int(loops[0]) if len(loops) and (loops == loops[0]).all() else None,
             self._tensor(positions),
             self._tensor(slots),
             rows.num_kv_only,

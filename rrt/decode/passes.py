@@ -23,6 +23,10 @@ class PassRows:
 
     A kv-only row writes the keys and values of its unchanged state at each layer, so that later tokens see a token
     that exited at an earlier loop. Each row has a loop of its own; a chunk has one for all its rows.
+
+    Loop b is depths b K to b K + K - 1. Only with sharing "cycle" do they run the same layers in the same order for
+    every b: else all kv-only and decode rows of a pass are at one loop; and none are kv-only with "sequence", which has
+    no exits.
     """
 
     sequences: ArrayLike = ()
@@ -43,6 +47,8 @@ class DecodePlan:
 
     loops: Tensor
     """int32 [N]"""
+    loop: int | None
+    """The loop of all N rows, or None if they differ."""
     positions: Tensor
     """int32 [N]"""
     slot_mapping: Tensor

@@ -98,10 +98,12 @@ class _RowLinear:
             x, self.weight, self.bias, self.lora_a, self.lora_b, loops, self.segment_out, self.segment_rank
         )
 
-    def block_parameters(self) -> list[Tensor | None]:
-        """Return weight, bias, lora_a and lora_b as `ops.decode_block` takes them."""
-        has_lora = any(self.segment_rank)
-        return [self.weight, self.bias, self.lora_a if has_lora else None, self.lora_b if has_lora else None]
+    def block_parameters(self, loop: int | None) -> list[Tensor | None]:
+        """Return weight, bias, lora_a and lora_b as `ops.decode_block` takes them, of all loops or one alone."""
+        lora_a, lora_b = (self.lora_a, self.lora_b) if any(self.segment_rank) else (None, None)
+        if loop is not None and lora_a is not None and lora_b is not None:
+            lora_a, lora_b = lora_a[loop : loop + 1], lora_b[loop : loop + 1]
+        return [self.weight, _of_loop(self.bias, loop), lora_a, lora_b]
 
 
 class DecodeLayer:
@@ -124,14 +126,14 @@ class DecodeLayer:
         gated = mlp.gated(gate, up) if mlp.gates_natively(gate) else _activate_rows(mlp, gate) * up
         return self.down(gated, loops)
 
-    def block_parameters(self) -> list[Tensor | None]:
-        """Return the layer's parameters in the order of `ops.BLOCK_PARAMETERS`."""
+    def block_parameters(self, loop: int | None) -> list[Tensor | None]:
+        """Return the layer's parameters in the order of `ops.BLOCK_PARAMETERS`, of all loops or one alone."""
         module = self.module
         norms = (module.attn_norm, module.attn.q_norm, module.attn.k_norm, module.mlp_norm)
         linears = (self.qkv, self.out, self.gate_up, self.down)
         return [
-            *(None if norm is None else norm.weight.detach() for norm in norms),
-            *(parameter for linear in linears for parameter in linear.block_parameters()),
+            *(None if norm is None else _of_loop(norm.weight.detach(), loop) for norm in norms),
+            *(parameter for linear in linears for parameter in linear.block_parameters(loop)),
         ]
 
 
@@ -152,18 +154,33 @@ class DecodeBlock:
 
     def __init__(self, model: RecursiveTransformer, layers: Sequence[DecodeLayer]) -> None:
         self._config = model.config
-        self._num_loops = model.recursion.num_loops
-        self._parameters = [parameter for layer in layers for parameter in layer.block_parameters()]
+        # The operator takes the layers in one order, each row at one loop in all of them. Where that does not give what
+        # a loop runs, it gets the layers of each loop with the parameters of their loops alone.
+        self._splits_loops = model.recursion.sharing != "cycle"
+        self._num_loops = 1 if self._splits_loops else model.recursion.num_loops
+        places, step = model.recursion.places(model.config), len(layers)
+        runs = [places[first : first + step] for first in range(0, len(places) if self._splits_loops else step, step)]
+        self._parameters = [
+            [
+                parameter
+                for loop, layer in run
+                for parameter in layers[layer].block_parameters(loop if self._splits_loops else None)
+            ]
+            for run in runs
+        ]
         linears = (layers[0].qkv, layers[0].out, layers[0].gate_up, layers[0].down)
         self._ranks = [rank for linear in linears for rank in linear.segment_rank]
         self._scale = model.config.head_dim**-0.5
 
     def __call__(self, x: Tensor, plan: DecodePlan, k_cache: Tensor, v_cache: Tensor, cos_sin: Tensor) -> Tensor:
         """Run the layers: x [N, D] -> [N, D], kv-only rows as they were."""
-        config = self._config
+        config, loops, parameters = self._config, plan.loops, self._parameters[0]
+        if self._splits_loops:
+            assert plan.loop is not None
+            loops, parameters = torch.zeros_like(loops), self._parameters[plan.loop]
         return ops.decode_block(
             x,
-            plan.loops,
+            loops,
             plan.positions,
             plan.slot_mapping,
             plan.num_kv_only,
@@ -172,7 +189,7 @@ class DecodeBlock:
             k_cache,
             v_cache,
             cos_sin,
-            self._parameters,
+            parameters,
             self._ranks,
             self._num_loops,
             config.num_heads,
@@ -182,6 +199,11 @@ class DecodeBlock:
             config.activation,
             self._scale,
         )
+
+
+def _of_loop(vectors: Tensor | None, loop: int | None) -> Tensor | None:
+    """Take one loop of a norm's weight or a bias, [N] or [B, N]; None takes it as it is."""
+    return vectors if vectors is None or loop is None or vectors.dim() == 1 else vectors[loop]
 
 
 def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:

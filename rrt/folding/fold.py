@@ -17,7 +17,7 @@ from rrt.errors import UserError
 from rrt.folding.svd import truncated_svd
 from rrt.folding.tying import fit_tied
 from rrt.folding.views import FoldedNorms, read_finite
-from rrt.model.config import Init, RecursiveConfig
+from rrt.model.config import Init, Place, RecursiveConfig
 
 _RANDOM_STD = 0.02
 
@@ -119,10 +119,11 @@ class Folding:
     def __init__(self, source: Source, recursion: RecursiveConfig, dtype: torch.dtype, seed: int) -> None:
         self.source = FoldedNorms(source) if folds_norms(recursion) else source
         self.recursion, self.dtype, self.seed = recursion, dtype, seed
-        self.layers_per_loop = recursion.layers_per_loop(source.model)
+        self._depths = {place: depth for depth, place in enumerate(recursion.places(source.model))}
         self._kept: tuple[int, ...] = ()
         if recursion.init not in ("average", "random"):
-            self._kept = kept_depths(recursion.init, source.model.num_layers, self.layers_per_loop)
+            num_kept = recursion.layers_per_loop(source.model)
+            self._kept = kept_depths(recursion.init, source.model.num_layers, num_kept)
 
     def unlooped(self, name: str) -> Tensor:
         """Return a parameter outside the block (embedding, final norm, head), unchanged."""
@@ -232,7 +233,7 @@ class Folding:
         return torch.randn(shape, generator=seeded_generator(self.seed, target)) * _RANDOM_STD
 
     def _base(self, layer: int, loop: int, name: str) -> Tensor:
-        return self._read(f"stack.layers.{loop * self.layers_per_loop + layer}.{name}")
+        return self._read(f"stack.layers.{self._depths[Place(loop, layer)]}.{name}")
 
     def _read(self, name: str) -> Tensor:
         return read_finite(self.source, name)

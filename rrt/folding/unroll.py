@@ -134,7 +134,7 @@ def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) ->
     if not name.startswith("stack.layers."):
         return source.get(name)
     depth, rest = name.removeprefix("stack.layers.").split(".", 1)
-    loop, layer = divmod(int(depth), source.recursion.layers_per_loop(source.model))
+    loop, layer = source.recursion.places(source.model)[int(depth)]
     shared_name = f"stack.layers.{layer}.{rest}"
     shared = source.get(shared_name)
     linear, _, leaf = shared_name.rpartition(".")

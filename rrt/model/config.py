@@ -6,7 +6,7 @@ wrong types by name. The recipes of ``train/`` are read by the same function.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rrt.common.schema import field_doc
 from rrt.errors import UserError
@@ -19,6 +19,7 @@ Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
 NormInit = Literal["folded", "average", "choice", "zero"]
 LoraInit = Literal["svd", "zero", "joint"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
+Sharing = Literal["cycle", "sequence", "cycle-rev"]
 
 
 def _require_positive(config: object, names: tuple[str, ...], prefix: str = "") -> None:
@@ -157,6 +158,13 @@ class LoraRanks:
         return f"q {self.q}, kv {self.kv}, out {self.out}, ffn {self.ffn}"
 
 
+class Place(NamedTuple):
+    """Shared layer that a depth runs, and at which of its loops."""
+
+    loop: int
+    layer: int
+
+
 @dataclass(frozen=True)
 class RecursiveConfig:
     """Folding of L layers into one block of K = L/B shared ones, and its relaxation (arXiv 2410.20672, section 2).
@@ -165,7 +173,11 @@ class RecursiveConfig:
     """
 
     num_loops: int = field_doc("loops B over the shared block; 1 is a vanilla model", default=1)
-    sharing: Literal["cycle"] = field_doc("depth l uses shared layer l mod K", default="cycle")
+    sharing: Sharing = field_doc(
+        "depth l runs shared layer l mod K (cycle), that with every second loop backwards (cycle-rev), or l // B "
+        "(sequence: a layer's loops follow each other)",
+        default="cycle",
+    )
     init: Init = field_doc("how the shared block is made from the base's layers", default="stepwise")
     norm_init: NormInit = field_doc(
         "tied norms: neutral, their gains folded into the linears; or under init 'average' the mean, one layer's, or "
@@ -193,11 +205,38 @@ class RecursiveConfig:
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")
+        if not self.runs_whole_loops:
+            for name in ("exit_loops", "head_lora_rank"):
+                if getattr(self, name):
+                    self.require_whole_loops(f"field '{name}': found {getattr(self, name)}")
 
     @property
     def is_relaxed(self) -> bool:
         """True if any parameter besides norms and biases differs between depths."""
         return bool(self.lora_rank) or self.prefix_length > 0
+
+    @property
+    def runs_whole_loops(self) -> bool:
+        """True if one loop ends before the next begins, so that there is a state between them to exit from."""
+        return self.sharing != "sequence" or self.num_loops == 1
+
+    def require_whole_loops(self, found: str) -> None:
+        """Raise `UserError`, which begins with `found`, if the model does not run whole loops."""
+        if not self.runs_whole_loops:
+            raise UserError(
+                f"{found} with sharing 'sequence', which has no state between loops; expected sharing 'cycle' or "
+                "'cycle-rev' for exits"
+            )
+
+    def places(self, model: ModelConfig) -> tuple[Place, ...]:
+        """Return what each of the L depths runs. Raises `UserError` as `layers_per_loop` does."""
+        layers = self.layers_per_loop(model)
+        if self.sharing == "sequence":
+            return tuple(Place(depth % self.num_loops, depth // self.num_loops) for depth in range(model.num_layers))
+        places = [Place(depth // layers, depth % layers) for depth in range(model.num_layers)]
+        if self.sharing == "cycle-rev":
+            places = [Place(loop, layers - 1 - layer if loop % 2 else layer) for loop, layer in places]
+        return tuple(places)
 
     def layers_per_loop(self, model: ModelConfig) -> int:
         """Return K = L/B. Raises `UserError` if B does not divide L."""

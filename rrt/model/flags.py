@@ -1,8 +1,9 @@
 """Command-line flags that describe a recursive model."""
 
 import argparse
+import typing
 
-from rrt.model.config import LoraRanks
+from rrt.model.config import LoraRanks, Sharing
 
 LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
 
@@ -30,6 +31,16 @@ def lora_ranks(arguments: argparse.Namespace) -> LoraRanks:
     """Read the flags of `add_lora_rank_flags`. Raises `UserError` for a negative rank."""
     ranks = {group: getattr(arguments, f"lora_rank_{group}") for group in LORA_GROUPS}
     return LoraRanks(**{group: arguments.lora_rank if rank is None else rank for group, rank in ranks.items()})
+
+
+def add_sharing_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sharing",
+        choices=typing.get_args(Sharing),
+        default="cycle",
+        help="shared layer of depth l: l mod K (cycle, default), that with every second loop backwards (cycle-rev), or "
+        "l // B (sequence: neighbours share, and there are no early exits)",
+    )
 
 
 def add_untie_norms_flag(parser: argparse.ArgumentParser) -> None:

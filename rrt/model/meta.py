@@ -46,6 +46,7 @@ def first_loops(
         raise UserError(f"num_loops: found {num_loops}; {where} has {trained}: expected 1 to {trained}{hint}")
     if num_loops == trained:
         return model, recursion
+    recursion.require_whole_loops(f"num_loops: found {num_loops}; {where} has {trained}")
     exits = tuple(loop for loop in recursion.exit_loops if loop < num_loops - 1)
     model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)
     if not recursion.head_lora_rank:

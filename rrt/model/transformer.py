@@ -5,7 +5,7 @@ the loop it runs in (:class:`rrt.model.loop_linear.LoopLinear`). A vanilla model
 
 Shapes, used across the package: batch sequences of T tokens, S keys, M rows, D model width, H query heads,
 H_kv key/value heads, D_h head width, L depth, B loops, K shared layers per loop, R LoRA rank, V vocabulary,
-P prefix length. `depth = loop * K + layer`.
+P prefix length. Depth l runs the layer and loop `RecursiveConfig.places[l]`, by default l = loop * K + layer.
 """
 
 import math
@@ -243,11 +243,15 @@ class Layer(nn.Module):
 
 
 class LoopedStack(nn.Module):
-    """K shared layers that run B times; exits are taken from the hidden state after each loop."""
+    """K shared layers that run B times; exits are taken from the hidden state after each loop.
+
+    Where the loops of a layer follow each other (sharing "sequence"), a loop here is the next K depths.
+    """
 
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
         self.num_loops = recursion.num_loops
+        self.places = recursion.places(config)
         self.layers = nn.ModuleList(Layer(config, recursion) for _ in range(recursion.layers_per_loop(config)))
         self.checkpointing: Checkpointing = "none"
         shape = (config.num_layers, recursion.prefix_length, config.hidden_size)
@@ -273,10 +277,11 @@ class LoopedStack(nn.Module):
         return exits
 
     def _run_loop(self, x: Tensor, loop: int, context: ForwardContext, selected_tokens: Tensor | None) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            prefix = None if self.prefix is None else self.prefix[loop * len(self.layers) + index]
-            selected = selected_tokens if index == len(self.layers) - 1 else None
-            x = self._run("layer", layer, x, loop, context, prefix, selected)
+        first, end = loop * len(self.layers), (loop + 1) * len(self.layers)
+        for depth, place in enumerate(self.places[first:end], first):
+            prefix = None if self.prefix is None else self.prefix[depth]
+            selected = selected_tokens if depth == end - 1 else None
+            x = self._run("layer", self.layers[place.layer], x, place.loop, context, prefix, selected)
         return x
 
     def _run(self, unit: Checkpointing, function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -337,6 +342,8 @@ class RecursiveTransformer(nn.Module):
         last = loops - 1 if exit_loop is None else exit_loop
         if not 0 <= last < loops:
             raise UserError(f"exit_loop: found {last}; expected a loop in [0, {loops})")
+        if last != loops - 1:
+            self.recursion.require_whole_loops(f"exit_loop: found {last}")
         exits = self.hidden_states(input_ids, positions=positions, seen_until=seen_until, num_loops=last + 1)
         return self.logits(exits[-1], last)
 
@@ -360,6 +367,8 @@ class RecursiveTransformer(nn.Module):
         loops = self.recursion.num_loops
         if num_loops is not None and not 1 <= num_loops <= loops:
             raise UserError(f"num_loops: found {num_loops}; expected 1 to {loops}")
+        if num_loops not in (None, loops):
+            self.recursion.require_whole_loops(f"num_loops: found {num_loops} of {loops}")
         x = self.embed_tokens(input_ids)
         exits: list[Tensor] = self.stack(x, self._context(x, positions, seen_until), num_loops, selected_tokens)
         return exits

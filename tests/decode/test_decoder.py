@@ -77,6 +77,33 @@ def test_incremental_decoding_equals_transformers(variant, tmp_path):
         assert_close(decode_in_chunks(decoder, tokens, chunks), expected, 2e-5)
 
 
+@pytest.mark.parametrize("looped", [name for name in LOOPED if name.startswith(("sequence", "cycle-rev"))])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_other_sharings_decode_as_their_full_forward_and_pages_are_of_consecutive_depths(family, looped):
+    model = make_model(family, looped)
+    tokens = random_tokens(11)
+    for chunks in ([1] * 11, [4, 5, 1, 1]):
+        assert_close(decode_in_chunks(make_decoder(model), tokens, chunks), model(tokens[None])[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_rows_of_several_loops_are_refused_where_loops_run_different_layers(family):
+    for name in (name for name in LOOPED if name.startswith(("sequence", "cycle-rev"))):
+        decoder = make_decoder(make_model(family, name))
+        sequence = decoder.cache.allocate()
+        decoder.cache.append(sequence, 1)
+        plan = decoder.cache.plan(PassRows([sequence] * 2, [0, 1], [0, 0]))
+        with pytest.raises(UserError, match="rows of a pass: found several loops; expected one"):
+            decoder.block(decoder.embed(torch.tensor([3, 3])), plan)
+        plan = decoder.cache.plan(PassRows([sequence], [1], [0], num_kv_only=1))
+        x = decoder.embed(torch.tensor([3]))
+        if name.startswith("sequence"):
+            with pytest.raises(UserError, match="found 1 kv-only ones with sharing 'sequence'"):
+                decoder.block(x, plan)
+        else:
+            assert torch.equal(decoder.block(x, plan), x)
+
+
 def test_each_row_exits_through_the_head_lora_of_its_loop():
     model = make_model("gemma", "head-lora-3")
     x = torch.randn(7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -189,8 +189,10 @@ def test_bad_input_is_one_clear_line(checkpoint, data, tmp_path):
     one = tmp_path / "one.txt"
     one.write_text("one document")
     run(checkpoint, data, tmp_path / "out", "--samples", 2)
+    convert(base, tmp_path / "sequence", RecursiveConfig(num_loops=3, sharing="sequence"))
     cases = [
         ((base, data, tmp_path / "new"), "has 1 loop"),
+        ((tmp_path / "sequence", data, tmp_path / "new"), "found a model with sharing 'sequence'"),
         ((checkpoint, data, tmp_path / "other"), "is no recording"),
         ((checkpoint, data, tmp_path / "out", "--samples", 3), "field 'samples': found 2; expected 3"),
         ((checkpoint, data, tmp_path / "new", "--samples", 0), "--samples: found 0"),

@@ -210,6 +210,14 @@ def test_every_exit_is_measured_in_one_pass_and_alone(recursive_dir, shard_dir, 
     assert [row["loop"] for row in first["exits"]] == [0] and first["loss"] == pytest.approx(losses[0], rel=1e-12)
 
 
+def test_a_model_without_exits_is_measured_at_its_end(model_dir, shard_dir, tmp_path):
+    convert(model_dir, tmp_path / "sequence", RecursiveConfig(num_loops=2, sharing="sequence"))
+    result, _ = measure(tmp_path / "sequence", shard_dir, "--context", 100)
+    assert [row["loop"] for row in result["exits"]] == [1]
+    with pytest.raises(UserError, match=r"--exit-loop: found 0; .*sequence was made with sharing 'sequence'"):
+        measure(tmp_path / "sequence", shard_dir, "--exit-loop", 0)
+
+
 def test_two_processes_share_the_work_and_add_to_the_same_loss(recursive_dir, shard_dir):
     flags = ("--context", 33, "--batch-size", 1, "--dtype", "float64")
     alone, _ = measure(recursive_dir, shard_dir, *flags)

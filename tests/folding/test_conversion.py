@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rrt import inspect
 from rrt.checkpoint.source import load_model, open_source
 from rrt.convert import main, recursive_flags
 from rrt.data.tokenizer import load_tokenizer
@@ -95,6 +96,24 @@ def test_average_is_the_mean_over_the_loops_of_the_cycle(bases, family, num_loop
         looped = [base[f"stack.layers.{loop * layers + layer}.{name}"].double() for loop in range(num_loops)]
         expected = torch.stack(looped).mean(0).float()
         torch.testing.assert_close(new[f"stack.layers.{layer}.{name}"], expected, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora_init", ["svd", "joint"])
+@pytest.mark.parametrize(
+    ("sharing", "depths"), [("sequence", ((0, 1), (2, 3), (4, 5))), ("cycle-rev", ((0, 5), (1, 4), (2, 3)))]
+)
+def test_layers_that_share_are_averaged_and_full_rank_restores_each(bases, sharing, depths, lora_init, tmp_path):
+    base, new, _ = fold(bases["llama"], tmp_path / "tied", sharing=sharing, init="average", norm_init="average")
+    for layer, name in block_names(new):
+        shared = [base[f"stack.layers.{depth}.{name}"].double() for depth in depths[layer]]
+        expected = torch.stack(shared).mean(0).float()
+        torch.testing.assert_close(new[f"stack.layers.{layer}.{name}"], expected, rtol=1e-6, atol=1e-7)
+    fold(bases["llama"], tmp_path / "full", rank=999, sharing=sharing, init="average", lora_init=lora_init)
+    original, full = load_model(bases["llama"]), load_model(tmp_path / "full")
+    input_ids = torch.arange(40)[None]
+    expected = original(input_ids)
+    assert (full(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_average_takes_norms_from_the_first_loop_or_zero_if_asked(bases, tmp_path):
@@ -536,6 +555,17 @@ def test_command_says_what_it_does_and_what_it_did(bases, tmp_path, capsys, monk
     assert open_source(out).recursion == RecursiveConfig(
         num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=16, out=20, ffn=8), lora_init="joint"
     )
+
+
+def test_command_takes_the_sharing(bases, tmp_path, capsys, monkeypatch):
+    argv = ["--base", bases["llama"], "--out", tmp_path / "out", "--num-loops", 2, "--sharing", "sequence"]
+    code, stdout, _ = run_main(main, argv, capsys, monkeypatch)
+    assert code == 0 and "2 loops x 3 layers (sequence), " in stdout
+    assert open_source(tmp_path / "out").recursion.sharing == "sequence"
+    code, stdout, _ = run_main(inspect.main, ["--checkpoint", tmp_path / "out"], capsys, monkeypatch)
+    assert code == 0 and "6 = 2 loops x 3 layers (sequence)" in stdout
+    with pytest.raises(UserError, match=r"num_loops: found 1; .*out has 2 with sharing 'sequence', which has no state"):
+        load_model(tmp_path / "out", num_loops=1)
 
 
 def test_default_init_is_stepwise_without_lora_and_average_with(bases, tmp_path, capsys, monkeypatch):

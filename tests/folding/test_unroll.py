@@ -31,6 +31,8 @@ from tests.util.tokenizers import make_bpe_tokenizer
 RECURSIVE = {
     "recursive": RecursiveConfig(num_loops=2, init="stepwise"),
     "relaxed": RecursiveConfig(num_loops=3, init="average", lora_rank=LoraRanks(q=4, kv=0, out=3, ffn=9)),
+    "sequence": RecursiveConfig(num_loops=3, sharing="sequence", lora_rank=LoraRanks.uniform(4), untie_norms=True),
+    "cycle-rev": RecursiveConfig(num_loops=2, sharing="cycle-rev", lora_rank=LoraRanks.uniform(4), untie_norms=True),
     "untied": RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(5), untie_norms=True),
 }
 

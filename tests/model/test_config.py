@@ -135,6 +135,26 @@ def test_only_what_differs_between_depths_relaxes():
     assert RecursiveConfig(num_loops=2, prefix_length=1).is_relaxed
 
 
+def test_depths_share_layers_in_a_cycle_in_sequence_or_back_and_forth():
+    layers = {
+        "cycle": [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)],
+        "cycle-rev": [(0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0)],
+        "sequence": [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)],
+    }
+    for sharing, places in layers.items():
+        assert list(RecursiveConfig(num_loops=2, sharing=sharing).places(MODEL)) == places
+        assert RecursiveConfig(sharing=sharing).places(MODEL) == tuple((0, layer) for layer in range(6))
+    three = RecursiveConfig(num_loops=3, sharing="cycle-rev").places(MODEL)
+    assert [layer for _, layer in three] == [0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("field", [dict(exit_loops=(0,)), dict(head_lora_rank=3)])
+def test_sharing_in_sequence_is_refused_with_exits(field):
+    with pytest.raises(UserError, match=rf"field '{next(iter(field))}': found .* with sharing 'sequence'"):
+        RecursiveConfig(num_loops=2, sharing="sequence", **field)
+    RecursiveConfig(num_loops=2, sharing="cycle-rev", **field)
+
+
 def test_loops_must_divide_the_depth():
     assert RecursiveConfig(num_loops=3).layers_per_loop(MODEL) == 2
     with pytest.raises(UserError, match="'num_loops': found 4, which does not divide the base's 6 layers; expected"):

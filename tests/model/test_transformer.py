@@ -129,17 +129,28 @@ def test_texts_that_share_their_beginning_in_one_row_equal_each_text_alone(name,
         assert relative_error(packed[owner == number], alone[7:]) <= 1e-12
 
 
+LAYERS_OF = {"cycle": [0, 1, 0, 1], "sequence": [0, 0, 1, 1], "cycle-rev": [0, 1, 1, 0]}
+LOOPS_OF = {"cycle": [0, 0, 1, 1], "sequence": [0, 1, 0, 1], "cycle-rev": [0, 0, 1, 1]}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases"])
-def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
-    model = recursive_model(name, num_loops=2, lora_rank=LoraRanks.uniform(4), untie_norms=True, prefix_length=3)
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [
+        *((name, "cycle") for name in ("gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases")),
+        *((name, sharing) for name in ("llama-gqa", "neox-parallel") for sharing in ("sequence", "cycle-rev")),
+    ],
+)
+def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name, sharing):
+    relaxed = dict(lora_rank=LoraRanks.uniform(4), untie_norms=True, prefix_length=3)
+    model = recursive_model(name, num_loops=2, sharing=sharing, **relaxed)
     vanilla = RecursiveTransformer(model.config, RecursiveConfig(prefix_length=3)).double().eval()
     for key, parameter in vanilla.named_parameters():
         if not key.startswith("stack.layers."):
             parameter.copy_(model.get_parameter(key))
             continue
         depth, rest = key.removeprefix("stack.layers.").split(".", 1)
-        loop, layer = divmod(int(depth), len(model.stack.layers))
+        loop, layer = LOOPS_OF[sharing][int(depth)], LAYERS_OF[sharing][int(depth)]
         shared = model.get_parameter(f"stack.layers.{layer}.{rest}")
         if "norm" in rest or rest.endswith("bias"):
             parameter.copy_(shared[loop])
@@ -148,6 +159,17 @@ def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name):
             parameter.copy_(module.weight + module.lora_b[loop] @ module.lora_a[loop])
     input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(6))
     assert relative_error(model(input_ids), vanilla(input_ids)) <= 1e-12
+
+
+def test_sharing_in_sequence_has_no_exits():
+    model = recursive_model(num_loops=2, sharing="sequence")
+    input_ids = torch.arange(5)[None]
+    for refused in (lambda: model(input_ids, exit_loop=0), lambda: model.hidden_states(input_ids, num_loops=1)):
+        with pytest.raises(rrt.UserError, match=r"found .* with sharing 'sequence', which has no state between loops"):
+            refused()
+    assert torch.equal(model(input_ids, exit_loop=1), model(input_ids))
+    reverse = recursive_model(num_loops=2, sharing="cycle-rev")
+    assert torch.equal(reverse(input_ids, exit_loop=0), recursive_model(num_loops=2)(input_ids, exit_loop=0))
 
 
 def test_lora_merges_from_the_rows_at_which_that_takes_fewer_flops():

@@ -74,6 +74,7 @@ def checkpoints(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "two": (LLAMA, RecursiveConfig(num_loops=2, lora_rank=LORA)),
         "three": (LLAMA, RecursiveConfig(num_loops=3, lora_rank=LORA)),
         "vanilla": (LLAMA, RecursiveConfig()),
+        "sequence": (LLAMA, RecursiveConfig(num_loops=2, sharing="sequence")),
         "teacher": (WIDE, RecursiveConfig()),
     }
     return {name: make_checkpoint(root / name, tokenizer, *kind, noise=0.05) for name, kind in kinds.items()}
@@ -405,6 +406,7 @@ def test_a_teacher_of_other_tokens_is_refused(
     ("kind", "overrides", "message"),
     [
         ("vanilla", {}, "field 'num_loops': found 1; expected a recursive model"),
+        ("sequence", {}, "field 'checkpoint.path': found a model with sharing 'sequence'"),
         ("two", {"exits__distill": "teacher"}, "field 'distill.teacher': missing"),
         ("two", {"exits__freeze": "true"}, "field 'exits.head_lora_rank': found 0; expected a positive rank"),
         (

@@ -30,6 +30,10 @@ LOOPED = {
     "prefix-2": RecursiveConfig(num_loops=2, prefix_length=5),
     "head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5),
     "relaxed-prefix-untied-3": RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True, prefix_length=8),
+    "sequence-relaxed-prefix-untied-3": RecursiveConfig(
+        num_loops=3, sharing="sequence", lora_rank=RANKS, untie_norms=True, prefix_length=8
+    ),
+    "cycle-rev-relaxed-prefix-3": RecursiveConfig(num_loops=3, sharing="cycle-rev", lora_rank=RANKS, prefix_length=5),
 }
 VOCABULARY = 97
 
