@@ -35,6 +35,8 @@ def describe(conversion: PreparedConversion) -> str:
     if folds_norms(recursion):
         norms = "norms folded into the linears"
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
+    if recursion.low_rank_only:
+        lora = f"B A of rank {recursion.lora_rank} alone, nothing shared"
     if recursion.prefix_length:
         lora += f"; {recursion.prefix_length} prefix vectors per depth"
     loops = f"{recursion.num_loops} loops x {layers} layers"
@@ -46,7 +48,7 @@ def describe(conversion: PreparedConversion) -> str:
         (
             f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
             f"new   {conversion.out}: {loops}, {_size(conversion.after)}",
-            f"init  {init}; {lora}; {norms}; seed {conversion.seed}",
+            f"init  {lora if recursion.low_rank_only else f'{init}; {lora}'}; {norms}; seed {conversion.seed}",
             *(f"notice: {notice}" for notice in conversion.notices),
         )
     )
@@ -73,13 +75,18 @@ def report_table(report: ConversionReport) -> str:
             vectors.setdefault(row, []).append(vector)
     matrices["all"] = matrices.pop("all")
     heads = [*groups, "norms, biases"] if vectors else groups
-    lines = ["lost by tying -> with LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
+    shares = not report.after.recursion.low_rank_only
+    lines = [
+        "lost by tying -> with LoRA" if shares else "lost by low rank",
+        f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads),
+    ]
     for row, by_group in matrices.items():
-        cells = [_losses(by_group[group]) for group in groups]
+        cells = [_losses(by_group[group], shares) for group in groups]
         if vectors:
             cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
-    total = f"of all ||W||^2 tying loses {_losses(report.matrices).replace(' -> ', ', with LoRA ')}"
+    losses = _losses(report.matrices, shares).replace(" -> ", ", with LoRA ")
+    total = f"of all ||W||^2 {'tying' if shares else 'low rank'} loses {losses}"
     if all(matrix.least_loss is not None for matrix in report.matrices):
         least = _share(report.matrices, lambda matrix: [matrix.least_loss or 0.0] * len(matrix.norms))
         total += f"; no fit of these ranks loses less than {least:.1%}"
@@ -102,11 +109,15 @@ def _share(matrices: Sequence[MatrixReport], losses: Callable[[MatrixReport], Se
     return lost / (sum(sum(matrix.norms) for matrix in matrices) or 1.0)
 
 
-def _losses(matrices: Sequence[MatrixReport]) -> str:
+def _losses(matrices: Sequence[MatrixReport], shares: bool) -> str:
+    """Format the loss of several matrices; `shares` tells whether they share weights, so that two losses differ."""
+    final = f"{_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    if not shares:
+        return final
     lost = f"{_share(matrices, lambda matrix: matrix.tying_loss):.1%}"
     if not any(matrix.rank for matrix in matrices):
         return f"{lost} -> -"
-    return f"{lost} -> {_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    return f"{lost} -> {final}"
 
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
@@ -143,8 +154,10 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *typing.get_args(LoraInit)),
         default="auto",
         help="joint: shared weights and LoRAs together, the best of their rank (with --init average or auto); svd, the "
-        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B. auto, the default, is "
-        "joint for two loops whose shared weights no other --init chooses, else svd",
+        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B; low-rank-only, a "
+        "baseline: every linear of the base as a product B A, nothing shared, of as many parameters in all as the "
+        "loops and ranks asked for. auto, the default, is joint for two loops whose shared weights no other --init "
+        "chooses, else svd",
     )
     parser.add_argument(
         "--norm-init",
@@ -217,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe(conversion), flush=True)
     report = run_conversion(conversion, progress=True)
-    if conversion.recursion.num_loops > 1:
+    if conversion.recursion.num_loops > 1 or conversion.recursion.low_rank_only:
         print(report_table(report))
     print(f"wrote {report.out} in {report.seconds:.1f} s: {_size(report.after)}")
 

@@ -24,7 +24,7 @@ from rrt.folding.views import KeptLayers
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import capped_lora_ranks, meta_model
-from rrt.model.sizes import Sizes, model_sizes
+from rrt.model.sizes import Sizes, model_sizes, without_sharing
 from rrt.model.transformer import Layer
 
 
@@ -88,6 +88,13 @@ def prepare_conversion(
     dtype = dtype or source.dtype
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
+    if recursion.lora_init == "low-rank-only":
+        folded, recursion = recursion, without_sharing(source.model, recursion)
+        totals = [model_sizes(source.model, each, dtype).total_params for each in (recursion, folded)]
+        notices.append(
+            f"B A of rank {recursion.lora_rank} (0: the whole weight) at every depth has {totals[0]:,} parameters; "
+            f"{folded.num_loops} loops with LoRA rank {folded.lora_rank} have {totals[1]:,}"
+        )
     after = model_sizes(source.model, recursion, dtype)
     if recursion.num_loops > 1 and after.total_params >= before.total_params:
         notices.append(
@@ -172,6 +179,17 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
                 "conversion does not make this"
             )
+    if recursion.low_rank_only:
+        raise UserError(
+            "field 'low_rank_only': found true; expected false: conversion sets it for lora_init 'low-rank-only', with "
+            "the ranks that have as many parameters as the loops and ranks asked for"
+        )
+    if recursion.lora_init == "low-rank-only":
+        why = "with lora_init 'low-rank-only', which has the parameters of the loops and ranks asked for"
+        if recursion.num_loops == 1:
+            raise UserError(f"field 'num_loops': found 1; expected at least 2 {why}")
+        if recursion.prefix_length:
+            raise UserError(f"field 'prefix_length': found {recursion.prefix_length}; expected 0 {why}")
     if recursion.lora_init == "joint":
         if not recursion.lora_rank:
             raise UserError("field 'lora_init': found 'joint' without LoRA; expected a rank: --lora-rank")
@@ -223,7 +241,8 @@ def _write_tensors(
             vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
                 made = folding.linear(index, name, linear.rank)
-                writer.add(f"{made.report.name}.weight", made.weight)
+                if made.weight is not None:
+                    writer.add(f"{made.report.name}.weight", made.weight)
                 if linear.rank:
                     writer.add(f"{made.report.name}.lora_a", made.lora_a)
                     writer.add(f"{made.report.name}.lora_b", made.lora_b)
@@ -238,5 +257,5 @@ def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer
         if "norm" in name or name.endswith(".bias"):
             vector = (folding.untied if untied else folding.shared)(index, name)
             writer.add(f"stack.layers.{index}.{name}", vector)
-            if not untied:
+            if folding.recursion.num_loops > 1 and not untied:
                 yield folding.vector_report(index, name, vector)

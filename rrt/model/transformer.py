@@ -480,4 +480,5 @@ def _linear(recursion: RecursiveConfig, inputs: int, outputs: int, rank: int, bi
         rank=rank,
         bias=bias,
         untie_bias=recursion.untie_norms,
+        low_rank_only=recursion.low_rank_only,
     )
