@@ -98,23 +98,21 @@ def fit_tied(
         generator: as in `fit_lora`.
     """
     wide = [weight.double() for weight in weights]
-    rank = min(rank, *wide[0].shape)
-    generator = generator or torch.Generator().manual_seed(0)
     forms = _forms(wide, metrics)
+    fit = _Fit(wide, forms, min(rank, *wide[0].shape), generator or torch.Generator().manual_seed(0))
     if all(torch.equal(weight, wide[0]) for weight in wide):
-        nothing = torch.zeros_like(wide[0])
-        fit: _Fit = wide[0], [_lora_step(nothing, rank, form, generator) for form in forms], [0.0], 0.0
+        objectives, bound = [0.0], 0.0
     else:
-        fit = _fit_sharing_a_side(wide, rank, _with_common_outputs(forms), sweeps, generator)
+        fit.forms = _with_common_outputs(forms)
+        objectives, bound = _fit_sharing_a_side(fit, sweeps)
         if not _share_a_side(forms):
-            fit = _alternate(wide, fit, forms, sweeps)
-    weight, loras, objectives, bound = fit
-    errors = _errors(wide, weight, loras, forms)
+            fit.forms = forms
+            objectives, bound = _alternate(fit, sweeps), None
     return TiedFit(
-        weight,
-        torch.stack([lora_a for lora_a, _ in loras]),
-        torch.stack([lora_b for _, lora_b in loras]),
-        tuple(errors),
+        fit.weight,
+        torch.stack([lora_a for lora_a, _ in fit.loras]),
+        torch.stack([lora_b for _, lora_b in fit.loras]),
+        tuple(fit.errors()),
         tuple(form.square(original) for form, original in zip(forms, wide, strict=True)),
         tuple(objectives),
         bound,
@@ -191,7 +189,7 @@ class _Form:
 
     def whiten(self, error: Tensor) -> Tensor:
         """Map errors [N, K] to where their energy is the form's value."""
-        error = error * self.weight**0.5
+        error = error if self.weight == 1.0 else error * self.weight**0.5
         if self.inputs is not None:
             error = error @ self.inputs.factor
         return error if self.outputs is None else self.outputs.factor.T @ error
@@ -313,36 +311,70 @@ def _mean(matrices: Sequence[Tensor], total: _Form, forms: Sequence[_Form]) -> T
     return total.solve(_total(form.gradient(matrix) for form, matrix in zip(forms, matrices, strict=True)))
 
 
-_Fit = tuple[Tensor, list[_Lora], list[float], float | None]
-"""W', LoRAs, objectives, bound."""
+class _Fit:
+    """A fit in progress: one shared weight and a LoRA per loop, at first the first loop's weight and none.
+
+    Attributes:
+        weights, forms: W_l and their quadratic forms.
+        weight: W'.
+        loras: (A_l, B_l).
+        remainders: W_l - B_l A_l.
+    """
+
+    def __init__(self, weights: list[Tensor], forms: list[_Form], rank: int, generator: torch.Generator) -> None:
+        self.weights, self.forms, self.rank, self.generator = weights, forms, rank, generator
+        self.weight, self.remainders = weights[0], list(weights)
+        nothing = weights[0].new_zeros(weights[0].shape[0], rank)
+        self.loras: list[_Lora] = [(random_unit_rows(rank, weights[0], generator), nothing) for _ in weights]
+
+    def set_lora(self, loop: int, lora: _Lora) -> None:
+        self.loras[loop] = lora
+        self.remainders[loop] = torch.addmm(self.weights[loop], lora[1], lora[0], alpha=-1.0)
+
+    def fit_lora(self, loop: int, shared: Tensor, form: _Form) -> None:
+        """Fit the LoRA of a loop to what `shared` leaves of its weight."""
+        self.set_lora(loop, _lora_step(self.weights[loop] - shared, self.rank, form, self.generator))
+
+    def fit_weight(self, total: _Form) -> None:
+        """Fit W' to given LoRAs; `total` is the sum of the forms."""
+        self.weight = _mean(self.remainders, total, self.forms)
+
+    def errors(self) -> list[float]:
+        return [
+            form.square(remainder - self.weight) for form, remainder in zip(self.forms, self.remainders, strict=True)
+        ]
 
 
-def _fit_sharing_a_side(
-    weights: list[Tensor], rank: int, forms: list[_Form], sweeps: int, generator: torch.Generator
-) -> _Fit:
-    """Fit in forms that share a side: by the closed form for two loops, by elimination for more."""
+def _fit_sharing_a_side(fit: _Fit, sweeps: int) -> tuple[list[float], float]:
+    """Fit in forms that share a side, by the closed form for two loops, by elimination for more.
+
+    Returns:
+        The objective at the start and after each sweep, and its bound.
+    """
+    forms, loops = fit.forms, range(len(fit.forms))
     total = _sum(forms)
-    if len(weights) == 2:
-        loras = _fit_difference(weights[0] - weights[1], rank, _parallel(*forms), generator)
-        weight = _mean(_without(weights, loras), total, forms)
-        objective = sum(_errors(weights, weight, loras, forms))
-        return weight, loras, [objective], objective
+    if len(forms) == 2:
+        difference = fit.weights[0] - fit.weights[1]
+        for loop, lora in enumerate(_fit_difference(difference, fit.rank, _parallel(*forms), fit.generator)):
+            fit.set_lora(loop, lora)
+        fit.fit_weight(total)
+        objective = sum(fit.errors())
+        return [objective], objective
 
-    weight = _mean(weights, total, forms)
-    loras = [_lora_step(w - weight, rank, form, generator) for w, form in zip(weights, forms, strict=True)]
-    objectives = [sum(_errors(weights, weight, loras, forms))]
-    remainders = _without(weights, loras)
-    others = [[*range(loop), *range(loop + 1, len(forms))] for loop in range(len(forms))]
+    fit.fit_weight(total)
+    for loop in loops:
+        fit.fit_lora(loop, fit.weight, forms[loop])
+    objectives = [sum(fit.errors())]
+    others = [[other for other in loops if other != loop] for loop in loops]
     sums = [_sum([forms[other] for other in rest]) for rest in others]
     eliminated = [_parallel(form, rest) for form, rest in zip(forms, sums, strict=True)]
     for _ in range(sweeps):
         for loop, rest in enumerate(others):
-            mean = _mean([remainders[other] for other in rest], sums[loop], [forms[other] for other in rest])
-            loras[loop] = _lora_step(weights[loop] - mean, rank, eliminated[loop], generator)
-            remainders[loop] = weights[loop] - loras[loop][1] @ loras[loop][0]
-        weight = _mean(remainders, total, forms)
-        objectives.append(sum(_errors(weights, weight, loras, forms)))
-    return weight, loras, objectives, _bound(weights, rank, forms)
+            mean = _mean([fit.remainders[other] for other in rest], sums[loop], [forms[other] for other in rest])
+            fit.fit_lora(loop, mean, eliminated[loop])
+        fit.fit_weight(total)
+        objectives.append(sum(fit.errors()))
+    return objectives, _bound(fit.weights, fit.rank, forms)
 
 
 def _fit_difference(difference: Tensor, rank: int, form: _Form, generator: torch.Generator) -> list[_Lora]:
@@ -357,18 +389,20 @@ def _fit_difference(difference: Tensor, rank: int, form: _Form, generator: torch
     return loras
 
 
-def _alternate(weights: list[Tensor], start: _Fit, forms: list[_Form], sweeps: int) -> _Fit:
-    """Improve `start` in forms that share no side: W' for given LoRAs, then every LoRA for that W'."""
-    weight, loras, _, _ = start
-    rank = len(loras[0][0])
-    generator = torch.Generator().manual_seed(0)
-    objectives = [sum(_errors(weights, weight, loras, forms))]
-    scale = _Form(1.0, _mean_side(forms, "inputs"), _mean_side(forms, "outputs"))
+def _alternate(fit: _Fit, sweeps: int) -> list[float]:
+    """Improve a fit in forms that share no side: W' for given LoRAs, then every LoRA for that W'.
+
+    Returns:
+        The objective at the start and after each sweep.
+    """
+    objectives = [sum(fit.errors())]
+    scale = _Form(1.0, _mean_side(fit.forms, "inputs"), _mean_side(fit.forms, "outputs"))
     for _ in range(sweeps):
-        weight = _descend(weight, _without(weights, loras), forms, scale)
-        loras = [_lora_step(w - weight, rank, form, generator) for w, form in zip(weights, forms, strict=True)]
-        objectives.append(sum(_errors(weights, weight, loras, forms)))
-    return weight, loras, objectives, None
+        fit.weight = _descend(fit.weight, fit.remainders, fit.forms, scale)
+        for loop, form in enumerate(fit.forms):
+            fit.fit_lora(loop, fit.weight, form)
+        objectives.append(sum(fit.errors()))
+    return objectives
 
 
 def _descend(weight: Tensor, targets: list[Tensor], forms: list[_Form], scale: _Form) -> Tensor:
@@ -406,15 +440,6 @@ def _bound(weights: list[Tensor], rank: int, forms: list[_Form]) -> float:
         )
     equal = len({(form.weight, form.inputs, form.outputs) for form in forms}) == 1
     return pairs * (2.0 / len(forms) if equal else 1.0 / (len(forms) - 1))
-
-
-def _errors(weights: list[Tensor], weight: Tensor, loras: list[_Lora], forms: list[_Form]) -> list[float]:
-    remainders = _without(weights, loras)
-    return [form.square(remainder - weight) for form, remainder in zip(forms, remainders, strict=True)]
-
-
-def _without(weights: list[Tensor], loras: list[_Lora]) -> list[Tensor]:
-    return [torch.addmm(w, lora_b, lora_a, alpha=-1.0) for w, (lora_a, lora_b) in zip(weights, loras, strict=True)]
 
 
 def _total(matrices: Iterable[Tensor]) -> Tensor:
