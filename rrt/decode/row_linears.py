@@ -114,6 +114,7 @@ class DecodeLayer:
         gated = [] if layer.mlp.gate is None else [layer.mlp.gate]
         self.gate_up = _RowLinear.fused(*gated, layer.mlp.up)
         self.down = _RowLinear.fused(layer.mlp.down)
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)
 
     def mlp(self, x: Tensor, loops: Tensor) -> Tensor:
         mlp = self.module.mlp
@@ -128,10 +129,9 @@ class DecodeLayer:
         """Return the layer's parameters in the order of `ops.BLOCK_PARAMETERS`."""
         module = self.module
         norms = (module.attn_norm, module.attn.q_norm, module.attn.k_norm, module.mlp_norm)
-        linears = (self.qkv, self.out, self.gate_up, self.down)
         return [
             *(None if norm is None else norm.weight.detach() for norm in norms),
-            *(parameter for linear in linears for parameter in linear.block_parameters()),
+            *(parameter for linear in self.linears for parameter in linear.block_parameters()),
         ]
 
 
@@ -154,8 +154,7 @@ class DecodeBlock:
         self._config = model.config
         self._num_loops = model.recursion.num_loops
         self._parameters = [parameter for layer in layers for parameter in layer.block_parameters()]
-        linears = (layers[0].qkv, layers[0].out, layers[0].gate_up, layers[0].down)
-        self._ranks = [rank for linear in linears for rank in linear.segment_rank]
+        self._ranks = [rank for layer in layers for linear in layer.linears for rank in linear.segment_rank]
         self._scale = model.config.head_dim**-0.5
 
     def __call__(self, x: Tensor, plan: DecodePlan, k_cache: Tensor, v_cache: Tensor, cos_sin: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
-from rrt.folding.svd import truncated_svd
+from rrt.folding.svd import singular_energies, truncated_svd
 from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, RecursiveConfig
 
@@ -183,6 +183,21 @@ class Folding:
             factors_b.append(self._stored(lora_b, f"{name}.lora_b"))
         report = MatrixReport(name, rank, tuple(losses), tuple(kept))
         return torch.stack(factors_a), torch.stack(factors_b), report
+
+    def gains(self, layer: int, linear: str) -> list[float]:
+        """Compute what each unit of rank saves of a matrix's error: min(N, K) numbers, none larger than the one before.
+
+        The error is sum_l ||W_l - W' - B_l A_l||^2 / sum_l ||W_l||^2: a share, as weights say nothing about the size of
+        a linear's inputs, and folded gains make some linears much smaller than others.
+        """
+        shared = self.shared(layer, f"{linear}.weight")
+        saved, energy = torch.zeros(min(shared.shape), dtype=torch.float64), 0.0
+        for loop in range(self.recursion.num_loops):
+            weight = self._base(layer, loop, f"{linear}.weight")
+            energy += weight.double().square().sum().item()
+            if not torch.equal(weight.to(self.dtype), shared):
+                saved += singular_energies(weight.double() - shared.double())
+        return (saved / (energy or 1.0)).tolist()
 
     def _shared(self, layer: int, name: str, target: str) -> Tensor:
         init, is_norm = self.recursion.init, "norm" in name

@@ -40,6 +40,15 @@ def truncated_svd(residual: Tensor, rank: int, generator: torch.Generator) -> tu
     return lora_a, lora_b
 
 
+def singular_energies(residual: Tensor) -> Tensor:
+    """Compute the squared singular values [min(N, K)] of `residual` [N, K], largest first.
+
+    The first r are what `truncated_svd` keeps of ||R||^2 at rank r.
+    """
+    gram = residual.T @ residual if residual.shape[1] <= residual.shape[0] else residual @ residual.T
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
+
+
 def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Compute the `rank` leading eigenvectors [n, rank] of a symmetric matrix [n, n], largest eigenvalue first."""
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)

@@ -25,12 +25,13 @@ from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
 from tests.util.commands import run_main
-from tests.util.models import ALL_FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, MIXED_RANKS, make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 RECURSIVE = {
     "recursive": RecursiveConfig(num_loops=2, init="stepwise"),
     "relaxed": RecursiveConfig(num_loops=3, init="average", lora_rank=LoraRanks(q=4, kv=0, out=3, ffn=9)),
+    "mixed": RecursiveConfig(num_loops=2, init="average", lora_rank=MIXED_RANKS),
     "untied": RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(5), untie_norms=True),
 }
 
