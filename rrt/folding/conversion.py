@@ -47,7 +47,7 @@ class PreparedConversion:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Result of a conversion: sizes before and after, what tying lost, and what of it LoRA kept."""
+    """Result of a conversion: sizes before and after, what tying lost, and what is lost with LoRA."""
 
     out: Path
     before: Sizes
@@ -179,7 +179,13 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 "conversion does not make this"
             )
     if recursion.lora_init == "joint":
-        raise UserError("field 'lora_init': found 'joint'; expected 'svd' or 'zero': conversion does not make this")
+        if not recursion.lora_rank:
+            raise UserError("field 'lora_init': found 'joint' without LoRA; expected a rank: --lora-rank")
+        if recursion.init != "average":
+            raise UserError(
+                f"field 'init': found '{recursion.init}'; expected 'average' (--init average or auto) with lora_init "
+                "'joint', which makes shared weights and LoRAs together"
+            )
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:
@@ -207,15 +213,13 @@ def _rank_caps(model: ModelConfig, recursion: RecursiveConfig) -> Iterator[str]:
 
 def _lack_of_saving(before: Sizes, after: Sizes) -> Iterator[str]:
     """Yield a notice if the LoRA takes as many parameters as sharing saves. For a budget that is an error."""
-    if after.lora_params == 0 or after.non_embedding_params < before.non_embedding_params:
+    ranks = after.recursion.lora_rank
+    if after.total_params < before.total_params or not (after.recursion.num_loops > 1 or ranks.is_budget):
         return
-    text = (
-        f"LoRA rank {after.recursion.lora_rank} leaves no saving: {after.non_embedding_params:,} parameters beside the "
-        f"embedding, {after.lora_params:,} of them LoRA, against the base's {before.non_embedding_params:,}"
-    )
-    if after.recursion.lora_rank.is_budget:
-        raise UserError(f"{text}; expected a smaller budget")
-    yield text
+    text = f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}"
+    if ranks.is_budget:
+        raise UserError(f"LoRA rank {ranks}: {text}; expected a smaller budget")
+    yield f"{text}; a lower --lora-rank does"
 
 
 def _measure_gains(folding: Folding, progress: bool) -> dict[str, list[float]]:
@@ -243,14 +247,13 @@ def _write_tensors(
         for index, layer in enumerate(layers):
             vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
-                weight = folding.shared(index, f"{name}.weight")
-                lora_a, lora_b, report = folding.lora(index, name, weight, linear.rank)
-                writer.add(f"{report.name}.weight", weight)
+                made = folding.linear(index, name, linear.rank)
+                writer.add(f"{made.report.name}.weight", made.weight)
                 if linear.rank:
-                    writer.add(f"{report.name}.lora_a", lora_a)
-                    writer.add(f"{report.name}.lora_b", lora_b)
+                    writer.add(f"{made.report.name}.lora_a", made.lora_a)
+                    writer.add(f"{made.report.name}.lora_b", made.lora_b)
                 bar.update()
-                yield report
+                yield made.report
 
 
 def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> Iterator[VectorReport]:
