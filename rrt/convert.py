@@ -12,19 +12,19 @@ from pathlib import Path
 
 from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
-from rrt.common.schema import to_mapping
 from rrt.errors import UserError
 from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
 from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
-from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraInit, LoraRanks, NormInit, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, Init, LoraInit, NormInit, RecursiveConfig
 from rrt.model.flags import (
     add_lora_rank_flags,
     add_prefix_length_flag,
+    add_rank_budget_flag,
     add_sharing_flag,
     add_untie_norms_flag,
     lora_ranks,
 )
-from rrt.model.sizes import Sizes
+from rrt.model.sizes import Sizes, rank_table
 
 
 def describe(conversion: PreparedConversion) -> str:
@@ -61,7 +61,6 @@ def _size(sizes: Sizes) -> str:
 
 def report_table(report: ConversionReport) -> str:
     """Format, per shared layer and group, the share of all ||W||^2 that tying lost and that is lost with LoRA."""
-    groups = list(to_mapping(LoraRanks()))
     matrices: dict[str, dict[str, list[MatrixReport]]] = {}
     vectors: dict[str, list[VectorReport]] = {}
     for matrix in report.matrices:
@@ -72,10 +71,10 @@ def report_table(report: ConversionReport) -> str:
         for row in (_place(vector.name)[0], "all"):
             vectors.setdefault(row, []).append(vector)
     matrices["all"] = matrices.pop("all")
-    heads = [*groups, "norms, biases"] if vectors else groups
+    heads = [*LORA_GROUPS, "norms, biases"] if vectors else LORA_GROUPS
     lines = ["lost by tying -> with LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
     for row, by_group in matrices.items():
-        cells = [_losses(by_group[group]) for group in groups]
+        cells = [_losses(by_group[group]) for group in LORA_GROUPS]
         if vectors:
             cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
@@ -138,6 +137,7 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         "default, is what the paper found best: stepwise for plain recursion, average with LoRA or prefixes",
     )
     add_lora_rank_flags(parser)
+    add_rank_budget_flag(parser)
     parser.add_argument(
         "--lora-init",
         choices=("auto", *typing.get_args(LoraInit)),
@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = run_conversion(conversion, progress=True)
     if conversion.recursion.num_loops > 1:
         print(report_table(report))
+    if report.after.recursion.lora_rank.matrices:
+        print(rank_table(report.after))
     print(f"wrote {report.out} in {report.seconds:.1f} s: {_size(report.after)}")
 
 

@@ -116,6 +116,7 @@ class DecodeLayer:
         gated = [] if layer.mlp.gate is None else [layer.mlp.gate]
         self.gate_up = _RowLinear.fused(*gated, layer.mlp.up)
         self.down = _RowLinear.fused(layer.mlp.down)
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)
 
     def mlp(self, x: Tensor, loops: Tensor) -> Tensor:
         mlp = self.module.mlp
@@ -130,10 +131,9 @@ class DecodeLayer:
         """Return the layer's parameters in the order of `ops.BLOCK_PARAMETERS`, of all loops or one alone."""
         module = self.module
         norms = (module.attn_norm, module.attn.q_norm, module.attn.k_norm, module.mlp_norm)
-        linears = (self.qkv, self.out, self.gate_up, self.down)
         return [
             *(None if norm is None else _of_loop(norm.weight.detach(), loop) for norm in norms),
-            *(parameter for linear in linears for parameter in linear.block_parameters(loop)),
+            *(parameter for linear in self.linears for parameter in linear.block_parameters(loop)),
         ]
 
 
@@ -168,16 +168,18 @@ class DecodeBlock:
             ]
             for run in runs
         ]
-        linears = (layers[0].qkv, layers[0].out, layers[0].gate_up, layers[0].down)
-        self._ranks = [rank for linear in linears for rank in linear.segment_rank]
+        self._ranks = [
+            [rank for _, layer in run for linear in layers[layer].linears for rank in linear.segment_rank]
+            for run in runs
+        ]
         self._scale = model.config.head_dim**-0.5
 
     def __call__(self, x: Tensor, plan: DecodePlan, k_cache: Tensor, v_cache: Tensor, cos_sin: Tensor) -> Tensor:
         """Run the layers: x [N, D] -> [N, D], kv-only rows as they were."""
-        config, loops, parameters = self._config, plan.loops, self._parameters[0]
+        config, loops, run = self._config, plan.loops, 0
         if self._splits_loops:
             assert plan.loop is not None
-            loops, parameters = torch.zeros_like(loops), self._parameters[plan.loop]
+            loops, run = torch.zeros_like(loops), plan.loop
         return ops.decode_block(
             x,
             loops,
@@ -189,8 +191,8 @@ class DecodeBlock:
             k_cache,
             v_cache,
             cos_sin,
-            parameters,
-            self._ranks,
+            self._parameters[run],
+            self._ranks[run],
             self._num_loops,
             config.num_heads,
             config.intermediate_size,

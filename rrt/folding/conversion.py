@@ -20,8 +20,9 @@ from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
+from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
-from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import capped_lora_ranks, meta_model
 from rrt.model.sizes import Sizes, model_sizes
@@ -88,12 +89,10 @@ def prepare_conversion(
     dtype = dtype or source.dtype
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
+    if recursion.lora_rank.is_budget:
+        recursion = replace(recursion, lora_rank=replace(recursion.lora_rank, matrices={}))
     after = model_sizes(source.model, recursion, dtype)
-    if recursion.num_loops > 1 and after.total_params >= before.total_params:
-        notices.append(
-            f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}; "
-            "a lower --lora-rank does"
-        )
+    notices += _lack_of_saving(before, after)
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
@@ -115,7 +114,8 @@ def convert(
 
     Args:
         base: HF directory, GGUF file, or a vanilla checkpoint of ours.
-        recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have.
+        recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have. If they are
+            a budget, its parameters are distributed over the matrices (`rrt.folding.rank_budget`).
         keep_layers: write so many of the base's layers as a vanilla model, the reduced-size baseline; `recursion.init`
             chooses them and the rest of `recursion` is the default's.
         dtype: of the stored parameters; default the base's.
@@ -124,7 +124,8 @@ def convert(
 
     Raises:
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
-            values that are not finite or do not fit `dtype`, or `recursion` asks for what is not offered yet.
+            values that are not finite or do not fit `dtype`, a rank budget is below rank 1 for each matrix or leaves no
+            saving, or `recursion` asks for what is not offered yet.
     """
     prepared = prepare_conversion(
         base, out, recursion, keep_layers=keep_layers, dtype=dtype, seed=seed, overwrite=overwrite
@@ -135,8 +136,13 @@ def convert(
 def run_conversion(conversion: PreparedConversion, *, progress: bool = False) -> ConversionReport:
     """Carry out a conversion that `prepare_conversion` has checked."""
     start = time.monotonic()
-    folding = Folding(conversion.source, conversion.recursion, conversion.dtype, conversion.seed)
-    config = CheckpointConfig(conversion.source.model, conversion.recursion, conversion.dtype)
+    model, recursion = conversion.source.model, conversion.recursion
+    folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+    if recursion.lora_rank.is_budget:
+        gains = _measure_gains(folding, progress)
+        recursion = replace(recursion, lora_rank=distribute_budget(model, recursion, gains))
+        folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+    config = CheckpointConfig(model, recursion, conversion.dtype)
     provenance = make_provenance("convert", conversion.source.directory, seed=conversion.seed)
     with write_checkpoint(conversion.out, config, provenance, overwrite=conversion.overwrite) as writer:
         vectors: list[VectorReport] = []
@@ -149,7 +155,7 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
     return ConversionReport(
         conversion.out,
         conversion.before,
-        conversion.after,
+        model_sizes(model, recursion, conversion.dtype),
         matrices,
         tuple(vectors),
         conversion.notices,
@@ -196,13 +202,32 @@ def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[i
 def _rank_caps(model: ModelConfig, recursion: RecursiveConfig) -> Iterator[str]:
     """Yield a notice for each group in which a linear is too small for the rank in `recursion`."""
     capped: dict[tuple[LoraGroup, int], list[str]] = {}
-    for name, linear in loop_linears(meta_model(model, recursion).stack.layers[0]):
+    for name, shape in linear_shapes(model).items():
         group = LORA_GROUP_OF_LINEAR[name]
-        if linear.rank < getattr(recursion.lora_rank, group):
-            capped.setdefault((group, linear.rank), []).append(name)
+        if min(shape) < getattr(recursion.lora_rank, group):
+            capped.setdefault((group, min(shape)), []).append(name)
     for (group, rank), names in capped.items():
         rank_wanted = getattr(recursion.lora_rank, group)
         yield f"LoRA rank of group {group}: {rank_wanted} is capped at {rank}, the smaller side of {', '.join(names)}"
+
+
+def _lack_of_saving(before: Sizes, after: Sizes) -> Iterator[str]:
+    """Yield a notice if the LoRA takes as many parameters as sharing saves. For a budget that is an error."""
+    ranks = after.recursion.lora_rank
+    if after.total_params < before.total_params or not (after.recursion.num_loops > 1 or ranks.is_budget):
+        return
+    text = f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}"
+    if ranks.is_budget:
+        raise UserError(f"LoRA rank {ranks}: {text}; expected a smaller budget")
+    yield f"{text}; a lower --lora-rank does"
+
+
+def _measure_gains(folding: Folding, progress: bool) -> dict[str, list[float]]:
+    """Measure what each unit of rank saves, by matrix."""
+    layers = meta_model(folding.source.model, folding.recursion).stack.layers
+    names = [(index, name) for index, layer in enumerate(layers) for name, _ in loop_linears(layer)]
+    with tqdm(names, unit="matrix", desc="distributing ranks", disable=None if progress else True) as bar:
+        return {f"layers.{index}.{name}": folding.gains(index, name) for index, name in bar}
 
 
 def _write_tensors(

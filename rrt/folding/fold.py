@@ -14,8 +14,8 @@ from torch import Tensor
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
-from rrt.folding.svd import truncated_svd
-from rrt.folding.tying import fit_tied
+from rrt.folding.svd import squared_singular_values, truncated_svd
+from rrt.folding.tying import fit_tied, singular_gains
 from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, Place, RecursiveConfig
 
@@ -208,6 +208,21 @@ class Folding:
         lora_a, lora_b = truncated_svd(original.double() - shared.double(), rank, generator)
         # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
         return (lora_a, lora_b), (lost, max(lost - lora_b.square().sum().item(), 0.0))
+
+    def gains(self, layer: int, linear: str) -> list[float]:
+        """Compute what each unit of rank saves of a matrix's error: min(N, K) numbers, none larger than the one before.
+
+        The error is sum_l ||W_l - W' - B_l A_l||^2 / sum_l ||W_l||^2: a share, as weights say nothing about the size of
+        a linear's inputs, and folded gains make some linears much smaller than others.
+        """
+        weights = [self._base(layer, loop, f"{linear}.weight").double() for loop in range(self.recursion.num_loops)]
+        if self.recursion.lora_init == "joint":
+            saved = singular_gains(weights)
+        else:
+            shared = self.shared(layer, f"{linear}.weight").double()
+            saved = torch.stack([squared_singular_values(weight - shared) for weight in weights]).sum(dim=0)
+        energy = sum(float(weight.square().sum()) for weight in weights)
+        return (saved / (energy or 1.0)).tolist()
 
     def _shared(self, layer: int, name: str, target: str) -> Tensor:
         init, is_norm = self.recursion.init, "norm" in name

@@ -3,7 +3,9 @@
 Counts are those of the model's own parameters, built without memory.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ import torch
 from rrt.common.dtypes import dtype_name
 from rrt.common.schema import to_mapping
 from rrt.errors import UserError
-from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.config import ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
+
+_STATISTICS: dict[str, Callable[[Sequence[int]], int]] = {"least": min, "median": median_low, "largest": max}
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,21 @@ def model_sizes(
         },
         merge_flops=2 * recursion.num_loops * merged,
     )
+
+
+def rank_table(sizes: Sizes) -> str:
+    """Format the LoRA rank of each linear in each shared layer, with each linear's least, median and largest."""
+    model, recursion = sizes.model, sizes.recursion
+    linears = list(linear_shapes(model))
+    rows = {
+        str(layer): [recursion.lora_rank.of(model, layer, linear) for linear in linears]
+        for layer in range(recursion.layers_per_loop(model))
+    }
+    columns = list(zip(*rows.values(), strict=True))
+    rows |= {name: [pick(column) for column in columns] for name, pick in _STATISTICS.items()}
+    lines = [f"{'LoRA ranks':>10}" + "".join(f"{linear:>10}" for linear in linears)]
+    lines += [f"{name:>10}" + "".join(f"{rank:>10}" for rank in ranks) for name, ranks in rows.items()]
+    return "\n".join(lines)
 
 
 def _kind(name: str, parameter: torch.nn.Parameter) -> str:
