@@ -22,12 +22,14 @@ def truncated_svd(residual: Tensor, rank: int, generator: torch.Generator) -> tu
         A [rank, K] with unit rows and B [N, rank], fp64.
     """
     outputs, inputs = residual.shape
+    if rank == 0:
+        return residual.new_empty(0, inputs), residual.new_empty(outputs, 0)
     if inputs <= outputs:
-        lora_a = _leading_eigenvectors(residual.T @ residual, rank).T.contiguous()
+        lora_a = leading_eigenvectors(residual.T @ residual, rank).T.contiguous()
         lora_b = residual @ lora_a.T
         singular_values = lora_b.norm(dim=0)
     else:
-        left = _leading_eigenvectors(residual @ residual.T, rank)
+        left = leading_eigenvectors(residual @ residual.T, rank)
         lora_a = left.T @ residual
         singular_values = lora_a.norm(dim=1)
         lora_a /= singular_values[:, None]
@@ -35,11 +37,22 @@ def truncated_svd(residual: Tensor, rank: int, generator: torch.Generator) -> tu
     tolerance = singular_values.max() * max(residual.shape) * torch.finfo(residual.dtype).eps
     null = singular_values <= tolerance
     lora_b[:, null] = 0.0
-    random_rows = torch.randn(int(null.sum()), inputs, generator=generator, dtype=residual.dtype)
-    lora_a[null] = random_rows / random_rows.norm(dim=1, keepdim=True)
+    lora_a[null] = random_unit_rows(int(null.sum()), lora_a, generator)
     return lora_a, lora_b
 
 
-def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+def squared_singular_values(matrix: Tensor) -> Tensor:
+    """Compute the squared singular values [min(N, K)] of a matrix [N, K], largest first."""
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Compute the `rank` leading eigenvectors [n, rank] of a symmetric matrix [n, n], largest eigenvalue first."""
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+
+
+def random_unit_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw `count` rows of length 1, as wide as those of `like`, of its dtype and on its device."""
+    rows = torch.randn(count, like.shape[1], generator=generator, dtype=like.dtype)
+    return (rows / rows.norm(dim=1, keepdim=True)).to(like.device)
