@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rrt.checkpoint.source import Source
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, TextPass
-from rrt.folding.refit import DepthErrors, ErrorSums, SideBySide, TiedLinear
+from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
 from rrt.folding.tying import fit_tied
 from rrt.folding.views import read_finite
 from rrt.folding.workspace import Workspace
@@ -191,11 +191,11 @@ class CalibratedBlock:
             self._workspace.drop(f"streams-{depth:03d}")
             step("refit", depth)
 
-    def _fitted(self, layer: int, loop: int) -> dict[str, TiedLinear]:
+    def _fitted(self, layer: int, loop: int) -> dict[str, AdaptedLinear]:
         """Read the linears of one depth as the joint fit left them."""
         tensors = self._workspace.load(f"fit-{layer:03d}", self._calibration.device)
         return {
-            name: TiedLinear(
+            name: AdaptedLinear(
                 tensors[f"{name}.weight"], tensors[f"{name}.lora_a"][loop], tensors[f"{name}.lora_b"][loop]
             )
             for name in self._ranks[layer]
@@ -231,7 +231,7 @@ class CalibratedBlock:
         return 4 * numbers * self._source.model.num_layers
 
 
-def _result(linears: dict[str, TiedLinear], errors: DepthErrors) -> dict[str, Tensor]:
+def _result(linears: dict[str, AdaptedLinear], errors: DepthErrors) -> dict[str, Tensor]:
     """Name the tensors that a depth's refit leaves in the workspace."""
     tensors = {"stream.errors": _shares(errors.stream)}
     for name, linear in linears.items():

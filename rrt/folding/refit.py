@@ -38,7 +38,7 @@ _EXPANSIONS = ("mlp.gate", "mlp.up")
 
 
 @dataclass(frozen=True)
-class TiedLinear:
+class AdaptedLinear:
     """A shared weight W' [N, K] with the LoRA A [R, K], B [N, R] of one depth, as they are stored; R may be 0."""
 
     weight: Tensor
@@ -49,9 +49,9 @@ class TiedLinear:
         """Return W' + B A, fp32."""
         return merge_lora(self.weight, self.lora_a, self.lora_b, torch.float32)
 
-    def with_lora(self, lora_a: Tensor, lora_b: Tensor) -> "TiedLinear":
+    def with_lora(self, lora_a: Tensor, lora_b: Tensor) -> "AdaptedLinear":
         """Return the same weight with another LoRA, rounded to the weight's dtype."""
-        return TiedLinear(self.weight, lora_a.to(self.weight.dtype), lora_b.to(self.weight.dtype))
+        return AdaptedLinear(self.weight, lora_a.to(self.weight.dtype), lora_b.to(self.weight.dtype))
 
 
 class Regression:
@@ -69,7 +69,7 @@ class Regression:
         products = (targets * weights[:, None]).T @ inputs
         self.products = products if self.products is None else self.products.add_(products)
 
-    def refit(self, linear: TiedLinear, outputs: Tensor | None) -> TiedLinear:
+    def refit(self, linear: AdaptedLinear, outputs: Tensor | None) -> AdaptedLinear:
         """Refit the LoRA of `linear`; return it unchanged where the text has no better one.
 
         Args:
@@ -87,7 +87,7 @@ class Regression:
         best = torch.cholesky_solve((products + RIDGE * before).T, factor).T
         found = linear.with_lora(*fit_lora(best, rank, Metric(self.inputs, outputs)))
 
-        def objective(candidate: TiedLinear) -> float:
+        def objective(candidate: AdaptedLinear) -> float:
             """Measure the weighted squared errors of the outputs, less those of no LoRA."""
             lora = _product(candidate)
             change = (
@@ -100,7 +100,7 @@ class Regression:
         return found if objective(found) < objective(linear) else linear
 
 
-def _product(linear: TiedLinear) -> Tensor:
+def _product(linear: AdaptedLinear) -> Tensor:
     return linear.lora_b.double() @ linear.lora_a.double()
 
 
@@ -151,8 +151,8 @@ class SideBySide:
 
     @torch.no_grad()
     def advance(
-        self, depth: int, linears: dict[str, TiedLinear], statistics: dict[str, LinearStatistics] | None
-    ) -> tuple[dict[str, TiedLinear], DepthErrors]:
+        self, depth: int, linears: dict[str, AdaptedLinear], statistics: dict[str, LinearStatistics] | None
+    ) -> tuple[dict[str, AdaptedLinear], DepthErrors]:
         """Move both streams past `depth`; with `statistics` of it, refit its LoRAs on the way.
 
         Args:
@@ -202,7 +202,7 @@ class _DepthWalk:
         self,
         text: TextPass,
         depth: int,
-        linears: dict[str, TiedLinear],
+        linears: dict[str, AdaptedLinear],
         streams: tuple[Tensor, Tensor],
         statistics: dict[str, LinearStatistics] | None,
     ) -> None:
@@ -284,15 +284,16 @@ class _DepthWalk:
                     (targets if bias is None else targets - bias).flatten(0, 1).float(),
                     weights.flatten(),
                 )
-        for name, regression in regressions.items() if self._statistics is not None else ():
-            self._set(name, regression.refit(self.linears[name], self._statistics[name].metric.outputs))
+        if self._statistics is not None:
+            for name, regression in regressions.items():
+                self._set(name, regression.refit(self.linears[name], self._statistics[name].metric.outputs))
 
     def _each_batch(self, action: Callable[[slice], None]) -> None:
         for batch in self._text.batches():
             with fast_products(self._text.device):
                 action(batch)
 
-    def _set(self, name: str, linear: TiedLinear) -> None:
+    def _set(self, name: str, linear: AdaptedLinear) -> None:
         self.linears[name] = linear
         self.converted.linear(name).weight = nn.Parameter(linear.merged(), requires_grad=False)
 
