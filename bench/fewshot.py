@@ -13,6 +13,7 @@ Tasks are those of the paper's seven with a file in --data-dir (eval/tasks/READM
 """
 
 import argparse
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -36,7 +37,14 @@ sys.path[:] = [str(BENCH.parent), *(path for path in sys.path if Path(path).reso
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, Rates, Timer, spread
 from eval.flags import check_least, choose_bos
-from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, quiet_harness, run_harness
+from eval.harness_tasks import (
+    PAPER_METRICS,
+    available_tasks,
+    compile_templates_once,
+    load_tasks,
+    quiet_harness,
+    run_harness,
+)
 from eval.response_cache import ResponseCache
 from eval.scoring import pack_rows
 from eval.tables import Table, format_seconds, format_spread, print_tables
@@ -65,10 +73,12 @@ def load_ours(directory: Path, dtype: torch.dtype, threads: int, bos: bool, batc
     from eval.harness_lm import HarnessLM
 
     quiet_harness()
+    compile_templates_once()
     torch.set_num_threads(threads)
     model = load_model(directory, dtype)
     keep_freed_memory()
     lm = HarnessLM(model, load_tokenizer(directory), bos=bos, batch_tokens=batch_tokens)
+    gc.freeze()  # on both sides; eval/fewshot.py does it too
     began = time.perf_counter()
     lm.scorer.pack()
     return time.perf_counter() - began
@@ -81,6 +91,7 @@ def load_hf(directory: Path, dtype: torch.dtype, threads: int, bos: bool) -> Non
     quiet_harness()
     torch.set_num_threads(threads)
     lm = HFLM(str(directory), device="cpu", dtype=dtype, add_bos_token=bos)
+    gc.freeze()
 
 
 def run_task(name: str, data_dir: Path, documents: int, batch_size: int | None) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-// Products of small matrices, and exponentials, for the per-instruction-set files and under their rules (see simd.h).
+// Products of small matrices, exponentials, and stores of results, for the per-instruction-set files and under their rules (see simd.h).
 // Tiles of accumulators stay in registers, wherever the operands come from.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -123,6 +125,51 @@ template <class D>
 constexpr int kPair = Operands<D>::kPair;
 template <class D>
 constexpr int kUnitLanes = kLanes<D> * kPair<D>;  // elements of a vector of units
+
+// The vector as the dtype stores it.
+template <class D>
+inline auto narrowed(typename D::Vec value) {
+  if constexpr (std::is_same_v<typename D::Storage, typename D::Acc>) {
+    return value;
+  } else if constexpr (kPair<D> == 2) {
+    return Operands<D>::narrow(value);
+  } else if constexpr (std::is_same_v<D, BFloat16>) {
+    // As BFloat16::narrow.
+    const U32 bits = bit_cast<U32>(value);
+    const U32 nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(value == value ? nearest : U32{} + 0x7fc0, U16);
+  } else {
+#if RRT_VECTOR_BYTES == 64
+    return bit_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif RRT_VECTOR_BYTES == 32
+    return bit_cast<U16>(_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    U16 narrow;
+    for (int i = 0; i < kLanes<D>; ++i) narrow[i] = D::narrow(value[i]);
+    return narrow;
+#endif
+  }
+}
+
+// Stores as many of its lanes as there are among the `left` elements from here on.
+template <class D>
+inline void write(typename D::Vec value, typename D::Storage* to, int64_t left) {
+  const auto narrow = narrowed<D>(value);
+  if (left >= kLanes<D>) {
+    std::memcpy(to, &narrow, sizeof(narrow));
+  } else {
+    std::memcpy(to, &narrow, left * sizeof(*to));
+  }
+}
+
+// The vector as it comes back from being stored.
+template <class D>
+inline typename D::Vec rounded(typename D::Vec value) {
+  const auto narrow = narrowed<D>(value);
+  typename D::Storage stored[kLanes<D>];
+  std::memcpy(stored, &narrow, sizeof(stored));
+  return D::widen(stored);
+}
 
 // The right operand of a product, laid out by units: [units of k, stride].
 template <class D>

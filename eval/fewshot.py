@@ -44,7 +44,15 @@ from eval.flags import (
     choose_exit,
     notice_untrained,
 )
-from eval.harness_tasks import PAPER_METRICS, available_tasks, load_tasks, paper_average, quiet_harness, run_harness
+from eval.harness_tasks import (
+    PAPER_METRICS,
+    available_tasks,
+    compile_templates_once,
+    load_tasks,
+    paper_average,
+    quiet_harness,
+    run_harness,
+)
 from eval.response_cache import ResponseCache, code_digest
 from eval.tables import Table, print_tables
 from rrt.checkpoint.source import load_model, open_source
@@ -133,6 +141,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         from eval.harness_lm import HarnessLM
 
         quiet_harness()
+        compile_templates_once()
         tasks, files = load_tasks(arguments.tasks, arguments.data_dir, arguments.num_fewshot)
         model, checkpoint_sha256 = loading.result(), hashing.result()
     if not gc.isenabled():

@@ -7,7 +7,7 @@ The work is done by :mod:`rrt.folding.conversion`.
 
 import argparse
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
@@ -51,7 +51,7 @@ def _size(sizes: Sizes) -> str:
 
 
 def report_table(report: ConversionReport) -> str:
-    """Format, per shared layer and group, the share of ||W||^2 that tying lost and the part of it that LoRA keeps."""
+    """Format, per shared layer and group, the share of all ||W||^2 that tying lost and that is lost with LoRA."""
     groups = list(to_mapping(LoraRanks()))
     matrices: dict[str, dict[str, list[MatrixReport]]] = {}
     vectors: dict[str, list[VectorReport]] = {}
@@ -64,13 +64,17 @@ def report_table(report: ConversionReport) -> str:
             vectors.setdefault(row, []).append(vector)
     matrices["all"] = matrices.pop("all")
     heads = [*groups, "norms, biases"] if vectors else groups
-    lines = ["lost by tying -> of that kept by LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
+    lines = ["lost by tying -> with LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
     for row, by_group in matrices.items():
-        cells = [_lost_and_kept(by_group[group]) for group in groups]
+        cells = [_losses(by_group[group]) for group in groups]
         if vectors:
             cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
+    total = f"of all ||W||^2 tying loses {_losses(report.matrices).replace(' -> ', ', with LoRA ')}"
+    if all(matrix.least_loss is not None for matrix in report.matrices):
+        least = _share(report.matrices, lambda matrix: [matrix.least_loss or 0.0] * len(matrix.norms))
+        total += f"; no fit of these ranks loses less than {least:.1%}"
+    return "\n".join((*lines, total))
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -79,14 +83,21 @@ def _place(name: str) -> tuple[str, str]:
     return layer, rest
 
 
-def _mean_loss(reports: Sequence[MatrixReport | VectorReport]) -> float:
-    return sum(report.mean_tying_loss for report in reports) / len(reports)
+def _mean_loss(vectors: Sequence[VectorReport]) -> float:
+    return sum(vector.mean_tying_loss for vector in vectors) / len(vectors)
 
 
-def _lost_and_kept(matrices: Sequence[MatrixReport]) -> str:
-    lost = _mean_loss(matrices)
-    kept = [matrix.mean_energy_kept for matrix in matrices if matrix.mean_energy_kept is not None]
-    return f"{lost:.1%} -> {sum(kept) / len(kept):.1%}" if kept else f"{lost:.1%} -> -"
+def _share(matrices: Sequence[MatrixReport], losses: Callable[[MatrixReport], Sequence[float]]) -> float:
+    """Compute the share lost of the energy of several matrices at all loops, from each one's shares per loop."""
+    lost = sum(loss * norm for matrix in matrices for loss, norm in zip(losses(matrix), matrix.norms, strict=True))
+    return lost / (sum(sum(matrix.norms) for matrix in matrices) or 1.0)
+
+
+def _losses(matrices: Sequence[MatrixReport]) -> str:
+    lost = f"{_share(matrices, lambda matrix: matrix.tying_loss):.1%}"
+    if not any(matrix.rank for matrix in matrices):
+        return f"{lost} -> -"
+    return f"{lost} -> {_share(matrices, lambda matrix: matrix.final_loss):.1%}"
 
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
@@ -117,12 +128,13 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         "default, is what the paper found best: stepwise for plain recursion, average with LoRA or prefixes",
     )
     add_lora_rank_flags(parser)
-    offered = tuple(init for init in typing.get_args(LoraInit) if init != "joint")
     parser.add_argument(
         "--lora-init",
-        choices=offered,
-        default="svd",
-        help="LoRA from the truncated SVD of what tying lost, or Gaussian A and zero B (default: svd)",
+        choices=("auto", *typing.get_args(LoraInit)),
+        default="auto",
+        help="joint: shared weights and LoRAs together, the best of their rank (with --init average or auto); svd, the "
+        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B. auto, the default, is "
+        "joint for two loops whose shared weights no other --init chooses, else svd",
     )
     parser.add_argument(
         "--norm-init",
@@ -159,12 +171,15 @@ def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> R
         raise UserError("--num-loops: missing; expected the number of loops over the shared block")
     ranks = lora_ranks(arguments)
     best: Init = "average" if ranks or arguments.prefix_length else "stepwise"
+    init = best if arguments.init == "auto" else arguments.init
+    # Of more loops, joint has no closed form, and svd stays the paper's.
+    best_lora: LoraInit = "joint" if ranks and num_loops == 2 and init == "average" else "svd"
     return RecursiveConfig(
         num_loops=num_loops,
-        init=best if arguments.init == "auto" else arguments.init,
+        init=init,
         norm_init=arguments.norm_init,
         lora_rank=ranks,
-        lora_init=arguments.lora_init,
+        lora_init=best_lora if arguments.lora_init == "auto" else arguments.lora_init,
         untie_norms=arguments.untie_norms,
         prefix_length=arguments.prefix_length,
     )

@@ -55,7 +55,7 @@ fold recursive --num-loops 2
 step "baseline: the same layers, run once"
 fold kept --keep-layers "$KEPT_LAYERS"
 step "relaxed: the same layers run twice, and a LoRA of rank $LORA_RANK per depth from the SVD"
-fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK"
+fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK" --lora-init svd
 
 uptrain recursive 5e-4
 uptrain kept 5e-4

@@ -48,7 +48,8 @@ train uptrain recursive-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT
 measure recursive-after "$OUT/recursive-uptrained/final"
 
 step "relaxed: averaged layers and a LoRA of rank $LORA_RANK per depth, from the SVD"
-python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$LORA_RANK"
+python -m rrt.convert --base "$OUT/base/final" --out "$OUT/relaxed" --num-loops 2 --init average --lora-rank "$LORA_RANK" \
+    --lora-init svd
 measure relaxed-before "$OUT/relaxed"
 train uptrain relaxed-uptrained "$UPTRAIN_TOKENS" 4e-3 --checkpoint.path "$OUT/relaxed"
 measure relaxed-after "$OUT/relaxed-uptrained/final"

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "decode_block/launch.h"
+#include "elementwise/check_activation.h"
 #include "packed_linear/launch.h"
 
 namespace rrt {
@@ -208,9 +209,7 @@ Tensor decode_block_cpu(const Tensor& x, const Tensor& loops, const Tensor& posi
     check.fail("cos_sin: found rotary_dim ", rotary_dim, "; expected an even number of at most ", head_dim);
   }
   check.contiguous("cos_sin", cos_sin);
-  if (activation != "silu" && activation != "gelu_tanh") {
-    check.fail("activation: found ", activation, "; expected silu or gelu_tanh");
-  }
+  const elementwise::Activation checked_activation = check_activation(check, activation);
   if (static_cast<int64_t>(parameters.size()) != num_layers * kNumParameters) {
     check.fail("parameters: found ", parameters.size(), " entries; expected ", num_layers * kNumParameters, ", ",
                static_cast<int>(kNumParameters), " for each of k_cache's layers");
@@ -235,7 +234,7 @@ Tensor decode_block_cpu(const Tensor& x, const Tensor& loops, const Tensor& posi
   params.loops = loops.const_data_ptr<int32_t>();
   params.norm_eps = norm_eps;
   params.norm_plus_one = norm_plus_one;
-  params.activation = activation == "silu" ? elementwise::Activation::kSilu : elementwise::Activation::kGeluTanh;
+  params.activation = checked_activation;
   params.slots = slot_mapping.const_data_ptr<int64_t>();
   params.rope = {positions.const_data_ptr<int32_t>(), cos_sin.const_data_ptr(), rotary_dim};
   params.page_size = page_size;

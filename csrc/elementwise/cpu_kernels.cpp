@@ -5,8 +5,7 @@
 // result does not depend on where in a tensor an element lies.
 #include "elementwise/cpu_kernels.h"
 
-#include <type_traits>
-
+#include "elementwise/gate.h"
 #include "simd_products.h"
 
 namespace rrt::elementwise {
@@ -19,49 +18,6 @@ inline typename D::Vec read(const typename D::Storage* from, int64_t left) {
   typename D::Storage padded[kLanes<D>] = {};
   std::memcpy(padded, from, left * sizeof(padded[0]));
   return D::widen(padded);
-}
-
-// The vector as the dtype stores it.
-template <class D>
-inline auto narrowed(typename D::Vec value) {
-  if constexpr (std::is_same_v<typename D::Storage, typename D::Acc>) {
-    return value;
-  } else if constexpr (kPair<D> == 2) {
-    return Operands<D>::narrow(value);
-  } else if constexpr (std::is_same_v<D, BFloat16>) {
-    // As BFloat16::narrow.
-    const U32 bits = bit_cast<U32>(value);
-    const U32 nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(value == value ? nearest : U32{} + 0x7fc0, U16);
-  } else {
-#if RRT_VECTOR_BYTES == 64
-    return bit_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif RRT_VECTOR_BYTES == 32
-    return bit_cast<U16>(_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    U16 narrow;
-    for (int i = 0; i < kLanes<D>; ++i) narrow[i] = D::narrow(value[i]);
-    return narrow;
-#endif
-  }
-}
-
-template <class D>
-inline void write(typename D::Vec value, typename D::Storage* to, int64_t left) {
-  const auto narrow = narrowed<D>(value);
-  if (left >= kLanes<D>) {
-    std::memcpy(to, &narrow, sizeof(narrow));
-  } else {
-    std::memcpy(to, &narrow, left * sizeof(*to));
-  }
-}
-
-template <class D>
-inline typename D::Vec rounded(typename D::Vec value) {
-  const auto narrow = narrowed<D>(value);
-  typename D::Storage stored[kLanes<D>];
-  std::memcpy(stored, &narrow, sizeof(stored));
-  return D::widen(stored);
 }
 
 template <class D>
@@ -168,30 +124,6 @@ void sum_shares(const NormBackwardParams& p, const void* shares, int64_t begin, 
   }
 }
 
-// 1 / (1 + e^-x), of whose exponential no large argument makes infinity.
-template <class D>
-inline typename D::Vec sigmoid(typename D::Vec x) {
-  const auto e = exp_negative(x < 0 ? x : -x);
-  return (x < 0 ? e : typename D::Vec{} + 1) / (1 + e);
-}
-
-// Both activations are x sigmoid(z(x)): silu with z = x, and the tanh form of gelu with z = 2 sqrt(2 / pi) (x + a x^3).
-constexpr double kGeluFactor = 1.5957691216057308, kGeluCube = 0.044715;
-
-template <class D, Activation A>
-inline typename D::Vec exponent(typename D::Vec x) {
-  using Acc = typename D::Acc;
-  if constexpr (A == Activation::kSilu) return x;
-  return (x + x * x * x * static_cast<Acc>(kGeluCube)) * static_cast<Acc>(kGeluFactor);
-}
-
-template <class D, Activation A>
-inline typename D::Vec exponent_slope(typename D::Vec x) {
-  using Acc = typename D::Acc;
-  if constexpr (A == Activation::kSilu) return typename D::Vec{} + 1;
-  return (x * x * static_cast<Acc>(3 * kGeluCube) + 1) * static_cast<Acc>(kGeluFactor);
-}
-
 template <class D, Activation A>
 void gate_as(const GateParams& p, int64_t begin, int64_t end) {
   using Storage = typename D::Storage;
@@ -199,7 +131,7 @@ void gate_as(const GateParams& p, int64_t begin, int64_t end) {
     const int64_t left = end - i;
     const auto x = read<D>(static_cast<const Storage*>(p.gate) + i, left);
     const auto up = read<D>(static_cast<const Storage*>(p.up) + i, left);
-    write<D>(x * sigmoid<D>(exponent<D, A>(x)) * up, static_cast<Storage*>(p.out) + i, left);
+    write<D>(gated<D, A>(x, up), static_cast<Storage*>(p.out) + i, left);
   }
 }
 

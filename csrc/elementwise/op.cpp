@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "elementwise/check_activation.h"
 #include "elementwise/launch.h"
 
 namespace rrt {
@@ -135,9 +136,7 @@ GateKind check_gate(const Checks& check, const Tensor& gate, const Tensor& up, c
   const Dtype dtype = check.float_dtype("gate", gate);
   check_like(check, "up", up, gate, "gate");
   check_same_shape(check, "up", up, gate);
-  if (activation == "silu") return {dtype, elementwise::Activation::kSilu};
-  if (activation != "gelu_tanh") check.fail("activation: found ", activation, "; expected silu or gelu_tanh");
-  return {dtype, elementwise::Activation::kGeluTanh};
+  return {dtype, check_activation(check, activation)};
 }
 
 Tensor gated_activation_cpu(const Tensor& gate, const Tensor& up, std::string activation) {

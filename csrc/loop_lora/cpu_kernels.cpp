@@ -1,6 +1,7 @@
 // Compiled once per instruction set (CMakeLists.txt): RRT_KERNELS names the table.
 #include "loop_lora/cpu_kernels.h"
 
+#include "elementwise/gate.h"
 #include "packed_linear/panel_products.h"
 
 namespace rrt::loop_lora {
@@ -31,16 +32,8 @@ inline PanelUnit<D>* shrunk_at(const CpuWork& work, int64_t segment, int64_t chu
 }
 
 template <class D>
-void pack_rows(const CpuWork& work, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    pack_row<D>(work.x, row);
-    // The last step of an odd rank has a column that shrink does not write.
-    for (int64_t s = 0; s < work.num_segments; ++s) {
-      const int64_t rank = work.segments[s].rank;
-      if (rank % kStepColumns<D> == 0) continue;
-      PanelProduct<D>::set(shrunk_at<D>(work, s, rank / kChunkColumns<D>, row), rank % kChunkColumns<D>, 0);
-    }
-  }
+void pack_rows(const RowOperands& block, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) pack_row<D>(block, row);
 }
 
 // Tasks: one panel of lora_a's ranks, for one of the block's loops.
@@ -80,6 +73,12 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
           PanelProduct<D>::set(to + row * kChunk, column % kChunkColumns<D>, sums[row * kPanel + lane]);
         }
       }
+      // The last step of an odd rank has a column of no rank.
+      if (lane_begin >= lane_end || segment_end > kPanel || segment.rank % kStepColumns<D> == 0) continue;
+      PanelUnit<D>* to = shrunk_at<D>(work, s, segment.rank / kChunkColumns<D>, row_begin);
+      for (int64_t row = 0; row < row_end - row_begin; ++row) {
+        PanelProduct<D>::set(to + row * kChunk, segment.rank % kChunkColumns<D>, 0);
+      }
     }
   }
 }
@@ -115,38 +114,99 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
   }
 }
 
+// `lanes` entries of a bias from output `out` on, and zeros behind them or if there is none.
+template <class D>
+struct PanelBias {
+  using Vec = typename D::Vec;
+  static constexpr int kVectors = kPanel / kLanes<D>;
+  Vec values[kVectors];
+
+  PanelBias(const void* bias, int64_t out, int64_t lanes) {
+    alignas(64) typename D::Acc wide[kPanel] = {};
+    if (bias != nullptr) {
+      const auto* from = static_cast<const typename D::Storage*>(bias) + out;
+      for (int64_t lane = 0; lane < lanes; ++lane) wide[lane] = widen_one<D>(from + lane);
+    }
+    for (int v = 0; v < kVectors; ++v) values[v] = load<Vec>(wide + v * kLanes<D>);
+  }
+};
+
 template <class D>
 void store(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* sums) {
-  using Acc = typename D::Acc;
+  using Storage = typename D::Storage;
   const Params& p = *work.params;
   for (int64_t i = 0; i < work.loop_starts[work.num_loops]; ++i) {
     const RowPiece& piece = work.pieces[i];
-    alignas(64) Acc bias[kPanel] = {};
-    if (p.bias != nullptr) {
-      const auto* from = static_cast<const typename D::Storage*>(p.bias) + piece.loop * p.bias_loop_stride + out;
-      for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = widen_one<D>(from + lane);
-    }
+    const auto* loop_bias = static_cast<const Storage*>(p.bias);
+    if (loop_bias != nullptr) loop_bias += piece.loop * p.bias_loop_stride;
+    const PanelBias<D> bias(loop_bias, out, lanes);
     for (int64_t row = piece.begin; row < piece.begin + piece.rows; ++row) {
-      typename D::Storage narrowed[kPanel];
-      for (int lane = 0; lane < kPanel; ++lane) narrowed[lane] = D::narrow(sums[row * kPanel + lane] + bias[lane]);
-      auto* to = static_cast<typename D::Storage*>(p.y) + work.x.order[row] * p.n + out;
-      std::memcpy(to, narrowed, lanes * sizeof(narrowed[0]));
+      const typename D::Acc* from = sums + row * kPanel;
+      Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
+      for (int v = 0; v < bias.kVectors && v * kLanes<D> < lanes; ++v) {
+        const auto sum = load<typename D::Vec>(from + v * kLanes<D>) + bias.values[v];
+        write<D>(sum, to + v * kLanes<D>, lanes - v * kLanes<D>);
+      }
     }
+  }
+}
+
+template <class D, elementwise::Activation A>
+void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* gates,
+                 const typename D::Acc* sums) {
+  using Vec = typename D::Vec;
+  using Storage = typename D::Storage;
+  const Params& p = *work.params;
+  const PanelBias<D> gate_bias(p.gate_bias, out, lanes), bias(p.bias, out, lanes);
+  for (int64_t row = 0; row < work.x.rows; ++row) {
+    Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
+    for (int v = 0; v < bias.kVectors && v * kLanes<D> < lanes; ++v) {
+      const int64_t first = row * kPanel + v * kLanes<D>;
+      const Vec gate = rounded<D>(load<Vec>(gates + first) + gate_bias.values[v]);
+      const Vec up = rounded<D>(load<Vec>(sums + first) + bias.values[v]);
+      write<D>(elementwise::gated<D, A>(gate, up), to + v * kLanes<D>, lanes - v * kLanes<D>);
+    }
+  }
+}
+
+// sums = panel `out` of a weight [n, k] times every row of the block.
+template <class D>
+void multiply_weight(const CpuWork& work, const void* weight, int64_t out, typename D::Acc* sums) {
+  const Params& p = *work.params;
+  clear<D>(sums, work.x.rows * kPanel);
+  Panel<D> panel(p.packed, static_cast<const typename D::Storage*>(weight), out, p.n, p.k, p.k);
+  multiply_block<D>(panel, work.x, sums, [&](const RowTile& tile) {
+    // Where the results go: the store would wait for these lines, one per row and far apart.
+    for (int64_t row = tile.begin; row < tile.begin + tile.rows; ++row) {
+      __builtin_prefetch(static_cast<typename D::Storage*>(p.y) + work.x.order[row] * p.n + out, 1);
+    }
+  });
+}
+
+template <class D>
+void expand_gated(const CpuWork& work, int64_t begin, int64_t end) {
+  using elementwise::Activation;
+  const Params& p = *work.params;
+  alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel], gates[kMaxBlockRows * kPanel];
+  const auto store = p.activation == Activation::kSilu ? store_gated<D, Activation::kSilu>
+                                                       : store_gated<D, Activation::kGeluTanh>;
+  for (int64_t out = begin * kPanel; out < smaller(end * kPanel, p.n); out += kPanel) {
+    multiply_weight<D>(work, p.gate_weight, out, gates);
+    multiply_weight<D>(work, p.weight, out, sums);
+    store(work, out, smaller(kPanel, p.n - out), gates, sums);
   }
 }
 
 // Tasks: panels of the weight.
 template <class D>
 void expand(const CpuWork& work, int64_t begin, int64_t end) {
-  using Acc = typename D::Acc;
   const Params& p = *work.params;
-  alignas(64) Acc sums[kMaxBlockRows * kPanel];
+  if (p.gate_weight != nullptr) return expand_gated<D>(work, begin, end);
+  alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t out = task * kPanel;
-    const int64_t lanes = p.n - out < kPanel ? p.n - out : kPanel;
-    clear<D>(sums, work.x.rows * kPanel);
-    Panel<D> panel(p.packed, static_cast<const typename D::Storage*>(p.weight), out, p.n, p.k, p.k);
-    multiply_block<D>(panel, work.x, sums);
+    const int64_t lanes = smaller(kPanel, p.n - out);
+    multiply_weight<D>(work, p.weight, out, sums);
     for (int64_t s = 0; s < work.num_segments; ++s) {
       const Segment& segment = work.segments[s];
       const int64_t lane_begin = segment.out_begin > out ? segment.out_begin - out : 0;

@@ -29,7 +29,7 @@ struct CpuKernels {
   int64_t tile_rows;         // rows whose sums fit the registers
   int64_t few_tile_rows[4];  // the same for up to kFewRows rows: see kFewTileRows
   int64_t operand_bytes[4];  // of a step
-  Range pack_rows[4];        // over rows of the block
+  void (*pack_rows[4])(const packed_linear::RowOperands& block, int64_t begin, int64_t end);
   Range shrink[4];           // over loops of the block x panels of lora_a
   Range expand[4];           // over panels of the weight
 };

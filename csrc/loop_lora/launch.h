@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "elementwise/launch.h"
 #include "loop_lora/plan.h"
 
 namespace rrt::loop_lora {
@@ -38,6 +39,11 @@ struct Params {
   const void* lora_b;
   void* y;  // [m, n], contiguous
   std::vector<Segment> segments;  // in order, covering [0, n) and [0, total_rank)
+  // If not null, y is activation(gate_weight x + gate_bias) * y, with both factors rounded to the dtype first; then there
+  // is no LoRA, and the weights are packed.
+  const void* gate_weight;
+  const void* gate_bias;  // [n], or null
+  elementwise::Activation activation;
 };
 
 // The result of a row depends on that row and its loop alone: bitwise the same in any batch.

@@ -1,13 +1,16 @@
-// rrt::loop_lora_linear and rrt::loop_lora_prefill on torch's stable ABI: schemas, argument checks, host planning. The
-// kernels lie behind raw-pointer launch functions and know nothing of torch.
+// rrt::loop_lora_linear, rrt::loop_lora_prefill, rrt::packed_linear and rrt::packed_gated_linear on torch's stable ABI:
+// schemas, argument checks, host planning. The kernels lie behind raw-pointer launch functions and know nothing of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
+#include "elementwise/check_activation.h"
 #include "loop_lora/cuda_launch.h"
 #include "loop_lora/launch.h"
 #include "packed_linear/launch.h"
@@ -197,6 +200,79 @@ Tensor loop_lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::op
   return call.y;
 }
 
+void check_packed(const Checks& check, const char* name, const Tensor& weight, const char* bias_name,
+                  const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
+  const Dtype dtype = check.float_dtype("x", x);
+  check.dtype(name, weight, x.scalar_type());
+  check.same_device(name, weight, x, "x");
+  check.shape(name, weight,
+              {{"panels", packed_linear::num_panels(n)},
+               {"steps", packed_linear::pack_steps(dtype, x.size(-1))},
+               {"values", packed_linear::kPanel * packed_linear::pack_step(dtype)}});
+  check.contiguous(name, weight);
+  if (!bias) return;
+  check.dtype(bias_name, *bias, x.scalar_type());
+  check.same_device(bias_name, *bias, x, "x");
+  check.shape(bias_name, *bias, {{"N", n}});
+  check.contiguous(bias_name, *bias);
+}
+
+// The parameters of y [..., n] = weight x for x [..., K] with packed weights that no loop has a part in.
+loop_lora::Params packed_params(const Checks& check, const Tensor& x, int64_t n) {
+  loop_lora::Params params{};
+  params.dtype = check.float_dtype("x", x);
+  if (x.dim() == 0) check.fail("x: found shape []; expected [..., K]");
+  if (n < 0 || n > INT32_MAX) check.fail("out_features: found ", n, "; expected 0 to ", INT32_MAX);
+  params.packed = true;
+  params.n = n;
+  params.k = params.x_row_stride = x.size(-1);
+  params.m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) params.m *= x.size(i);
+  params.num_loops = 1;
+  params.segments = {{0, n, 0, 0}};
+  return params;
+}
+
+Tensor run_packed(loop_lora::Params& params, const Tensor& x) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = params.n;
+  Tensor y = torch::stable::new_empty(x, sizes);
+  const Tensor dense = torch::stable::contiguous(x);
+  params.x = dense.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  loop_lora::LoopGroups groups;
+  groups.order.resize(params.m);
+  std::iota(groups.order.begin(), groups.order.end(), 0);
+  groups.offsets = {0, params.m};
+  loop_lora::run_cpu(params, groups, torch_parallel);
+  return y;
+}
+
+Tensor packed_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         int64_t out_features) {
+  constexpr Checks check{"packed_linear"};
+  loop_lora::Params params = packed_params(check, x, out_features);
+  check_packed(check, "weight", weight, "bias", bias, x, out_features);
+  params.weight = weight.const_data_ptr();
+  params.bias = bias ? bias->const_data_ptr() : nullptr;
+  return run_packed(params, x);
+}
+
+Tensor packed_gated_linear_cpu(const Tensor& x, const Tensor& gate, const Tensor& up,
+                               const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias,
+                               int64_t out_features, std::string activation) {
+  constexpr Checks check{"packed_gated_linear"};
+  loop_lora::Params params = packed_params(check, x, out_features);
+  check_packed(check, "gate", gate, "gate_bias", gate_bias, x, out_features);
+  check_packed(check, "up", up, "up_bias", up_bias, x, out_features);
+  params.activation = check_activation(check, activation);
+  params.gate_weight = gate.const_data_ptr();
+  params.gate_bias = gate_bias ? gate_bias->const_data_ptr() : nullptr;
+  params.weight = up.const_data_ptr();
+  params.bias = up_bias ? up_bias->const_data_ptr() : nullptr;
+  return run_packed(params, x);
+}
+
 #ifdef RRT_CUDA
 // The loops' values stay on the device: a row whose loop lies outside [0, num_loops) becomes NaN.
 Tensor launch_rows(const Checks& check, const Call& call, const Tensor& loops) {
@@ -254,10 +330,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rrt, library) {
   library.def(
       "loop_lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, int loop, "
       "int[] segment_out=[], int[] segment_rank=[]) -> Tensor");
+  library.def("packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
+  library.def(
+      "packed_gated_linear(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, int out_features, "
+      "str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rrt, CPU, library) {
   library.impl("loop_lora_linear", TORCH_BOX(&rrt::loop_lora_linear_cpu));
+  library.impl("packed_linear", TORCH_BOX(&rrt::packed_linear_cpu));
+  library.impl("packed_gated_linear", TORCH_BOX(&rrt::packed_gated_linear_cpu));
 }
 
 #ifdef RRT_CUDA

@@ -68,7 +68,7 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
     for (int64_t out = first; out < last * kPanel; out += kPanel) {
       clear<D>(sums, num_rows * kPanel);
       Panel<D> panel(true, static_cast<const typename D::Storage*>(work.weight), out, work.n, work.x.k, work.x.k);
-      multiply_block<D>(panel, work.x, sums);
+      multiply_block<D>(panel, work.x, sums, [](const RowTile&) {});
       for (int64_t row = 0; row < num_rows; ++row) {
         for (int64_t lane = work.n - out; lane < kPanel; ++lane) sums[row * kPanel + lane] = kUnseen<Acc>;
         rows[row].add(sums + row * kPanel, out);

@@ -266,7 +266,14 @@ void pack_row(const RowOperands& block, int64_t row) {
     PanelUnit<D>* to = operands_at<D>(block.operands, block.rows, first / kChunkColumns<D>, row);
     int64_t column = 0;
     if constexpr (P::kStep * sizeof(typename D::Storage) == sizeof(PanelUnit<D>)) {
-      std::memcpy(to, from + first, columns * sizeof(typename D::Storage));
+      // By vectors: of a call per chunk, half the time would go into waiting for the rows.
+      using Full = typename Register<typename D::Storage>::Type;
+      auto* storage = reinterpret_cast<typename D::Storage*>(to);
+      for (; column + kNumLanes<Full> <= columns; column += kNumLanes<Full>) {
+        const Full values = load<Full>(from + first + column);
+        std::memcpy(storage + column, &values, sizeof(values));
+      }
+      std::memcpy(storage + column, from + first + column, (columns - column) * sizeof(*storage));
       column = columns;
     } else {
       for (; column + kLanes<D> <= columns; column += kLanes<D>) {
@@ -284,13 +291,15 @@ inline void clear(typename D::Acc* c, int64_t size) {
   std::memset(c, 0, size * sizeof(*c));
 }
 
-// sums [rows, kPanel] += a panel of weights times every row of the block, tile by tile.
-template <class D>
-void multiply_block(Panel<D>& panel, const RowOperands& block, typename D::Acc* sums) {
+// sums [rows, kPanel] += a panel of weights times every row of the block, tile by tile. Before the last product with a
+// tile, last_of(tile) is called.
+template <class D, class LastOf>
+void multiply_block(Panel<D>& panel, const RowOperands& block, typename D::Acc* sums, const LastOf& last_of) {
   for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
     const typename D::Storage* w = panel.chunk(chunk);
     for (int64_t i = 0; i < block.num_tiles; ++i) {
       const RowTile& tile = block.tiles[i];
+      if (chunk + 1 == panel.chunks()) last_of(tile);
       multiply_panel<D>(tile.rows, w, panel.steps(chunk),
                         operands_at<D>(block.operands, block.rows, chunk, tile.begin), sums + tile.begin * kPanel,
                         next_chunk<D>(w, panel.steps(chunk), i, block.num_tiles), block.rows);

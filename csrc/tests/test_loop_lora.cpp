@@ -79,10 +79,9 @@ struct Problem {
     }
   }
 
-  // Rows [first, first + rows) as a batch of their own.
-  Array run(bool packed, ParallelFor parallel_for, int64_t first, int64_t rows) const {
+  // Rows [first, first + rows) as a batch of their own, for a result yet to be named.
+  Params params(bool packed, int64_t first, int64_t rows) const {
     const int64_t stride = shape.k + shape.x_gap;
-    Array y(dtype, rows * shape.n, Aligned::kFresh);
     Params params{};
     params.dtype = dtype;
     params.packed = packed;
@@ -99,8 +98,14 @@ struct Problem {
     params.bias = shape.bias == Bias::kNone ? nullptr : bias.data();
     params.lora_a = packed ? packed_a.data() : lora_a.data();
     params.lora_b = packed ? packed_b.data() : lora_b.data();
-    params.y = y.data();
     params.segments = segments;
+    return params;
+  }
+
+  Array run(bool packed, ParallelFor parallel_for, int64_t first, int64_t rows) const {
+    Array y(dtype, rows * shape.n, Aligned::kFresh);
+    Params params = this->params(packed, first, rows);
+    params.y = y.data();
     run_cpu(params, group_rows_by_loop(loops.data() + first, rows, shape.num_loops), parallel_for);
     return y;
   }
@@ -161,9 +166,42 @@ void results_are_right_and_the_same_in_any_batch() {
   }
 }
 
+// Against the two linears and the activation one after the other.
+void a_gated_linear_is_its_three_parts() {
+  Random random(2);
+  for (const Shape& shape : {Shape{1, 33, 17, 1, {33}, {0}, Bias::kShared}, Shape{13, 70, 257, 1, {70}, {0}},
+                             Shape{400, 65, 31, 1, {65}, {0}, Bias::kShared}}) {
+    for (Dtype dtype : kDtypes) {
+      for (auto activation : {elementwise::Activation::kSilu, elementwise::Activation::kGeluTanh}) {
+        const Problem gate(shape, dtype, random), up(shape, dtype, random);
+        const int64_t size = shape.m * shape.n;
+        Params params = up.params(true, 0, shape.m);
+        params.x = gate.x.data();
+        params.gate_weight = gate.packed_weight.data();
+        params.gate_bias = shape.bias == Bias::kNone ? nullptr : gate.bias.data();
+        params.activation = activation;
+        Array found(dtype, size, Aligned::kFresh), expected(dtype, size, Aligned::kFresh);
+        Array gates(dtype, size, Aligned::kFresh), ups(dtype, size, Aligned::kFresh);
+        const LoopGroups groups = group_rows_by_loop(gate.loops.data(), shape.m, 1);
+        params.y = found.data();
+        run_cpu(params, groups, run_threaded);
+        params.gate_weight = nullptr;
+        params.y = ups.data();
+        run_cpu(params, groups, run_threaded);
+        params.weight = gate.packed_weight.data();
+        params.bias = params.gate_bias;
+        params.y = gates.data();
+        run_cpu(params, groups, run_threaded);
+        elementwise::gate_cpu({dtype, activation, size, gates.data(), ups.data(), expected.data()}, run_serially);
+        CHECK(found.same_bits(0, expected, 0, size));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   if (lacks_instruction_set()) return kSkipped;
-  return run(results_are_right_and_the_same_in_any_batch);
+  return run(results_are_right_and_the_same_in_any_batch, a_gated_linear_is_its_three_parts);
 }

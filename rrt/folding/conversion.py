@@ -46,7 +46,7 @@ class PreparedConversion:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Result of a conversion: sizes before and after, what tying lost, and what of it LoRA kept."""
+    """Result of a conversion: sizes before and after, what tying lost, and what is lost with LoRA."""
 
     out: Path
     before: Sizes
@@ -89,6 +89,11 @@ def prepare_conversion(
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
     after = model_sizes(source.model, recursion, dtype)
+    if recursion.num_loops > 1 and after.total_params >= before.total_params:
+        notices.append(
+            f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}; "
+            "a lower --lora-rank does"
+        )
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
@@ -168,7 +173,13 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 "conversion does not make this"
             )
     if recursion.lora_init == "joint":
-        raise UserError("field 'lora_init': found 'joint'; expected 'svd' or 'zero': conversion does not make this")
+        if not recursion.lora_rank:
+            raise UserError("field 'lora_init': found 'joint' without LoRA; expected a rank: --lora-rank")
+        if recursion.init != "average":
+            raise UserError(
+                f"field 'init': found '{recursion.init}'; expected 'average' (--init average or auto) with lora_init "
+                "'joint', which makes shared weights and LoRAs together"
+            )
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:
@@ -211,14 +222,13 @@ def _write_tensors(
         for index, layer in enumerate(layers):
             vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
-                weight = folding.shared(index, f"{name}.weight")
-                lora_a, lora_b, report = folding.lora(index, name, weight, linear.rank)
-                writer.add(f"{report.name}.weight", weight)
+                made = folding.linear(index, name, linear.rank)
+                writer.add(f"{made.report.name}.weight", made.weight)
                 if linear.rank:
-                    writer.add(f"{report.name}.lora_a", lora_a)
-                    writer.add(f"{report.name}.lora_b", lora_b)
+                    writer.add(f"{made.report.name}.lora_a", made.lora_a)
+                    writer.add(f"{made.report.name}.lora_b", made.lora_b)
                 bar.update()
-                yield report
+                yield made.report
 
 
 def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer: Layer) -> Iterator[VectorReport]:

@@ -15,6 +15,7 @@ from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 from rrt.folding.svd import truncated_svd
+from rrt.folding.tying import fit_tied
 from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, RecursiveConfig
 
@@ -69,39 +70,44 @@ class VectorReport:
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """Loss of one linear by tying, and the part that its LoRA restores, per loop.
+    """Energy that one linear loses by tying, and what is left of the loss with its LoRA, per loop.
 
     Attributes:
         name: of the linear, such as ``stack.layers.0.attn.q``.
         rank: of its LoRA after the cap.
-        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero. W_l has its norm's gain folded in, as W' has.
-        energy_kept: ||B A||^2 / ||W_l - W'||^2 at initialisation; None where W_l equals W' or there is no LoRA.
+        norms: ||W_l||^2.
+        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero and W' is not. W_l has its norm's gain folded in, as W'
+            has.
+        final_loss: ||W_l - W' - B A||^2 / ||W_l||^2 at initialisation.
+        least_loss: no W' and LoRAs of this rank lose a smaller share of the sum of ||W_l||^2; None where it is unknown.
     """
 
     name: str
     rank: int
+    norms: tuple[float, ...]
     tying_loss: tuple[float, ...]
-    energy_kept: tuple[float | None, ...]
-
-    @property
-    def mean_tying_loss(self) -> float:
-        return sum(self.tying_loss) / len(self.tying_loss)
-
-    @property
-    def mean_energy_kept(self) -> float | None:
-        """Mean over the loops that lost anything; None if none did."""
-        kept = [energy for energy in self.energy_kept if energy is not None]
-        return sum(kept) / len(kept) if kept else None
+    final_loss: tuple[float, ...]
+    least_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "rank": self.rank,
+            "norms": self.norms,
             "tying_loss": self.tying_loss,
-            "energy_kept": self.energy_kept,
-            "mean_tying_loss": self.mean_tying_loss,
-            "mean_energy_kept": self.mean_energy_kept,
+            "final_loss": self.final_loss,
+            "least_loss": self.least_loss,
         }
+
+
+@dataclass(frozen=True)
+class TiedLinear:
+    """One linear of the shared block as stored: W' [N, K], and the LoRAs A [B, R, K] and B [B, N, R] of all loops."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    report: MatrixReport
 
 
 class Folding:
@@ -139,9 +145,7 @@ class Folding:
         offset = 1.0 if name.endswith("norm.weight") and self.source.model.norm_type == "rmsnorm_1p" else 0.0
         for loop in range(self.recursion.num_loops):
             vector = self._base(layer, loop, name)
-            lost = 0.0
-            if not torch.equal(vector.to(self.dtype), shared):
-                lost = (vector.double() - shared.double()).square().sum().item()
+            lost = _energy_lost(vector, shared)
             losses.append(lost / ((vector.double() + offset).square().sum().item() or lost) if lost else 0.0)
         return VectorReport(f"stack.layers.{layer}.{name}", tuple(losses))
 
@@ -150,39 +154,59 @@ class Folding:
         per_loop = [self._base(layer, loop, name) for loop in range(self.recursion.num_loops)]
         return self._stored(torch.stack(per_loop), f"stack.layers.{layer}.{name}")
 
-    def lora(self, layer: int, linear: str, shared: Tensor, rank: int) -> tuple[Tensor, Tensor, MatrixReport]:
-        """Make the LoRA of one linear at all loops, for the tied weight W' as stored.
+    def linear(self, layer: int, linear: str, rank: int) -> TiedLinear:
+        """Make the tied weight and the LoRAs of one linear.
 
         Args:
             linear: such as ``attn.q``.
-            shared: W' [N, K].
             rank: R, at most min(N, K); 0 only measures what tying lost.
-
-        Returns:
-            A [B, R, K], B [B, N, R] and the report.
         """
         name = f"stack.layers.{layer}.{linear}"
-        factors_a, factors_b, losses, kept = [], [], [], []
-        for loop in range(self.recursion.num_loops):
-            weight = self._base(layer, loop, f"{linear}.weight")
-            generator = seeded_generator(self.seed, f"{name}.lora.{loop}")
-            # Equal as stored: what only the cast to a narrower dtype lost is no residual to learn from.
-            tied = torch.equal(weight.to(self.dtype), shared)
-            wide = weight.double()
-            residual = wide - shared.double()
-            energy = 0.0 if tied else residual.square().sum().item()
-            losses.append(energy / (wide.square().sum().item() or energy) if energy else 0.0)
-            if tied or self.recursion.lora_init == "zero" or rank == 0:
-                lora_a = torch.randn(rank, shared.shape[1], generator=generator) / math.sqrt(shared.shape[1])
-                lora_b = torch.zeros(shared.shape[0], rank)
-            else:
-                lora_a, lora_b = truncated_svd(residual, rank, generator)
-            # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
-            kept.append(lora_b.square().sum().item() / energy if energy and rank else None)
-            factors_a.append(self._stored(lora_a, f"{name}.lora_a"))
-            factors_b.append(self._stored(lora_b, f"{name}.lora_b"))
-        report = MatrixReport(name, rank, tuple(losses), tuple(kept))
-        return torch.stack(factors_a), torch.stack(factors_b), report
+        weights = [self._base(layer, loop, f"{linear}.weight") for loop in range(self.recursion.num_loops)]
+        least_loss = None
+        if self.recursion.lora_init == "joint" and rank:
+            fit = fit_tied(weights, rank, generator=seeded_generator(self.seed, f"{name}.lora"))
+            weight = self._stored(fit.weight, f"{name}.weight")
+            loras = list(zip(fit.lora_a, fit.lora_b, strict=True))
+            lost, left = [_energy_lost(original, weight) for original in weights], list(fit.errors)
+            if fit.bound is not None:
+                least_loss = fit.bound / (sum(fit.norms) or 1.0)
+        else:
+            weight = self._stored(self._shared(layer, f"{linear}.weight", f"{name}.weight"), f"{name}.weight")
+            lost, left, loras = [], [], []
+            for loop, original in enumerate(weights):
+                lora, energies = self._correction(original, weight, rank, f"{name}.lora.{loop}")
+                loras.append(lora)
+                lost.append(energies[0])
+                left.append(energies[1])
+        norms = [float(original.double().square().sum()) for original in weights]
+        report = MatrixReport(
+            name,
+            rank,
+            tuple(norms),
+            tuple(energy / (norm or energy or 1.0) for energy, norm in zip(lost, norms, strict=True)),
+            tuple(energy / (norm or energy or 1.0) for energy, norm in zip(left, norms, strict=True)),
+            least_loss,
+        )
+        return TiedLinear(
+            weight,
+            torch.stack([self._stored(lora_a, f"{name}.lora_a") for lora_a, _ in loras]),
+            torch.stack([self._stored(lora_b, f"{name}.lora_b") for _, lora_b in loras]),
+            report,
+        )
+
+    def _correction(
+        self, original: Tensor, shared: Tensor, rank: int, seed_name: str
+    ) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
+        """Make the LoRA of one loop beside W' as stored; return also the energy lost without and with it."""
+        generator = seeded_generator(self.seed, seed_name)
+        lost = _energy_lost(original, shared)
+        if lost == 0.0 or self.recursion.lora_init == "zero" or rank == 0:
+            lora_a = torch.randn(rank, shared.shape[1], generator=generator) / math.sqrt(shared.shape[1])
+            return (lora_a, torch.zeros(shared.shape[0], rank)), (lost, lost)
+        lora_a, lora_b = truncated_svd(original.double() - shared.double(), rank, generator)
+        # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
+        return (lora_a, lora_b), (lost, max(lost - lora_b.square().sum().item(), 0.0))
 
     def _shared(self, layer: int, name: str, target: str) -> Tensor:
         init, is_norm = self.recursion.init, "norm" in name
@@ -221,3 +245,10 @@ class Folding:
                 f"{torch.finfo(self.dtype).max:.3g} for {dtype_name(self.dtype)}: choose another --dtype"
             )
         return stored
+
+
+def _energy_lost(original: Tensor, stored: Tensor) -> float:
+    """Compute ||W_l - W'||^2; what only the cast to a narrower dtype lost is nothing to learn from, and none."""
+    if torch.equal(original.to(stored.dtype), stored):
+        return 0.0
+    return (original.double() - stored.double()).square().sum().item()

@@ -173,7 +173,9 @@ class RecursiveConfig:
         default="folded",
     )
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
-    lora_init: LoraInit = field_doc("LoRA from the SVD of what tying lost, or zero", default="svd")
+    lora_init: LoraInit = field_doc(
+        "LoRA from the SVD of what tying lost, zero, or joint: the best shared weight and LoRAs together", default="svd"
+    )
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)
     exit_loops: tuple[int, ...] = field_doc("loops (from 0) before the last that were trained to exit", default=())

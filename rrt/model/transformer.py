@@ -197,7 +197,13 @@ class MLP(nn.Module):
         """Compute the input [..., intermediate_size] of `down`."""
         if self.gate is None:
             return self.activate(self.up(x, loop))
-        return self.gated(self.gate(x, loop), self.up(x, loop))
+        return self._gated_linears(self.gate, self.up, x, loop)
+
+    def _gated_linears(self, gate: LoopLinear, up: LoopLinear, x: Tensor, loop: int) -> Tensor:
+        if not (gate.packed and up.packed and self.gates_natively(x)):
+            return self.gated(gate(x, loop), up(x, loop))
+        biases = gate.loop_bias(loop), up.loop_bias(loop)
+        return ops.packed_gated_linear(x, gate.packed[loop], up.packed[loop], *biases, up.out_features, self.activation)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Multiply the activation of `gate` by `up`."""

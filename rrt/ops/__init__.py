@@ -40,7 +40,14 @@ from rrt.ops.loop_lora import (
     loop_lora_prefill,
     loop_lora_prefill_reference,
 )
-from rrt.ops.packing import pack_linear, pack_linear_reference, packed_linear
+from rrt.ops.packing import (
+    pack_linear,
+    pack_linear_reference,
+    packed_gated_linear,
+    packed_gated_linear_reference,
+    packed_linear,
+    packed_linear_reference,
+)
 
 __all__ = [
     "BLOCK_PARAMETERS",
@@ -70,7 +77,10 @@ __all__ = [
     "loop_lora_prefill_reference",
     "pack_linear",
     "pack_linear_reference",
+    "packed_gated_linear",
+    "packed_gated_linear_reference",
     "packed_linear",
+    "packed_linear_reference",
     "packed_texts_mask",
     "rms_norm",
     "rms_norm_backward_reference",

@@ -49,7 +49,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     calls: list[int] = []
     native: Callable[..., Tensor] = ops.packed_linear
+    gated: Callable[..., Tensor] = ops.packed_gated_linear
     monkeypatch.setattr("rrt.ops.packed_linear", lambda *args: calls.append(args[3]) or native(*args))
+    monkeypatch.setattr("rrt.ops.packed_gated_linear", lambda *args: calls.extend([args[5]] * 2) or gated(*args))
     return calls
 
 

@@ -13,13 +13,14 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # which the harness's hf model needs
 
 import datasets
+import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from eval.harness_lm import HarnessLM, split_tokens
-from eval.harness_tasks import PAPER_METRICS, load_tasks
+from eval.harness_tasks import PAPER_METRICS, compile_templates_once, load_tasks
 from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.provenance import make_provenance
@@ -303,3 +304,13 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoints, requests_of_the_sev
     ]
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+def test_a_template_is_compiled_once_and_says_the_same(monkeypatch):
+    environment, compiled = lm_eval.utils.env, []
+    original = environment.from_string
+    monkeypatch.setattr(environment, "from_string", lambda text: compiled.append(text) or original(text))
+    compile_templates_once()
+    texts = [lm_eval.utils.apply_template(text, {"a": n}) for n in (1, 2) for text in ("{{a}} is", "{{a + 1}}")]
+    assert texts == ["1 is", "2", "2 is", "3"]
+    assert compiled == ["{{a}} is", "{{a + 1}}"]

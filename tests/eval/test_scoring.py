@@ -146,8 +146,13 @@ def test_layers_are_packed_and_the_last_ends_with_the_scored_tokens(configs, mon
     scorer = Scorer(model, MAX_LENGTH, 4096)
     context, endings = tokens(20, 1), [tokens(length, length) for length in (1, 2, 4, 3)]
     rows = []
-    native = ops.packed_linear
-    monkeypatch.setattr(ops, "packed_linear", lambda x, *rest: rows.append(x[..., 0].numel()) or native(x, *rest))
+
+    def count(name, products):
+        native = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda x, *rest: rows.extend([x[..., 0].numel()] * products) or native(x, *rest))
+
+    count("packed_linear", 1)
+    count("packed_gated_linear", 2)
     scorer.score([(context, ending) for ending in endings])
     read, scored = 20 + 0 + 1 + 3 + 2, 1 + 0 + 1 + 3 + 2
     per_layer = 7  # q, k, v, out, gate, up, down

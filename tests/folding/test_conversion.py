@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rrt.checkpoint.source import load_model, open_source
-from rrt.convert import main
+from rrt.convert import main, recursive_flags
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.conversion import convert
@@ -240,6 +240,82 @@ def test_lora_is_the_best_correction_of_the_weight_as_stored(family, dtype, init
             assert found <= (1 + 1e-4) * tail + rounding * residual.square().sum(), name
 
 
+# ---- the shared weight and LoRAs together
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_joint_at_rank_r_unrolls_to_what_average_and_svd_do_at_2r(bases, family, tmp_path):
+    _, joint, _ = fold(bases[family], tmp_path / "joint", rank=4, init="average", lora_init="joint")
+    _, svd, _ = fold(bases[family], tmp_path / "svd", rank=8, init="average", lora_init="svd")
+    for name in (name.removesuffix(".lora_a") for name in joint if name.endswith("lora_a")):
+        for loop in range(2):
+            found, expected = (
+                new[f"{name}.weight"] + new[f"{name}.lora_b"][loop] @ new[f"{name}.lora_a"][loop]
+                for new in (joint, svd)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert joint[f"{name}.lora_a"].shape[1] == 4
+    for name in (name for name in joint if not name.startswith("stack.") or "norm" in name or "bias" in name):
+        assert torch.equal(joint[name], svd[name])
+    input_ids = torch.arange(40)[None]
+    expected = load_model(tmp_path / "svd")(input_ids)
+    assert (load_model(tmp_path / "joint")(input_ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_joint_loses_less_than_average_and_svd_also_over_three_loops_but_no_less_than_the_bound(bases, tmp_path):
+    loss = {}
+    for init in ("svd", "joint"):
+        _, _, report = fold(bases["llama"], tmp_path / init, num_loops=3, rank=4, init="average", lora_init=init)
+        loss[init] = [
+            sum(share * norm for share, norm in zip(matrix.final_loss, matrix.norms, strict=True)) / sum(matrix.norms)
+            for matrix in report.matrices
+        ]
+    assert all(joint < svd for joint, svd in zip(loss["joint"], loss["svd"], strict=True))
+    assert all(0 < matrix.least_loss <= joint for matrix, joint in zip(report.matrices, loss["joint"], strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_loops", [2, 3])
+def test_joint_at_full_rank_reproduces_the_base(bases, num_loops, tmp_path):
+    fold(bases["llama"], tmp_path / "full", num_loops=num_loops, rank=999, init="average", lora_init="joint")
+    base, full = load_model(bases["llama"]), load_model(tmp_path / "full")
+    input_ids = torch.arange(40)[None]
+    expected = base(input_ids)
+    assert (full(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_joint_leaves_groups_without_rank_their_mean(bases, tmp_path):
+    _, joint, _ = fold(bases["llama"], tmp_path / "joint", rank=LoraRanks(q=4), init="average", lora_init="joint")
+    _, plain, _ = fold(bases["llama"], tmp_path / "plain", init="average")
+    for name in linears(plain):
+        assert torch.equal(joint[f"{name}.weight"], plain[f"{name}.weight"]) == (not name.endswith("attn.q"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num-loops", 2, "--lora-rank", 2], "joint"),
+        (["--num-loops", 2, "--lora-rank", 2, "--init", "average"], "joint"),
+        (["--num-loops", 2, "--lora-rank", 2, "--init", "stepwise"], "svd"),
+        (["--num-loops", 2, "--lora-rank", 2, "--lora-init", "svd"], "svd"),
+        (["--num-loops", 3, "--lora-rank", 2], "svd"),
+        (["--num-loops", 3, "--lora-rank", 2, "--lora-init", "joint"], "joint"),
+        (["--num-loops", 2, "--prefix-length", 2], "svd"),
+        (["--num-loops", 1, "--lora-rank", 2], "svd"),
+    ],
+)
+def test_default_lora_init_is_joint_where_it_has_a_closed_form(flags, expected):
+    assert recursive_flags([str(flag) for flag in flags]).lora_init == expected
+
+
+def test_a_conversion_that_saves_nothing_says_so(bases, tmp_path):
+    _, _, report = fold(bases["llama"], tmp_path / "out", rank=16, init="average")
+    assert any("saves no parameters" in notice for notice in report.notices)
+    _, _, report = fold(bases["llama"], tmp_path / "small", rank=2, init="average")
+    assert not any("saves no parameters" in notice for notice in report.notices)
+
+
 def test_rank_per_group_goes_to_the_linears_of_the_group(bases, tmp_path):
     _, new, _ = fold(bases["llama"], tmp_path / "out", rank=LoraRanks(q=5, kv=3, out=0, ffn=7), init="average")
     expected = {"attn.q": 5, "attn.k": 3, "attn.v": 3, "mlp.gate": 7, "mlp.up": 7, "mlp.down": 7}
@@ -266,8 +342,8 @@ def test_where_a_layer_was_kept_a_is_gaussian_and_b_zero_matrix_by_matrix(bases,
     assert len(drawn) == 2 * 7
     assert torch.cat([a.flatten() for a in drawn]).std().item() == pytest.approx(1.0, rel=0.05)
     first = report.matrices[0]
-    assert first.tying_loss[0] == 0 and first.energy_kept[0] is None
-    assert first.tying_loss[1] > 0 and 0 < first.energy_kept[1] < 1
+    assert first.tying_loss[0] == first.final_loss[0] == 0
+    assert first.tying_loss[1] > first.final_loss[1] > 0
 
 
 def test_one_equal_matrix_among_different_ones_is_recognised(bases, tmp_path):
@@ -290,7 +366,7 @@ def test_zero_init_starts_as_the_plain_recursive_model(bases, tmp_path):
     for name in linears(new):
         assert new[f"{name}.lora_b"].count_nonzero() == 0
         assert new[f"{name}.lora_a"].count_nonzero() == new[f"{name}.lora_a"].numel()
-    assert {kept for matrix in report.matrices for kept in matrix.energy_kept} == {0.0}
+    assert all(matrix.final_loss == matrix.tying_loss for matrix in report.matrices)
     input_ids = torch.arange(20)[None]
     assert torch.equal(load_model(tmp_path / "zero")(input_ids), load_model(tmp_path / "plain")(input_ids))
 
@@ -321,8 +397,10 @@ def test_ranks_beyond_the_smaller_side_are_capped_with_a_notice_per_group(bases,
     assert new["stack.layers.0.attn.q.lora_a"].shape == (2, 20, 32)
 
 
-def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
-    base, new, report = fold(bases["gemma"], tmp_path / "out", rank=5, init="average", norm_init="average")
+@pytest.mark.parametrize("lora_init", ["svd", "joint"])
+def test_report_in_provenance_is_what_the_tensors_say(bases, lora_init, tmp_path):
+    options = dict(rank=5, init="average", norm_init="average", lora_init=lora_init)
+    base, new, report = fold(bases["gemma"], tmp_path / "out", **options)
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["stage"] == "convert" and provenance["parent"]["path"] == str(bases["gemma"])
     assert [matrix["name"] for matrix in provenance["matrices"]] == linears(new)
@@ -333,9 +411,13 @@ def test_report_in_provenance_is_what_the_tensors_say(bases, tmp_path):
             weight = base[f"stack.layers.{3 * loop + int(layer)}.{linear}.weight"]
             residual = weight - new[f"{matrix['name']}.weight"]
             lora = new[f"{matrix['name']}.lora_b"][loop] @ new[f"{matrix['name']}.lora_a"][loop]
-            lost, left = residual.square().sum(), (residual - lora).square().sum()
-            assert matrix["tying_loss"][loop] == pytest.approx((lost / weight.square().sum()).item(), rel=1e-4)
-            assert matrix["energy_kept"][loop] == pytest.approx((1 - left / lost).item(), abs=1e-4)
+            energy = weight.square().sum()
+            assert matrix["norms"][loop] == pytest.approx(energy.item(), rel=1e-5)
+            lost, left = residual.square().sum() / energy, (residual - lora).square().sum() / energy
+            assert matrix["tying_loss"][loop] == pytest.approx(lost.item(), rel=1e-4)
+            assert matrix["final_loss"][loop] == pytest.approx(left.item(), rel=1e-3)
+        loss = [sum(x * n for x, n in zip(matrix["final_loss"], matrix["norms"], strict=True)) / sum(matrix["norms"])]
+        assert [matrix["least_loss"]] == ([None] if lora_init == "svd" else pytest.approx(loss, rel=1e-6))
     assert report.before.total_params == sum(tensor.numel() for tensor in base.values())
     assert report.after.total_params == sum(tensor.numel() for tensor in new.values())
     assert report.after.bytes == sum(tensor.nbytes for tensor in new.values())
@@ -432,7 +514,8 @@ def test_api_refuses_what_conversion_does_not_make(bases, tmp_path):
     for field, options in {
         "head_lora_rank": dict(head_lora_rank=4),
         "exit_loops": dict(exit_loops=(0,)),
-        "lora_init": dict(lora_init="joint", rank=4),
+        "lora_init": dict(lora_init="joint", init="average"),
+        "init": dict(lora_init="joint", init="stepwise", rank=4),
     }.items():
         with pytest.raises(UserError, match=f"field '{field}'"):
             fold(bases["llama"], tmp_path / "out", **options)
@@ -445,11 +528,13 @@ def test_command_says_what_it_does_and_what_it_did(bases, tmp_path, capsys, monk
     code, stdout, stderr = run_main(main, argv, capsys, monkeypatch)
     assert (code, stderr) == (0, "")
     assert "6 layers, 74.59 K parameters (64.93 K non-embedding), 291.38 KiB float32" in stdout
-    assert "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 16, out 20, ffn 8 (svd); norms folded into" in stdout
+    assert (
+        "2 loops x 3 layers" in stdout and "LoRA rank q 20, kv 16, out 20, ffn 8 (joint); norms folded into" in stdout
+    )
     assert "notice: LoRA rank of group kv: 20 is capped at 16" in stdout
     assert "layer" in stdout and "all" in stdout and f"wrote {out}" in stdout
     assert open_source(out).recursion == RecursiveConfig(
-        num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=16, out=20, ffn=8)
+        num_loops=2, init="average", lora_rank=LoraRanks(q=20, kv=16, out=20, ffn=8), lora_init="joint"
     )
 
 
@@ -474,6 +559,8 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
         "'num_loops': found 0; expected a positive number": ["--num-loops", 0],
         "'lora_rank.q': found -1; expected 0 (no LoRA) or more": ["--lora-rank", -1],
         "'lora_rank.ffn': found -7": ["--lora-rank-ffn", -7],
+        "'init': found 'stepwise'; expected 'average'": ["--init=stepwise", "--lora-rank=2", "--lora-init=joint"],
+        "'lora_init': found 'joint' without LoRA": ["--lora-init=joint"],
         "found a recursive or relaxed model (num_loops 2, LoRA rank 2); expected a vanilla base": [
             "--base",
             tmp_path / "recursive",
@@ -641,7 +728,7 @@ def test_the_report_shows_what_tying_vectors_lost_and_that_no_lora_keeps_it(base
     }.items():
         code, stdout, _ = run_main(main, [*argv, *flags, "--out", tmp_path / name], capsys, monkeypatch)
         assert code == 0
-        head, *rows = stdout.splitlines()[-6:-1]
+        head, *rows = stdout.splitlines()[-7:-2]
         cells = rows[-1].split("->")
         assert ("norms, biases" in head) == (name != "untied")
         if name == "paper":

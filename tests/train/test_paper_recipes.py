@@ -101,6 +101,12 @@ def settings_of(row: str) -> dict[str, Any]:
     }
 
 
+def test_rows_with_lora_name_its_init() -> None:
+    convert = [settings_of(row).get("start.convert", "") for row in ROWS]
+    relaxed = [flags for flags in convert if "--lora-rank" in flags]
+    assert len(relaxed) > 50 and all("--lora-init" in flags for flags in relaxed)
+
+
 def test_rows_resolve_to_the_settings_of_their_file() -> None:
     common = {"run.micro_batch": 4, "run.tokens": 15_000_000_000}
     longer = {"run.micro_batch": 4, "run.tokens": 60_000_000_000, "optim.warmup_steps": 800}
@@ -119,11 +125,11 @@ def test_rows_resolve_to_the_settings_of_their_file() -> None:
     assert settings_of("gemma/b2_average_svd_q128_kv128_out128_ffn64_15b") == common | {
         "start.base": "gemma-2b",
         "start.convert": "--num-loops 2 --init average --norm-init average --lora-rank-q 128 --lora-rank-kv 128 "
-        "--lora-rank-out 128 --lora-rank-ffn 64",
+        "--lora-rank-out 128 --lora-rank-ffn 64 --lora-init svd",
     }
     assert settings_of("gemma/b2_average_svd_r512_kd_60b") == longer | {
         "start.base": "gemma-2b",
-        "start.convert": "--num-loops 2 --init average --norm-init average --lora-rank 512",
+        "start.convert": "--num-loops 2 --init average --norm-init average --lora-rank 512 --lora-init svd",
         "start.teacher": "full_15b",
     }
     assert settings_of("gemma/b2_stepwise_jsd_15b") == common | b2 | {
@@ -275,7 +281,7 @@ def test_a_checkpoint_of_another_row_is_refused() -> None:
         ("--norm-init zero", "norm_init folded; expected zero"),
         ("--untie-norms", "untie_norms False; expected True"),
         ("--prefix-length 4", "prefix_length 0; expected 4"),
-        ("--lora-init zero", "lora_init svd; expected zero"),
+        ("--lora-init zero", "lora_init joint; expected zero"),
     ],
 )
 def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, message: str) -> None:
