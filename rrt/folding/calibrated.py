@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from rrt.checkpoint.source import Source
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, TextPass
+from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
 from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
 from rrt.folding.tying import fit_tied
 from rrt.folding.views import read_finite
 from rrt.folding.workspace import Workspace
 from rrt.model.config import RecursiveConfig
-from rrt.model.loop_linear import loop_linears
+from rrt.model.loop_linear import loop_linears, merge_lora
 from rrt.model.meta import meta_model
 
 
@@ -255,3 +256,33 @@ def _costs(calibration: Calibration, keep: bool) -> dict[str, float]:
         "fit": 3.0 + (again if has_gradients else measuring),
         "refit": 6.0 + again if calibration.refit else 3.0,
     }
+
+
+class CalibratedFolding(Folding):
+    """Maker of the new model's tensors, those of its linears fitted by `calibrate`, which comes first."""
+
+    def __init__(
+        self,
+        source: Source,
+        recursion: RecursiveConfig,
+        dtype: torch.dtype,
+        seed: int,
+        calibration: Calibration,
+        workspace: Workspace,
+    ) -> None:
+        super().__init__(source, recursion, dtype, seed)
+        self._block = CalibratedBlock(self.source, recursion, calibration, dtype, workspace)
+
+    def calibrate(self, *, progress: bool = False) -> CalibrationReport:
+        """Fit all linears of the block."""
+        return self._block.run(progress=progress)
+
+    def linear(self, layer: int, linear: str, rank: int) -> TiedLinear:
+        name = f"stack.layers.{layer}.{linear}"
+        factors = zip(("weight", "lora_a", "lora_b"), self._block.linear(layer, linear), strict=True)
+        weight, lora_a, lora_b = (self._stored(factor, f"{name}.{part}") for part, factor in factors)
+        originals = [self._base(layer, loop, f"{linear}.weight") for loop in range(self.recursion.num_loops)]
+        lost = [energy_lost(original, weight) for original in originals]
+        merged = [merge_lora(weight, *factors, torch.float64) for factors in zip(lora_a, lora_b, strict=True)]
+        left = [float((original - found).square().sum()) for original, found in zip(originals, merged, strict=True)]
+        return TiedLinear(weight, lora_a, lora_b, matrix_report(name, rank, originals, lost, left))

@@ -171,7 +171,7 @@ class BaseStatistics:
         first = next((d for d in reversed(range(self._num_layers + 1)) if self._workspace.has(f"state-{d:03d}")), None)
         states = self._text.embed() if first is None else self._load("state", first)
         if first is None:
-            self._save("state", 0, states)
+            states = self._save("state", 0, states)
         for depth in range(first or 0, self._num_layers):
             layer = load_layer(self._text.source, depth, self._text.device)
             for batch in self._text.batches():
@@ -180,7 +180,7 @@ class BaseStatistics:
                 if not after.isfinite().all():
                     self._raise_not_finite(layer, depth, states[batch])
                 states[batch] = after
-            self._save("state", depth + 1, states)
+            states = self._save("state", depth + 1, states)
             self._step("forward", depth)
 
     def backward(self) -> None:
@@ -247,8 +247,11 @@ class BaseStatistics:
                     kept.add_inputs(_tokens(record[name][0]), (relative if name in _UNBOUNDED else weights).flatten())
         return {name: kept.statistics() for name, kept in sums.items()}
 
-    def _save(self, kind: str, depth: int, states: Tensor) -> None:
-        self._workspace.save(f"{kind}-{depth:03d}", {"states": states.to(self._kept_dtype)})
+    def _save(self, kind: str, depth: int, states: Tensor) -> Tensor:
+        """Keep [n, T, D], and return it as `_load` will, so that interrupted passes go on with the same numbers."""
+        kept = states.to(self._kept_dtype)
+        self._workspace.save(f"{kind}-{depth:03d}", {"states": kept})
+        return kept.float()
 
     def _load(self, kind: str, depth: int) -> Tensor:
         """Read [n, T, D] of an earlier pass, fp32."""
