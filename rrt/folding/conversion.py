@@ -4,6 +4,8 @@ The rules of each initialisation are in :mod:`rrt.folding.fold`. Tensors stream 
 checkpoint's, matrix by matrix: memory holds one matrix of every loop and the writer's buffer.
 """
 
+import hashlib
+import json
 import time
 import typing
 from collections.abc import Iterator
@@ -15,18 +17,54 @@ from tqdm import tqdm
 
 from rrt.checkpoint.format import CheckpointConfig, CheckpointWriter, write_checkpoint
 from rrt.checkpoint.source import Source, open_source
-from rrt.common.files import check_output
-from rrt.common.provenance import make_provenance
+from rrt.common.files import NoSpaceError, check_output, free_bytes
+from rrt.common.machine import free_memory_bytes
+from rrt.common.processes import pick_device
+from rrt.common.provenance import fingerprint, make_provenance
+from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
+from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
+from rrt.folding.calibration import CalibrationMetric
+from rrt.folding.calibration_text import calibration_rows
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
 from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
+from rrt.folding.workspace import Workspace
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import capped_lora_ranks, meta_model
 from rrt.model.sizes import Sizes, model_sizes
 from rrt.model.transformer import Layer
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a calibrated conversion is asked for.
+
+    Attributes:
+        paths: directories of token shards of the base's tokenizer, or text as :mod:`rrt.data.corpus` reads it.
+        num_tokens: of the text, rounded up to whole rows.
+        context: tokens of a row.
+        metric: see :mod:`rrt.folding.calibration`.
+        refit: refit the LoRAs depth by depth after the joint fit.
+        memory: bytes that statistics of all depths may take, which are else computed twice; default half of what is
+            free, in memory and on the disk of the output.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
+    """
+
+    paths: tuple[str, ...]
+    num_tokens: int = 32768
+    context: int = 512
+    metric: CalibrationMetric = "both"
+    refit: bool = True
+    memory: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 1), ("context", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"calibration: {name}: found {getattr(self, name)}; expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -43,6 +81,7 @@ class PreparedConversion:
     after: Sizes
     tokenizer: Tokenizer | None
     notices: tuple[str, ...]
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +95,7 @@ class ConversionReport:
     vectors: tuple[VectorReport, ...]
     """The tied norms and biases; none where they are kept per depth."""
     notices: tuple[str, ...]
+    calibration: CalibrationReport | None
     seconds: float
 
 
@@ -68,10 +108,12 @@ def prepare_conversion(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    calibration: CalibrationOptions | None = None,
 ) -> PreparedConversion:
     """Open the base and check everything that can be checked before work starts. Arguments as in `convert`."""
     base, out = Path(base), Path(out)
     _check_offered(recursion, keep_layers)
+    _check_calibration(recursion, calibration)
     source = open_source(base)
     if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
@@ -87,6 +129,9 @@ def prepare_conversion(
         notices.append(f"kept are layers {', '.join(map(str, depths))} of the base's {before.model.num_layers}, from 0")
     check_output(out, base, overwrite)
     dtype = dtype or source.dtype
+    if calibration is not None and not recursion.untie_norms and _has_more_than_gains(source.model):
+        recursion = replace(recursion, untie_norms=True)
+        notices.append("biases and norms of queries and keys are kept per depth, which calibration counts on")
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
     if recursion.lora_rank.is_budget:
@@ -96,7 +141,10 @@ def prepare_conversion(
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    return PreparedConversion(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
+    chosen = None if calibration is None else _open_calibration(calibration, source.model, tokenizer, out)
+    return PreparedConversion(
+        source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices), chosen
+    )
 
 
 def convert(
@@ -108,6 +156,7 @@ def convert(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    calibration: CalibrationOptions | None = None,
     progress: bool = False,
 ) -> ConversionReport:
     """Fold the model in `base` as `recursion` says and write the checkpoint `out`, whole or not at all.
@@ -120,28 +169,96 @@ def convert(
             chooses them and the rest of `recursion` is the default's.
         dtype: of the stored parameters; default the base's.
         seed: of everything random. A matrix's values depend on it and the matrix's name only.
-        progress: show a bar over the matrices on stderr.
+        calibration: with `recursion.lora_init` "calibrated", and only then.
+        progress: show bars on stderr.
 
     Raises:
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
             values that are not finite or do not fit `dtype`, a rank budget is below rank 1 for each matrix or leaves no
-            saving, or `recursion` asks for what is not offered yet.
+            saving, `recursion` asks for what is not offered yet, or the calibration text cannot be used.
     """
     prepared = prepare_conversion(
-        base, out, recursion, keep_layers=keep_layers, dtype=dtype, seed=seed, overwrite=overwrite
+        base,
+        out,
+        recursion,
+        keep_layers=keep_layers,
+        dtype=dtype,
+        seed=seed,
+        overwrite=overwrite,
+        calibration=calibration,
     )
     return run_conversion(prepared, progress=progress)
 
 
 def run_conversion(conversion: PreparedConversion, *, progress: bool = False) -> ConversionReport:
-    """Carry out a conversion that `prepare_conversion` has checked."""
+    """Carry out a conversion that `prepare_conversion` has checked.
+
+    A calibrated one keeps its finished steps in the directory `workspace_directory` until it is done, and goes on from
+    them if they are of the same conversion.
+    """
     start = time.monotonic()
-    model, recursion = conversion.source.model, conversion.recursion
-    folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
-    if recursion.lora_rank.is_budget:
-        gains = _measure_gains(folding, progress)
-        recursion = replace(recursion, lora_rank=distribute_budget(model, recursion, gains))
+    if conversion.calibration is None:
+        recursion = conversion.recursion
         folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+        if recursion.lora_rank.is_budget:
+            gains = _measure_gains(folding, progress)
+            recursion = _with_budget_distributed(conversion, gains)
+            folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+        return _write(conversion, folding, None, start, progress)
+    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, conversion.calibration))
+    try:
+        calibrated = _calibrated_folding(conversion, conversion.recursion, conversion.calibration, workspace)
+        if conversion.recursion.lora_rank.is_budget:
+            recursion = _with_budget_distributed(conversion, calibrated.measure_gains(progress=progress))
+            calibrated = _calibrated_folding(conversion, recursion, conversion.calibration, workspace)
+        report = _write(conversion, calibrated, calibrated.calibrate(progress=progress), start, progress)
+    except UserError as error:
+        if not isinstance(error, NoSpaceError):
+            workspace.remove()
+        raise
+    workspace.remove()
+    return report
+
+
+def workspace_directory(out: Path) -> Path:
+    """Return the directory that a calibrated conversion to `out` works in."""
+    return out.with_name(f"{out.name}.calibration")
+
+
+def _with_budget_distributed(conversion: PreparedConversion, gains: dict[str, list[float]]) -> RecursiveConfig:
+    recursion = conversion.recursion
+    return replace(recursion, lora_rank=distribute_budget(conversion.source.model, recursion, gains))
+
+
+def _calibrated_folding(
+    conversion: PreparedConversion, recursion: RecursiveConfig, calibration: Calibration, workspace: Workspace
+) -> CalibratedFolding:
+    return CalibratedFolding(conversion.source, recursion, conversion.dtype, conversion.seed, calibration, workspace)
+
+
+def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> str:
+    """Hash all that the steps of a calibrated conversion depend on."""
+    settings = {
+        "base": fingerprint(conversion.source.directory),
+        "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
+        "context": calibration.rows.shape[1] - 1,
+        "recursion": to_mapping(conversion.recursion),
+        "dtype": str(conversion.dtype),
+        "metric": calibration.metric,
+        "refit": calibration.refit,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    conversion: PreparedConversion,
+    folding: Folding,
+    calibration: CalibrationReport | None,
+    start: float,
+    progress: bool,
+) -> ConversionReport:
+    """Write the checkpoint, and report; `start` is when the conversion began, by `time.monotonic`."""
+    model, recursion = conversion.source.model, folding.recursion
     config = CheckpointConfig(model, recursion, conversion.dtype)
     provenance = make_provenance("convert", conversion.source.directory, seed=conversion.seed)
     with write_checkpoint(conversion.out, config, provenance, overwrite=conversion.overwrite) as writer:
@@ -152,6 +269,8 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
         provenance["notices"] = conversion.notices
         provenance["matrices"] = [matrix.to_json() for matrix in matrices]
         provenance["vectors"] = [vector.to_json() for vector in vectors]
+        if calibration is not None:
+            provenance["calibration"] = calibration.to_json()
     return ConversionReport(
         conversion.out,
         conversion.before,
@@ -159,6 +278,7 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
         matrices,
         tuple(vectors),
         conversion.notices,
+        calibration,
         time.monotonic() - start,
     )
 
@@ -178,14 +298,52 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
                 "conversion does not make this"
             )
-    if recursion.lora_init == "joint":
+    if recursion.lora_init in ("joint", "calibrated"):
         if not recursion.lora_rank:
-            raise UserError("field 'lora_init': found 'joint' without LoRA; expected a rank: --lora-rank")
+            raise UserError(
+                f"field 'lora_init': found '{recursion.lora_init}' without LoRA; expected a rank: --lora-rank"
+            )
         if recursion.init != "average":
             raise UserError(
                 f"field 'init': found '{recursion.init}'; expected 'average' (--init average or auto) with lora_init "
-                "'joint', which makes shared weights and LoRAs together"
+                f"'{recursion.lora_init}', which makes shared weights and LoRAs together"
             )
+
+
+def _check_calibration(recursion: RecursiveConfig, calibration: CalibrationOptions | None) -> None:
+    if (recursion.lora_init == "calibrated") != (calibration is not None):
+        found = "without a text" if calibration is None else f"{recursion.lora_init!r} beside a calibration text"
+        raise UserError(f"field 'lora_init': found {found}; expected 'calibrated' and --calibration, or neither")
+    if calibration is None:
+        return
+    for name, expected in (("prefix_length", 0), ("norm_init", "folded")):
+        if getattr(recursion, name) != expected:
+            raise UserError(
+                f"field '{name}': found {getattr(recursion, name)}; expected {expected} with lora_init 'calibrated'"
+            )
+    if recursion.num_loops == 1:
+        raise UserError("field 'num_loops': found 1; expected 2 or more with lora_init 'calibrated'")
+
+
+def _has_more_than_gains(model: ModelConfig) -> bool:
+    """Tell whether layers have vectors that folding leaves: biases, also of a LayerNorm, or norms of queries, keys."""
+    return model.qkv_bias or model.out_bias or model.mlp_bias or model.qk_norm or model.norm_type == "layernorm"
+
+
+def _open_calibration(
+    options: CalibrationOptions, model: ModelConfig, tokenizer: Tokenizer | None, out: Path
+) -> Calibration:
+    """Read the text, and choose a device and how much memory to take."""
+    if options.context > model.context_length:
+        raise UserError(
+            f"--calibration-context: found {options.context}; expected at most {model.context_length}, the base's"
+        )
+    device = pick_device(options.device)
+    rows = calibration_rows(options.paths, options.num_tokens, options.context, tokenizer)
+    memory = options.memory
+    if memory is None:
+        memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
+    return Calibration(rows, options.metric, options.refit, memory, device)
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:

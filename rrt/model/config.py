@@ -18,7 +18,7 @@ _LARGEST = 2**40
 Family = Literal["gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
 NormInit = Literal["folded", "average", "choice", "zero"]
-LoraInit = Literal["svd", "zero", "joint"]
+LoraInit = Literal["svd", "zero", "joint", "calibrated"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
 Sharing = Literal["cycle", "sequence", "cycle-rev"]
 
@@ -244,7 +244,9 @@ class RecursiveConfig:
     )
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
     lora_init: LoraInit = field_doc(
-        "LoRA from the SVD of what tying lost, zero, or joint: the best shared weight and LoRAs together", default="svd"
+        "LoRA from the SVD of what tying lost, zero, or shared weights and LoRAs together: joint, the nearest to the "
+        "base's weights, or calibrated, the nearest in what they do to a text",
+        default="svd",
     )
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)

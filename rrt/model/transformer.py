@@ -138,6 +138,10 @@ class Attention(nn.Module):
         selected_tokens: Tensor | None = None,
     ) -> Tensor:
         """Attend within x [batch, T, D] and to prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
+        return self.out(_select(self.mix(x, loop, context, prefix), selected_tokens), loop)
+
+    def mix(self, x: Tensor, loop: int, context: ForwardContext, prefix: Tensor | None = None) -> Tensor:
+        """Compute the heads' results [batch, T, H * D_h], the input of `out`; x and prefix as in `forward`."""
         q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
         q, k = self.normalize(q, k, loop)
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
@@ -152,7 +156,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=k.shape[1] != q.shape[1]
             ).transpose(1, 2)
-        return self.out(_select(y.flatten(2), selected_tokens), loop)
+        return y.flatten(2)
 
     def normalize(self, q: Tensor, k: Tensor, loop: int | Tensor) -> tuple[Tensor, Tensor]:
         """Apply the q and k norms, if there are any, to heads [..., H, D_h] and [..., H_kv, D_h]."""
@@ -180,9 +184,13 @@ class MLP(nn.Module):
         self.down = _linear(config, recursion, index, "mlp.down", config.mlp_bias)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
+        return self.down(self.inner(x, loop), loop)
+
+    def inner(self, x: Tensor, loop: int) -> Tensor:
+        """Compute the input [..., intermediate_size] of `down`."""
         if self.gate is None:
-            return self.down(self.activate(self.up(x, loop)), loop)
-        return self.down(self._gated_linears(self.gate, self.up, x, loop), loop)
+            return self.activate(self.up(x, loop))
+        return self._gated_linears(self.gate, self.up, x, loop)
 
     def _gated_linears(self, gate: LoopLinear, up: LoopLinear, x: Tensor, loop: int) -> Tensor:
         if not (gate.packed and up.packed and self.gates_natively(x)):
