@@ -46,6 +46,8 @@ def describe(conversion: PreparedConversion) -> str:
     if folds_norms(recursion):
         norms = "norms folded into the linears" + (", biases per depth" if recursion.untie_norms else "")
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
+    if recursion.low_rank_only:
+        lora = f"B A of rank {recursion.lora_rank} alone, nothing shared"
     if recursion.prefix_length:
         lora += f"; {recursion.prefix_length} prefix vectors per depth"
     loops = f"{recursion.num_loops} loops x {layers} layers"
@@ -57,7 +59,7 @@ def describe(conversion: PreparedConversion) -> str:
         (
             f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
             f"new   {conversion.out}: {loops}, {_size(conversion.after)}",
-            f"init  {init}; {lora}; {norms}; seed {conversion.seed}",
+            f"init  {lora if recursion.low_rank_only else f'{init}; {lora}'}; {norms}; seed {conversion.seed}",
             *_describe_calibration(conversion),
             *(f"notice: {notice}" for notice in conversion.notices),
         )
@@ -95,13 +97,18 @@ def report_table(report: ConversionReport) -> str:
             vectors.setdefault(row, []).append(vector)
     matrices["all"] = matrices.pop("all")
     heads = [*LORA_GROUPS, "norms, biases"] if vectors else LORA_GROUPS
-    lines = ["lost by tying -> with LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
+    shares = not report.after.recursion.low_rank_only
+    lines = [
+        "lost by tying -> with LoRA" if shares else "lost by low rank",
+        f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads),
+    ]
     for row, by_group in matrices.items():
-        cells = [_losses(by_group[group]) for group in LORA_GROUPS]
+        cells = [_losses(by_group[group], shares) for group in LORA_GROUPS]
         if vectors:
             cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
-    total = f"of all ||W||^2 tying loses {_losses(report.matrices).replace(' -> ', ', with LoRA ')}"
+    losses = _losses(report.matrices, shares).replace(" -> ", ", with LoRA ")
+    total = f"of all ||W||^2 {'tying' if shares else 'low rank'} loses {losses}"
     if all(matrix.least_loss is not None for matrix in report.matrices):
         least = _share(report.matrices, lambda matrix: [matrix.least_loss or 0.0] * len(matrix.norms))
         total += f"; no fit of these ranks loses less than {least:.1%}"
@@ -124,11 +131,15 @@ def _share(matrices: Sequence[MatrixReport], losses: Callable[[MatrixReport], Se
     return lost / (sum(sum(matrix.norms) for matrix in matrices) or 1.0)
 
 
-def _losses(matrices: Sequence[MatrixReport]) -> str:
+def _losses(matrices: Sequence[MatrixReport], shares: bool) -> str:
+    """Format the loss of several matrices; `shares` tells whether they share weights, so that two losses differ."""
+    final = f"{_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    if not shares:
+        return final
     lost = f"{_share(matrices, lambda matrix: matrix.tying_loss):.1%}"
     if not any(matrix.rank for matrix in matrices):
         return f"{lost} -> -"
-    return f"{lost} -> {_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    return f"{lost} -> {final}"
 
 
 def calibration_table(report: CalibrationReport) -> str:
@@ -207,8 +218,10 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="calibrated: shared weights and LoRAs together, such that on the text of --calibration the model does as "
         "the base (with --init average or auto); joint: likewise without data, nearest to the base's weights; svd, the "
-        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B. auto, the default, "
-        "is calibrated with --calibration, joint for two loops whose shared weights no other --init chooses, else svd",
+        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B; low-rank-only, a "
+        "baseline: every linear of the base as a product B A, nothing shared, of as many parameters in all as the "
+        "loops and ranks asked for, calibrated too with --calibration. auto, the default, is calibrated with "
+        "--calibration, joint for two loops whose shared weights no other --init chooses, else svd",
     )
     parser.add_argument(
         "--norm-init",
@@ -351,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = run_conversion(conversion, progress=True)
     if report.calibration is not None:
         print(calibration_table(report.calibration))
-    elif conversion.recursion.num_loops > 1:
+    elif conversion.recursion.num_loops > 1 or conversion.recursion.low_rank_only:
         print(report_table(report))
     if report.after.recursion.lora_rank.matrices:
         print(rank_table(report.after))

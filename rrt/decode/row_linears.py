@@ -70,18 +70,21 @@ class _RowLinear:
 
     @classmethod
     def fused(cls, *linears: LoopLinear) -> "_RowLinear":
-        num_loops, rank = linears[0].num_loops, max(linear.rank for linear in linears)
-        weight = _concatenate([linear.weight for linear in linears], dim=0)
+        # Without a weight, B A is computed once and stands for it.
+        ranks = [0 if linear.weight is None else linear.rank for linear in linears]
+        num_loops, rank = linears[0].num_loops, max(ranks)
+        weights = [linear.merged_weight(0) if linear.weight is None else linear.weight for linear in linears]
+        weight = _concatenate(weights, dim=0)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         lora_a = weight.new_empty(num_loops, 0, weight.shape[1])
         # Columns beyond a segment's own rank are not used, but must be finite.
         lora_b = weight.new_zeros(num_loops, weight.shape[0], rank)
         first = 0
-        for linear in linears:
+        for linear, own_rank in zip(linears, ranks, strict=True):
             end = first + linear.out_features
-            if linear.lora_a is not None and linear.lora_b is not None:
+            if own_rank and linear.lora_a is not None and linear.lora_b is not None:
                 lora_a = torch.cat((lora_a, linear.lora_a), dim=1)
-                lora_b[:, first:end, : linear.rank] = linear.lora_b
+                lora_b[:, first:end, :own_rank] = linear.lora_b
             first = end
         return cls(
             weight,
@@ -89,7 +92,7 @@ class _RowLinear:
             lora_a,
             lora_b,
             [linear.out_features for linear in linears],
-            [linear.rank for linear in linears],
+            ranks,
         )
 
     def __call__(self, x: Tensor, loops: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from rrt.checkpoint.source import Source
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, TextPass
 from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
 from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
-from rrt.folding.tying import Metric, fit_tied, singular_gains
+from rrt.folding.tying import Metric, fit_lora, fit_tied, metric_norms, singular_gains
 from rrt.folding.views import read_finite
 from rrt.folding.workspace import Workspace
 from rrt.model.config import RecursiveConfig
@@ -164,7 +164,10 @@ class CalibratedBlock:
             yield statistics, step
 
     def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return W' [N, K], A [B, R, K] and B [B, N, R] of one linear as they are stored, after `run`."""
+        """Return W' [N, K], A [B, R, K] and B [B, N, R] of one linear as they are stored, after `run`.
+
+        W' is zero where B A stands alone.
+        """
         depths = [self._workspace.load(f"refit-{depth:03d}") for depth in self._depths(layer)]
         lora_a, lora_b = (
             torch.stack([depth[f"{name}.{factor}"] for depth in depths]) for factor in ("lora_a", "lora_b")
@@ -185,10 +188,18 @@ class CalibratedBlock:
         tensors: dict[str, Tensor] = {}
         for name, rank in self._ranks[layer].items():
             weights = self._weights(name, depths)
-            fit = fit_tied(weights, rank, [linears[name].metric for linears in measured])
-            for part, tensor in (("weight", fit.weight), ("lora_a", fit.lora_a), ("lora_b", fit.lora_b)):
-                tensors[f"{name}.{part}"] = tensor.to(self._dtype)
-            shares = [error / norm if norm else 0.0 for error, norm in zip(fit.errors, fit.norms, strict=True)]
+            metrics = [linears[name].metric for linears in measured]
+            if self._recursion.low_rank_only and rank:
+                (weight,), (metric,) = weights, metrics
+                lora_a, lora_b = fit_lora(weight, rank, metric)
+                parts = {"weight": torch.zeros_like(weight), "lora_a": lora_a[None], "lora_b": lora_b[None]}
+                errors, norms = metric_norms([weight - lora_b @ lora_a], metrics), metric_norms(weights, metrics)
+            else:
+                fit = fit_tied(weights, rank, metrics)
+                parts = {"weight": fit.weight, "lora_a": fit.lora_a, "lora_b": fit.lora_b}
+                errors, norms = fit.errors, fit.norms
+            tensors |= {f"{name}.{part}": tensor.to(self._dtype) for part, tensor in parts.items()}
+            shares = [error / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
             tensors[f"{name}.metric_loss"] = torch.tensor(shares, dtype=torch.float64)
         self._workspace.save(f"fit-{layer:03d}", tensors)
 
@@ -219,7 +230,7 @@ class CalibratedBlock:
             return float(outputs * inputs) ** 0.5
         if self._calibration.metric == "inputs":
             return float(outputs)
-        return sum(fit_tied(weights, 0, metrics).norms) or 1.0
+        return sum(metric_norms(weights, metrics)) or 1.0
 
     def _weights(self, name: str, depths: list[int]) -> list[Tensor]:
         """Read a linear's weights at several depths."""
@@ -348,4 +359,5 @@ class CalibratedFolding(Folding):
         lost = [energy_lost(original, weight) for original in originals]
         merged = [merge_lora(weight, *factors, torch.float64) for factors in zip(lora_a, lora_b, strict=True)]
         left = [float((original - found).square().sum()) for original, found in zip(originals, merged, strict=True)]
-        return TiedLinear(weight, lora_a, lora_b, matrix_report(name, rank, originals, lost, left))
+        report = matrix_report(name, rank, originals, lost, left)
+        return TiedLinear(None if self.recursion.low_rank_only and rank else weight, lora_a, lora_b, report)

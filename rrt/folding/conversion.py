@@ -34,7 +34,7 @@ from rrt.folding.workspace import Workspace
 from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import capped_lora_ranks, meta_model
-from rrt.model.sizes import Sizes, model_sizes
+from rrt.model.sizes import Sizes, model_sizes, without_sharing
 from rrt.model.transformer import Layer
 
 
@@ -129,13 +129,21 @@ def prepare_conversion(
         notices.append(f"kept are layers {', '.join(map(str, depths))} of the base's {before.model.num_layers}, from 0")
     check_output(out, base, overwrite)
     dtype = dtype or source.dtype
-    if calibration is not None and not recursion.untie_norms and _has_more_than_gains(source.model):
+    keeps_vectors = recursion.untie_norms or recursion.lora_init == "low-rank-only" or calibration is None
+    if not keeps_vectors and _has_more_than_gains(source.model):
         recursion = replace(recursion, untie_norms=True)
         notices.append("biases and norms of queries and keys are kept per depth, which calibration counts on")
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
     if recursion.lora_rank.is_budget:
         recursion = replace(recursion, lora_rank=replace(recursion.lora_rank, matrices={}))
+    if recursion.lora_init == "low-rank-only":
+        folded, recursion = recursion, without_sharing(source.model, recursion)
+        totals = [model_sizes(source.model, each, dtype).total_params for each in (recursion, folded)]
+        notices.append(
+            f"B A of rank {recursion.lora_rank} (0: the whole weight) at every depth has {totals[0]:,} parameters; "
+            f"{folded.num_loops} loops with LoRA rank {folded.lora_rank} have {totals[1]:,}"
+        )
     after = model_sizes(source.model, recursion, dtype)
     notices += _lack_of_saving(before, after)
     tokenizer = tokenizer_of(base, source.model.vocab_size)
@@ -169,7 +177,7 @@ def convert(
             chooses them and the rest of `recursion` is the default's.
         dtype: of the stored parameters; default the base's.
         seed: of everything random. A matrix's values depend on it and the matrix's name only.
-        calibration: with `recursion.lora_init` "calibrated", and only then.
+        calibration: with `recursion.lora_init` "calibrated"; "low-rank-only" may have one too.
         progress: show bars on stderr.
 
     Raises:
@@ -298,6 +306,19 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
                 "conversion does not make this"
             )
+    if recursion.low_rank_only:
+        raise UserError(
+            "field 'low_rank_only': found true; expected false: conversion sets it for lora_init 'low-rank-only', with "
+            "the ranks that have as many parameters as the loops and ranks asked for"
+        )
+    if recursion.lora_init == "low-rank-only":
+        why = "with lora_init 'low-rank-only', which has the parameters of the loops and ranks asked for"
+        if recursion.num_loops == 1:
+            raise UserError(f"field 'num_loops': found 1; expected at least 2 {why}")
+        if recursion.prefix_length:
+            raise UserError(f"field 'prefix_length': found {recursion.prefix_length}; expected 0 {why}")
+        if recursion.lora_rank.is_budget:
+            raise UserError(f"field 'lora_rank.is_budget': found true; expected false {why}")
     if recursion.lora_init in ("joint", "calibrated"):
         if not recursion.lora_rank:
             raise UserError(
@@ -311,18 +332,22 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
 
 
 def _check_calibration(recursion: RecursiveConfig, calibration: CalibrationOptions | None) -> None:
-    if (recursion.lora_init == "calibrated") != (calibration is not None):
-        found = "without a text" if calibration is None else f"{recursion.lora_init!r} beside a calibration text"
-        raise UserError(f"field 'lora_init': found {found}; expected 'calibrated' and --calibration, or neither")
     if calibration is None:
+        if recursion.lora_init == "calibrated":
+            raise UserError("field 'lora_init': found 'calibrated' without a text; expected one: --calibration")
         return
+    if recursion.lora_init not in ("calibrated", "low-rank-only"):
+        raise UserError(
+            f"field 'lora_init': found '{recursion.lora_init}' beside a calibration text; expected 'calibrated' or "
+            "'low-rank-only', or no --calibration"
+        )
     for name, expected in (("prefix_length", 0), ("norm_init", "folded")):
         if getattr(recursion, name) != expected:
             raise UserError(
-                f"field '{name}': found {getattr(recursion, name)}; expected {expected} with lora_init 'calibrated'"
+                f"field '{name}': found {getattr(recursion, name)}; expected {expected} with a calibration text"
             )
     if recursion.num_loops == 1:
-        raise UserError("field 'num_loops': found 1; expected 2 or more with lora_init 'calibrated'")
+        raise UserError("field 'num_loops': found 1; expected 2 or more with a calibration text")
 
 
 def _has_more_than_gains(model: ModelConfig) -> bool:
@@ -406,7 +431,8 @@ def _write_tensors(
             vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
                 made = folding.linear(index, name, linear.rank)
-                writer.add(f"{made.report.name}.weight", made.weight)
+                if made.weight is not None:
+                    writer.add(f"{made.report.name}.weight", made.weight)
                 if linear.rank:
                     writer.add(f"{made.report.name}.lora_a", made.lora_a)
                     writer.add(f"{made.report.name}.lora_b", made.lora_b)
@@ -421,5 +447,5 @@ def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer
         if "norm" in name or name.endswith(".bias"):
             vector = (folding.untied if untied else folding.shared)(index, name)
             writer.add(f"stack.layers.{index}.{name}", vector)
-            if not untied:
+            if folding.recursion.num_loops > 1 and not untied:
                 yield folding.vector_report(index, name, vector)

@@ -16,7 +16,7 @@ from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 from rrt.folding.svd import squared_singular_values, truncated_svd
-from rrt.folding.tying import fit_tied, singular_gains
+from rrt.folding.tying import fit_lora, fit_tied, singular_gains
 from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, Place, RecursiveConfig
 
@@ -42,7 +42,8 @@ def folds_norms(recursion: RecursiveConfig) -> bool:
     if recursion.lora_init == "calibrated":  # norms that are kept per depth start neutral then
         return True
     ties_norms = recursion.num_loops > 1 and not recursion.untie_norms
-    return ties_norms and recursion.norm_init == "folded" and recursion.init != "random"
+    # B A then spends its rank where the linear reads, though no norm is tied.
+    return (ties_norms or recursion.low_rank_only) and recursion.norm_init == "folded" and recursion.init != "random"
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
@@ -79,8 +80,8 @@ class MatrixReport:
         name: of the linear, such as ``stack.layers.0.attn.q``.
         rank: of its LoRA after the cap.
         norms: ||W_l||^2.
-        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero and W' is not. W_l has its norm's gain folded in, as W'
-            has.
+        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero and W' is not, or where there is no W'. W_l has its
+            norm's gain folded in, as W' has.
         final_loss: ||W_l - W' - B A||^2 / ||W_l||^2 at initialisation.
         least_loss: no W' and LoRAs of this rank lose a smaller share of the sum of ||W_l||^2; None where it is unknown.
     """
@@ -105,9 +106,12 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class TiedLinear:
-    """One linear of the shared block as stored: W' [N, K], and the LoRAs A [B, R, K] and B [B, N, R] of all loops."""
+    """One linear of the shared block as stored: W' [N, K], and the LoRAs A [B, R, K] and B [B, N, R] of all loops.
 
-    weight: Tensor
+    No weight where B A stands alone.
+    """
+
+    weight: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
     report: MatrixReport
@@ -167,8 +171,13 @@ class Folding:
         """
         name = f"stack.layers.{layer}.{linear}"
         weights = [self._base(layer, loop, f"{linear}.weight") for loop in range(self.recursion.num_loops)]
-        least_loss = None
-        if self.recursion.lora_init == "joint" and rank:
+        least_loss, weight = None, None
+        if self.recursion.low_rank_only and rank:
+            assert len(weights) == 1
+            lora_a, lora_b = fit_lora(weights[0], rank, generator=seeded_generator(self.seed, f"{name}.lora.0"))
+            loras, lost = [(lora_a, lora_b)], [weights[0].double().square().sum().item()]
+            left = [(weights[0].double() - lora_b @ lora_a).square().sum().item()]
+        elif self.recursion.lora_init == "joint" and rank:
             fit = fit_tied(weights, rank, generator=seeded_generator(self.seed, f"{name}.lora"))
             weight = self._stored(fit.weight, f"{name}.weight")
             loras = list(zip(fit.lora_a, fit.lora_b, strict=True))

@@ -18,7 +18,7 @@ _LARGEST = 2**40
 Family = Literal["gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
 NormInit = Literal["folded", "average", "choice", "zero"]
-LoraInit = Literal["svd", "zero", "joint", "calibrated"]
+LoraInit = Literal["svd", "zero", "joint", "calibrated", "low-rank-only"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
 Sharing = Literal["cycle", "sequence", "cycle-rev"]
 
@@ -245,8 +245,11 @@ class RecursiveConfig:
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
     lora_init: LoraInit = field_doc(
         "LoRA from the SVD of what tying lost, zero, or shared weights and LoRAs together: joint, the nearest to the "
-        "base's weights, or calibrated, the nearest in what they do to a text",
+        "base's weights, or calibrated, the nearest in what they do to a text; or of the whole weight (low-rank-only)",
         default="svd",
+    )
+    low_rank_only: bool = field_doc(
+        "nothing is shared: linears of rank R > 0 are B A without a weight beside it", default=False
     )
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)
@@ -265,6 +268,8 @@ class RecursiveConfig:
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")
+        if self.low_rank_only and self.num_loops > 1:
+            raise UserError(f"field 'num_loops': found {self.num_loops}; expected 1 with low_rank_only")
         if not self.runs_whole_loops:
             for name in ("exit_loops", "head_lora_rank"):
                 if getattr(self, name):

@@ -483,4 +483,5 @@ def _linear(config: ModelConfig, recursion: RecursiveConfig, layer: int, name: s
         rank=recursion.lora_rank.of(config, layer, name),
         bias=bias,
         untie_bias=recursion.untie_norms,
+        low_rank_only=recursion.low_rank_only,
     )

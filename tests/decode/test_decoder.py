@@ -77,9 +77,11 @@ def test_incremental_decoding_equals_transformers(variant, tmp_path):
         assert_close(decode_in_chunks(decoder, tokens, chunks), expected, 2e-5)
 
 
-@pytest.mark.parametrize("looped", [name for name in LOOPED if name.startswith(("sequence", "cycle-rev"))])
+@pytest.mark.parametrize(
+    "looped", [name for name in LOOPED if name.startswith(("sequence", "cycle-rev", "low-rank-only"))]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
-def test_other_sharings_decode_as_their_full_forward_and_pages_are_of_consecutive_depths(family, looped):
+def test_other_sharings_and_none_decode_as_their_full_forward(family, looped):
     model = make_model(family, looped)
     tokens = random_tokens(11)
     for chunks in ([1] * 11, [4, 5, 1, 1]):

@@ -41,13 +41,13 @@ def bases(tmp_path_factory):
     return made
 
 
-def calibrate(base, out, text, *, num_loops=2, rank=4, options=None, dtype=None, **recursion):
+def calibrate(base, out, text, *, num_loops=2, rank=4, options=None, dtype=None, lora_init="calibrated", **recursion):
     ranks = rank if isinstance(rank, LoraRanks) else LoraRanks.uniform(rank)
     chosen = {"num_tokens": 192, "context": 24, "device": "cpu", **(options or {})}
     return convert(
         base,
         out,
-        RecursiveConfig(num_loops=num_loops, init="average", lora_rank=ranks, lora_init="calibrated", **recursion),
+        RecursiveConfig(num_loops=num_loops, init="average", lora_rank=ranks, lora_init=lora_init, **recursion),
         dtype=dtype,
         calibration=CalibrationOptions((str(text),), **chosen),
     )
@@ -88,6 +88,47 @@ def test_calibrated_starts_nearer_to_the_base_than_joint_and_refitted_nearest(ba
     assert reports[0]["stream_error"][-1] < reports[1]["stream_error"][-1]
     for found, without in zip(reports[0]["linears"], reports[1]["linears"], strict=True):
         assert found["metric_loss"] == without["metric_loss"] and found["output_loss"] != without["output_loss"]
+
+
+@pytest.mark.parametrize("sharing", ["sequence", "cycle-rev"])
+def test_calibration_follows_the_order_of_sharing(bases, sharing, text, tmp_path):
+    calibrate(bases["llama"], tmp_path / "full", text, rank=999, sharing=sharing, options={"refit": False})
+    assert divergence(bases["llama"], tmp_path / "full") < 1e-8
+    calibrate(bases["llama"], tmp_path / "refitted", text, sharing=sharing, options={"num_tokens": 1536})
+    others(bases["llama"], tmp_path / "joint", "joint", sharing=sharing)
+    refitted, joint = (divergence(bases["llama"], tmp_path / name) for name in ("refitted", "joint"))
+    assert refitted < joint
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_baseline_that_shares_nothing_is_calibrated_alike(bases, family, text, tmp_path):
+    errors = {}
+    for refit in (True, False):
+        options = {"num_tokens": 1536, "refit": refit}
+        report = calibrate(bases[family], tmp_path / f"refit-{refit}", text, lora_init="low-rank-only", options=options)
+        errors[refit] = report.calibration.stream_error[-1]
+    assert errors[True] < errors[False]
+    others(bases[family], tmp_path / "uncalibrated", "low-rank-only")
+    found, uncalibrated = (divergence(bases[family], tmp_path / name) for name in ("refit-True", "uncalibrated"))
+    assert found < uncalibrated
+    assert open_source(tmp_path / "refit-True").recursion == open_source(tmp_path / "uncalibrated").recursion
+
+
+@pytest.mark.parametrize("metric", ["both", "inputs", "activations"])
+def test_a_budget_is_distributed_by_the_calibrated_metric(bases, metric, text, tmp_path):
+    budget = LoraRanks.uniform(4, is_budget=True)
+    report = calibrate(bases["llama"], tmp_path / "out", text, rank=budget, options={"metric": metric})
+    uniform = calibrate(bases["llama"], tmp_path / "uniform", text, options={"metric": metric})
+    assert report.after.lora_params == uniform.after.lora_params
+    ranks = {matrix.name.removeprefix("stack."): matrix.rank for matrix in report.matrices}
+    assert len(set(ranks.values())) > 1
+    assert open_source(tmp_path / "out").recursion.lora_rank.matrices == ranks
+    joint = convert(
+        bases["llama"],
+        tmp_path / "joint",
+        RecursiveConfig(num_loops=2, init="average", lora_rank=budget, lora_init="joint"),
+    )
+    assert ranks != {matrix.name.removeprefix("stack."): matrix.rank for matrix in joint.matrices}
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

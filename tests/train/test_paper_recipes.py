@@ -292,6 +292,16 @@ def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, messag
         check_conversion("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
 
 
+def test_a_low_rank_checkpoint_is_compared_with_the_ranks_that_its_folding_gives() -> None:
+    start = StartConfig(base="pythia-160m", convert="--num-loops 2 --lora-rank 16 --lora-init low-rank-only")
+    model, recursion = checkpoint_architecture(ABSENT, start)
+    assert (recursion.num_loops, recursion.low_rank_only) == (1, True) and recursion.lora_rank.ffn > 16
+    check_conversion("x", model, recursion, start)
+    other = dataclasses.replace(recursion, lora_rank=LoraRanks.uniform(16))
+    with pytest.raises(UserError, match="x has lora_rank 16; expected "):
+        check_conversion("x", model, other, start)
+
+
 @pytest.mark.parametrize(
     ("flags", "other"),
     [

@@ -36,6 +36,7 @@ LOOPED = {
     "sequence-relaxed-prefix-untied-3": RecursiveConfig(
         num_loops=3, sharing="sequence", lora_rank=RANKS, untie_norms=True, prefix_length=8
     ),
+    "low-rank-only": RecursiveConfig(lora_rank=LoraRanks(q=3, kv=0, out=5, ffn=7), low_rank_only=True),
     "cycle-rev-relaxed-prefix-3": RecursiveConfig(num_loops=3, sharing="cycle-rev", lora_rank=RANKS, prefix_length=5),
 }
 VOCABULARY = 97

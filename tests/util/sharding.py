@@ -63,6 +63,7 @@ MODELS = {
     "relaxed, mixed ranks": (GEMMA, RecursiveConfig(num_loops=3, lora_rank=MIXED_RANKS)),
     "relaxed, untied norms and biases": (NEOX, RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True)),
     "prefix": (GEMMA, RecursiveConfig(num_loops=2, prefix_length=3)),
+    "low rank only": (NEOX, RecursiveConfig(lora_rank=LoraRanks(q=2, out=3, ffn=6), low_rank_only=True)),
     "sequence": (GEMMA, RecursiveConfig(num_loops=2, sharing="sequence", lora_rank=RANKS)),
     "odd shapes": (ODD, RecursiveConfig(num_loops=3, lora_rank=LoraRanks.uniform(5), untie_norms=True)),
 }
