@@ -48,6 +48,7 @@ def test_units_go_where_a_parameter_saves_most() -> None:
     gains = {"wide": [100.0, 90.0, 1.0], "narrow": [30.0, 29.0, 28.0]}
     assert allocate(gains, {"wide": 40, "narrow": 10}, 70) == {"wide": 1, "narrow": 3}
     assert allocate(gains, {"wide": 10, "narrow": 40}, 70) == {"wide": 3, "narrow": 1}
+    assert allocate({"a": [9.0, 4.0, 1.0], "b": [5.0, 0.1]}, {"a": 30, "b": 20}, 80) == {"a": 2, "b": 1}
 
 
 def test_a_matrix_may_get_none_and_all_get_all_that_they_can() -> None:
