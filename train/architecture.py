@@ -165,7 +165,11 @@ def _without_unused(recursion: RecursiveConfig, model: ModelConfig) -> Recursive
         recursion = replace(recursion, sharing=default.sharing)
     if not recursion.lora_rank:
         recursion = replace(recursion, lora_init=default.lora_init)
-    return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))
+    ranks = capped_lora_ranks(model, recursion)
+    if ranks.is_budget:
+        # Conversion distributed it by the base's weights; flags say the budget alone.
+        ranks = replace(ranks, matrices={})
+    return replace(recursion, lora_rank=ranks)
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

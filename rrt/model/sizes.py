@@ -3,9 +3,10 @@
 Counts are those of the model's own parameters, built without memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -13,10 +14,19 @@ import torch
 from rrt.common.dtypes import dtype_name
 from rrt.common.schema import to_mapping
 from rrt.errors import UserError
-from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraGroup, LoraRanks, ModelConfig, RecursiveConfig
+from rrt.model.config import (
+    LORA_GROUP_OF_LINEAR,
+    LoraGroup,
+    LoraRanks,
+    ModelConfig,
+    RecursiveConfig,
+    linear_shapes,
+)
 from rrt.model.loop_linear import LoopLinear, loop_linears
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
+
+_STATISTICS: dict[str, Callable[[Sequence[int]], int]] = {"least": min, "median": median_low, "largest": max}
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,21 @@ def model_sizes(
     )
 
 
+def rank_table(sizes: Sizes) -> str:
+    """Format the LoRA rank of each linear in each shared layer, with each linear's least, median and largest."""
+    model, recursion = sizes.model, sizes.recursion
+    linears = list(linear_shapes(model))
+    rows = {
+        str(layer): [recursion.lora_rank.of(model, layer, linear) for linear in linears]
+        for layer in range(recursion.layers_per_loop(model))
+    }
+    columns = list(zip(*rows.values(), strict=True))
+    rows |= {name: [pick(column) for column in columns] for name, pick in _STATISTICS.items()}
+    lines = [f"{'LoRA ranks':>10}" + "".join(f"{linear:>10}" for linear in linears)]
+    lines += [f"{name:>10}" + "".join(f"{rank:>10}" for rank in ranks) for name, ranks in rows.items()]
+    return "\n".join(lines)
+
+
 def without_sharing(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveConfig:
     """Derive the model that shares nothing and has as many parameters: every linear a product B A of low rank.
 
@@ -133,10 +158,10 @@ def without_sharing(model: ModelConfig, recursion: RecursiveConfig) -> Recursive
         (ranks for ranks in near if parameters(ranks) <= target),
         key=lambda ranks: (parameters(ranks), -sum(abs(rank - uniform) for rank in ranks.values())),
     )
-    whole = {group: 0 for group, rank in ranks.items() if rank * unit[group] >= dense[group]}
+    chosen = {group: rank if rank * unit[group] < dense[group] else 0 for group, rank in ranks.items()}
     return RecursiveConfig(
         norm_init=recursion.norm_init,
-        lora_rank=LoraRanks(**{**ranks, **whole}),
+        lora_rank=LoraRanks(q=chosen["q"], kv=chosen["kv"], out=chosen["out"], ffn=chosen["ffn"]),
         lora_init="low-rank-only",
         low_rank_only=True,
     )

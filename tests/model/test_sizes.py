@@ -224,7 +224,8 @@ def test_command_prints_a_table(capsys, monkeypatch):
 def test_ranks_are_capped_as_conversion_caps_them(capsys, monkeypatch):
     argv = ["--preset", "gemma-2b", "--num-loops", 2, "--lora-rank", 100_000, "--json"]
     found = json.loads(run_main(main, argv, capsys, monkeypatch)[1])
-    assert found["recursive"]["lora_rank"] == {"q": 2048, "kv": 256, "out": 2048, "ffn": 2048}
+    ranks = {"q": 2048, "kv": 256, "out": 2048, "ffn": 2048}
+    assert found["recursive"]["lora_rank"] == ranks | {"is_budget": False, "matrices": {}}
 
 
 def test_dtype_and_context_change_bytes_and_flops(capsys, monkeypatch):
