@@ -88,14 +88,11 @@ class Regression:
         found = linear.with_lora(*fit_lora(best, rank, Metric(self.inputs, outputs)))
 
         def objective(candidate: AdaptedLinear) -> float:
-            """Measure the weighted squared errors of the outputs, less those of no LoRA."""
-            lora = _product(candidate)
-            change = (
-                (lora @ inputs - 2.0 * products)
-                if outputs is None
-                else outputs.double() @ (lora @ inputs - 2.0 * products)
-            )
-            return float((change * lora).sum())
+            """Measure the weighted squared errors of the outputs, less those without a LoRA."""
+            lora_a, lora_b = candidate.lora_a.double(), candidate.lora_b.double()
+            weighted_b = lora_b if outputs is None else outputs.double() @ lora_b
+            explained = 2.0 * weighted_b.T @ products @ lora_a.T
+            return float(((weighted_b.T @ lora_b) * (lora_a @ inputs @ lora_a.T)).sum() - explained.trace())
 
         return found if objective(found) < objective(linear) else linear
 
