@@ -160,8 +160,8 @@ def describe(results: StudyResults) -> str:
     lines = [
         f"Base: {study['base']}, {study['num_layers']} layers. Training and measurements in {settings['dtype']}.",
         f"Text: {study['train_documents']} documents to train and calibrate on (calibration: "
-        f"{settings['calibration_tokens']:,} tokens), the {study['heldout_documents']} after them held out. Code: Python's library, of whose "
-        "held-out packages excerpts are measured.",
+        f"{settings['calibration_tokens']:,} tokens), the {study['heldout_documents']} after them held out. Code: "
+        "Python's library, of whose held-out packages excerpts are measured.",
         f"Measured: {'; '.join(measured) or MISSING}.",
         f"Trainings: text and code by equal parts, {study['batch_tokens']:,} tokens a step, context "
         f"{study['train_context']}, learning rate {study['learning_rate']:g} falling to zero by a cosine, one "
