@@ -262,8 +262,8 @@ def _is_script(word: object) -> bool:
 # Records
 
 
-def write_model_record(study: Study, name: str, log: StepLog) -> None:
-    """Write a model's sizes, and the time of its conversion."""
+def write_model_record(study: Study, name: str, seconds: float | None) -> None:
+    """Write a model's sizes, and the seconds of its conversion."""
     source = open_source(study.checkpoint(name))
     sizes = model_sizes(source.model, source.recursion, source.dtype)
     result = {
@@ -271,7 +271,7 @@ def write_model_record(study: Study, name: str, log: StepLog) -> None:
         "model": name,
         **{field: getattr(sizes, field) for field in ("total_params", "non_embedding_params", "lora_params")},
         "num_loops": source.recursion.num_loops,
-        "conversion_seconds": log.seconds_of(f"convert {name}"),
+        "conversion_seconds": seconds,
     }
     provenance = source.directory / "provenance.json"
     if name != BASE.name and provenance.is_file():
@@ -451,13 +451,13 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
     """
     log = StepLog(study.out / "steps.jsonl")
     if not result_path(study.out, BASE.name, "model").exists():
-        write_model_record(study, BASE.name, log)
+        write_model_record(study, BASE.name, None)
 
     def write_record(step: Step) -> None:
         if step.directory is not None:
             write_training_record(step)
         else:
-            write_model_record(study, step.makes.name, log)
+            write_model_record(study, step.makes.name, log.seconds_of(step))
 
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}

@@ -10,11 +10,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rrt.common.files import fsync
 
 STOP_SECONDS = 60
 """Time that an interrupted command has to save what it has done."""
@@ -72,41 +71,41 @@ class StepLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempts: list[dict[str, Any]] = []
+        self._begun: dict[str, float] = {}
+        """Seconds, by name, of interrupted attempts that were not finished since."""
+        self._finished: dict[str, dict[str, tuple[float, float]]] = {}
+        """Size and seconds by kind and name."""
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            # A crash may have cut the last line.
-            self._attempts = [json.loads(line) for line in lines if line.endswith("}")]
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # a crash has cut it
+                    self._count(json.loads(line))
 
     def add(self, step: Step, seconds: float, outcome: str) -> None:
         """Append an attempt that "finished", "failed" or was "interrupted"."""
         attempt = {"step": step.name, "kind": step.kind, "size": step.size, "seconds": seconds, "outcome": outcome}
-        self._attempts.append(attempt)
+        self._count(attempt)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(attempt) + "\n")
-        fsync(self.path)
+            stream.write(f"\n{json.dumps(attempt)}")
 
-    def seconds_of(self, name: str) -> float | None:
-        """Return the time of a step that finished last, with what went on from interruptions; None if it has not."""
-        total, finished = 0.0, None
-        for attempt in self._attempts:
-            if attempt["step"] == name and attempt["outcome"] != "failed":
-                total += attempt["seconds"]
-                if attempt["outcome"] == "finished":
-                    total, finished = 0.0, total
-        return finished
+    def _count(self, attempt: dict[str, Any]) -> None:
+        name = attempt["step"]
+        if attempt["outcome"] != "failed":
+            self._begun[name] = self._begun.get(name, 0.0) + attempt["seconds"]
+        if attempt["outcome"] == "finished":
+            self._finished.setdefault(attempt["kind"], {})[name] = attempt["size"], self._begun.pop(name)
+
+    def seconds_of(self, step: Step) -> float | None:
+        """Return the time of a finished step, with that of interrupted attempts that it went on from, or None."""
+        return self._finished.get(step.kind, {}).get(step.name, (0.0, None))[1]
 
     def estimate(self, step: Step) -> float | None:
         """Estimate the seconds of a step from those of its kind that have finished; None without one."""
-        sizes = {
-            attempt["step"]: attempt["size"]
-            for attempt in self._attempts
-            if attempt["kind"] == step.kind and attempt["outcome"] == "finished"
-        }
-        if not sizes:
+        finished = self._finished.get(step.kind)
+        if not finished:
             return None
-        return step.size * sum(self.seconds_of(name) or 0.0 for name in sizes) / sum(sizes.values())
+        sizes, seconds = zip(*finished.values(), strict=True)
+        return float(step.size * sum(seconds) / sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,9 @@ def run_steps(
 def describe_time_left(left: Sequence[Step], log: StepLog) -> str:
     """Say about how long these steps take, as far as steps of their kinds have finished."""
     estimates = [log.estimate(step) for step in left]
-    known = sum(estimate for estimate in estimates if estimate is not None)
-    unknown = {step.kind for step, estimate in zip(left, estimates, strict=True) if estimate is None}
-    text = f"about {format_duration(known)}"
-    return f"{text} and {', '.join(sorted(unknown))}, whose times are not known yet" if unknown else text
+    text = f"about {format_duration(sum(estimate or 0.0 for estimate in estimates))}"
+    unknown = estimates.count(None)
+    return f"{text}, and {unknown} of kinds that have not run yet" if unknown else text
 
 
 def format_duration(seconds: float) -> str:
@@ -192,13 +190,11 @@ def _without_failed(pending: Sequence[Step], failed: Sequence[Step]) -> list[Ste
 
 def _progress(step: Step, steps: Sequence[Step], pending: Sequence[Step], log: StepLog, elapsed: float) -> str:
     expected = log.estimate(step)
-    parts = [
-        f"step {steps.index(step) + 1} of {len(steps)}: {step.name}",
-        f"{format_duration(elapsed)} gone",
-        f"this one {'for the first time' if expected is None else f'about {format_duration(expected)}'}",
-        f"{len(pending)} left: {describe_time_left(pending, log)}",
-    ]
-    return "; ".join(parts)
+    own = "" if expected is None else f" (about {format_duration(expected)})"
+    return (
+        f"step {steps.index(step) + 1} of {len(steps)}: {step.name}{own}; {format_duration(elapsed)} gone; "
+        f"{len(pending)} steps to go: {describe_time_left(pending, log)}"
+    )
 
 
 def _run(step: Step, log: StepLog, env: Mapping[str, str], clock: Callable[[], float]) -> bool:
