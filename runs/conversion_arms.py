@@ -5,7 +5,7 @@ A model's results are the files of `results/MODEL/`: `model.json` (sizes, time o
 calibration text, `calibrated-r64-draw1`; or after training, `calibrated-r64-102400-plain-seed0`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -139,14 +139,24 @@ def draws(arm: Arm, num_seeds: int) -> range:
     return range(max(1, min(arm.num_seeds, num_seeds)) if arm.needs_text else 1)
 
 
-def trainings(arms: Sequence[Arm], tokens: Sequence[int], num_seeds: int) -> Iterator[Training]:
-    """Yield all trainings in the order of what they decide: first seeds, plain, and the decisive pair."""
-    for seed in range(num_seeds):
-        for is_distilled in (False, True):
-            # A stable sort: the pair first.
-            for arm in sorted(arms, key=lambda arm: arm.name not in DECISIVE):
-                if seed < arm.num_seeds:
-                    yield from (Training(arm, count, is_distilled, seed) for count in sorted(tokens))
+def trainings(arms: Sequence[Arm], tokens: Sequence[int], num_seeds: int) -> list[Training]:
+    """List all trainings in the order of what they decide.
+
+    The first seed comes first, without a teacher and then with one, in it the decisive pair, in that the shorter ones.
+    """
+    listed = [
+        Training(arm, count, is_distilled, seed)
+        for arm in arms
+        for count in tokens
+        for is_distilled in (False, True)
+        for seed in range(min(num_seeds, arm.num_seeds))
+    ]
+    return sorted(listed, key=_order)
+
+
+def _order(training: Training) -> tuple[bool, bool, int, bool, int]:
+    is_decisive = training.arm.name in DECISIVE
+    return training.seed > 0, training.is_distilled, training.seed, not is_decisive, training.tokens
 
 
 def result_path(out: Path, model: str, name: str) -> Path:

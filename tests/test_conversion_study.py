@@ -102,9 +102,21 @@ def test_arms_are_named_once_and_those_that_decide_come_first() -> None:
         "low-rank-only-r64": 1,
     }
     assert not any("b3" in arm.name for arm in all_arms(4))
-    order = [training.name for training in trainings(ARMS, (8192, 4096), 2)]
-    assert order[:4] == [f"{arm}-{tokens}-plain-seed0" for arm in DECISIVE for tokens in (4096, 8192)]
-    assert len(order) == 2 * 2 * (5 + 2)
+    order = [training.name for training in trainings(ARMS, (8192, 4096), 3)]
+    assert order[:5] == [
+        *(f"{arm}-{tokens}-plain-seed0" for tokens in (4096, 8192) for arm in DECISIVE),
+        "stepwise-4096-plain-seed0",
+    ]
+    seeds = [(name[-1], "distilled" in name) for name in order]
+    assert list(dict.fromkeys(seeds)) == [
+        ("0", False),
+        ("0", True),
+        ("1", False),
+        ("2", False),
+        ("1", True),
+        ("2", True),
+    ]
+    assert len(set(order)) == len(order) == 2 * 2 * (5 + 2 + 2)
 
 
 def test_arms_are_chosen_by_patterns_and_the_base_is_always_there() -> None:
