@@ -64,7 +64,7 @@ from runs.conversion_arms import (
     trainings,
 )
 from runs.conversion_study_report import write_report
-from runs.study_steps import Step, StepLog, describe_time_left, pending_steps, run_steps
+from runs.study_steps import STOP_SECONDS, Step, StepLog, describe_time_left, pending_steps, run_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_TOKENS, TRAIN_CONTEXT, LEARNING_RATE, WARMUP_STEPS = 4096, 512, 2e-4, 5
@@ -208,7 +208,9 @@ def _training_steps(study: Study, training: Training) -> Iterator[Step]:
     command += ("--optim.lr", LEARNING_RATE, "--optim.warmup_steps", WARMUP_STEPS, "--guard.loss_spike", "inf")
     command += ("--run.save_every", SAVE_EVERY, "--run.keep", 1, "--run.log_every", 5)
     if study.processes > 1:
-        command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", study.processes, *command)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", study.processes)
+        # Time to save where it is when the study is interrupted.
+        command = (*torchrun, "--shutdown-timeout", STOP_SECONDS - 10, *command)
     if training.is_distilled:
         command += ("--distill.teacher", study.base)
     yield _step(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STOP_SECONDS = 60
+STOP_SECONDS = 300
 """Time that an interrupted command has to save what it has done."""
 
 

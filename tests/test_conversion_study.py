@@ -25,7 +25,7 @@ from runs.conversion_arms import DECISIVE, MEASURES, TASKS, all_arms, choose_arm
 from runs.conversion_study import Study, split_texts, write_texts
 from runs.conversion_study import study_steps as list_steps
 from runs.conversion_study_report import tokens_to_reach, write_report
-from runs.study_steps import Outcome, Step, StepLog, pending_steps, run_steps
+from runs.study_steps import Outcome, Step, StepLog, run_steps
 from tests.util.commands import run_program
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
@@ -616,17 +616,25 @@ def test_a_folder_of_something_else_and_a_second_study_at_once_are_refused(
 def test_a_small_study_of_a_tiny_model_runs_in_parts(command: list[Any], tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     program = [sys.executable, str(root / "runs" / "conversion_study.py"), *map(str, command)]
-    program += ["--arms", "average-svd-r64", "--tokens", "4096", "--seeds", "1", "--processes", "1"]
-
-    def run(minutes: float) -> str:
-        done = subprocess.run([*program, "--minutes", str(minutes)], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    first = run(0)
-    assert "=== step 1 of 18: held-out code" in first and "17 of 18 steps are left" in first
-    assert "all 18 steps are done" in run(60)
+    program += ["--arms", "average-svd-r64", "--tokens", "204800", "--seeds", "1", "--processes", "1"]
     out = command[-1]
-    assert "missing" not in re.sub(r"\| (yes|calib).*", "", (out / "report.md").read_text())
-    assert not list((out / "checkpoints").iterdir())
-    assert pending_steps([]) == []
+
+    def begin(minutes: float) -> "subprocess.Popen[str]":
+        arguments = [*program, "--minutes", str(minutes)]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+
+    first = begin(0).communicate()[0]
+    assert "=== step 1 of 18: held-out code" in first and "17 of 18 steps are left" in first
+    part = begin(60)
+    assert part.stdout is not None
+    # The first training, in the middle: on SIGTERM it saves where it is.
+    assert any(line.startswith("step 20/50 ") for line in part.stdout)
+    part.terminate()
+    stopped = part.communicate()[0]
+    assert part.returncode == 143 and stopped.endswith("interrupted\n"), stopped
+    rest = begin(60).communicate()[0]
+    assert rest.count("resuming from") == 1 and "all 18 steps are done" in rest, rest
+    report = (out / "report.md").read_text()
+    assert cells(report, "Right after conversion", "average + SVD, rank 64")[1] != "missing"
+    assert cells(report, "After training: perplexity of held-out code", "average + SVD, rank 64 | yes")[3] != "missing"
+    assert not [path for path in (out / "checkpoints").iterdir() if path.is_dir()]
