@@ -1,30 +1,41 @@
 """Fold a pretrained model into one looped block and relax it: base checkpoint in, recursive checkpoint out.
 
-    python -m rrt.convert --base gemma-2b --out runs/out/relaxed --num-loops 2 --lora-rank 512
+    python -m rrt.convert --base gemma-2b --out runs/out/relaxed --num-loops 2 --lora-rank 512 --calibration text.jsonl
 
-The work is done by :mod:`rrt.folding.conversion`.
+Without ``--calibration`` no data is needed, and the result is much further from the base. The work is done by
+:mod:`rrt.folding.conversion`.
 """
 
 import argparse
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
-from rrt.common.schema import to_mapping
+from rrt.data.corpus import INPUT_HELP
 from rrt.errors import UserError
-from rrt.folding.conversion import ConversionReport, PreparedConversion, prepare_conversion, run_conversion
+from rrt.folding.calibrated import CalibrationReport, LinearReport
+from rrt.folding.calibration import CalibrationMetric
+from rrt.folding.conversion import (
+    CalibrationOptions,
+    ConversionReport,
+    PreparedConversion,
+    prepare_conversion,
+    run_conversion,
+    workspace_directory,
+)
 from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
-from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraInit, LoraRanks, NormInit, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, Init, LoraInit, NormInit, RecursiveConfig
 from rrt.model.flags import (
     add_lora_rank_flags,
     add_prefix_length_flag,
+    add_rank_budget_flag,
     add_sharing_flag,
     add_untie_norms_flag,
     lora_ranks,
 )
-from rrt.model.sizes import Sizes
+from rrt.model.sizes import Sizes, rank_table
 
 
 def describe(conversion: PreparedConversion) -> str:
@@ -33,8 +44,10 @@ def describe(conversion: PreparedConversion) -> str:
     layers = recursion.layers_per_loop(model)
     norms = "norms and biases per depth" if recursion.untie_norms else "norms and biases tied"
     if folds_norms(recursion):
-        norms = "norms folded into the linears"
+        norms = "norms folded into the linears" + (", biases per depth" if recursion.untie_norms else "")
     lora = f"LoRA rank {recursion.lora_rank} ({recursion.lora_init})" if recursion.lora_rank else "no LoRA"
+    if recursion.low_rank_only:
+        lora = f"B A of rank {recursion.lora_rank} alone, nothing shared"
     if recursion.prefix_length:
         lora += f"; {recursion.prefix_length} prefix vectors per depth"
     loops = f"{recursion.num_loops} loops x {layers} layers"
@@ -46,10 +59,22 @@ def describe(conversion: PreparedConversion) -> str:
         (
             f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
             f"new   {conversion.out}: {loops}, {_size(conversion.after)}",
-            f"init  {init}; {lora}; {norms}; seed {conversion.seed}",
+            f"init  {lora if recursion.low_rank_only else f'{init}; {lora}'}; {norms}; seed {conversion.seed}",
+            *_describe_calibration(conversion),
             *(f"notice: {notice}" for notice in conversion.notices),
         )
     )
+
+
+def _describe_calibration(conversion: PreparedConversion) -> Iterator[str]:
+    chosen = conversion.calibration
+    if chosen is not None:
+        rows, length = chosen.rows.shape[0], chosen.rows.shape[1] - 1
+        refit = "refit depth by depth" if chosen.refit else "no refit"
+        yield (
+            f"text  {rows * length:,} tokens in rows of {length}; metric: {chosen.metric}; {refit}; {chosen.device}; "
+            f"if interrupted, the same command goes on from {workspace_directory(conversion.out)}"
+        )
 
 
 def _size(sizes: Sizes) -> str:
@@ -61,7 +86,6 @@ def _size(sizes: Sizes) -> str:
 
 def report_table(report: ConversionReport) -> str:
     """Format, per shared layer and group, the share of all ||W||^2 that tying lost and that is lost with LoRA."""
-    groups = list(to_mapping(LoraRanks()))
     matrices: dict[str, dict[str, list[MatrixReport]]] = {}
     vectors: dict[str, list[VectorReport]] = {}
     for matrix in report.matrices:
@@ -72,14 +96,19 @@ def report_table(report: ConversionReport) -> str:
         for row in (_place(vector.name)[0], "all"):
             vectors.setdefault(row, []).append(vector)
     matrices["all"] = matrices.pop("all")
-    heads = [*groups, "norms, biases"] if vectors else groups
-    lines = ["lost by tying -> with LoRA", f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads)]
+    heads = [*LORA_GROUPS, "norms, biases"] if vectors else LORA_GROUPS
+    shares = not report.after.recursion.low_rank_only
+    lines = [
+        "lost by tying -> with LoRA" if shares else "lost by low rank",
+        f"{'layer':>5}" + "".join(f"{head:>18}" for head in heads),
+    ]
     for row, by_group in matrices.items():
-        cells = [_losses(by_group[group]) for group in groups]
+        cells = [_losses(by_group[group], shares) for group in LORA_GROUPS]
         if vectors:
             cells.append(f"{_mean_loss(vectors[row]):.1%} -> -")
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells))
-    total = f"of all ||W||^2 tying loses {_losses(report.matrices).replace(' -> ', ', with LoRA ')}"
+    losses = _losses(report.matrices, shares).replace(" -> ", ", with LoRA ")
+    total = f"of all ||W||^2 {'tying' if shares else 'low rank'} loses {losses}"
     if all(matrix.least_loss is not None for matrix in report.matrices):
         least = _share(report.matrices, lambda matrix: [matrix.least_loss or 0.0] * len(matrix.norms))
         total += f"; no fit of these ranks loses less than {least:.1%}"
@@ -102,11 +131,55 @@ def _share(matrices: Sequence[MatrixReport], losses: Callable[[MatrixReport], Se
     return lost / (sum(sum(matrix.norms) for matrix in matrices) or 1.0)
 
 
-def _losses(matrices: Sequence[MatrixReport]) -> str:
+def _losses(matrices: Sequence[MatrixReport], shares: bool) -> str:
+    """Format the loss of several matrices; `shares` tells whether they share weights, so that two losses differ."""
+    final = f"{_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    if not shares:
+        return final
     lost = f"{_share(matrices, lambda matrix: matrix.tying_loss):.1%}"
     if not any(matrix.rank for matrix in matrices):
         return f"{lost} -> -"
-    return f"{lost} -> {_share(matrices, lambda matrix: matrix.final_loss):.1%}"
+    return f"{lost} -> {final}"
+
+
+def calibration_table(report: CalibrationReport) -> str:
+    """Format, per shared layer and group, the share of outputs that is error, and the error of the residual stream."""
+    groups = list(LORA_GROUPS)
+    by_group: dict[str, dict[str, list[LinearReport]]] = {}
+    for linear in report.linears:
+        layer, name = _place(linear.name)
+        for row in (layer, "all"):
+            by_group.setdefault(row, {}).setdefault(LORA_GROUP_OF_LINEAR[name], []).append(linear)
+    by_group["all"] = by_group.pop("all")
+    num_layers = len(by_group) - 1
+    lines = [
+        f"error after conversion over {report.num_tokens:,} tokens, in parentheses over first tokens",
+        f"{'layer':>5}" + "".join(f"{group + ' outputs':>18}" for group in groups) + f"{'residual stream':>20}",
+    ]
+    for row, linears in by_group.items():
+        cells = [_output_losses(linears[group]) for group in groups]
+        depths = slice(int(row), None, num_layers) if row != "all" else slice(None)
+        streams = report.stream_error[depths], report.first_token_stream_error[depths]
+        lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells) + f"{_with_first(*streams):>20}")
+    metric_losses = [loss for linear in report.linears for loss in linear.metric_loss]
+    last = f"{report.stream_error[-1]:.1%} ({report.first_token_stream_error[-1]:.2%})"
+    lines.append(
+        f"the joint fit loses {_mean(metric_losses):.1%} in its metric; the stream's error at the end is {last}"
+    )
+    return "\n".join(lines)
+
+
+def _output_losses(linears: Sequence[LinearReport]) -> str:
+    losses = [loss for linear in linears for loss in linear.output_loss]
+    return _with_first(losses, [loss for linear in linears for loss in linear.first_token_loss])
+
+
+def _with_first(losses: Sequence[float], first: Sequence[float]) -> str:
+    return f"{_mean(losses):.1%} ({_mean(first):.2%})"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def recursive_flags(flags: Sequence[str]) -> RecursiveConfig:
@@ -138,13 +211,17 @@ def _add_recursive_flags(parser: argparse.ArgumentParser) -> None:
         "default, is what the paper found best: stepwise for plain recursion, average with LoRA or prefixes",
     )
     add_lora_rank_flags(parser)
+    add_rank_budget_flag(parser)
     parser.add_argument(
         "--lora-init",
         choices=("auto", *typing.get_args(LoraInit)),
         default="auto",
-        help="joint: shared weights and LoRAs together, the best of their rank (with --init average or auto); svd, the "
-        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B. auto, the default, is "
-        "joint for two loops whose shared weights no other --init chooses, else svd",
+        help="calibrated: shared weights and LoRAs together, such that on the text of --calibration the model does as "
+        "the base (with --init average or auto); joint: likewise without data, nearest to the base's weights; svd, the "
+        "paper's: LoRA from the truncated SVD of what tying lost; zero: Gaussian A and zero B; low-rank-only, a "
+        "baseline: every linear of the base as a product B A, nothing shared, of as many parameters in all as the "
+        "loops and ranks asked for, calibrated too with --calibration. auto, the default, is calibrated with "
+        "--calibration, joint for two loops whose shared weights no other --init chooses, else svd",
     )
     parser.add_argument(
         "--norm-init",
@@ -171,9 +248,74 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="in place of --num-loops: keep K of the base's layers, chosen by --init (auto is stepwise), as a vanilla "
         "model, the reduced-size baseline",
     )
+    _add_calibration_flags(parser)
     add_dtype_flag(parser, "dtype of the stored parameters")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
+    default = CalibrationOptions(())
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=f"text for --lora-init calibrated, such as the model is for: directories of token shards, or {INPUT_HELP}",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=default.num_tokens,
+        metavar="N",
+        help=f"tokens of the text to use (default: {default.num_tokens})",
+    )
+    parser.add_argument(
+        "--calibration-context",
+        type=int,
+        default=default.context,
+        metavar="T",
+        help=f"tokens that are read together (default: {default.context})",
+    )
+    parser.add_argument(
+        "--calibration-metric",
+        choices=typing.get_args(CalibrationMetric),
+        default=default.metric,
+        help="errors count by where inputs lie, tokens weighted by their gradients, and by the gradients of outputs "
+        "(both, the default), by the first alone (inputs), or without a backward pass (activations)",
+    )
+    parser.add_argument(
+        "--calibration-memory",
+        type=float,
+        metavar="GIB",
+        help="memory that statistics of all layers may take; if they take more, they are computed as often as they are "
+        "needed (default: half of what is free)",
+    )
+    parser.add_argument(
+        "--no-refit", action="store_true", help="leave the LoRAs as the joint fit has them: for measurements"
+    )
+    parser.add_argument(
+        "--device",
+        default=default.device,
+        help="of a calibrated conversion: cpu, cuda, ... (default: CUDA if available)",
+    )
+
+
+def _calibration_options(arguments: argparse.Namespace) -> CalibrationOptions | None:
+    if not arguments.calibration:
+        if arguments.lora_init == "calibrated":
+            raise UserError("--calibration: missing; expected text or token shards with --lora-init calibrated")
+        return None
+    memory = arguments.calibration_memory
+    return CalibrationOptions(
+        tuple(arguments.calibration),
+        arguments.calibration_tokens,
+        arguments.calibration_context,
+        arguments.calibration_metric,
+        not arguments.no_refit,
+        None if memory is None else int(memory * 2**30),
+        arguments.device,
+    )
 
 
 def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> RecursiveConfig:
@@ -184,6 +326,8 @@ def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> R
     init = best if arguments.init == "auto" else arguments.init
     # Of more loops, joint has no closed form, and svd stays the paper's.
     best_lora: LoraInit = "joint" if ranks and num_loops == 2 and init == "average" else "svd"
+    if getattr(arguments, "calibration", None):
+        best_lora = "calibrated"
     return RecursiveConfig(
         num_loops=num_loops,
         sharing=arguments.sharing,
@@ -214,11 +358,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=chosen_dtype(arguments),
         seed=arguments.seed,
         overwrite=arguments.overwrite,
+        calibration=_calibration_options(arguments),
     )
     print(describe(conversion), flush=True)
     report = run_conversion(conversion, progress=True)
-    if conversion.recursion.num_loops > 1:
+    if report.calibration is not None:
+        print(calibration_table(report.calibration))
+    elif conversion.recursion.num_loops > 1 or conversion.recursion.low_rank_only:
         print(report_table(report))
+    if report.after.recursion.lora_rank.matrices:
+        print(rank_table(report.after))
     print(f"wrote {report.out} in {report.seconds:.1f} s: {_size(report.after)}")
 
 

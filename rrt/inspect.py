@@ -22,7 +22,7 @@ from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.flags import add_lora_rank_flags, add_prefix_length_flag, add_untie_norms_flag, lora_ranks
 from rrt.model.meta import capped_lora_ranks
-from rrt.model.sizes import Sizes, model_sizes
+from rrt.model.sizes import Sizes, model_sizes, rank_table
 
 
 def sizes_table(sizes: Sizes) -> str:
@@ -51,7 +51,10 @@ def sizes_table(sizes: Sizes) -> str:
         label = f", LoRA {form}" if sizes.lora_params else ""
         rows.append((f"FLOPs per token at {sizes.context} positions{label}", f"{human_count(flops):>9}"))
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    lines = [f"{label:<{width}}  {value}" for label, value in rows]
+    if recursion.lora_rank.matrices:
+        lines.append(rank_table(sizes))
+    return "\n".join(lines)
 
 
 def _recursive_config(arguments: argparse.Namespace) -> RecursiveConfig:

@@ -20,6 +20,7 @@ from rrt.data.tokenizer import Tokenizer
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.meta import capped_lora_ranks, meta_model
+from rrt.model.sizes import without_sharing
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 
@@ -102,14 +103,16 @@ def checkpoint_architecture(checkpoint: str, start: StartConfig) -> tuple[ModelC
             raise UserError("missing 'checkpoint.path', or 'start.base' in its place; give one of them")
         return read_architecture(checkpoint, "checkpoint.path")
     if checkpoint == ABSENT:
-        return read_architecture(start.base, "start.base")[0], _described_recursion(start)
+        model = read_architecture(start.base, "start.base")[0]
+        return model, _described_recursion(start, model)
     model, recursion = read_architecture(checkpoint, "checkpoint.path")
     check_conversion(checkpoint, model, recursion, start)
     return model, recursion
 
 
-def _described_recursion(start: StartConfig) -> RecursiveConfig:
-    return recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
+def _described_recursion(start: StartConfig, model: ModelConfig) -> RecursiveConfig:
+    recursion = recursive_flags(shlex.split(start.convert)) if start.convert else RecursiveConfig()
+    return without_sharing(model, recursion) if recursion.lora_init == "low-rank-only" else recursion
 
 
 def open_checkpoint(checkpoint: str, start: StartConfig) -> Source:
@@ -139,7 +142,7 @@ def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveCo
             f"field 'checkpoint.path': {checkpoint} has family {model.family}; expected {family}, as the recipe's "
             f"start.base = '{start.base}' says"
         )
-    recursion, described = (_without_unused(each, model) for each in (recursion, _described_recursion(start)))
+    recursion, described = (_without_unused(each, model) for each in (recursion, _described_recursion(start, model)))
     for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
         found, expected = getattr(recursion, name), getattr(described, name)
         if found != expected:
@@ -162,7 +165,11 @@ def _without_unused(recursion: RecursiveConfig, model: ModelConfig) -> Recursive
         recursion = replace(recursion, sharing=default.sharing)
     if not recursion.lora_rank:
         recursion = replace(recursion, lora_init=default.lora_init)
-    return replace(recursion, lora_rank=capped_lora_ranks(model, recursion))
+    ranks = capped_lora_ranks(model, recursion)
+    if ranks.is_budget:
+        # Conversion distributed it by the base's weights; flags say the budget alone.
+        ranks = replace(ranks, matrices={})
+    return replace(recursion, lora_rank=ranks)
 
 
 def teacher_architecture(distill: DistillConfig) -> tuple[ModelConfig, RecursiveConfig] | None:

@@ -3,22 +3,27 @@
 import torch
 
 from rrt.errors import UserError
+from rrt.model.loop_linear import loop_linears
 from rrt.model.transformer import LoopedStack
 
 
 def compile_layers(stack: LoopedStack, device: torch.device) -> None:
     """Compile the forward of each layer of `stack`, in place.
 
-    All layers share their graphs, one for each loop. The hooks of FSDP and activation checkpointing stay outside the
-    graphs, as they are on `__call__`.
+    Layers of equal LoRA ranks share their graphs, one for each loop. The hooks of FSDP and activation checkpointing
+    stay outside the graphs, as they are on `__call__`.
 
     Raises:
         UserError: torch.compile does not work on this machine, for example without a C++ compiler.
     """
     check_compiler(device)
     config = torch._dynamo.config
-    # A graph per loop, and more for other strides or modes; torch refuses to compile beyond its limit.
-    config.recompile_limit = max(config.recompile_limit, 4 * stack.num_loops)
+    # A graph per loop and shape of layer, and more for other strides or modes; torch refuses to compile beyond its
+    # limits.
+    kinds = {tuple(linear.rank for _, linear in loop_linears(layer)) for layer in stack.layers}
+    limit = 4 * stack.num_loops * len(kinds)
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     for layer in stack.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 

@@ -214,9 +214,13 @@ Tensor decode_block_cpu(const Tensor& x, const Tensor& loops, const Tensor& posi
     check.fail("parameters: found ", parameters.size(), " entries; expected ", num_layers * kNumParameters, ", ",
                static_cast<int>(kNumParameters), " for each of k_cache's layers");
   }
-  constexpr size_t kNumRanks = 7;  // q, k, v, out, gate, up, down
-  if (ranks.size() != kNumRanks || std::any_of(ranks.begin(), ranks.end(), [](int64_t r) { return r < 0; })) {
-    check.fail("ranks: found ", ints_text(ranks), "; expected 7 numbers that are not negative");
+  constexpr int64_t kNumRanks = 7;  // q, k, v, out, gate, up, down
+  if (static_cast<int64_t>(ranks.size()) != num_layers * kNumRanks) {
+    check.fail("ranks: found ", ranks.size(), " entries; expected ", num_layers * kNumRanks, ", ", kNumRanks,
+               " for each of k_cache's layers");
+  }
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks[i] < 0) check.fail("ranks[", i, "]: found ", ranks[i], "; expected 0 or more");
   }
 
   const Tensor dense = torch::stable::contiguous(x);
@@ -248,15 +252,16 @@ Tensor decode_block_cpu(const Tensor& x, const Tensor& loops, const Tensor& posi
   const int64_t q_width = num_heads * head_dim, kv_width = num_kv_heads * head_dim;
   const int64_t layer_bytes = num_pages * page_size * kv_width * bytes_of(dtype);
   for (int64_t i = 0; i < num_layers; ++i) {
+    const int64_t* of_layer = ranks.data() + i * kNumRanks;
     decode_block::Layer layer{};
     layer.attn_norm = read.norm(i, kAttnNorm, hidden, true);
     layer.q_norm = read.norm(i, kQNorm, head_dim, false);
     layer.k_norm = read.norm(i, kKNorm, head_dim, false);
     layer.mlp_norm = read.norm(i, kMlpNorm, hidden, true);
-    layer.qkv = read.linear(i, kQkv, hidden, {q_width, kv_width, kv_width}, ranks.data());
-    layer.out = read.linear(i, kOut, q_width, {hidden}, ranks.data() + 3);
-    layer.gate_up = read.linear(i, kGateUp, hidden, {inner_size, inner_size}, ranks.data() + 4);
-    layer.down = read.linear(i, kDown, inner_size, {hidden}, ranks.data() + 6);
+    layer.qkv = read.linear(i, kQkv, hidden, {q_width, kv_width, kv_width}, of_layer);
+    layer.out = read.linear(i, kOut, q_width, {hidden}, of_layer + 3);
+    layer.gate_up = read.linear(i, kGateUp, hidden, {inner_size, inner_size}, of_layer + 4);
+    layer.down = read.linear(i, kDown, inner_size, {hidden}, of_layer + 6);
     layer.k_cache = static_cast<char*>(k_cache.mutable_data_ptr()) + i * layer_bytes;
     layer.v_cache = static_cast<char*>(v_cache.mutable_data_ptr()) + i * layer_bytes;
     params.layers.push_back(std::move(layer));

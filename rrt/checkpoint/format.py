@@ -71,7 +71,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
         dtype = parse_dtype(data["dtype"])
         model = from_mapping(ModelConfig, data["model"], str(path), "model.")
         recursion = from_mapping(RecursiveConfig, data["recursive"], str(path), "recursive.")
-        recursion.layers_per_loop(model)
+        recursion.check_fits(model)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return CheckpointConfig(model, recursion, dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,8 @@ def _type_name(kind: Any) -> str:
         return " or ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(kind))
     if origin is tuple:
         return f"a list of {_type_name(typing.get_args(kind)[0])}"
+    if origin is Mapping:
+        return f"an object with values of type {_type_name(typing.get_args(kind)[1])}"
     return str(getattr(kind, "__name__", kind))
 
 
@@ -43,6 +46,9 @@ def _convert(value: Any, kind: Any, where: str, name: str) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_convert(item, args[0], where, f"{name}[{i}]") for i, item in enumerate(value))
+    elif origin is Mapping:
+        if isinstance(value, dict):
+            return {key: _convert(item, args[1], where, f"{name}.{key}") for key, item in value.items()}
     elif dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return from_mapping(typing.cast(type, kind), value, where, prefix=f"{name}.")

@@ -29,7 +29,7 @@ class PrefillLinears:
 
     def __call__(self, linear: LoopLinear, x: Tensor, loop: int) -> Tensor:
         """Apply `linear` at `loop`: x [M, K] -> [M, N]. For inference: kept weights pass no gradients on."""
-        if linear.lora_a is None or linear.lora_b is None:
+        if linear.weight is None or linear.lora_a is None or linear.lora_b is None:
             return linear(x, loop)
         weight = self.merged.get(linear, loop)
         if weight is None and len(x) * (linear.in_features + linear.out_features) > linear.weight.numel():
@@ -75,6 +75,7 @@ class MergedWeights:
             self.num_bytes -= kept.weight.nbytes
             # Freed before another takes its place.
             del self._kept[linear, loop], kept
+        assert linear.weight is not None
         if self.num_bytes + linear.weight.nbytes > self.max_bytes or any(x.is_inference() for x in _sources(linear)):
             return None
         weight = linear.merged_weight(loop).detach()

@@ -43,7 +43,9 @@ class PackedLinears:
         self.num_bytes = 0
         self._packed: dict[LoopLinear, list[Tensor]] = {}
         for linear in module.modules():
-            if not isinstance(linear, LoopLinear) or not should_pack_for_batches(linear.weight):
+            if not isinstance(linear, LoopLinear) or linear.weight is None:
+                continue
+            if not should_pack_for_batches(linear.weight):
                 continue
             if linear.lora_a is not None and linear.weight.dtype.itemsize == 2:
                 continue

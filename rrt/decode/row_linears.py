@@ -70,26 +70,28 @@ class _RowLinear:
 
     @classmethod
     def fused(cls, *linears: LoopLinear) -> "_RowLinear":
-        num_loops, rank = linears[0].num_loops, max(linear.rank for linear in linears)
-        weight = _concatenate([linear.weight for linear in linears], dim=0)
+        # Without a weight, B A is computed once and stands for it.
+        num_loops, ranks = linears[0].num_loops, [_row_rank(linear) for linear in linears]
+        weights = [linear.merged_weight(0) if linear.weight is None else linear.weight for linear in linears]
+        weight = _concatenate(weights, dim=0)
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        lora_a = weight.new_empty(num_loops, 0, weight.shape[1])
+        lora_a = weight.new_zeros(num_loops, sum(ranks), weight.shape[1])
         # Columns beyond a segment's own rank are not used, but must be finite.
-        lora_b = weight.new_zeros(num_loops, weight.shape[0], rank)
-        first = 0
-        for linear in linears:
-            end = first + linear.out_features
-            if linear.lora_a is not None and linear.lora_b is not None:
-                lora_a = torch.cat((lora_a, linear.lora_a), dim=1)
-                lora_b[:, first:end, : linear.rank] = linear.lora_b
-            first = end
+        lora_b = weight.new_zeros(num_loops, weight.shape[0], max(ranks))
+        first_out = first_rank = 0
+        for linear, rank in zip(linears, ranks, strict=True):
+            if rank and linear.lora_a is not None and linear.lora_b is not None:
+                lora_a[:, first_rank : first_rank + linear.rank] = linear.lora_a
+                lora_b[:, first_out : first_out + linear.out_features, : linear.rank] = linear.lora_b
+            first_out += linear.out_features
+            first_rank += rank
         return cls(
             weight,
             _concatenate(biases, dim=-1) if biases else None,
             lora_a,
             lora_b,
             [linear.out_features for linear in linears],
-            [linear.rank for linear in linears],
+            ranks,
         )
 
     def __call__(self, x: Tensor, loops: Tensor) -> Tensor:
@@ -116,6 +118,7 @@ class DecodeLayer:
         gated = [] if layer.mlp.gate is None else [layer.mlp.gate]
         self.gate_up = _RowLinear.fused(*gated, layer.mlp.up)
         self.down = _RowLinear.fused(layer.mlp.down)
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)
 
     def mlp(self, x: Tensor, loops: Tensor) -> Tensor:
         mlp = self.module.mlp
@@ -130,10 +133,9 @@ class DecodeLayer:
         """Return the layer's parameters in the order of `ops.BLOCK_PARAMETERS`, of all loops or one alone."""
         module = self.module
         norms = (module.attn_norm, module.attn.q_norm, module.attn.k_norm, module.mlp_norm)
-        linears = (self.qkv, self.out, self.gate_up, self.down)
         return [
             *(None if norm is None else _of_loop(norm.weight.detach(), loop) for norm in norms),
-            *(parameter for linear in linears for parameter in linear.block_parameters(loop)),
+            *(parameter for linear in self.linears for parameter in linear.block_parameters(loop)),
         ]
 
 
@@ -168,16 +170,18 @@ class DecodeBlock:
             ]
             for run in runs
         ]
-        linears = (layers[0].qkv, layers[0].out, layers[0].gate_up, layers[0].down)
-        self._ranks = [rank for linear in linears for rank in linear.segment_rank]
+        self._ranks = [
+            [rank for _, layer in run for linear in layers[layer].linears for rank in linear.segment_rank]
+            for run in runs
+        ]
         self._scale = model.config.head_dim**-0.5
 
     def __call__(self, x: Tensor, plan: DecodePlan, k_cache: Tensor, v_cache: Tensor, cos_sin: Tensor) -> Tensor:
         """Run the layers: x [N, D] -> [N, D], kv-only rows as they were."""
-        config, loops, parameters = self._config, plan.loops, self._parameters[0]
+        config, loops, run = self._config, plan.loops, 0
         if self._splits_loops:
             assert plan.loop is not None
-            loops, parameters = torch.zeros_like(loops), self._parameters[plan.loop]
+            loops, run = torch.zeros_like(loops), plan.loop
         return ops.decode_block(
             x,
             loops,
@@ -189,8 +193,8 @@ class DecodeBlock:
             k_cache,
             v_cache,
             cos_sin,
-            parameters,
-            self._ranks,
+            self._parameters[run],
+            self._ranks[run],
             self._num_loops,
             config.num_heads,
             config.intermediate_size,
@@ -204,6 +208,18 @@ class DecodeBlock:
 def _of_loop(vectors: Tensor | None, loop: int | None) -> Tensor | None:
     """Take one loop of a norm's weight or a bias, [N] or [B, N]; None takes it as it is."""
     return vectors if vectors is None or loop is None or vectors.dim() == 1 else vectors[loop]
+
+
+def _row_rank(linear: LoopLinear) -> int:
+    """Return the rank that a LoRA is stored with: as it is, or with zeros up to a multiple of 8.
+
+    The CUDA kernels of 16-bit dtypes read 16 bytes at a time. For other ranks, as a budget gives them, a slower one
+    runs.
+    """
+    if linear.weight is None:
+        return 0
+    is_cpu = linear.weight.device.type == "cpu"
+    return linear.rank if is_cpu or linear.weight.dtype.itemsize != 2 else -(-linear.rank // 8) * 8
 
 
 def _activate_rows(mlp: MLP, x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ The rules of each initialisation are in :mod:`rrt.folding.fold`. Tensors stream 
 checkpoint's, matrix by matrix: memory holds one matrix of every loop and the writer's buffer.
 """
 
+import hashlib
+import json
 import time
 import typing
 from collections.abc import Iterator
@@ -15,17 +17,54 @@ from tqdm import tqdm
 
 from rrt.checkpoint.format import CheckpointConfig, CheckpointWriter, write_checkpoint
 from rrt.checkpoint.source import Source, open_source
-from rrt.common.files import check_output
-from rrt.common.provenance import make_provenance
+from rrt.common.files import NoSpaceError, check_output, free_bytes
+from rrt.common.machine import free_memory_bytes
+from rrt.common.processes import pick_device
+from rrt.common.provenance import fingerprint, make_provenance
+from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
+from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
+from rrt.folding.calibration import CalibrationMetric
+from rrt.folding.calibration_text import calibration_rows
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
+from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
-from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig
+from rrt.folding.workspace import Workspace
+from rrt.model.config import LORA_GROUP_OF_LINEAR, Init, LoraGroup, ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import capped_lora_ranks, meta_model
-from rrt.model.sizes import Sizes, model_sizes
+from rrt.model.sizes import Sizes, model_sizes, without_sharing
 from rrt.model.transformer import Layer
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a calibrated conversion is asked for.
+
+    Attributes:
+        paths: directories of token shards of the base's tokenizer, or text as :mod:`rrt.data.corpus` reads it.
+        num_tokens: of the text, rounded up to whole rows.
+        context: tokens of a row.
+        metric: see :mod:`rrt.folding.calibration`.
+        refit: refit the LoRAs depth by depth after the joint fit.
+        memory: bytes that statistics of all depths may take, which are else computed twice; default half of what is
+            free, in memory and on the disk of the output.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
+    """
+
+    paths: tuple[str, ...]
+    num_tokens: int = 32768
+    context: int = 512
+    metric: CalibrationMetric = "both"
+    refit: bool = True
+    memory: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 1), ("context", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"calibration: {name}: found {getattr(self, name)}; expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -42,6 +81,7 @@ class PreparedConversion:
     after: Sizes
     tokenizer: Tokenizer | None
     notices: tuple[str, ...]
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +95,7 @@ class ConversionReport:
     vectors: tuple[VectorReport, ...]
     """The tied norms and biases; none where they are kept per depth."""
     notices: tuple[str, ...]
+    calibration: CalibrationReport | None
     seconds: float
 
 
@@ -67,10 +108,12 @@ def prepare_conversion(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    calibration: CalibrationOptions | None = None,
 ) -> PreparedConversion:
     """Open the base and check everything that can be checked before work starts. Arguments as in `convert`."""
     base, out = Path(base), Path(out)
     _check_offered(recursion, keep_layers)
+    _check_calibration(recursion, calibration)
     source = open_source(base)
     if source.recursion.num_loops > 1 or source.recursion.is_relaxed:
         raise UserError(
@@ -86,18 +129,30 @@ def prepare_conversion(
         notices.append(f"kept are layers {', '.join(map(str, depths))} of the base's {before.model.num_layers}, from 0")
     check_output(out, base, overwrite)
     dtype = dtype or source.dtype
+    keeps_vectors = recursion.untie_norms or recursion.lora_init == "low-rank-only" or calibration is None
+    if not keeps_vectors and _has_more_than_gains(source.model):
+        recursion = replace(recursion, untie_norms=True)
+        notices.append("biases and norms of queries and keys are kept per depth, which calibration counts on")
     notices += _rank_caps(source.model, recursion)
     recursion = replace(recursion, lora_rank=capped_lora_ranks(source.model, recursion))
-    after = model_sizes(source.model, recursion, dtype)
-    if recursion.num_loops > 1 and after.total_params >= before.total_params:
+    if recursion.lora_rank.is_budget:
+        recursion = replace(recursion, lora_rank=replace(recursion.lora_rank, matrices={}))
+    if recursion.lora_init == "low-rank-only":
+        folded, recursion = recursion, without_sharing(source.model, recursion)
+        totals = [model_sizes(source.model, each, dtype).total_params for each in (recursion, folded)]
         notices.append(
-            f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}; "
-            "a lower --lora-rank does"
+            f"B A of rank {recursion.lora_rank} (0: the whole weight) at every depth has {totals[0]:,} parameters; "
+            f"{folded.num_loops} loops with LoRA rank {folded.lora_rank} have {totals[1]:,}"
         )
+    after = model_sizes(source.model, recursion, dtype)
+    notices += _lack_of_saving(before, after)
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    return PreparedConversion(source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices))
+    chosen = None if calibration is None else _open_calibration(calibration, source.model, tokenizer, out)
+    return PreparedConversion(
+        source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices), chosen
+    )
 
 
 def convert(
@@ -109,34 +164,110 @@ def convert(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    calibration: CalibrationOptions | None = None,
     progress: bool = False,
 ) -> ConversionReport:
     """Fold the model in `base` as `recursion` says and write the checkpoint `out`, whole or not at all.
 
     Args:
         base: HF directory, GGUF file, or a vanilla checkpoint of ours.
-        recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have.
+        recursion: its LoRA ranks are capped, with a notice, at what the largest linear of a group can have. If they are
+            a budget, its parameters are distributed over the matrices (`rrt.folding.rank_budget`).
         keep_layers: write so many of the base's layers as a vanilla model, the reduced-size baseline; `recursion.init`
             chooses them and the rest of `recursion` is the default's.
         dtype: of the stored parameters; default the base's.
         seed: of everything random. A matrix's values depend on it and the matrix's name only.
-        progress: show a bar over the matrices on stderr.
+        calibration: with `recursion.lora_init` "calibrated"; "low-rank-only" may have one too.
+        progress: show bars on stderr.
 
     Raises:
         UserError: the base is unusable or recursive already, `num_loops` does not divide its layers, `out` exists,
-            values that are not finite or do not fit `dtype`, or `recursion` asks for what is not offered yet.
+            values that are not finite or do not fit `dtype`, a rank budget is below rank 1 for each matrix or leaves no
+            saving, `recursion` asks for what is not offered yet, or the calibration text cannot be used.
     """
     prepared = prepare_conversion(
-        base, out, recursion, keep_layers=keep_layers, dtype=dtype, seed=seed, overwrite=overwrite
+        base,
+        out,
+        recursion,
+        keep_layers=keep_layers,
+        dtype=dtype,
+        seed=seed,
+        overwrite=overwrite,
+        calibration=calibration,
     )
     return run_conversion(prepared, progress=progress)
 
 
 def run_conversion(conversion: PreparedConversion, *, progress: bool = False) -> ConversionReport:
-    """Carry out a conversion that `prepare_conversion` has checked."""
+    """Carry out a conversion that `prepare_conversion` has checked.
+
+    A calibrated one keeps its finished steps in the directory `workspace_directory` until it is done, and goes on from
+    them if they are of the same conversion.
+    """
     start = time.monotonic()
-    folding = Folding(conversion.source, conversion.recursion, conversion.dtype, conversion.seed)
-    config = CheckpointConfig(conversion.source.model, conversion.recursion, conversion.dtype)
+    if conversion.calibration is None:
+        recursion = conversion.recursion
+        folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+        if recursion.lora_rank.is_budget:
+            gains = _measure_gains(folding, progress)
+            recursion = _with_budget_distributed(conversion, gains)
+            folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
+        return _write(conversion, folding, None, start, progress)
+    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, conversion.calibration))
+    try:
+        calibrated = _calibrated_folding(conversion, conversion.recursion, conversion.calibration, workspace)
+        if conversion.recursion.lora_rank.is_budget:
+            recursion = _with_budget_distributed(conversion, calibrated.measure_gains(progress=progress))
+            calibrated = _calibrated_folding(conversion, recursion, conversion.calibration, workspace)
+        report = _write(conversion, calibrated, calibrated.calibrate(progress=progress), start, progress)
+    except UserError as error:
+        if not isinstance(error, NoSpaceError):
+            workspace.remove()
+        raise
+    workspace.remove()
+    return report
+
+
+def workspace_directory(out: Path) -> Path:
+    """Return the directory that a calibrated conversion to `out` works in."""
+    return out.with_name(f"{out.name}.calibration")
+
+
+def _with_budget_distributed(conversion: PreparedConversion, gains: dict[str, list[float]]) -> RecursiveConfig:
+    recursion = conversion.recursion
+    return replace(recursion, lora_rank=distribute_budget(conversion.source.model, recursion, gains))
+
+
+def _calibrated_folding(
+    conversion: PreparedConversion, recursion: RecursiveConfig, calibration: Calibration, workspace: Workspace
+) -> CalibratedFolding:
+    return CalibratedFolding(conversion.source, recursion, conversion.dtype, conversion.seed, calibration, workspace)
+
+
+def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> str:
+    """Hash all that the steps of a calibrated conversion depend on."""
+    settings = {
+        "base": fingerprint(conversion.source.directory),
+        "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
+        "context": calibration.rows.shape[1] - 1,
+        "recursion": to_mapping(conversion.recursion),
+        "dtype": str(conversion.dtype),
+        "metric": calibration.metric,
+        "refit": calibration.refit,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    conversion: PreparedConversion,
+    folding: Folding,
+    calibration: CalibrationReport | None,
+    start: float,
+    progress: bool,
+) -> ConversionReport:
+    """Write the checkpoint, and report; `start` is when the conversion began, by `time.monotonic`."""
+    model, recursion = conversion.source.model, folding.recursion
+    config = CheckpointConfig(model, recursion, conversion.dtype)
     provenance = make_provenance("convert", conversion.source.directory, seed=conversion.seed)
     with write_checkpoint(conversion.out, config, provenance, overwrite=conversion.overwrite) as writer:
         vectors: list[VectorReport] = []
@@ -146,13 +277,16 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
         provenance["notices"] = conversion.notices
         provenance["matrices"] = [matrix.to_json() for matrix in matrices]
         provenance["vectors"] = [vector.to_json() for vector in vectors]
+        if calibration is not None:
+            provenance["calibration"] = calibration.to_json()
     return ConversionReport(
         conversion.out,
         conversion.before,
-        conversion.after,
+        model_sizes(model, recursion, conversion.dtype),
         matrices,
         tuple(vectors),
         conversion.notices,
+        calibration,
         time.monotonic() - start,
     )
 
@@ -172,14 +306,69 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
                 "conversion does not make this"
             )
-    if recursion.lora_init == "joint":
+    if recursion.low_rank_only:
+        raise UserError(
+            "field 'low_rank_only': found true; expected false: conversion sets it for lora_init 'low-rank-only', with "
+            "the ranks that have as many parameters as the loops and ranks asked for"
+        )
+    if recursion.lora_init == "low-rank-only":
+        why = "with lora_init 'low-rank-only', which has the parameters of the loops and ranks asked for"
+        if recursion.num_loops == 1:
+            raise UserError(f"field 'num_loops': found 1; expected at least 2 {why}")
+        if recursion.prefix_length:
+            raise UserError(f"field 'prefix_length': found {recursion.prefix_length}; expected 0 {why}")
+        if recursion.lora_rank.is_budget:
+            raise UserError(f"field 'lora_rank.is_budget': found true; expected false {why}")
+    if recursion.lora_init in ("joint", "calibrated"):
         if not recursion.lora_rank:
-            raise UserError("field 'lora_init': found 'joint' without LoRA; expected a rank: --lora-rank")
+            raise UserError(
+                f"field 'lora_init': found '{recursion.lora_init}' without LoRA; expected a rank: --lora-rank"
+            )
         if recursion.init != "average":
             raise UserError(
                 f"field 'init': found '{recursion.init}'; expected 'average' (--init average or auto) with lora_init "
-                "'joint', which makes shared weights and LoRAs together"
+                f"'{recursion.lora_init}', which makes shared weights and LoRAs together"
             )
+
+
+def _check_calibration(recursion: RecursiveConfig, calibration: CalibrationOptions | None) -> None:
+    if calibration is None:
+        if recursion.lora_init == "calibrated":
+            raise UserError("field 'lora_init': found 'calibrated' without a text; expected one: --calibration")
+        return
+    if recursion.lora_init not in ("calibrated", "low-rank-only"):
+        raise UserError(
+            f"field 'lora_init': found '{recursion.lora_init}' beside a calibration text; expected 'calibrated' or "
+            "'low-rank-only', or no --calibration"
+        )
+    for name, expected in (("prefix_length", 0), ("norm_init", "folded")):
+        if getattr(recursion, name) != expected:
+            raise UserError(
+                f"field '{name}': found {getattr(recursion, name)}; expected {expected} with a calibration text"
+            )
+    if recursion.num_loops == 1:
+        raise UserError("field 'num_loops': found 1; expected 2 or more with a calibration text")
+
+
+def _has_more_than_gains(model: ModelConfig) -> bool:
+    """Tell whether layers have vectors that folding leaves: biases, also of a LayerNorm, or norms of queries, keys."""
+    return model.qkv_bias or model.out_bias or model.mlp_bias or model.qk_norm or model.norm_type == "layernorm"
+
+
+def _open_calibration(
+    options: CalibrationOptions, model: ModelConfig, tokenizer: Tokenizer | None, out: Path
+) -> Calibration:
+    """Read the text, and choose a device and how much memory to take."""
+    if options.context > model.context_length:
+        raise UserError(
+            f"--calibration-context: found {options.context}; expected at most {model.context_length}, the base's"
+        )
+    device = pick_device(options.device)
+    rows = calibration_rows(options.paths, options.num_tokens, options.context, tokenizer)
+    memory = options.memory
+    if memory is None:
+        memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
+    return Calibration(rows, options.metric, options.refit, memory, device)
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:
@@ -196,13 +385,32 @@ def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[i
 def _rank_caps(model: ModelConfig, recursion: RecursiveConfig) -> Iterator[str]:
     """Yield a notice for each group in which a linear is too small for the rank in `recursion`."""
     capped: dict[tuple[LoraGroup, int], list[str]] = {}
-    for name, linear in loop_linears(meta_model(model, recursion).stack.layers[0]):
+    for name, shape in linear_shapes(model).items():
         group = LORA_GROUP_OF_LINEAR[name]
-        if linear.rank < getattr(recursion.lora_rank, group):
-            capped.setdefault((group, linear.rank), []).append(name)
+        if min(shape) < getattr(recursion.lora_rank, group):
+            capped.setdefault((group, min(shape)), []).append(name)
     for (group, rank), names in capped.items():
         rank_wanted = getattr(recursion.lora_rank, group)
         yield f"LoRA rank of group {group}: {rank_wanted} is capped at {rank}, the smaller side of {', '.join(names)}"
+
+
+def _lack_of_saving(before: Sizes, after: Sizes) -> Iterator[str]:
+    """Yield a notice if the LoRA takes as many parameters as sharing saves. For a budget that is an error."""
+    ranks = after.recursion.lora_rank
+    if after.total_params < before.total_params or not (after.recursion.num_loops > 1 or ranks.is_budget):
+        return
+    text = f"this saves no parameters: {after.total_params:,} instead of the base's {before.total_params:,}"
+    if ranks.is_budget:
+        raise UserError(f"LoRA rank {ranks}: {text}; expected a smaller budget")
+    yield f"{text}; a lower --lora-rank does"
+
+
+def _measure_gains(folding: Folding, progress: bool) -> dict[str, list[float]]:
+    """Measure what each unit of rank saves, by matrix."""
+    layers = meta_model(folding.source.model, folding.recursion).stack.layers
+    names = [(index, name) for index, layer in enumerate(layers) for name, _ in loop_linears(layer)]
+    with tqdm(names, unit="matrix", desc="distributing ranks", disable=None if progress else True) as bar:
+        return {f"layers.{index}.{name}": folding.gains(index, name) for index, name in bar}
 
 
 def _write_tensors(
@@ -223,7 +431,8 @@ def _write_tensors(
             vectors.extend(_write_vectors(folding, writer, index, layer))
             for name, linear in loop_linears(layer):
                 made = folding.linear(index, name, linear.rank)
-                writer.add(f"{made.report.name}.weight", made.weight)
+                if made.weight is not None:
+                    writer.add(f"{made.report.name}.weight", made.weight)
                 if linear.rank:
                     writer.add(f"{made.report.name}.lora_a", made.lora_a)
                     writer.add(f"{made.report.name}.lora_b", made.lora_b)
@@ -238,5 +447,5 @@ def _write_vectors(folding: Folding, writer: CheckpointWriter, index: int, layer
         if "norm" in name or name.endswith(".bias"):
             vector = (folding.untied if untied else folding.shared)(index, name)
             writer.add(f"stack.layers.{index}.{name}", vector)
-            if not untied:
+            if folding.recursion.num_loops > 1 and not untied:
                 yield folding.vector_report(index, name, vector)

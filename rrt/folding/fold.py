@@ -5,6 +5,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
-from rrt.folding.svd import truncated_svd
-from rrt.folding.tying import fit_tied
+from rrt.folding.svd import squared_singular_values, truncated_svd
+from rrt.folding.tying import fit_lora, fit_tied, singular_gains
 from rrt.folding.views import FoldedNorms, read_finite
 from rrt.model.config import Init, Place, RecursiveConfig
 
@@ -38,8 +39,11 @@ def kept_depths(init: Init, num_layers: int, num_kept: int) -> tuple[int, ...]:
 
 def folds_norms(recursion: RecursiveConfig) -> bool:
     """Decide whether the norms' gains move into the linears before anything else is computed from them."""
+    if recursion.lora_init == "calibrated":  # norms that are kept per depth start neutral then
+        return True
     ties_norms = recursion.num_loops > 1 and not recursion.untie_norms
-    return ties_norms and recursion.norm_init == "folded" and recursion.init != "random"
+    # B A then spends its rank where the linear reads, though no norm is tied.
+    return (ties_norms or recursion.low_rank_only) and recursion.norm_init == "folded" and recursion.init != "random"
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
@@ -76,8 +80,8 @@ class MatrixReport:
         name: of the linear, such as ``stack.layers.0.attn.q``.
         rank: of its LoRA after the cap.
         norms: ||W_l||^2.
-        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero and W' is not. W_l has its norm's gain folded in, as W'
-            has.
+        tying_loss: ||W_l - W'||^2 / ||W_l||^2; 1 if W_l is zero and W' is not, or where there is no W'. W_l has its
+            norm's gain folded in, as W' has.
         final_loss: ||W_l - W' - B A||^2 / ||W_l||^2 at initialisation.
         least_loss: no W' and LoRAs of this rank lose a smaller share of the sum of ||W_l||^2; None where it is unknown.
     """
@@ -102,9 +106,12 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class TiedLinear:
-    """One linear of the shared block as stored: W' [N, K], and the LoRAs A [B, R, K] and B [B, N, R] of all loops."""
+    """One linear of the shared block as stored: W' [N, K], and the LoRAs A [B, R, K] and B [B, N, R] of all loops.
 
-    weight: Tensor
+    No weight where B A stands alone.
+    """
+
+    weight: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
     report: MatrixReport
@@ -146,7 +153,7 @@ class Folding:
         offset = 1.0 if name.endswith("norm.weight") and self.source.model.norm_type == "rmsnorm_1p" else 0.0
         for loop in range(self.recursion.num_loops):
             vector = self._base(layer, loop, name)
-            lost = _energy_lost(vector, shared)
+            lost = energy_lost(vector, shared)
             losses.append(lost / ((vector.double() + offset).square().sum().item() or lost) if lost else 0.0)
         return VectorReport(f"stack.layers.{layer}.{name}", tuple(losses))
 
@@ -164,12 +171,17 @@ class Folding:
         """
         name = f"stack.layers.{layer}.{linear}"
         weights = [self._base(layer, loop, f"{linear}.weight") for loop in range(self.recursion.num_loops)]
-        least_loss = None
-        if self.recursion.lora_init == "joint" and rank:
+        least_loss, weight = None, None
+        if self.recursion.low_rank_only and rank:
+            assert len(weights) == 1
+            lora_a, lora_b = fit_lora(weights[0], rank, generator=seeded_generator(self.seed, f"{name}.lora.0"))
+            loras, lost = [(lora_a, lora_b)], [weights[0].double().square().sum().item()]
+            left = [(weights[0].double() - lora_b @ lora_a).square().sum().item()]
+        elif self.recursion.lora_init == "joint" and rank:
             fit = fit_tied(weights, rank, generator=seeded_generator(self.seed, f"{name}.lora"))
             weight = self._stored(fit.weight, f"{name}.weight")
             loras = list(zip(fit.lora_a, fit.lora_b, strict=True))
-            lost, left = [_energy_lost(original, weight) for original in weights], list(fit.errors)
+            lost, left = [energy_lost(original, weight) for original in weights], list(fit.errors)
             if fit.bound is not None:
                 least_loss = fit.bound / (sum(fit.norms) or 1.0)
         else:
@@ -180,20 +192,11 @@ class Folding:
                 loras.append(lora)
                 lost.append(energies[0])
                 left.append(energies[1])
-        norms = [float(original.double().square().sum()) for original in weights]
-        report = MatrixReport(
-            name,
-            rank,
-            tuple(norms),
-            tuple(energy / (norm or energy or 1.0) for energy, norm in zip(lost, norms, strict=True)),
-            tuple(energy / (norm or energy or 1.0) for energy, norm in zip(left, norms, strict=True)),
-            least_loss,
-        )
         return TiedLinear(
             weight,
             torch.stack([self._stored(lora_a, f"{name}.lora_a") for lora_a, _ in loras]),
             torch.stack([self._stored(lora_b, f"{name}.lora_b") for _, lora_b in loras]),
-            report,
+            matrix_report(name, rank, weights, lost, left, least_loss),
         )
 
     def _correction(
@@ -201,13 +204,28 @@ class Folding:
     ) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
         """Make the LoRA of one loop beside W' as stored; return also the energy lost without and with it."""
         generator = seeded_generator(self.seed, seed_name)
-        lost = _energy_lost(original, shared)
+        lost = energy_lost(original, shared)
         if lost == 0.0 or self.recursion.lora_init == "zero" or rank == 0:
             lora_a = torch.randn(rank, shared.shape[1], generator=generator) / math.sqrt(shared.shape[1])
             return (lora_a, torch.zeros(shared.shape[0], rank)), (lost, lost)
         lora_a, lora_b = truncated_svd(original.double() - shared.double(), rank, generator)
         # The rows of A are orthonormal wherever B is not zero, so B alone holds the energy.
         return (lora_a, lora_b), (lost, max(lost - lora_b.square().sum().item(), 0.0))
+
+    def gains(self, layer: int, linear: str) -> list[float]:
+        """Compute what each unit of rank saves of a matrix's error: min(N, K) numbers, none larger than the one before.
+
+        The error is sum_l ||W_l - W' - B_l A_l||^2 / sum_l ||W_l||^2: a share, as weights say nothing about the size of
+        a linear's inputs, and folded gains make some linears much smaller than others.
+        """
+        weights = [self._base(layer, loop, f"{linear}.weight").double() for loop in range(self.recursion.num_loops)]
+        if self.recursion.lora_init == "joint":
+            saved = singular_gains(weights)
+        else:
+            shared = self.shared(layer, f"{linear}.weight").double()
+            saved = torch.stack([squared_singular_values(weight - shared) for weight in weights]).sum(dim=0)
+        energy = sum(float(weight.square().sum()) for weight in weights)
+        return (saved / (energy or 1.0)).tolist()
 
     def _shared(self, layer: int, name: str, target: str) -> Tensor:
         init, is_norm = self.recursion.init, "norm" in name
@@ -248,7 +266,24 @@ class Folding:
         return stored
 
 
-def _energy_lost(original: Tensor, stored: Tensor) -> float:
+def matrix_report(
+    name: str,
+    rank: int,
+    weights: Sequence[Tensor],
+    lost: Sequence[float],
+    left: Sequence[float],
+    least_loss: float | None = None,
+) -> MatrixReport:
+    """Make the report of a linear from the energies lost at each loop, without and with its LoRA."""
+    norms = [float(weight.double().square().sum()) for weight in weights]
+
+    def shares(energies: Sequence[float]) -> tuple[float, ...]:
+        return tuple(energy / (norm or energy or 1.0) for energy, norm in zip(energies, norms, strict=True))
+
+    return MatrixReport(name, rank, tuple(norms), shares(lost), shares(left), least_loss)
+
+
+def energy_lost(original: Tensor, stored: Tensor) -> float:
     """Compute ||W_l - W'||^2; what only the cast to a narrower dtype lost is nothing to learn from, and none."""
     if torch.equal(original.to(stored.dtype), stored):
         return 0.0

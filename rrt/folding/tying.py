@@ -139,6 +139,12 @@ def fit_lora(
     return _lora_step(wide, min(rank, *wide.shape), form, generator or torch.Generator().manual_seed(0))
 
 
+def metric_norms(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> tuple[float, ...]:
+    """Compute tr(G_l W_l C_l W_l^T) of each weight [N, K], ridge included, in the units of `TiedFit.errors`."""
+    wide = [weight.double() for weight in weights]
+    return tuple(form.square(weight) for form, weight in zip(_forms(wide, metrics), wide, strict=True))
+
+
 def singular_gains(weights: Sequence[Tensor], metrics: Sequence[Metric] | None = None) -> Tensor:
     """Compute how much each further unit of rank lowers the objective of `fit_tied`: [min(N, K)], never rising.
 

@@ -136,10 +136,10 @@ def _parameter(source: Source, shapes: dict[str, tuple[int, ...]], name: str) ->
     depth, rest = name.removeprefix("stack.layers.").split(".", 1)
     loop, layer = source.recursion.places(source.model)[int(depth)]
     shared_name = f"stack.layers.{layer}.{rest}"
-    shared = source.get(shared_name)
     linear, _, leaf = shared_name.rpartition(".")
-    if "norm" in rest or leaf == "bias":
+    shared = source.get(shared_name) if shared_name in shapes else None
+    if shared is not None and ("norm" in rest or leaf == "bias"):
         return shared[loop] if shared.dim() == 2 else shared
-    if f"{linear}.lora_a" not in shapes:
+    if shared is not None and f"{linear}.lora_a" not in shapes:
         return shared
     return merge_lora(shared, source.get(f"{linear}.lora_a")[loop], source.get(f"{linear}.lora_b")[loop])

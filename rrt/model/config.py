@@ -4,7 +4,8 @@ Both are frozen dataclasses read from JSON by :func:`rrt.common.schema.from_mapp
 wrong types by name. The recipes of ``train/`` are read by the same function.
 """
 
-import dataclasses
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ _LARGEST = 2**40
 Family = Literal["gemma", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Init = Literal["stepwise", "stepwise-fixed-start", "average", "lower", "random"]
 NormInit = Literal["folded", "average", "choice", "zero"]
-LoraInit = Literal["svd", "zero", "joint"]
+LoraInit = Literal["svd", "zero", "joint", "calibrated", "low-rank-only"]
 LoraGroup = Literal["q", "kv", "out", "ffn"]
 Sharing = Literal["cycle", "sequence", "cycle-rev"]
 
@@ -119,6 +120,7 @@ class ModelConfig:
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
+LORA_GROUPS: tuple[LoraGroup, ...] = typing.get_args(LoraGroup)
 LORA_GROUP_OF_LINEAR: dict[str, LoraGroup] = {
     "attn.q": "q",
     "attn.k": "kv",
@@ -130,32 +132,88 @@ LORA_GROUP_OF_LINEAR: dict[str, LoraGroup] = {
 }
 
 
+def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return outputs N and inputs K of each linear of a layer, by names such as ``attn.q``."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "attn.q": (width, hidden),
+        "attn.k": (kv_width, hidden),
+        "attn.v": (kv_width, hidden),
+        "attn.out": (hidden, width),
+        **({"mlp.gate": (inner, hidden)} if model.gated_mlp else {}),
+        "mlp.up": (inner, hidden),
+        "mlp.down": (hidden, inner),
+    }
+
+
 @dataclass(frozen=True)
 class LoraRanks:
-    """LoRA rank of each group of linears; 0 means none. A rank is capped at min(in, out)."""
+    """LoRA rank of each group of linears, or of single matrices; 0 means none.
+
+    A group's rank is capped at min(in, out) of each of its linears. A matrix, one linear of one shared layer, has one
+    rank for all loops.
+    """
 
     q: int = field_doc("query projection", default=0)
     kv: int = field_doc("key and value projections, each", default=0)
     out: int = field_doc("attention output projection", default=0)
     ffn: int = field_doc("feed-forward linears, each", default=0)
+    is_budget: bool = field_doc(
+        "the groups' ranks are a budget: conversion distributes their parameters over the matrices", default=False
+    )
+    matrices: Mapping[str, int] = field_doc(
+        "ranks of single matrices in place of their group's, by names such as layers.0.attn.q",
+        default_factory=dict,
+        hash=False,
+    )
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value < 0:
-                raise UserError(f"field 'lora_rank.{f.name}': found {value}; expected 0 (no LoRA) or more")
+        groups = {group: getattr(self, group) for group in LORA_GROUPS}
+        for name, rank in (groups | {f"matrices.{name}": rank for name, rank in self.matrices.items()}).items():
+            if rank < 0:
+                raise UserError(f"field 'lora_rank.{name}': found {rank}; expected 0 (no LoRA) or more")
 
     @classmethod
-    def uniform(cls, rank: int) -> "LoraRanks":
-        return cls(q=rank, kv=rank, out=rank, ffn=rank)
+    def uniform(cls, rank: int, *, is_budget: bool = False) -> "LoraRanks":
+        return cls(q=rank, kv=rank, out=rank, ffn=rank, is_budget=is_budget)
+
+    def of(self, model: ModelConfig, layer: int, linear: str) -> int:
+        """Return the rank of one matrix: a linear such as ``attn.q`` of a shared layer."""
+        group_rank: int = getattr(self, LORA_GROUP_OF_LINEAR[linear])
+        return self.matrices.get(f"layers.{layer}.{linear}", min(group_rank, *linear_shapes(model)[linear]))
+
+    def check_matrices(self, model: ModelConfig, layers: int) -> None:
+        """Check the ranks of single matrices for a block of so many shared layers.
+
+        Raises:
+            UserError: a name that the block does not have, or a rank beyond the matrix's smaller side.
+        """
+        shapes = linear_shapes(model)
+        names = {f"layers.{layer}.{linear}": shape for layer in range(layers) for linear, shape in shapes.items()}
+        for name, rank in self.matrices.items():
+            if name not in names:
+                expected = f"layers.K.LINEAR with K in [0, {layers}) and LINEAR one of {', '.join(shapes)}"
+                raise UserError(f"field 'lora_rank.matrices': found {name!r}; expected {expected}")
+            if rank > min(names[name]):
+                sides = " x ".join(map(str, names[name]))
+                raise UserError(
+                    f"field 'lora_rank.matrices.{name}': found {rank}; expected at most {min(names[name])}, the "
+                    f"smaller side of {sides}"
+                )
 
     def __bool__(self) -> bool:
-        return any((self.q, self.kv, self.out, self.ffn))
+        return any((self.q, self.kv, self.out, self.ffn, *self.matrices.values()))
 
     def __str__(self) -> str:
-        if self.q == self.kv == self.out == self.ffn:
-            return str(self.q)
-        return f"q {self.q}, kv {self.kv}, out {self.out}, ffn {self.ffn}"
+        groups = f"q {self.q}, kv {self.kv}, out {self.out}, ffn {self.ffn}"
+        text = str(self.q) if self.q == self.kv == self.out == self.ffn else groups
+        if self.is_budget:
+            text = f"budget {text}"
+        if not self.matrices:
+            return text
+        ranks = self.matrices.values()
+        return f"{text}, {len(ranks)} matrices {min(ranks)} to {max(ranks)}"
 
 
 class Place(NamedTuple):
@@ -186,7 +244,12 @@ class RecursiveConfig:
     )
     lora_rank: LoraRanks = field_doc("rank per group of linears, one LoRA per depth", default=LoraRanks())
     lora_init: LoraInit = field_doc(
-        "LoRA from the SVD of what tying lost, zero, or joint: the best shared weight and LoRAs together", default="svd"
+        "LoRA from the SVD of what tying lost, zero, or shared weights and LoRAs together: joint, the nearest to the "
+        "base's weights, or calibrated, the nearest in what they do to a text; or of the whole weight (low-rank-only)",
+        default="svd",
+    )
+    low_rank_only: bool = field_doc(
+        "nothing is shared: linears of rank R > 0 are B A without a weight beside it", default=False
     )
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)
@@ -205,6 +268,8 @@ class RecursiveConfig:
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")
+        if self.low_rank_only and self.num_loops > 1:
+            raise UserError(f"field 'num_loops': found {self.num_loops}; expected 1 with low_rank_only")
         if not self.runs_whole_loops:
             for name in ("exit_loops", "head_lora_rank"):
                 if getattr(self, name):
@@ -247,3 +312,11 @@ class RecursiveConfig:
                 f"{model.num_layers} layers; expected one of {', '.join(map(str, divisors))}"
             )
         return model.num_layers // self.num_loops
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Check what depends on the base.
+
+        Raises:
+            UserError: B does not divide L, or a matrix's rank is not possible.
+        """
+        self.lora_rank.check_matrices(model, self.layers_per_loop(model))

@@ -3,9 +3,10 @@
 import argparse
 import typing
 
+from rrt.errors import UserError
 from rrt.model.config import LoraRanks, Sharing
 
-LORA_GROUPS = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
+_LINEARS_OF_GROUP = {"q": "query", "kv": "key and value", "out": "attention output", "ffn": "feed-forward"}
 
 
 def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
         help="rank of the LoRA that each depth adds to every linear of attention and feed-forward; 0 is none; "
         "capped at min(in, out) of each linear (default: 0)",
     )
-    for group, linears in LORA_GROUPS.items():
+    for group, linears in _LINEARS_OF_GROUP.items():
         parser.add_argument(
             f"--lora-rank-{group}",
             type=int,
@@ -27,9 +28,35 @@ def add_lora_rank_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_rank_budget_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rank-budget``, which stands in the place of the flags of `add_lora_rank_flags`."""
+    parser.add_argument(
+        "--rank-budget",
+        type=int,
+        metavar="R",
+        help="in place of --lora-rank: the LoRA parameters of rank R, distributed over the matrices by the error that "
+        "each unit of rank saves; all depths that share a matrix have its rank",
+    )
+
+
 def lora_ranks(arguments: argparse.Namespace) -> LoraRanks:
-    """Read the flags of `add_lora_rank_flags`. Raises `UserError` for a negative rank."""
-    ranks = {group: getattr(arguments, f"lora_rank_{group}") for group in LORA_GROUPS}
+    """Read the flags of `add_lora_rank_flags`, and of `add_rank_budget_flag` where there is one.
+
+    Raises:
+        UserError: a negative rank, a budget of none, or both a rank and a budget.
+    """
+    budget = getattr(arguments, "rank_budget", None)
+    if budget is not None:
+        for flag in ("lora_rank", *(f"lora_rank_{group}" for group in _LINEARS_OF_GROUP)):
+            if getattr(arguments, flag):
+                name = flag.replace("_", "-")
+                raise UserError(
+                    f"--rank-budget: found {budget} beside --{name} {getattr(arguments, flag)}; expected one of the two"
+                )
+        if budget < 1:
+            raise UserError(f"--rank-budget: found {budget}; expected at least 1, rank 1 for each matrix")
+        return LoraRanks.uniform(budget, is_budget=True)
+    ranks = {group: getattr(arguments, f"lora_rank_{group}") for group in _LINEARS_OF_GROUP}
     return LoraRanks(**{group: arguments.lora_rank if rank is None else rank for group, rank in ranks.items()})
 
 

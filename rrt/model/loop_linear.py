@@ -13,18 +13,20 @@ from rrt import ops
 from rrt.ops.precision import matmul_dtype
 
 
-def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merge_lora(weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Add a LoRA to its weight: ``W + B A``, computed and returned in `dtype`.
 
     Args:
-        weight: W [N, K].
+        weight: W [N, K]; None for B A alone.
         lora_a, lora_b: A [R, K] and B [N, R] of one loop.
-        dtype: default the weight's, but fp32 for a narrower one.
+        dtype: default that of A, but fp32 for a narrower one.
 
     Returns:
         [N, K]
     """
-    dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(lora_a.dtype, torch.float32)
+    if weight is None:
+        return lora_b.to(dtype) @ lora_a.to(dtype)
     return torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype))
 
 
@@ -32,8 +34,9 @@ class LoopLinear(nn.Module):
     """``y = W x + b + B_l A_l x`` for loop l. There is no alpha: the LoRA is added unscaled.
 
     Parameters:
-        weight [N, K]; bias [N], or [B, N] if untied, or None; lora_a [B, R, K] and lora_b [B, N, R], or
-        None at rank 0. Memory is uninitialised: load a checkpoint or call `RecursiveTransformer.init_weights`.
+        weight [N, K], or None where B A stands alone; bias [N], or [B, N] if untied, or None; lora_a [B, R, K] and
+        lora_b [B, N, R], or None at rank 0. Memory is uninitialised: load a checkpoint or call
+        `RecursiveTransformer.init_weights`.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class LoopLinear(nn.Module):
         rank: int = 0,
         bias: bool = False,
         untie_bias: bool = False,
+        low_rank_only: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -54,7 +58,8 @@ class LoopLinear(nn.Module):
         self.merge: bool | None = False
         self.packed: list[Tensor] = []
         """Each loop's merged weight in the native kernel's layout, while `PackedLinears` are in use."""
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        has_weight = not (low_rank_only and self.rank)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features)) if has_weight else None
         bias_shape = (num_loops, out_features) if untie_bias and num_loops > 1 else (out_features,)
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
         self.lora_a = nn.Parameter(torch.empty(num_loops, self.rank, in_features)) if self.rank else None
@@ -65,18 +70,21 @@ class LoopLinear(nn.Module):
         return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[loop]
 
     def merged_weight(self, loop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return ``W + B_l A_l`` [N, K] of a loop l, computed in `dtype`, or the weight's own."""
-        dtype = dtype or self.weight.dtype
+        """Return ``W + B_l A_l`` [N, K] of a loop l, computed in `dtype`, or the parameters' own."""
         if self.lora_a is None or self.lora_b is None:
-            return self.weight.to(dtype)
-        return merge_lora(self.weight, self.lora_a[loop], self.lora_b[loop], dtype)
+            assert self.weight is not None
+            return self.weight.to(dtype or self.weight.dtype)
+        return merge_lora(self.weight, self.lora_a[loop], self.lora_b[loop], dtype or self.lora_a.dtype)
 
     def should_merge(self, rows: int) -> bool:
         """Decide whether `rows` rows are computed merged: as `merge` says or, if None, where that takes fewer FLOPs.
 
         Forward and backward take 6 R M (K + N) FLOPs plain; merged 6 R K N, or 8 R K N where checkpointing computes
-        the merged weight again: fewer from M = 4 K N / (3 (K + N)), 1365 rows for 2048 x 2048.
+        the merged weight again: fewer from M = 4 K N / (3 (K + N)), 1365 rows for 2048 x 2048. Never without a weight:
+        B A apart take fewer at any rank that saves parameters.
         """
+        if self.weight is None:
+            return False
         if self.merge is not None:
             return self.merge
         return 3 * rows * (self.in_features + self.out_features) >= 4 * self.in_features * self.out_features
@@ -103,9 +111,13 @@ class LoopLinear(nn.Module):
         if self.lora_a is None or self.lora_b is None or self.should_merge(rows):
             return F.linear(x, self.merged_weight(loop, wide), bias).to(dtype)
         low_rank = F.linear(F.linear(x, self.lora_a[loop].to(wide)), self.lora_b[loop].to(wide))
+        if self.weight is None:
+            return (low_rank if bias is None else low_rank + bias).to(dtype)
         return (F.linear(x, self.weight.to(wide), bias) + low_rank).to(dtype)
 
     def _forward_rows(self, x: Tensor, loops: Tensor) -> Tensor:
+        if self.weight is None:
+            return self(x, 0)
         lora_a = x.new_empty(self.num_loops, 0, self.in_features) if self.lora_a is None else self.lora_a
         lora_b = x.new_empty(self.num_loops, self.out_features, 0) if self.lora_b is None else self.lora_b
         return ops.loop_lora_linear(x, self.weight, self.bias, lora_a, lora_b, loops)

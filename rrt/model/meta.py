@@ -5,8 +5,7 @@ import dataclasses
 import torch
 
 from rrt.errors import UserError
-from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraRanks, ModelConfig, RecursiveConfig
-from rrt.model.loop_linear import loop_linears
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, LoraRanks, ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.transformer import RecursiveTransformer
 
 
@@ -22,11 +21,18 @@ def parameter_shapes(model: ModelConfig, recursion: RecursiveConfig) -> dict[str
 
 
 def capped_lora_ranks(model: ModelConfig, recursion: RecursiveConfig) -> LoraRanks:
-    """Return the ranks of `recursion`, each at most what the largest linear of its group can have."""
-    ranks = dict.fromkeys(LORA_GROUP_OF_LINEAR.values(), 0)
-    for name, linear in loop_linears(meta_model(model, recursion).stack.layers[0]):
-        ranks[LORA_GROUP_OF_LINEAR[name]] = max(ranks[LORA_GROUP_OF_LINEAR[name]], linear.rank)
-    return LoraRanks(**ranks)
+    """Return the ranks of `recursion`, those of groups each at most what the largest linear of the group can have."""
+    ranks, largest = recursion.lora_rank, dict.fromkeys(LORA_GROUPS, 0)
+    for name, shape in linear_shapes(model).items():
+        group = LORA_GROUP_OF_LINEAR[name]
+        largest[group] = max(largest[group], min(shape))
+    return dataclasses.replace(
+        ranks,
+        q=min(ranks.q, largest["q"]),
+        kv=min(ranks.kv, largest["kv"]),
+        out=min(ranks.out, largest["out"]),
+        ffn=min(ranks.ffn, largest["ffn"]),
+    )
 
 
 def first_loops(

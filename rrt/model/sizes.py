@@ -3,7 +3,10 @@
 Counts are those of the model's own parameters, built without memory.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, product
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -11,10 +14,19 @@ import torch
 from rrt.common.dtypes import dtype_name
 from rrt.common.schema import to_mapping
 from rrt.errors import UserError
-from rrt.model.config import ModelConfig, RecursiveConfig
-from rrt.model.loop_linear import loop_linears
+from rrt.model.config import (
+    LORA_GROUP_OF_LINEAR,
+    LoraGroup,
+    LoraRanks,
+    ModelConfig,
+    RecursiveConfig,
+    linear_shapes,
+)
+from rrt.model.loop_linear import LoopLinear, loop_linears
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
+
+_STATISTICS: dict[str, Callable[[Sequence[int]], int]] = {"least": min, "median": median_low, "largest": max}
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ def model_sizes(
     for name, parameter in meta.named_parameters():
         counts[_kind(name, parameter)] += parameter.numel()
     total = sum(counts.values())
-    merged = sum(linear.rank * linear.weight.numel() for _, linear in loop_linears(meta.stack))
+    merged = sum(linear.rank * _weight_size(linear) for _, linear in loop_linears(meta.stack))
     return Sizes(
         model=model,
         recursion=recursion,
@@ -91,6 +103,70 @@ def model_sizes(
     )
 
 
+def rank_table(sizes: Sizes) -> str:
+    """Format the LoRA rank of each linear in each shared layer, with each linear's least, median and largest."""
+    model, recursion = sizes.model, sizes.recursion
+    linears = list(linear_shapes(model))
+    rows = {
+        str(layer): [recursion.lora_rank.of(model, layer, linear) for linear in linears]
+        for layer in range(recursion.layers_per_loop(model))
+    }
+    columns = list(zip(*rows.values(), strict=True))
+    rows |= {name: [pick(column) for column in columns] for name, pick in _STATISTICS.items()}
+    lines = [f"{'LoRA ranks':>10}" + "".join(f"{linear:>10}" for linear in linears)]
+    lines += [f"{name:>10}" + "".join(f"{rank:>10}" for rank in ranks) for name, ranks in rows.items()]
+    return "\n".join(lines)
+
+
+def without_sharing(model: ModelConfig, recursion: RecursiveConfig) -> RecursiveConfig:
+    """Derive the model that shares nothing and has as many parameters: every linear a product B A of low rank.
+
+    Its ranks are about equal for all linears, at most those at which the parameters of `recursion` are reached, and as
+    near to them as ranks of groups get. Linears that B A would not make smaller at this rank keep their weights, as
+    rank 0.
+
+    Raises:
+        UserError: `recursion` does not save parameters, or too few are left for rank 1.
+    """
+    loops, target = recursion.num_loops, model_sizes(model, recursion, torch.float32).total_params
+    vanilla = model_sizes(model, RecursiveConfig(), torch.float32).total_params
+    if target >= vanilla:
+        raise UserError(
+            f"field 'lora_init': found 'low-rank-only' in place of {loops} loops with LoRA rank {recursion.lora_rank}, "
+            f"which save no parameters ({target:,} of {vanilla:,}); expected a lower rank"
+        )
+    dense, unit = (dict.fromkeys(LORA_GROUP_OF_LINEAR.values(), 0) for _ in range(2))
+    for name, linear in loop_linears(meta_model(model, RecursiveConfig()).stack.layers[0]):
+        group = LORA_GROUP_OF_LINEAR[name]
+        dense[group] += model.num_layers * linear.in_features * linear.out_features
+        unit[group] += model.num_layers * (linear.in_features + linear.out_features)
+    fixed = vanilla - sum(dense.values())
+
+    def parameters(ranks: Mapping[LoraGroup, int]) -> int:
+        return fixed + sum(min(rank * unit[group], dense[group]) for group, rank in ranks.items())
+
+    uniform = next(rank for rank in count() if parameters(dict.fromkeys(dense, rank + 1)) > target)
+    if uniform == 0:
+        raise UserError(
+            f"field 'lora_init': found 'low-rank-only' in place of a model of {target:,} parameters; expected at least "
+            f"{parameters(dict.fromkeys(dense, 1)):,}, those of rank 1 for every linear"
+        )
+    near = (
+        dict(zip(dense, ranks, strict=True)) for ranks in product(range(uniform - 1, uniform + 4), repeat=len(dense))
+    )
+    ranks = max(
+        (ranks for ranks in near if parameters(ranks) <= target),
+        key=lambda ranks: (parameters(ranks), -sum(abs(rank - uniform) for rank in ranks.values())),
+    )
+    chosen = {group: rank if rank * unit[group] < dense[group] else 0 for group, rank in ranks.items()}
+    return RecursiveConfig(
+        norm_init=recursion.norm_init,
+        lora_rank=LoraRanks(q=chosen["q"], kv=chosen["kv"], out=chosen["out"], ffn=chosen["ffn"]),
+        lora_init="low-rank-only",
+        low_rank_only=True,
+    )
+
+
 def _kind(name: str, parameter: torch.nn.Parameter) -> str:
     leaf = name.rpartition(".")[2]
     if leaf in ("embed", "head"):
@@ -103,12 +179,16 @@ def _kind(name: str, parameter: torch.nn.Parameter) -> str:
     return "norm" if "norm" in name or is_untied_bias else "shared"
 
 
+def _weight_size(linear: LoopLinear) -> int:
+    return 0 if linear.weight is None else linear.weight.numel()
+
+
 def _flops_per_token(model: RecursiveTransformer, context: int, *, merged: bool) -> int:
     config = model.config
     linears = [linear for _, linear in loop_linears(model.stack)]
-    multiplies = sum(linear.weight.numel() for linear in linears)
-    if not merged:
-        multiplies += sum(linear.rank * (linear.in_features + linear.out_features) for linear in linears)
+    multiplies = sum(_weight_size(linear) for linear in linears)
+    apart = [linear for linear in linears if not merged or linear.weight is None]
+    multiplies += sum(linear.rank * (linear.in_features + linear.out_features) for linear in apart)
     multiplies *= model.recursion.num_loops
     # Scores and weighted sum over the positions attended to.
     attended = context + model.recursion.prefix_length

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rrt import ops
 from rrt.errors import UserError
-from rrt.model.config import ModelConfig, RecursiveConfig
+from rrt.model.config import ModelConfig, RecursiveConfig, linear_shapes
 from rrt.model.loop_linear import LoopLinear
 from rrt.ops import precision
 
@@ -118,19 +118,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with separate q, k, v projections (MHA, GQA, MQA), optional q and k norms and prefix vectors."""
 
-    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig, index: int) -> None:
         super().__init__()
         self.config = config
-        ranks, width = recursion.lora_rank, config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
-
-        def linear(inputs: int, outputs: int, rank: int, bias: bool) -> LoopLinear:
-            return _linear(recursion, inputs, outputs, rank, bias)
-
-        self.q = linear(config.hidden_size, width, ranks.q, config.qkv_bias)
-        self.k = linear(config.hidden_size, kv_width, ranks.kv, config.qkv_bias)
-        self.v = linear(config.hidden_size, kv_width, ranks.kv, config.qkv_bias)
-        self.out = linear(width, config.hidden_size, ranks.out, config.out_bias)
+        self.q, self.k, self.v = (
+            _linear(config, recursion, index, f"attn.{name}", config.qkv_bias) for name in ("q", "k", "v")
+        )
+        self.out = _linear(config, recursion, index, "attn.out", config.out_bias)
         norm_loops = recursion.num_loops if recursion.untie_norms else 1
         self.q_norm = Norm(config, norm_loops, config.head_dim) if config.qk_norm else None
         self.k_norm = Norm(config, norm_loops, config.head_dim) if config.qk_norm else None
@@ -144,6 +138,10 @@ class Attention(nn.Module):
         selected_tokens: Tensor | None = None,
     ) -> Tensor:
         """Attend within x [batch, T, D] and to prefix [P, D] -> [batch, T, D], or [N, D] of the selected tokens."""
+        return self.out(_select(self.mix(x, loop, context, prefix), selected_tokens), loop)
+
+    def mix(self, x: Tensor, loop: int, context: ForwardContext, prefix: Tensor | None = None) -> Tensor:
+        """Compute the heads' results [batch, T, H * D_h], the input of `out`; x and prefix as in `forward`."""
         q, k, v = (self._split_heads(linear(x, loop)) for linear in (self.q, self.k, self.v))
         q, k = self.normalize(q, k, loop)
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
@@ -158,7 +156,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=k.shape[1] != q.shape[1]
             ).transpose(1, 2)
-        return self.out(_select(y.flatten(2), selected_tokens), loop)
+        return y.flatten(2)
 
     def normalize(self, q: Tensor, k: Tensor, loop: int | Tensor) -> tuple[Tensor, Tensor]:
         """Apply the q and k norms, if there are any, to heads [..., H, D_h] and [..., H_kv, D_h]."""
@@ -178,18 +176,21 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GeGLU, SwiGLU (`gated_mlp`) or the plain two-matrix feed-forward."""
 
-    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig, index: int) -> None:
         super().__init__()
         self.activation = config.activation
-        hidden, inner, rank = config.hidden_size, config.intermediate_size, recursion.lora_rank.ffn
-        self.gate = _linear(recursion, hidden, inner, rank, config.mlp_bias) if config.gated_mlp else None
-        self.up = _linear(recursion, hidden, inner, rank, config.mlp_bias)
-        self.down = _linear(recursion, inner, hidden, rank, config.mlp_bias)
+        self.gate = _linear(config, recursion, index, "mlp.gate", config.mlp_bias) if config.gated_mlp else None
+        self.up = _linear(config, recursion, index, "mlp.up", config.mlp_bias)
+        self.down = _linear(config, recursion, index, "mlp.down", config.mlp_bias)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
+        return self.down(self.inner(x, loop), loop)
+
+    def inner(self, x: Tensor, loop: int) -> Tensor:
+        """Compute the input [..., intermediate_size] of `down`."""
         if self.gate is None:
-            return self.down(self.activate(self.up(x, loop)), loop)
-        return self.down(self._gated_linears(self.gate, self.up, x, loop), loop)
+            return self.activate(self.up(x, loop))
+        return self._gated_linears(self.gate, self.up, x, loop)
 
     def _gated_linears(self, gate: LoopLinear, up: LoopLinear, x: Tensor, loop: int) -> Tensor:
         if not (gate.packed and up.packed and self.gates_natively(x)):
@@ -214,16 +215,16 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One shared decoder layer, sequential or with parallel residual."""
+    """One shared decoder layer, sequential or with parallel residual; `index` in [0, K)."""
 
-    def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
+    def __init__(self, config: ModelConfig, recursion: RecursiveConfig, index: int) -> None:
         super().__init__()
         norm_loops = recursion.num_loops if recursion.untie_norms else 1
         self.parallel_residual = config.parallel_residual
         self.attn_norm = Norm(config, norm_loops)
-        self.attn = Attention(config, recursion)
+        self.attn = Attention(config, recursion, index)
         self.mlp_norm = Norm(config, norm_loops)
-        self.mlp = MLP(config, recursion)
+        self.mlp = MLP(config, recursion, index)
 
     def forward(
         self,
@@ -251,8 +252,9 @@ class LoopedStack(nn.Module):
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig) -> None:
         super().__init__()
         self.num_loops = recursion.num_loops
+        recursion.check_fits(config)
         self.places = recursion.places(config)
-        self.layers = nn.ModuleList(Layer(config, recursion) for _ in range(recursion.layers_per_loop(config)))
+        self.layers = nn.ModuleList(Layer(config, recursion, k) for k in range(recursion.layers_per_loop(config)))
         self.checkpointing: Checkpointing = "none"
         shape = (config.num_layers, recursion.prefix_length, config.hidden_size)
         self.prefix = nn.Parameter(torch.empty(shape)) if recursion.prefix_length else None
@@ -297,7 +299,7 @@ class RecursiveTransformer(nn.Module):
     """The language model. `forward(input_ids)` gives logits; see :func:`rrt.load_model` to get one.
 
     Raises:
-        UserError: from the constructor, if `num_loops` does not divide `num_layers`.
+        UserError: from the constructor, if `num_loops` does not divide `num_layers` or a matrix's rank is not possible.
     """
 
     def __init__(self, config: ModelConfig, recursion: RecursiveConfig | None = None) -> None:
@@ -472,12 +474,14 @@ def _of_loop(parameter: Tensor, loop: int | Tensor, x: Tensor) -> Tensor:
     return chosen[:, None] if chosen.dim() == 2 and x.dim() == 3 else chosen
 
 
-def _linear(recursion: RecursiveConfig, inputs: int, outputs: int, rank: int, bias: bool) -> LoopLinear:
+def _linear(config: ModelConfig, recursion: RecursiveConfig, layer: int, name: str, bias: bool) -> LoopLinear:
+    outputs, inputs = linear_shapes(config)[name]
     return LoopLinear(
         inputs,
         outputs,
         num_loops=recursion.num_loops,
-        rank=rank,
+        rank=recursion.lora_rank.of(config, layer, name),
         bias=bias,
         untie_bias=recursion.untie_norms,
+        low_rank_only=recursion.low_rank_only,
     )

@@ -35,6 +35,8 @@ PARAMETERS = (
 )
 """A layer's parameters, in the order in which `decode_block` takes them."""
 
+_NUM_RANKS = 7
+
 _check = Checks("decode_block")
 
 
@@ -77,7 +79,7 @@ def decode_block(
         parameters: for each layer those of `PARAMETERS`, of x's dtype. Norm weights are [width], or [num_loops, width];
             q_norm and k_norm (over D_h, before the rotation) may be None. Linears are packed as in `loop_lora_linear`,
             with q, k, v and gate, up as segments; biases may be None, and lora_a and lora_b where the rank is 0.
-        ranks: the LoRA's ranks of q, k, v, out, gate, up and down.
+        ranks: for each layer the LoRA's ranks of q, k, v, out, gate, up and down.
         norm_eps, norm_plus_one, activation: as in `rms_norm` and `gated_activation`.
         scale: factor on the attention scores.
 
@@ -138,16 +140,16 @@ def decode_block_reference(*arguments: Any) -> Tensor:
     for index in range(len(a.k_cache)):
         layer, k_cache, v_cache = a.layer(index), a.k_cache[index], a.v_cache[index]
         normed = norm(torch.cat((kept, x)), layer["attn_norm"], a.loops)
-        qkv = a.linear(layer, "qkv", normed, a.loops)
+        qkv = a.linear(index, "qkv", normed, a.loops)
         q, k, v = qkv.unflatten(1, (-1, head_dim)).split(heads, dim=1)
         q, k = norm(q, layer["q_norm"], a.loops), norm(k, layer["k_norm"], a.loops)
         loop_kv_write_reference(k, v, k_cache, v_cache, a.slot_mapping, a.positions, a.cos_sin)
         rope = (a.positions[decoding], a.cos_sin)
         y = loop_kv_attention_reference(q[decoding], k_cache, v_cache, a.block_tables, a.context_lens, a.scale, *rope)
-        x = x + a.linear(layer, "out", y.flatten(1), a.loops[decoding])
+        x = x + a.linear(index, "out", y.flatten(1), a.loops[decoding])
         normed = norm(x, layer["mlp_norm"], a.loops[decoding])
-        gate, up = a.linear(layer, "gate_up", normed, a.loops[decoding]).chunk(2, dim=1)
-        x = x + a.linear(layer, "down", gated_activation_reference(gate, up, a.activation), a.loops[decoding])
+        gate, up = a.linear(index, "gate_up", normed, a.loops[decoding]).chunk(2, dim=1)
+        x = x + a.linear(index, "down", gated_activation_reference(gate, up, a.activation), a.loops[decoding])
     return torch.cat((kept, x))
 
 
@@ -183,24 +185,27 @@ class _Arguments:
     def norm(self, values: Tensor, weight: Tensor) -> Tensor:
         return rms_norm_reference(values, weight, self.norm_eps, self.norm_plus_one)[0]
 
-    def linear(self, layer: dict[str, Tensor | None], name: str, x: Tensor, loops: Tensor) -> Tensor:
+    def linear(self, index: int, name: str, x: Tensor, loops: Tensor) -> Tensor:
+        """Apply one of a layer's linears."""
+        layer = self.layer(index)
         weight, bias, lora_a, lora_b = (layer[f"{name}.{part}"] for part in _LINEAR_PARTS)
         assert weight is not None
-        _, outs, ranks = self.linear_sizes()[name]
+        _, outs, ranks = self.linear_sizes(index)[name]
         if lora_a is None or lora_b is None:
             lora_a = x.new_empty(self.num_loops, *packed_shape(x.dtype, 0, x.shape[1]))
             lora_b = x.new_empty(self.num_loops, *packed_shape(x.dtype, sum(outs), 0))
         return loop_lora_linear_reference(x, weight, bias, lora_a, lora_b, loops, outs, ranks)
 
-    def linear_sizes(self) -> dict[str, tuple[int, tuple[int, ...], Sequence[int]]]:
-        """Return for each linear its inputs, and the outputs and rank of each segment."""
+    def linear_sizes(self, index: int) -> dict[str, tuple[int, tuple[int, ...], Sequence[int]]]:
+        """Return for each linear of a layer its inputs, and the outputs and rank of each segment."""
+        ranks = self.ranks[index * _NUM_RANKS : (index + 1) * _NUM_RANKS]
         hidden, inner, head_dim = self.x.shape[1], self.inner_size, self.k_cache.shape[4]
         q_width, kv_width = self.num_heads * head_dim, self.k_cache.shape[3] * head_dim
         return {
-            "qkv": (hidden, (q_width, kv_width, kv_width), self.ranks[:3]),
-            "out": (q_width, (hidden,), self.ranks[3:4]),
-            "gate_up": (hidden, (inner, inner), self.ranks[4:6]),
-            "down": (inner, (hidden,), self.ranks[6:7]),
+            "qkv": (hidden, (q_width, kv_width, kv_width), ranks[:3]),
+            "out": (q_width, (hidden,), ranks[3:4]),
+            "gate_up": (hidden, (inner, inner), ranks[4:6]),
+            "down": (inner, (hidden,), ranks[6:7]),
         }
 
     def check(self) -> Tensor:
@@ -250,8 +255,12 @@ class _Arguments:
                 f"{len(self.parameters)} entries",
                 f"{expected}, {len(PARAMETERS)} for each of k_cache's layers",
             )
-        if len(self.ranks) != 7 or min(self.ranks) < 0:
-            check.fail("ranks", list(self.ranks), "7 numbers that are not negative")
+        if len(self.ranks) != num_layers * _NUM_RANKS:
+            total = num_layers * _NUM_RANKS
+            check.fail("ranks", f"{len(self.ranks)} entries", f"{total}, {_NUM_RANKS} for each of k_cache's layers")
+        for entry, rank in enumerate(self.ranks):
+            if rank < 0:
+                check.fail(f"ranks[{entry}]", rank, "0 or more")
         for index in range(num_layers):
             for norm, width in (
                 ("attn_norm", hidden),
@@ -260,7 +269,7 @@ class _Arguments:
                 ("mlp_norm", hidden),
             ):
                 self._check_vector(index, norm, width, is_required=norm in ("attn_norm", "mlp_norm"))
-            for name, (k, outs, ranks) in self.linear_sizes().items():
+            for name, (k, outs, ranks) in self.linear_sizes(index).items():
                 n, total = sum(outs), sum(ranks)
                 self._check_entry(index, f"{name}.weight", packed_shape(x.dtype, n, k))
                 self._check_vector(index, f"{name}.bias", n)

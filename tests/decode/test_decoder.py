@@ -6,12 +6,15 @@ import torch
 
 from rrt import ops
 from rrt.checkpoint.source import load_model
+from rrt.decode import row_linears
 from rrt.decode.decoder import Decoder
 from rrt.decode.generation import generate
 from rrt.decode.kv_cache import PagedCache
 from rrt.decode.passes import Chunk, PassRows
+from rrt.decode.row_linears import DecodeLayer
 from rrt.errors import UserError
 from rrt.model.config import RecursiveConfig
+from rrt.model.meta import meta_model
 from tests.util.decoding import (
     FAMILIES,
     LOOPED,
@@ -66,6 +69,15 @@ def test_incremental_decoding_equals_the_full_forward(family, looped, chunks):
     assert_close(decode_in_chunks(make_decoder(model), tokens, chunks), model(tokens[None])[0])
 
 
+def test_16_bit_rows_on_other_devices_have_ranks_of_whole_vectors_and_give_the_same(monkeypatch):
+    model, tokens = make_model("llama", "relaxed-mixed-2"), random_tokens(11)
+    for dtype, ranks in ((torch.bfloat16, [8, 8, 0]), (torch.float32, [3, 6, 0])):
+        qkv = DecodeLayer(meta_model(model.config, model.recursion).to(dtype).stack.layers[0]).qkv
+        assert qkv.segment_rank == ranks and qkv.lora_a.shape[1] == sum(ranks) and qkv.lora_b.shape[2] == max(ranks)
+    monkeypatch.setattr(row_linears, "_row_rank", lambda linear: -(-linear.rank // 8) * 8)
+    assert_close(decode_in_chunks(make_decoder(model), tokens, [1] * 11), model(tokens[None])[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_incremental_decoding_equals_transformers(variant, tmp_path):
@@ -77,9 +89,11 @@ def test_incremental_decoding_equals_transformers(variant, tmp_path):
         assert_close(decode_in_chunks(decoder, tokens, chunks), expected, 2e-5)
 
 
-@pytest.mark.parametrize("looped", [name for name in LOOPED if name.startswith(("sequence", "cycle-rev"))])
+@pytest.mark.parametrize(
+    "looped", [name for name in LOOPED if name.startswith(("sequence", "cycle-rev", "low-rank-only"))]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
-def test_other_sharings_decode_as_their_full_forward_and_pages_are_of_consecutive_depths(family, looped):
+def test_other_sharings_and_none_decode_as_their_full_forward(family, looped):
     model = make_model(family, looped)
     tokens = random_tokens(11)
     for chunks in ([1] * 11, [4, 5, 1, 1]):

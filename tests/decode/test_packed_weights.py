@@ -20,6 +20,7 @@ EVERYTHING = 2**40
 KINDS = {
     "recursive": RecursiveConfig(num_loops=2),
     "relaxed": RecursiveConfig(num_loops=2, lora_rank=LoraRanks(3, 2, 4, 5), untie_norms=True),
+    "low rank only": RecursiveConfig(lora_rank=LoraRanks(q=3, kv=0, out=2, ffn=5), low_rank_only=True),
     "prefix": RecursiveConfig(num_loops=2, prefix_length=3, lora_rank=LoraRanks.uniform(2)),
 }
 
@@ -64,12 +65,12 @@ def test_logits_are_the_models_own(name: str, recursion: RecursiveConfig, monkey
     packed, calls = PackedLinears(model.stack, EVERYTHING), counted(monkeypatch)
     with packed.in_use():
         found = model(IDS)
-    linears = [module for module in model.stack.modules() if isinstance(module, LoopLinear)]
+    linears = [m for m in model.stack.modules() if isinstance(m, LoopLinear) and m.weight is not None]
     prefix_products = 2 * model.config.num_layers if recursion.prefix_length else 0
-    assert len(calls) == 2 * len(linears) + prefix_products
+    assert len(calls) == recursion.num_loops * len(linears) + prefix_products
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     assert torch.equal(model(IDS), expected)
-    assert len(calls) == 2 * len(linears) + prefix_products
+    assert len(calls) == recursion.num_loops * len(linears) + prefix_products
 
 
 def test_an_error_ends_the_use() -> None:

@@ -20,6 +20,7 @@ from rrt.folding.conversion import convert
 from rrt.folding.fold import kept_depths
 from rrt.folding.svd import truncated_svd
 from rrt.folding.unroll import export
+from rrt.inspect import main as inspect_main
 from rrt.model.config import LORA_GROUP_OF_LINEAR, LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
 from tests.util.commands import run_main
@@ -326,6 +327,81 @@ def test_joint_leaves_groups_without_rank_their_mean(bases, tmp_path):
 )
 def test_default_lora_init_is_joint_where_it_has_a_closed_form(flags, expected):
     assert recursive_flags([str(flag) for flag in flags]).lora_init == expected
+
+
+# ---- low rank alone, a baseline that shares nothing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma", "llama", "gpt_neox"])
+def test_low_rank_only_factorises_every_depths_folded_weight(family, tmp_path):
+    base_dir = make_hf_model(tmp_path / "base", family, intermediate_size=160)
+    options = dict(rank=2, lora_init="low-rank-only")
+    base, new, report = fold(base_dir, tmp_path / "out", **options)
+    source = open_source(tmp_path / "out")
+    ranks = source.recursion.lora_rank
+    assert (source.recursion.num_loops, source.recursion.low_rank_only, source.model.num_layers) == (1, True, 6)
+    if family != "gpt_neox":  # folds a shift too, into biases
+        for depth in range(6):
+            gain = gains(base, depth, "mlp_norm", family)
+            weight = base[f"stack.layers.{depth}.mlp.up.weight"].double() * gain
+            name = f"stack.layers.{depth}.mlp.up"
+            assert f"{name}.weight" not in new and new[f"{name}.lora_a"].shape[:2] == (1, ranks.ffn)
+            error = weight - new[f"{name}.lora_b"][0].double() @ new[f"{name}.lora_a"][0].double()
+            tail = torch.linalg.svdvals(weight)[ranks.ffn :].square().sum()
+            assert error.square().sum().item() == pytest.approx(tail.item(), rel=1e-4)
+            losses = [matrix.final_loss[0] for matrix in report.matrices if matrix.name == name]
+            assert losses == pytest.approx([(tail / weight.square().sum()).item()], rel=1e-4)
+    # The embedding and the final norm are the base's, the model runs, and its export computes the same.
+    assert torch.equal(new["embed"], base["embed"]) and torch.equal(new["norm.weight"], base["norm.weight"])
+    export(tmp_path / "out", tmp_path / "hf")
+    input_ids = torch.arange(40)[None]
+    expected = load_model(tmp_path / "out")(input_ids)
+    assert (load_model(tmp_path / "hf")(input_ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("num_loops", [2, 3])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_low_rank_only_has_the_parameters_of_the_folding(bases, num_loops, rank, tmp_path):
+    _, _, folded = fold(bases["llama"], tmp_path / "folded", num_loops=num_loops, rank=rank, init="average")
+    _, new, report = fold(
+        bases["llama"], tmp_path / "low", num_loops=num_loops, rank=rank, init="average", lora_init="low-rank-only"
+    )
+    found, wanted = report.after.total_params, folded.after.total_params
+    assert found == sum(tensor.numel() for tensor in new.values())
+    # No group takes one more unit of rank: q and out cost 64 a layer, k and v 96, the feed-forward 336.
+    assert wanted - 6 * 64 < found <= wanted
+    assert any(f"has {found:,} parameters; {num_loops} loops" in notice for notice in report.notices)
+
+
+def test_linears_that_a_product_would_not_make_smaller_keep_their_weights(bases, tmp_path):
+    base, new, report = fold(bases["llama"], tmp_path / "out", rank=8, init="average", lora_init="low-rank-only")
+    ranks = report.after.recursion.lora_rank
+    assert ranks.kv == 0 < ranks.ffn  # 11 (32 + 16) > 32 x 16
+    gain = base["stack.layers.4.attn_norm.weight"].double()
+    expected = (base["stack.layers.4.attn.k.weight"].double() * gain).float()
+    assert torch.equal(new["stack.layers.4.attn.k.weight"], expected)
+
+
+def test_low_rank_only_that_makes_no_sense_is_refused(bases, tmp_path):
+    for options, message in (
+        (dict(num_loops=1, rank=2), "field 'num_loops': found 1; expected at least 2 with lora_init 'low-rank-only'"),
+        (dict(prefix_length=2), "field 'prefix_length': found 2; expected 0 with lora_init"),
+        (dict(rank=999), "field 'lora_init': found 'low-rank-only' in place of 2 loops .* which save no parameters"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fold(bases["llama"], tmp_path / "out", lora_init="low-rank-only", **options)
+    with pytest.raises(UserError, match="field 'low_rank_only': found true"):
+        fold(bases["llama"], tmp_path / "out", num_loops=1, low_rank_only=True, rank=3)
+    with pytest.raises(UserError, match="field 'num_loops': found 2; expected 1 with low_rank_only"):
+        RecursiveConfig(num_loops=2, low_rank_only=True)
+
+
+def test_command_reports_what_low_rank_loses(bases, tmp_path, capsys, monkeypatch):
+    argv = ["--base", bases["llama"], "--out", tmp_path / "out", "--num-loops", 2, "--lora-init", "low-rank-only"]
+    code, stdout, _ = run_main(main, argv, capsys, monkeypatch)
+    assert code == 0 and "nothing shared; norms folded" in stdout and "6 layers" in stdout
+    assert "lost by low rank" in stdout and "of all ||W||^2 low rank loses " in stdout and "->" not in stdout
 
 
 def test_a_conversion_that_saves_nothing_says_so(bases, tmp_path):
@@ -818,3 +894,92 @@ def test_capped_ranks_are_what_the_checkpoint_keeps(bases, tmp_path):
             assert tensor.shape[1] == getattr(
                 found, LORA_GROUP_OF_LINEAR[name.split(".", 3)[3].removesuffix(".lora_a")]
             )
+
+
+def lost_shares(base, new, num_loops=2):
+    """Share of each matrix's energy that tying lost and LoRA does not restore, by name."""
+    lost = {}
+    for name in linears(new):
+        layer, linear = name.removeprefix("stack.layers.").split(".", 1)
+        error = energy = 0.0
+        for loop in range(num_loops):
+            weight = base[f"stack.layers.{loop * 6 // num_loops + int(layer)}.{linear}.weight"].double()
+            made = new[f"{name}.weight"].double()
+            if f"{name}.lora_a" in new:
+                made += new[f"{name}.lora_b"][loop].double() @ new[f"{name}.lora_a"][loop].double()
+            error += (weight - made).square().sum().item()
+            energy += weight.square().sum().item()
+        lost[name] = error / energy
+    return lost
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "num_loops", "init", "lora_init"),
+    [
+        ("gemma", 2, "average", "svd"),
+        ("llama", 3, "stepwise", "svd"),
+        ("llama", 2, "average", "joint"),
+        ("gpt_neox", 3, "average", "joint"),
+    ],
+)
+def test_a_rank_budget_loses_less_at_the_same_size(bases, family, num_loops, init, lora_init, tmp_path):
+    options = dict(num_loops=num_loops, init=init, lora_init=lora_init, norm_init="average")
+    base, uniform, before = fold(bases[family], tmp_path / "uniform", rank=5, **options)
+    _, new, report = fold(bases[family], tmp_path / "out", rank=LoraRanks.uniform(5, is_budget=True), **options)
+    found, expected = (sum(lost_shares(base, tensors, num_loops).values()) for tensors in (new, uniform))
+    assert found < expected
+    assert report.after.lora_params == before.after.lora_params
+    ranks = open_source(tmp_path / "out").recursion.lora_rank
+    assert ranks == report.after.recursion.lora_rank and (ranks.q, ranks.is_budget) == (5, True)
+    assert {f"stack.{name}": rank for name, rank in ranks.matrices.items()} == {m.name: m.rank for m in report.matrices}
+    assert len(set(ranks.matrices.values())) > 2
+    assert load_model(tmp_path / "out")(torch.arange(9)[None]).isfinite().all()
+
+
+def test_a_matrix_that_tying_does_not_change_gets_no_rank(tmp_path):
+    base = make_hf_model(tmp_path / "base", "llama", num_layers=4)
+    weights = load_file(base / "model.safetensors")
+    for leaf in ("self_attn.q_proj", "mlp.down_proj"):
+        weights[f"model.layers.2.{leaf}.weight"] = weights[f"model.layers.0.{leaf}.weight"]
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, base / "model.safetensors")
+    options = dict(init="average", norm_init="average")
+    _, new, report = fold(base, tmp_path / "out", rank=LoraRanks.uniform(3, is_budget=True), **options)
+    ranks = report.after.recursion.lora_rank.matrices
+    assert ranks["layers.0.attn.q"] == ranks["layers.0.mlp.down"] == 0 and ranks["layers.1.attn.q"] > 0
+    assert "stack.layers.0.attn.q.lora_a" not in new and "stack.layers.1.attn.q.lora_a" in new
+
+
+def test_the_command_takes_a_rank_budget_and_prints_every_rank(bases, tmp_path, capsys, monkeypatch):
+    argv = ["--base", bases["llama"], "--out", tmp_path / "out", "--num-loops", 2]
+    done = run_main(main, [*argv, "--rank-budget", 4], capsys, monkeypatch)
+    assert done.code == 0 and "average; LoRA rank budget 4 (joint)" in done.out
+    matrices = open_source(tmp_path / "out").recursion.lora_rank.matrices
+    table = done.out[done.out.index("LoRA ranks") :].splitlines()
+    assert table[0].split()[2:] == list(LINEARS)
+    assert [row.split()[0] for row in table[1:7]] == ["0", "1", "2", "least", "median", "largest"]
+    for column, linear in enumerate(LINEARS, start=1):
+        ranks = [matrices[f"layers.{layer}.{linear}"] for layer in range(3)]
+        assert [int(row.split()[column]) for row in table[1:7]] == [*ranks, *sorted(ranks)]
+    code, inspected, _ = run_main(inspect_main, ["--checkpoint", tmp_path / "out"], capsys, monkeypatch)
+    assert code == 0 and inspected.splitlines()[-7:] == table[:7] and "budget 4, 21 matrices" in inspected
+
+
+def test_budgets_that_make_no_sense_are_refused(bases, tmp_path, capsys, monkeypatch):
+    argv = ["--base", bases["llama"], "--out", tmp_path / "out", "--num-loops", 2]
+    cases = {
+        "--rank-budget: found 4 beside --lora-rank 3; expected one of the two": ["--lora-rank", 3],
+        "--rank-budget: found 4 beside --lora-rank-ffn 3; expected one of the two": ["--lora-rank-ffn", 3],
+        "--rank-budget: found 0; expected at least 1, rank 1 for each matrix": ["--rank-budget", 0],
+        "LoRA rank budget q 20, kv 16, out 20, ffn 20: this saves no parameters: ": ["--rank-budget", 20],
+        "LoRA rank budget 4: this saves no parameters: ": ["--num-loops", 1],
+        "rank budget: found 384 parameters; expected at least ": None,
+    }
+    for message, flags in cases.items():
+        if flags is None:
+            with pytest.raises(UserError, match=message):
+                fold(bases["llama"], tmp_path / "out", rank=LoraRanks(q=1, is_budget=True), init="average")
+            continue
+        code, _, stderr = run_main(main, [*argv, "--rank-budget", 4, *flags], capsys, monkeypatch)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "out").exists()

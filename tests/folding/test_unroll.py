@@ -25,7 +25,7 @@ from rrt.folding.unroll import export, prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import meta_model
 from tests.util.commands import run_main
-from tests.util.models import ALL_FAMILIES, make_hf_model
+from tests.util.models import ALL_FAMILIES, MIXED_RANKS, make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 RECURSIVE = {
@@ -33,6 +33,7 @@ RECURSIVE = {
     "relaxed": RecursiveConfig(num_loops=3, init="average", lora_rank=LoraRanks(q=4, kv=0, out=3, ffn=9)),
     "sequence": RecursiveConfig(num_loops=3, sharing="sequence", lora_rank=LoraRanks.uniform(4), untie_norms=True),
     "cycle-rev": RecursiveConfig(num_loops=2, sharing="cycle-rev", lora_rank=LoraRanks.uniform(4), untie_norms=True),
+    "mixed": RecursiveConfig(num_loops=2, init="average", lora_rank=MIXED_RANKS),
     "untied": RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(5), untie_norms=True),
 }
 

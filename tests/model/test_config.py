@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,12 +28,21 @@ class Outer:
     limit: int | None = None
     loops: tuple[int, ...] = ()
     inner: Inner = field(default_factory=Inner)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def test_every_kind_of_field_is_read():
-    data = {"count": 3, "flag": True, "kind": "b", "limit": 4, "loops": [0, 1], "inner": {"rate": 2}}
+    data = {
+        "count": 3,
+        "flag": True,
+        "kind": "b",
+        "limit": 4,
+        "loops": [0, 1],
+        "inner": {"rate": 2},
+        "ranks": {"a.b": 3},
+    }
     outer = from_mapping(Outer, data, "f.json")
-    assert outer == Outer(3, "x", True, "b", 4, (0, 1), Inner(2.0))
+    assert outer == Outer(3, "x", True, "b", 4, (0, 1), Inner(2.0), {"a.b": 3})
     assert isinstance(outer.inner.rate, float)
     assert from_mapping(Outer, json.loads(json.dumps(to_mapping(outer))), "f.json") == outer
 
@@ -53,9 +63,11 @@ def test_every_kind_of_field_is_read():
         ({"count": 1, "inner": 2}, "f.json: field 'inner': found 2; expected Inner"),
         ({"count": 1, "inner": {"rate": "fast"}}, "f.json: field 'inner.rate': found 'fast'; expected float"),
         ({"count": 1, "inner": {"rte": 1}}, "f.json: unknown field 'inner.rte'; expected one of: rate"),
+        ({"count": 1, "ranks": [3]}, "f.json: field 'ranks': found [3]; expected an object with values of type int"),
+        ({"count": 1, "ranks": {"a.b": "3"}}, "f.json: field 'ranks.a.b': found '3'; expected int"),
         (
             {"count": 1, "new\nline": 0},
-            r"f.json: unknown field 'new\nline'; expected one of: count, name, flag, kind, limit, loops, inner",
+            r"f.json: unknown field 'new\nline'; expected one of: count, name, flag, kind, limit, loops, inner, ranks",
         ),
     ],
 )
@@ -127,6 +139,43 @@ def test_negative_rank_is_refused_and_no_rank_is_false():
         LoraRanks(kv=-1)
     assert not LoraRanks() and LoraRanks(ffn=1)
     assert str(LoraRanks.uniform(8)) == "8" and str(LoraRanks(q=1)) == "q 1, kv 0, out 0, ffn 0"
+
+
+def test_ranks_of_matrices_override_their_groups_and_survive_json():
+    ranks = LoraRanks(q=4, kv=99, matrices={"layers.2.attn.q": 0, "layers.0.mlp.down": 7})
+    found = [ranks.of(MODEL, *matrix) for matrix in ((2, "attn.q"), (1, "attn.q"), (0, "mlp.down"), (1, "attn.v"))]
+    assert found == [0, 4, 7, 16]  # a group's rank is capped
+    recursion = RecursiveConfig(num_loops=2, lora_rank=ranks)
+    recursion.check_fits(MODEL)
+    assert from_mapping(RecursiveConfig, json.loads(json.dumps(to_mapping(recursion))), "f.json") == recursion
+    assert {recursion: 1}[dataclasses.replace(recursion)] == 1
+    assert recursion != dataclasses.replace(recursion, lora_rank=LoraRanks(q=4, kv=99))
+    assert LoraRanks(matrices={"layers.0.attn.q": 1}) and not LoraRanks(matrices={"layers.0.attn.q": 0})
+    assert str(ranks) == "q 4, kv 99, out 0, ffn 0, 2 matrices 0 to 7"
+    assert str(LoraRanks.uniform(8, is_budget=True)) == "budget 8"
+
+
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        ({"layers.0.attn.q": -1}, r"field 'lora_rank\.matrices\.layers\.0\.attn\.q': found -1; expected 0 \(no LoRA\)"),
+        (
+            {"layers.3.attn.q": 1},
+            r"field 'lora_rank\.matrices': found 'layers\.3\.attn\.q'; expected layers\.K\.LINEAR with",
+        ),
+        (
+            {"stack.layers.0.attn.q": 1},
+            r"found 'stack\.layers\.0\.attn\.q'; .* K in \[0, 3\) and LINEAR one of attn\.q, ",
+        ),
+        (
+            {"layers.0.attn.k": 17},
+            r"'lora_rank\.matrices\.layers\.0\.attn\.k': found 17; expected at most 16, .* of 16 x 32",
+        ),
+    ],
+)
+def test_ranks_of_matrices_that_cannot_be_are_refused(matrices, message):
+    with pytest.raises(UserError, match=message):
+        RecursiveConfig(num_loops=2, lora_rank=LoraRanks(matrices=matrices)).check_fits(MODEL)
 
 
 def test_only_what_differs_between_depths_relaxes():

@@ -14,7 +14,7 @@ from rrt.folding.conversion import convert
 from rrt.inspect import main
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
-from rrt.model.sizes import model_sizes
+from rrt.model.sizes import model_sizes, without_sharing
 from tests.util.commands import run_main
 from tests.util.models import FAMILIES, make_hf_model
 
@@ -53,6 +53,25 @@ def test_mixed_ranks_are_the_papers():
     for ranks, expected in MIXED_RANKS.items():
         found = non_embedding_params("gemma-2b", num_loops=2, lora_rank=LoraRanks(*ranks))
         assert expected in as_printed(found), (ranks, found)
+
+
+def test_low_rank_alone_has_as_many_parameters_as_the_folding_up_to_the_last_rank():
+    for name in ("gemma-2b", "tinyllama-1.1b", "pythia-160m"):
+        for loops, rank in ((2, 0), (2, 64)):
+            model, folding = preset(name), RecursiveConfig(num_loops=loops, lora_rank=LoraRanks.uniform(rank))
+            low_rank = without_sharing(model, folding)
+            found, wanted = (model_sizes(model, each, torch.float32).total_params for each in (low_rank, folding))
+            assert 0 <= 1 - found / wanted < 2e-4
+
+
+def test_flops_of_low_rank_alone_are_those_of_two_products():
+    model = preset("pythia-160m")
+    low_rank = RecursiveConfig(lora_rank=LoraRanks(q=8, kv=0, out=8, ffn=8), low_rank_only=True)
+    found, vanilla = (model_sizes(model, each, torch.float32, 1) for each in (low_rank, RecursiveConfig()))
+    saved = 2 * 12 * (2 * (768 * 768 - 8 * 1536) + 2 * (768 * 3072 - 8 * 3840))
+    assert found.flops_per_token["plain"] == found.flops_per_token["merged"]
+    assert vanilla.flops_per_token["plain"] - found.flops_per_token["plain"] == saved
+    assert found.merge_flops == 0 and found.lora_params == 12 * (2 * 8 * 1536 + 2 * 8 * 3840)
 
 
 def test_base_models_are_the_papers():
@@ -205,7 +224,8 @@ def test_command_prints_a_table(capsys, monkeypatch):
 def test_ranks_are_capped_as_conversion_caps_them(capsys, monkeypatch):
     argv = ["--preset", "gemma-2b", "--num-loops", 2, "--lora-rank", 100_000, "--json"]
     found = json.loads(run_main(main, argv, capsys, monkeypatch)[1])
-    assert found["recursive"]["lora_rank"] == {"q": 2048, "kv": 256, "out": 2048, "ffn": 2048}
+    ranks = {"q": 2048, "kv": 256, "out": 2048, "ffn": 2048}
+    assert found["recursive"]["lora_rank"] == ranks | {"is_budget": False, "matrices": {}}
 
 
 def test_dtype_and_context_change_bytes_and_flops(capsys, monkeypatch):

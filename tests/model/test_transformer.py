@@ -16,7 +16,7 @@ from rrt.model.loop_linear import LoopLinear
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import precision
 from rrt.ops.precision import MIN_UPCAST_ROWS
-from tests.util.models import VARIANTS, make_variant
+from tests.util.models import MIXED_RANKS, VARIANTS, make_variant
 from tests.util.pairwise import pairwise
 
 
@@ -108,6 +108,7 @@ def recursive_model(name="llama-gqa", seed=0, **recursion):
 RELAXED = {
     "recursive": dict(num_loops=2),
     "relaxed": dict(num_loops=2, lora_rank=LoraRanks(q=3, kv=5, out=0, ffn=7)),
+    "mixed": dict(num_loops=2, lora_rank=MIXED_RANKS),
     "untied": dict(num_loops=4, lora_rank=LoraRanks.uniform(2), untie_norms=True),
     "prefix": dict(num_loops=2, prefix_length=3),
 }
@@ -135,15 +136,20 @@ LOOPS_OF = {"cycle": [0, 0, 1, 1], "sequence": [0, 1, 0, 1], "cycle-rev": [0, 0,
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "sharing"),
+    ("name", "sharing", "ranks"),
     [
-        *((name, "cycle") for name in ("gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases")),
-        *((name, sharing) for name in ("llama-gqa", "neox-parallel") for sharing in ("sequence", "cycle-rev")),
+        *(
+            (name, "cycle", LoraRanks.uniform(4))
+            for name in ("gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases")
+        ),
+        *((name, "cycle", MIXED_RANKS) for name in ("gemma-mqa", "llama-gqa", "neox-parallel", "qwen3-biases")),
+        *((name, "sequence", LoraRanks.uniform(4)) for name in ("llama-gqa", "neox-parallel")),
+        *((name, "cycle-rev", MIXED_RANKS) for name in ("llama-gqa", "neox-parallel")),
     ],
+    ids=str,
 )
-def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name, sharing):
-    relaxed = dict(lora_rank=LoraRanks.uniform(4), untie_norms=True, prefix_length=3)
-    model = recursive_model(name, num_loops=2, sharing=sharing, **relaxed)
+def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name, sharing, ranks):
+    model = recursive_model(name, num_loops=2, sharing=sharing, lora_rank=ranks, untie_norms=True, prefix_length=3)
     vanilla = RecursiveTransformer(model.config, RecursiveConfig(prefix_length=3)).double().eval()
     for key, parameter in vanilla.named_parameters():
         if not key.startswith("stack.layers."):
@@ -156,7 +162,7 @@ def test_looped_model_equals_the_vanilla_model_with_its_layers_unrolled(name, sh
             parameter.copy_(shared[loop])
         else:
             module = model.get_submodule(f"stack.layers.{layer}.{rest.removesuffix('.weight')}")
-            parameter.copy_(module.weight + module.lora_b[loop] @ module.lora_a[loop])
+            parameter.copy_(module.merged_weight(loop))
     input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(6))
     assert relative_error(model(input_ids), vanilla(input_ids)) <= 1e-12
 
@@ -197,10 +203,11 @@ def test_products_of_emulated_bf16_are_those_of_fp32_rounded_once(monkeypatch):
         assert torch.equal(found, wide(x.float(), 1).bfloat16())
 
 
-def test_merged_and_plain_lora_give_the_same_logits_and_gradients():
+@pytest.mark.parametrize("ranks", [LoraRanks.uniform(4), MIXED_RANKS], ids=str)
+def test_merged_and_plain_lora_give_the_same_logits_and_gradients(ranks):
     results = []
     for merge in (False, True):
-        model = recursive_model("neox-parallel", num_loops=2, lora_rank=LoraRanks.uniform(4))
+        model = recursive_model("neox-parallel", num_loops=2, lora_rank=ranks)
         model.set_merge(merge)
         input_ids = torch.randint(0, 151, (2, 9), generator=torch.Generator().manual_seed(7))
         logits = model(input_ids)

@@ -17,6 +17,8 @@ def reference(**inputs: Any) -> Tensor:
 
 IMPLEMENTATIONS = {"op": decode_block, "reference": reference}
 LAYERS, LOOPS, PAGE_SIZE, PAGES_EACH = 3, 3, 4, 9
+# Of q, k, v, out, gate, up and down: a layer has its own, and one has a LoRA on a few linears alone.
+LORA_RANKS = [[3, 5, 0, 4, 2, 7, 6], [0, 0, 0, 9, 0, 1, 0], [17, 2, 40, 0, 0, 0, 3]]
 ROW_LOOPS, POSITIONS = [2, 0, 1, 0, 2, 2, 1], [3, 17, 0, 8, 30, 12, 5]
 # Name: heads, key/value heads, head width, inner width, what else there is.
 FORMS: dict[str, tuple[int, int, int, int, set[str]]] = {
@@ -43,15 +45,15 @@ def make_inputs(form: str, dtype: torch.dtype, kv_only: int = 2, widen: bool = F
         numbers = (torch.randn(size, generator=generator, dtype=torch.float64) * scale + mean).to(dtype)
         return numbers.double() if widen else numbers
 
-    ranks = [3, 5, 0, 4, 2, 7, 6] if "lora" in traits else [0] * 7
-    linears = {
-        "qkv": (hidden, width + 2 * kv_width, ranks[:3]),
-        "out": (width, hidden, ranks[3:4]),
-        "gate_up": (hidden, 2 * inner, ranks[4:6]),
-        "down": (inner, hidden, ranks[6:]),
-    }
+    ranks = LORA_RANKS if "lora" in traits else [[0] * 7] * LAYERS
     parameters: list[Tensor | None] = []
-    for _ in range(LAYERS):
+    for layer_ranks in ranks:
+        linears = {
+            "qkv": (hidden, width + 2 * kv_width, layer_ranks[:3]),
+            "out": (width, hidden, layer_ranks[3:4]),
+            "gate_up": (hidden, 2 * inner, layer_ranks[4:6]),
+            "down": (inner, hidden, layer_ranks[6:]),
+        }
         layer: dict[str, Tensor | None] = dict.fromkeys(BLOCK_PARAMETERS)
         for norm, size in (("attn_norm", hidden), ("mlp_norm", hidden), ("q_norm", head_dim), ("k_norm", head_dim)):
             if size == hidden or "qk norm" in traits:
@@ -60,7 +62,7 @@ def make_inputs(form: str, dtype: torch.dtype, kv_only: int = 2, widen: bool = F
             layer[f"{name}.weight"] = pack_linear(normal(n, k, scale=k**-0.5))
             if "bias" in traits:
                 layer[f"{name}.bias"] = normal(*per_loop, n)
-            if "lora" in traits:
+            if any(linear_ranks):
                 layer[f"{name}.lora_a"] = pack_linear(normal(LOOPS, sum(linear_ranks), k, scale=k**-0.5))
                 layer[f"{name}.lora_b"] = pack_linear(normal(LOOPS, n, max(linear_ranks), scale=0.3))
         parameters += layer.values()
@@ -81,7 +83,7 @@ def make_inputs(form: str, dtype: torch.dtype, kv_only: int = 2, widen: bool = F
         v_cache=normal(*cache),
         cos_sin=torch.cat((angles.cos(), angles.sin()), 1).float().to(wide),
         parameters=parameters,
-        ranks=ranks,
+        ranks=[rank for layer_ranks in ranks for rank in layer_ranks],
         num_loops=LOOPS,
         num_heads=num_heads,
         inner_size=inner,
@@ -171,7 +173,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("v_cache", lambda x: x[:2], "v_cache: found shape [2, 63, 4, 2, 16]; expected [3, 63, 4, 2, 16]"),
     ("num_heads", lambda x: 3, "num_heads: found 3; expected a multiple of k_cache's 2"),
     ("activation", lambda x: "relu", "activation: found relu; expected silu or gelu_tanh"),
-    ("ranks", lambda x: x[:6], "ranks: found [3, 5, 0, 4, 2, 7]; expected 7 numbers that are not negative"),
+    ("ranks", lambda x: x[:7], "ranks: found 7 entries; expected 21, 7 for each of k_cache's layers"),
+    ("ranks", lambda x: [*x[:8], -1, *x[9:]], "ranks[8]: found -1; expected 0 or more"),
+    (
+        "ranks",
+        lambda x: [*x[:17], 4, *x[18:]],
+        "parameters: layer 2: out.lora_a: found None; expected a tensor",
+    ),
     ("parameters", lambda x: x[1:], "parameters: found 59 entries; expected 60, 20 for each of k_cache's layers"),
     ("parameters", lambda x: [*x[:20], None, *x[21:]], "parameters: layer 1: attn_norm: found None; expected a tensor"),
     (

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rrt.errors import UserError
+from rrt.model.config import RecursiveConfig
+from tests.util.models import MIXED_RANKS
 from tests.util.processes import run_on_two
 from tests.util.training import (
     Flags,
@@ -67,6 +69,16 @@ def test_graphs_of_the_layers_are_one_for_each_loop_that_runs_and_change_no_loss
     assert set(graphs) == {1 + loops}  # one is the trial's
     tolerance = 2e-3 if "bf16" in options else 1e-6
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+
+
+def test_layers_of_different_ranks_have_graphs_of_their_own(tmp_path: Path) -> None:
+    mixed = make_inputs(tmp_path, RecursiveConfig(num_loops=2, lora_rank=MIXED_RANKS))
+    train_here(mixed(tmp_path / "plain", 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "recompile_limit", 1)
+        graphs = train_traced(mixed(tmp_path / "compiled", 2, run__compile="true"))
+    assert graphs == 1 + 2 * 2  # the trial's, and two layers at two loops
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 @pytest.mark.slow

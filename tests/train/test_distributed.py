@@ -71,7 +71,10 @@ def assert_gradients_equal_those_of_one_process(name: str, results: Sequence[Any
 
 @pytest.mark.parametrize(
     ("name", "wrap"),
-    [*((name, "stack") for name in MODELS), *((name, "layer") for name in ("prefix", "sequence", "odd shapes"))],
+    [
+        *((name, "stack") for name in MODELS),
+        *((name, "layer") for name in ("prefix", "sequence", "odd shapes", "relaxed, mixed ranks")),
+    ],
 )
 def test_gradients_of_two_processes_are_those_of_one(name: str, wrap: Wrap) -> None:
     assert_gradients_equal_those_of_one_process(name, run_on(2, sharded_gradients, name, None, wrap))

@@ -292,6 +292,16 @@ def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, messag
         check_conversion("x", preset("pythia-160m"), found, StartConfig(base="pythia-160m", convert=f"{flags} {other}"))
 
 
+def test_a_low_rank_checkpoint_is_compared_with_the_ranks_that_its_folding_gives() -> None:
+    start = StartConfig(base="pythia-160m", convert="--num-loops 2 --lora-rank 16 --lora-init low-rank-only")
+    model, recursion = checkpoint_architecture(ABSENT, start)
+    assert (recursion.num_loops, recursion.low_rank_only) == (1, True) and recursion.lora_rank.ffn > 16
+    check_conversion("x", model, recursion, start)
+    other = dataclasses.replace(recursion, lora_rank=LoraRanks.uniform(16))
+    with pytest.raises(UserError, match="x has lora_rank 16; expected "):
+        check_conversion("x", model, other, start)
+
+
 @pytest.mark.parametrize(
     ("flags", "other"),
     [
@@ -300,6 +310,7 @@ def test_a_checkpoint_that_was_converted_otherwise_is_refused(other: str, messag
         ("--init random", "--norm-init average"),
         ("--init average --lora-rank 768", "--lora-rank 100000"),
         ("--init average --untie-norms", "--norm-init zero"),
+        ("--init average --rank-budget 64", "--norm-init folded"),
     ],
 )
 def test_conversion_flags_without_effect_are_not_compared(flags: str, other: str) -> None:
@@ -307,6 +318,19 @@ def test_conversion_flags_without_effect_are_not_compared(flags: str, other: str
     for made, described in (both, reversed(both)):
         start = StartConfig(base="pythia-160m", convert=described)
         check_conversion("x", preset("pythia-160m"), recursive_flags(made.split()), start)
+
+
+def test_a_checkpoint_of_distributed_ranks_has_the_budget_that_its_recipe_says() -> None:
+    flags, model = "--num-loops 2 --init average --rank-budget 64", preset("pythia-160m")
+    made = recursive_flags(flags.split())
+    made = dataclasses.replace(made, lora_rank=dataclasses.replace(made.lora_rank, matrices={"layers.3.attn.q": 77}))
+    check_conversion("x", model, made, StartConfig(base="pythia-160m", convert=flags))
+    for other, expected in (
+        (flags.replace("64", "32"), "budget 32"),
+        (flags.replace("rank-budget", "lora-rank"), "64"),
+    ):
+        with pytest.raises(UserError, match=f"x has lora_rank budget 64; expected {expected},"):
+            check_conversion("x", model, made, StartConfig(base="pythia-160m", convert=other))
 
 
 @pytest.mark.slow

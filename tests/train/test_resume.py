@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
+from rrt.checkpoint.source import open_source
 from rrt.errors import UserError
+from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
+from tests.util.models import MIXED_RANKS
 from tests.util.processes import forkserver, run_on, run_on_two
 from tests.util.training import (
     Flags,
@@ -62,6 +65,19 @@ def test_runs_resume_bitwise(training: str, count: int, flags: Flags, tmp_path: 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
     assert final[0] == final[1]
+
+
+def test_a_model_of_mixed_ranks_resumes_bitwise_and_keeps_them(tmp_path: Path) -> None:
+    recursion = RecursiveConfig(num_loops=2, lora_rank=MIXED_RANKS)
+    mixed = make_inputs(tmp_path, recursion)
+    run_on_two(train_here, mixed(tmp_path / "whole", 4, run__save_every=2))
+    argv = mixed(tmp_path / "parts", 4, run__save_every=2)
+    run_on_two(train_until, 3, argv)
+    run_on_two(train_here, argv)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert final[0] == final[1]
+    assert open_source(tmp_path / "parts" / "final").recursion == recursion
 
 
 def uptrain_with_noise(step: int | None, argv: list[str]) -> None:

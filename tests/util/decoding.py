@@ -12,6 +12,7 @@ from rrt.decode.kv_cache import PagedCache
 from rrt.decode.passes import Chunk, PassRows
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
+from tests.util.models import MIXED_RANKS
 
 FAMILIES = {
     "gemma": ("gemma-2b", dict(num_heads=4, num_kv_heads=1, head_dim=16)),
@@ -27,12 +28,15 @@ LOOPED = {
     "recursive-3": RecursiveConfig(num_loops=3),
     "relaxed-2": RecursiveConfig(num_loops=2, lora_rank=RANKS),
     "relaxed-3-untied": RecursiveConfig(num_loops=3, lora_rank=LoraRanks(q=0, kv=2, out=9, ffn=4), untie_norms=True),
+    "relaxed-mixed-2": RecursiveConfig(num_loops=2, lora_rank=MIXED_RANKS),
+    "relaxed-mixed-untied-3": RecursiveConfig(num_loops=3, lora_rank=MIXED_RANKS, untie_norms=True),
     "prefix-2": RecursiveConfig(num_loops=2, prefix_length=5),
     "head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5),
     "relaxed-prefix-untied-3": RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True, prefix_length=8),
     "sequence-relaxed-prefix-untied-3": RecursiveConfig(
         num_loops=3, sharing="sequence", lora_rank=RANKS, untie_norms=True, prefix_length=8
     ),
+    "low-rank-only": RecursiveConfig(lora_rank=LoraRanks(q=3, kv=0, out=5, ffn=7), low_rank_only=True),
     "cycle-rev-relaxed-prefix-3": RecursiveConfig(num_loops=3, sharing="cycle-rev", lora_rank=RANKS, prefix_length=5),
 }
 VOCABULARY = 97

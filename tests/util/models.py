@@ -6,6 +6,21 @@ from typing import Any
 import torch
 import transformers
 
+from rrt.model.config import LoraRanks
+
+MIXED_RANKS = LoraRanks(
+    out=2,
+    matrices={
+        "layers.0.attn.q": 3,
+        "layers.0.attn.k": 6,
+        "layers.0.mlp.up": 7,
+        "layers.1.attn.v": 5,
+        "layers.1.attn.out": 0,
+        "layers.1.mlp.down": 11,
+    },
+)
+"""Ranks that differ between the linears and the layers of a block of two shared layers or more, many of them 0."""
+
 FAMILIES = ("gemma", "llama", "gpt_neox")
 """Those of the paper, whose tokenizers are made by `tests/util/tokenizers.py`."""
 

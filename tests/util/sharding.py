@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import Checkpointing, RecursiveTransformer
+from tests.util.models import MIXED_RANKS
 from train.distributed import Processes, Wrap, fill_parameters, set_last_micro_batch, shard_model
 from train.objective import NEXT_TOKEN
 
@@ -59,8 +60,10 @@ MODELS = {
     "recursive": (GEMMA, RecursiveConfig(num_loops=2)),
     "relaxed": (GEMMA, RecursiveConfig(num_loops=2, lora_rank=RANKS)),
     "relaxed, three loops": (GEMMA, RecursiveConfig(num_loops=3, lora_rank=LoraRanks(q=2, ffn=6))),
+    "relaxed, mixed ranks": (GEMMA, RecursiveConfig(num_loops=3, lora_rank=MIXED_RANKS)),
     "relaxed, untied norms and biases": (NEOX, RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True)),
     "prefix": (GEMMA, RecursiveConfig(num_loops=2, prefix_length=3)),
+    "low rank only": (NEOX, RecursiveConfig(lora_rank=LoraRanks(q=2, out=3, ffn=6), low_rank_only=True)),
     "sequence": (GEMMA, RecursiveConfig(num_loops=2, sharing="sequence", lora_rank=RANKS)),
     "odd shapes": (ODD, RecursiveConfig(num_loops=3, lora_rank=LoraRanks.uniform(5), untie_norms=True)),
 }

@@ -115,11 +115,12 @@ def make_flags(checkpoint: Path, data: Path) -> Flags:
     return make
 
 
-def make_inputs(directory: Path) -> Flags:
+def make_inputs(directory: Path, recursion: RecursiveConfig = RELAXED) -> Flags:
     """`make_flags` with a new relaxed model and data, `relaxed/` and `data/` in the existing `directory`."""
     tokenizer = make_sentencepiece_tokenizer(directory, "llama", VOCAB)
     (directory / "data").mkdir()
-    return make_flags(make_checkpoint(directory / "relaxed", tokenizer), make_data(directory / "data", tokenizer))
+    checkpoint = make_checkpoint(directory / "relaxed", tokenizer, recursion=recursion)
+    return make_flags(checkpoint, make_data(directory / "data", tokenizer))
 
 
 def train(argv: list[str], command: Command[Any] = uptrain.COMMAND) -> Trainer:

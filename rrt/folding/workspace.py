@@ -1,0 +1,66 @@
+"""Finished steps of a long conversion, kept beside its output so that an interrupted one goes on."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rrt.common.files import explain_no_space, fsync, read_json, write_json
+from rrt.errors import UserError
+
+_FINGERPRINT_FILE = "fingerprint.json"
+
+
+class Workspace:
+    """Named sets of tensors in a directory, each there whole or not at all.
+
+    Args:
+        directory: made if it is absent, emptied if it holds the steps of another conversion.
+        fingerprint: everything that the steps depend on, hashed.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory = directory
+        path = directory / _FINGERPRINT_FILE
+        if directory.exists() and not path.is_file():
+            raise UserError(f"{directory}: is not of a conversion; expected no such directory: move it away")
+        if directory.exists() and read_json(path).get("fingerprint") != fingerprint:
+            self.remove()
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            write_json(path, {"fingerprint": fingerprint})
+
+    def has(self, name: str) -> bool:
+        """Tell whether the step `name` is finished."""
+        return self._path(name).is_file()
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep the result of the step `name`."""
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        with explain_no_space(path, sum(tensor.nbytes for tensor in contiguous.values())):
+            try:
+                save_file(contiguous, partial)
+            except SafetensorError as error:  # a full disk, in the library's own words
+                raise OSError(28, str(error)) from None
+            fsync(partial)
+        partial.rename(path)
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read what `save` kept."""
+        return load_file(self._path(name), device=str(device))
+
+    def drop(self, name: str) -> None:
+        """Delete a step's result, whose space others need."""
+        self._path(name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"

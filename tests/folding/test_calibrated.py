@@ -1,0 +1,261 @@
+"""The calibrated conversion from the command line: every kind, resumed runs, reports, and errors of one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rrt.checkpoint.source import load_model, open_source
+from rrt.convert import main
+from rrt.data.tokenizer import load_tokenizer
+from rrt.errors import UserError
+from rrt.folding import calibrated
+from rrt.folding.conversion import CalibrationOptions, convert
+from rrt.folding.workspace import Workspace
+from rrt.model.config import LoraRanks, RecursiveConfig
+from tests.util.commands import run_main
+from tests.util.models import ALL_FAMILIES, make_hf_model
+from tests.util.tokenizers import make_bpe_tokenizer, make_sentencepiece_tokenizer, training_texts
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in training_texts()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A six-layer fp32 base of each family, with a tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+    made = {}
+    for family in ALL_FAMILIES:
+        sentencepiece = family in ("gemma", "llama", "mistral")
+        kind = "gemma" if family == "gemma" else "llama"
+        tokenizer = make_sentencepiece_tokenizer if sentencepiece else make_bpe_tokenizer
+        made[family] = tokenizer(root / family, kind if sentencepiece else "gpt_neox", vocab_size=420)
+        make_hf_model(root / family, family, vocab_size=420)
+    return made
+
+
+def calibrate(base, out, text, *, num_loops=2, rank=4, options=None, dtype=None, lora_init="calibrated", **recursion):
+    ranks = rank if isinstance(rank, LoraRanks) else LoraRanks.uniform(rank)
+    chosen = {"num_tokens": 192, "context": 24, "device": "cpu", **(options or {})}
+    return convert(
+        base,
+        out,
+        RecursiveConfig(num_loops=num_loops, init="average", lora_rank=ranks, lora_init=lora_init, **recursion),
+        dtype=dtype,
+        calibration=CalibrationOptions((str(text),), **chosen),
+    )
+
+
+def others(base, out, lora_init, *, num_loops=2, rank=4, **recursion):
+    ranks = LoraRanks.uniform(rank)
+    return convert(
+        base,
+        out,
+        RecursiveConfig(num_loops=num_loops, init="average", lora_rank=ranks, lora_init=lora_init, **recursion),
+    )
+
+
+def divergence(base: Path, converted: Path) -> float:
+    """Mean KL divergence, in nats, of the base's next tokens from the converted model's, on the end of the text."""
+    tokens = torch.tensor(load_tokenizer(base).encode(training_texts()[-1])[-200:]).view(8, 25)
+    with torch.no_grad():
+        expected, found = (load_model(path, torch.float64)(tokens).log_softmax(-1) for path in (base, converted))
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("family", "num_loops"),
+    [("gemma", 2), ("llama", 3), ("mistral", 2), ("qwen2", 3), ("qwen3", 2), ("gpt_neox", 2), ("gpt_neox", 3)],
+)
+def test_calibrated_starts_nearer_to_the_base_than_joint_and_refitted_nearest(bases, family, num_loops, text, tmp_path):
+    options = {"num_tokens": 1536}
+    for name, refit in (("refitted", True), ("plain", False)):
+        calibrate(bases[family], tmp_path / name, text, num_loops=num_loops, options=options | {"refit": refit})
+    untie_norms = open_source(tmp_path / "plain").recursion.untie_norms
+    others(bases[family], tmp_path / "joint", "joint", num_loops=num_loops, untie_norms=untie_norms)
+    refitted, plain, joint = (divergence(bases[family], tmp_path / name) for name in ("refitted", "plain", "joint"))
+    assert refitted < plain < joint
+    reports = [
+        json.loads((tmp_path / name / "provenance.json").read_text())["calibration"] for name in ("refitted", "plain")
+    ]
+    assert reports[0]["stream_error"][-1] < reports[1]["stream_error"][-1]
+    for found, without in zip(reports[0]["linears"], reports[1]["linears"], strict=True):
+        assert found["metric_loss"] == without["metric_loss"] and found["output_loss"] != without["output_loss"]
+
+
+@pytest.mark.parametrize("sharing", ["sequence", "cycle-rev"])
+def test_calibration_follows_the_order_of_sharing(bases, sharing, text, tmp_path):
+    calibrate(bases["llama"], tmp_path / "full", text, rank=999, sharing=sharing, options={"refit": False})
+    assert divergence(bases["llama"], tmp_path / "full") < 1e-8
+    calibrate(bases["llama"], tmp_path / "refitted", text, sharing=sharing, options={"num_tokens": 1536})
+    others(bases["llama"], tmp_path / "joint", "joint", sharing=sharing)
+    refitted, joint = (divergence(bases["llama"], tmp_path / name) for name in ("refitted", "joint"))
+    assert refitted < joint
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_baseline_that_shares_nothing_is_calibrated_alike(bases, family, text, tmp_path):
+    errors = {}
+    for refit in (True, False):
+        options = {"num_tokens": 1536, "refit": refit}
+        report = calibrate(bases[family], tmp_path / f"refit-{refit}", text, lora_init="low-rank-only", options=options)
+        errors[refit] = report.calibration.stream_error[-1]
+    assert errors[True] < errors[False]
+    others(bases[family], tmp_path / "uncalibrated", "low-rank-only")
+    found, uncalibrated = (divergence(bases[family], tmp_path / name) for name in ("refit-True", "uncalibrated"))
+    assert found < uncalibrated
+    assert open_source(tmp_path / "refit-True").recursion == open_source(tmp_path / "uncalibrated").recursion
+
+
+@pytest.mark.parametrize("metric", ["both", "inputs", "activations"])
+def test_a_budget_is_distributed_by_the_calibrated_metric(bases, metric, text, tmp_path):
+    budget = LoraRanks.uniform(4, is_budget=True)
+    report = calibrate(bases["llama"], tmp_path / "out", text, rank=budget, options={"metric": metric})
+    uniform = calibrate(bases["llama"], tmp_path / "uniform", text, options={"metric": metric})
+    assert report.after.lora_params == uniform.after.lora_params
+    ranks = {matrix.name.removeprefix("stack."): matrix.rank for matrix in report.matrices}
+    assert len(set(ranks.values())) > 1
+    assert open_source(tmp_path / "out").recursion.lora_rank.matrices == ranks
+    joint = convert(
+        bases["llama"],
+        tmp_path / "joint",
+        RecursiveConfig(num_loops=2, init="average", lora_rank=budget, lora_init="joint"),
+    )
+    assert ranks != {matrix.name.removeprefix("stack."): matrix.rank for matrix in joint.matrices}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_full_rank_reproduces_the_base_with_biases_per_depth(bases, family, text, tmp_path):
+    calibrate(bases[family], tmp_path / "out", text, rank=999, options={"refit": False})
+    assert divergence(bases[family], tmp_path / "out") < 1e-8
+    recursion = open_source(tmp_path / "out").recursion
+    assert recursion.lora_init == "calibrated"
+    assert recursion.untie_norms == (family in ("gpt_neox", "qwen2", "qwen3"))
+
+
+def test_ranks_of_groups_and_capped_ranks(bases, text, tmp_path):
+    report = calibrate(bases["llama"], tmp_path / "out", text, rank=LoraRanks(q=5, kv=20, out=0, ffn=7))
+    ranks = {linear.name.removeprefix("stack.layers.0."): linear.rank for linear in report.calibration.linears[:7]}
+    assert ranks == {"attn.q": 5, "attn.k": 16, "attn.v": 16, "attn.out": 0, "mlp.gate": 7, "mlp.up": 7, "mlp.down": 7}
+    assert torch.isfinite(load_model(tmp_path / "out")(torch.arange(9)[None])).all()
+
+
+def test_tensors_have_the_dtype_that_was_asked_for(bases, text, tmp_path):
+    calibrate(bases["llama"], tmp_path / "out", text, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    calibrate(bases["llama"], tmp_path / "wide", text)
+    assert divergence(tmp_path / "wide", tmp_path / "out") < 0.01
+
+
+@pytest.mark.parametrize("metric", ["both", "inputs", "activations"])
+def test_statistics_that_are_not_kept_give_the_same(bases, metric, text, tmp_path):
+    for name, memory in (("kept", None), ("again", 0)):
+        calibrate(bases["llama"], tmp_path / name, text, options={"metric": metric, "memory": memory})
+    kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C is, no `Exception`."""
+
+
+@pytest.fixture(scope="module")
+def whole(bases, text, tmp_path_factory):
+    """The tensors of a conversion that nothing interrupted, whose statistics were kept or computed again."""
+    root, tensors = tmp_path_factory.mktemp("whole"), {}
+    for memory in (None, 0):
+        calibrate(bases["qwen3"], root / str(memory), text, options={"memory": memory})
+        tensors[memory] = load_file(root / str(memory) / "model.safetensors")
+    return tensors
+
+
+# Kept: 7 states, 7 gradients and 6 statistics, 3 fits, and 2 for each of 6 depths. Without statistics 6 fewer.
+@pytest.mark.parametrize(("saves", "memory"), [(2, None), (12, None), (22, None), (29, None), (10, 0), (27, 0)])
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(bases, saves, memory, whole, text, tmp_path, monkeypatch):
+    names: list[str] = []
+    save = Workspace.save
+
+    def interrupted(workspace, name, tensors):
+        if len(names) == saves:
+            raise Interrupted
+        names.append(name)
+        save(workspace, name, tensors)
+
+    monkeypatch.setattr(Workspace, "save", interrupted)
+    with pytest.raises(Interrupted):
+        calibrate(bases["qwen3"], tmp_path / "out", text, options={"memory": memory})
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.calibration").is_dir()
+    saves = None
+    calibrate(bases["qwen3"], tmp_path / "out", text, options={"memory": memory})
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole[memory].items())
+    assert len(names) == len(set(names)) == (35 if memory is None else 29)
+    assert not (tmp_path / "out.calibration").exists()
+
+
+def test_steps_of_another_text_are_not_taken(bases, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrated.SideBySide, "advance", lambda *_: (_ for _ in ()).throw(Interrupted()))
+    with pytest.raises(Interrupted):
+        calibrate(bases["llama"], tmp_path / "out", text)
+    monkeypatch.undo()
+    calibrate(bases["llama"], tmp_path / "out", text, options={"context": 32})
+    calibrate(bases["llama"], tmp_path / "fresh", text, options={"context": 32})
+    found, fresh = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fresh"))
+    assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def command(base, out, *flags):
+    return ["--base", base, "--out", out, "--num-loops", 2, "--lora-rank", 4, *flags]
+
+
+def test_the_command_prints_and_stores_a_report(bases, text, tmp_path, capsys, monkeypatch):
+    flags = ["--calibration", text, "--calibration-tokens", 192, "--calibration-context", 24]
+    code, output, _ = run_main(main, command(bases["gpt_neox"], tmp_path / "out", *flags), capsys, monkeypatch)
+    assert code == 0
+    assert "(calibrated)" in output and "192 tokens in rows of 24" in output and "biases per depth" in output
+    assert "residual stream" in output and "the joint fit loses" in output
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    report = provenance["calibration"]
+    assert report["num_tokens"] == 192 and len(report["stream_error"]) == 6 and len(report["linears"]) == 3 * 6
+    for linear in report["linears"]:
+        assert len(linear["metric_loss"]) == len(linear["output_loss"]) == len(linear["first_token_loss"]) == 2
+        assert all(0 < loss < 1 for loss in linear["metric_loss"])
+    assert len(provenance["matrices"]) == 3 * 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora-init", "calibrated"], "--calibration: missing; expected text or token shards"),
+        (["--calibration", "TEXT", "--lora-init", "svd"], "'svd' beside a calibration text; expected 'calibrated'"),
+        (["--calibration", "TEXT", "--calibration-tokens", "9999999"], "tokens; expected at least 10,000,385"),
+        (["--calibration", "TEXT", "--calibration-tokens", "0"], "num_tokens: found 0; expected 1 or more"),
+        (["--calibration", "TEXT", "--calibration-context", "4096"], "found 4096; expected at most 512"),
+        (["--calibration", "missing.jsonl"], "missing.jsonl: no file matches"),
+        (["--calibration", "TEXT", "--lora-rank", "0"], "'calibrated' without LoRA; expected a rank"),
+        (["--calibration", "TEXT", "--init", "stepwise"], "field 'init': found 'stepwise'; expected 'average'"),
+        (["--calibration", "TEXT", "--prefix-length", "2"], "field 'prefix_length': found 2; expected 0"),
+        (["--calibration", "TEXT", "--norm-init", "zero"], "field 'norm_init': found zero; expected folded"),
+        (["--calibration", "TEXT", "--num-loops", "1"], "field 'num_loops': found 1; expected 2 or more"),
+        (["--calibration", "TEXT", "--device", "nowhere"], "--device: found 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(bases, flags, message, text, tmp_path, capsys, monkeypatch):
+    argv = command(bases["llama"], tmp_path / "out", *(str(text) if flag == "TEXT" else flag for flag in flags))
+    code, _, output = run_main(main, argv, capsys, monkeypatch)
+    assert code == 2 and message in output and output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_leave_nothing(bases, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrated.TextPass, "loss_gradient", lambda self, states: torch.full_like(states, torch.nan))
+    with pytest.raises(UserError, match=r"layer 5, attn.q: found NaN or infinity in its gradient"):
+        calibrate(bases["llama"], tmp_path / "out", text)
+    assert list(tmp_path.iterdir()) == []

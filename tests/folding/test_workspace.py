@@ -1,0 +1,47 @@
+"""Finished steps beside an output: whole or absent, kept for the same conversion only."""
+
+import pytest
+import torch
+
+from rrt.errors import UserError
+from rrt.folding.workspace import Workspace
+
+
+def test_steps_are_kept_for_the_same_fingerprint_only(tmp_path):
+    workspace = Workspace(tmp_path / "work", "a")
+    workspace.save("step", {"x": torch.arange(6).view(2, 3).T, "y": torch.tensor([1.5], dtype=torch.bfloat16)})
+    again = Workspace(tmp_path / "work", "a")
+    assert again.has("step") and not again.has("other")
+    assert again.load("step")["x"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert again.load("step")["y"].dtype == torch.bfloat16
+    assert not Workspace(tmp_path / "work", "b").has("step")
+
+
+def test_drop_and_remove_delete(tmp_path):
+    workspace = Workspace(tmp_path / "work", "a")
+    workspace.save("step", {"x": torch.zeros(1)})
+    workspace.drop("step")
+    workspace.drop("step")
+    assert not workspace.has("step")
+    workspace.remove()
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_interrupted_save_leaves_no_step(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "work", "a")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rrt.folding.workspace.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.save("step", {"x": torch.zeros(1)})
+    assert not Workspace(tmp_path / "work", "a").has("step")
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not of a conversion"):
+        Workspace(tmp_path / "work", "a")
+    assert (tmp_path / "work" / "mine.txt").read_text() == "mine"
