@@ -6,13 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from eval.svg import Series, bars, number, plot
+from eval.svg import STYLE, Series, bars, number, plot
 from rrt.common.cli import human_bytes, human_count
 from rrt.common.results import result_header
 
 CURVE_POINTS = 300
 """Most points of a loss curve."""
-STYLE = Path(__file__).with_name("report.css")
 
 KINDS = ("perplexity", "fewshot", "exits", "throughput", "throughput-paper", "bigram")
 

@@ -9,8 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 
 NUM_COLOURS = 8
+STYLE = Path(__file__).with_name("report.css")
+"""Of the page."""
 WIDTH, HEIGHT = 560, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 44
 _LINE_HEIGHT = 22
@@ -80,9 +83,50 @@ def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
     """Draw the finite points as a figure with its legend; an empty string if there are none."""
-    series = [one for one in map(_finite, series) if one.points]
+    series = _with_points(series)
     if not series:
         return ""
+    legend = "".join(
+        f'<span><i style="background:var(--c{index % NUM_COLOURS})"></i>{escape(one.name)}</span>'
+        for index, one in enumerate(series)
+    )
+    content = _draw(series, x_label, y_label, log_x, log_y)
+    return _figure(title, content, HEIGHT, legend if len(series) > 1 else "")
+
+
+def plot_file(
+    title: str, series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
+) -> str:
+    """Draw the same as a whole SVG file, with title, legend and colours in it, for a Markdown page."""
+    series = _with_points(series)
+    if not series:
+        return ""
+    # The page's colours: the beginning of its style.
+    colours = STYLE.read_text(encoding="utf-8").partition("\n* {")[0]
+    style = f"{colours}\ntext {{ font: 11px system-ui, sans-serif; fill: var(--ink); }} .title {{ font-weight: 600; }}"
+    top, columns = 24, 2
+    legend = []
+    for index, one in enumerate(series):
+        row, column = divmod(index, columns)
+        x, y = _LEFT + column * (WIDTH - _LEFT) / columns, top + HEIGHT + 14 + row * _LINE_HEIGHT
+        colour = f"var(--c{index % NUM_COLOURS})"
+        legend.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" rx="2" fill="{colour}"/>')
+        legend.append(_text(x + 16, y, escape(one.name), "start"))
+    height = top + HEIGHT + 14 + _LINE_HEIGHT * -(-len(series) // columns)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
+        f'aria-label="{escape(title)}"><style>{style}</style><rect width="100%" height="100%" fill="var(--card)"/>'
+        f'<text class="title" x="{_LEFT}" y="18">{escape(title)}</text><g transform="translate(0 {top})">'
+        f"{_draw(series, x_label, y_label, log_x, log_y)}</g>{''.join(legend)}</svg>\n"
+    )
+
+
+def _with_points(series: Sequence[Series]) -> list[Series]:
+    return [one for one in map(_finite, series) if one.points]
+
+
+def _draw(series: Sequence[Series], x_label: str, y_label: str, log_x: bool, log_y: bool) -> str:
+    """Draw axes, lines and points."""
     xs, ys = zip(*(point for one in series for point in one.points), strict=True)
     x_axis, y_axis = Axis.around(x_label, xs, log_x), Axis.around(y_label, ys, log_y)
     lines, marks, taken = [], [], []
@@ -98,12 +142,7 @@ def plot(
             marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"><title>{tip}</title></circle>')
             if label:
                 marks.append(_label(x, y, label, taken))
-    parts = (_frame(x_axis, y_axis), *lines, *marks)
-    legend = "".join(
-        f'<span><i style="background:var(--c{index % NUM_COLOURS})"></i>{escape(one.name)}</span>'
-        for index, one in enumerate(series)
-    )
-    return _figure(title, "".join(parts), HEIGHT, legend if len(series) > 1 else "")
+    return "".join((_frame(x_axis, y_axis), *lines, *marks))
 
 
 def _finite(series: Series) -> Series:
