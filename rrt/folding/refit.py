@@ -8,7 +8,9 @@ before them, so that what the stream has drifted is paid back at every depth.
 
 Of one linear the objective is ``sum of w_t ||y_t - (W' + B A) x_t||_G^2 + ridge ||B A - B_0 A_0||^2`` with the LoRA
 B_0 A_0 from before, which is therefore never beaten on it; a ridge towards it rather than towards zero keeps what the
-calibration text says nothing about.
+calibration text says nothing about. It counts as `PRIOR_TOKENS` tokens: a few with large gradients own the sums, and
+without it the LoRAs learn the noise of those (SmolLM2-135M, two loops, rank 64, 16,384 tokens, held-out perplexity:
+154 before the refit, 176 after one with a ridge of 0.001 of the inputs' mean square, 131 with 0.05).
 
 Shapes: n rows of T tokens, D model width, N out and K in of a linear, R its rank.
 """
@@ -32,6 +34,9 @@ from rrt.folding.calibration import (
 )
 from rrt.folding.tying import RIDGE, Metric, fit_lora
 from rrt.model.loop_linear import LoopLinear, merge_lora
+
+PRIOR_TOKENS = 5000
+"""Weight of the LoRA from before in the refit, as that of so many tokens whose inputs are of all directions alike."""
 
 _PROJECTIONS = ("attn.q", "attn.k", "attn.v")
 _EXPANSIONS = ("mlp.gate", "mlp.up")
@@ -62,10 +67,12 @@ class Regression:
         """Sum of w x x^T [K, K]."""
         self.products: Tensor | None = None
         """Sum of w y x^T [N, K]."""
+        self.num_tokens = 0
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add tokens: inputs [tokens, K], targets [tokens, N] and weights [tokens], fp32."""
         self.inputs = add_gram(self.inputs, inputs, weights)
+        self.num_tokens += len(inputs)
         products = (targets * weights[:, None]).T @ inputs
         self.products = products if self.products is None else self.products.add_(products)
 
@@ -82,10 +89,12 @@ class Regression:
             return linear
         inputs, before = self.inputs.double() / size, _product(linear)
         products = self.products.double() / size - linear.weight.double() @ inputs
-        ridged = inputs + RIDGE * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        factor = torch.linalg.cholesky(ridged)
-        best = torch.cholesky_solve((products + RIDGE * before).T, factor).T
-        found = linear.with_lora(*fit_lora(best, rank, Metric(self.inputs, outputs)))
+        identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+        prior = PRIOR_TOKENS / self.num_tokens
+        ridge = prior + RIDGE * (1.0 + prior)  # with that of the metric below
+        factor = torch.linalg.cholesky(inputs + ridge * identity)
+        best = torch.cholesky_solve((products + ridge * before).T, factor).T
+        found = linear.with_lora(*fit_lora(best, rank, Metric(inputs + prior * identity, outputs)))
 
         def objective(candidate: AdaptedLinear) -> float:
             """Measure the weighted squared errors of the outputs, less those without a LoRA."""

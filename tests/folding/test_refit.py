@@ -5,7 +5,7 @@ import torch
 
 from rrt.folding import calibration
 from rrt.folding.calibration import LinearStatistics, TextPass, load_layer
-from rrt.folding.refit import AdaptedLinear, Regression, SideBySide
+from rrt.folding.refit import PRIOR_TOKENS, AdaptedLinear, Regression, SideBySide
 from rrt.folding.tying import RIDGE, Metric
 from rrt.model.loop_linear import loop_linears
 from tests.util.calibration import ROWS, folded_base
@@ -45,7 +45,8 @@ def objective(linear, before, x, y, w, outputs):
     outputs = outputs / outputs.diagonal().mean() + RIDGE * torch.eye(len(outputs))
     error = y.double() - x.double() @ (linear.weight.double() + linear.lora_b.double() @ linear.lora_a.double()).T
     moved = linear.lora_b.double() @ linear.lora_a.double() - before.lora_b.double() @ before.lora_a.double()
-    ridge = RIDGE * (x.double().square() * w.double()[:, None]).sum(0).mean()
+    prior = PRIOR_TOKENS / len(x)
+    ridge = (prior + RIDGE * (1 + prior)) * (x.double().square() * w.double()[:, None]).sum(0).mean()
     return ((error @ outputs * error).sum(1) * w).sum() + ridge * (moved * (outputs @ moved)).sum()
 
 
