@@ -26,7 +26,7 @@ from rrt.folding.conversion import (
     workspace_directory,
 )
 from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
-from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, Init, LoraInit, NormInit, RecursiveConfig
+from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, Init, LoraInit, NormInit, Place, RecursiveConfig
 from rrt.model.flags import (
     add_lora_rank_flags,
     add_prefix_length_flag,
@@ -142,8 +142,12 @@ def _losses(matrices: Sequence[MatrixReport], shares: bool) -> str:
     return f"{lost} -> {final}"
 
 
-def calibration_table(report: CalibrationReport) -> str:
-    """Format, per shared layer and group, the share of outputs that is error, and the error of the residual stream."""
+def calibration_table(report: CalibrationReport, places: Sequence[Place]) -> str:
+    """Format, per shared layer and group, the share of outputs that is error, and the error of the residual stream.
+
+    Args:
+        places: what each depth runs.
+    """
     groups = list(LORA_GROUPS)
     by_group: dict[str, dict[str, list[LinearReport]]] = {}
     for linear in report.linears:
@@ -151,15 +155,16 @@ def calibration_table(report: CalibrationReport) -> str:
         for row in (layer, "all"):
             by_group.setdefault(row, {}).setdefault(LORA_GROUP_OF_LINEAR[name], []).append(linear)
     by_group["all"] = by_group.pop("all")
-    num_layers = len(by_group) - 1
     lines = [
         f"error after conversion over {report.num_tokens:,} tokens, in parentheses over first tokens",
         f"{'layer':>5}" + "".join(f"{group + ' outputs':>18}" for group in groups) + f"{'residual stream':>20}",
     ]
     for row, linears in by_group.items():
         cells = [_output_losses(linears[group]) for group in groups]
-        depths = slice(int(row), None, num_layers) if row != "all" else slice(None)
-        streams = report.stream_error[depths], report.first_token_stream_error[depths]
+        depths = [depth for depth, place in enumerate(places) if row in ("all", str(place.layer))]
+        streams = [
+            [errors[depth] for depth in depths] for errors in (report.stream_error, report.first_token_stream_error)
+        ]
         lines.append(f"{row:>5}" + "".join(f"{cell:>18}" for cell in cells) + f"{_with_first(*streams):>20}")
     metric_losses = [loss for linear in report.linears for loss in linear.metric_loss]
     last = f"{report.stream_error[-1]:.1%} ({report.first_token_stream_error[-1]:.2%})"
@@ -363,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(conversion), flush=True)
     report = run_conversion(conversion, progress=True)
     if report.calibration is not None:
-        print(calibration_table(report.calibration))
+        print(calibration_table(report.calibration, report.after.recursion.places(report.after.model)))
     elif conversion.recursion.num_loops > 1 or conversion.recursion.low_rank_only:
         print(report_table(report))
     if report.after.recursion.lora_rank.matrices:
