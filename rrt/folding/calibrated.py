@@ -1,6 +1,6 @@
 """Calibrated initialisation: a shared block and its LoRAs, fitted where a text's tokens are and its loss feels it.
 
-Four passes, each depth by depth: the base forward and backward (:mod:`rrt.folding.calibration`), the joint fit of every
+Passes, each depth by depth: the base forward and backward (:mod:`rrt.folding.calibration`), the joint fit of every
 matrix of the block in the metric found (:mod:`rrt.folding.tying`), and base and converted model side by side, which
 refits the LoRAs (:mod:`rrt.folding.refit`). Every finished depth is kept in a workspace: an interrupted conversion goes
 on after it.
@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rrt.checkpoint.source import Source
+from rrt.common.dtypes import dtype_name
+from rrt.errors import UserError
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, TextPass
 from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
 from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
@@ -198,7 +200,14 @@ class CalibratedBlock:
                 fit = fit_tied(weights, rank, metrics)
                 parts = {"weight": fit.weight, "lora_a": fit.lora_a, "lora_b": fit.lora_b}
                 errors, norms = fit.errors, fit.norms
-            tensors |= {f"{name}.{part}": tensor.to(self._dtype) for part, tensor in parts.items()}
+            for part, tensor in parts.items():
+                tensors[f"{name}.{part}"] = tensor.to(self._dtype)
+                if not tensors[f"{name}.{part}"].isfinite().all():
+                    raise UserError(
+                        f"{self._source.directory}: stack.layers.{layer}.{name}.{part}: found "
+                        f"{tensor.abs().max().item():.3g}; expected at most {torch.finfo(self._dtype).max:.3g} for "
+                        f"{dtype_name(self._dtype)}: choose another --dtype"
+                    )
             shares = [error / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
             tensors[f"{name}.metric_loss"] = torch.tensor(shares, dtype=torch.float64)
         self._workspace.save(f"fit-{layer:03d}", tensors)

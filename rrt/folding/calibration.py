@@ -172,6 +172,8 @@ class BaseStatistics:
         states = self._text.embed() if first is None else self._load("state", first)
         if first is None:
             states = self._save("state", 0, states)
+        for depth in range(first or 0):
+            self._step("forward", depth)
         for depth in range(first or 0, self._num_layers):
             layer = load_layer(self._text.source, depth, self._text.device)
             for batch in self._text.batches():

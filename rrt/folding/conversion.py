@@ -20,7 +20,7 @@ from rrt.checkpoint.source import Source, open_source
 from rrt.common.files import NoSpaceError, check_output, free_bytes
 from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
-from rrt.common.provenance import fingerprint, make_provenance
+from rrt.common.provenance import code_version, fingerprint, make_provenance
 from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
@@ -219,11 +219,12 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
         if conversion.recursion.lora_rank.is_budget:
             recursion = _with_budget_distributed(conversion, calibrated.measure_gains(progress=progress))
             calibrated = _calibrated_folding(conversion, recursion, conversion.calibration, workspace)
-        report = _write(conversion, calibrated, calibrated.calibrate(progress=progress), start, progress)
+        calibration = calibrated.calibrate(progress=progress)
     except UserError as error:
         if not isinstance(error, NoSpaceError):
             workspace.remove()
         raise
+    report = _write(conversion, calibrated, calibration, start, progress)
     workspace.remove()
     return report
 
@@ -247,6 +248,7 @@ def _calibrated_folding(
 def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> str:
     """Hash all that the steps of a calibrated conversion depend on."""
     settings = {
+        "code": code_version(),
         "base": fingerprint(conversion.source.directory),
         "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
         "context": calibration.rows.shape[1] - 1,

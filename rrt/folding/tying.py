@@ -229,13 +229,13 @@ def _forms(weights: Sequence[Tensor], metrics: Sequence[Metric] | None) -> list[
     if metrics is None:
         return [_Form()] * len(weights)
     assert len(metrics) == len(weights), (len(metrics), len(weights))
-    # One tensor of several loops stays one side, which is how `_sum` knows that they have it in common.
-    sides: dict[int, tuple[float, _Side]] = {}
 
     def sides_of(matrices: list[Tensor | None], width: int) -> list[tuple[float | None, _Side | None]]:
         if all(matrix is None for matrix in matrices):
             return [(None, None)] * len(matrices)
         identity = torch.eye(width, dtype=torch.float64, device=weights[0].device)
+        # One tensor of several loops stays one side, which is how `_sum` knows that they have it in common.
+        sides: dict[int, tuple[float, _Side]] = {}
         for matrix in matrices:
             if id(matrix) not in sides:
                 sides[id(matrix)] = _Side.of_statistics(identity if matrix is None else matrix)

@@ -25,13 +25,12 @@ class Workspace:
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory = directory
         path = directory / _FINGERPRINT_FILE
-        if directory.exists() and not path.is_file():
+        if directory.exists() and not path.is_file() and any(directory.iterdir()):
             raise UserError(f"{directory}: is not of a conversion; expected no such directory: move it away")
-        if directory.exists() and read_json(path).get("fingerprint") != fingerprint:
+        if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
             self.remove()
-        if not directory.exists():
-            directory.mkdir(parents=True)
-            write_json(path, {"fingerprint": fingerprint})
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
         """Tell whether the step `name` is finished."""
@@ -59,8 +58,11 @@ class Workspace:
         self._path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete everything, the fingerprint last: what an interruption leaves is still known as a workspace."""
+        for path in self.directory.iterdir():
+            if path.name != _FINGERPRINT_FILE:
+                path.unlink()
+        shutil.rmtree(self.directory)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

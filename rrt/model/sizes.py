@@ -152,7 +152,8 @@ def without_sharing(model: ModelConfig, recursion: RecursiveConfig) -> Recursive
             f"{parameters(dict.fromkeys(dense, 1)):,}, those of rank 1 for every linear"
         )
     near = (
-        dict(zip(dense, ranks, strict=True)) for ranks in product(range(uniform - 1, uniform + 4), repeat=len(dense))
+        dict(zip(dense, ranks, strict=True))
+        for ranks in product(range(max(1, uniform - 1), uniform + 4), repeat=len(dense))
     )
     ranks = max(
         (ranks for ranks in near if parameters(ranks) <= target),

@@ -1,11 +1,12 @@
 """The calibrated conversion from the command line: every kind, resumed runs, reports, and errors of one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rrt.checkpoint.source import load_model, open_source
 from rrt.convert import main
@@ -152,6 +153,16 @@ def test_tensors_have_the_dtype_that_was_asked_for(bases, text, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     calibrate(bases["llama"], tmp_path / "wide", text)
     assert divergence(tmp_path / "wide", tmp_path / "out") < 0.01
+
+
+def test_values_beyond_a_narrow_dtype_are_named_before_the_refit(tmp_path, bases, text):
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"mlp.down.*: found .*e\+0\d; expected at most 6.55e\+04 for float16"):
+        calibrate(tmp_path / "base", tmp_path / "out", text, dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("metric", ["both", "inputs", "activations"])

@@ -45,3 +45,25 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is not of a conversion"):
         Workspace(tmp_path / "work", "a")
     assert (tmp_path / "work" / "mine.txt").read_text() == "mine"
+
+
+def test_what_a_kill_leaves_is_taken_up_again(tmp_path):
+    (tmp_path / "work").mkdir()  # before its fingerprint was written
+    workspace = Workspace(tmp_path / "work", "a")
+    workspace.save("step", {"x": torch.zeros(1)})
+    (tmp_path / "work" / "other.partial").write_bytes(b"part")
+    workspace = Workspace(tmp_path / "work", "b")
+    assert not workspace.has("step") and not list((tmp_path / "work").glob("*.partial"))
+
+
+def test_the_fingerprint_goes_last(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "work", "a")
+    workspace.save("step", {"x": torch.zeros(1)})
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rrt.folding.workspace.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.remove()
+    assert not Workspace(tmp_path / "work", "a").has("step")

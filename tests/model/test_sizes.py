@@ -1,6 +1,7 @@
 """Sizes: the paper's parameter counts, the presets against transformers, K/V bytes and FLOPs by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_low_rank_alone_has_as_many_parameters_as_the_folding_up_to_the_last_ran
             low_rank = without_sharing(model, folding)
             found, wanted = (model_sizes(model, each, torch.float32).total_params for each in (low_rank, folding))
             assert 0 <= 1 - found / wanted < 2e-4
+
+
+def test_low_rank_alone_of_rank_1_counts_no_whole_weights_as_nothing():
+    sizes = dict(hidden_size=24, num_layers=12, num_heads=4, num_kv_heads=4, head_dim=6, intermediate_size=64)
+    model, folding = replace(preset("tinyllama-1.1b"), **sizes), RecursiveConfig(num_loops=12)
+    low_rank = without_sharing(model, folding)
+    found, wanted = (model_sizes(model, each, torch.float32).total_params for each in (low_rank, folding))
+    assert found <= wanted
+    assert min(low_rank.lora_rank.q, low_rank.lora_rank.kv, low_rank.lora_rank.out, low_rank.lora_rank.ffn) >= 1
 
 
 def test_flops_of_low_rank_alone_are_those_of_two_products():
