@@ -8,7 +8,7 @@ import torch
 
 from eval import perplexity
 from rrt.folding.conversion import convert
-from rrt.model.config import LoraRanks, RecursiveConfig
+from rrt.model.config import LoraInit, LoraRanks, RecursiveConfig
 from tests.util.commands import run_program
 from tests.util.real import real_data, real_model
 
@@ -30,3 +30,20 @@ def test_full_rank_with_tied_folded_norms_has_the_perplexity_of_the_base(tmp_pat
         return float(json.loads((tmp_path / "result.json").read_text())["perplexity"])
 
     assert measure(tmp_path / "full") == pytest.approx(measure(real_model()), rel=1e-4)
+
+
+def test_joint_loses_of_a_real_models_weights_what_average_and_svd_lose_at_twice_the_rank(tmp_path):
+    def final_loss(rank: int, lora_init: LoraInit) -> list[float]:
+        ranks = LoraRanks(q=rank, kv=rank, out=rank)
+        recursion = RecursiveConfig(num_loops=2, init="average", lora_rank=ranks, lora_init=lora_init)
+        matrices = convert(real_model(), tmp_path / f"{lora_init}-{rank}", recursion).matrices
+        return [
+            sum(loss * norm for loss, norm in zip(matrix.final_loss, matrix.norms, strict=True)) / sum(matrix.norms)
+            for matrix in matrices
+            if matrix.rank
+        ]
+
+    joint = final_loss(64, "joint")
+    assert len(joint) == 4 * 15
+    assert joint == pytest.approx(final_loss(128, "svd"), rel=1e-4)
+    assert all(loss < other for loss, other in zip(joint, final_loss(64, "svd"), strict=True))
