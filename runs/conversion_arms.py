@@ -15,7 +15,8 @@ from rrt.errors import UserError
 RANKS = (64, 128, 32)
 """In the order of what they decide."""
 TRAINED_RANK = 64
-TASKS = ("hellaswag", "piqa", "arc_easy")
+TASKS = {"hellaswag": 25, "piqa": 50, "arc_easy": 25}
+"""Accuracy by chance of each few-shot task, %."""
 MEASURES = {"natural-512": 512, "natural-2048": 2048, "code-512": 512}
 """Context of each measurement of perplexity."""
 TITLES = {

@@ -225,8 +225,10 @@ def _accuracies(results: StudyResults, model: str) -> list[str]:
 
 def _accuracy_note(results: StudyResults) -> str:
     documents = results.settings["settings"]["fewshot_documents"]
-    # The largest that a share of so many documents can have.
-    return f"Accuracies are of {documents} documents a task: standard errors of up to {50 / math.sqrt(documents):.1f}."
+    chance = ", ".join(f"{task} {percent}" for task, percent in TASKS.items())
+    # The largest error that a share of so many documents can have.
+    error = 50 / math.sqrt(documents)
+    return f"Accuracies are of {documents} documents a task, standard errors of up to {error:.1f}; by chance: {chance}."
 
 
 # After training

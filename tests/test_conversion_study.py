@@ -16,19 +16,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rrt.common.cli import CommandParser
+import rrt.convert
+from rrt.checkpoint.source import open_source
 from rrt.common.results import result_header
-from rrt.convert import _add_flags
 from rrt.errors import UserError
+from rrt.model.sizes import model_sizes
 from runs import conversion_study, study_steps
 from runs.conversion_arms import DECISIVE, MEASURES, TASKS, all_arms, choose_arms, result_path, trainings
 from runs.conversion_study import Study, split_texts, write_texts
 from runs.conversion_study import study_steps as list_steps
 from runs.conversion_study_report import tokens_to_reach, write_report
 from runs.study_steps import Outcome, Step, StepLog, run_steps
-from tests.util.commands import run_program
+from tests.util.commands import run_main, run_program
 from tests.util.models import make_hf_model
-from tests.util.tokenizers import make_bpe_tokenizer
+from tests.util.tokenizers import make_bpe_tokenizer, training_texts
 
 ARMS = all_arms(30)
 TEXTS = [f"document {number}" for number in range(59)]
@@ -82,12 +83,34 @@ def test_too_little_text_is_refused(texts: list[str], message: str) -> None:
 # Arms
 
 
-def test_every_arm_is_one_that_the_conversion_takes() -> None:
-    parser = CommandParser()
-    _add_flags(parser)
-    for arm in ARMS[1:]:
-        if not arm.needs_text:
-            parser.parse_args(["--base", "b", "--out", "o", *arm.flags])
+@pytest.mark.timeout(600)
+def test_every_arm_is_converted_by_its_command_and_has_the_loops_that_are_measured(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_bpe_tokenizer(make_hf_model(tmp_path / "base", "llama", vocab_size=420), "gpt_neox", vocab_size=420)
+    study = make_study(
+        tmp_path / "out", base=base, arms=tuple(choose_arms(all_arms(6), ["stepwise", "keep-3", "*-r64"]))
+    )
+    study = replace(study, calibration_tokens=512, num_seeds=1, tokens=())
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in training_texts()))
+    steps = {step.name: step for step in list_steps(study)}
+    found = {}
+    for arm in study.arms[1:]:
+        step = steps[f"convert {arm.name}"]
+        assert step.command[1:3] == ("-m", "rrt.convert")
+        # Text in place of the shards that an earlier step would make.
+        shards = str(study.data / "natural")
+        argv = [str(text) if word == shards else word for word in step.command[3:]]
+        done = run_main(rrt.convert.main, argv, capsys, monkeypatch)
+        assert done.code == 0, (arm.name, done.err)
+        source = open_source(step.makes)
+        sizes = model_sizes(source.model, source.recursion, source.dtype)
+        found[arm.name] = source.recursion.num_loops, sizes.total_params
+        assert source.recursion.num_loops == arm.loops, arm.name
+    assert found["stepwise"][1] == found["keep-3"][1]
+    assert len({found[f"{method}-r64"][1] for method in ("average-svd", "joint", "calibrated", "no-refit")}) == 1
+    assert found["low-rank-only-r64"][1] <= found["joint-r64"][1]
 
 
 def test_arms_are_named_once_and_those_that_decide_come_first() -> None:
