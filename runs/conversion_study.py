@@ -125,8 +125,7 @@ def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     if len(texts) < 5:
         raise UserError(f"--text: found {len(texts)} documents; expected at least 5, of which a fifth is held out")
     first = len(texts) - round(len(texts) / 5)
-    heldout = list(texts[first:])
-    known = set(heldout)
+    heldout, known = list(texts[first:]), set(texts[first:])
     train = [text for text in texts[:first] if text not in known]
     if not train:
         raise UserError("--text: every document is also held out; expected others to train on")
