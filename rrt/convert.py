@@ -70,10 +70,11 @@ def _describe_calibration(conversion: PreparedConversion) -> Iterator[str]:
     chosen = conversion.calibration
     if chosen is not None:
         rows, length = chosen.rows.shape[0], chosen.rows.shape[1] - 1
+        align = "" if chosen.align else "neurons not aligned; "
         refit = "refit depth by depth" if chosen.refit else "no refit"
         yield (
-            f"text  {rows * length:,} tokens in rows of {length}; metric: {chosen.metric}; {refit}; {chosen.device}; "
-            f"if interrupted, the same command goes on from {workspace_directory(conversion.out)}"
+            f"text  {rows * length:,} tokens in rows of {length}; metric: {chosen.metric}; {align}{refit}; "
+            f"{chosen.device}; if interrupted, the same command goes on from {workspace_directory(conversion.out)}"
         )
 
 
@@ -300,6 +301,11 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         "--no-refit", action="store_true", help="leave the LoRAs as the joint fit has them: for measurements"
     )
     parser.add_argument(
+        "--no-align",
+        action="store_true",
+        help="leave the feed-forward neurons of depths that share a layer in the base's order: for measurements",
+    )
+    parser.add_argument(
         "--device",
         default=default.device,
         help="of a calibrated conversion: cpu, cuda, ... (default: CUDA if available)",
@@ -318,6 +324,7 @@ def _calibration_options(arguments: argparse.Namespace) -> CalibrationOptions | 
         arguments.calibration_context,
         arguments.calibration_metric,
         not arguments.no_refit,
+        not arguments.no_align,
         None if memory is None else int(memory * 2**30),
         arguments.device,
     )

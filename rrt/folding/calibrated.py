@@ -1,8 +1,9 @@
 """Calibrated initialisation: a shared block and its LoRAs, fitted where a text's tokens are and its loss feels it.
 
 Passes, each depth by depth: the base forward and backward (:mod:`rrt.folding.calibration`), the joint fit of every
-matrix of the block in the metric found (:mod:`rrt.folding.tying`), and base and converted model side by side, which
-refits the LoRAs (:mod:`rrt.folding.refit`). Every finished depth is kept in a workspace: an interrupted conversion goes
+matrix of the block in the metric found (:mod:`rrt.folding.tying`), feed-forward neurons aligned before it
+(:mod:`rrt.folding.neurons`), and base and converted model side by side, which refits the LoRAs
+(:mod:`rrt.folding.refit`). Every finished depth is kept in a workspace: an interrupted conversion goes
 on after it.
 """
 
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
-from rrt.folding.calibration import BaseStatistics, CalibrationMetric, TextPass
+from rrt.folding.calibration import BaseStatistics, CalibrationMetric, LinearStatistics, TextPass
 from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
+from rrt.folding.neurons import NEURON_LINEARS, NeuronLinear, ReorderedNeurons, match_neurons, reorder_statistics
 from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
 from rrt.folding.tying import Metric, fit_lora, fit_tied, metric_norms, singular_gains
 from rrt.folding.views import read_finite
@@ -27,6 +29,9 @@ from rrt.folding.workspace import Workspace
 from rrt.model.config import RecursiveConfig
 from rrt.model.loop_linear import loop_linears, merge_lora
 from rrt.model.meta import meta_model
+
+_SWEEPS = 1
+"""Of the joint fit. Two more take two thirds of the time for 1 % of perplexity, most of it before the refit."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Calibration:
         rows: int64 [n, T + 1] of the text: inputs, and their next tokens.
         metric: see :mod:`rrt.folding.calibration`.
         refit: refit the LoRAs depth by depth after the joint fit.
+        align: align the neurons of depths that share a layer before the joint fit.
         memory: bytes that statistics of all depths may take; where they take more, those of each depth are computed
             again when they are needed.
         device: of all passes and fits.
@@ -45,6 +51,7 @@ class Calibration:
     rows: Tensor
     metric: CalibrationMetric = "both"
     refit: bool = True
+    align: bool = True
     memory: int = 2**32
     device: torch.device = torch.device("cpu")
 
@@ -125,6 +132,13 @@ class CalibratedBlock:
             self._advance(statistics if self._calibration.refit else None, step)
         return self._report()
 
+    def aligned_source(self) -> Source:
+        """Return the base with its neurons in the order that the fitted linears are of, after `run`."""
+        orders: dict[int, Tensor] = {}
+        for layer in range(self._layers_per_loop):
+            orders |= self._orders(layer)
+        return ReorderedNeurons(self._source, orders)
+
     def measure_gains(self, *, progress: bool = False) -> dict[str, list[float]]:
         """Compute what each unit of rank saves of a matrix's error in the metric, by names such as ``layers.0.attn.q``.
 
@@ -185,11 +199,10 @@ class CalibratedBlock:
         """Fit the linears of a shared layer jointly over its depths."""
         if self._workspace.has(f"fit-{layer:03d}"):
             return
-        depths = self._depths(layer)
-        measured = [statistics.depth(depth) for depth in depths]
+        source, measured = self._aligned(layer, statistics)
         tensors: dict[str, Tensor] = {}
         for name, rank in self._ranks[layer].items():
-            weights = self._weights(name, depths)
+            weights = self._weights(source, layer, name)
             metrics = [linears[name].metric for linears in measured]
             if self._recursion.low_rank_only and rank:
                 (weight,), (metric,) = weights, metrics
@@ -197,7 +210,7 @@ class CalibratedBlock:
                 parts = {"weight": torch.zeros_like(weight), "lora_a": lora_a[None], "lora_b": lora_b[None]}
                 errors, norms = metric_norms([weight - lora_b @ lora_a], metrics), metric_norms(weights, metrics)
             else:
-                fit = fit_tied(weights, rank, metrics)
+                fit = fit_tied(weights, rank, metrics, _SWEEPS)
                 parts = {"weight": fit.weight, "lora_a": fit.lora_a, "lora_b": fit.lora_b}
                 errors, norms = fit.errors, fit.norms
             for part, tensor in parts.items():
@@ -216,11 +229,10 @@ class CalibratedBlock:
         """Compute the gains of one shared layer's matrices, unless an earlier run has."""
         step = f"gains-{layer:03d}"
         if not self._workspace.has(step):
-            depths = self._depths(layer)
-            measured = [statistics.depth(depth) for depth in depths]
+            source, measured = self._aligned(layer, statistics)
             found = {}
             for name in self._ranks[layer]:
-                weights = self._weights(name, depths)
+                weights = self._weights(source, layer, name)
                 metrics = [linears[name].metric for linears in measured]
                 gains = singular_gains(weights, metrics)
                 found[name] = gains / self._unit_of_gains(weights, metrics)
@@ -241,12 +253,50 @@ class CalibratedBlock:
             return float(outputs)
         return sum(metric_norms(weights, metrics)) or 1.0
 
-    def _weights(self, name: str, depths: list[int]) -> list[Tensor]:
-        """Read a linear's weights at several depths."""
+    def _weights(self, source: Source, layer: int, name: str) -> list[Tensor]:
+        """Read a linear's weights at the depths of a shared layer."""
         return [
-            read_finite(self._source, f"stack.layers.{depth}.{name}.weight").to(self._calibration.device)
-            for depth in depths
+            read_finite(source, f"stack.layers.{depth}.{name}.weight").to(self._calibration.device)
+            for depth in self._depths(layer)
         ]
+
+    def _aligned(self, layer: int, statistics: BaseStatistics) -> tuple[Source, list[dict[str, LinearStatistics]]]:
+        """Align the neurons of a shared layer's depths: return the base and the depths' statistics with them so."""
+        depths = self._depths(layer)
+        measured = [statistics.depth(depth) for depth in depths]
+        if self._calibration.align and len(depths) > 1 and not self._workspace.has(f"orders-{layer:03d}"):
+            first, *others = (
+                self._neuron_linears(layer, depth, linears) for depth, linears in zip(depths, measured, strict=True)
+            )
+            generator = torch.Generator().manual_seed(layer)
+            orders = [match_neurons(first, other, generator) for other in others]
+            self._workspace.save(
+                f"orders-{layer:03d}", {str(depth): order for depth, order in zip(depths[1:], orders, strict=True)}
+            )
+        aligned = [self._reordered(layer, depth, linears) for depth, linears in zip(depths, measured, strict=True)]
+        return ReorderedNeurons(self._source, self._orders(layer)), aligned
+
+    def _reordered(self, layer: int, depth: int, measured: dict[str, LinearStatistics]) -> dict[str, LinearStatistics]:
+        """Reorder statistics of a depth as its neurons are aligned."""
+        order = self._orders(layer).get(depth)
+        return measured if order is None else reorder_statistics(measured, order)
+
+    def _neuron_linears(self, layer: int, depth: int, measured: dict[str, LinearStatistics]) -> dict[str, NeuronLinear]:
+        """Collect what matching needs to know of the linears at a depth."""
+        linears = {}
+        for name in NEURON_LINEARS:
+            if name in measured:
+                weight = read_finite(self._source, f"stack.layers.{depth}.{name}.weight").to(self._calibration.device)
+                metric = measured[name].metric
+                unit = self._unit_of_gains([weight], [metric])
+                linears[name] = NeuronLinear(weight, metric, self._ranks[layer][name], unit)
+        return linears
+
+    def _orders(self, layer: int) -> dict[int, Tensor]:
+        """Return the order of neurons that `_aligned` found, by depth; the others keep theirs."""
+        step = f"orders-{layer:03d}"
+        found = self._workspace.load(step) if self._workspace.has(step) else {}
+        return {int(depth): order for depth, order in found.items()}
 
     def _advance(self, statistics: BaseStatistics | None, step: Callable[[str, int], None]) -> None:
         """Run base and converted model side by side, refitting LoRAs if there are statistics."""
@@ -260,11 +310,11 @@ class CalibratedBlock:
         else:
             embedded = self._text.embed()
             streams = {"base": embedded, "converted": embedded.clone()}
-        walk = SideBySide(self._text, **streams)
+        walk = SideBySide(TextPass(self.aligned_source(), self._calibration.rows, device), **streams)
         for depth in range(done, num_layers):
             loop, layer = self._places[depth]
-            linears = self._fitted(layer, loop)
-            linears, errors = walk.advance(depth, linears, None if statistics is None else statistics.depth(depth))
+            measured = None if statistics is None else self._reordered(layer, depth, statistics.depth(depth))
+            linears, errors = walk.advance(depth, self._fitted(layer, loop), measured)
             self._workspace.save(f"refit-{depth:03d}", _result(linears, errors))
             self._workspace.save(f"streams-{depth + 1:03d}", {"base": walk.base, "converted": walk.converted})
             self._workspace.drop(f"streams-{depth:03d}")
@@ -358,7 +408,9 @@ class CalibratedFolding(Folding):
 
     def calibrate(self, *, progress: bool = False) -> CalibrationReport:
         """Fit all linears of the block."""
-        return self._block.run(progress=progress)
+        report = self._block.run(progress=progress)
+        self.source = self._block.aligned_source()
+        return report
 
     def linear(self, layer: int, linear: str, rank: int) -> TiedLinear:
         name = f"stack.layers.{layer}.{linear}"

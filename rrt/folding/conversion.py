@@ -48,6 +48,7 @@ class CalibrationOptions:
         context: tokens of a row.
         metric: see :mod:`rrt.folding.calibration`.
         refit: refit the LoRAs depth by depth after the joint fit.
+        align: align the feed-forward neurons of depths that share a layer before the joint fit.
         memory: bytes that statistics of all depths may take, which are else computed twice; default half of what is
             free, in memory and on the disk of the output.
         device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
@@ -58,6 +59,7 @@ class CalibrationOptions:
     context: int = 512
     metric: CalibrationMetric = "both"
     refit: bool = True
+    align: bool = True
     memory: int | None = None
     device: str = "auto"
 
@@ -256,6 +258,7 @@ def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> st
         "dtype": str(conversion.dtype),
         "metric": calibration.metric,
         "refit": calibration.refit,
+        "align": calibration.align,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -370,7 +373,7 @@ def _open_calibration(
     memory = options.memory
     if memory is None:
         memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
-    return Calibration(rows, options.metric, options.refit, memory, device)
+    return Calibration(rows, options.metric, options.refit, options.align, memory, device)
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:

@@ -162,14 +162,18 @@ def singular_gains(weights: Sequence[Tensor], metrics: Sequence[Metric] | None =
 class _Side:
     """One side of a metric, mean diagonal 1 and ridge included, with its Cholesky factor."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, factor: Tensor) -> None:
+        self.matrix, self.factor = matrix, factor
+
+    @classmethod
+    def of_matrix(cls, matrix: Tensor) -> "_Side":
         factor, failure = torch.linalg.cholesky_ex(matrix)
         if failure:
             # A sum in a narrow dtype may have eigenvalues below zero.
             values, vectors = torch.linalg.eigh(matrix)
             matrix = (vectors * values.clamp(min=RIDGE * float(matrix.diagonal().mean()))) @ vectors.T
             factor = torch.linalg.cholesky(matrix)
-        self.matrix, self.factor = matrix, factor
+        return cls(matrix, factor)
 
     @classmethod
     def of_statistics(cls, matrix: Tensor) -> tuple[float, "_Side"]:
@@ -179,7 +183,10 @@ class _Side:
         identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         # Symmetric to the last bit. Nothing reached the loop at size 0.
         shape = (matrix + matrix.T) / (2.0 * size) if size > 0.0 else identity
-        return max(size, 0.0), cls(shape + RIDGE * identity)
+        return max(size, 0.0), cls.of_matrix(shape + RIDGE * identity)
+
+    def to(self, dtype: torch.dtype) -> "_Side":
+        return _Side(self.matrix.to(dtype), self.factor.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,10 @@ class _Form:
     weight: float = 1.0
     inputs: _Side | None = None
     outputs: _Side | None = None
+
+    def to(self, dtype: torch.dtype) -> "_Form":
+        inputs, outputs = (None if side is None else side.to(dtype) for side in (self.inputs, self.outputs))
+        return _Form(self.weight, inputs, outputs)
 
     def square(self, error: Tensor) -> float:
         return float(self.whiten(error).square().sum())
@@ -265,9 +276,9 @@ def _combined(
     """Combine forms that share a side; `of_sides` takes the other side's matrices, each times its form's weight."""
     first = forms[0]
     if any(form.inputs is not first.inputs for form in forms):
-        return _Form(1.0, _Side(of_sides(_scaled(forms, "inputs"))), first.outputs)
+        return _Form(1.0, _Side.of_matrix(of_sides(_scaled(forms, "inputs"))), first.outputs)
     if any(form.outputs is not first.outputs for form in forms):
-        return _Form(1.0, first.inputs, _Side(of_sides(_scaled(forms, "outputs"))))
+        return _Form(1.0, first.inputs, _Side.of_matrix(of_sides(_scaled(forms, "outputs"))))
     return _Form(of_weights([form.weight for form in forms]), first.inputs, first.outputs)
 
 
@@ -301,7 +312,7 @@ def _with_common_outputs(forms: list[_Form]) -> list[_Form]:
 
 def _mean_side(forms: Sequence[_Form], name: Literal["inputs", "outputs"]) -> _Side:
     """Compute the mean of one side of all forms, each counting by its weight."""
-    return _Side(_total(_scaled(forms, name)) / sum(form.weight for form in forms))
+    return _Side.of_matrix(_total(_scaled(forms, name)) / sum(form.weight for form in forms))
 
 
 def _scaled(forms: Sequence[_Form], name: Literal["inputs", "outputs"]) -> list[Tensor]:
@@ -414,9 +425,11 @@ def _alternate(fit: _Fit, sweeps: int) -> list[float]:
 def _descend(weight: Tensor, targets: list[Tensor], forms: list[_Form], scale: _Form) -> Tensor:
     """Move W' towards the matrix nearest to all `targets`, by steps of conjugate gradients that `scale` preconditions.
 
-    Every step lowers the objective, so that stopping early is safe.
+    Every step lowers the objective, so that stopping early is safe. What is added to W' needs no more digits than fp32.
     """
-    residual = _total(form.gradient(target - weight) for form, target in zip(forms, targets, strict=True))
+    residual = _total(form.gradient(target - weight) for form, target in zip(forms, targets, strict=True)).float()
+    forms, scale = [form.to(torch.float32) for form in forms], scale.to(torch.float32)
+    moved = torch.zeros_like(residual)
     direction = scale.solve(residual)
     product = float((residual * direction).sum())
     enough = product * _GRADIENT_TOLERANCE**2
@@ -425,12 +438,12 @@ def _descend(weight: Tensor, targets: list[Tensor], forms: list[_Form], scale: _
             break
         curved = _total(form.gradient(direction) for form in forms)
         step = product / float((direction * curved).sum())
-        weight = weight + step * direction
-        residual = residual - step * curved
+        moved += step * direction
+        residual -= step * curved
         solved = scale.solve(residual)
         before, product = product, float((residual * solved).sum())
         direction = solved + product / before * direction
-    return weight
+    return weight + moved
 
 
 def _bound(weights: list[Tensor], rank: int, forms: list[_Form]) -> float:
