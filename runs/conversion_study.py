@@ -26,7 +26,6 @@ perplexities, and say what a budget of so many tokens buys. This takes 7/4 of th
 """
 
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -34,7 +33,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rrt.checkpoint.source import open_source
 from rrt.common.cli import CommandParser, run_command
-from rrt.common.files import atomic_write, read_json, sha256_file, write_json
+from rrt.common.files import atomic_write, locked_directory, read_json, sha256_file, write_json
 from rrt.common.machine import cpu_info
 from rrt.common.provenance import fingerprint
 from rrt.common.results import write_result
@@ -311,7 +309,7 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
         UserError: results that are there were made with other settings, or OUT is something else.
     """
     path = study.out / "study.json"
-    if not path.exists() and study.out.is_dir() and any(entry.name != ".lock" for entry in study.out.iterdir()):
+    if not path.exists() and study.out.is_dir() and any(study.out.iterdir()):
         raise UserError(f"{study.out}: not empty and not an earlier study; expected a directory to create")
     texts = list(documents(list(inputs)))
     train, heldout = split_texts(texts)
@@ -346,18 +344,6 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
     content |= {"batch_tokens": BATCH_TOKENS, "train_context": TRAIN_CONTEXT, "learning_rate": LEARNING_RATE}
     write_json(path, content)
     write_texts(study, texts, max(len(draws(arm, study.num_seeds)) for arm in study.arms))
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep other parts of the same study out of `out` meanwhile."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another study writes here; wait for it or name another --out") from None
-        yield
 
 
 def default_dtype(device: str) -> str:
@@ -491,7 +477,7 @@ def main() -> None:
         for step in pending_steps(study_steps(study)):
             print(f"# {step.name}\n{shlex.join(step.command)}")
         return
-    with locked(study.out):
+    with locked_directory(study.out):
         open_study(study, arguments.text, arguments.name, num_layers)
         run_study(study, arguments.minutes, arguments.keep)
 

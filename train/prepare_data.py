@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import fcntl
 import gc
 import hashlib
 import io
@@ -39,7 +38,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
-from rrt.common.files import atomic_directory, atomic_file, check_output_directory
+from rrt.common.files import atomic_directory, atomic_file, check_output_directory, locked_directory
 from rrt.data.corpus import (
     INPUT_HELP,
     PYTHON_STDLIB,
@@ -208,23 +207,6 @@ def make_unit(split: str, parts: list[Part], settings: list[Any]) -> Unit:
         identity.append([str(part.path.absolute()), status.st_size, status.st_mtime_ns, part.start, part.stop])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return Unit(split, tuple(parts), f"unit-{digest[:32]}")
-
-
-@contextmanager
-def locked_directory(path: Path) -> Iterator[None]:
-    """Create `path` and keep other processes of this command out of it."""
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{path}: another prepare_data.py is writing here; wait for it or name another --out"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def keep_finished(job: Job, overwrite: bool) -> set[str]:

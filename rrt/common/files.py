@@ -1,6 +1,7 @@
 """All-or-nothing output: write beside the target, then rename. Errors of full disks, and of files not fetched."""
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -39,6 +40,25 @@ def free_bytes(path: Path) -> int:
     """Return the bytes free on the disk of `path`, which need not exist."""
     existing = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
     return shutil.disk_usage(existing).free
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Create `path`, and keep other processes that would lock it out of it.
+
+    Raises:
+        UserError: another one has locked it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process writes here; wait for it or name another --out") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

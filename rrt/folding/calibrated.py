@@ -142,8 +142,8 @@ class CalibratedBlock:
     def measure_gains(self, *, progress: bool = False) -> dict[str, list[float]]:
         """Compute what each unit of rank saves of a matrix's error in the metric, by names such as ``layers.0.attn.q``.
 
-        An error counts by what it is expected to change the loss. Without gradients nothing tells one matrix's errors
-        from another's, and it counts by its share of what the matrix computes.
+        An error counts by its share of what the matrix computes, in the metric. Absolute errors tell less, though with
+        gradients they estimate a change of the loss: see docs/CONVERSION.md.
         """
         gains: dict[str, list[float]] = {}
         with self._measured(progress, ("gains",)) as (statistics, step):
@@ -235,23 +235,9 @@ class CalibratedBlock:
                 weights = self._weights(source, layer, name)
                 metrics = [linears[name].metric for linears in measured]
                 gains = singular_gains(weights, metrics)
-                found[name] = gains / self._unit_of_gains(weights, metrics)
+                found[name] = gains / (sum(metric_norms(weights, metrics)) or 1.0)
             self._workspace.save(step, found)
         return {f"layers.{layer}.{name}": gains.tolist() for name, gains in self._workspace.load(step).items()}
-
-    def _unit_of_gains(self, weights: list[Tensor], metrics: list[Metric]) -> float:
-        """Return what makes gains of matrices of different shapes comparable.
-
-        With both sides `fit_tied` measures in units of the mean diagonals' geometric mean, sums over tokens of
-        |g|^2 |x|^2 over sqrt(N K); the loss feels (g^T E x)^2, of which |g|^2 |x|^2 are the N K-fold. With inputs alone
-        it measures |g|^2 |E x|^2, of which the N-th part is expected along g.
-        """
-        outputs, inputs = weights[0].shape
-        if self._calibration.metric == "both":
-            return float(outputs * inputs) ** 0.5
-        if self._calibration.metric == "inputs":
-            return float(outputs)
-        return sum(metric_norms(weights, metrics)) or 1.0
 
     def _weights(self, source: Source, layer: int, name: str) -> list[Tensor]:
         """Read a linear's weights at the depths of a shared layer."""
@@ -288,9 +274,24 @@ class CalibratedBlock:
             if name in measured:
                 weight = read_finite(self._source, f"stack.layers.{depth}.{name}.weight").to(self._calibration.device)
                 metric = measured[name].metric
-                unit = self._unit_of_gains([weight], [metric])
+                unit = self._unit_of_errors(weight, metric)
                 linears[name] = NeuronLinear(weight, metric, self._ranks[layer][name], unit)
         return linears
+
+    def _unit_of_errors(self, weight: Tensor, metric: Metric) -> float:
+        """Return what makes errors of linears of different shapes comparable.
+
+        With both sides `fit_tied` measures in units of the mean diagonals' geometric mean, sums over tokens of
+        |g|^2 |x|^2 over sqrt(N K); the loss feels (g^T E x)^2, of which |g|^2 |x|^2 are the N K-fold. With inputs alone
+        it measures |g|^2 |E x|^2, of which the N-th part is expected along g. Without gradients errors count by their
+        share of what the linear computes.
+        """
+        outputs, inputs = weight.shape
+        if self._calibration.metric == "both":
+            return float(outputs * inputs) ** 0.5
+        if self._calibration.metric == "inputs":
+            return float(outputs)
+        return sum(metric_norms([weight], [metric])) or 1.0
 
     def _orders(self, layer: int) -> dict[int, Tensor]:
         """Return the order of neurons that `_aligned` found, by depth; the others keep theirs."""

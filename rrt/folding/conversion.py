@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rrt.checkpoint.format import CheckpointConfig, CheckpointWriter, write_checkpoint
 from rrt.checkpoint.source import Source, open_source
-from rrt.common.files import NoSpaceError, check_output, free_bytes
+from rrt.common.files import NoSpaceError, check_output, free_bytes, locked_directory
 from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
 from rrt.common.provenance import code_version, fingerprint, make_provenance
@@ -215,18 +215,25 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
             recursion = _with_budget_distributed(conversion, gains)
             folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
         return _write(conversion, folding, None, start, progress)
-    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, conversion.calibration))
+    with locked_directory(workspace_directory(conversion.out)):
+        return _run_calibrated(conversion, conversion.calibration, start, progress)
+
+
+def _run_calibrated(
+    conversion: PreparedConversion, calibration: Calibration, start: float, progress: bool
+) -> ConversionReport:
+    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, calibration))
     try:
-        calibrated = _calibrated_folding(conversion, conversion.recursion, conversion.calibration, workspace)
+        folding = _calibrated_folding(conversion, conversion.recursion, calibration, workspace)
         if conversion.recursion.lora_rank.is_budget:
-            recursion = _with_budget_distributed(conversion, calibrated.measure_gains(progress=progress))
-            calibrated = _calibrated_folding(conversion, recursion, conversion.calibration, workspace)
-        calibration = calibrated.calibrate(progress=progress)
+            recursion = _with_budget_distributed(conversion, folding.measure_gains(progress=progress))
+            folding = _calibrated_folding(conversion, recursion, calibration, workspace)
+        calibrated = folding.calibrate(progress=progress)
     except UserError as error:
         if not isinstance(error, NoSpaceError):
             workspace.remove()
         raise
-    report = _write(conversion, calibrated, calibration, start, progress)
+    report = _write(conversion, folding, calibrated, start, progress)
     workspace.remove()
     return report
 

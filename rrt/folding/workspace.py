@@ -28,7 +28,7 @@ class Workspace:
         if directory.exists() and not path.is_file() and any(directory.iterdir()):
             raise UserError(f"{directory}: is not of a conversion; expected no such directory: move it away")
         if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
-            self.remove()
+            self._clear()
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, {"fingerprint": fingerprint})
 
@@ -59,10 +59,13 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete everything, the fingerprint last: what an interruption leaves is still known as a workspace."""
+        self._clear()
+        shutil.rmtree(self.directory)
+
+    def _clear(self) -> None:
         for path in self.directory.iterdir():
             if path.name != _FINGERPRINT_FILE:
                 path.unlink()
-        shutil.rmtree(self.directory)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rrt.checkpoint.source import load_model, open_source
+from rrt.common.files import locked_directory
 from rrt.convert import main
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
@@ -188,7 +189,7 @@ def whole(bases, text, tmp_path_factory):
 
 
 # Kept: 7 states, 7 gradients and 6 statistics, 3 fits, and 2 for each of 6 depths. Without statistics 6 fewer.
-@pytest.mark.parametrize(("saves", "memory"), [(2, None), (12, None), (22, None), (29, None), (10, 0), (27, 0)])
+@pytest.mark.parametrize(("saves", "memory"), [(2, None), (12, None), (23, None), (32, None), (10, 0), (30, 0)])
 def test_an_interrupted_conversion_goes_on_and_ends_the_same(bases, saves, memory, whole, text, tmp_path, monkeypatch):
     names: list[str] = []
     save = Workspace.save
@@ -220,6 +221,15 @@ def test_steps_of_another_text_are_not_taken(bases, text, tmp_path, monkeypatch)
     calibrate(bases["llama"], tmp_path / "fresh", text, options={"context": 32})
     found, fresh = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fresh"))
     assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def test_a_second_conversion_to_the_same_place_is_refused(bases, text, tmp_path):
+    with (
+        locked_directory(tmp_path / "out.calibration"),
+        pytest.raises(UserError, match=r"out\.calibration: another process writes here"),
+    ):
+        calibrate(bases["llama"], tmp_path / "out", text)
+    calibrate(bases["llama"], tmp_path / "out", text)
 
 
 def command(base, out, *flags):

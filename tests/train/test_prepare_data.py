@@ -347,7 +347,7 @@ def test_an_existing_output_is_replaced_only_when_asked(corpus: Path, tokenizer:
 def test_two_runs_into_one_output_are_refused(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     with (
         module.locked_directory(tmp_path / "out.partial"),
-        pytest.raises(UserError, match=r"another prepare_data\.py is writing here"),
+        pytest.raises(UserError, match=r"another process writes here"),
     ):
         prepare_data([f"{corpus}/*"], tokenizer, tmp_path / "out")
 
