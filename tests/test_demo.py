@@ -39,18 +39,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_folds_and_uptrains_a_pretrained_model(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     settings = {"DEMO_OUT": out, "DEMO_BASE": base, "DEMO_KEPT_LAYERS": 2, "DEMO_LORA_RANK": 4, "DEMO_TOKENS": 2048}
+    settings["DEMO_CALIBRATION_TOKENS"] = 2048
     done = run_demo("demo.sh", {**settings, "DEMO_EVAL_TOKENS": 1024, "DEMO_NEW_TOKENS": 4})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("forward_kl from the teacher") == 3
+    assert done.stdout.count("forward_kl from the teacher") == 4
 
     report = json.loads((out / "report.json").read_text())
-    names = ("base", "kept", "recursive", "relaxed")
+    names = ("base", "kept", "recursive", "relaxed", "calibrated")
     models = dict(zip(names, report["models"], strict=True))
-    assert [row["tokens"] for row in models.values()] == [0, 2048, 2048, 2048]
-    assert [row["num_loops"] for row in models.values()] == [1, 1, 2, 2]
+    assert [row["tokens"] for row in models.values()] == [0, 2048, 2048, 2048, 2048]
+    assert [row["num_loops"] for row in models.values()] == [1, 1, 2, 2, 2]
     assert models["kept"]["total_params"] == models["recursive"]["total_params"] < models["base"]["total_params"]
-    assert models["relaxed"]["lora_params"] > 0 == models["recursive"]["lora_params"]
-    for name in ("kept", "recursive", "relaxed"):
+    assert models["calibrated"]["lora_params"] == models["relaxed"]["lora_params"] > 0
+    assert models["recursive"]["lora_params"] == 0
+    for name in names[1:]:
         assert models[name]["perplexity"] != models[name]["perplexity_before"] > models["base"]["perplexity"] / 10
     table = (out / "report.md").read_text()
     assert all(f"{row['perplexity']:,.2f}" in table for row in models.values()) and "held-out tokens" in table
