@@ -127,25 +127,24 @@ class _Pair:
 
     @classmethod
     def of(cls, name: str, reference: NeuronLinear, other: NeuronLinear) -> "_Pair":
-        linears = (reference, other)
-        sides = [(linear.metric.inputs, linear.metric.outputs) for linear in linears]
-        weights = [linear.weight.double() for linear in linears]
-        if name == _WRITER:
-            sides, weights = [side[::-1] for side in sides], [weight.T for weight in weights]
-        sizes = [_size(linear.metric) / linear.unit for linear in linears]
-        metrics = [
-            _normalised(matrix, weight.shape[1], weight) for (matrix, _), weight in zip(sides, weights, strict=True)
-        ]
+        vectors, importances, spaces, sizes = [], [], [], []
+        for linear in (reference, other):
+            weight = linear.weight.double()
+            space, own = linear.metric.inputs, linear.metric.outputs
+            if name == _WRITER:
+                weight, space, own = weight.T, own, space
+            size = _size(linear.metric) / linear.unit
+            vectors.append(weight)
+            importances.append(size * _shape(None if own is None else own.diagonal(), weight[:, 0]))
+            shape = _shape(space, weight[0])
+            spaces.append(shape if shape.ndim == 2 else torch.diag(shape))
+            sizes.append(size)
         total = sum(sizes) or 1.0
-        common = sum((size / total * metric for size, metric in zip(sizes, metrics, strict=True)), 0.0 * metrics[0])
+        common = sizes[0] / total * spaces[0] + sizes[1] / total * spaces[1]
         values, directions = torch.linalg.eigh(common)
         left = max(0, len(values) - 2 * reference.rank)
         scaled = directions[:, :left] * values[:left].clamp(min=0.0).sqrt()
-        importances = [
-            size * _normalised(matrix, len(weight), weight).diagonal()
-            for size, (_, matrix), weight in zip(sizes, sides, weights, strict=True)
-        ]
-        return cls((weights[0] @ scaled, weights[1] @ scaled), (importances[0], importances[1]))
+        return cls((vectors[0] @ scaled, vectors[1] @ scaled), (importances[0], importances[1]))
 
     def costs(self, first: Tensor, second: Tensor) -> Tensor:
         """Compute what sharing costs, of neurons `first` of one depth with neurons `second` of the other."""
@@ -161,11 +160,11 @@ def _size(metric: Metric) -> float:
     return (sizes[0] * sizes[-1]) ** 0.5 if sizes else 1.0
 
 
-def _normalised(matrix: Tensor | None, width: int, like: Tensor) -> Tensor:
-    """Return a side of a metric with mean diagonal 1; the identity where there is none, or nothing reached it."""
+def _shape(matrix: Tensor | None, like: Tensor) -> Tensor:
+    """Return a side of a metric, or its diagonal, with mean diagonal 1; ones for none, and where nothing reached it."""
     if matrix is not None:
         matrix = matrix.to(like)
-        mean = matrix.diagonal().mean()
+        mean = (matrix.diagonal() if matrix.ndim == 2 else matrix).mean()
         if mean > 0.0:
             return matrix / mean
-    return torch.eye(width, dtype=like.dtype, device=like.device)
+    return torch.ones_like(like)

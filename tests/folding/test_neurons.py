@@ -89,7 +89,8 @@ def test_neurons_that_nothing_reaches_and_ranks_that_take_all_are_no_trouble():
     generator = torch.Generator().manual_seed(1)
     reference, other = (random_linears(generator, 5, 4) for _ in range(2))
     nothing = {name: NeuronLinear(x.weight, Metric(0 * x.metric.inputs, None), 0) for name, x in reference.items()}
-    assert sorted(match_neurons(nothing, other, generator).tolist()) == list(range(5))
+    for pair in ((nothing, other), (other, nothing), (nothing, nothing)):
+        assert sorted(match_neurons(*pair, generator).tolist()) == list(range(5))
     all_taken = random_linears(generator, 5, 4, rank=2)
     assert match_neurons(all_taken, other, generator).tolist() == list(range(5))
 
