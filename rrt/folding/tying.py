@@ -185,8 +185,8 @@ class _Side:
         shape = (matrix + matrix.T) / (2.0 * size) if size > 0.0 else identity
         return max(size, 0.0), cls.of_matrix(shape + RIDGE * identity)
 
-    def to(self, dtype: torch.dtype) -> "_Side":
-        return _Side(self.matrix.to(dtype), self.factor.to(dtype))
+    def single(self) -> "_Side":
+        return _Side(self.matrix.float(), self.factor.float())
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,10 @@ class _Form:
     inputs: _Side | None = None
     outputs: _Side | None = None
 
-    def to(self, dtype: torch.dtype) -> "_Form":
-        inputs, outputs = (None if side is None else side.to(dtype) for side in (self.inputs, self.outputs))
-        return _Form(self.weight, inputs, outputs)
+    def single(self, unit: float) -> "_Form":
+        """Return the form in fp32, and in multiples of `unit`."""
+        inputs, outputs = (None if side is None else side.single() for side in (self.inputs, self.outputs))
+        return _Form(self.weight / unit, inputs, outputs)
 
     def square(self, error: Tensor) -> float:
         return float(self.whiten(error).square().sum())
@@ -427,8 +428,11 @@ def _descend(weight: Tensor, targets: list[Tensor], forms: list[_Form], scale: _
 
     Every step lowers the objective, so that stopping early is safe. What is added to W' needs no more digits than fp32.
     """
-    residual = _total(form.gradient(target - weight) for form, target in zip(forms, targets, strict=True)).float()
-    forms, scale = [form.to(torch.float32) for form in forms], scale.to(torch.float32)
+    residual = _total(form.gradient(target - weight) for form, target in zip(forms, targets, strict=True))
+    # In units in which fp32 has room.
+    unit = sum(form.weight for form in forms)
+    residual = (residual / unit).float()
+    forms, scale = [form.single(unit) for form in forms], scale.single(1.0)
     moved = torch.zeros_like(residual)
     direction = scale.solve(residual)
     product = float((residual * direction).sum())

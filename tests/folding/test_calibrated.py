@@ -188,7 +188,8 @@ def whole(bases, text, tmp_path_factory):
     return tensors
 
 
-# Kept: 7 states, 7 gradients and 6 statistics, 3 fits, and 2 for each of 6 depths. Without statistics 6 fewer.
+# Kept: 7 states, 7 gradients and 6 statistics, 3 orders and fits, and 2 for each of 6 depths. Without statistics 6
+# fewer.
 @pytest.mark.parametrize(("saves", "memory"), [(2, None), (12, None), (23, None), (32, None), (10, 0), (30, 0)])
 def test_an_interrupted_conversion_goes_on_and_ends_the_same(bases, saves, memory, whole, text, tmp_path, monkeypatch):
     names: list[str] = []

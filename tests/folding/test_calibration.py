@@ -5,10 +5,9 @@ import torch
 
 from rrt.errors import UserError
 from rrt.folding import calibration
-from rrt.folding.calibration import FIRST_TOKEN_WEIGHT, BaseStatistics, TextPass, add_gram
+from rrt.folding.calibration import FIRST_TOKEN_WEIGHT, TextPass, add_gram
 from rrt.folding.views import FoldedNorms
-from rrt.folding.workspace import Workspace
-from tests.util.calibration import ROWS, folded_base, loaded, recorded_pass
+from tests.util.calibration import ROWS, folded_base, loaded, measure, recorded_pass
 from tests.util.models import ALL_FAMILIES
 
 CPU = torch.device("cpu")
@@ -24,20 +23,6 @@ def exact_products(monkeypatch):
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
     return {family: folded_base(root / family, family, num_layers=3) for family in ALL_FAMILIES}
-
-
-def measure(source, directory, *, metric="both", keep=True, rows=ROWS):
-    """Statistics of all depths, by depth and linear."""
-    text = TextPass(source, rows, CPU)
-    statistics = BaseStatistics(text, metric, Workspace(directory, "test"), keep=keep, step=lambda *_: None)
-    statistics.forward()
-    if metric != "activations":
-        statistics.backward()
-    return {
-        (depth, name): linear
-        for depth in range(source.model.num_layers)
-        for name, linear in statistics.depth(depth).items()
-    }
 
 
 @torch.no_grad()

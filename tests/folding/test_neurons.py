@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 
-from rrt.checkpoint.source import Source, load_model, open_source
-from rrt.folding import neurons
+from rrt.checkpoint.source import load_model, open_source
+from rrt.folding import calibration, neurons
 from rrt.folding.calibrated import CalibratedBlock, Calibration
-from rrt.folding.neurons import NeuronLinear, ReorderedNeurons, match_neurons
+from rrt.folding.neurons import NeuronLinear, ReorderedNeurons, match_neurons, reorder_statistics
 from rrt.folding.tying import Metric
 from rrt.folding.views import FoldedNorms, KeptLayers
 from rrt.folding.workspace import Workspace
 from rrt.model.config import LoraRanks, RecursiveConfig
-from rrt.model.meta import meta_model
+from tests.util.calibration import folded_base, loaded, measure
 from tests.util.models import make_hf_model
 
 NAMES = ("mlp.gate", "mlp.up", "mlp.down")
@@ -67,7 +67,7 @@ def test_the_cheapest_of_all_matchings_is_found(rank):
     assert found == list(best) and found != list(range(5))
 
 
-def test_more_neurons_than_a_group_are_matched_in_rounds(monkeypatch):
+def test_most_of_more_neurons_than_a_group_are_matched_in_rounds(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     reference = random_linears(generator, 40, 6)
     order = torch.randperm(40, generator=generator)
@@ -81,8 +81,9 @@ def test_more_neurons_than_a_group_are_matched_in_rounds(monkeypatch):
             other[name] = NeuronLinear(linear.weight[order], Metric(inputs, outputs[order][:, order]), 0)
     assert match_neurons(reference, other, generator).tolist() == back.tolist()
     monkeypatch.setattr(neurons, "_GROUP", 30)
-    monkeypatch.setattr(neurons, "_ROUNDS", 60)
-    assert match_neurons(reference, other, generator).tolist() == back.tolist()
+    found = match_neurons(reference, other, generator)
+    assert sorted(found.tolist()) == list(range(40))
+    assert (found == back).sum() >= 30
 
 
 def test_neurons_that_nothing_reaches_and_ranks_that_take_all_are_no_trouble():
@@ -100,14 +101,6 @@ def random_orders(model, depths):
     return {depth: torch.randperm(model.intermediate_size, generator=generator) for depth in depths}
 
 
-def logits(source: Source, tokens):
-    model = meta_model(source.model, RecursiveConfig())
-    parameters = {name: source.get(name).double() for name, _ in model.named_parameters()}
-    model.load_state_dict(parameters, assign=True)
-    with torch.no_grad():
-        return model(tokens)
-
-
 @pytest.mark.parametrize("family", ["gemma", "llama", "gpt_neox"])
 def test_reordered_neurons_compute_the_same(family, tmp_path):
     make_hf_model(tmp_path / "base", family)
@@ -116,7 +109,7 @@ def test_reordered_neurons_compute_the_same(family, tmp_path):
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = load_model(tmp_path / "base", torch.float64)(tokens)
-    assert (logits(reordered, tokens) - expected).abs().max() < 1e-12
+        assert (loaded(reordered)(tokens) - expected).abs().max() < 1e-12
     name = "stack.layers.{}.mlp.up.weight"
     assert not torch.equal(reordered.get(name.format(0)), source.get(name.format(0)))
     assert torch.equal(reordered.get(name.format(1)), source.get(name.format(1)))
@@ -125,7 +118,29 @@ def test_reordered_neurons_compute_the_same(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("metric", ["both", "inputs", "activations"])
-def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family, metric, tmp_path):
+def test_reordered_statistics_are_those_of_the_reordered_base(family, metric, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "products_dtype", lambda device: torch.float32)
+    source = folded_base(tmp_path / "base", family, num_layers=3)
+    orders = random_orders(source.model, range(3))
+    before = measure(source, tmp_path / "before", metric=metric)
+    expected = measure(ReorderedNeurons(source, orders), tmp_path / "after", metric=metric)
+    for depth in range(3):
+        at_depth = {name: linear for (place, name), linear in before.items() if place == depth}
+        for name, linear in reorder_statistics(at_depth, orders[depth]).items():
+            wanted = expected[depth, name]
+            torch.testing.assert_close(linear.token_weights, wanted.token_weights, rtol=1e-3, atol=1e-9)
+            for side in ("inputs", "outputs"):
+                found, right = getattr(linear.metric, side), getattr(wanted.metric, side)
+                assert (found is None) == (right is None)
+                if right is not None:
+                    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("metric", ["both", "inputs", "activations"])
+def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family, metric, refit, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "products_dtype", lambda device: torch.float32)
     make_hf_model(tmp_path / "base", family, vocab_size=420)
     half = KeptLayers(FoldedNorms(open_source(tmp_path / "base")), (0, 1, 2) * 3)
     source = ReorderedNeurons(half, random_orders(half.model, range(3, 9)))
@@ -135,10 +150,8 @@ def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family,
     rows = torch.randint(0, 420, (8, 25), generator=torch.Generator().manual_seed(0))
     losses = {}
     for align in (True, False):
-        calibration = Calibration(rows, metric, refit=False, align=align)
-        block = CalibratedBlock(
-            source, recursion, calibration, torch.float64, Workspace(tmp_path / f"{align}", f"{align}")
-        )
+        chosen = Calibration(rows, metric, refit=refit, align=align)
+        block = CalibratedBlock(source, recursion, chosen, torch.float64, Workspace(tmp_path / f"{align}", f"{align}"))
         report = block.run()
         losses[align] = {
             linear.name.rpartition("layers.")[2]: sum(linear.metric_loss) + sum(linear.output_loss)
@@ -148,8 +161,8 @@ def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family,
             weight, lora_a, lora_b = block.linear(depth % 3, "mlp.up")
             expected = block.aligned_source().get(f"stack.layers.{depth}.mlp.up.weight")
             found = weight + lora_b[depth // 3] @ lora_a[depth // 3]
-            assert torch.allclose(found, expected.double(), atol=1e-5) == align
+            assert torch.allclose(found, expected.double(), atol=1e-3) == align
     for name, loss in losses[True].items():
-        assert loss < 1e-8
+        assert loss < 1e-7
         if "mlp" in name:
             assert losses[False][name] > 1e-3

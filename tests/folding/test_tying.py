@@ -255,3 +255,13 @@ def test_a_loop_counts_by_the_size_of_its_statistics():
     both = [Metric(shape, statistics(7, 1)), Metric(9.0 * shape, 9.0 * statistics(7, 1))]
     sized = fit_tied(weights, 1, both)
     assert sized.errors[0] == pytest.approx(9 * sized.errors[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_unit_of_the_statistics_is_free(count, scale):
+    weights, chosen = matrices(count), metrics("both", count)
+    scaled = [Metric(scale * metric.inputs, scale * metric.outputs) for metric in chosen]
+    expected, found = fit_tied(weights, 1, chosen), fit_tied(weights, 1, scaled)
+    assert found.objectives[-1] == pytest.approx(scale * expected.objectives[-1], rel=1e-6)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)

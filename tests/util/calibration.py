@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrt.checkpoint.source import Source, open_source
+from rrt.folding.calibration import BaseStatistics, CalibrationMetric, LinearStatistics, TextPass
 from rrt.folding.views import FoldedNorms
+from rrt.folding.workspace import Workspace
 from rrt.model.loop_linear import loop_linears
 from rrt.model.meta import meta_model
 from rrt.model.transformer import RecursiveTransformer
@@ -29,6 +31,22 @@ def loaded(source: Source, dtype: torch.dtype = torch.float64) -> RecursiveTrans
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(source.get(name).to(dtype)))
     return model
+
+
+def measure(
+    source: Source, directory: Path, *, metric: CalibrationMetric = "both", keep: bool = True, rows: Tensor = ROWS
+) -> dict[tuple[int, str], LinearStatistics]:
+    """Measure the statistics of all depths, by depth and linear."""
+    text = TextPass(source, rows, torch.device("cpu"))
+    statistics = BaseStatistics(text, metric, Workspace(directory, "test"), keep=keep, step=lambda *_: None)
+    statistics.forward()
+    if metric != "activations":
+        statistics.backward()
+    return {
+        (depth, name): linear
+        for depth in range(source.model.num_layers)
+        for name, linear in statistics.depth(depth).items()
+    }
 
 
 def linears_by_depth(model: RecursiveTransformer) -> dict[tuple[int, str], nn.Module]:
