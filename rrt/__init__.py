@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
     from rrt.model.transformer import RecursiveTransformer
     from rrt.ops import build_info
+    from rrt.serve.llm import LLM
+    from rrt.serve.requests import SamplingParams
 
 __all__ = [
+    "LLM",
     "Decoder",
     "LoraRanks",
     "ModelConfig",
     "PagedCache",
     "RecursiveConfig",
     "RecursiveTransformer",
+    "SamplingParams",
     "UserError",
     "__version__",
     "build_info",
@@ -32,11 +36,13 @@ __all__ = [
 
 _MODULES = {
     "Decoder": "decode.decoder",
+    "LLM": "serve.llm",
     "LoraRanks": "model.config",
     "ModelConfig": "model.config",
     "PagedCache": "decode.kv_cache",
     "RecursiveConfig": "model.config",
     "RecursiveTransformer": "model.transformer",
+    "SamplingParams": "serve.requests",
     "build_info": "ops",
     "load_model": "checkpoint.source",
     "load_tokenizer": "data.tokenizer",

@@ -2,14 +2,13 @@
 
     python -m rrt.generate --checkpoint runs/out/relaxed --prompt "def main(" --max-new-tokens 32
 
-Decoding runs all loops of every token through a paged key/value cache; the work is done by
-:mod:`rrt.decode.generation`.
+The work is done by :mod:`rrt.serve.engine`: all loops of every token, unless --exit-policy lets some leave earlier.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrt.checkpoint.source import load_model, open_source
@@ -18,15 +17,18 @@ from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
 from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.decode.decoder import Decoder
-from rrt.decode.generation import generate_steps
 from rrt.decode.kv_cache import PagedCache
-from rrt.decode.sampling import Sampling
-from rrt.decode.text_stream import StopStrings, TextStream
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
+from rrt.serve.engine import Engine
+from rrt.serve.exits import POLICY_HELP, parse_policy
+from rrt.serve.requests import NewToken, SamplingParams
+from rrt.serve.text import RequestText
 
 _PAGE_SIZE = 16
 _SEPARATOR = "\n---\n"
+_COLOURS = (32, 33, 31, 35, 36)
+"""Of text whose tokens were certain after loop 0, 1, ...: green, yellow, red, magenta, cyan."""
 
 
 @dataclass(frozen=True)
@@ -70,54 +72,43 @@ def _encode_prompts(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list
 
 
 class _Output:
-    """The text of one prompt: what is shown of the prompt, then the new text up to a stop string."""
+    """What is printed of one prompt: what is shown of it, then the new text."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: _Prompt, stops: Sequence[str]) -> None:
-        self._stream = TextStream(tokenizer)
-        self._stops = StopStrings(stops)
-        self._text = self._stream.push(prompt.shown)
+    def __init__(self, tokenizer: Tokenizer, prompt: _Prompt, params: SamplingParams, show_depth: bool) -> None:
+        self._text, self._show_depth = RequestText(tokenizer, params), show_depth
+        self._untaken = self._text.show_prompt(prompt.shown)
 
-    def add(self, token: int) -> bool:
+    def add(self, new: NewToken) -> bool:
         """Add a new token; returns whether a stop string ends the text."""
-        self._text += self._stops.push(self._stream.push([token]))
-        return self._stops.has_stopped
-
-    def finish(self) -> None:
-        self._text += self._stops.push(self._stream.finish()) + self._stops.finish()
+        piece = self._text.push(new)
+        if self._show_depth and piece:
+            piece = f"\x1b[{_COLOURS[new.agreed_loop % len(_COLOURS)]}m{piece}\x1b[0m"
+        self._untaken += piece
+        return self._text.has_stopped
 
     def take(self) -> str:
         """Return the text since the last call."""
-        text, self._text = self._text, ""
+        text, self._untaken = self._untaken, ""
         return text
 
 
-def _pieces(
-    decoder: Decoder,
-    prompts: Sequence[_Prompt],
-    outputs: Sequence[_Output],
-    samplings: Sequence[Sampling],
-    arguments: argparse.Namespace,
-    stop_ids: Sequence[int],
-) -> Iterator[str]:
-    """Yield the text as it can be printed: of one prompt step by step, of several one after the other at the end."""
-    steps = generate_steps(
-        decoder,
-        [prompt.tokens for prompt in prompts],
-        arguments.max_new_tokens,
-        samplings=samplings,
-        stop_ids=stop_ids,
-        # The token that ends a text is none of it, though it may have one.
-        has_ended=lambda index, token: token not in stop_ids and outputs[index].add(token),
-    )
-    is_streamed = len(outputs) == 1
+def _pieces(engine: Engine, outputs: dict[int, _Output]) -> Iterator[str]:
+    """Yield the text as it can be printed: of one prompt step by step, of several one after the other at the end.
+
+    Args:
+        outputs: of each request, by its id, in the order of the prompts.
+    """
+    first, is_streamed = next(iter(outputs.values())), len(outputs) == 1
     if is_streamed:
-        yield outputs[0].take()
-    for _ in steps:
+        yield first.take()
+    while engine.has_work:
+        for new in engine.step():
+            if outputs[new.request_id].add(new):
+                engine.cancel(new.request_id)
         if is_streamed:
-            yield outputs[0].take()
-    for output in outputs:
-        output.finish()
-    yield _SEPARATOR.join(output.take() for output in outputs)
+            yield first.take()
+    if not is_streamed:
+        yield _SEPARATOR.join(output.take() for output in outputs.values())
 
 
 def _print_pieces(pieces: Iterator[str]) -> None:
@@ -196,6 +187,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parse-special", action="store_true", help="text that spells a special token becomes it; --chat implies it"
     )
+    parser.add_argument("--exit-policy", default="never", metavar="POLICY", help=POLICY_HELP)
+    parser.add_argument(
+        "--show-depth",
+        action="store_true",
+        help="colour text by the loop after which its tokens were certain: green 0, yellow 1, red 2",
+    )
     add_dtype_flag(parser, "dtype to compute in")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: CUDA if available (default: auto)"
@@ -205,6 +202,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
     if "" in arguments.stop:
         raise UserError("--stop: found an empty text; expected at least one character")
+    arguments.exit_policy = parse_policy(arguments.exit_policy)
     if arguments.system is not None and not arguments.chat:
         raise UserError("--system: expected with --chat alone")
     if arguments.chat and arguments.bos != "auto":
@@ -216,15 +214,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run ``python -m rrt.generate``; see the head of this file."""
     arguments = _parse_arguments(argv)
     try:
-        samplings = [
-            Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + index)
+        params = [
+            SamplingParams(
+                arguments.temperature,
+                arguments.top_k,
+                arguments.top_p,
+                arguments.seed + index,
+                max_new_tokens=arguments.max_new_tokens,
+                stop=tuple(arguments.stop),
+            )
             for index in range(len(arguments.prompt))
         ]
     except UserError as error:  # begins with the name of a field, which is a flag here
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
     device = pick_device(arguments.device)
     # Everything that can be wrong is found before the weights are read.
-    config = open_source(arguments.checkpoint).model
+    source = open_source(arguments.checkpoint)
+    config, policy = source.model, arguments.exit_policy
+    policy.check(source.recursion)
     tokenizer = load_tokenizer(arguments.checkpoint)
     check_vocab(tokenizer, config.vocab_size, arguments.checkpoint)
     prompts = _encode_prompts(tokenizer, arguments)
@@ -238,10 +245,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{dtype_name(model.embed.dtype)} on {device}, key/value cache {human_bytes(cache.num_bytes)}",
         file=sys.stderr,
     )
-    decoder = Decoder(model, cache)
+    engine = Engine(Decoder(model, cache), policy)
     keep_freed_memory()
-    outputs = [_Output(tokenizer, prompt, arguments.stop) for prompt in prompts]
-    _print_pieces(_pieces(decoder, prompts, outputs, samplings, arguments, tokenizer.stop_ids))
+    params = [replace(each, stop_ids=frozenset(tokenizer.stop_ids)) for each in params]
+    outputs = {
+        engine.add(prompt.tokens, each): _Output(tokenizer, prompt, each, arguments.show_depth)
+        for prompt, each in zip(prompts, params, strict=True)
+    }
+    _print_pieces(_pieces(engine, outputs))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ORDER = [
     {"rrt.model"},
     {"rrt.checkpoint", "rrt.data"},
     {"rrt.folding", "rrt.decode"},
+    {"rrt.serve"},
     {f"rrt.{name}" for name in COMMANDS},
     {"train", "eval"},
     {"bench"},

@@ -80,12 +80,12 @@ def generate_steps(
 
     The other arguments, and the errors, are those of `generate`. Closing the iterator gives the cache's pages back.
     """
-    token_ids = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
-    _check_arguments(decoder, token_ids, max_new_tokens, chunk_size)
-    samplings = [GREEDY] * len(token_ids) if samplings is None else samplings
-    if len(samplings) != len(token_ids):
-        raise UserError(f"samplings: found {len(samplings)}; expected {len(token_ids)}, one for each prompt")
-    return _generate(decoder, token_ids, max_new_tokens, samplings, frozenset(stop_ids), has_ended, chunk_size)
+    ids = [token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    _check_arguments(decoder, ids, max_new_tokens, chunk_size)
+    samplings = [GREEDY] * len(ids) if samplings is None else samplings
+    if len(samplings) != len(ids):
+        raise UserError(f"samplings: found {len(samplings)}; expected {len(ids)}, one for each prompt")
+    return _generate(decoder, ids, max_new_tokens, samplings, frozenset(stop_ids), has_ended, chunk_size)
 
 
 def _generate(
@@ -175,41 +175,47 @@ def _pieces(lengths: list[int], chunk_size: int) -> Iterator[list[tuple[int, int
         yield pieces
 
 
-def _token_ids(index: int, prompt: Sequence[int] | Tensor) -> list[int]:
+def token_ids(name: str, prompt: Sequence[int] | Tensor) -> list[int]:
+    """Return the tokens of a prompt, a sequence of ints or an integer tensor [T]; `name` is for errors."""
     if not isinstance(prompt, Tensor):
         try:
             return [operator.index(token) for token in prompt]
         except TypeError as error:
-            raise UserError(f"prompts[{index}]: found {type(prompt).__name__} ({error}); expected token ids") from None
+            raise UserError(f"{name}: found {type(prompt).__name__} ({error}); expected token ids") from None
     if prompt.dim() != 1 or prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise UserError(
-            f"prompts[{index}]: found a tensor {list(prompt.shape)} of {dtype_name(prompt.dtype)}; expected token ids: "
+            f"{name}: found a tensor {list(prompt.shape)} of {dtype_name(prompt.dtype)}; expected token ids: "
             "one dimension of an integer dtype"
         )
     ids: list[int] = prompt.tolist()
     return ids
 
 
+def check_prompt(decoder: Decoder, name: str, tokens: Sequence[int], max_new_tokens: int) -> int:
+    """Return the positions that a prompt's continuation takes. Raises `UserError` if the decoder cannot compute it."""
+    vocab_size = decoder.model.config.vocab_size
+    if not tokens:
+        raise UserError(f"{name}: found no token; expected at least one, such as the begin-of-sequence token")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{name}: found token {token}; expected tokens in [0, {vocab_size})")
+    # The last new token is never an input.
+    length = len(tokens) + max(max_new_tokens - 1, 0)
+    if length > decoder.max_positions:
+        raise UserError(
+            f"{name}: {len(tokens)} tokens and {max_new_tokens} new ones need {length} positions; "
+            f"expected at most max_positions = {decoder.max_positions}"
+        )
+    return length
+
+
 def _check_arguments(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk_size: int) -> None:
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("chunk_size", chunk_size, 1)):
         if value < least:
             raise UserError(f"{name}: found {value}; expected at least {least}")
-    vocab_size = decoder.model.config.vocab_size
     needed = 0
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompts[{i}]: found no token; expected at least one, such as the begin-of-sequence token")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise UserError(f"prompts[{i}]: found token {token}; expected tokens in [0, {vocab_size})")
-        # The last new token is never an input.
-        length = len(prompt) + max(max_new_tokens - 1, 0)
-        if length > decoder.max_positions:
-            raise UserError(
-                f"prompts[{i}]: {len(prompt)} tokens and {max_new_tokens} new ones need {length} positions; "
-                f"expected at most max_positions = {decoder.max_positions}"
-            )
-        needed += decoder.cache.pages_for(length)
+        needed += decoder.cache.pages_for(check_prompt(decoder, f"prompts[{i}]", prompt, max_new_tokens))
     if needed > decoder.cache.num_free_pages:
         raise UserError(
             f"cache: found {decoder.cache.num_free_pages} free pages; expected {needed} for {len(prompts)} prompts: "

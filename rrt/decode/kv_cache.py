@@ -1,5 +1,6 @@
 """The key/value cache: pages of many sequences, each loop of a sequence with pages of its own."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -171,6 +172,14 @@ class PagedCache:
         for each in range(self.num_loops) if loop is None else [loop]:
             kept = self.prefix_length + min(length, lengths[each])
             self._table.truncate(self._handle(sequence, each), kept)
+
+    def truncate_rows(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Drop the positions from lengths[i] on of sequences[i], at every loop that has them; all [M]."""
+        handles = self._handles[_integers("sequences", sequences)]
+        for row, length in zip(handles.tolist(), lengths, strict=True):
+            for handle in row:
+                if self._table.length(handle) > self.prefix_length + length:
+                    self._table.truncate(handle, self.prefix_length + length)
 
     def free(self, sequence: int) -> None:
         """Give up the sequence and its pages."""

@@ -1,6 +1,7 @@
 """The command `python -m rrt.generate` against transformers' own generation."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,18 @@ def test_the_same_seed_draws_the_same_text(bases, capsys):
     assert run(capsys, bases / "llama", *flags, "--seed=4", prompts=["x"]) == first[1:]
 
 
+def test_verified_exits_give_the_same_text_and_show_their_depth(bases, tmp_path, capsys):
+    convert(bases / "llama", tmp_path / "looped", RecursiveConfig(num_loops=2))
+    flags = ("--max-new-tokens", "16", "--device", "cpu")
+    plain = run(capsys, tmp_path / "looped", *flags)
+    assert run(capsys, tmp_path / "looped", *flags, "--exit-policy", "verify") == plain
+    shown = run(capsys, tmp_path / "looped", *flags, "--exit-policy", "verify", "--show-depth")
+    assert shown != plain and all("\x1b[33m" in text for text in shown)
+    assert [re.sub(r"\x1b\[\d*m", "", text) for text in shown] == plain
+    first = run(capsys, tmp_path / "looped", *flags, "--exit-policy", "static:0", "--show-depth")
+    assert first != plain and all("\x1b[32m" in text for text in first)
+
+
 def test_a_chat_is_rendered_by_the_template_and_the_answer_alone_is_printed(bases, tmp_path, capsys):
     base = Path(shutil.copytree(bases / "llama", tmp_path / "chat"))
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}assistant:"
@@ -164,6 +177,8 @@ def test_text_that_spells_a_special_token_becomes_it_only_where_asked(bases, cap
         (["--temperature", "-1"], "--temperature: found -1.0; expected 0, or 1e-6 or more"),
         (["--top-p", "0"], "--top-p: found 0.0; expected more than 0"),
         (["--stop", ""], "--stop: found an empty text"),
+        (["--exit-policy", "often"], "exit policy: found 'often'; expected never, verify"),
+        (["--exit-policy", "static:1"], "static exit: found loop 1; expected one in"),
         (["--system", "Be brief."], "--system: expected with --chat alone"),
         (["--chat", "--bos", "yes"], "--bos: found yes with --chat; expected auto"),
         (["--chat"], "no chat template; looked for chat_template.jinja"),

@@ -1,0 +1,187 @@
+"""When a row may leave before the last loop, and what the token that it leaves with is worth.
+
+A policy looks at the logits after the loops that it names. Under a lossy policy a row that exits is done: its token is
+final, and the loops that it skips get their keys and values from its state at the exit. `Verify` is exact: the token
+after an early loop is a draft only, with which the next position starts while this one goes on; what the last loop says
+stands.
+
+Shapes: M rows, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rrt.errors import UserError
+from rrt.model.config import RecursiveConfig
+
+POLICY_HELP = (
+    "when a token may leave before the last loop: never (default); verify: early tokens are drafts that the last loop "
+    "verifies, for the same text in fewer passes; or, for another text, static:LOOP, confidence:P, margin:P or "
+    "entropy:NATS"
+)
+
+
+class ExitPolicy(Protocol):
+    """Decides which rows exit after a loop before the last."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether early tokens are drafts that the last loop verifies; else they are final."""
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every row exits after a loop that the policy looks at; `exits` then is not asked."""
+
+    def looks_after(self, loop: int) -> bool:
+        """Tell whether logits are wanted after `loop`, which is not the last."""
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        """Decide for rows after their loops int32 [M]: logits [M, V] of new tokens number `steps` of `requests`."""
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        """Raise `UserError` if the policy does not fit a model."""
+
+
+class _Policy:
+    is_exact = False
+    is_certain = False
+
+    def looks_after(self, loop: int) -> bool:
+        return True
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        raise NotImplementedError
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        if recursion.sharing != "cycle" and any(self.looks_after(loop) for loop in range(recursion.num_loops - 1)):
+            raise UserError(
+                f"exit policy: found early exits and a model with sharing '{recursion.sharing}', whose loops run "
+                "different layers; expected the policy never, or sharing 'cycle'"
+            )
+
+
+class Never(_Policy):
+    """Every token goes through all loops."""
+
+    is_certain = True
+
+    def looks_after(self, loop: int) -> bool:
+        return False
+
+
+class Verify(_Policy):
+    """Drafts after every early loop, verified by the last: full depth's tokens in fewer passes."""
+
+    is_exact = True
+    is_certain = True
+
+
+@dataclass(frozen=True)
+class Static(_Policy):
+    """Every token exits after `loop`. Lossy."""
+
+    is_certain = True
+
+    loop: int
+
+    def looks_after(self, loop: int) -> bool:
+        return loop == self.loop
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        super().check(recursion)
+        if not 0 <= self.loop < recursion.num_loops:
+            raise UserError(f"static exit: found loop {self.loop}; expected one in [0, {recursion.num_loops})")
+
+
+@dataclass(frozen=True)
+class Confidence(_Policy):
+    """A token exits where its probability reaches `threshold`. Lossy."""
+
+    threshold: float
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        confident: list[bool] = (logits.float().softmax(-1).amax(-1) >= self.threshold).tolist()
+        return confident
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        super().check(recursion)
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"confidence exit: found threshold {self.threshold}; expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Margin(_Policy):
+    """A token exits where its probability exceeds the second one's by `threshold`. Lossy."""
+
+    threshold: float
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        first, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
+        clear: list[bool] = (first - second >= self.threshold).tolist()
+        return clear
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        super().check(recursion)
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"margin exit: found threshold {self.threshold}; expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Entropy(_Policy):
+    """A token exits where the entropy of its distribution, in nats, is at most `threshold`. Lossy."""
+
+    threshold: float
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        logs = logits.float().log_softmax(-1)
+        sure: list[bool] = (torch.special.entr(logs.exp()).sum(-1) <= self.threshold).tolist()
+        return sure
+
+    def check(self, recursion: RecursiveConfig) -> None:
+        super().check(recursion)
+        if self.threshold < 0:
+            raise UserError(f"entropy exit: found threshold {self.threshold}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Oracle(_Policy):
+    """Replays exits: token `step` of request `id` exits after ``loops[id, step]``, others after the last. Lossy.
+
+    For studies of what exits would give.
+    """
+
+    loops: Mapping[tuple[int, int], int]
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        return [
+            self.loops.get((request, step)) == loop
+            for request, step, loop in zip(requests, steps, loops.tolist(), strict=True)
+        ]
+
+
+def parse_policy(text: str) -> ExitPolicy:
+    """Make the policy that a flag names, as `POLICY_HELP` has them.
+
+    Raises:
+        UserError: there is none of this name, or its number cannot be read.
+    """
+    name, _, number = text.partition(":")
+    if text in ("never", "verify"):
+        return Never() if text == "never" else Verify()
+    with suppress(ValueError):
+        if name == "static":
+            return Static(int(number))
+        if name == "confidence":
+            return Confidence(float(number))
+        if name == "margin":
+            return Margin(float(number))
+        if name == "entropy":
+            return Entropy(float(number))
+    raise UserError(
+        f"exit policy: found '{text}'; expected never, verify, static:LOOP, confidence:P, margin:P or entropy:NATS"
+    )

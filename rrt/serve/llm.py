@@ -1,0 +1,132 @@
+"""Text in, text out: a checkpoint with its tokenizer on an engine.
+
+llm = rrt.LLM("models/smollm2-b2-r64", policy=Verify())
+for completion in llm.generate(["def main(", "import "], SamplingParams(max_new_tokens=32)):
+    print(completion.text)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rrt.checkpoint.source import load_model
+from rrt.common.machine import free_memory_bytes
+from rrt.common.processes import pick_device
+from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from rrt.decode.decoder import Decoder
+from rrt.decode.kv_cache import PagedCache
+from rrt.errors import UserError
+from rrt.serve.engine import Engine
+from rrt.serve.exits import ExitPolicy
+from rrt.serve.requests import FinishReason, NewToken, SamplingParams
+from rrt.serve.text import RequestText
+
+_MOST_CACHE_BYTES = 4 << 30
+
+
+@dataclass
+class Completion:
+    """The continuation of one prompt.
+
+    Attributes:
+        text: new text, up to a stop string or the token that ended it.
+        tokens: new tokens, those included.
+        exit_loops, agreed_loops: of each token, as `NewToken` has them.
+        logprobs: of the tokens, if asked for.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    exit_loops: list[int] = field(default_factory=list)
+    agreed_loops: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class LLM:
+    """A model that continues prompts, many at once.
+
+    Args:
+        checkpoint: one of our checkpoints, an HF directory or a .gguf file, with its tokenizer.
+        dtype: to compute in; default the checkpoint's.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
+        policy: of exits before the last loop; default none.
+        cache_bytes: of keys and values; default half of the memory that is free, at most 4 GiB.
+        chunk_size: most prompt tokens in a pass.
+        max_running: most prompts that are computed at once; the others wait.
+
+    Raises:
+        UserError: from the loading of checkpoint and tokenizer, and from the engine.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "auto",
+        policy: ExitPolicy | None = None,
+        cache_bytes: int | None = None,
+        chunk_size: int = 512,
+        max_running: int = 256,
+    ) -> None:
+        place = pick_device(device)
+        self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
+        model = load_model(checkpoint, dtype, place)
+        check_vocab(self.tokenizer, model.config.vocab_size, Path(checkpoint))
+        if cache_bytes is None:
+            cache_bytes = min(free_memory_bytes(place) // 2, _MOST_CACHE_BYTES)
+        cache = PagedCache.from_budget(
+            model.config, model.recursion, cache_bytes, dtype=model.embed.dtype, device=model.embed.device
+        )
+        self.engine = Engine(Decoder(model, cache), policy, chunk_size=chunk_size, max_running=max_running)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: texts, which are encoded as the tokenizer does by default, or token ids.
+            params: of all prompts, or of each. A token of the tokenizer's `stop_ids` ends a text too.
+
+        Raises:
+            UserError: a prompt that the engine refuses; then none is computed.
+        """
+        if isinstance(prompts, str):
+            raise UserError("prompts: found a text; expected a list of them")
+        chosen = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(chosen) != len(prompts):
+            raise UserError(f"params: found {len(chosen)}; expected {len(prompts)}, one for each prompt")
+        completions: dict[int, Completion] = {}
+        texts: dict[int, RequestText] = {}
+        try:
+            for prompt, each in zip(prompts, chosen, strict=True):
+                tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                each = replace(each, stop_ids=each.stop_ids | frozenset(self.tokenizer.stop_ids))
+                request_id = self.engine.add(tokens, each)
+                completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, each)
+            while any(completion.finish_reason is None for completion in completions.values()):
+                for new in self.engine.step():
+                    # Others may have requests in the engine.
+                    if new.request_id in completions and completions[new.request_id].finish_reason is None:
+                        self._add(new, completions[new.request_id], texts[new.request_id])
+        finally:
+            for request_id in completions:
+                self.engine.cancel(request_id)
+        return list(completions.values())
+
+    def _add(self, new: NewToken, completion: Completion, text: RequestText) -> None:
+        completion.tokens.append(new.token)
+        completion.exit_loops.append(new.exit_loop)
+        completion.agreed_loops.append(new.agreed_loop)
+        if new.logprob is not None:
+            completion.logprobs.append(new.logprob)
+        completion.text += text.push(new)
+        completion.finish_reason = "stop" if text.has_stopped else new.finish_reason
+        if text.has_stopped:
+            self.engine.cancel(new.request_id)

@@ -1,0 +1,33 @@
+"""The text of one request as its tokens come."""
+
+from rrt.decode.text_stream import Decodes, StopStrings, TextStream
+from rrt.serve.requests import NewToken, SamplingParams
+
+
+class RequestText:
+    """Turns new tokens into text: whole characters, up to a stop string or the token that ends the request.
+
+    Args:
+        params: of the request.
+    """
+
+    def __init__(self, tokenizer: Decodes, params: SamplingParams) -> None:
+        self._stop_ids = params.stop_ids
+        self._stream, self._stops = TextStream(tokenizer), StopStrings(params.stop)
+
+    @property
+    def has_stopped(self) -> bool:
+        """A stop string has ended the text, whatever the engine still computes."""
+        return self._stops.has_stopped
+
+    def show_prompt(self, tokens: list[int]) -> str:
+        """Return the text of a prompt that is shown before the new text; it may hold stop strings."""
+        return self._stream.push(tokens)
+
+    def push(self, new: NewToken) -> str:
+        """Add a token; returns the text that is certain by now and was not returned before."""
+        # The token that ends a text is none of it, though it may have one.
+        piece = "" if new.token in self._stop_ids else self._stops.push(self._stream.push([new.token]))
+        if new.finish_reason is not None:
+            piece += self._stops.push(self._stream.finish()) + self._stops.finish()
+        return piece

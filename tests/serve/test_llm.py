@@ -1,0 +1,82 @@
+"""Text through the engine: the texts of plain generation, stop strings, log-probabilities, and errors."""
+
+import pytest
+import torch
+
+import rrt
+from rrt.checkpoint.source import load_model
+from rrt.data.tokenizer import load_tokenizer
+from rrt.decode.decoder import Decoder
+from rrt.decode.generation import generate
+from rrt.decode.kv_cache import PagedCache
+from rrt.errors import UserError
+from rrt.serve.exits import Verify
+from rrt.serve.requests import SamplingParams
+from tests.util.models import make_hf_model
+from tests.util.tokenizers import make_bpe_tokenizer
+
+PROMPTS = ["def main(", "import os\n", "class A:"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base") / "model"
+    make_hf_model(directory, "gpt_neox", vocab_size=420)
+    return make_bpe_tokenizer(directory, vocab_size=420)
+
+
+@pytest.fixture(scope="module")
+def expected(base):
+    """New tokens of greedy decoding, all loops, and of what tokenizer."""
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    decoder = Decoder(model, PagedCache(model.config, model.recursion, 64))
+    return generate(decoder, [tokenizer.encode(text) for text in PROMPTS], 12, stop_ids=tokenizer.stop_ids), tokenizer
+
+
+def test_completions_are_those_of_plain_generation(base, expected):
+    tokens, tokenizer = expected
+    llm = rrt.LLM(base, device="cpu", cache_bytes=2**22, policy=Verify())
+    completions = llm.generate(PROMPTS, rrt.SamplingParams(max_new_tokens=12, logprobs=True))
+    assert [completion.tokens for completion in completions] == tokens
+    for completion in completions:
+        ends = completion.tokens[-1] in tokenizer.stop_ids
+        shown = completion.tokens[:-1] if ends else completion.tokens
+        assert completion.text == tokenizer.decode(shown)
+        assert completion.finish_reason == ("stop" if ends else "length")
+        assert len(completion.logprobs) == len(completion.exit_loops) == len(completion.tokens)
+    # The same again, from token ids.
+    again = llm.generate([tokenizer.encode(text) for text in PROMPTS], SamplingParams(max_new_tokens=12))
+    assert [completion.text for completion in again] == [completion.text for completion in completions]
+    assert again[0].logprobs == []
+
+
+def test_a_stop_string_ends_its_text_alone(base):
+    llm = rrt.LLM(base, device="cpu", cache_bytes=2**22)
+    texts = [completion.text for completion in llm.generate(PROMPTS, SamplingParams(max_new_tokens=12))]
+    index = max(range(3), key=lambda i: len(texts[i]))
+    text = texts[index]
+    stop = text[len(text) // 2 :][:3]
+    params = [SamplingParams(max_new_tokens=12, stop=(stop,) if i == index else ()) for i in range(3)]
+    completions = llm.generate(PROMPTS, params)
+    assert completions[index].text == text[: text.find(stop)]
+    assert completions[index].finish_reason == "stop" and len(completions[index].tokens) <= 12
+    assert [completions[i].text for i in range(3) if i != index] == [texts[i] for i in range(3) if i != index]
+    cache = llm.engine.decoder.cache
+    assert cache.num_sequences == 0 and cache.num_used_pages == 0
+
+
+def test_bad_arguments_are_refused_and_nothing_stays_queued(base):
+    llm = rrt.LLM(base, device="cpu", dtype=torch.float32, cache_bytes=2**22)
+    for prompts, params, message in (
+        ("text", None, "prompts: found a text; expected a list"),
+        (["a", "b"], [SamplingParams()], "params: found 1; expected 2"),
+        (["a", []], None, "prompt: found no token"),
+        (["a", [420]], None, "found token 420"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llm.generate(prompts, params)
+        assert not llm.engine.has_work
+    for stop in ("text", ("",), ["a"]):
+        with pytest.raises(UserError, match="stop: found"):
+            SamplingParams(stop=stop)
+    assert llm.generate([]) == []
