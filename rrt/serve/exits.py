@@ -55,7 +55,7 @@ class _Policy:
         return True
 
     def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        raise NotImplementedError
+        return [True] * len(logits)
 
     def check(self, recursion: RecursiveConfig) -> None:
         if recursion.sharing != "cycle" and any(self.looks_after(loop) for loop in range(recursion.num_loops - 1)):
@@ -144,7 +144,7 @@ class Entropy(_Policy):
 
     def check(self, recursion: RecursiveConfig) -> None:
         super().check(recursion)
-        if self.threshold < 0:
+        if not self.threshold >= 0:
             raise UserError(f"entropy exit: found threshold {self.threshold}; expected 0 or more")
 
 
@@ -183,5 +183,5 @@ def parse_policy(text: str) -> ExitPolicy:
         if name == "entropy":
             return Entropy(float(number))
     raise UserError(
-        f"exit policy: found '{text}'; expected never, verify, static:LOOP, confidence:P, margin:P or entropy:NATS"
+        f"--exit-policy: found '{text}'; expected never, verify, static:LOOP, confidence:P, margin:P or entropy:NATS"
     )

@@ -1,8 +1,10 @@
 """Text in, text out: a checkpoint with its tokenizer on an engine.
 
-llm = rrt.LLM("models/smollm2-b2-r64", policy=Verify())
-for completion in llm.generate(["def main(", "import "], SamplingParams(max_new_tokens=32)):
-    print(completion.text)
+    llm = rrt.LLM("models/smollm2-b2-r64", policy=Verify())
+    for completion in llm.generate(["def main(", "import "], SamplingParams(max_new_tokens=32)):
+        print(completion.text)
+
+All prompts of a call are computed together, as far as the cache holds them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ class Completion:
 
     Attributes:
         text: new text, up to a stop string or the token that ended it.
-        tokens: new tokens, those included.
+        tokens: all new tokens, that one included.
         exit_loops, agreed_loops: of each token, as `NewToken` has them.
         logprobs: of the tokens, if asked for.
     """
@@ -96,6 +98,7 @@ class LLM:
 
         Raises:
             UserError: a prompt that the engine refuses; then none is computed.
+            RequestError: logits of a prompt are not finite; the others are lost with it. `Engine` goes on with them.
         """
         if isinstance(prompts, str):
             raise UserError("prompts: found a text; expected a list of them")

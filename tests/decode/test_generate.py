@@ -177,7 +177,7 @@ def test_text_that_spells_a_special_token_becomes_it_only_where_asked(bases, cap
         (["--temperature", "-1"], "--temperature: found -1.0; expected 0, or 1e-6 or more"),
         (["--top-p", "0"], "--top-p: found 0.0; expected more than 0"),
         (["--stop", ""], "--stop: found an empty text"),
-        (["--exit-policy", "often"], "exit policy: found 'often'; expected never, verify"),
+        (["--exit-policy", "often"], "--exit-policy: found 'often'; expected never, verify"),
         (["--exit-policy", "static:1"], "static exit: found loop 1; expected one in"),
         (["--system", "Be brief."], "--system: expected with --chat alone"),
         (["--chat", "--bos", "yes"], "--bos: found yes with --chat; expected auto"),

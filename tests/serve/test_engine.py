@@ -5,7 +5,6 @@ import torch
 
 from rrt.decode.generation import generate
 from rrt.decode.passes import Chunk, PassRows
-from rrt.decode.sampling import Sampling
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import Confidence, Entropy, Margin, Never, Oracle, Static, Verify, parse_policy
@@ -356,6 +355,8 @@ def test_engines_that_cannot_be_are_refused():
         (Confidence(0.0), "confidence exit: found threshold 0.0"),
         (Margin(2.0), "margin exit: found threshold 2.0"),
         (Entropy(-1.0), "entropy exit: found threshold -1.0"),
+        (Entropy(float("nan")), "entropy exit: found threshold nan"),
+        (Confidence(float("nan")), "confidence exit: found threshold nan"),
     ):
         with pytest.raises(UserError, match=message):
             Engine(make_decoder(model), policy)
@@ -386,9 +387,5 @@ def test_policies_are_read_from_flags():
         assert parse_policy(text) == policy
     assert isinstance(parse_policy("never"), Never) and isinstance(parse_policy("verify"), Verify)
     for text in ("", "often", "static", "static:x", "confidence:", "verify:1"):
-        with pytest.raises(UserError, match=f"exit policy: found '{text}'; expected never, verify"):
+        with pytest.raises(UserError, match=f"--exit-policy: found '{text}'; expected never, verify"):
             parse_policy(text)
-
-
-def test_plain_samplings_are_taken_by_generation_alike():
-    assert isinstance(SamplingParams(), Sampling)
