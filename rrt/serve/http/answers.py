@@ -1,0 +1,194 @@
+"""Answers as OpenAI's API has them, whole or in the pieces of a stream.
+
+Beside OpenAI's fields each choice has `rrt`: of its new tokens their ids, the loop that gave each (`exit_loops`), and
+the loop from which on all loops gave it (`agreed_loops`).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rrt.decode.text_stream import Decodes
+from rrt.serve.http.scores import PromptScores, TopTokens
+from rrt.serve.http.worker import Delta, Text
+
+_LEAST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON has not."""
+
+
+def to_json(value: object) -> bytes:
+    """Write JSON in ASCII, which no encoding of the client's can break."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def server_sent(value: object) -> bytes:
+    """Write an event of a stream."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class TokenNames:
+    """The texts by which answers name tokens. One that is no text by itself is named by its number."""
+
+    def __init__(self, tokenizer: Decodes) -> None:
+        self._tokenizer = tokenizer
+
+    def name(self, token: int) -> str:
+        text = self._tokenizer.decode([token])
+        return f"token_id:{token}" if not text or "\ufffd" in text else text
+
+    def top(self, tokens: TopTokens) -> dict[str, float]:
+        """Name the most probable tokens; of those with one text, which differ by a space, the first has it."""
+        named: dict[str, float] = {}
+        for token, logprob in tokens:
+            name = self.name(token)
+            named[f"token_id:{token}" if name in named else name] = _finite(logprob)
+        return named
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)
+
+
+def _depth(delta: Delta) -> dict[str, list[int]]:
+    return {
+        "tokens": [new.token for new in delta.tokens],
+        "exit_loops": [new.exit_loop for new in delta.tokens],
+        "agreed_loops": [new.agreed_loop for new in delta.tokens],
+    }
+
+
+def usage(texts: Sequence[Text], num_choices: int, new_tokens: int) -> dict[str, int]:
+    """Count the tokens of a request, each prompt once."""
+    prompt = sum(len(text.prompt) for text in texts[::num_choices])
+    return {"prompt_tokens": prompt, "completion_tokens": new_tokens, "total_tokens": prompt + new_tokens}
+
+
+@dataclass
+class Logprobs:
+    """The four lists of a completion's `logprobs`."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offset,
+        }
+
+
+class CompletionChoice:
+    """Makes the parts of one choice of a completion.
+
+    Args:
+        echo: the prompt's text, if it is to be shown.
+        num_top: asked for in `logprobs`; None: no log-probabilities.
+    """
+
+    def __init__(self, names: TokenNames, text: Text, index: int, echo: str | None, num_top: int | None) -> None:
+        self._names, self._text, self._index, self._num_top = names, text, index, num_top
+        self._echo, self._length = echo, 0
+        self._scores: PromptScores | None = None
+
+    def add_scores(self, scores: PromptScores) -> None:
+        self._scores = scores
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """Return the choice's JSON of a piece; the first one has the prompt's, if it is shown."""
+        logprobs = None if self._num_top is None else Logprobs()
+        text = ""
+        if self._echo is not None:
+            text, self._echo = self._echo, None
+            if logprobs is not None:
+                self._add_prompt(logprobs)
+        start = self._length + len(text)
+        text += delta.text
+        if logprobs is not None:
+            self._add_new(logprobs, delta, start)
+        self._length += len(text)
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": None if logprobs is None else logprobs.as_json(),
+            "finish_reason": delta.finish_reason,
+            "rrt": _depth(delta),
+        }
+
+    def _add_prompt(self, logprobs: Logprobs) -> None:
+        scores = self._scores
+        assert scores is not None
+        tokens = self._text.prompt
+        logprobs.tokens += [self._names.name(token) for token in tokens]
+        # Nothing predicts the first token.
+        logprobs.token_logprobs += [None, *map(_finite, scores.logprobs)]
+        logprobs.top_logprobs.append(None)
+        for token, logprob, top in zip(tokens[1:], scores.logprobs, scores.top, strict=True):
+            logprobs.top_logprobs.append(self._top(token, logprob, top))
+        offset = 0
+        for name in logprobs.tokens:
+            logprobs.text_offset.append(offset)
+            offset += 0 if name.startswith("token_id:") else len(name)
+
+    def _add_new(self, logprobs: Logprobs, delta: Delta, start: int) -> None:
+        params = self._text.params
+        for new, offset in zip(delta.tokens, delta.offsets, strict=True):
+            assert new.logprob is not None
+            logprobs.tokens.append(self._names.name(new.token))
+            logprobs.token_logprobs.append(_finite(new.logprob))
+            # Where the prompt's scoring gave the one new token, it gave the most probable ones too.
+            is_scored = self._scores is not None and params is not None and params.max_new_tokens == 1
+            top = self._scores.next_top if self._scores is not None and is_scored else ()
+            logprobs.top_logprobs.append(self._top(new.token, new.logprob, top))
+            logprobs.text_offset.append(start + offset)
+
+    def _top(self, token: int, logprob: float, top: TopTokens) -> dict[str, float] | None:
+        """Name the most probable tokens, and the one that is there."""
+        if not self._num_top:
+            return None
+        return self._names.top(top if any(token == other for other, _ in top) else (*top, (token, logprob)))
+
+
+class ChatChoice:
+    """Makes the parts of one choice of a chat.
+
+    Args:
+        has_logprobs: whether they are asked for; num_top: how many of the most probable tokens.
+    """
+
+    def __init__(self, names: TokenNames, index: int, has_logprobs: bool, num_top: int) -> None:
+        self._names, self._index, self._has_logprobs, self._num_top = names, index, has_logprobs, num_top
+        self._has_begun = False
+
+    def message(self, delta: Delta) -> dict[str, Any]:
+        """Return the choice's JSON of a whole answer."""
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"index": self._index, "message": message, **self._rest(delta)}
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """Return the choice's JSON of a piece; the first one has the role."""
+        content: dict[str, Any] = {"content": delta.text}
+        if not self._has_begun:
+            self._has_begun, content = True, {"role": "assistant", **content}
+        return {"index": self._index, "delta": content, **self._rest(delta)}
+
+    def _rest(self, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if self._has_logprobs:
+            logprobs = {"content": [self._entry(new.token, new.logprob) for new in delta.tokens], "refusal": None}
+        return {"logprobs": logprobs, "finish_reason": delta.finish_reason, "rrt": _depth(delta)}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        assert logprob is not None
+        name = self._names.name(token)
+        entry = {"token": name, "logprob": _finite(logprob), "bytes": None}
+        if not name.startswith("token_id:"):
+            entry["bytes"] = list(name.encode("utf-8", "replace"))
+        return {**entry, "top_logprobs": [entry] if self._num_top else []}

@@ -1,0 +1,439 @@
+"""The engine in a thread of its own, which alone touches it: requests come from an event loop, and events go back.
+
+    worker = Worker(decoder, make_engine, tokenizer, metrics, policy)
+    worker.start()
+    call = Call([Text(tokens, params)], streams=True)
+    worker.submit(call)
+    index, event = await call.events.get()
+
+An error of one request ends that request. Any other one ends those in flight, and the engine goes on with the next.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rrt.decode.decoder import Decoder
+from rrt.decode.passes import PassPlan
+from rrt.decode.sampling import choose_tokens
+from rrt.decode.text_stream import Decodes
+from rrt.errors import UserError
+from rrt.serve.engine import Engine
+from rrt.serve.exits import ExitPolicy
+from rrt.serve.http.metrics import Metrics
+from rrt.serve.http.scores import PromptScores, score_prompt
+from rrt.serve.requests import FinishReason, NewToken, RequestError, SamplingParams
+from rrt.serve.text import RequestText
+
+log = logging.getLogger(__name__)
+
+
+class CountingDecoder(Decoder):
+    """A decoder that counts the rows of its passes."""
+
+    num_rows = 0
+    num_head_rows = 0
+
+    def block(self, x: Tensor, plan: PassPlan) -> Tensor:
+        self.num_rows += len(x)
+        return super().block(x, plan)
+
+    def logits(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
+        self.num_head_rows += len(x)
+        return super().logits(x, loops)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of a request, the tokens since the last delta, and where each one's text begins in the new text."""
+
+    text: str
+    tokens: tuple[NewToken, ...]
+    offsets: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a request that could not be computed; `is_refusal` if it was never begun, by the client's fault."""
+
+    message: str
+    is_refusal: bool
+
+
+Event = PromptScores | Delta | Failure
+
+
+@dataclass(eq=False)
+class Text:
+    """One text that a call asks for.
+
+    Attributes:
+        prompt: token ids.
+        params: None: nothing is generated.
+        num_top: report the prompt's own log-probabilities, with so many of the most probable tokens; None: do not.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams | None
+    num_top: int | None = None
+    is_open: bool = field(default=True, init=False)
+
+
+class Call:
+    """What one HTTP request asks for: texts, whose events come with the index of their text.
+
+    Args:
+        streams: a delta for each piece of text; else one for the whole text.
+    """
+
+    def __init__(self, texts: Sequence[Text], *, streams: bool) -> None:
+        self.texts, self.streams = tuple(texts), streams
+        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.began = time.monotonic()
+
+    @property
+    def num_open(self) -> int:
+        return sum(text.is_open for text in self.texts)
+
+
+@dataclass(eq=False)
+class _Progress:
+    """A text in the engine's thread."""
+
+    call: Call
+    index: int
+    stream: RequestText
+    first_token: float = 0.0
+    num_tokens: int = 0
+    text: str = ""
+    tokens: list[NewToken] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+
+class Worker:
+    """The thread, and its ends in the event loop: every method but `start` is of that loop.
+
+    Args:
+        make_engine: makes an engine for `decoder` with a policy; called again for another policy.
+    """
+
+    def __init__(
+        self,
+        decoder: CountingDecoder,
+        make_engine: Callable[[ExitPolicy], Engine],
+        tokenizer: Decodes,
+        metrics: Metrics,
+        policy: ExitPolicy,
+    ) -> None:
+        self.decoder, self.policy, self.num_open = decoder, policy, 0
+        """`num_open`: texts that were submitted and have not ended."""
+        self._make_engine, self._tokenizer, self._metrics = make_engine, tokenizer, metrics
+        self._engine = make_engine(policy)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # Between the threads, under the condition.
+        self._condition = threading.Condition()
+        self._submitted: list[Call] = []
+        self._cancelled: list[Call] = []
+        self._next_policy: tuple[ExitPolicy, asyncio.Future[None]] | None = None
+        self._is_closing = False
+        # The engine's thread alone.
+        self._held: deque[tuple[Call, int]] = deque()
+        self._running: dict[int, _Progress] = {}
+        self._to_score: deque[tuple[Call, list[int]]] = deque()
+        self._outbox: list[tuple[Call, int, Event]] = []
+        self._counted_preemptions = 0
+
+    # The event loop's side
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_in_engine(self) -> int:
+        return len(self._running)
+
+    def submit(self, call: Call) -> None:
+        """Have a call computed; its events come to `call.events`, of each text until a failure or a finish reason."""
+        self.num_open += call.num_open
+        with self._condition:
+            self._submitted.append(call)
+            self._condition.notify()
+
+    def cancel(self, call: Call) -> None:
+        """Drop what is not done of a call; it gets no event from now on."""
+        if call.num_open == 0:
+            return
+        for text in call.texts:
+            self._close(text)
+        with self._condition:
+            self._cancelled.append(call)
+            self._condition.notify()
+
+    async def switch_policy(self, policy: ExitPolicy) -> None:
+        """Take another policy once all that runs has ended; what comes meanwhile waits for it.
+
+        Raises:
+            UserError: the policy does not fit the model, or another switch is under way.
+        """
+        policy.check(self.decoder.model.recursion)
+        future = asyncio.get_running_loop().create_future()
+        with self._condition:
+            if self._next_policy is not None:
+                raise UserError("policy: found another switch under way; expected none: try again later")
+            self._next_policy = policy, future
+            self._condition.notify()
+        await future
+
+    def close(self) -> None:
+        """End the thread, and what it computes."""
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _close(self, text: Text) -> None:
+        if text.is_open:
+            text.is_open = False
+            self.num_open -= 1
+
+    def _deliver(self, outbox: list[tuple[Call, int, Event]]) -> None:
+        for call, index, event in outbox:
+            text = call.texts[index]
+            if not text.is_open:
+                continue
+            if isinstance(event, Failure) or (isinstance(event, Delta) and event.finish_reason is not None):
+                self._close(text)
+            call.events.put_nowait((index, event))
+
+    def _switched(self, policy: ExitPolicy, future: "asyncio.Future[None]", error: Exception | None) -> None:
+        if error is None:
+            self.policy = policy
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    # The thread's side
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._take():
+            self._score_one()
+            if self._engine.has_work:
+                self._step()
+            self._send()
+
+    def _take(self) -> bool:
+        """Wait for something to do, and take what has come; False at the end."""
+        with self._condition:
+            while not (
+                self._submitted
+                or self._cancelled
+                or self._next_policy
+                or self._to_score
+                or self._engine.has_work
+                or self._is_closing
+            ):
+                self._condition.wait()
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+            switch = self._next_policy
+            if self._is_closing:
+                return False
+        self._held += [(call, index) for call in submitted for index in range(len(call.texts))]
+        for call in cancelled:
+            self._drop(call)
+        if switch is not None:
+            if self._running:
+                return True
+            self._switch(*switch)
+        held, self._held = self._held, deque()
+        self._begin(held)
+        return True
+
+    def _switch(self, policy: ExitPolicy, future: "asyncio.Future[None]") -> None:
+        failure: Exception | None = None
+        try:
+            self._engine = self._make_engine(policy)
+            self._counted_preemptions = 0
+        except Exception as error:
+            log.exception("the policy could not be changed")
+            failure = error
+        with self._condition:
+            self._next_policy = None
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._switched, policy, future, failure)
+
+    def _drop(self, call: Call) -> None:
+        for request_id, progress in list(self._running.items()):
+            if progress.call is call:
+                self._engine.cancel(request_id)
+                del self._running[request_id]
+        self._held = deque(entry for entry in self._held if entry[0] is not call)
+        self._to_score = deque(entry for entry in self._to_score if entry[0] is not call)
+
+    def _begin(self, texts: deque[tuple[Call, int]]) -> None:
+        for call, index in texts:
+            text = call.texts[index]
+            self._metrics.prompt_tokens.inc(len(text.prompt))
+            if text.num_top is None:
+                self._add(call, index)
+                continue
+            # Texts that share a prompt share its scores.
+            last = self._to_score[-1] if self._to_score else None
+            if last is not None and last[0] is call and _are_scored_alike(call.texts[last[1][0]], text):
+                last[1].append(index)
+            else:
+                self._to_score.append((call, [index]))
+
+    def _add(self, call: Call, index: int) -> None:
+        text = call.texts[index]
+        if text.params is None:
+            self._outbox.append((call, index, Delta("", (), (), "length")))
+            return
+        try:
+            request_id = self._engine.add(text.prompt, text.params)
+        except UserError as error:
+            self._outbox.append((call, index, Failure(str(error), is_refusal=True)))
+        except Exception as error:
+            self._fail(call, index, error)
+        else:
+            self._running[request_id] = _Progress(call, index, RequestText(self._tokenizer, text.params))
+
+    def _score_one(self) -> None:
+        """Score one prompt, so that the engine's requests wait for one at most."""
+        if not self._to_score:
+            return
+        call, indices = self._to_score.popleft()
+        text = call.texts[indices[0]]
+        assert text.num_top is not None
+        try:
+            scores = score_prompt(self.decoder.model, text.prompt, text.num_top)
+        except Exception as error:
+            for index in indices:
+                self._fail(call, index, error)
+            return
+        for index in indices:
+            self._outbox.append((call, index, scores))
+            params = call.texts[index].params
+            if params is not None and params.max_new_tokens == 1:
+                self._choose_after(call, index, scores, params)
+            else:
+                self._add(call, index)
+
+    def _choose_after(self, call: Call, index: int, scores: PromptScores, params: SamplingParams) -> None:
+        """Take the one new token from the logits of the prompt's scoring: no other pass is needed."""
+        logits = scores.next_logits
+        try:
+            token = choose_tokens(logits[None], [params], [0])[0]
+        except UserError as error:
+            self._fail(call, index, error)
+            return
+        logprob = float(logits.float().log_softmax(-1)[token]) if params.logprobs else None
+        last = self.decoder.cache.num_loops - 1
+        reason: FinishReason = "stop" if token in params.stop_ids else "length"
+        progress = _Progress(call, index, RequestText(self._tokenizer, params))
+        self._count([NewToken(-1, token, last, last, logprob, reason)])
+        self._advance(progress, NewToken(-1, token, last, last, logprob, reason))
+
+    def _step(self) -> None:
+        rows, head_rows = self.decoder.num_rows, self.decoder.num_head_rows
+        try:
+            new_tokens = self._engine.step()
+        except RequestError as error:
+            for request_id in error.request_ids:
+                progress = self._running.pop(request_id, None)
+                if progress is not None:
+                    self._fail(progress.call, progress.index, error)
+            return
+        except Exception:
+            log.exception("a pass has failed: the requests in flight are given up")
+            for request_id, progress in self._running.items():
+                self._engine.cancel(request_id)
+                self._fail(progress.call, progress.index)
+            self._running.clear()
+            return
+        finally:
+            self._metrics.passes.inc()
+            self._metrics.rows.inc(self.decoder.num_rows - rows)
+            self._metrics.head_rows.inc(self.decoder.num_head_rows - head_rows)
+            self._metrics.preemptions.inc(self._engine.num_preemptions - self._counted_preemptions)
+            self._counted_preemptions = self._engine.num_preemptions
+        self._count(new_tokens)
+        for new in new_tokens:
+            progress = self._running.get(new.request_id)
+            if progress is not None and self._advance(progress, new):
+                del self._running[new.request_id]
+                self._engine.cancel(new.request_id)
+
+    def _count(self, new_tokens: Sequence[NewToken]) -> None:
+        if not new_tokens:
+            return
+        metrics, num_loops = self._metrics, self.decoder.cache.num_loops
+        exits, agreed = [0] * num_loops, [0] * num_loops
+        for new in new_tokens:
+            exits[new.exit_loop] += 1
+            agreed[new.agreed_loop] += 1
+        metrics.new_tokens.inc(len(new_tokens))
+        for loop in range(num_loops):
+            metrics.exits[loop].inc(exits[loop])
+            metrics.agreed[loop].inc(agreed[loop])
+        metrics.recent.add(exits, agreed)
+
+    def _advance(self, progress: _Progress, new: NewToken) -> bool:
+        """Add a token to its text, and send what is to be sent; returns whether the text has ended."""
+        now = time.monotonic()
+        if progress.num_tokens == 0:
+            progress.first_token = now
+            self._metrics.time_to_first_token.observe(now - progress.call.began)
+        progress.num_tokens += 1
+        progress.offsets.append(len(progress.text))
+        progress.text += progress.stream.push(new)
+        progress.tokens.append(new)
+        reason: FinishReason | None = "stop" if progress.stream.has_stopped else new.finish_reason
+        if reason is not None and progress.num_tokens > 1:
+            self._metrics.time_per_token.observe((now - progress.first_token) / (progress.num_tokens - 1))
+        if reason is not None or (progress.call.streams and progress.text):
+            delta = Delta(progress.text, tuple(progress.tokens), tuple(progress.offsets), reason)
+            self._outbox.append((progress.call, progress.index, delta))
+            progress.text, progress.tokens, progress.offsets = "", [], []
+        return reason is not None
+
+    def _fail(self, call: Call, index: int, error: Exception | None = None) -> None:
+        """End a text with an error: the client is told of a `UserError`, and of others that there was one."""
+        self._metrics.failures.inc()
+        if isinstance(error, UserError):
+            log.error("%s", error)
+            message = str(error)
+        else:
+            if error is not None:
+                log.error("a request has failed", exc_info=error)
+            message = "the server failed at this request; its log says why"
+        self._outbox.append((call, index, Failure(message, is_refusal=False)))
+
+    def _send(self) -> None:
+        """Hand all events to the event loop at once: each hand-over wakes it."""
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._deliver, outbox)
+
+
+def _are_scored_alike(a: Text, b: Text) -> bool:
+    return a.prompt is b.prompt and a.num_top == b.num_top
