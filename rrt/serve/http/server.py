@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -100,7 +101,11 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        def end(number: int, _frame: FrameType | None) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(_number: int, _frame: FrameType | None) -> None:
             # The second signal is from somebody who will not wait.
             self.force_exit = self.should_exit
             self.should_exit = True
@@ -132,9 +137,8 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(service: Service, listener: socket.socket, drain_seconds: int) -> None:
-    """Serve until a signal, and then end what is under way, for `drain_seconds` at most."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+def make_server(service: Service, drain_seconds: int) -> uvicorn.Server:
+    """Make the server of a service. Its end waits `drain_seconds` at most for requests under way."""
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -146,7 +150,13 @@ def run_server(service: Service, listener: socket.socket, drain_seconds: int) ->
         timeout_graceful_shutdown=drain_seconds,
         ws="none",
     )
-    _Server(config).run(sockets=[listener])
+    return _Server(config)
+
+
+def run_server(service: Service, listener: socket.socket, drain_seconds: int) -> None:
+    """Serve until SIGTERM or SIGINT, and then end what is under way."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    make_server(service, drain_seconds).run(sockets=[listener])
 
 
 @contextlib.contextmanager

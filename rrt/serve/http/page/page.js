@@ -14,6 +14,9 @@ const POLICIES = [
   ["entropy", 0.5],
 ];
 
+const EXIT_HINT = "By which loop the tokens of the last ten seconds were given, of all requests.";
+const VERIFIED_HINT = "From which loop on the tokens of the last ten seconds stood, of all requests.";
+
 const $ = (id) => document.getElementById(id);
 let controller = null;
 let verifies = false;
@@ -129,7 +132,7 @@ function showHistogram(counts) {
     bar.className = `bar loop-${loop % COLOURS}`;
     bar.setAttribute("role", "listitem");
     for (const name of ["name", "track", "count"]) {
-      const part = document.createElement("span");
+      const part = document.createElement("div");
       part.className = name;
       bar.append(part);
     }
@@ -195,6 +198,7 @@ async function refresh() {
     $("pages").textContent = `${stats.pages_used} of ${stats.pages_total}`;
     $("chat").disabled = !stats.has_chat;
     if (!stats.has_chat) $("chat").checked = false;
+    $("depth-hint").textContent = verifies ? VERIFIED_HINT : EXIT_HINT;
     showHistogram(verifies ? stats.agreed : stats.exits);
     showPolicy(stats.policy);
   } catch (error) {
@@ -223,5 +227,9 @@ $("policy").addEventListener("change", () => showThreshold());
 $("policy-form").addEventListener("submit", (event) => {
   event.preventDefault();
   applyPolicy();
+});
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  refresh();
 });
 keepRefreshing();

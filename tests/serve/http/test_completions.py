@@ -1,0 +1,233 @@
+"""Answers of the server: the texts, tokens and log-probabilities of the Python API, in OpenAI's form."""
+
+import json
+
+import pytest
+import torch
+
+import rrt
+from rrt.checkpoint.source import load_model
+from rrt.serve.exits import Verify
+
+PROMPTS = ["def main(", "import os\n", "class A:"]
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint):
+    return rrt.LLM(checkpoint, dtype=torch.float64, device="cpu", cache_bytes=2**22, policy=Verify())
+
+
+def generate(llm, prompts, **params):
+    return llm.generate(prompts, rrt.SamplingParams(**params))
+
+
+def test_texts_are_those_of_the_python_api(server, llm):
+    expected = generate(llm, PROMPTS, max_new_tokens=12)
+    answer = server.complete(model="tiny", prompt=PROMPTS, max_tokens=12, temperature=0)
+    assert answer.status == 200
+    body = answer.json
+    assert body["object"] == "text_completion" and body["model"] == "tiny" and body["id"].startswith("cmpl-")
+    for index, (choice, one) in enumerate(zip(body["choices"], expected, strict=True)):
+        assert choice["index"] == index and choice["logprobs"] is None
+        assert (choice["text"], choice["finish_reason"]) == (one.text, one.finish_reason)
+        assert choice["rrt"] == {
+            "tokens": one.tokens,
+            "exit_loops": one.exit_loops,
+            "agreed_loops": one.agreed_loops,
+        }
+    encoded = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    prompt, new = sum(map(len, encoded)), sum(len(one.tokens) for one in expected)
+    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    # The other three forms of a prompt.
+    texts = [choice["text"] for choice in body["choices"]]
+    again = server.complete(prompt=encoded, max_tokens=12, temperature=0).json
+    assert [choice["text"] for choice in again["choices"]] == texts
+    for prompt in (PROMPTS[0], encoded[0]):
+        (choice,) = server.complete(prompt=prompt, max_tokens=12, temperature=0).json["choices"]
+        assert choice["text"] == texts[0]
+
+
+def test_a_stream_has_the_same_text_in_pieces(server, llm):
+    expected = generate(llm, PROMPTS[:2], max_new_tokens=10)
+    answer = server.complete(
+        prompt=PROMPTS[:2], max_tokens=10, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    *events, last = answer.events
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == sum(len(one.tokens) for one in expected)
+    assert len({event["id"] for event in events}) == 1 and all(event["usage"] is None for event in events)
+    for index, one in enumerate(expected):
+        pieces = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert "".join(piece["text"] for piece in pieces) == one.text
+        assert [token for piece in pieces for token in piece["rrt"]["tokens"]] == one.tokens
+        assert [loop for piece in pieces for loop in piece["rrt"]["agreed_loops"]] == one.agreed_loops
+        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [one.finish_reason]
+        assert len(pieces) > 1
+
+
+def test_choices_have_seeds_that_follow_one_another(server, llm):
+    params = [rrt.SamplingParams(temperature=1.5, top_p=0.9, seed=7 + i, max_new_tokens=8) for i in range(3)]
+    expected = [one.text for one in llm.generate([PROMPTS[0]] * 3, params)]
+    body = {"prompt": PROMPTS[:1], "n": 3, "seed": 7, "temperature": 1.5, "top_p": 0.9, "max_tokens": 8}
+    assert [choice["text"] for choice in server.complete(**body).json["choices"]] == expected
+    # One more than the largest is the smallest.
+    wrapped = server.complete(**{**body, "n": 2, "seed": 2**64 - 1}).json["choices"]
+    alone = server.complete(**{**body, "n": 1, "seed": 0}).json["choices"]
+    assert wrapped[1]["text"] == alone[0]["text"]
+    # Without a seed two requests differ.
+    texts = {server.complete(prompt=PROMPTS[0], max_tokens=16).json["choices"][0]["text"] for _ in range(3)}
+    assert len(texts) > 1
+
+
+def test_a_stop_string_and_an_end_token_end_a_text(server, llm):
+    (whole,) = generate(llm, PROMPTS[:1], max_new_tokens=12)
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    for stream in (False, True):
+        answer = server.complete(prompt=PROMPTS[0], max_tokens=12, temperature=0, stop=["absent", stop], stream=stream)
+        choices = [event["choices"][0] for event in answer.events] if stream else answer.json["choices"]
+        assert "".join(choice["text"] for choice in choices) == whole.text[: whole.text.find(stop)]
+        assert choices[-1]["finish_reason"] == "stop"
+    # At this temperature any token comes soon, the end too; with ignore_eos it ends nothing.
+    body = {"prompt": PROMPTS[0], "max_tokens": 400, "temperature": 9.0, "top_k": 420}
+    seeds = [seed for seed in range(12) if _reason(server, **body, seed=seed) == "stop"]
+    assert seeds
+    assert _reason(server, **body, seed=seeds[0], ignore_eos=True) == "length"
+
+
+def _reason(server, **body):
+    return server.complete(**body).json["choices"][0]["finish_reason"]
+
+
+def test_log_probabilities_of_new_tokens_are_the_engines(server, llm):
+    (one,) = generate(llm, PROMPTS[:1], max_new_tokens=6, logprobs=True)
+    (choice,) = server.complete(prompt=PROMPTS[0], max_tokens=6, temperature=0, logprobs=1).json["choices"]
+    found = choice["logprobs"]
+    assert found["token_logprobs"] == pytest.approx(one.logprobs, abs=1e-9)
+    names = [llm.tokenizer.decode([token]) for token in one.tokens]
+    for name, expected, top in zip(found["tokens"], names, found["top_logprobs"], strict=True):
+        assert name == expected or name.startswith("token_id:")
+        assert list(top) == [name]
+    assert [choice["text"][offset:][:1] for offset in found["text_offset"]] == [name[:1] for name in names]
+    none = server.complete(prompt=PROMPTS[0], max_tokens=6, temperature=0, logprobs=0).json["choices"][0]["logprobs"]
+    assert none["top_logprobs"] == [None] * 6 and none["token_logprobs"] == found["token_logprobs"]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_shows_the_prompt_with_the_models_own_log_probabilities(server, llm, checkpoint, max_tokens, stream):
+    prompt = "def main(arguments):"
+    ids = llm.tokenizer.encode(prompt)
+    logs = load_model(checkpoint, dtype=torch.float64)(torch.tensor([ids])).detach()[0].log_softmax(-1)
+    expected = [float(logs[place, token]) for place, token in enumerate(ids[1:])]
+    top = 3 if max_tokens <= 1 else 1
+    answer = server.complete(
+        prompt=ids, max_tokens=max_tokens, temperature=0, echo=True, logprobs=top, n=2, stream=stream
+    )
+    events = [event["choices"][0] for event in answer.events] if stream else answer.json["choices"]
+    new = generate(llm, [ids], max_new_tokens=max(max_tokens, 1))[0]
+    for index in range(2):
+        parts = [event for event in events if event["index"] == index]
+        assert "".join(part["text"] for part in parts) == prompt + (new.text if max_tokens else "")
+        found = {name: [entry for part in parts for entry in part["logprobs"][name]] for name in parts[0]["logprobs"]}
+        assert {len(entries) for entries in found.values()} == {len(ids) + max_tokens}
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-9)
+        for place, tops in enumerate(found["top_logprobs"][1 : len(ids)]):
+            best = logs[place].topk(top).values.tolist()
+            assert sorted(tops.values(), reverse=True)[:top] == pytest.approx(best, abs=1e-9)
+            assert found["token_logprobs"][place + 1] in tops.values() and len(tops) in (top, top + 1)
+        assert [token for part in parts for token in part["rrt"]["tokens"]] == new.tokens[:max_tokens]
+        if max_tokens == 1:
+            assert len(found["top_logprobs"][-1]) == 3
+    assert found["text_offset"][: len(ids)] == [len(llm.tokenizer.decode(ids[:i])) for i in range(len(ids))]
+
+
+def test_echo_without_log_probabilities_and_no_new_tokens_at_all(server):
+    assert server.complete(prompt="a b", max_tokens=0, echo=True).json["choices"][0]["text"] == "a b"
+    choice = server.complete(prompt="a b", max_tokens=0).json["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("", "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_is_answered_by_its_template(server, llm, stream):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "import os"}]
+    text = llm.tokenizer.apply_chat_template(messages)
+    ids = llm.tokenizer.encode(text, bos=False, parse_special=True)
+    (one,) = generate(llm, [ids], max_new_tokens=9, logprobs=True)
+    messages[1]["content"] = [{"type": "text", "text": "import "}, {"type": "text", "text": "os"}]
+    body = {"messages": messages, "max_completion_tokens": 9, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    answer = server.post("/v1/chat/completions", {**body, "stream": stream})
+    if stream:
+        events = answer.events
+        assert {event["object"] for event in events} == {"chat.completion.chunk"}
+        choices = [event["choices"][0] for event in events]
+        assert choices[0]["delta"]["role"] == "assistant" and "role" not in choices[1]["delta"]
+        found = "".join(choice["delta"]["content"] for choice in choices)
+    else:
+        assert answer.json["object"] == "chat.completion"
+        choices = answer.json["choices"]
+        assert choices[0]["message"]["role"] == "assistant"
+        found = choices[0]["message"]["content"]
+        assert answer.json["usage"]["prompt_tokens"] == len(ids)
+    assert found == one.text and choices[-1]["finish_reason"] == one.finish_reason
+    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    assert [entry["logprob"] for entry in entries] == pytest.approx(one.logprobs, abs=1e-9)
+    assert all([top["token"] for top in entry["top_logprobs"]] == [entry["token"]] for entry in entries)
+
+
+def test_a_chat_without_a_limit_has_what_there_is_room_for(server, llm):
+    answer = server.post(
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "temperature": 0, "ignore_eos": True},
+    )
+    usage = answer.json["usage"]
+    # The last new token is never read.
+    assert usage["total_tokens"] == llm.engine.decoder.max_positions + 1
+
+
+def test_models_and_health(server):
+    (card,) = server.get("/v1/models").json["data"]
+    assert card["id"] == "tiny" and card["object"] == "model" and card["max_model_len"] == 512
+    assert server.get("/v1/models/tiny").json == card
+    assert server.get("/v1/models/other/name").status == 404
+    assert server.get("/health").json == {"status": "ok"}
+
+
+def test_metrics_count_tokens_passes_rows_and_exits(server):
+    def read():
+        lines = server.get("/metrics").body.decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+    server.wait_until_idle()
+    before = read()
+    answer = server.complete(prompt=[1, 2, 3], max_tokens=5, temperature=0, ignore_eos=True).json
+    server.wait_until_idle()
+    after = read()
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert grown["rrt_prompt_tokens_total"] == 3 and grown["rrt_new_tokens_total"] == 5
+    depth = answer["choices"][0]["rrt"]
+    for loop in (0, 1):
+        assert grown[f'rrt_exits_total{{loop="{loop}"}}'] == depth["exit_loops"].count(loop)
+        assert grown[f'rrt_agreed_total{{loop="{loop}"}}'] == depth["agreed_loops"].count(loop)
+    # Two loops of the prompt, and at least two rows for each further token.
+    assert grown["rrt_rows_total"] >= 2 * 3 + 2 * 4 and grown["rrt_passes_total"] >= 2 + 4
+    assert grown["rrt_head_rows_total"] >= 5
+    assert grown["rrt_time_to_first_token_seconds_count"] == grown["rrt_time_per_output_token_seconds_count"] == 1
+    assert grown['rrt_http_responses_total{path="/v1/completions",status="200"}'] == 1
+    assert after["rrt_pages_used"] == after["rrt_texts_open"] == after["rrt_texts_in_engine"] == 0
+    assert after["rrt_pages_free"] == server.service.worker.decoder.cache.num_free_pages
+    stats = server.get("/rrt/stats").json
+    assert stats["policy"] == "verify" and sum(stats["exits"]) >= 5 and stats["tokens_per_second"] > 0
+
+
+def test_the_page_is_there_and_loads_nothing_from_elsewhere(server):
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        answer = server.get(path)
+        assert answer.status == 200 and answer.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        text = answer.body.decode()
+        assert "://" not in text and "innerHTML" not in text and " style=" not in text
+
+
+def test_answers_are_ascii(server):
+    answer = server.complete(prompt="日本語 \ud83c\udf89", max_tokens=0, echo=True)
+    assert answer.body.isascii() and json.loads(answer.body)["choices"][0]["text"] == "日本語 🎉"
