@@ -104,6 +104,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in _LEAST.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: found {getattr(arguments, name)}; expected at least {least}")
+    if arguments.port > 65535:
+        raise UserError(f"--port: found {arguments.port}; expected at most 65535")
     if arguments.cache_gib is not None and not 0 < arguments.cache_gib < math.inf:
         raise UserError(f"--cache-gib: found {arguments.cache_gib}; expected more than 0")
     arguments.api_key = arguments.api_key if arguments.api_key is not None else os.environ.get("RRT_API_KEY")
