@@ -10,7 +10,7 @@ CORE_TESTS := $(addprefix tests/,common ops model checkpoint data folding decode
 	$(patsubst %,tests/train/test_%.py,losses data guard permutation recipe paper_recipes flops) \
 	$(patsubst %,tests/eval/test_%.py,scoring simulate local_tasks)
 
-.PHONY: install demo demo-scratch lint check test test-ops test-real test-cpp clean
+.PHONY: install demo demo-scratch lint check test test-ops test-page test-real test-cpp clean
 
 install: $(STAMP)
 
@@ -37,7 +37,7 @@ lint: install
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(CORE_TESTS)
 
-test: lint test-cpp test-ops
+test: lint test-cpp test-ops test-page
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # The operators again: with the kernels of each narrower instruction set that the CPU has, then with references alone.
@@ -46,6 +46,12 @@ test-ops: install
 	for isa in baseline avx2 avx512; do \
 	RRT_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m isa -k 'not reference' tests/ops || exit 1; done
 	RRT_NATIVE=0 $(BIN)/python -m pytest -q -m fallback tests/ops tests/decode
+
+# The server's page in a browser: Chromium, whose path RRT_CHROMIUM may name.
+test-page: install
+	@for browser in $$RRT_CHROMIUM chromium chromium-browser google-chrome; do found="$$found$$(command -v $$browser)"; done; \
+	if [ -z "$$found" ]; then echo "no Chromium: the tests of the page are left out"; exit 0; fi; \
+	set -x; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serve/http
 
 # What needs a pretrained model (RRT_REAL_MODEL) and real data (RRT_REAL_DATA): see docs/BUILDING.md.
 test-real: install
