@@ -183,23 +183,27 @@ def test_a_policy_is_taken_from_this_machine_alone(server):
     assert server.get("/rrt/stats").json["policy"] == "verify"
 
 
-def test_load_of_many_clients_with_cancels_and_bad_requests(checkpoint):
-    """Sixty requests of mixed length from twelve clients: right texts, no page lost."""
+@pytest.mark.parametrize(
+    ("num_requests", "num_clients"), [(60, 12), pytest.param(1000, 64, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_load_of_many_clients_with_cancels_and_bad_requests(checkpoint, num_requests, num_clients):
+    """Requests of mixed length, a tenth cancelled, a twentieth malformed: right texts, no page lost."""
     rng = random.Random(0)
     llm = rrt.LLM(checkpoint, dtype=torch.float64, device="cpu", cache_bytes=2**22)
     cases = []
-    for _ in range(60):
+    for _ in range(num_requests):
         params = {"max_tokens": rng.randint(1, 24), "seed": rng.randrange(99), "temperature": rng.choice([0, 0.8, 1.2])}
         prompt = [rng.randrange(420) for _ in range(rng.randint(1, 60))]
         cases.append((prompt, params, rng.choice(["whole", "stream", "stream", "scored"])))
-    expected = [
-        llm.generate([prompt], rrt.SamplingParams(params["temperature"], 0, 1.0, params["seed"], params["max_tokens"]))
-        for prompt, params, _ in cases
-    ]
-    kinds = ["cancel"] * 6 + ["malformed"] * 3 + ["good"] * 51
+    expected = llm.generate(
+        [prompt for prompt, _, _ in cases],
+        [rrt.SamplingParams(p["temperature"], 0, 1.0, p["seed"], p["max_tokens"]) for _, p, _ in cases],
+    )
+    kinds = ["cancel"] * (num_requests // 10) + ["malformed"] * (num_requests // 20)
+    kinds += ["good"] * (num_requests - len(kinds))
     rng.shuffle(kinds)
-    # So few pages that requests are preempted.
-    with serving(checkpoint, cache_bytes=2**20, chunk_size=16) as served:
+    # So few pages that requests wait for them.
+    with serving(checkpoint, cache_bytes=1_180_000, chunk_size=16) as served:
 
         def ask(index):
             (prompt, params, form), kind = cases[index], kinds[index]
@@ -223,9 +227,9 @@ def test_load_of_many_clients_with_cancels_and_bad_requests(checkpoint):
                 choices[-1]["finish_reason"],
             )
 
-        with ThreadPoolExecutor(12) as pool:
-            found = list(pool.map(ask, range(60)))
-        for index, (completion,) in enumerate(expected):
+        with ThreadPoolExecutor(num_clients) as pool:
+            found = list(pool.map(ask, range(num_requests)))
+        for index, completion in enumerate(expected):
             if kinds[index] == "good":
                 assert found[index] == (completion.text, completion.finish_reason), index
         served.wait_until_idle()
