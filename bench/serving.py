@@ -42,7 +42,7 @@ from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy, Never, Oracle, Verify
 from rrt.serve.requests import SamplingParams
-from rrt.serve.scheduler import Head
+from rrt.serve.sequences import Head
 
 KIND = "serving-speed"
 _PAGE_SIZE = 16
@@ -61,8 +61,8 @@ class ForcedDrafts(Engine):
         self._expected, self._agrees = expected, agrees.tolist()
         self._vocab_size = decoder.model.config.vocab_size
 
-    def _tokens(self, logits: Tensor, heads: list[Head]) -> list[int]:
-        tokens = super()._tokens(logits, heads)
+    def _tokens(self, logits: Tensor, heads: list[Head], exits: list[bool]) -> list[int]:
+        tokens = super()._tokens(logits, heads, exits)
         last = self.decoder.cache.num_loops - 1
         for i, head in enumerate(heads):
             request = head.sequence.request.id
