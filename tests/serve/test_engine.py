@@ -418,17 +418,20 @@ def test_kept_pages_make_room_for_requests():
     assert engine.num_preemptions == 0
 
 
-def test_log_probabilities_are_bitwise_the_same_alone_and_in_company():
-    # With LoRA, prompts are not: their chunks are joined, and products merged by size.
-    model = make_model("llama", "recursive-2", dtype=torch.float32)
-    prompts = random_prompts(12, seed=6)
-    params = [SamplingParams(max_new_tokens=8, logprobs=True)] * 12
-    engine = Engine(make_decoder(model), Verify())
-    _, news = serve(engine, prompts, params, arrivals=[i % 5 for i in range(12)])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("looped", ["recursive-2", "relaxed-2"])
+def test_log_probabilities_are_bitwise_the_same_alone_and_among_44_others(looped, family):
+    model = make_model(family, looped, dtype=torch.float32)
+    prompts = random_prompts(45, seed=6)
+    params = [SamplingParams(max_new_tokens=8, logprobs=True)] * 45
+    # In company prompts are cut into chunks, and begin again when pages run out.
+    company = Engine(make_decoder(model, num_pages=40), Verify(), chunk_size=11)
+    _, news = serve(company, prompts, params, arrivals=[i % 5 for i in range(45)])
+    assert company.num_preemptions > 0
     together = {}
     for new in news:
         together.setdefault(new.request_id, []).append((new.token, new.logprob))
-    order = sorted(range(12), key=lambda i: i % 5)
+    order = sorted(range(45), key=lambda i: i % 5)
     for request, i in enumerate(order):
         _, alone = serve(Engine(make_decoder(model), Never()), [prompts[i]], [params[i]])
         assert [(new.token, new.logprob) for new in alone] == together[request]
