@@ -370,8 +370,9 @@ def test_the_gate_learns_that_drafts_are_wrong():
     model, count = make_model("llama", "recursive-2"), 60
     engine = Engine(make_decoder(model), Auto(FAIR))
     begun = []
-    begin = engine._gate.begin
-    engine._gate.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]
+    gate = engine._scheduler._gate
+    begin = gate.begin
+    gate.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]
     choose = engine._choose
 
     def forced(work):
