@@ -17,6 +17,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy, Never, Oracle, Verify
 from rrt.serve.requests import SamplingParams
-from rrt.serve.scheduler import Head
+from rrt.serve.sequences import Choice, Pass
 
 KIND = "serving-speed"
 _PAGE_SIZE = 16
@@ -61,15 +62,16 @@ class ForcedDrafts(Engine):
         self._expected, self._agrees = expected, agrees.tolist()
         self._vocab_size = decoder.model.config.vocab_size
 
-    def _tokens(self, logits: Tensor, heads: list[Head]) -> list[int]:
-        tokens = super()._tokens(logits, heads)
+    def _choose(self, work: Pass) -> list[Choice]:
+        choices = super()._choose(work)
         last = self.decoder.cache.num_loops - 1
-        for i, head in enumerate(heads):
+        for i, head in enumerate(work.heads):
             request = head.sequence.request.id
             if head.loop < last and head.step < len(self._expected[request]):
                 right = self._expected[request][head.step]
-                tokens[i] = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
-        return tokens
+                token = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
+                choices[i] = replace(choices[i], token=token)
+        return choices
 
 
 def drawn_agreement(requests: int, tokens: int, agreement: float) -> Tensor:

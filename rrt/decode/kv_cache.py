@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class PagedCache:
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-    ) -> "PagedCache":
+    ) -> Self:
         """Make a cache of as many pages as fit into `num_bytes` bytes. Raises `UserError` if none does."""
         each = page_bytes(config, recursion, max(page_size, 1), dtype)
         if num_bytes < each:
@@ -162,6 +162,19 @@ class PagedCache:
         if self.prefix_length:
             raise UserError(f"cache: alias: found prefix_length {self.prefix_length}; expected 0")
         self._table.alias(handle, source)
+
+    def copy_rows(self, sequences: ArrayLike, positions: ArrayLike, from_loops: ArrayLike, to_loops: ArrayLike) -> None:
+        """Give positions[i] of sequences[i] the keys and values at to_loops[i] that it has at from_loops[i]; all [M].
+
+        Raises:
+            ValueError: a position that a sequence has not, or in a page that is shared.
+        """
+        places = _integers("positions", positions).astype(np.int32)
+        sources = self._tensor(self._slots(self._handles_of(sequences, from_loops), places))
+        targets = self._tensor(self._slots(self._handles_of(sequences, to_loops), places))
+        for pages in (self.k, self.v):
+            entries = pages.flatten(1, 2)
+            entries[:, targets] = entries[:, sources]
 
     def truncate(self, sequence: int, length: int, loop: int | None = None) -> None:
         """Drop the positions from `length` on, at `loop` or at every loop that has them."""

@@ -13,12 +13,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rrt.common.cli import CommandParser, human_bytes, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
 from rrt.errors import UserError
 from rrt.serve.exits import POLICY_HELP, parse_policy
+from rrt.serve.scheduler import SkippedKV
 
 _LEAST = {
     "chunk_size": 1,
@@ -54,6 +56,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="have clients send this key; better as RRT_API_KEY in the environment, which other users do not see",
     )
     parser.add_argument("--exit-policy", default="never", metavar="POLICY", help=POLICY_HELP)
+    parser.add_argument(
+        "--skipped-kv",
+        choices=get_args(SkippedKV),
+        default="propagate",
+        help="keys and values of loops that a token skips by an exit that nothing verifies: propagate: of the state at "
+        "its exit; share: those of its exit's loop; defer: the loops run later for these alone (default: propagate)",
+    )
     parser.add_argument(
         "--cache-gib",
         type=float,
@@ -111,7 +120,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.api_key = arguments.api_key if arguments.api_key is not None else os.environ.get("RRT_API_KEY")
     if arguments.api_key is not None and not (arguments.api_key.isascii() and arguments.api_key.strip()):
         raise UserError("--api-key or RRT_API_KEY: found no ASCII characters, or others; expected a key, or no flag")
-    parse_policy(arguments.exit_policy)
+    parse_policy(arguments.exit_policy, arguments.checkpoint)
     return arguments
 
 
@@ -134,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint=arguments.checkpoint,
             model_name=arguments.served_model_name or arguments.checkpoint.resolve().name,
             policy=arguments.exit_policy,
+            skipped_kv=arguments.skipped_kv,
             api_key=arguments.api_key,
             cache_bytes=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
             chunk_size=arguments.chunk_size,

@@ -29,6 +29,7 @@ SETTINGS = Settings(
     checkpoint=Path(),
     model_name="tiny",
     policy="verify",
+    skipped_kv="propagate",
     api_key=None,
     cache_bytes=2**23,
     chunk_size=64,
@@ -104,6 +105,7 @@ class Served:
         """Wait until nothing is computed, and check that all pages are back."""
         worker = self.service.worker
         wait_until(lambda: worker.num_open == 0 and worker.num_in_engine == 0 and not worker._engine.has_work)
+        worker._engine.forget_prefixes()
         cache = worker.decoder.cache
         cache.check()
         assert cache.num_used_pages == 0 and cache.num_sequences == 0

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from rrt.data.tokenizer import Tokenizer
 from rrt.decode.generation import check_prompt
 from rrt.errors import UserError
-from rrt.serve.exits import parse_policy
+from rrt.serve.exits import ExitPolicy
 from rrt.serve.http.answers import DONE, ChatChoice, CompletionChoice, TokenNames, server_sent, to_json, usage
 from rrt.serve.http.metrics import Metrics
 from rrt.serve.http.protocol import ApiError, ChatRequest, CompletionRequest, Limits, PolicyRequest, Prompt, parse
@@ -58,6 +58,7 @@ class Service:
     Attributes:
         model_name: by which clients name the model.
         policy_name: of the exit policy at the start, as the flag has it.
+        parse_policy: makes the policy of a name.
         api_key: that clients must send; None: none.
     """
 
@@ -67,6 +68,7 @@ class Service:
     limits: Limits
     model_name: str
     policy_name: str
+    parse_policy: Callable[[str], ExitPolicy]
     api_key: str | None
 
 
@@ -226,8 +228,7 @@ class _App:
         self._check_is_local(request)
         wanted = parse(PolicyRequest, await self._read(request)).policy
         try:
-            policy = parse_policy(wanted)
-            await self._worker.switch_policy(policy)
+            await self._worker.switch_policy(self._service.parse_policy(wanted))
         except UserError as error:
             raise ApiError(400, str(error).replace("--exit-policy", "policy"), param="policy") from None
         self._policy_name = wanted

@@ -23,14 +23,14 @@ import uvicorn
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.machine import free_memory_bytes
 from rrt.data.tokenizer import check_vocab, load_tokenizer
-from rrt.decode.kv_cache import PagedCache
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy, parse_policy
 from rrt.serve.http.app import Service, make_app
 from rrt.serve.http.metrics import Metrics
 from rrt.serve.http.protocol import Limits
-from rrt.serve.http.worker import CountingDecoder, Worker
+from rrt.serve.http.worker import CountingCache, CountingDecoder, Worker
+from rrt.serve.scheduler import SkippedKV
 
 _MOST_CACHE_BYTES = 4 << 30
 _START_SECONDS = 600
@@ -48,6 +48,7 @@ class Settings:
     checkpoint: Path
     model_name: str
     policy: str
+    skipped_kv: SkippedKV
     api_key: str | None
     cache_bytes: int | None
     chunk_size: int
@@ -63,7 +64,7 @@ class Settings:
 def make_service(settings: Settings) -> Service:
     """Load a checkpoint and make all that serves it. Raises `UserError` from the loading."""
     # What can be wrong is found before the weights are read.
-    policy = parse_policy(settings.policy)
+    policy = parse_policy(settings.policy, settings.checkpoint)
     source = open_source(settings.checkpoint)
     policy.check(source.recursion)
     tokenizer = load_tokenizer(settings.checkpoint).with_bos(settings.bos)
@@ -72,17 +73,24 @@ def make_service(settings: Settings) -> Service:
     cache_bytes = settings.cache_bytes
     if cache_bytes is None:
         cache_bytes = min(free_memory_bytes(settings.device) // 2, _MOST_CACHE_BYTES)
-    cache = PagedCache.from_budget(
+    cache = CountingCache.from_budget(
         model.config, model.recursion, cache_bytes, dtype=model.embed.dtype, device=model.embed.device
     )
     decoder = CountingDecoder(model, cache)
 
     def make_engine(policy: ExitPolicy) -> Engine:
-        return Engine(decoder, policy, chunk_size=settings.chunk_size, max_running=settings.max_running)
+        return Engine(
+            decoder,
+            policy,
+            chunk_size=settings.chunk_size,
+            max_running=settings.max_running,
+            skipped_kv=settings.skipped_kv,
+            keeps_prefixes=True,
+        )
 
     metrics = Metrics(cache.num_loops)
     return Service(
-        worker=Worker(decoder, make_engine, tokenizer, metrics, policy),
+        worker=Worker(decoder, cache, make_engine, tokenizer, metrics, policy),
         tokenizer=tokenizer,
         metrics=metrics,
         limits=Limits(
@@ -92,6 +100,7 @@ def make_service(settings: Settings) -> Service:
         ),
         model_name=settings.model_name,
         policy_name=settings.policy,
+        parse_policy=lambda text: parse_policy(text, settings.checkpoint),
         api_key=settings.api_key,
     )
 

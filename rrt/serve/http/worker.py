@@ -1,6 +1,6 @@
 """The engine in a thread of its own, which alone touches it: requests come from an event loop, and events go back.
 
-    worker = Worker(decoder, make_engine, tokenizer, metrics, policy)
+    worker = Worker(decoder, cache, make_engine, tokenizer, metrics, policy)
     worker.start()
     call = Call([Text(tokens, params)], streams=True)
     worker.submit(call)
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from rrt.decode.decoder import Decoder
-from rrt.decode.passes import PassPlan
+from rrt.decode.kv_cache import PagedCache
+from rrt.decode.passes import PassPlan, PassRows
 from rrt.decode.sampling import choose_tokens
 from rrt.decode.text_stream import Decodes
 from rrt.errors import UserError
@@ -35,15 +36,21 @@ from rrt.serve.text import RequestText
 log = logging.getLogger(__name__)
 
 
-class CountingDecoder(Decoder):
-    """A decoder that counts the rows of its passes."""
+class CountingCache(PagedCache):
+    """A cache that counts the rows of the passes over it."""
 
     num_rows = 0
-    num_head_rows = 0
 
-    def block(self, x: Tensor, plan: PassPlan) -> Tensor:
-        self.num_rows += len(x)
-        return super().block(x, plan)
+    def plan(self, rows: PassRows) -> PassPlan:
+        plan = super().plan(rows)
+        self.num_rows += len(plan.decode.loops) + sum(len(prefill.positions) for prefill in plan.prefills)
+        return plan
+
+
+class CountingDecoder(Decoder):
+    """A decoder that counts the rows of its head."""
+
+    num_head_rows = 0
 
     def logits(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
         self.num_head_rows += len(x)
@@ -119,15 +126,17 @@ class _Progress:
 
 
 class Worker:
-    """The thread, and its ends in the event loop: every method but `start` is of that loop.
+    """The thread, and its ends in the event loop, of which every public method is.
 
     Args:
+        cache: of `decoder`.
         make_engine: makes an engine for `decoder` with a policy; called again for another policy.
     """
 
     def __init__(
         self,
         decoder: CountingDecoder,
+        cache: CountingCache,
         make_engine: Callable[[ExitPolicy], Engine],
         tokenizer: Decodes,
         metrics: Metrics,
@@ -136,7 +145,7 @@ class Worker:
         self.decoder, self.policy, self.num_open = decoder, policy, 0
         """`num_open`: texts that were submitted and have not ended."""
         self._make_engine, self._tokenizer, self._metrics = make_engine, tokenizer, metrics
-        self._engine = make_engine(policy)
+        self._cache, self._engine = cache, make_engine(policy)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Between the threads, under the condition.
@@ -150,7 +159,7 @@ class Worker:
         self._running: dict[int, _Progress] = {}
         self._to_score: deque[tuple[Call, list[int]]] = deque()
         self._outbox: list[tuple[Call, int, Event]] = []
-        self._counted_preemptions = 0
+        self._counted = 0, 0
 
     # The event loop's side
 
@@ -270,8 +279,9 @@ class Worker:
     def _switch(self, policy: ExitPolicy, future: "asyncio.Future[None]") -> None:
         failure: Exception | None = None
         try:
-            self._engine = self._make_engine(policy)
-            self._counted_preemptions = 0
+            # Computed by another policy: a lossy one's keys and values are not those of full depth.
+            self._engine.forget_prefixes()
+            self._engine, self._counted = self._make_engine(policy), (0, 0)
         except Exception as error:
             log.exception("the policy could not be changed")
             failure = error
@@ -353,7 +363,7 @@ class Worker:
         self._advance(progress, NewToken(-1, token, last, last, logprob, reason))
 
     def _step(self) -> None:
-        rows, head_rows = self.decoder.num_rows, self.decoder.num_head_rows
+        rows, head_rows = self._cache.num_rows, self.decoder.num_head_rows
         try:
             new_tokens = self._engine.step()
         except RequestError as error:
@@ -371,10 +381,11 @@ class Worker:
             return
         finally:
             self._metrics.passes.inc()
-            self._metrics.rows.inc(self.decoder.num_rows - rows)
+            self._metrics.rows.inc(self._cache.num_rows - rows)
             self._metrics.head_rows.inc(self.decoder.num_head_rows - head_rows)
-            self._metrics.preemptions.inc(self._engine.num_preemptions - self._counted_preemptions)
-            self._counted_preemptions = self._engine.num_preemptions
+            counted, self._counted = self._counted, (self._engine.num_preemptions, self._engine.num_reused)
+            self._metrics.preemptions.inc(self._counted[0] - counted[0])
+            self._metrics.reused_tokens.inc(self._counted[1] - counted[1])
         self._count(new_tokens)
         for new in new_tokens:
             progress = self._running.get(new.request_id)

@@ -117,15 +117,15 @@ def test_logits_that_are_not_finite_end_their_request_alone(server):
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), MemoryError()])
 def test_a_pass_that_fails_ends_those_in_flight_and_the_server_goes_on(server, error):
     engine = server.service.worker._engine
-    block, calls = engine.decoder.block, []
+    embed, calls = engine.decoder.embed, []
 
-    def broken(x, plan):
+    def broken(tokens):
         calls.append(1)
         if len(calls) == 5:
             raise error
-        return block(x, plan)
+        return embed(tokens)
 
-    engine.decoder.block = broken
+    engine.decoder.embed = broken
     try:
         answer = server.complete(prompt=[[1, 2], [3]], max_tokens=20, temperature=0, ignore_eos=True)
         assert answer.status == 500 and "a fault" not in answer.body.decode()
@@ -135,7 +135,7 @@ def test_a_pass_that_fails_ends_those_in_flight_and_the_server_goes_on(server, e
         assert answer.status == 200 and b"[DONE]" not in answer.body
         assert json.loads(answer.body.decode().split("data: ")[-1])["error"]["type"] == "server_error"
     finally:
-        del engine.decoder.block
+        del engine.decoder.embed
     assert server.complete(prompt=[1, 2], max_tokens=2).status == 200
     server.wait_until_idle()
 

@@ -8,10 +8,12 @@ const POLICIES = [
   // name, start of its value
   ["never", null],
   ["verify", null],
+  ["auto", null],
   ["static", 0],
   ["confidence", 0.9],
   ["margin", 0.5],
   ["entropy", 0.5],
+  ["calibrated", 0.9],
 ];
 
 const EXIT_HINT = "By which loop the tokens of the last ten seconds were given, of all requests.";
