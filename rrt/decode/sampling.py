@@ -16,6 +16,8 @@ from rrt.errors import UserError
 
 _CHUNK = 128
 _FIRST_CANDIDATES = 256
+TopTokens = tuple[tuple[int, float], ...]
+"""The most probable tokens with their log-probabilities, the most probable first."""
 
 
 def _is_temperature(value: float) -> bool:
@@ -94,6 +96,15 @@ def most_probable(logits: Tensor) -> Tensor:
     best = chunks.amax(-1).float().argmax(-1)
     within = chunks[torch.arange(len(logits)), best].float().argmax(-1)
     return best * _CHUNK + within
+
+
+def top_tokens(logprobs: Tensor, count: int) -> list[TopTokens]:
+    """Return the most probable tokens of each row: log-probabilities [M, V] -> [M] of `count` pairs."""
+    if count == 0:
+        return [()] * len(logprobs)
+    values, indices = logprobs.topk(min(count, logprobs.shape[1]))
+    rows = zip(indices.tolist(), values.tolist(), strict=True)
+    return [tuple(zip(tokens, row, strict=True)) for tokens, row in rows]
 
 
 def check_finite(largest: Sequence[float], dtype: torch.dtype) -> None:

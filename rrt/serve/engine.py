@@ -20,7 +20,7 @@ from torch import Tensor
 from rrt.decode.decoder import Decoder
 from rrt.decode.generation import check_prompt, token_ids
 from rrt.decode.graphed_block import GraphedBlock
-from rrt.decode.sampling import check_finite, draw, most_probable
+from rrt.decode.sampling import TopTokens, check_finite, draw, most_probable, top_tokens
 from rrt.errors import UserError
 from rrt.serve.exits import Auto, ExitPolicy, Never
 from rrt.serve.gate import Gate
@@ -126,8 +126,8 @@ class Engine:
         """Run one pass; returns the tokens that are final after it.
 
         Raises:
-            RequestError: logits of some requests are not finite. Those are dropped. After this, and any other error,
-                the others begin again with the tokens that they have.
+            RequestError: logits of some requests are not finite, or a token could not be chosen. Those are dropped.
+                After this, and any other error, the others begin again with the tokens that they have.
         """
         try:
             work = self._scheduler.schedule()
@@ -170,7 +170,14 @@ class Engine:
         except UserError as error:
             bad = {head.sequence.request.id for head, logit in zip(heads, largest, strict=True) if not isfinite(logit)}
             raise RequestError(f"request {', '.join(map(str, sorted(bad)))}: {error}", bad) from None
-        return [self._choice(logits, i, head, best[i], scores[i]) for i, head in enumerate(heads)]
+        choices: list[Choice] = []
+        for i, head in enumerate(heads):
+            try:
+                choices.append(self._choice(logits, i, head, best[i], scores[i]))
+            except Exception as error:
+                request_id = head.sequence.request.id
+                raise RequestError(f"request {request_id}: {type(error).__name__}: {error}", [request_id]) from error
+        return choices
 
     def _reduce(self, logits: Tensor, early: slice) -> tuple[list[int], list[float], list[float]]:
         """Find the most probable tokens, their logits, and scores of early rows: logits [M, V] -> [M] each.
@@ -193,10 +200,12 @@ class Engine:
             return Choice(exits=False)
         params = request.params
         token = best if params.temperature == 0 else draw(logits[row], params, head.step)
-        logprob = None
+        logprob: float | None = None
+        top: TopTokens = ()
         if params.logprobs and (is_last or not self.policy.is_exact):
-            logprob = float(logits[row].float().log_softmax(-1)[token])
-        return Choice(token, True, logprob, score)
+            logs = logits[row].float().log_softmax(-1)
+            logprob, top = float(logs[token]), top_tokens(logs[None], params.top_logprobs)[0]
+        return Choice(token, True, logprob, score, top)
 
     def _early_rows(self, heads: list[Head]) -> slice:
         """Return the place of rows before the last loop: they are next to each other, so that none is copied."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrt.decode.sampling import Sampling
+from rrt.decode.sampling import Sampling, TopTokens
 from rrt.errors import UserError
 
 FinishReason = Literal["stop", "length"]
@@ -27,12 +27,16 @@ class SamplingParams(Sampling):
     """Completions of the prompt, with seeds counting up from `seed`; `rrt.LLM` makes a request of each."""
     logprobs: bool = False
     """Report the log-probability of each token under the model, temperature 1, nothing cut."""
+    top_logprobs: int = 0
+    """With `logprobs`, report so many of the most probable tokens in the place of each, too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_new_tokens", "n"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: found {getattr(self, name)}; expected 1 or more")
+        if self.top_logprobs < 0:
+            raise UserError(f"top_logprobs: found {self.top_logprobs}; expected 0 or more")
         if not isinstance(self.stop, tuple) or "" in self.stop:
             raise UserError(f"stop: found {self.stop!r}; expected a tuple of texts that are not empty")
 
@@ -62,6 +66,7 @@ class NewToken:
             if they gave another one.
         logprob: if the request asked for it.
         finish_reason: of the last token; None for the others.
+        top_logprobs: as many as the request asked for.
     """
 
     request_id: int
@@ -70,6 +75,7 @@ class NewToken:
     agreed_loop: int
     logprob: float | None = None
     finish_reason: FinishReason | None = None
+    top_logprobs: TopTokens = ()
 
 
 class RequestError(UserError):

@@ -395,7 +395,7 @@ class Scheduler:
                     self._gate.learn(early, draft.confidence, draft.token == choice.token)
         while agreed > loop - len(drafts) and drafts[agreed - 1].token == choice.token:
             agreed -= 1
-        return NewToken(sequence.request.id, choice.token, loop, agreed, choice.logprob, reason)
+        return NewToken(sequence.request.id, choice.token, loop, agreed, choice.logprob, reason, choice.top_logprobs)
 
     def _take_draft(self, sequence: Sequence, row: Row, choice: Choice) -> None:
         """Note a draft. The row of its position goes on if it has begun with this token; else it could begin."""

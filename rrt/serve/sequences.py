@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from rrt.decode.passes import PassRows
+from rrt.decode.sampling import TopTokens
 from rrt.serve.requests import Request
 
 NO_TOKEN = -1
@@ -153,3 +154,4 @@ class Choice:
     exits: bool = True
     logprob: float | None = None
     confidence: float = 0.0
+    top_logprobs: TopTokens = ()

@@ -567,3 +567,17 @@ def test_thresholds_of_a_checkpoint_are_those_of_its_loops(tmp_path):
         assert {new.exit_loop for new in news} == loops
     with pytest.raises(UserError, match="found 2 thresholds; expected 1, one for each loop before the last"):
         Engine(make_decoder(make_model("llama", "recursive-2")), policy)
+
+
+def test_the_most_probable_tokens_are_reported_and_final_ones_alone():
+    model = make_model("llama", "recursive-2")
+    params = SamplingParams(temperature=1.5, max_new_tokens=6, logprobs=True, top_logprobs=3)
+    outputs, news = serve(Engine(make_decoder(model), Verify()), [[1, 2, 3]], [params])
+    tokens = [1, 2, 3, *outputs[0]]
+    logs = model(torch.tensor([tokens]))[0, 2:-1].log_softmax(-1)
+    for row, new in zip(logs, news, strict=True):
+        best = row.topk(3)
+        assert [token for token, _ in new.top_logprobs] == best.indices.tolist()
+        assert [logprob for _, logprob in new.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-6)
+    with pytest.raises(UserError, match="top_logprobs: found -1"):
+        SamplingParams(top_logprobs=-1)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rrt.decode.sampling import TopTokens
 from rrt.decode.text_stream import Decodes
-from rrt.serve.http.scores import PromptScores, TopTokens
+from rrt.serve.http.scores import PromptScores
 from rrt.serve.http.worker import Delta, Text
+from rrt.serve.requests import NewToken
 
 _LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON has not."""
@@ -138,15 +140,11 @@ class CompletionChoice:
             offset += 0 if name.startswith("token_id:") else len(name)
 
     def _add_new(self, logprobs: Logprobs, delta: Delta, start: int) -> None:
-        params = self._text.params
         for new, offset in zip(delta.tokens, delta.offsets, strict=True):
             assert new.logprob is not None
             logprobs.tokens.append(self._names.name(new.token))
             logprobs.token_logprobs.append(_finite(new.logprob))
-            # Where the prompt's scoring gave the one new token, it gave the most probable ones too.
-            is_scored = self._scores is not None and params is not None and params.max_new_tokens == 1
-            top = self._scores.next_top if self._scores is not None and is_scored else ()
-            logprobs.top_logprobs.append(self._top(new.token, new.logprob, top))
+            logprobs.top_logprobs.append(self._top(new.token, new.logprob, new.top_logprobs))
             logprobs.text_offset.append(start + offset)
 
     def _top(self, token: int, logprob: float, top: TopTokens) -> dict[str, float] | None:
@@ -160,11 +158,11 @@ class ChatChoice:
     """Makes the parts of one choice of a chat.
 
     Args:
-        has_logprobs: whether they are asked for; num_top: how many of the most probable tokens.
+        has_logprobs: whether they are asked for.
     """
 
-    def __init__(self, names: TokenNames, index: int, has_logprobs: bool, num_top: int) -> None:
-        self._names, self._index, self._has_logprobs, self._num_top = names, index, has_logprobs, num_top
+    def __init__(self, names: TokenNames, index: int, has_logprobs: bool) -> None:
+        self._names, self._index, self._has_logprobs = names, index, has_logprobs
         self._has_begun = False
 
     def message(self, delta: Delta) -> dict[str, Any]:
@@ -182,13 +180,15 @@ class ChatChoice:
     def _rest(self, delta: Delta) -> dict[str, Any]:
         logprobs = None
         if self._has_logprobs:
-            logprobs = {"content": [self._entry(new.token, new.logprob) for new in delta.tokens], "refusal": None}
+            logprobs = {"content": [self._with_top(new) for new in delta.tokens], "refusal": None}
         return {"logprobs": logprobs, "finish_reason": delta.finish_reason, "rrt": _depth(delta)}
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        assert logprob is not None
+    def _with_top(self, new: NewToken) -> dict[str, Any]:
+        assert new.logprob is not None
+        top = [self._entry(token, logprob) for token, logprob in new.top_logprobs]
+        return {**self._entry(new.token, new.logprob), "top_logprobs": top}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         name = self._names.name(token)
-        entry = {"token": name, "logprob": _finite(logprob), "bytes": None}
-        if not name.startswith("token_id:"):
-            entry["bytes"] = list(name.encode("utf-8", "replace"))
-        return {**entry, "top_logprobs": [entry] if self._num_top else []}
+        known = None if name.startswith("token_id:") else list(name.encode("utf-8", "replace"))
+        return {"token": name, "logprob": _finite(logprob), "bytes": known}

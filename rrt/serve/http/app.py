@@ -307,7 +307,7 @@ class _App:
                 max(spec.max_new_tokens, 1),
                 self._service.tokenizer.stop_ids,
                 _nth_seed(seed, choice),
-                logprobs=spec.logprobs is not None,
+                spec.logprobs,
             )
             for choice in range(spec.num_choices)
         ]
@@ -353,12 +353,12 @@ class _App:
         self._check_lengths([prompt], max_new_tokens, spec.num_choices)
         seed = random.getrandbits(63) if spec.seed is None else spec.seed
         stop_ids = self._service.tokenizer.stop_ids
-        has_logprobs, num_top = bool(spec.logprobs), spec.top_logprobs or 0
+        num_top = (spec.top_logprobs or 0) if spec.logprobs else None
         texts = [
-            Text(prompt, spec.params(max_new_tokens, stop_ids, _nth_seed(seed, choice), logprobs=has_logprobs))
+            Text(prompt, spec.params(max_new_tokens, stop_ids, _nth_seed(seed, choice), num_top))
             for choice in range(spec.num_choices)
         ]
-        choices = [ChatChoice(self._names, index, has_logprobs, num_top) for index in range(len(texts))]
+        choices = [ChatChoice(self._names, index, bool(spec.logprobs)) for index in range(len(texts))]
         kind = "chat.completion.chunk" if spec.streams else "chat.completion"
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, **self._head()}
         call = self._submit(texts, streams=spec.streams)

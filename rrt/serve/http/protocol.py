@@ -132,8 +132,12 @@ class _Generation(_Model):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def params(self, max_new_tokens: int, stop_ids: Sequence[int], seed: int, *, logprobs: bool) -> SamplingParams:
-        """Make the engine's parameters of a choice. Raises `ApiError` if a value is out of its range."""
+    def params(self, max_new_tokens: int, stop_ids: Sequence[int], seed: int, num_top: int | None) -> SamplingParams:
+        """Make the engine's parameters of a choice. Raises `ApiError` if a value is out of its range.
+
+        Args:
+            num_top: how many of the most probable tokens to report beside the chosen one; None: no log-probabilities.
+        """
         try:
             return SamplingParams(
                 temperature=1.0 if self.temperature is None else self.temperature,
@@ -143,21 +147,12 @@ class _Generation(_Model):
                 max_new_tokens=max_new_tokens,
                 stop_ids=frozenset(() if self.ignore_eos else stop_ids),
                 stop=self.stop,
-                logprobs=logprobs,
+                logprobs=num_top is not None,
+                top_logprobs=num_top or 0,
             )
         except UserError as error:
             name = str(error).partition(":")[0]
             raise ApiError(400, str(error), param="max_tokens" if name == "max_new_tokens" else name) from None
-
-    def check_top_logprobs(self, count: int, name: str) -> None:
-        """Refuse more of the most probable new tokens than are known: the chosen one, the first if nothing is drawn."""
-        if count > 1 or (count == 1 and self.temperature != 0):
-            raise ApiError(
-                400,
-                f"{name}: found {count}; expected 0, or 1 with temperature 0: of new tokens this server reports the "
-                "chosen one's log-probability alone",
-                param=name,
-            )
 
 
 class CompletionRequest(_Generation):
@@ -185,10 +180,6 @@ class CompletionRequest(_Generation):
             raise ApiError(400, f"best_of: found {self.best_of}; expected n, {self.num_choices}", param="best_of")
         if self.stream_options is not None and not self.streams:
             raise ApiError(400, "stream_options: found without stream; expected stream true", param="stream_options")
-        # The scores of a prompt give those of one new token too.
-        is_scored = self.num_top_of_prompt is not None and self.max_new_tokens <= 1
-        if self.logprobs is not None and self.max_new_tokens > 0 and not is_scored:
-            self.check_top_logprobs(self.logprobs, "logprobs")
 
 
 class ChatMessage(_Model):
@@ -225,7 +216,6 @@ class ChatRequest(_Generation):
             raise ApiError(400, "top_logprobs: found without logprobs; expected logprobs true", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ApiError(400, "max_tokens: found beside max_completion_tokens; expected one", param="max_tokens")
-        self.check_top_logprobs(self.top_logprobs or 0, "top_logprobs")
 
 
 class PolicyRequest(_Model):

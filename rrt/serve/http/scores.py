@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rrt.decode.sampling import TopTokens, top_tokens
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 
 _ROWS = 64
 """Rows of logits held at once: each call reads the whole head, and 64 rows of a large vocabulary are 64 MiB."""
-TopTokens = tuple[tuple[int, float], ...]
-"""The most probable tokens with their log-probabilities, the most probable first."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,5 @@ def score_prompt(model: RecursiveTransformer, tokens: Sequence[int], num_top: in
                 "bfloat16"
             )
         logprobs += found.tolist()
-        if num_top:
-            values, indices = logs.topk(min(num_top, logs.shape[1]))
-            top += [
-                tuple(zip(row, tops, strict=True)) for row, tops in zip(indices.tolist(), values.tolist(), strict=True)
-            ]
-        else:
-            top += [()] * len(logs)
+        top += top_tokens(logs, num_top)
     return PromptScores(logprobs[:-1], top[:-1], logits[-1], top[-1])

@@ -358,9 +358,9 @@ class Worker:
         logprob = float(logits.float().log_softmax(-1)[token]) if params.logprobs else None
         last = self.decoder.cache.num_loops - 1
         reason: FinishReason = "stop" if token in params.stop_ids else "length"
-        progress = _Progress(call, index, RequestText(self._tokenizer, params))
-        self._count([NewToken(-1, token, last, last, logprob, reason)])
-        self._advance(progress, NewToken(-1, token, last, last, logprob, reason))
+        new = NewToken(-1, token, last, last, logprob, reason, scores.next_top[: params.top_logprobs])
+        self._count([new])
+        self._advance(_Progress(call, index, RequestText(self._tokenizer, params)), new)
 
     def _step(self) -> None:
         rows, head_rows = self._cache.num_rows, self.decoder.num_head_rows
@@ -429,7 +429,8 @@ class Worker:
     def _fail(self, call: Call, index: int, error: Exception | None = None) -> None:
         """End a text with an error: the client is told of a `UserError`, and of others that there was one."""
         self._metrics.failures.inc()
-        if isinstance(error, UserError):
+        # One with a cause stands for an error that is ours.
+        if isinstance(error, UserError) and error.__cause__ is None:
             log.error("%s", error)
             message = str(error)
         else:

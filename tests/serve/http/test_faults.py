@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rrt
+from rrt.serve import engine as engine_module
 from rrt.serve.http.server import running_server
 from tests.util.servers import held_engine, serving, wait_until
 
@@ -111,6 +112,27 @@ def test_logits_that_are_not_finite_end_their_request_alone(server):
             assert answer.json["error"]["type"] == "server_error"
         elif answer.headers["content-type"] == "application/json":
             assert answer.json["choices"][0]["text"] == choice["text"]
+    server.wait_until_idle()
+
+
+def test_sampling_that_fails_ends_its_request_alone(server, monkeypatch):
+    body = {"max_tokens": 6, "temperature": 1.0}
+    expected = server.complete(prompt=[6], seed=2, **body).json["choices"][0]["text"]
+
+    def broken(logits, sampling, step):
+        if sampling.seed == 1 and step == 3:
+            raise ValueError("a fault")
+        return draw(logits, sampling, step)
+
+    draw = engine_module.draw
+    monkeypatch.setattr(engine_module, "draw", broken)
+    with ThreadPoolExecutor(2) as pool, held_engine(server) as gate:
+        bad = pool.submit(server.complete, prompt=[5], seed=1, **body)
+        good = pool.submit(server.complete, prompt=[6], seed=2, **body)
+        wait_until(lambda: server.service.worker.num_open == 2)
+        gate.set()
+        assert good.result().json["choices"][0]["text"] == expected
+        assert bad.result().status == 500 and "a fault" not in bad.result().body.decode()
     server.wait_until_idle()
 
 
