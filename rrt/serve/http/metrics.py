@@ -29,7 +29,7 @@ class Metrics:
             registry=self.registry,
         )
         self.prompt_tokens = counter("rrt_prompt_tokens", "Tokens of accepted prompts")
-        self.reused_tokens = counter("rrt_reused_tokens", "Prompt tokens that were found computed, once for each loop")
+        self.reused_tokens = counter("rrt_reused_tokens", "Prompt tokens that were found computed")
         self.new_tokens = counter("rrt_new_tokens", "Tokens generated")
         self.passes = counter("rrt_passes", "Passes of the shared block")
         self.rows = counter("rrt_rows", "Rows of all passes: tokens times loops, of prompts too, and dropped drafts")

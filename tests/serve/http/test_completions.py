@@ -231,6 +231,16 @@ def test_metrics_count_tokens_passes_rows_and_exits(server):
     assert stats["policy"] == "verify" and sum(stats["exits"]) >= 5 and stats["tokens_per_second"] > 0
 
 
+def test_choices_of_one_prompt_compute_it_once(server):
+    reused = server.service.metrics.reused_tokens._value
+    before = reused.get()
+    prompt = [(7 * i) % 420 for i in range(100)]
+    choices = server.complete(prompt=prompt, n=3, max_tokens=4, temperature=1.0, seed=0).json["choices"]
+    assert len(choices) == 3
+    # Whole pages of 16.
+    assert reused.get() - before == 2 * 96
+
+
 def test_the_page_is_there_and_loads_nothing_from_elsewhere(server):
     for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
         answer = server.get(path)

@@ -197,7 +197,7 @@ def test_a_policy_is_taken_from_this_machine_alone(server):
     def status(policy="verify", **headers):
         return server.post("/rrt/policy", {"policy": policy}, **headers).status
 
-    assert status() == 200 and status("static:7") == status("other") == 400
+    assert status("auto") == status() == 200 and status("static:7") == status("other") == 400
     assert status(**{"X-Forwarded-For": "10.0.0.1"}) == 403
     assert status(Host="evil.example") == 403
     plain = server.send("POST", "/rrt/policy", b'{"policy": "never"}', {"Content-Type": "text/plain"})
