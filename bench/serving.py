@@ -1,4 +1,4 @@
-"""The engine by exit policy: tokens per second of requests in flight, or with --online latencies of arriving ones.
+"""The engine by exit policy: tokens per second of many requests, or with --online the latencies of those that arrive.
 
     python bench/serving.py --checkpoint models/smollm2-b2-r64 --in-flight 1 4 16 --agreement 0.5 0.8 1 --mixed --json
     python bench/serving.py --checkpoint models/smollm2-b2-r64 --policies verify confidence:0.9 --transformers

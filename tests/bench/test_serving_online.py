@@ -92,7 +92,9 @@ def test_all_policies_get_the_same_requests_at_the_same_times(monkeypatch, tmp_p
 
     monkeypatch.setattr(serving_online, "serve_arrivals", watched)
     out, drawn = tmp_path / "out.json", tmp_path / "out.svg"
-    flags = f"--preset smollm2-135m --lora-rank 3 --online --load 0.5 2 --requests 8 --warm-up 3 --json {out} --threads 1"
+    flags = (
+        f"--preset smollm2-135m --lora-rank 3 --online --load 0.5 2 --requests 8 --warm-up 3 --json {out} --threads 1"
+    )
     more = f"--max-running 2 --agreement 0.8 --policies static:0 --prompt-tokens 6 --new-tokens 2 5 --plot {drawn}"
     monkeypatch.setattr(sys, "argv", ["serving.py", *flags.split(), *more.split()])
     serving.main()
