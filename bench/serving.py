@@ -85,7 +85,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """Time all variants on these requests."""
     num_loops = decoder.cache.num_loops
-    options = {"max_running": in_flight}
+    options: dict[str, Any] = {"max_running": in_flight}
     expected = token_ids(serve(Engine(decoder, **options), requests))
     counted: dict[str, dict[str, Any]] = {}
     variants: dict[str, Variant] = {}

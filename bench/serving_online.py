@@ -156,7 +156,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def measure(decoder: Decoder, requests: Requests, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the capacity of `never`, then each policy at each load."""
-    options = {"max_running": arguments.max_running}
+    options: dict[str, Any] = {"max_running": arguments.max_running}
     serve(Engine(decoder, **options), requests.batches(arguments.max_running)[0])  # as warm-up
     began = time.perf_counter()
     expected = token_ids(serve(Engine(decoder, **options), requests))

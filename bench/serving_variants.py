@@ -172,7 +172,7 @@ def make_engines(
         expected: the tokens of all requests without exits, which are added in this order.
         options: of the engines.
     """
-    engines = {"never": partial(CountingEngine, decoder, Never(), **options)}
+    engines: dict[str, Callable[[], CountingEngine]] = {"never": partial(CountingEngine, decoder, Never(), **options)}
     if decoder.cache.num_loops == 1:
         return engines
     for agreement in arguments.agreement:

@@ -1,9 +1,11 @@
 """bench/serving.py: forced agreement, what is counted, the bound, rivals, and the command end to end."""
 
+import ctypes
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from bench import serving, tabulate
 from bench.generate import make_prompts
 from bench.serving import parse_arguments, tables
-from bench.serving_rivals import in_batches, plain_generation, transformers_generation
+from bench.serving_rivals import LlamaCpp, in_batches, plain_generation, transformers_generation
 from bench.serving_variants import (
     CountingEngine,
     ForcedDrafts,
@@ -218,3 +220,53 @@ def test_command_measures_a_relaxed_checkpoint_and_writes_json(tmp_path):
         assert all(found["tokens_per_second"] > 0 for found in case["variants"].values())
         assert case["variants"]["transformers"]["same"] > 0.8
     assert "verify 0.5" in tables(result)[0].markdown()
+
+
+class FakeLlama:
+    """Stands for llama_cpp: the token after a sequence is the sum of all its tokens, modulo the vocabulary."""
+
+    vocab_size = 11
+
+    def __init__(self):
+        self.sequences, self.rows = {}, []
+        for name in ("log_set", "backend_init", "model_get_vocab", "get_memory", "model_default_params"):
+            setattr(self, f"llama_{name}", lambda *_: None)
+        self.llama_log_callback = lambda function: function
+        self.llama_model_load_from_file = lambda path, params: path.endswith(b".gguf")
+        self.llama_context_default_params = self.llama_init_from_model = lambda *_: SimpleNamespace()
+        self.llama_vocab_n_tokens = lambda _: self.vocab_size
+        self.llama_memory_clear = lambda *_: self.sequences.clear()
+
+    def llama_batch_init(self, size, *_):
+        values = {name: [None] * size for name in ("token", "pos", "n_seq_id", "logits")}
+        return SimpleNamespace(**values, seq_id=[[None] for _ in range(size)], n_tokens=0)
+
+    def llama_decode(self, _, batch):
+        self.rows, self.ends = [*self.rows, batch.n_tokens], {}
+        for i in range(batch.n_tokens):
+            tokens = self.sequences.setdefault(batch.seq_id[i][0], [])
+            assert batch.pos[i] == len(tokens) and batch.n_seq_id[i] == 1
+            tokens.append(batch.token[i])
+            if batch.logits[i]:
+                self.ends[i] = sum(tokens) % self.vocab_size
+        return 0
+
+    def llama_get_logits_ith(self, _, i):
+        logits = (ctypes.c_float * self.vocab_size)(*(float(j == self.ends[i]) for j in range(self.vocab_size)))
+        return ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+
+
+def test_llama_cpp_continues_a_batch_and_its_sequences_leave_when_they_are_done(monkeypatch):
+    fake = FakeLlama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    rival = LlamaCpp(Path("model.gguf"), 20, 3, 1)
+    found = in_batches(rival, MIXED, 3)
+    for tokens, prompt, count in zip(found, MIXED.prompts, MIXED.new_tokens, strict=True):
+        expected = list(prompt)
+        for _ in range(count):
+            expected.append(sum(expected) % 11)
+        assert tokens == expected[len(prompt) :]
+    # The prompts at once, then a row for each that goes on: five, nine and one tokens; four and seven.
+    assert fake.rows == [9, *[2] * 4, *[1] * 4, 3, *[2] * 3, *[1] * 3]
+    with pytest.raises(UserError, match=r"--llama-cpp: model\.bin: llama\.cpp cannot read it"):
+        LlamaCpp(Path("model.bin"), 20, 3, 1)

@@ -3,14 +3,17 @@
 import dataclasses
 
 import pytest
+import torch
 
 from eval import generation
 from eval.generation import Prompt, generate_texts
 from eval.response_cache import ResponseCache
+from rrt.checkpoint.source import load_model
 from rrt.data.tokenizer import load_tokenizer
 from rrt.decode.generation import generate
 from rrt.serve.engine import Engine
 from tests.util.decoding import make_decoder, make_model
+from tests.util.real import real_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 STOPS = ((), ("e", "\n"), ("th", "a", "zzz"), ("in the", " "))
@@ -85,3 +88,22 @@ def test_what_is_finished_is_in_the_cache_when_the_run_is_interrupted(model_and_
     assert short.key in cache and long.key not in cache
     expected = [text_alone(model, tokenizer, prompt) for prompt in (long, short)]
     assert generate_texts(model, tokenizer, [long, short], cache) == expected and len(cache) == 2
+
+
+@pytest.mark.real
+def test_texts_of_a_real_model_are_those_of_each_prompt_alone():
+    model, tokenizer = load_model(real_model(), torch.float32), load_tokenizer(real_model())
+    texts = (
+        "Question: What is 2 + 3?\nAnswer:",
+        "Q: Who wrote Hamlet?\nA:",
+        "def fib(n):\n",
+        "Once upon a time",
+        "1, 2, 3,",
+    )
+    stops = (("\n",), ("\n\n", "Q:"), ("return",), (), (" 7", "8"))
+    prompts = [
+        Prompt(tuple(tokenizer.encode(text)), until, 12 + 8 * n)
+        for n, (text, until) in enumerate(zip(texts, stops, strict=True))
+    ]
+    expected = [text_alone(model, tokenizer, prompt) for prompt in prompts]
+    assert generate_texts(model, tokenizer, prompts, ResponseCache()) == expected and all(expected)
