@@ -8,7 +8,8 @@
 Offline, all requests begin at once and get as many greedy tokens, in alternating order, after a warm-up. `never` is
 continuous batching of the same model without exits. A model whose exits are not trained agrees with itself by chance
 only, so agreement is forced: of so many tokens, drawn by a fixed seed, the first loop's draft is made the right one
-(`verify`), or the token exits there (`lossy`); all other ones take all loops. --policies run as they are. With --mixed
+(`verify`, and `auto`, which begins a draft where it is predicted to pay), or the token exits there (`lossy`); all other
+ones take all loops. --policies run as they are. With --mixed
 there are cases of other lengths too: three times as many requests as in flight. The rivals take them batch by batch;
 `transformers` pads, and computes until the longest is done; only tokens that were asked for count. `generate` is
 rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of a GGUF file.
@@ -25,8 +26,9 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -69,6 +71,8 @@ from rrt.common.dtypes import parse_dtype
 from rrt.decode.decoder import Decoder
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
+from rrt.serve.requests import NewToken
+from rrt.serve.scheduler import SkippedKV
 
 KIND = "serving-speed"
 WAVES = 3
@@ -85,19 +89,26 @@ def measure_case(
 ) -> dict[str, Any]:
     """Time all variants on these requests."""
     num_loops = decoder.cache.num_loops
-    options: dict[str, Any] = {"max_running": in_flight}
-    expected = token_ids(serve(Engine(decoder, **options), requests))
+    expected = token_ids(serve(Engine(decoder, max_running=in_flight), requests))
+    engines = {name: make() for name, make in make_engines(decoder, expected, arguments, in_flight).items()}
+    served: dict[str, list[list[NewToken]]] = {}
+
+    def serve_again(name: str) -> None:
+        engines[name].reset_counts()
+        served[name] = serve(engines[name], requests)
+
+    # An engine serves all rounds: what its policy has learned, it would know in a server too.
+    variants = {name: _variant(partial(serve_again, name)) for name in engines}
     counted: dict[str, dict[str, Any]] = {}
-    variants: dict[str, Variant] = {}
-    for name, make in make_engines(decoder, expected, arguments, **options).items():
-        engine = make()
-        served = serve(engine, requests)
-        counted[name] = {**count_work(engine, served), "same": share_of_same(token_ids(served), expected)}
-        variants[name] = _variant(lambda make=make: serve(make(), requests))  # type: ignore[misc]
+    for variant in variants.values():
+        variant.call(0)
     for name, rival in {"generate": plain_generation(decoder), **rivals}.items():
         counted[name] = {"same": share_of_same(in_batches(rival, requests, in_flight), expected)}
-        variants[name] = _variant(lambda rival=rival: in_batches(rival, requests, in_flight))  # type: ignore[misc]
+        variants[name] = _variant(partial(in_batches, rival, requests, in_flight))
     samples = Timer(_CPU, 0.0, arguments.rounds).measure(variants, copies=1)
+    for name, engine in engines.items():
+        same = share_of_same(token_ids(served[name]), expected)
+        counted[name] = {**count_work(engine, served[name]), "same": same}
     block, head = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
     for values in counted.values():
         if "loops_per_token" in values:
@@ -168,6 +179,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
         "torch_threads": arguments.threads,
+        "skipped_kv": arguments.skipped_kv,
         "gguf": None if gguf is None else gguf.name,
     }
 
@@ -234,6 +246,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--policies", nargs="+", default=[], metavar="NAME", help="policies as rrt.generate's --exit-policy, not forced"
     )
+    parser.add_argument(
+        "--skipped-kv", choices=get_args(SkippedKV), default="propagate",
+        help="keys and values of loops that lossy exits skip (default propagate)",
+    )  # fmt: skip
     for flag, default in (("--prompt-tokens", 32), ("--new-tokens", 64)):
         parser.add_argument(
             flag, type=int, nargs="+", default=[default], metavar="N",
@@ -269,7 +285,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not all(0 <= agreement <= 1 for agreement in arguments.agreement):
         raise UserError(f"--agreement: found {arguments.agreement}; expected numbers from 0 to 1")
     for text in arguments.policies:
-        named_policy(text)
+        named_policy(text, arguments)
     for flag in ("num_loops", "lora_rank"):
         if arguments.checkpoint is not None and getattr(arguments, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')}: found with --checkpoint, which has them; expected --preset")

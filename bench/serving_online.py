@@ -156,15 +156,15 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def measure(decoder: Decoder, requests: Requests, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the capacity of `never`, then each policy at each load."""
-    options: dict[str, Any] = {"max_running": arguments.max_running}
-    serve(Engine(decoder, **options), requests.batches(arguments.max_running)[0])  # as warm-up
+    serve(Engine(decoder, max_running=arguments.max_running), requests.batches(arguments.max_running)[0])  # as warm-up
     began = time.perf_counter()
-    expected = token_ids(serve(Engine(decoder, **options), requests))
+    expected = token_ids(serve(Engine(decoder, max_running=arguments.max_running), requests))
     capacity = len(requests.prompts) / (time.perf_counter() - began)
+    engines = make_engines(decoder, expected, arguments, arguments.max_running)
     points = []
     for load in arguments.load:
         arrivals = poisson_arrivals(len(requests.prompts), load * capacity)
-        for name, make in make_engines(decoder, expected, arguments, **options).items():
+        for name, make in engines.items():
             engine = make()
             timelines, tokens = serve_arrivals(engine, requests, arrivals)
             end = max(timeline.tokens[-1] for timeline in timelines)

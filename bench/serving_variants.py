@@ -23,9 +23,10 @@ from rrt.errors import UserError
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.serve.engine import Engine
-from rrt.serve.exits import ExitPolicy, Never, Oracle, Verify, parse_policy
+from rrt.serve.exits import Auto, ExitPolicy, Never, Oracle, Verify, parse_policy
+from rrt.serve.pass_curve import measure_pass_curve
 from rrt.serve.requests import NewToken, SamplingParams
-from rrt.serve.scheduler import Choice, Head, Pass
+from rrt.serve.sequences import Choice, Head, Pass
 
 _PAGE_SIZE = 16
 _CPU = torch.device("cpu")
@@ -86,14 +87,16 @@ def make_subjects(arguments: argparse.Namespace) -> list[Subject]:
                 subjects.append(Subject(name, config, recursion, load))
     for subject in subjects:
         for text in arguments.policies:
-            named_policy(text).check(subject.recursion)
+            named_policy(text, arguments).check(subject.recursion)
     return subjects
 
 
-def named_policy(text: str) -> ExitPolicy:
+def named_policy(text: str, arguments: argparse.Namespace) -> ExitPolicy:
     """Make the policy that --policies names."""
+    if text.startswith("calibrated") and arguments.checkpoint is None:
+        raise UserError(f"--policies: found '{text}' with --preset; expected --checkpoint, which has thresholds")
     try:
-        return parse_policy(text)
+        return parse_policy(text, arguments.checkpoint)
     except UserError as error:
         raise UserError(f"--policies{str(error).removeprefix('--exit-policy')}") from None
 
@@ -121,6 +124,9 @@ class CountingEngine(Engine):
 
     passes = decode_rows = head_rows = 0
 
+    def reset_counts(self) -> None:
+        self.passes = self.decode_rows = self.head_rows = 0
+
     def _choose(self, work: Pass) -> list[Choice]:
         self.passes += 1
         self.decode_rows += len(work.rows.sequences)  # type: ignore[arg-type]
@@ -132,25 +138,36 @@ class ForcedDrafts(CountingEngine):
     """Verifies drafts of which a given part is right, whatever the early loops' logits say.
 
     Args:
-        expected: the greedy tokens of each request, in the order in which they are added.
+        policy: that verifies.
+        expected: the greedy tokens of each request, in the order in which they are added, again and again.
         agrees: [requests, tokens], whether the drafts of a token are right.
         options: of the engine.
     """
 
-    def __init__(self, decoder: Decoder, expected: Tokens, agrees: Tensor, **options: Any) -> None:
-        super().__init__(decoder, Verify(), **options)
+    def __init__(self, decoder: Decoder, policy: ExitPolicy, expected: Tokens, agrees: Tensor, **options: Any) -> None:
+        super().__init__(decoder, policy, **options)
         self._expected, self._agrees = expected, agrees.tolist()
         self._vocab_size = decoder.model.config.vocab_size
 
-    def _tokens(self, logits: Tensor, heads: list[Head]) -> list[int]:
-        tokens = super()._tokens(logits, heads)
+    def _tokens(self, logits: Tensor, heads: list[Head], exits: list[bool]) -> list[int]:
+        tokens = super()._tokens(logits, heads, exits)
         last = self.decoder.cache.num_loops - 1
         for i, head in enumerate(heads):
-            request = head.sequence.request.id
+            request = head.sequence.request.id % len(self._expected)
             if head.loop < last and head.step < len(self._expected[request]):
                 right = self._expected[request][head.step]
                 tokens[i] = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
         return tokens
+
+
+@dataclass(frozen=True)
+class ForcedExits(Oracle):
+    """Replays exits of requests that are added again and again, `num_requests` each time. Lossy."""
+
+    num_requests: int
+
+    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+        return super().exits(logits, loops, [request % self.num_requests for request in requests], steps)
 
 
 def drawn_agreement(requests: int, tokens: int, agreement: float) -> Tensor:
@@ -160,30 +177,34 @@ def drawn_agreement(requests: int, tokens: int, agreement: float) -> Tensor:
 
 def lossy_policy(agrees: Tensor) -> ExitPolicy:
     """Make the policy by which tokens that agree exit after the first loop."""
-    return Oracle({(request, step): 0 for request, step in agrees.nonzero().tolist()})
+    return ForcedExits({(request, step): 0 for request, step in agrees.nonzero().tolist()}, len(agrees))
 
 
 def make_engines(
-    decoder: Decoder, expected: Tokens, arguments: argparse.Namespace, **options: Any
+    decoder: Decoder, expected: Tokens, arguments: argparse.Namespace, max_running: int
 ) -> dict[str, Callable[[], CountingEngine]]:
     """List how the engine of each policy is made: `never` first, those of forced agreement, then --policies.
 
     Args:
         expected: the tokens of all requests without exits, which are added in this order.
-        options: of the engines.
     """
+    options: dict[str, Any] = {"max_running": max_running, "skipped_kv": arguments.skipped_kv}
     engines: dict[str, Callable[[], CountingEngine]] = {"never": partial(CountingEngine, decoder, Never(), **options)}
     if decoder.cache.num_loops == 1:
         return engines
+    named = {text: named_policy(text, arguments) for text in arguments.policies}
+    if arguments.agreement or Auto() in named.values():
+        # Measured once, and not while the clock runs.
+        auto = Auto(measure_pass_curve(decoder, max_running * decoder.cache.num_loops))
+        named = {text: auto if policy == Auto() else policy for text, policy in named.items()}
     for agreement in arguments.agreement:
         agrees = drawn_agreement(len(expected), max(map(len, expected)), agreement)
         engines[f"lossy {agreement:g}"] = partial(CountingEngine, decoder, lossy_policy(agrees), **options)
-        engines[f"verify {agreement:g}"] = partial(ForcedDrafts, decoder, expected, agrees, **options)
-    # A policy of its own for each engine: one may learn from what it sees.
-    named = {
-        text: lambda text=text: CountingEngine(decoder, named_policy(text), **options) for text in arguments.policies
-    }
-    return {**engines, **{text: make for text, make in named.items() if text not in engines}}
+        for name, exact in (("verify", Verify()), ("auto", auto)):
+            engines[f"{name} {agreement:g}"] = partial(ForcedDrafts, decoder, exact, expected, agrees, **options)
+    for text, policy in named.items():
+        engines.setdefault(text, partial(CountingEngine, decoder, policy, **options))
+    return engines
 
 
 def serve(engine: Engine, requests: Requests) -> list[list[NewToken]]:

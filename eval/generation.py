@@ -52,7 +52,7 @@ def generate_texts(
     """Continue each prompt greedily up to its first stop string. Each goes to `cache` as soon as it is finished."""
     waiting = list({prompt.key: prompt for prompt in prompts if prompt.key not in cache}.values())
     if waiting:
-        engine = Engine(Decoder(model, _make_kv_cache(model, waiting)), max_running=MAX_SEQUENCES)
+        engine = Engine(Decoder(model, _make_kv_cache(model, waiting)), max_running=MAX_SEQUENCES, keeps_prefixes=True)
         stop_ids = frozenset(tokenizer.stop_ids)
         running: dict[int, tuple[Prompt, list[int]]] = {}
         for prompt in waiting:

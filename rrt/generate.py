@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import CommandParser, human_bytes, human_count, keep_freed_memory, run_command
@@ -23,6 +24,7 @@ from rrt.model.transformer import RecursiveTransformer
 from rrt.serve.engine import Engine
 from rrt.serve.exits import POLICY_HELP, parse_policy
 from rrt.serve.requests import NewToken, SamplingParams
+from rrt.serve.scheduler import SkippedKV
 from rrt.serve.text import RequestText
 
 _PAGE_SIZE = 16
@@ -189,6 +191,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--exit-policy", default="never", metavar="POLICY", help=POLICY_HELP)
     parser.add_argument(
+        "--skipped-kv",
+        choices=get_args(SkippedKV),
+        default="propagate",
+        help="keys and values of loops that a token skips by an exit that nothing verifies: propagate: of the state at "
+        "its exit; share: those of its exit's loop; defer: the loops run later for these alone (default: propagate)",
+    )
+    parser.add_argument(
         "--show-depth",
         action="store_true",
         help="colour text by the loop after which its tokens were certain: green 0, yellow 1, red 2",
@@ -202,7 +211,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
     if "" in arguments.stop:
         raise UserError("--stop: found an empty text; expected at least one character")
-    arguments.exit_policy = parse_policy(arguments.exit_policy)
+    arguments.exit_policy = parse_policy(arguments.exit_policy, arguments.checkpoint)
     if arguments.system is not None and not arguments.chat:
         raise UserError("--system: expected with --chat alone")
     if arguments.chat and arguments.bos != "auto":
@@ -245,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{dtype_name(model.embed.dtype)} on {device}, key/value cache {human_bytes(cache.num_bytes)}",
         file=sys.stderr,
     )
-    engine = Engine(Decoder(model, cache), policy)
+    engine = Engine(Decoder(model, cache), policy, skipped_kv=arguments.skipped_kv)
     keep_freed_memory()
     params = [replace(each, stop_ids=frozenset(tokenizer.stop_ids)) for each in params]
     outputs = {

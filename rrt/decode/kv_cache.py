@@ -163,6 +163,19 @@ class PagedCache:
             raise UserError(f"cache: alias: found prefix_length {self.prefix_length}; expected 0")
         self._table.alias(handle, source)
 
+    def copy_rows(self, sequences: ArrayLike, positions: ArrayLike, from_loops: ArrayLike, to_loops: ArrayLike) -> None:
+        """Give positions[i] of sequences[i] the keys and values at to_loops[i] that it has at from_loops[i]; all [M].
+
+        Raises:
+            ValueError: a position that a sequence has not, or in a page that is shared.
+        """
+        places = _integers("positions", positions).astype(np.int32)
+        sources = self._tensor(self._slots(self._handles_of(sequences, from_loops), places))
+        targets = self._tensor(self._slots(self._handles_of(sequences, to_loops), places))
+        for pages in (self.k, self.v):
+            entries = pages.flatten(1, 2)
+            entries[:, targets] = entries[:, sources]
+
     def truncate(self, sequence: int, length: int, loop: int | None = None) -> None:
         """Drop the positions from `length` on, at `loop` or at every loop that has them."""
         lengths = [self.length(sequence, each) for each in range(self.num_loops)]

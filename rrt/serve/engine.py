@@ -11,17 +11,24 @@ leaves before it is final: a draft that is being verified is not.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from rrt.decode.decoder import Decoder
 from rrt.decode.generation import check_prompt, token_ids
-from rrt.decode.sampling import choose_tokens
+from rrt.decode.sampling import GREEDY, choose_tokens
 from rrt.errors import UserError
-from rrt.serve.exits import ExitPolicy, Never
+from rrt.serve.exits import Auto, ExitPolicy, Never, top_probabilities
+from rrt.serve.gate import Gate
+from rrt.serve.pass_curve import measure_pass_curve
+from rrt.serve.prefix_cache import PrefixCache
 from rrt.serve.requests import NewToken, Request, RequestError, SamplingParams
-from rrt.serve.scheduler import Choice, Head, Pass, Scheduler
+from rrt.serve.scheduler import Scheduler, SkippedKV
+from rrt.serve.sequences import NO_TOKEN, Choice, Head, Pass
+
+_MOST_MEASURED_ROWS = 128
 
 
 class Engine:
@@ -31,6 +38,10 @@ class Engine:
         policy: of exits before the last loop; default none.
         chunk_size: most prompt tokens in a pass.
         max_running: most requests that are computed at once; the others wait.
+        skipped_kv: where loops that a lossy exit skips have their keys and values from: "propagate", the state at the
+            exit; "share", those of the loop of the exit; "defer", the loops themselves, which run later without logits.
+        keeps_prefixes: keep pages of texts for requests that begin alike, until others need them. They stay the
+            cache's until `forget_prefixes`.
 
     Raises:
         UserError: the policy does not fit the model: a loop that it has not, or early exits where rows of several loops
@@ -44,13 +55,21 @@ class Engine:
         *,
         chunk_size: int = 512,
         max_running: int = 256,
+        skipped_kv: SkippedKV = "propagate",
+        keeps_prefixes: bool = False,
     ) -> None:
         self.decoder, self.policy = decoder, policy or Never()
         recursion, num_loops = decoder.model.recursion, decoder.cache.num_loops
         for name, value in (("chunk_size", chunk_size), ("max_running", max_running)):
             if value < 1:
                 raise UserError(f"{name}: found {value}; expected at least 1")
+        if skipped_kv not in get_args(SkippedKV):
+            raise UserError(f"skipped_kv: found '{skipped_kv}'; expected {', '.join(get_args(SkippedKV))}")
         self.policy.check(recursion)
+        self._gate: Gate | None = None
+        if isinstance(self.policy, Auto) and num_loops > 1:
+            curve = self.policy.curve or measure_pass_curve(decoder, min(max_running * num_loops, _MOST_MEASURED_ROWS))
+            self._gate = Gate(curve, num_loops)
         early = frozenset(loop for loop in range(num_loops - 1) if self.policy.looks_after(loop))
         self._scheduler = Scheduler(
             decoder.cache,
@@ -59,6 +78,9 @@ class Engine:
             early_loops=early,
             verifies=self.policy.is_exact,
             mixes_loops=recursion.sharing == "cycle",
+            skipped_kv=skipped_kv,
+            gate=self._gate,
+            prefixes=PrefixCache(decoder.cache) if keeps_prefixes else None,
         )
         self._states = decoder.embed(torch.zeros(0, dtype=torch.int64, device=decoder.cache.k.device))
         self._next_id = 0
@@ -70,6 +92,15 @@ class Engine:
     @property
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
+
+    @property
+    def num_reused(self) -> int:
+        """Positions of prompts that were found computed."""
+        return self._scheduler.num_reused
+
+    def forget_prefixes(self) -> None:
+        """Give back the pages of texts that are kept."""
+        self._scheduler.forget_prefixes()
 
     def add(self, prompt: Sequence[int] | Tensor, params: SamplingParams | None = None) -> int:
         """Queue a prompt of token ids; returns the id of the request.
@@ -99,6 +130,9 @@ class Engine:
             work = self._scheduler.schedule()
             if work is None:
                 return []
+            copies = work.copies
+            if copies.sequences:
+                self.decoder.cache.copy_rows(copies.sequences, copies.positions, copies.from_loops, copies.to_loops)
             x = self._gather(work.sources)
             self._states = self.decoder.block(x, self.decoder.cache.plan(work.rows))
             return self._scheduler.advance(work, self._choose(work))
@@ -123,43 +157,49 @@ class Engine:
         heads = work.heads
         if not heads:
             return []
-        device, last = self._states.device, self.decoder.cache.num_loops - 1
+        device = self._states.device
         loops = torch.tensor([head.loop for head in heads], dtype=torch.int32, device=device)
         slots = torch.tensor([head.slot for head in heads], device=device)
         logits = self.decoder.logits(self._states[slots], loops)
-        exits = self._exits(logits, loops, heads)
-        choices = [Choice(exits=leaves) for leaves in exits]
-        leaving = [i for i, leaves in enumerate(exits) if leaves]
-        if leaving:
-            rows = logits if len(leaving) == len(heads) else logits[leaving]
-            for i, row, token in zip(leaving, rows, self._tokens(rows, [heads[i] for i in leaving]), strict=True):
-                is_final = heads[i].loop == last or not self.policy.is_exact
-                wants_logprob = is_final and heads[i].sequence.request.params.logprobs
-                choices[i] = Choice(token, True, _logprob(row, token) if wants_logprob else None)
-        return choices
+        early = self._early_rows(heads)
+        exits, confidences = [True] * len(heads), [0.0] * len(heads)
+        if not self.policy.is_certain and heads[early]:
+            requests = [head.sequence.request.id for head in heads[early]]
+            steps = [head.step for head in heads[early]]
+            exits[early] = self.policy.exits(logits[early], loops[early], requests, steps)
+        elif self._gate is not None and heads[early]:
+            confidences[early] = top_probabilities(logits[early]).tolist()
+        tokens = self._tokens(logits, heads, exits)
+        return [
+            Choice(tokens[i], True, self._logprob(logits, i, head, tokens[i]), confidences[i])
+            if exits[i]
+            else Choice(exits=False)
+            for i, head in enumerate(heads)
+        ]
 
-    def _tokens(self, logits: Tensor, heads: list[Head]) -> list[int]:
-        """Choose the tokens of rows: logits [M, V] -> [M]."""
+    def _early_rows(self, heads: list[Head]) -> slice:
+        """Return the place of rows before the last loop: they are next to each other, so that none is copied."""
+        last = self.decoder.cache.num_loops - 1
+        early = [i for i, head in enumerate(heads) if head.loop < last]
+        assert not early or len(early) == early[-1] + 1 - early[0]
+        return slice(early[0], early[-1] + 1) if early else slice(0, 0)
+
+    def _tokens(self, logits: Tensor, heads: list[Head], exits: list[bool]) -> list[int]:
+        """Choose the tokens of rows: logits [M, V] -> [M]. Of those that go on, the most probable ones."""
+        if not any(exits):
+            return [NO_TOKEN] * len(heads)
         requests = [head.sequence.request for head in heads]
+        samplings = [request.params if leaves else GREEDY for request, leaves in zip(requests, exits, strict=True)]
         try:
-            return choose_tokens(logits, [request.params for request in requests], [head.step for head in heads])
+            return choose_tokens(logits, samplings, [head.step for head in heads])
         except UserError as error:
             finite = logits.float().amax(-1).isfinite().tolist()
             bad = [request.id for request, fine in zip(requests, finite, strict=True) if not fine]
             raise RequestError(f"request {', '.join(map(str, sorted({*bad})))}: {error}", bad) from None
 
-    def _exits(self, logits: Tensor, loops: Tensor, heads: list[Head]) -> list[bool]:
-        """Ask the policy about rows that are not at the last loop."""
-        last = self.decoder.cache.num_loops - 1
-        exits = [True] * len(heads)
-        early = [] if self.policy.is_certain else [i for i, head in enumerate(heads) if head.loop < last]
-        if early:
-            requests = [heads[i].sequence.request.id for i in early]
-            steps = [heads[i].step for i in early]
-            for i, leaves in zip(early, self.policy.exits(logits[early], loops[early], requests, steps), strict=True):
-                exits[i] = leaves
-        return exits
-
-
-def _logprob(logits: Tensor, token: int) -> float:
-    return float(logits.float().log_softmax(-1)[token])
+    def _logprob(self, logits: Tensor, row: int, head: Head, token: int) -> float | None:
+        """Return the log-probability of a row's token if that is final, and it was asked for: logits [M, V]."""
+        is_final = head.loop == self.decoder.cache.num_loops - 1 or not self.policy.is_exact
+        if not is_final or not head.sequence.request.params.logprobs:
+            return None
+        return float(logits[row].float().log_softmax(-1)[token])

@@ -3,7 +3,7 @@
 A policy looks at the logits after the loops that it names. Under a lossy policy a row that exits is done: its token is
 final, and the loops that it skips get their keys and values from its state at the exit. `Verify` is exact: the token
 after an early loop is a draft only, with which the next position starts while this one goes on; what the last loop says
-stands.
+stands. `Auto` is `Verify` that begins only drafts which are predicted to pay.
 
 Shapes: M rows, V vocabulary.
 """
@@ -11,18 +11,22 @@ Shapes: M rows, V vocabulary.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rrt.checkpoint.exit_thresholds import load_exit_thresholds
 from rrt.errors import UserError
 from rrt.model.config import RecursiveConfig
+from rrt.serve.gate import PassCurve
 
 POLICY_HELP = (
     "when a token may leave before the last loop: never (default); verify: early tokens are drafts that the last loop "
-    "verifies, for the same text in fewer passes; or, for another text, static:LOOP, confidence:P, margin:P or "
-    "entropy:NATS"
+    "verifies, for the same text in fewer passes; auto: verify where that is predicted to pay; or, for another text, "
+    "static:LOOP, confidence:P, margin:P, entropy:NATS, or calibrated:AGREEMENT, by confidences in the checkpoint's "
+    "exit_thresholds.json, which eval/exits.py --calibrate writes"
 )
 
 
@@ -82,6 +86,17 @@ class Verify(_Policy):
 
 
 @dataclass(frozen=True)
+class Auto(Verify):
+    """`Verify`, but a draft begins only where the chance that it is right is worth its row (`rrt.serve.gate`).
+
+    Attributes:
+        curve: seconds of passes; default measured when the engine is made.
+    """
+
+    curve: PassCurve | None = None
+
+
+@dataclass(frozen=True)
 class Static(_Policy):
     """Every token exits after `loop`. Lossy."""
 
@@ -100,18 +115,38 @@ class Static(_Policy):
 
 @dataclass(frozen=True)
 class Confidence(_Policy):
-    """A token exits where its probability reaches `threshold`. Lossy."""
+    """A token exits where its probability reaches a threshold. Lossy.
 
-    threshold: float
+    Attributes:
+        threshold: of all early loops; or one for each, where None never exits.
+    """
+
+    threshold: float | tuple[float | None, ...]
+
+    def looks_after(self, loop: int) -> bool:
+        return isinstance(self.threshold, float) or self.threshold[loop] is not None
 
     def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        confident: list[bool] = (logits.float().softmax(-1).amax(-1) >= self.threshold).tolist()
-        return confident
+        probabilities = top_probabilities(logits)
+        if isinstance(self.threshold, float):
+            confident: list[bool] = (probabilities >= self.threshold).tolist()
+            return confident
+        found = zip(probabilities.tolist(), (self.threshold[loop] for loop in loops.tolist()), strict=True)
+        return [least is not None and probability >= least for probability, least in found]
 
     def check(self, recursion: RecursiveConfig) -> None:
+        thresholds = (
+            self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * (recursion.num_loops - 1)
+        )
+        if len(thresholds) != recursion.num_loops - 1:
+            raise UserError(
+                f"confidence exit: found {len(thresholds)} thresholds; expected {recursion.num_loops - 1}, one for "
+                "each loop before the last"
+            )
+        for threshold in thresholds:
+            if threshold is not None and not 0 < threshold <= 1:
+                raise UserError(f"confidence exit: found threshold {threshold}; expected more than 0 and at most 1")
         super().check(recursion)
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"confidence exit: found threshold {self.threshold}; expected more than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -164,16 +199,25 @@ class Oracle(_Policy):
         ]
 
 
-def parse_policy(text: str) -> ExitPolicy:
+def top_probabilities(logits: Tensor) -> Tensor:
+    """Return the largest probability of each row: logits [M, V] -> float32 or float64 [M]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def parse_policy(text: str, checkpoint: Path) -> ExitPolicy:
     """Make the policy that a flag names, as `POLICY_HELP` has them.
 
     Raises:
-        UserError: there is none of this name, or its number cannot be read.
+        UserError: there is none of this name, or its number cannot be read; or the checkpoint has no thresholds.
     """
     name, _, number = text.partition(":")
-    if text in ("never", "verify"):
-        return Never() if text == "never" else Verify()
+    for exact in (Never, Verify, Auto):
+        if text == exact.__name__.lower():
+            return exact()
     with suppress(ValueError):
+        if name == "calibrated":
+            return Confidence(load_exit_thresholds(checkpoint, float(number)))
         if name == "static":
             return Static(int(number))
         if name == "confidence":
@@ -183,5 +227,6 @@ def parse_policy(text: str) -> ExitPolicy:
         if name == "entropy":
             return Entropy(float(number))
     raise UserError(
-        f"--exit-policy: found '{text}'; expected never, verify, static:LOOP, confidence:P, margin:P or entropy:NATS"
+        f"--exit-policy: found '{text}'; expected never, verify, auto, static:LOOP, confidence:P, margin:P, "
+        "entropy:NATS or calibrated:AGREEMENT"
     )

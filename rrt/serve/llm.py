@@ -23,6 +23,7 @@ from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy
 from rrt.serve.requests import FinishReason, NewToken, SamplingParams
+from rrt.serve.scheduler import SkippedKV
 from rrt.serve.text import RequestText
 
 _MOST_CACHE_BYTES = 4 << 30
@@ -58,6 +59,8 @@ class LLM:
         cache_bytes: of keys and values; default half of the memory that is free, at most 4 GiB.
         chunk_size: most prompt tokens in a pass.
         max_running: most prompts that are computed at once; the others wait.
+        skipped_kv: of lossy exits, as `Engine` has it.
+        keeps_prefixes: prompts that begin as earlier ones did find those computed, as long as there is room.
 
     Raises:
         UserError: from the loading of checkpoint and tokenizer, and from the engine.
@@ -73,6 +76,8 @@ class LLM:
         cache_bytes: int | None = None,
         chunk_size: int = 512,
         max_running: int = 256,
+        skipped_kv: SkippedKV = "propagate",
+        keeps_prefixes: bool = True,
     ) -> None:
         place = pick_device(device)
         self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
@@ -83,7 +88,14 @@ class LLM:
         cache = PagedCache.from_budget(
             model.config, model.recursion, cache_bytes, dtype=model.embed.dtype, device=model.embed.device
         )
-        self.engine = Engine(Decoder(model, cache), policy, chunk_size=chunk_size, max_running=max_running)
+        self.engine = Engine(
+            Decoder(model, cache),
+            policy,
+            chunk_size=chunk_size,
+            max_running=max_running,
+            skipped_kv=skipped_kv,
+            keeps_prefixes=keeps_prefixes,
+        )
 
     def generate(
         self,
@@ -95,6 +107,9 @@ class LLM:
         Args:
             prompts: texts, which are encoded as the tokenizer does by default, or token ids.
             params: of all prompts, or of each. A token of the tokenizer's `stop_ids` ends a text too.
+
+        Returns:
+            A completion of each prompt; where `n` asks for more, they follow one another.
 
         Raises:
             UserError: a prompt that the engine refuses; then none is computed.
@@ -110,9 +125,11 @@ class LLM:
         try:
             for prompt, each in zip(prompts, chosen, strict=True):
                 tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                each = replace(each, stop_ids=each.stop_ids | frozenset(self.tokenizer.stop_ids))
-                request_id = self.engine.add(tokens, each)
-                completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, each)
+                stop_ids = each.stop_ids | frozenset(self.tokenizer.stop_ids)
+                for seed in range(each.seed, each.seed + each.n):
+                    one = replace(each, seed=seed, n=1, stop_ids=stop_ids)
+                    request_id = self.engine.add(tokens, one)
+                    completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, one)
             while any(completion.finish_reason is None for completion in completions.values()):
                 for new in self.engine.step():
                     # Others may have requests in the engine.

@@ -23,13 +23,16 @@ class SamplingParams(Sampling):
     """A request ends with one of these tokens."""
     stop: tuple[str, ...] = ()
     """A text ends before the first of these strings; the engine, which has no text, leaves them to `rrt.LLM`."""
+    n: int = 1
+    """Completions of the prompt, with seeds counting up from `seed`; `rrt.LLM` makes a request of each."""
     logprobs: bool = False
     """Report the log-probability of each token under the model, temperature 1, nothing cut."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: found {self.max_new_tokens}; expected 1 or more")
+        for name in ("max_new_tokens", "n"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: found {getattr(self, name)}; expected 1 or more")
         if not isinstance(self.stop, tuple) or "" in self.stop:
             raise UserError(f"stop: found {self.stop!r}; expected a tuple of texts that are not empty")
 
@@ -55,7 +58,8 @@ class NewToken:
     Attributes:
         exit_loop: after which its logits were taken.
         agreed_loop: from which on every loop's logits gave this token; `exit_loop` unless the policy verifies, and for
-            a token that follows a prompt, or a text that was prefilled again.
+            a token that follows a prompt, or a text that was prefilled again. Loops whose logits nobody took count as
+            if they gave another one.
         logprob: if the request asked for it.
         finish_reason: of the last token; None for the others.
     """

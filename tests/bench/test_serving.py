@@ -35,12 +35,14 @@ from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.serve.engine import Engine
-from rrt.serve.exits import Static, Verify
+from rrt.serve.exits import Auto, Static, Verify
+from rrt.serve.gate import PassCurve
 from tests.util.decoding import make_decoder, make_model
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+FREE_ROWS = PassCurve((1, 256), (1.0, 1.0), (0.0, 0.0))
 REQUESTS = Requests([[1, 2, 3], [4, 5, 6]], [12, 12])
 MIXED = Requests([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10], [11, 12]], [5, 9, 1, 4, 7])
 
@@ -65,13 +67,17 @@ def test_forced_agreement_takes_the_passes_that_it_should(looped):
     assert 0 < agrees.sum() < 24
     # The requests run beside each other, and the slower one decides. The first token ends the prompt.
     each = torch.where(agrees[:, 1:], 1, num_loops)
-    engine = ForcedDrafts(decoder, expected, agrees)
+    engine = ForcedDrafts(decoder, Verify(), expected, agrees)
     assert token_ids(serve(engine, REQUESTS)) == expected
     # The last token is not begun before it is certain, and ends with its last loop.
     assert engine.passes == num_loops + int((each[:, :-1].sum(1)).max()) + num_loops
     engine = CountingEngine(decoder, lossy_policy(agrees))
-    serve(engine, REQUESTS)
-    assert engine.passes == num_loops + int(each.sum(1).max())
+    for _ in range(2):  # requests that are added again exit where they did
+        engine.reset_counts()
+        serve(engine, REQUESTS)
+        assert engine.passes == num_loops + int(each.sum(1).max())
+    engine = ForcedDrafts(decoder, Auto(FREE_ROWS), expected, agrees)
+    assert token_ids(serve(engine, REQUESTS)) == token_ids(serve(engine, REQUESTS)) == expected
 
 
 def test_rows_and_head_rows_are_counted_for_each_token_after_the_first():
@@ -128,12 +134,14 @@ def test_rivals_give_every_request_of_a_batch_the_tokens_that_it_asked_for():
 def test_policies_run_as_they_are_beside_those_of_forced_agreement(monkeypatch):
     decoder = plain_decoder()
     flags = "--preset smollm2-135m --policies never verify static:0 --agreement 0.5"
-    engines = make_engines(decoder, [[1, 2]], parse(monkeypatch, flags), max_running=3)
-    assert list(engines) == ["never", "lossy 0.5", "verify 0.5", "verify", "static:0"]
+    engines = make_engines(decoder, [[1, 2]], parse(monkeypatch, flags), 3)
+    assert list(engines) == ["never", "lossy 0.5", "verify 0.5", "auto 0.5", "verify", "static:0"]
+    # The time of passes is measured once, for all engines.
+    assert engines["auto 0.5"]().policy.curve is engines["auto 0.5"]().policy.curve is not None
     assert isinstance(engines["verify"]().policy, Verify) and engines["static:0"]().policy == Static(0)
     assert parse(monkeypatch, "--preset smollm2-135m --policies never").agreement == []
     vanilla = make_decoder(make_model("llama", "vanilla", torch.float32))
-    assert list(make_engines(vanilla, [[1, 2]], parse(monkeypatch, flags))) == ["never"]
+    assert list(make_engines(vanilla, [[1, 2]], parse(monkeypatch, flags), 3)) == ["never"]
 
 
 def test_a_preset_is_looped_in_all_ways_and_one_loop_has_no_rank(monkeypatch):
@@ -153,6 +161,7 @@ def test_a_preset_is_looped_in_all_ways_and_one_loop_has_no_rank(monkeypatch):
         ("--preset smollm2-135m --agreement 1.5", "--agreement: found [1.5]; expected numbers from 0 to 1"),
         ("--preset smollm2-135m --policies sometimes", "--policies: found 'sometimes'; expected never, verify"),
         ("--preset smollm2-135m --policies static:2", "static exit: found loop 2; expected one in [0, 2)"),
+        ("--preset smollm2-135m --policies calibrated:0.9", "--policies: found 'calibrated:0.9' with --preset"),
         ("--preset smollm2-135m --num-loops 7", "field 'num_loops': found 7"),
         ("--checkpoint x --num-loops 2", "--num-loops: found with --checkpoint, which has them; expected --preset"),
         ("--preset smollm2-135m --transformers", "--transformers: expected with --checkpoint"),
@@ -194,7 +203,7 @@ def test_a_result_of_random_weights_has_all_variants_and_makes_a_page(monkeypatc
     ]
     assert list(result["cases"][0]["variants"]) == ["never", "generate"]
     looped = result["cases"][2]["variants"]
-    assert list(looped) == ["never", "lossy 0.5", "verify 0.5", "verify", "generate"]
+    assert list(looped) == ["never", "lossy 0.5", "verify 0.5", "auto 0.5", "verify", "generate"]
     assert all(found["tokens_per_second"] > 0 for found in looped.values())
     assert looped["never"]["same"] == looped["verify 0.5"]["same"] == 1 and "bound" not in looped["never"]
     assert looped["verify"]["bound"] > 0 and 0 <= looped["verify"]["agreed"] <= 1
@@ -216,7 +225,7 @@ def test_command_measures_a_relaxed_checkpoint_and_writes_json(tmp_path):
     result = json.loads(out.read_text())
     assert [case["in_flight"] for case in result["cases"]] == [1, 1, 3, 3]
     for case in result["cases"]:
-        assert list(case["variants"]) == ["never", "lossy 0.5", "verify 0.5", "generate", "transformers"]
+        assert list(case["variants"]) == ["never", "lossy 0.5", "verify 0.5", "auto 0.5", "generate", "transformers"]
         assert all(found["tokens_per_second"] > 0 for found in case["variants"].values())
         assert case["variants"]["transformers"]["same"] > 0.8
     assert "verify 0.5" in tables(result)[0].markdown()

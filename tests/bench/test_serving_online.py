@@ -98,13 +98,13 @@ def test_all_policies_get_the_same_requests_at_the_same_times(monkeypatch, tmp_p
     more = f"--max-running 2 --agreement 0.8 --policies static:0 --prompt-tokens 6 --new-tokens 2 5 --plot {drawn}"
     monkeypatch.setattr(sys, "argv", ["serving.py", *flags.split(), *more.split()])
     serving.main()
-    assert len(seen) == 8 and all(requests == seen[0][0] for requests, _ in seen)
+    assert len(seen) == 10 and all(requests == seen[0][0] for requests, _ in seen)
     assert {len(prompt) for prompt in seen[0][0].prompts} <= set(range(1, 7))
-    assert all(arrivals == seen[0][1] for _, arrivals in seen[:4])
-    assert all(arrivals == pytest.approx([seconds / 4 for seconds in seen[0][1]]) for _, arrivals in seen[4:])
+    assert all(arrivals == seen[0][1] for _, arrivals in seen[:5])
+    assert all(arrivals == pytest.approx([seconds / 4 for seconds in seen[0][1]]) for _, arrivals in seen[5:])
     result = json.loads(out.read_text())
     (case,) = result["cases"]
-    names = ["never", "lossy 0.8", "verify 0.8", "static:0"]
+    names = ["never", "lossy 0.8", "verify 0.8", "auto 0.8", "static:0"]
     assert [(point["load"], point["variant"]) for point in case["points"]] == [
         (x, n) for x in (0.5, 2.0) for n in names
     ]
@@ -114,5 +114,5 @@ def test_all_policies_get_the_same_requests_at_the_same_times(monkeypatch, tmp_p
     (table,) = tabulate.result_tables(result)
     assert "| 0.5 | lossy 0.8 | 5 |" in table.markdown() and "the first 3 requests are left out" in table.markdown()
     svg = drawn.read_text()
-    assert svg == plot(result) and svg.count("<polyline") == 4 and "verify 0.8" in svg
+    assert svg == plot(result) and svg.count("<polyline") == 5 and "verify 0.8" in svg
     assert f"wrote {drawn}" in capsys.readouterr().out

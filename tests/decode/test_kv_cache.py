@@ -106,6 +106,25 @@ def test_an_alias_reads_the_exited_loop_and_then_goes_its_own_way():
     cache.check()
 
 
+@pytest.mark.parametrize("prefix_length", [0, 3])
+def test_copied_rows_are_those_of_the_other_loop(prefix_length):
+    cache = make_cache(prefix_length=prefix_length)
+    first, second = cache.allocate(), cache.allocate()
+    for sequence, values in ((first, [1, 2, 3, 4, 5, 6]), (second, [7, 8])):
+        write(cache, sequence, 0, values)
+        write(cache, sequence, 1, [-value for value in values])
+    cache.append(first, 6, 2)
+    cache.append(second, 2, 2)
+    cache.copy_rows([first] * 6 + [second, second], [*range(6), 0, 1], [0, 0, 1, 1, 0, 0, 1, 0], [2] * 8)
+    assert read(cache, first, 2) == [1, 2, -3, -4, 5, 6] and read(cache, second, 2) == [-7, 8]
+    assert read(cache, first, 0) == [1, 2, 3, 4, 5, 6] and read(cache, second, 1) == [-7, -8]
+    fork = cache.fork(first)
+    with pytest.raises(ValueError, match="no other sequence shares"):
+        cache.copy_rows([fork], [0], [0], [2])
+    with pytest.raises(ValueError, match=r"positions\[0\]: found"):
+        cache.copy_rows([second], [5], [0], [2])
+
+
 def test_truncated_positions_are_written_anew_without_touching_a_fork():
     cache = make_cache()
     a = cache.allocate()

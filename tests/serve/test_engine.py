@@ -1,22 +1,29 @@
 """The engine against plain generation: the same tokens whatever the batch, the policy that verifies, and the pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from rrt.checkpoint.exit_thresholds import Calibration, save_exit_thresholds
 from rrt.decode.generation import generate
 from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
-from rrt.serve.exits import Confidence, Entropy, Margin, Never, Oracle, Static, Verify, parse_policy
+from rrt.serve.exits import Auto, Confidence, Entropy, Margin, Never, Oracle, Static, Verify, parse_policy
+from rrt.serve.gate import PassCurve
 from rrt.serve.requests import RequestError, SamplingParams
 from tests.util import decoding
 from tests.util.decoding import VOCABULARY, make_model
+from tests.util.models import make_hf_model
 
 
 def make_decoder(model, num_pages=400, page_size=4):
     return decoding.make_decoder(model, num_pages, page_size)
 
 
+# Rows cost nothing beside the weights, something, and everything.
+FREE, FAIR, DEAR = (PassCurve((1, 2), (1.0, 1.0 + row), (0.1, 0.1 + row)) for row in (0.0, 0.1, 1.0))
 LOOPED = ["vanilla", "recursive-2", "relaxed-2", "relaxed-3-untied", "prefix-2", "head-lora-3"]
 
 
@@ -53,7 +60,7 @@ def serve(engine, prompts, params, *, arrivals=None):
     return outputs, news
 
 
-@pytest.mark.parametrize("policy", [Never(), Verify()])
+@pytest.mark.parametrize("policy", [Never(), Verify(), Auto(FAIR)], ids=["never", "verify", "auto"])
 @pytest.mark.parametrize("looped", LOOPED)
 @pytest.mark.parametrize("family", ["gemma", "llama", "gpt_neox"])
 def test_tokens_are_those_of_plain_generation_in_any_company(family, looped, policy):
@@ -96,10 +103,21 @@ def test_an_end_token_ends_its_request_alone_even_where_it_was_drafted(policy):
     assert [new.finish_reason for new in news].count("stop") == 4
 
 
-@pytest.mark.parametrize("policy", [Never(), Verify(), Static(0), Confidence(0.03)])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        (Never(), {"keeps_prefixes": True}),
+        (Verify(), {}),
+        (Auto(FAIR), {"keeps_prefixes": True}),
+        (Static(0), {}),
+        (Confidence(0.03), {"skipped_kv": "share", "keeps_prefixes": True}),
+        (Confidence(0.02), {"skipped_kv": "defer"}),
+    ],
+    ids=["never", "verify", "auto", "static", "share", "defer"],
+)
 @pytest.mark.parametrize("seed", range(6))
-def test_random_schedules_leak_no_page_and_lose_no_token(policy, seed):
-    """Requests come, are cancelled, and preempted for want of pages."""
+def test_random_schedules_leak_no_page_and_change_no_token(policy, options, seed):
+    """Requests come, some of them with beginnings that others had, are cancelled, and preempted for want of pages."""
     looped = ["recursive-2", "relaxed-3-untied", "prefix-2"][seed % 3]
     model = make_model("llama", looped)
     generator = torch.Generator().manual_seed(seed)
@@ -108,13 +126,15 @@ def test_random_schedules_leak_no_page_and_lose_no_token(policy, seed):
         return int(torch.randint(0, end, (), generator=generator))
 
     prompts = random_prompts(20, seed)
+    for prompt in prompts[::3]:
+        prompt[:0] = prompts[1][: number(10)]
     params = [SamplingParams(max_new_tokens=1 + number(16)) for _ in prompts]
     longest = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
     page_size = [1, 4, 3][seed // 2]
     decoder = make_decoder(model, page_size=page_size)
     least = decoder.cache.pages_for(longest) + decoder.cache.num_used_pages
     decoder = make_decoder(model, num_pages=least + number(8), page_size=page_size)
-    engine = Engine(decoder, policy, chunk_size=1 + number(8), max_running=2 + number(8))
+    engine = Engine(decoder, policy, chunk_size=1 + number(8), max_running=2 + number(8), **options)
     used_before = decoder.cache.num_used_pages
     ids, tokens, cancelled = {}, {}, set()
     queue = list(range(20))
@@ -132,13 +152,20 @@ def test_random_schedules_leak_no_page_and_lose_no_token(policy, seed):
         decoder.cache.check()
         if not queue and not engine.has_work:
             break
-    assert not engine.has_work and decoder.cache.num_used_pages == used_before
+    assert not engine.has_work and engine.num_preemptions > 0
+    engine.forget_prefixes()
+    assert decoder.cache.num_used_pages == used_before
+    decoder = make_decoder(model)
+    skipped_kv = options.get("skipped_kv", "propagate")
     finished = [request for request in ids if request not in cancelled]
-    assert finished and all(len(tokens[request]) == params[ids[request]].max_new_tokens for request in finished)
-    assert engine.num_preemptions > 0
-    if isinstance(policy, (Never, Verify)):
-        expected = expected_tokens(model, prompts, params)
-        assert all(tokens[request] == expected[ids[request]] for request in finished)
+    for request in finished:
+        prompt, one = prompts[ids[request]], params[ids[request]]
+        if isinstance(policy, (Never, Verify)):
+            (expected,) = expected_tokens(model, [prompt], [one])
+        else:
+            (expected,), _ = serve(Engine(decoder, policy, skipped_kv=skipped_kv), [prompt], [one])
+        assert tokens[request] == expected
+    assert finished
 
 
 def test_too_few_pages_for_all_preempt_the_latest():
@@ -167,10 +194,11 @@ def test_a_static_exit_is_the_shallower_model(looped):
     assert [new.exit_loop for new in news].count(0) == 3 * 7
 
 
-def exits_by_reference(model, prompt, exits, count):
+def exits_by_reference(model, prompt, exits, count, skipped_kv):
     """Tokens of greedy decoding with given exits, loop by loop without a cache of pages.
 
-    A skipped loop's keys and values are those of the state at the exit, unchanged through its layers.
+    A skipped loop's keys and values are those of the state at the exit, unchanged through its layers; those of the
+    exit's loop; or those that it would have computed.
     """
     decoder = make_decoder(model)
     cache, num_loops = decoder.cache, model.recursion.num_loops
@@ -185,16 +213,20 @@ def exits_by_reference(model, prompt, exits, count):
         cache.append(sequence, 1)
         state, leaves = decoder.embed(torch.tensor(tokens[-1:])), exits.get(step, num_loops - 1)
         for loop in range(num_loops):
-            rows = PassRows([sequence], [loop], [position], num_kv_only=int(loop > leaves))
-            after = decoder.block(state, cache.plan(rows))
-            if loop <= leaves:
-                state = after
-        tokens.append(int(decoder.logits(state, torch.tensor([leaves], dtype=torch.int32)).argmax()))
+            if loop > leaves and skipped_kv == "share":
+                cache.copy_rows([sequence], [position], [leaves], [loop])
+                continue
+            is_kept = loop > leaves and skipped_kv == "propagate"
+            state = decoder.block(state, cache.plan(PassRows([sequence], [loop], [position], num_kv_only=int(is_kept))))
+            if loop == leaves:
+                left = state
+        tokens.append(int(decoder.logits(left, torch.tensor([leaves], dtype=torch.int32)).argmax()))
     return tokens
 
 
+@pytest.mark.parametrize("skipped_kv", ["propagate", "share", "defer"])
 @pytest.mark.parametrize("looped", ["relaxed-2", "relaxed-3-untied", "head-lora-3", "prefix-2"])
-def test_replayed_exits_are_those_of_a_slow_reference(looped):
+def test_replayed_exits_are_those_of_a_slow_reference(looped, skipped_kv):
     model = make_model("llama", looped)
     prompts = random_prompts(4, seed=5)
     params = [SamplingParams(max_new_tokens=12)] * 4
@@ -204,11 +236,17 @@ def test_replayed_exits_are_those_of_a_slow_reference(looped):
         for request in range(4)
         for step in range(1, 12)
     }
-    outputs, news = serve(Engine(make_decoder(model), Oracle(plan)), prompts, params)
+    decoder = make_decoder(model)
+    outputs, news = serve(Engine(decoder, Oracle(plan), skipped_kv=skipped_kv), prompts, params)
+    # So few pages that requests begin again, and exit where they did.
+    scarce = Engine(make_decoder(model, num_pages=model.recursion.num_loops * 8), Oracle(plan), skipped_kv=skipped_kv)
+    assert serve(scarce, prompts, params)[0] == outputs and scarce.num_preemptions > 0
     for request, prompt in enumerate(prompts):
         exits = {step: loop for (owner, step), loop in plan.items() if owner == request}
-        assert outputs[request] == exits_by_reference(model, prompt, exits, 12)
+        assert outputs[request] == exits_by_reference(model, prompt, exits, 12, skipped_kv)
     assert len({new.exit_loop for new in news}) == model.recursion.num_loops
+    decoder.cache.check()
+    assert decoder.cache.num_sequences == 0
 
 
 @pytest.mark.parametrize("policy", [Confidence(1e-9), Margin(1e-12), Entropy(1e9)])
@@ -261,6 +299,96 @@ def test_passes_of_verification(looped, right_from, monkeypatch):
     assert passes == num_loops + (count - 2) * (right_from + 1) + num_loops
     engine.decoder.cache.check()
     assert engine.decoder.cache.num_used_pages == 0
+
+
+def count_begun(curve, agrees, count=60):
+    """Serve texts whose drafts agree or do not, and count passes; return them and what verification of all takes."""
+    model = make_model("llama", "recursive-2")
+    passes = {}
+    for policy in (Never(), Auto(curve), Verify()):
+        engine = Engine(make_decoder(model), policy)
+        choose = engine._choose
+
+        def forced(work, choose=choose):
+            choices = choose(work)
+            for i, (head, choice) in enumerate(zip(work.heads, choices, strict=True)):
+                token = (7 * head.step) % VOCABULARY if head.loop or agrees(head.step) else VOCABULARY - 1
+                choices[i] = replace(choice, token=token)
+            return choices
+
+        engine._choose = forced
+        name = type(policy).__name__
+        passes[name], _ = count_passes(engine, [[1, 2, 3]], [SamplingParams(max_new_tokens=count)])
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("curve", "agrees", "like"),
+    [
+        (FREE, lambda step: True, "Verify"),
+        (FAIR, lambda step: True, "Verify"),
+        # One row costs as much as all weights: no draft is worth it, however good.
+        (DEAR, lambda step: True, "Never"),
+        (FREE, lambda step: step % 2 == 0, "Verify"),
+    ],
+)
+def test_the_gate_begins_drafts_that_are_worth_a_row(curve, agrees, like):
+    passes = count_begun(curve, agrees)
+    assert passes["Never"] > passes["Verify"]
+    # Before it has seen any, the gate takes a draft to be as good as its probability, which here is small.
+    assert abs(passes["Auto"] - passes[like]) <= 8
+
+
+def test_the_gate_learns_that_drafts_are_wrong():
+    model, count = make_model("llama", "recursive-2"), 60
+    engine = Engine(make_decoder(model), Auto(FAIR))
+    begun = []
+    begin = engine._gate.begin
+    engine._gate.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]
+    choose = engine._choose
+
+    def forced(work):
+        return [
+            replace(choice, token=head.loop, confidence=0.9)
+            for head, choice in zip(work.heads, choose(work), strict=True)
+        ]
+
+    engine._choose = forced
+    count_passes(engine, [[1, 2, 3]], [SamplingParams(max_new_tokens=count)])
+    taken = [any(each) for each in begun]
+    assert all(taken[:2]) and not any(taken[40:])
+
+
+def test_requests_that_begin_alike_share_pages_and_get_the_same_tokens():
+    model = make_model("llama", "prefix-2")
+    decoder = make_decoder(model)
+    prompt = random_prompts(1, seed=3, longest=2)[0] + list(range(20))
+    prompts = [[*prompt, i] for i in range(5)] + [prompt, prompt[:9], list(range(30, 50))]
+    params = [SamplingParams(max_new_tokens=6)] * len(prompts)
+    expected = expected_tokens(model, prompts, params)
+    engine = Engine(decoder, Verify(), keeps_prefixes=True, chunk_size=7)
+    # Together they wait for the first one's prompt; later its pages are there, those of the answers too.
+    assert serve(engine, prompts, params)[0] == expected
+    reused = engine.num_reused
+    whole = (5 + len(prompt)) // 4 * 4 - 5
+    assert reused >= 5 * whole
+    longer = [[*prompts[0], *expected[0], 1, 2]]
+    assert serve(engine, longer, params[:1])[0] == expected_tokens(model, longer, params[:1])
+    assert engine.num_reused - reused == (5 + len(prompts[0]) + 5) // 4 * 4 - 5
+    assert decoder.cache.num_sequences > 0
+    engine.forget_prefixes()
+    decoder.cache.check()
+    assert decoder.cache.num_sequences == 0
+
+
+def test_kept_pages_make_room_for_requests():
+    model = make_model("llama", "recursive-2")
+    engine = Engine(make_decoder(model, num_pages=24), keeps_prefixes=True)
+    prompts = random_prompts(12, seed=7, longest=14)
+    params = [SamplingParams(max_new_tokens=12)] * 12
+    outputs, _ = serve(engine, prompts, params, arrivals=[20 * i for i in range(12)])
+    assert outputs == expected_tokens(model, prompts, params)
+    assert engine.num_preemptions == 0
 
 
 def test_log_probabilities_are_bitwise_the_same_alone_and_in_company():
@@ -362,6 +490,8 @@ def test_engines_that_cannot_be_are_refused():
             Engine(make_decoder(model), policy)
     with pytest.raises(UserError, match="chunk_size: found 0"):
         Engine(make_decoder(model), chunk_size=0)
+    with pytest.raises(UserError, match="skipped_kv: found 'drop'; expected propagate, share, defer"):
+        Engine(make_decoder(model), skipped_kv="drop")
     other = make_model("llama", "cycle-rev-relaxed-prefix-3")
     with pytest.raises(UserError, match="early exits and a model with sharing 'cycle-rev'"):
         Engine(make_decoder(other), Verify())
@@ -377,15 +507,32 @@ def test_models_whose_loops_run_other_layers_keep_one_loop_a_pass(looped):
     assert outputs == expected_tokens(model, prompts, params)
 
 
-def test_policies_are_read_from_flags():
+def test_policies_are_read_from_flags(tmp_path):
     for text, policy in (
         ("static:1", Static(1)),
         ("confidence:0.9", Confidence(0.9)),
         ("margin:0.5", Margin(0.5)),
         ("entropy:2", Entropy(2.0)),
     ):
-        assert parse_policy(text) == policy
-    assert isinstance(parse_policy("never"), Never) and isinstance(parse_policy("verify"), Verify)
-    for text in ("", "often", "static", "static:x", "confidence:", "verify:1"):
+        assert parse_policy(text, tmp_path) == policy
+    for text, kind in (("never", Never), ("verify", Verify), ("auto", Auto)):
+        assert type(parse_policy(text, tmp_path)) is kind
+    for text in ("", "often", "static", "static:x", "confidence:", "verify:1", "calibrated"):
         with pytest.raises(UserError, match=f"--exit-policy: found '{text}'; expected never, verify"):
-            parse_policy(text)
+            parse_policy(text, tmp_path)
+    with pytest.raises(UserError, match=r"exit_thresholds.json"):
+        parse_policy("calibrated:0.9", tmp_path)
+
+
+def test_thresholds_of_a_checkpoint_are_those_of_its_loops(tmp_path):
+    model = make_model("llama", "recursive-3")
+    make_hf_model(tmp_path / "model", "llama", num_layers=3, vocab_size=VOCABULARY)
+    calibrations = [Calibration(0.9, (None, 0.05), 0.9, 2.5), Calibration(0.5, (0.01, None), 0.5, 1.5)]
+    save_exit_thresholds(tmp_path / "model", 3, calibrations)
+    prompts, params = random_prompts(3), [SamplingParams(max_new_tokens=10)] * 3
+    for agreement, loops in ((0.9, {1, 2}), (0.5, {0, 2})):
+        policy = parse_policy(f"calibrated:{agreement}", tmp_path / "model")
+        _, news = serve(Engine(make_decoder(model), policy), prompts, params)
+        assert {new.exit_loop for new in news} == loops
+    with pytest.raises(UserError, match="found 2 thresholds; expected 1, one for each loop before the last"):
+        Engine(make_decoder(make_model("llama", "recursive-2")), policy)

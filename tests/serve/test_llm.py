@@ -1,5 +1,7 @@
 """Text through the engine: the texts of plain generation, stop strings, log-probabilities, and errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,8 +63,27 @@ def test_a_stop_string_ends_its_text_alone(base):
     assert completions[index].text == text[: text.find(stop)]
     assert completions[index].finish_reason == "stop" and len(completions[index].tokens) <= 12
     assert [completions[i].text for i in range(3) if i != index] == [texts[i] for i in range(3) if i != index]
+    llm.engine.forget_prefixes()
     cache = llm.engine.decoder.cache
     assert cache.num_sequences == 0 and cache.num_used_pages == 0
+
+
+def test_many_completions_of_a_prompt_have_seeds_of_their_own_and_share_its_pages(base):
+    llm = rrt.LLM(base, device="cpu", cache_bytes=2**22)
+    prompt = "import os\n" * 12
+    assert len(llm.tokenizer.encode(prompt)) > 32
+    params = SamplingParams(max_new_tokens=8, temperature=1.5, seed=7)
+    several = llm.generate([prompt, PROMPTS[0]], replace(params, n=3))
+    assert llm.engine.num_reused >= 2 * 32
+    one_by_one = [
+        llm.generate([text], replace(params, seed=seed))[0].tokens
+        for text in (prompt, PROMPTS[0])
+        for seed in (7, 8, 9)
+    ]
+    assert [completion.tokens for completion in several] == one_by_one
+    assert len({tuple(tokens) for tokens in one_by_one}) == 6
+    with pytest.raises(UserError, match="n: found 0; expected 1 or more"):
+        SamplingParams(n=0)
 
 
 def test_bad_arguments_are_refused_and_nothing_stays_queued(base):
