@@ -14,7 +14,8 @@ there are cases of other lengths too: three times as many requests as in flight.
 `transformers` pads, and computes until the longest is done; only tokens that were asked for count. `generate` is
 rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of a GGUF file.
 
-The bound of a policy is what it would gain if a pass cost what one costs here, the block and the head timed by
+`steady` leaves out passes with prompts, and those in which fewer requests than in flight are left. The bound of a
+policy is what it would gain there if a pass cost what one costs here, the block and the head timed by
 themselves in the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token
 needs. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there at once. Run
 nothing else beside it.
@@ -92,16 +93,23 @@ def measure_case(
     expected = token_ids(serve(Engine(decoder, max_running=in_flight), requests))
     engines = {name: make() for name, make in make_engines(decoder, expected, arguments, in_flight).items()}
     served: dict[str, list[list[NewToken]]] = {}
+    steady: dict[str, list[float]] = {name: [] for name in engines}
+    """Seconds a token in the steady state, round by round, but for rounds that had none."""
 
     def serve_again(name: str) -> None:
-        engines[name].reset_counts()
-        served[name] = serve(engines[name], requests)
+        engine = engines[name]
+        engine.reset_counts()
+        served[name] = serve(engine, requests)
+        if engine.steady_tokens:
+            steady[name].append(engine.steady_seconds / engine.steady_tokens)
 
     # An engine serves all rounds: what its policy has learned, it would know in a server too.
     variants = {name: _variant(partial(serve_again, name)) for name in engines}
     counted: dict[str, dict[str, Any]] = {}
     for variant in variants.values():
         variant.call(0)
+    for times in steady.values():
+        times.clear()
     for name, rival in {"generate": plain_generation(decoder), **rivals}.items():
         counted[name] = {"same": share_of_same(in_batches(rival, requests, in_flight), expected)}
         variants[name] = _variant(partial(in_batches, rival, requests, in_flight))
@@ -109,6 +117,9 @@ def measure_case(
     for name, engine in engines.items():
         same = share_of_same(token_ids(served[name]), expected)
         counted[name] = {**count_work(engine, served[name]), "same": same}
+        if len(steady[name]) == len(steady["never"]) > 0:
+            counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
+            counted[name]["steady_over_never"] = speedup(steady, name, "never")
     block, head = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
     for values in counted.values():
         if "loops_per_token" in values:
@@ -196,10 +207,12 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
             f"{found['tokens_per_second']:.1f}",
             format_spread(found["seconds"]),
             f"{found['over_never']:.2f}x",
-            f"{found['bound']:.2f}x" if "bound" in found else "",
             *(
                 f"{found[field]:{form}}" if field in found else ""
                 for field, form in (
+                    ("steady_tokens_per_second", ".1f"),
+                    ("steady_over_never", ".2f"),
+                    ("bound", ".2f"),
                     ("passes", "d"),
                     ("rows_per_token", ".2f"),
                     ("head_rows_per_token", ".2f"),
@@ -211,7 +224,8 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
         for case in cases
         for name, found in case["variants"].items()
     ]
-    header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never", "bound", "passes"]
+    header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never"]
+    header += ["steady", "over never", "bound", "passes"]
     header += ["rows/token", "head/token", "agreed", "same"]
     return Table("New tokens per second", header, rows, (0, 1, 2, 4), gap_after=4, notes=notes)
 
@@ -223,8 +237,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         note += f"; mixed: {least_prompt} to {prompt} and {least_new} to {new}, {WAVES} requests for each in flight"
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
-        f"{note}. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are "
-        f"those of never at their place.{gguf} {RATIOS_NOTE}"
+        f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of its "
+        f"ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are those "
+        f"of never at their place.{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]
 

@@ -3,6 +3,7 @@
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -120,17 +121,35 @@ def make_decoder(subject: Subject, dtype: torch.dtype, length: int, sequences: i
 
 
 class CountingEngine(Engine):
-    """Counts passes, their rows but those of prompts, and the rows of the head."""
+    """Counts passes, their rows but those of prompts, and the rows of the head; and times the steady state.
 
-    passes = decode_rows = head_rows = 0
+    Steady are passes in which as many requests as may run do, and none is at its prompt.
+    """
+
+    def __init__(
+        self, decoder: Decoder, policy: ExitPolicy | None = None, *, max_running: int = 256, **options: Any
+    ) -> None:
+        super().__init__(decoder, policy, max_running=max_running, **options)
+        self._max_running, self._is_steady = max_running, False
+        self.reset_counts()
 
     def reset_counts(self) -> None:
         self.passes = self.decode_rows = self.head_rows = 0
+        self.steady_tokens, self.steady_seconds = 0, 0.0
+
+    def step(self) -> list[NewToken]:
+        began, self._is_steady = time.perf_counter(), False
+        news = super().step()
+        if self._is_steady:
+            self.steady_tokens += len(news)
+            self.steady_seconds += time.perf_counter() - began
+        return news
 
     def _choose(self, work: Pass) -> list[Choice]:
         self.passes += 1
         self.decode_rows += len(work.rows.sequences)  # type: ignore[arg-type]
         self.head_rows += len(work.heads)
+        self._is_steady = not work.rows.chunks and len(work.sequences) == self._max_running
         return super()._choose(work)
 
 
