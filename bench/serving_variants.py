@@ -4,7 +4,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from rrt.serve.engine import Engine
 from rrt.serve.exits import Auto, ExitPolicy, Never, Oracle, Verify, parse_policy
 from rrt.serve.pass_curve import measure_pass_curve
 from rrt.serve.requests import NewToken, SamplingParams
-from rrt.serve.sequences import Choice, Head, Pass
+from rrt.serve.sequences import Choice, Pass
 
 _PAGE_SIZE = 16
 _CPU = torch.device("cpu")
@@ -149,15 +149,16 @@ class ForcedDrafts(CountingEngine):
         self._expected, self._agrees = expected, agrees.tolist()
         self._vocab_size = decoder.model.config.vocab_size
 
-    def _tokens(self, logits: Tensor, heads: list[Head], exits: list[bool]) -> list[int]:
-        tokens = super()._tokens(logits, heads, exits)
+    def _choose(self, work: Pass) -> list[Choice]:
+        choices = super()._choose(work)
         last = self.decoder.cache.num_loops - 1
-        for i, head in enumerate(heads):
+        for i, head in enumerate(work.heads):
             request = head.sequence.request.id % len(self._expected)
             if head.loop < last and head.step < len(self._expected[request]):
                 right = self._expected[request][head.step]
-                tokens[i] = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
-        return tokens
+                token = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
+                choices[i] = replace(choices[i], token=token)
+        return choices
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ class ForcedExits(Oracle):
 
     num_requests: int
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        return super().exits(logits, loops, [request % self.num_requests for request in requests], steps)
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        return super().exits(score, loop, request % self.num_requests, step)
 
 
 def drawn_agreement(requests: int, tokens: int, agreement: float) -> Tensor:
@@ -195,7 +196,7 @@ def make_engines(
     named = {text: named_policy(text, arguments) for text in arguments.policies}
     if arguments.agreement or Auto() in named.values():
         # Measured once, and not while the clock runs.
-        auto = Auto(measure_pass_curve(decoder, max_running * decoder.cache.num_loops))
+        auto = Auto(measure_pass_curve(decoder, decoder.block, max_running * decoder.cache.num_loops))
         named = {text: auto if policy == Auto() else policy for text, policy in named.items()}
     for agreement in arguments.agreement:
         agrees = drawn_agreement(len(expected), max(map(len, expected)), agreement)

@@ -8,6 +8,7 @@
 #include "arena.h"
 #include "decode_block/team.h"
 #include "kv_cache/plan.h"
+#include "packed_linear/launch.h"
 #include "parallel.h"
 
 namespace rrt::decode_block {
@@ -34,7 +35,7 @@ class Pass {
         decoding_(params.rows - params.num_kv_only),
         q_width_(params.num_heads * params.head_dim),
         kv_width_(params.num_kv_heads * params.head_dim),
-        all_groups_(loop_lora::group_rows_by_loop(params.loops, params.rows, params.num_loops)),
+        kv_only_groups_(loop_lora::group_rows_by_loop(params.loops, first_, params.num_loops)),
         decoding_groups_(loop_lora::group_rows_by_loop(params.loops + first_, decoding_, params.num_loops)),
         plan_(kv_cache::plan_attention(nullptr, params.context_lens, decoding_,
                                        params.num_heads / params.num_kv_heads)) {
@@ -53,9 +54,11 @@ class Pass {
   void run(const Layer& layer) {
     char* x = static_cast<char*>(p_.out);
     norm(layer.attn_norm, x, 0, p_.rows, normed_);
-    linear(layer.qkv, all_groups_, normed_, p_.rows, qkv_);
-    norm_heads(layer.q_norm, 0, p_.num_heads);
-    norm_heads(layer.k_norm, q_width_, p_.num_kv_heads);
+    project_kept(layer.qkv);
+    linear(layer.qkv, decoding_groups_, normed_ + first_ * p_.hidden_size * bytes_, decoding_,
+           qkv_ + first_ * qkv_width() * bytes_);
+    norm_heads(layer.q_norm, first_, 0, p_.num_heads);
+    norm_heads(layer.k_norm, 0, q_width_, p_.num_kv_heads);
     write(layer);
     if (decoding_ == 0) return;
     x += first_ * p_.hidden_size * bytes_;
@@ -103,10 +106,10 @@ class Pass {
     }
   }
 
-  // In place, of the heads that begin at element `begin` of each row's queries, keys and values.
-  void norm_heads(const NormWeight& weight, int64_t begin, int64_t num_heads) const {
+  // In place, of the heads that begin at element `begin` of the queries, keys and values of rows from `first` on.
+  void norm_heads(const NormWeight& weight, int64_t first, int64_t begin, int64_t num_heads) const {
     if (weight.data == nullptr) return;
-    for (int64_t row = 0; row < p_.rows; ++row) {
+    for (int64_t row = first; row < p_.rows; ++row) {
       char* heads = qkv_ + (row * qkv_width() + begin) * bytes_;
       elementwise::norm_cpu(norm_params(weight_of(weight, row), num_heads, p_.head_dim, heads, heads), run_serially);
     }
@@ -120,6 +123,15 @@ class Pass {
     params.x_row_stride = params.k;
     params.y = y;
     loop_lora::run_cpu(params, groups, parallel_for_);
+  }
+
+  // Keys and values of the kv-only rows; their queries are left out, whole panels of them.
+  void project_kept(const loop_lora::Params& qkv) const {
+    if (first_ == 0) return;
+    loop_lora::Params params = qkv;
+    params.first_panel = q_width_ / packed_linear::kPanel;
+    params.first_rank_panel = qkv.segments.front().rank / packed_linear::kPanel;
+    linear(params, kv_only_groups_, normed_, first_, qkv_);
   }
 
   void write(const Layer& layer) const {
@@ -180,7 +192,7 @@ class Pass {
   const Params& p_;
   ParallelFor parallel_for_;
   int64_t bytes_, first_, decoding_, q_width_, kv_width_;
-  loop_lora::LoopGroups all_groups_, decoding_groups_;
+  loop_lora::LoopGroups kv_only_groups_, decoding_groups_;
   kv_cache::AttentionPlan plan_;
   Arena arena_;
   char *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr, *change_ = nullptr, *gate_up_ = nullptr,

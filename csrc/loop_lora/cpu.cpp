@@ -89,10 +89,10 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
     const int64_t products = p.gate_weight == nullptr ? 1 : 2;
     const auto panel_cost = [&](const CpuWork& work) { return products * work.x.rows * p.k * kPanel; };
     if (p.total_rank > 0) {
-      const auto num_tasks = [&](const CpuWork& work) { return work.num_loops * num_panels(p.total_rank); };
+      const auto num_tasks = [&](const CpuWork& work) { return work.num_loops * (num_panels(p.total_rank) - p.first_rank_panel); };
       sweep(kernels, kernels.shrink[dtype], works, num_tasks, panel_cost, parallel_for);
     }
-    const auto num_tasks = [&](const CpuWork&) { return num_panels(p.n); };
+    const auto num_tasks = [&](const CpuWork&) { return num_panels(p.n) - p.first_panel; };
     sweep(kernels, kernels.expand[dtype], works, num_tasks, panel_cost, parallel_for);
   }
   scratch.trim();

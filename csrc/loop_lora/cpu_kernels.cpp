@@ -41,13 +41,13 @@ template <class D>
 void shrink(const CpuWork& work, int64_t begin, int64_t end) {
   using Acc = typename D::Acc;
   const Params& p = *work.params;
-  const int64_t panels = num_panels(p.total_rank);
+  const int64_t panels = num_panels(p.total_rank) - p.first_rank_panel;
   alignas(64) Acc sums[kMaxBlockRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
     const RowPiece* first = work.pieces + work.loop_starts[task / panels];
     const RowPiece* last = work.pieces + work.loop_starts[task / panels + 1];
     const int64_t row_begin = first->begin, row_end = (last - 1)->begin + (last - 1)->rows;
-    const int64_t rank_begin = task % panels * kPanel;
+    const int64_t rank_begin = (p.first_rank_panel + task % panels) * kPanel;
     const auto* a =
         static_cast<const typename D::Storage*>(p.lora_a) + first->loop * matrix_size<D>(p, p.total_rank, p.k);
     Panel<D> panel(p.packed, a, rank_begin, p.total_rank, p.k, p.k);
@@ -204,7 +204,7 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
   if (p.gate_weight != nullptr) return expand_gated<D>(work, begin, end);
   alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t out = task * kPanel;
+    const int64_t out = (p.first_panel + task) * kPanel;
     const int64_t lanes = smaller(kPanel, p.n - out);
     multiply_weight<D>(work, p.weight, out, sums);
     for (int64_t s = 0; s < work.num_segments; ++s) {

@@ -1,8 +1,9 @@
 """The inference path: passes of the shared block over rows of many sequences and loops.
 
 One pass runs the K shared layers once, for rows each at a loop of its own (`rrt.decode.passes.PassRows`). Decode rows
-go through the native operators, and a row's result is bitwise independent of the other rows in the pass. Prefill
-chunks, which have many rows of one loop, go through `rrt.decode.merged_weights`, or packed weights if there is no LoRA.
+go through the native operators, and a row's result is bitwise independent of the other rows in the pass. So it is of
+rows of prefill chunks where packed weights are the faster ones, as on most CPUs; elsewhere, and where merged weights
+are kept, chunks go through `rrt.decode.merged_weights`.
 
 Shapes as in `rrt.model.transformer`, and N kv-only and decode rows, M rows in all.
 """
@@ -34,9 +35,9 @@ class Decoder:
             x = decoder.block(x, cache.plan(rows_at(loop)))
         logits = decoder.logits(x)
 
-    Decode rows use a copy of the weights, which is made here and on the CPU packed for few rows; so does prefill
-    without LoRA, where packed weights are the faster ones. Else prefill uses the model itself, as norms and embedding
-    do. So do not change the model while a decoder lives; after a change, make another.
+    Decode rows use a copy of the weights, which is made here and on the CPU packed; so does prefill where packed
+    weights are the faster ones. Else prefill uses the model itself, as norms and embedding do. So do not change the
+    model while a decoder lives; after a change, make another.
     """
 
     @torch.no_grad()
@@ -74,9 +75,8 @@ class Decoder:
         if merged_bytes < 0:
             raise UserError(f"merged_bytes: found {merged_bytes}; expected at least 0")
         self._linears = PrefillLinears(merged_bytes)
-        # With LoRA, a chunk costs less merged.
         has_lora = any(linear.rank for _, linear in loop_linears(model.stack))
-        self._prefills_packed = should_pack_for_batches(weight) and not has_lora
+        self._prefills_packed = should_pack_for_batches(weight) and not (has_lora and merged_bytes)
         self._scale = model.config.head_dim**-0.5
         self._cos_sin = rope_table(model.config, self.max_positions, weight.dtype, weight.device)
         self._layers = [DecodeLayer(layer) for layer in _layers(model)]

@@ -74,12 +74,12 @@ def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence
     if greedy:
         rows = logits if len(greedy) == len(samplings) else logits[greedy]
         best = most_probable(rows)
-        _check_finite(rows.gather(1, best[:, None]))
+        check_finite(rows.gather(1, best[:, None]).flatten().tolist(), logits.dtype)
         for i, token in zip(greedy, best.tolist(), strict=True):
             tokens[i] = token
     for i, (sampling, step) in enumerate(zip(samplings, steps, strict=True)):
         if sampling.temperature > 0:
-            tokens[i] = _draw(logits[i], sampling, _uniform(sampling.seed, step))
+            tokens[i] = draw(logits[i], sampling, step)
     return tokens
 
 
@@ -96,20 +96,26 @@ def most_probable(logits: Tensor) -> Tensor:
     return best * _CHUNK + within
 
 
-def _check_finite(largest: Tensor) -> None:
-    """Check the largest logits of rows, which NaN spreads to."""
-    if not largest.isfinite().all():
+def check_finite(largest: Sequence[float], dtype: torch.dtype) -> None:
+    """Check the largest logits of rows, which NaN spreads to.
+
+    Raises:
+        UserError: one is not finite, as where the model overflows in float16.
+    """
+    if not all(map(math.isfinite, largest)):
         raise UserError(
-            f"logits: found NaN or infinity in {dtype_name(largest.dtype)}; expected finite numbers: try --dtype "
-            "float32 or bfloat16"
+            f"logits: found NaN or infinity in {dtype_name(dtype)}; expected finite numbers: try --dtype float32 or "
+            "bfloat16"
         )
 
 
-def _draw(logits: Tensor, sampling: Sampling, uniform: float) -> int:
-    """Draw from one row [V], by the inverse of the distribution function at `uniform` in [0, 1)."""
+def draw(logits: Tensor, sampling: Sampling, step: int) -> int:
+    """Draw token number `step` of a sequence from logits [V], at a temperature above 0; see `choose_tokens`."""
     largest = logits.max()
-    _check_finite(largest)
+    check_finite([float(largest)], logits.dtype)
+    uniform = _uniform(sampling.seed, step)
     scaled = (logits.double() - largest.double()) / sampling.temperature
+    # By the inverse of the distribution function.
     if sampling.top_k == 0 and sampling.top_p == 1:
         return _inverse(scaled.softmax(0).double().cumsum(0), uniform)
     total = scaled.exp().sum(dtype=torch.float64)

@@ -11,6 +11,7 @@ leaves before it is final: a draft that is being verified is not.
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import get_args
 
 import torch
@@ -18,15 +19,16 @@ from torch import Tensor
 
 from rrt.decode.decoder import Decoder
 from rrt.decode.generation import check_prompt, token_ids
-from rrt.decode.sampling import GREEDY, choose_tokens
+from rrt.decode.graphed_block import GraphedBlock
+from rrt.decode.sampling import check_finite, draw, most_probable
 from rrt.errors import UserError
-from rrt.serve.exits import Auto, ExitPolicy, Never, top_probabilities
+from rrt.serve.exits import Auto, ExitPolicy, Never
 from rrt.serve.gate import Gate
 from rrt.serve.pass_curve import measure_pass_curve
 from rrt.serve.prefix_cache import PrefixCache
 from rrt.serve.requests import NewToken, Request, RequestError, SamplingParams
 from rrt.serve.scheduler import Scheduler, SkippedKV
-from rrt.serve.sequences import NO_TOKEN, Choice, Head, Pass
+from rrt.serve.sequences import Choice, Head, Pass
 
 _MOST_MEASURED_ROWS = 128
 
@@ -66,10 +68,11 @@ class Engine:
         if skipped_kv not in get_args(SkippedKV):
             raise UserError(f"skipped_kv: found '{skipped_kv}'; expected {', '.join(get_args(SkippedKV))}")
         self.policy.check(recursion)
-        self._gate: Gate | None = None
+        self._block = GraphedBlock(decoder) if decoder.cache.k.is_cuda else decoder.block
+        gate = None
         if isinstance(self.policy, Auto) and num_loops > 1:
-            curve = self.policy.curve or measure_pass_curve(decoder, min(max_running * num_loops, _MOST_MEASURED_ROWS))
-            self._gate = Gate(curve, num_loops)
+            most_rows = min(max_running * num_loops, _MOST_MEASURED_ROWS)
+            gate = Gate(self.policy.curve or measure_pass_curve(decoder, self._block, most_rows), num_loops)
         early = frozenset(loop for loop in range(num_loops - 1) if self.policy.looks_after(loop))
         self._scheduler = Scheduler(
             decoder.cache,
@@ -79,7 +82,7 @@ class Engine:
             verifies=self.policy.is_exact,
             mixes_loops=recursion.sharing == "cycle",
             skipped_kv=skipped_kv,
-            gate=self._gate,
+            gate=gate,
             prefixes=PrefixCache(decoder.cache) if keeps_prefixes else None,
         )
         self._states = decoder.embed(torch.zeros(0, dtype=torch.int64, device=decoder.cache.k.device))
@@ -134,7 +137,7 @@ class Engine:
             if copies.sequences:
                 self.decoder.cache.copy_rows(copies.sequences, copies.positions, copies.from_loops, copies.to_loops)
             x = self._gather(work.sources)
-            self._states = self.decoder.block(x, self.decoder.cache.plan(work.rows))
+            self._states = self._block(x, self.decoder.cache.plan(work.rows))
             return self._scheduler.advance(work, self._choose(work))
         except BaseException as error:
             self._scheduler.restart()
@@ -161,21 +164,39 @@ class Engine:
         loops = torch.tensor([head.loop for head in heads], dtype=torch.int32, device=device)
         slots = torch.tensor([head.slot for head in heads], device=device)
         logits = self.decoder.logits(self._states[slots], loops)
-        early = self._early_rows(heads)
-        exits, confidences = [True] * len(heads), [0.0] * len(heads)
-        if not self.policy.is_certain and heads[early]:
-            requests = [head.sequence.request.id for head in heads[early]]
-            steps = [head.step for head in heads[early]]
-            exits[early] = self.policy.exits(logits[early], loops[early], requests, steps)
-        elif self._gate is not None and heads[early]:
-            confidences[early] = top_probabilities(logits[early]).tolist()
-        tokens = self._tokens(logits, heads, exits)
-        return [
-            Choice(tokens[i], True, self._logprob(logits, i, head, tokens[i]), confidences[i])
-            if exits[i]
-            else Choice(exits=False)
-            for i, head in enumerate(heads)
-        ]
+        best, largest, scores = self._reduce(logits, self._early_rows(heads))
+        try:
+            check_finite(largest, logits.dtype)
+        except UserError as error:
+            bad = {head.sequence.request.id for head, logit in zip(heads, largest, strict=True) if not isfinite(logit)}
+            raise RequestError(f"request {', '.join(map(str, sorted(bad)))}: {error}", bad) from None
+        return [self._choice(logits, i, head, best[i], scores[i]) for i, head in enumerate(heads)]
+
+    def _reduce(self, logits: Tensor, early: slice) -> tuple[list[int], list[float], list[float]]:
+        """Find the most probable tokens, their logits, and scores of early rows: logits [M, V] -> [M] each.
+
+        A device is waited for once.
+        """
+        best = most_probable(logits)
+        found = [best.double(), logits.gather(1, best[:, None]).flatten().double()]
+        scores = self.policy.scores(logits[early]) if early.stop > early.start else None
+        if scores is not None:
+            found.append(torch.zeros_like(found[0]))
+            found[2][early] = scores.double()
+        tokens, largest, *rest = torch.stack(found).tolist()
+        return [int(token) for token in tokens], largest, rest[0] if rest else [0.0] * len(tokens)
+
+    def _choice(self, logits: Tensor, row: int, head: Head, best: int, score: float) -> Choice:
+        """Decide about one row of logits [M, V], of which `_reduce` found `best` and `score`."""
+        is_last, request = head.loop == self.decoder.cache.num_loops - 1, head.sequence.request
+        if not is_last and not self.policy.exits(score, head.loop, request.id, head.step):
+            return Choice(exits=False)
+        params = request.params
+        token = best if params.temperature == 0 else draw(logits[row], params, head.step)
+        logprob = None
+        if params.logprobs and (is_last or not self.policy.is_exact):
+            logprob = float(logits[row].float().log_softmax(-1)[token])
+        return Choice(token, True, logprob, score)
 
     def _early_rows(self, heads: list[Head]) -> slice:
         """Return the place of rows before the last loop: they are next to each other, so that none is copied."""
@@ -183,23 +204,3 @@ class Engine:
         early = [i for i, head in enumerate(heads) if head.loop < last]
         assert not early or len(early) == early[-1] + 1 - early[0]
         return slice(early[0], early[-1] + 1) if early else slice(0, 0)
-
-    def _tokens(self, logits: Tensor, heads: list[Head], exits: list[bool]) -> list[int]:
-        """Choose the tokens of rows: logits [M, V] -> [M]. Of those that go on, the most probable ones."""
-        if not any(exits):
-            return [NO_TOKEN] * len(heads)
-        requests = [head.sequence.request for head in heads]
-        samplings = [request.params if leaves else GREEDY for request, leaves in zip(requests, exits, strict=True)]
-        try:
-            return choose_tokens(logits, samplings, [head.step for head in heads])
-        except UserError as error:
-            finite = logits.float().amax(-1).isfinite().tolist()
-            bad = [request.id for request, fine in zip(requests, finite, strict=True) if not fine]
-            raise RequestError(f"request {', '.join(map(str, sorted({*bad})))}: {error}", bad) from None
-
-    def _logprob(self, logits: Tensor, row: int, head: Head, token: int) -> float | None:
-        """Return the log-probability of a row's token if that is final, and it was asked for: logits [M, V]."""
-        is_final = head.loop == self.decoder.cache.num_loops - 1 or not self.policy.is_exact
-        if not is_final or not head.sequence.request.params.logprobs:
-            return None
-        return float(logits[row].float().log_softmax(-1)[token])

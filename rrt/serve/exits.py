@@ -37,15 +37,14 @@ class ExitPolicy(Protocol):
     def is_exact(self) -> bool:
         """Whether early tokens are drafts that the last loop verifies; else they are final."""
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether every row exits after a loop that the policy looks at; `exits` then is not asked."""
-
     def looks_after(self, loop: int) -> bool:
         """Tell whether logits are wanted after `loop`, which is not the last."""
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        """Decide for rows after their loops int32 [M]: logits [M, V] of new tokens number `steps` of `requests`."""
+    def scores(self, logits: Tensor) -> Tensor | None:
+        """Reduce logits [M, V] to the number [M] that `exits` decides by; None if it needs none."""
+
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        """Decide for a row after `loop`, which gives token number `step` of a request."""
 
     def check(self, recursion: RecursiveConfig) -> None:
         """Raise `UserError` if the policy does not fit a model."""
@@ -53,13 +52,15 @@ class ExitPolicy(Protocol):
 
 class _Policy:
     is_exact = False
-    is_certain = False
 
     def looks_after(self, loop: int) -> bool:
         return True
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        return [True] * len(logits)
+    def scores(self, logits: Tensor) -> Tensor | None:
+        return None
+
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        return True
 
     def check(self, recursion: RecursiveConfig) -> None:
         if recursion.sharing != "cycle" and any(self.looks_after(loop) for loop in range(recursion.num_loops - 1)):
@@ -72,8 +73,6 @@ class _Policy:
 class Never(_Policy):
     """Every token goes through all loops."""
 
-    is_certain = True
-
     def looks_after(self, loop: int) -> bool:
         return False
 
@@ -82,7 +81,6 @@ class Verify(_Policy):
     """Drafts after every early loop, verified by the last: full depth's tokens in fewer passes."""
 
     is_exact = True
-    is_certain = True
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,13 @@ class Auto(Verify):
 
     curve: PassCurve | None = None
 
+    def scores(self, logits: Tensor) -> Tensor:
+        return top_probabilities(logits)
+
 
 @dataclass(frozen=True)
 class Static(_Policy):
     """Every token exits after `loop`. Lossy."""
-
-    is_certain = True
 
     loop: int
 
@@ -126,13 +125,12 @@ class Confidence(_Policy):
     def looks_after(self, loop: int) -> bool:
         return isinstance(self.threshold, float) or self.threshold[loop] is not None
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        probabilities = top_probabilities(logits)
-        if isinstance(self.threshold, float):
-            confident: list[bool] = (probabilities >= self.threshold).tolist()
-            return confident
-        found = zip(probabilities.tolist(), (self.threshold[loop] for loop in loops.tolist()), strict=True)
-        return [least is not None and probability >= least for probability, least in found]
+    def scores(self, logits: Tensor) -> Tensor:
+        return top_probabilities(logits)
+
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        least = self.threshold if isinstance(self.threshold, float) else self.threshold[loop]
+        return least is not None and score >= least
 
     def check(self, recursion: RecursiveConfig) -> None:
         thresholds = (
@@ -155,10 +153,13 @@ class Margin(_Policy):
 
     threshold: float
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        first, second = logits.float().softmax(-1).topk(2).values.unbind(-1)
-        clear: list[bool] = (first - second >= self.threshold).tolist()
-        return clear
+    def scores(self, logits: Tensor) -> Tensor:
+        first, second = logits.float().topk(2).values.unbind(-1)
+        # Both over the sum of all.
+        return top_probabilities(logits) * -torch.expm1(second - first)
+
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        return score >= self.threshold
 
     def check(self, recursion: RecursiveConfig) -> None:
         super().check(recursion)
@@ -172,10 +173,12 @@ class Entropy(_Policy):
 
     threshold: float
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
+    def scores(self, logits: Tensor) -> Tensor:
         logs = logits.float().log_softmax(-1)
-        sure: list[bool] = (torch.special.entr(logs.exp()).sum(-1) <= self.threshold).tolist()
-        return sure
+        return torch.special.entr(logs.exp()).sum(-1)
+
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        return score <= self.threshold
 
     def check(self, recursion: RecursiveConfig) -> None:
         super().check(recursion)
@@ -192,11 +195,8 @@ class Oracle(_Policy):
 
     loops: Mapping[tuple[int, int], int]
 
-    def exits(self, logits: Tensor, loops: Tensor, requests: list[int], steps: list[int]) -> list[bool]:
-        return [
-            self.loops.get((request, step)) == loop
-            for request, step, loop in zip(requests, steps, loops.tolist(), strict=True)
-        ]
+    def exits(self, score: float, loop: int, request: int, step: int) -> bool:
+        return self.loops.get((request, step)) == loop
 
 
 def top_probabilities(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rrt.decode.decoder import Decoder
 from rrt.decode.page_table import OutOfPages
-from rrt.decode.passes import PassRows
+from rrt.decode.passes import PassPlan, PassRows
 from rrt.serve.gate import PassCurve
 
 _ROUNDS = 5
@@ -17,18 +17,19 @@ _LONGEST = 1.0
 """Seconds of a pass beyond which no larger ones are measured."""
 
 
-def measure_pass_curve(decoder: Decoder, most_rows: int) -> PassCurve:
+def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Tensor], most_rows: int) -> PassCurve:
     """Time passes of 1, 2, 4, ... rows, each of a sequence of its own, at loops in turn; and the head of as many.
 
-    The cache must not be in use otherwise; its pages are given back.
+    Args:
+        block: runs a pass, as the decoder's does.
     """
     cache, num_loops = decoder.cache, decoder.cache.num_loops
     sequences: list[int] = []
     rows: list[int] = []
-    block: list[float] = []
-    head: list[float] = []
+    passes: list[float] = []
+    heads: list[float] = []
     try:
-        while not rows or (rows[-1] < most_rows and block[-1] + head[-1] < _LONGEST):
+        while not rows or (rows[-1] < most_rows and passes[-1] + heads[-1] < _LONGEST):
             count = 2 * rows[-1] if rows else 1
             try:
                 while len(sequences) < count:
@@ -38,18 +39,18 @@ def measure_pass_curve(decoder: Decoder, most_rows: int) -> PassCurve:
                 break
             plan = cache.plan(PassRows(sequences, [i % num_loops for i in range(count)], [0] * count))
             x = decoder.embed(torch.zeros(count, dtype=torch.int64, device=cache.k.device))
-            seconds = _medians([lambda x=x, plan=plan: decoder.block(x, plan), lambda x=x: decoder.logits(x)])  # type: ignore[misc]
+            seconds = _medians([lambda x=x, plan=plan: block(x, plan), lambda x=x: decoder.logits(x)])  # type: ignore[misc]
             # More rows never take less time, but for noise.
-            block.append(max([seconds[0], *block[-1:]]))
-            head.append(max([seconds[1], *head[-1:]]))
+            passes.append(max([seconds[0], *passes[-1:]]))
+            heads.append(max([seconds[1], *heads[-1:]]))
             rows.append(count)
     finally:
         for sequence in sequences:
             cache.free(sequence)
     if len(rows) < 2:
         # Of two pages alone nothing can be measured; and nothing be gained.
-        rows, block, head = [1, 2], [1.0, 2.0], [0.0, 0.0]
-    return PassCurve(tuple(rows), tuple(block), tuple(head))
+        rows, passes, heads = [1, 2], [1.0, 2.0], [0.0, 0.0]
+    return PassCurve(tuple(rows), tuple(passes), tuple(heads))
 
 
 def _medians(calls: list[Callable[[], Tensor]]) -> list[float]:

@@ -353,7 +353,8 @@ class Scheduler:
             loop, choice = row.loop, chosen.get(row.slot, Choice(exits=False))
             row.loop += 1
             if row.exit_loop is not None:
-                if loop == 0 and row.position + 1 < len(sequence.tokens):
+                # No sooner, though its token is known: a loop that is skipped takes the positions in their order.
+                if loop == row.exit_loop and row.position + 1 < len(sequence.tokens):
                     self._continue_with(sequence, row.position + 1, sequence.tokens[row.position + 1])
             elif loop == self._last_loop or (choice.exits and not self._verifies):
                 row.exit_loop = loop

@@ -70,8 +70,13 @@ def test_text_equals_transformers_on_the_base_and_on_the_unrolled_model(family, 
     relaxed, unrolled = tmp_path / "relaxed", tmp_path / "unrolled"
     convert(bases / family, relaxed, RecursiveConfig(num_loops=2, init="average", lora_rank=LoraRanks.uniform(5)))
     export(relaxed, unrolled)
-    for ours, theirs in ((bases / family, bases / family), (relaxed, unrolled)):
-        found = run(capsys, ours, "--max-new-tokens", "20", "--device", "cpu")
+    for ours, theirs, policy in (
+        (bases / family, bases / family, "never"),
+        (relaxed, unrolled, "never"),
+        (relaxed, unrolled, "verify"),
+        (relaxed, unrolled, "auto"),
+    ):
+        found = run(capsys, ours, "--max-new-tokens", "20", "--device", "cpu", "--exit-policy", policy)
         assert found == texts_of_transformers(theirs, PROMPTS, 20)
         assert all(len(text) > len(prompt) for text, prompt in zip(found, PROMPTS, strict=True))
 

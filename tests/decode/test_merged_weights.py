@@ -26,6 +26,7 @@ def make_linear(rank=4, dtype=torch.float32, **options):
 
 def states_of(model, merged_bytes, tokens):
     decoder = make_decoder(model, num_pages=100, merged_bytes=merged_bytes)
+    decoder._prefills_packed = False
     return prefill(decoder, decoder.cache.allocate(), tokens), decoder._linears.merged
 
 

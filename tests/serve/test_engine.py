@@ -1,8 +1,10 @@
 """The engine against plain generation: the same tokens whatever the batch, the policy that verifies, and the pages."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 
 from rrt.checkpoint.exit_thresholds import Calibration, save_exit_thresholds
@@ -90,6 +92,31 @@ def test_draws_of_a_seed_are_those_of_plain_generation(looped, policy):
     ]
     outputs, _ = serve(Engine(make_decoder(model), policy), prompts, params, arrivals=[0, 2, 0, 5, 1])
     assert outputs == expected_tokens(model, prompts, params)
+
+
+def test_verified_draws_have_the_distribution_of_the_model():
+    """Chi-square of texts of three tokens, whose third row begins on a draft of the second one."""
+    model, prompt, count = make_model("llama", "relaxed-2"), [3, 1, 4], 1000
+    expected = {(): float(count)}
+    for _ in range(3):
+        beginnings = list(expected)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *tokens] for tokens in beginnings]))[:, -1]
+        values, following = logits.topk(3)
+        expected = {
+            (*tokens, token): expected[tokens] * chance
+            for tokens, row, chances in zip(beginnings, following.tolist(), values.softmax(-1).tolist(), strict=True)
+            for token, chance in zip(row, chances, strict=True)
+        }
+    assert len(expected) == 27 and min(expected.values()) > 5
+    engine = Engine(make_decoder(model, num_pages=1600), Verify())
+    params = [SamplingParams(temperature=1.0, top_k=3, seed=seed, max_new_tokens=3) for seed in range(count)]
+    outputs, news = serve(engine, [prompt] * count, params)
+    assert 0.05 < sum(new.agreed_loop == 0 for new in news) / len(news) < 0.95
+    found = Counter(map(tuple, outputs))
+    assert set(found) <= set(expected)
+    statistic = sum((found[tokens] - mean) ** 2 / mean for tokens, mean in expected.items())
+    assert scipy.stats.chi2.sf(statistic, len(expected) - 1) > 1e-3
 
 
 @pytest.mark.parametrize("policy", [Never(), Verify()])
@@ -343,8 +370,9 @@ def test_the_gate_learns_that_drafts_are_wrong():
     model, count = make_model("llama", "recursive-2"), 60
     engine = Engine(make_decoder(model), Auto(FAIR))
     begun = []
-    begin = engine._gate.begin
-    engine._gate.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]
+    gate = engine._scheduler._gate
+    begin = gate.begin
+    gate.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]
     choose = engine._choose
 
     def forced(work):
@@ -391,17 +419,20 @@ def test_kept_pages_make_room_for_requests():
     assert engine.num_preemptions == 0
 
 
-def test_log_probabilities_are_bitwise_the_same_alone_and_in_company():
-    # With LoRA, prompts are not: their chunks are joined, and products merged by size.
-    model = make_model("llama", "recursive-2", dtype=torch.float32)
-    prompts = random_prompts(12, seed=6)
-    params = [SamplingParams(max_new_tokens=8, logprobs=True)] * 12
-    engine = Engine(make_decoder(model), Verify())
-    _, news = serve(engine, prompts, params, arrivals=[i % 5 for i in range(12)])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("looped", ["recursive-2", "relaxed-2"])
+def test_log_probabilities_are_bitwise_the_same_alone_and_among_44_others(looped, family):
+    model = make_model(family, looped, dtype=torch.float32)
+    prompts = random_prompts(45, seed=6)
+    params = [SamplingParams(max_new_tokens=8, logprobs=True)] * 45
+    # In company prompts are cut into chunks, and begin again when pages run out.
+    company = Engine(make_decoder(model, num_pages=40), Verify(), chunk_size=11)
+    _, news = serve(company, prompts, params, arrivals=[i % 5 for i in range(45)])
+    assert company.num_preemptions > 0
     together = {}
     for new in news:
         together.setdefault(new.request_id, []).append((new.token, new.logprob))
-    order = sorted(range(12), key=lambda i: i % 5)
+    order = sorted(range(45), key=lambda i: i % 5)
     for request, i in enumerate(order):
         _, alone = serve(Engine(make_decoder(model), Never()), [prompts[i]], [params[i]])
         assert [(new.token, new.logprob) for new in alone] == together[request]

@@ -81,13 +81,14 @@ def test_rows_are_looked_at_only_where_drafts_would_pay_but_for_some():
 
 def test_a_measured_curve_rises_and_gives_its_pages_back():
     decoder = make_decoder(make_model("llama", "relaxed-2"), num_pages=60)
-    curve = measure_pass_curve(decoder, 20)
+    curve = measure_pass_curve(decoder, decoder.block, 20)
     assert curve.rows == (1, 2, 4, 8, 16)
     for seconds in (curve.block, curve.head):
         assert len(seconds) == 5 and list(seconds) == sorted(seconds) and seconds[0] > 0
     assert decoder.cache.num_sequences == 0
     # With room for one row alone no draft is worth one.
-    curve = measure_pass_curve(make_decoder(make_model("llama", "relaxed-2"), num_pages=2), 20)
+    small = make_decoder(make_model("llama", "relaxed-2"), num_pages=2)
+    curve = measure_pass_curve(small, small.block, 20)
     gate = Gate(curve, 2)
     gate.observe(1, 1.0, 1, 1)
     assert gate.begin([1.0], 1) == [False]
