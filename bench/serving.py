@@ -15,10 +15,11 @@ there are cases of other lengths too: three times as many requests as in flight.
 rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of a GGUF file.
 
 `steady` leaves out passes with prompts, and those in which fewer requests than in flight are left. The bound of a
-policy is what it would gain there if a pass cost what one costs here, the block and the head timed by
-themselves in the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token
-needs. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there at once. Run
-nothing else beside it.
+policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
+the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token needs. Where
+all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of that one alone; the
+bound counts that. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
+at once. Run nothing else beside it.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -50,7 +52,6 @@ from bench.serving_rivals import (
 )
 from bench.serving_variants import (
     Requests,
-    bound,
     count_work,
     cut_prompts,
     make_decoder,
@@ -84,6 +85,7 @@ _CPU = torch.device("cpu")
 def measure_case(
     decoder: Decoder,
     requests: Requests,
+    lengths: str,
     in_flight: int,
     rivals: dict[str, ContinuesBatch],
     arguments: argparse.Namespace,
@@ -120,17 +122,16 @@ def measure_case(
         if len(steady[name]) == len(steady["never"]) > 0:
             counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
             counted[name]["steady_over_never"] = speedup(steady, name, "never")
-    block, head = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
+    parts = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
     for values in counted.values():
         if "loops_per_token" in values:
-            values["bound"] = bound(num_loops, values["loops_per_token"], block, head)
+            values["bound"] = parts.bound(num_loops, values["loops_per_token"], in_step=lengths == "equal")
     return {
         "in_flight": in_flight,
         "requests": len(requests.prompts),
         "tokens": requests.num_tokens,
         "rounds": arguments.rounds,
-        "block_seconds": block,
-        "head_seconds": head,
+        "pass_seconds": asdict(parts),
         "variants": {
             name: {
                 "tokens_per_second": requests.num_tokens / statistics.median(seconds),
@@ -178,7 +179,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                         kinds["mixed"] = mixed_lengths(some, arguments.prompt_tokens, arguments.new_tokens)
                     for lengths, requests in kinds.items():
                         case = {"model": subject.name, "dtype": name, "lengths": lengths}
-                        cases.append(case | measure_case(decoder, requests, count, rivals, arguments))
+                        cases.append(case | measure_case(decoder, requests, lengths, count, rivals, arguments))
                         print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
     return {**settings(arguments), "cases": cases}
 
@@ -238,7 +239,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
         f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of its "
-        f"ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are those "
+        "ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are those "
         f"of never at their place.{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]

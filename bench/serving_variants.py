@@ -265,13 +265,28 @@ def count_work(engine: CountingEngine, served: list[list[NewToken]]) -> dict[str
     return counted
 
 
-def bound(num_loops: int, loops_per_token: float, block: float, head: float) -> float:
-    """Return the most that a policy gains over `never`, if a pass takes `block` and `head` seconds."""
-    return (num_loops * block + head) / (loops_per_token * (block + head))
+@dataclass(frozen=True)
+class PassSeconds:
+    """Seconds of the parts of a pass over a row of each request: medians.
+
+    Attributes:
+        block: rows at one loop.
+        mixed: rows at all loops in turn, whose LoRAs are all read.
+        head: final norm and logits.
+    """
+
+    block: float
+    mixed: float
+    head: float
+
+    def bound(self, num_loops: int, loops_per_token: float, in_step: bool) -> float:
+        """Return the most that a policy gains over `never`, whose rows are `in_step` where all requests are alike."""
+        plain = num_loops * (self.block if in_step else self.mixed) + self.head
+        return plain / (loops_per_token * (self.mixed + self.head))
 
 
-def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> tuple[float, float]:
-    """Time a pass of the block, and the head, over a row of each request in the middle of its text; medians."""
+def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSeconds:
+    """Time the parts of a pass in the middle of the texts."""
     cache = decoder.cache
     middles = [len(prompt) + count // 2 for prompt, count in zip(requests.prompts, requests.new_tokens, strict=True)]
     sequences = [cache.allocate() for _ in middles]
@@ -279,11 +294,14 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> tuple[flo
         for sequence, middle in zip(sequences, middles, strict=True):
             cache.append(sequence, middle)
         mixes = decoder.model.recursion.sharing == "cycle"
+        positions = [middle - 1 for middle in middles]
         loops = [i % cache.num_loops if mixes else 0 for i in range(len(middles))]
-        rows = PassRows(sequences, loops, [middle - 1 for middle in middles])
         x = decoder.embed(torch.tensor([prompt[-1] for prompt in requests.prompts]))
+        one_loop = PassRows(sequences, [0] * len(loops), positions)
+        mixed = PassRows(sequences, loops, positions)
         variants = {
-            "block": Variant(lambda _: decoder.block(x, cache.plan(rows))),
+            "block": Variant(lambda _: decoder.block(x, cache.plan(one_loop))),
+            "mixed": Variant(lambda _: decoder.block(x, cache.plan(mixed))),
             "head": Variant(lambda _: decoder.logits(x)),
         }
         for variant in variants.values():
@@ -292,4 +310,4 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> tuple[flo
     finally:
         for sequence in sequences:
             cache.free(sequence)
-    return statistics.median(samples["block"]), statistics.median(samples["head"])
+    return PassSeconds(*(statistics.median(samples[name]) for name in variants))

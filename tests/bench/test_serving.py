@@ -17,8 +17,8 @@ from bench.serving_rivals import LlamaCpp, in_batches, plain_generation, transfo
 from bench.serving_variants import (
     CountingEngine,
     ForcedDrafts,
+    PassSeconds,
     Requests,
-    bound,
     count_work,
     drawn_agreement,
     lossy_policy,
@@ -98,10 +98,12 @@ def test_rows_and_head_rows_are_counted_for_each_token_after_the_first():
 
 
 def test_the_bound_counts_passes_of_block_and_head():
-    assert bound(2, 1, 1.0, 0.0) == 2.0 and bound(3, 3, 1.0, 0.0) == 1.0
-    assert bound(2, 1.2, 2.0, 1.0) == pytest.approx(5.0 / (1.2 * 3.0))
+    parts = PassSeconds(block=1.0, mixed=2.0, head=0.0)
+    assert parts.bound(2, 1, in_step=True) == 1.0 and parts.bound(3, 3, in_step=False) == 1.0
+    assert PassSeconds(2.0, 2.0, 1.0).bound(2, 1.2, in_step=True) == pytest.approx(5.0 / (1.2 * 3.0))
     decoder = plain_decoder()
-    assert all(seconds > 0 for seconds in pass_seconds(decoder, MIXED, 2))
+    parts = pass_seconds(decoder, MIXED, 2)
+    assert parts.block > 0 and parts.mixed > 0 and parts.head > 0
     assert decoder.cache.num_used_pages == 0
 
 
