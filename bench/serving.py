@@ -238,9 +238,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         note += f"; mixed: {least_prompt} to {prompt} and {least_new} to {new}, {WAVES} requests for each in flight"
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
-        f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of its "
-        "ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are those "
-        f"of never at their place.{gguf} {RATIOS_NOTE}"
+        f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of "
+        "its ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are "
+        f"those of never at their place.{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]
 
