@@ -11,12 +11,12 @@ once per step at the best read bandwidth of the run. Run nothing else beside it.
 
 import argparse
 import importlib.util
+import itertools
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,17 @@ Tokens = list[list[int]]
 
 
 def make_prompts(directory: Path, count: int, length: int) -> Tokens:
-    """Cut `count` windows of `length` tokens from held-out text."""
-    tokenizer, prompts = load_tokenizer(directory), []
-    for text in documents("python-stdlib", split="heldout"):
-        ids = tokenizer.encode(text[: 50 * length])
-        if len(ids) >= length:
-            prompts.append(ids[:length])
-        if len(prompts) == count:
-            return prompts
-    raise UserError(f"--prompts: found {count}; the held-out text has {len(prompts)} documents of {length} tokens")
+    """Cut `count` distinct windows of `length` tokens from held-out text: the first of each document, then others."""
+    encoded = load_tokenizer(directory).encode_batch(list(documents("python-stdlib", split="heldout")))
+    windows = {
+        tuple(ids[start : start + length]): None
+        for start in range(0, max(map(len, encoded)), length)
+        for ids in encoded
+        if len(ids) >= start + length
+    }
+    if len(windows) < count:
+        raise UserError(f"prompts: found {len(windows)} of {length} tokens in the held-out text; expected {count}")
+    return [list(window) for window in itertools.islice(windows, count)]
 
 
 @contextmanager
@@ -105,8 +107,11 @@ class Transformers:
 
     @torch.inference_mode()
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
-        ids = torch.tensor(prompts)
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+        # Padded on the left, as its batches of other lengths are.
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens)
         tokens: Tokens = out[:, ids.shape[1] :].tolist()
         return tokens
 
@@ -123,7 +128,7 @@ def compare(ours: Tokens, theirs: Tokens, prompts: Tokens, hf: Transformers) -> 
     for index, (a, b, prompt) in enumerate(zip(ours, theirs, prompts, strict=True)):
         if a == b:
             continue
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
         margin = hf.margin(prompt + b[:same], b[same], a[same])
         differences.append({"prompt": index, "token": same, "margin": margin})
     worst = max(differences, key=lambda difference: difference["margin"], default=None)

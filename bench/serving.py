@@ -1,202 +1,198 @@
-"""Tokens per second of the engine by requests in flight and exit policy, against itself without exits and transformers.
+"""The engine by exit policy: tokens per second of many requests, or with --online the latencies of those that arrive.
 
-    python bench/serving.py --checkpoint models/smollm2-b2-r64 --in-flight 1 4 16 --agreement 0.5 0.8 1 --json
+    python bench/serving.py --checkpoint models/smollm2-b2-r64 --in-flight 1 4 16 --agreement 0.5 0.8 1 --mixed --json
+    python bench/serving.py --checkpoint models/smollm2-b2-r64 --policies verify confidence:0.9 --transformers
+    python bench/serving.py --preset smollm2-135m --num-loops 1 2 3 --lora-rank 0 64 256 --in-flight 16
+    python bench/serving.py --checkpoint models/smollm2-b2-r64 --online --load 0.5 0.9 --agreement 0.8 --plot load.svg
 
-All requests begin at once and get as many greedy tokens, in alternating order, after a warm-up. `never` is continuous
-batching of the same model without exits. A model whose exits are not trained agrees with itself by chance only, so
-agreement is forced: of so many tokens, drawn by a fixed seed, the first loop's draft is made the right one (`verify`),
-or the token exits there (`lossy`); all other ones take all loops. `generate` is rrt.decode.generation, and
-`transformers` its own generation with the same weights, for --transformers.
+Offline, all requests begin at once and get as many greedy tokens, in alternating order, after a warm-up. `never` is
+continuous batching of the same model without exits. A model whose exits are not trained agrees with itself by chance
+only, so agreement is forced: of so many tokens, drawn by a fixed seed, the first loop's draft is made the right one
+(`verify`, and `auto`, which begins a draft where it is predicted to pay), or the token exits there (`lossy`); all other
+ones take all loops. --policies run as they are. With --mixed
+there are cases of other lengths too: three times as many requests as in flight. The rivals take them batch by batch;
+`transformers` pads, and computes until the longest is done; only tokens that were asked for count. `generate` is
+rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of a GGUF file.
 
-The bound of a policy is what it would gain if a pass cost what one costs here, the block and the head timed by
-themselves in the middle of the texts: (B block + head) over passes (block + head), for passes = B - (B - 1) agreement a
-token. Run nothing else beside it.
+`steady` leaves out passes with prompts, and those in which fewer requests than in flight are left. The bound of a
+policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
+the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token needs. Where
+all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of that one alone; the
+bound counts that. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
+at once. Run nothing else beside it.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 # Without this folder: its tabulate.py would take the place of a library that torch imports.
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
-from bench.generate import Tokens, Transformers, hf_directory, make_prompts
+from bench import serving_online
+from bench.generate import Transformers, hf_directory
 from bench.output import add_json_flag, check_json_flag, save_result
+from bench.serving_rivals import (
+    ContinuesBatch,
+    LlamaCpp,
+    check_llama_cpp,
+    in_batches,
+    plain_generation,
+    transformers_generation,
+)
+from bench.serving_variants import (
+    Requests,
+    count_work,
+    cut_prompts,
+    make_decoder,
+    make_engines,
+    make_subjects,
+    mixed_lengths,
+    named_policy,
+    pass_seconds,
+    serve,
+    share_of_same,
+    token_ids,
+)
 from bench.timing import RATIOS_NOTE, Timer, Variant, speedup, spread
+from eval.flags import check_least, check_output_file
 from eval.tables import Table, format_spread, print_tables
-from rrt.checkpoint.source import load_model
+from rrt.checkpoint.presets import PRESETS
 from rrt.common.cli import CommandParser, keep_freed_memory, run_command
 from rrt.common.dtypes import parse_dtype
 from rrt.decode.decoder import Decoder
-from rrt.decode.generation import generate
-from rrt.decode.kv_cache import PagedCache
-from rrt.decode.passes import PassRows
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
-from rrt.serve.exits import ExitPolicy, Never, Oracle, Verify
-from rrt.serve.requests import SamplingParams
-from rrt.serve.sequences import Choice, Pass
+from rrt.serve.requests import NewToken
+from rrt.serve.scheduler import SkippedKV
 
 KIND = "serving-speed"
-_PAGE_SIZE = 16
-
-
-class ForcedDrafts(Engine):
-    """Verifies drafts of which a given part is right, whatever the early loops' logits say.
-
-    Args:
-        expected: the greedy tokens of each request, in the order in which they are added.
-        agrees: [requests, tokens], whether the drafts of a token are right.
-    """
-
-    def __init__(self, decoder: Decoder, expected: Tokens, agrees: Tensor) -> None:
-        super().__init__(decoder, Verify())
-        self._expected, self._agrees = expected, agrees.tolist()
-        self._vocab_size = decoder.model.config.vocab_size
-
-    def _choose(self, work: Pass) -> list[Choice]:
-        choices = super()._choose(work)
-        last = self.decoder.cache.num_loops - 1
-        for i, head in enumerate(work.heads):
-            request = head.sequence.request.id
-            if head.loop < last and head.step < len(self._expected[request]):
-                right = self._expected[request][head.step]
-                token = right if self._agrees[request][head.step] else (right + 1) % self._vocab_size
-                choices[i] = replace(choices[i], token=token)
-        return choices
-
-
-def drawn_agreement(requests: int, tokens: int, agreement: float) -> Tensor:
-    """Draw which tokens agree: bool [requests, tokens]."""
-    return torch.rand(requests, tokens, generator=torch.Generator().manual_seed(0)) < agreement
-
-
-def serve(engine: Engine, prompts: Tokens, new_tokens: int) -> tuple[Tokens, int]:
-    """Serve all prompts from now on; returns their tokens, and how many passes it took."""
-    params, passes = SamplingParams(max_new_tokens=new_tokens), 0
-    found: dict[int, list[int]] = {engine.add(prompt, params): [] for prompt in prompts}
-    while engine.has_work:
-        for new in engine.step():
-            found[new.request_id].append(new.token)
-        passes += 1
-    return list(found.values()), passes
-
-
-def lossy_policy(agrees: Tensor) -> ExitPolicy:
-    """Make the policy by which tokens that agree exit after the first loop."""
-    return Oracle({(request, step): 0 for request, step in agrees.nonzero().tolist()})
+WAVES = 3
+"""Requests of mixed lengths for each in flight."""
+_CPU = torch.device("cpu")
 
 
 def measure_case(
-    decoder: Decoder, prompts: Tokens, hf: Transformers | None, arguments: argparse.Namespace
+    decoder: Decoder,
+    requests: Requests,
+    lengths: str,
+    in_flight: int,
+    rivals: dict[str, ContinuesBatch],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Time all variants for these prompts."""
-    new_tokens = arguments.new_tokens
-    expected, _ = serve(Engine(decoder), prompts, new_tokens)
-    engines: dict[str, Callable[[], Engine]] = {"never": lambda: Engine(decoder, Never())}
-    if decoder.cache.num_loops > 1:
-        for agreement in arguments.agreement:
-            agrees = drawn_agreement(len(prompts), new_tokens, agreement)
-            policy = lossy_policy(agrees)
-            engines[f"lossy {agreement:g}"] = lambda policy=policy: Engine(decoder, policy)  # type: ignore[misc]
-            engines[f"verify {agreement:g}"] = lambda agrees=agrees: ForcedDrafts(decoder, expected, agrees)  # type: ignore[misc]
-    passes, variants = {}, {}
-    for name, make in engines.items():
-        tokens, passes[name] = serve(make(), prompts, new_tokens)
-        if not name.startswith("lossy") and tokens != expected:
-            raise RuntimeError(f"{name}: other tokens than without exits")
-        variants[name] = Variant(lambda _, make=make: torch.tensor(serve(make(), prompts, new_tokens)[0]))  # type: ignore[misc]
-    variants["generate"] = Variant(lambda _: torch.tensor(generate(decoder, prompts, new_tokens)))
-    if hf is not None:
-        variants["transformers"] = Variant(lambda _: torch.tensor(hf.generate(prompts, new_tokens)))
-    for name in ("generate", "transformers"):
-        if name in variants:
-            variants[name].call(0)
-    samples = Timer(torch.device("cpu"), 0.0, arguments.rounds).measure(variants, copies=1)
-    block, head = pass_seconds(decoder, prompts, new_tokens, arguments.rounds)
+    """Time all variants on these requests."""
+    num_loops = decoder.cache.num_loops
+    expected = token_ids(serve(Engine(decoder, max_running=in_flight), requests))
+    engines = {name: make() for name, make in make_engines(decoder, expected, arguments, in_flight).items()}
+    served: dict[str, list[list[NewToken]]] = {}
+    steady: dict[str, list[float]] = {name: [] for name in engines}
+    """Seconds a token in the steady state, round by round, but for rounds that had none."""
+
+    def serve_again(name: str) -> None:
+        engine = engines[name]
+        engine.reset_counts()
+        served[name] = serve(engine, requests)
+        if engine.steady_tokens:
+            steady[name].append(engine.steady_seconds / engine.steady_tokens)
+
+    # An engine serves all rounds: what its policy has learned, it would know in a server too.
+    variants = {name: _variant(partial(serve_again, name)) for name in engines}
+    counted: dict[str, dict[str, Any]] = {}
+    for variant in variants.values():
+        variant.call(0)
+    for times in steady.values():
+        times.clear()
+    for name, rival in {"generate": plain_generation(decoder), **rivals}.items():
+        counted[name] = {"same": share_of_same(in_batches(rival, requests, in_flight), expected)}
+        variants[name] = _variant(partial(in_batches, rival, requests, in_flight))
+    samples = Timer(_CPU, 0.0, arguments.rounds).measure(variants, copies=1)
+    for name, engine in engines.items():
+        same = share_of_same(token_ids(served[name]), expected)
+        counted[name] = {**count_work(engine, served[name]), "same": same}
+        if len(steady[name]) == len(steady["never"]) > 0:
+            counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
+            counted[name]["steady_over_never"] = speedup(steady, name, "never")
+    parts = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
+    for values in counted.values():
+        if "loops_per_token" in values:
+            values["bound"] = parts.bound(num_loops, values["loops_per_token"], in_step=lengths == "equal")
     return {
-        "in_flight": len(prompts),
+        "in_flight": in_flight,
+        "requests": len(requests.prompts),
+        "tokens": requests.num_tokens,
         "rounds": arguments.rounds,
-        "block_seconds": block,
-        "head_seconds": head,
+        "pass_seconds": asdict(parts),
         "variants": {
             name: {
-                "tokens_per_second": len(prompts) * new_tokens / statistics.median(seconds),
+                "tokens_per_second": requests.num_tokens / statistics.median(seconds),
                 "seconds": spread(seconds),
                 "over_never": speedup(samples, name, "never"),
-                "bound": bound(name, decoder.cache.num_loops, block, head),
-                "passes": passes.get(name),
+                **counted[name],
             }
             for name, seconds in samples.items()
         },
     }
 
 
-def bound(variant: str, num_loops: int, block: float, head: float) -> float | None:
-    """Return the most that a policy gains over `never`, if a pass takes `block` and `head` seconds."""
-    policy, _, agreement = variant.partition(" ")
-    if policy not in ("lossy", "verify"):
-        return None
-    passes = num_loops - (num_loops - 1) * float(agreement)
-    return (num_loops * block + head) / (passes * (block + head))
+def _variant(work: Callable[[], object]) -> Variant:
+    def call(_: int) -> torch.Tensor:
+        work()
+        return torch.empty(0)
 
-
-def pass_seconds(decoder: Decoder, prompts: Tokens, new_tokens: int, rounds: int) -> tuple[float, float]:
-    """Time a pass of the block, and the head, over a row of each prompt in the middle of its text; medians."""
-    cache, middle = decoder.cache, len(prompts[0]) + new_tokens // 2
-    sequences = [cache.allocate() for _ in prompts]
-    try:
-        for sequence in sequences:
-            cache.append(sequence, middle)
-        loops = [i % cache.num_loops for i in range(len(prompts))] if decoder.model.recursion.sharing == "cycle" else []
-        rows = PassRows(sequences, loops or [0] * len(prompts), [middle - 1] * len(prompts))
-        x = decoder.embed(torch.tensor([prompt[-1] for prompt in prompts]))
-        variants = {
-            "block": Variant(lambda _: decoder.block(x, cache.plan(rows))),
-            "head": Variant(lambda _: decoder.logits(x)),
-        }
-        for variant in variants.values():
-            variant.call(0)
-        samples = Timer(torch.device("cpu"), 0.0, max(20, rounds)).measure(variants, copies=1)
-    finally:
-        for sequence in sequences:
-            cache.free(sequence)
-    return statistics.median(samples["block"]), statistics.median(samples["head"])
+    return Variant(call)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all cases and return the result."""
     torch.set_num_threads(arguments.threads)
-    prompts = make_prompts(arguments.checkpoint, max(arguments.in_flight), arguments.prompt_tokens)
+    subjects = make_subjects(arguments)
+    length = arguments.prompt_tokens[1] + arguments.new_tokens[1]
+    most, waves = max(arguments.in_flight), WAVES if arguments.mixed else 1
     cases: list[dict[str, Any]] = []
-    with hf_directory(arguments.checkpoint) as directory:
-        for name in arguments.dtype:
-            dtype = parse_dtype(name)
-            model = load_model(arguments.checkpoint, dtype, torch.device("cpu"))
-            length = arguments.prompt_tokens + arguments.new_tokens + model.recursion.prefix_length
-            pages = model.recursion.num_loops * -(-length // _PAGE_SIZE) * (len(prompts) + 1)
-            decoder = Decoder(model, PagedCache(model.config, model.recursion, pages, _PAGE_SIZE, dtype))
-            hf = Transformers(directory, dtype) if arguments.transformers else None
-            keep_freed_memory()
-            for count in arguments.in_flight:
-                case = {"dtype": name, **measure_case(decoder, prompts[:count], hf, arguments)}
-                cases.append(case)
-                print(f"\n{rates_table([case]).text()}", flush=True)
+    with ExitStack() as stack:
+        directory = stack.enter_context(hf_directory(arguments.checkpoint)) if arguments.transformers else None
+        rivals: dict[str, ContinuesBatch] = {}
+        if arguments.llama_cpp is not None:
+            rivals["llama.cpp"] = LlamaCpp(arguments.llama_cpp, length, most, arguments.threads)
+        for subject in subjects:
+            prompts = cut_prompts(arguments, subject, waves * most)
+            for name in arguments.dtype:
+                dtype = parse_dtype(name)
+                decoder = make_decoder(subject, dtype, length, most)
+                if directory is not None:
+                    rivals["transformers"] = transformers_generation(Transformers(directory, dtype))
+                keep_freed_memory()
+                for count in arguments.in_flight:
+                    kinds = {"equal": Requests(prompts[:count], [arguments.new_tokens[1]] * count)}
+                    if arguments.mixed:
+                        some = prompts[: waves * count]
+                        kinds["mixed"] = mixed_lengths(some, arguments.prompt_tokens, arguments.new_tokens)
+                    for lengths, requests in kinds.items():
+                        case = {"model": subject.name, "dtype": name, "lengths": lengths}
+                        cases.append(case | measure_case(decoder, requests, lengths, count, rivals, arguments))
+                        print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
+    return {**settings(arguments), "cases": cases}
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the conditions that all cases share."""
+    gguf = arguments.llama_cpp
     return {
-        "checkpoint": arguments.checkpoint.name,
-        "num_loops": model.recursion.num_loops,
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
         "torch_threads": arguments.threads,
-        "cases": cases,
+        "skipped_kv": arguments.skipped_kv,
+        "gguf": None if gguf is None else gguf.name,
     }
 
 
@@ -204,59 +200,129 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
     """Make the table of rates, with a row per case and variant."""
     rows = [
         [
+            case["model"],
             case["dtype"],
+            case["lengths"],
             str(case["in_flight"]),
             name,
             f"{found['tokens_per_second']:.1f}",
             format_spread(found["seconds"]),
             f"{found['over_never']:.2f}x",
-            "" if found["bound"] is None else f"{found['bound']:.2f}x",
-            "" if found["passes"] is None else str(found["passes"]),
+            *(
+                f"{found[field]:{form}}" if field in found else ""
+                for field, form in (
+                    ("steady_tokens_per_second", ".1f"),
+                    ("steady_over_never", ".2f"),
+                    ("bound", ".2f"),
+                    ("passes", "d"),
+                    ("rows_per_token", ".2f"),
+                    ("head_rows_per_token", ".2f"),
+                    ("agreed", ".0%"),
+                    ("same", ".0%"),
+                )
+            ),
         ]
         for case in cases
         for name, found in case["variants"].items()
     ]
-    header = ["dtype", "in flight", "variant", "tokens/s", "+-", "over never", "bound", "passes"]
-    return Table("New tokens per second", header, rows, (0, 2), gap_after=2, notes=list(notes))
+    header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never"]
+    header += ["steady", "over never", "bound", "passes"]
+    header += ["rows/token", "head/token", "agreed", "same"]
+    return Table("New tokens per second", header, rows, (0, 1, 2, 4), gap_after=4, notes=notes)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Make the table of all cases."""
-    note = (
-        f"{result['checkpoint']}, {result['num_loops']} loops: {result['prompt_tokens']} tokens of prompt, "
-        f"{result['new_tokens']} new ones; agreement is forced. {RATIOS_NOTE}"
-    )
-    return [rates_table(result["cases"], [note])]
+    (least_prompt, prompt), (least_new, new) = result["prompt_tokens"], result["new_tokens"]
+    note = f"Equal lengths: {prompt} tokens of prompt, {new} new ones"
+    if any(case["lengths"] == "mixed" for case in result["cases"]):
+        note += f"; mixed: {least_prompt} to {prompt} and {least_new} to {new}, {WAVES} requests for each in flight"
+    gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
+    notes = [
+        f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of "
+        "its ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are "
+        f"those of never at their place.{gguf} {RATIOS_NOTE}"
+    ]
+    return [rates_table(result["cases"], notes)]
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="HF directory, or one of our checkpoints"
-    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="HF directory, or one of our checkpoints")
+    model.add_argument("--preset", choices=tuple(PRESETS), help="shapes of a base model, with random weights")
+    parser.add_argument("--num-loops", type=int, nargs="+", metavar="B", help="of --preset (default 2)")
+    parser.add_argument("--lora-rank", type=int, nargs="+", metavar="R", help="of --preset (default 64)")
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="default float32"
     )
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="default 1 4 16")
     parser.add_argument(
-        "--agreement", type=float, nargs="+", default=[0.5, 0.8, 1.0], metavar="P",
-        help="parts of tokens that may exit after the first loop (default 0.5 0.8 1)",
+        "--agreement", type=float, nargs="+", metavar="P",
+        help="parts of tokens that may exit after the first loop (default 0.5 0.8 1, none with --policies)",
     )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of each prompt (default 32)")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="for each prompt (default 64)")
+    parser.add_argument(
+        "--policies", nargs="+", default=[], metavar="NAME", help="policies as rrt.generate's --exit-policy, not forced"
+    )
+    parser.add_argument(
+        "--skipped-kv", choices=get_args(SkippedKV), default="propagate",
+        help="keys and values of loops that lossy exits skip (default propagate)",
+    )  # fmt: skip
+    for flag, default in (("--prompt-tokens", 32), ("--new-tokens", 64)):
+        parser.add_argument(
+            flag, type=int, nargs="+", default=[default], metavar="N",
+            help=f"of each request (default {default}); mixed and online from a quarter on, or two: from, to",
+        )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="torch threads (default 2)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of a case (default 5)")
-    parser.add_argument("--transformers", action="store_true", help="time transformers' generation too")
+    offline = parser.add_argument_group("offline")
+    offline.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="default 1 4 16")
+    offline.add_argument("--mixed", action="store_true", help="requests of mixed lengths too")
+    offline.add_argument("--rounds", type=int, default=5, metavar="N", help="of a case (default 5)")
+    offline.add_argument("--transformers", action="store_true", help="time transformers' generation too")
+    offline.add_argument("--llama-cpp", type=Path, metavar="GGUF", help="time llama.cpp too (needs llama-cpp-python)")
+    serving_online.add_flags(parser)
     add_json_flag(parser, "serving")
     arguments = parser.parse_args()
-    for flag in ("prompt_tokens", "new_tokens", "rounds", "threads"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: found {getattr(arguments, flag)}; expected 1 or more")
-    if min(arguments.in_flight) < 1:
-        raise UserError(f"--in-flight: found {min(arguments.in_flight)}; expected 1 or more")
+    if arguments.agreement is None:
+        arguments.agreement = [] if arguments.policies else [0.5, 0.8, 1.0]
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be measured; make ranges of the lengths."""
+    for flag in ("rounds", "threads"):
+        check_least(f"--{flag}", getattr(arguments, flag))
+    check_least("--in-flight", min(arguments.in_flight))
+    for flag in ("prompt_tokens", "new_tokens"):
+        found = getattr(arguments, flag)
+        low, high = found if len(found) == 2 else (max(1, found[0] // 4), found[0])
+        if len(found) > 2 or not 1 <= low <= high:
+            raise UserError(f"--{flag.replace('_', '-')}: found {found}; expected a number, or the least and the most")
+        setattr(arguments, flag, [low, high])
     if not all(0 <= agreement <= 1 for agreement in arguments.agreement):
         raise UserError(f"--agreement: found {arguments.agreement}; expected numbers from 0 to 1")
+    for text in arguments.policies:
+        named_policy(text, arguments)
+    for flag in ("num_loops", "lora_rank"):
+        if arguments.checkpoint is not None and getattr(arguments, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: found with --checkpoint, which has them; expected --preset")
+    for flag in ("transformers", "llama_cpp"):
+        if getattr(arguments, flag) and (arguments.checkpoint is None or arguments.online):
+            raise UserError(f"--{flag.replace('_', '-')}: expected with --checkpoint, and not with --online")
+    if arguments.transformers and importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            "transformers is not installed; expected it: pip install 'relaxed-recursive-transformers[test]'"
+        )
+    check_llama_cpp(arguments.llama_cpp)
+    serving_online.check_flags(arguments)
+    check_output_file("--plot", arguments.plot)
     check_json_flag(arguments.json)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.online:
+        serving_online.run(arguments)
+        return
     result = run(arguments)
     save_result(arguments.json, KIND, result)
     print_tables(tables(result))

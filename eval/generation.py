@@ -1,9 +1,8 @@
-"""Greedy continuations of many prompts up to stop strings, in batches as large as the key/value cache holds."""
+"""Greedy continuations of many prompts up to stop strings, all in one stream of the engine's passes."""
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -11,9 +10,10 @@ from tqdm import tqdm
 from eval.response_cache import ResponseCache
 from rrt.data.tokenizer import Tokenizer
 from rrt.decode.decoder import Decoder
-from rrt.decode.generation import generate
 from rrt.decode.kv_cache import PagedCache, page_bytes
 from rrt.model.transformer import RecursiveTransformer
+from rrt.serve.engine import Engine
+from rrt.serve.requests import SamplingParams
 
 CACHE_BYTES = 2 << 30
 """Memory for keys and values, unless a single sequence takes more."""
@@ -49,42 +49,41 @@ def generate_texts(
     *,
     progress: bool = False,
 ) -> list[str]:
-    """Continue each prompt greedily up to its first stop string. Finished ones go to `cache` batch by batch."""
+    """Continue each prompt greedily up to its first stop string. Each goes to `cache` as soon as it is finished."""
     waiting = list({prompt.key: prompt for prompt in prompts if prompt.key not in cache}.values())
     if waiting:
-        kv_cache = _make_kv_cache(model, waiting)
-        decoder = Decoder(model, kv_cache)
+        engine = Engine(Decoder(model, _make_kv_cache(model, waiting)), max_running=MAX_SEQUENCES, keeps_prefixes=True)
+        stop_ids = frozenset(tokenizer.stop_ids)
+        running: dict[int, tuple[Prompt, list[int]]] = {}
+        for prompt in waiting:
+            params = SamplingParams(max_new_tokens=prompt.max_new_tokens, stop_ids=stop_ids)
+            running[engine.add(prompt.tokens, params)] = prompt, []
         with tqdm(total=len(waiting), unit="req", desc="generating", disable=None if progress else True) as bar:
-            for batch in _batches(waiting, kv_cache):
-                texts = _continue(decoder, tokenizer, batch)
-                cache.add({prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
-                bar.update(len(batch))
+            while engine.has_work:
+                for new in engine.step():
+                    prompt, tokens = running[new.request_id]
+                    # The token that ends a text is none of it, though it may have one.
+                    tokens += [] if new.token in stop_ids else [new.token]
+                    if new.finish_reason is not None or _has_stopped(tokenizer, tokens, prompt.until):
+                        engine.cancel(new.request_id)
+                        cache.add({prompt.key: _cut(tokenizer.decode(tokens), prompt.until)})
+                        bar.update()
     return [cache[prompt.key] for prompt in prompts]
 
 
-def _continue(decoder: Decoder, tokenizer: Tokenizer, batch: list[Prompt]) -> list[str]:
-    until = batch[0].until
-    # Called after every token, so a stop string ends within the last ones: each of them has a byte of it, apart from
-    # tokens that decode to nothing, or differently at the beginning of a text.
+def _has_stopped(tokenizer: Tokenizer, tokens: list[int], until: tuple[str, ...]) -> bool:
+    # Asked after every token, so a stop string ends within the last ones: each of them has a byte of it, apart from
+    # tokens that decode to nothing, or differently at the beginning of a text. A `TextStream` would tell a token
+    # later where a newline is a byte of its own.
     longest = max((len(stop.encode()) for stop in until), default=0) + 16
+    text = tokenizer.decode(tokens[-longest:])
+    return any(stop in text for stop in until)
 
-    def has_stopped(tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens[-longest:])
-        return any(stop in text for stop in until)
 
-    outputs = generate(
-        decoder,
-        [prompt.tokens for prompt in batch],
-        batch[0].max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        should_stop=has_stopped,
-    )
-    # The token that ends a text is none of it, though it may have one.
-    stops = set(tokenizer.stop_ids)
-    texts = [tokenizer.decode(tokens[:-1] if not stops.isdisjoint(tokens[-1:]) else tokens) for tokens in outputs]
+def _cut(text: str, until: tuple[str, ...]) -> str:
     for stop in until:
-        texts = [text.split(stop)[0] for text in texts]
-    return texts
+        text = text.split(stop)[0]
+    return text
 
 
 def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedCache:
@@ -98,21 +97,3 @@ def _make_kv_cache(model: RecursiveTransformer, prompts: list[Prompt]) -> PagedC
     prefix_pages = recursion.num_loops * -(-recursion.prefix_length // PAGE_SIZE)
     num_pages = max(needed[0], min(budget, sum(needed[:MAX_SEQUENCES]))) + prefix_pages
     return PagedCache(config, recursion, num_pages, PAGE_SIZE, weight.dtype, weight.device)
-
-
-def _batches(prompts: list[Prompt], cache: PagedCache) -> Iterator[list[Prompt]]:
-    """Yield batches of prompts with the same stops, longest first, as many as the cache holds."""
-    groups: dict[tuple[tuple[str, ...], int], list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        groups[prompt.until, prompt.max_new_tokens].append(prompt)
-    for group in groups.values():
-        batch: list[Prompt] = []
-        pages = 0
-        for prompt in sorted(group, key=lambda prompt: prompt.positions, reverse=True):
-            needed = cache.pages_for(prompt.positions)
-            if batch and (len(batch) == MAX_SEQUENCES or pages + needed > cache.num_free_pages):
-                yield batch
-                batch, pages = [], 0
-            batch.append(prompt)
-            pages += needed
-        yield batch

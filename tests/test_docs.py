@@ -75,12 +75,13 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
         sys.argv = [script, *arguments]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             if script.startswith("rrt."):
-                module = sys.modules.pop(script, None)  # runpy warns of a module that is there
+                # runpy warns of modules that are there.
+                names = (script, f"{script}.__main__")
+                modules = {name: sys.modules.pop(name) for name in names if name in sys.modules}
                 try:
                     runpy.run_module(script, run_name="__main__")
                 finally:
-                    if module is not None:
-                        sys.modules[script] = module
+                    sys.modules.update(modules)
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:

@@ -202,7 +202,7 @@ class Oracle(_Policy):
 def top_probabilities(logits: Tensor) -> Tensor:
     """Return the largest probability of each row: logits [M, V] -> float32 or float64 [M]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    return logits.log_softmax(-1).amax(-1).exp()
 
 
 def parse_policy(text: str, checkpoint: Path) -> ExitPolicy:

@@ -15,8 +15,8 @@ import torch
 
 from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
-from rrt.serve.http.app import Service
 from rrt.serve.http.server import Settings, address_of, make_server, make_service, open_socket
+from rrt.serve.http.service import Service
 from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 

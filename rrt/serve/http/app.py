@@ -1,15 +1,11 @@
-"""The web application: paths, limits, and the way of a request from its body to its answer."""
+"""The web application: paths, keys, the limit of a body, and errors."""
 
-import asyncio
 import hmac
 import importlib.resources
 import logging
-import random
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -18,22 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from rrt.data.tokenizer import Tokenizer
-from rrt.decode.generation import check_prompt
 from rrt.errors import UserError
-from rrt.serve.exits import ExitPolicy
-from rrt.serve.http.answers import DONE, ChatChoice, CompletionChoice, TokenNames, server_sent, to_json, usage
-from rrt.serve.http.metrics import Metrics
-from rrt.serve.http.protocol import ApiError, ChatRequest, CompletionRequest, Limits, PolicyRequest, Prompt, parse
-from rrt.serve.http.scores import PromptScores
-from rrt.serve.http.worker import Call, Delta, Failure, Text, Worker
+from rrt.serve.http.answers import to_json
+from rrt.serve.http.protocol import ApiError, PolicyRequest, parse
+from rrt.serve.http.service import Service
+from rrt.serve.http.streams import CLIENT_HAS_GONE, EventStream
+from rrt.serve.http.texts import TextPaths, json_response
 
 log = logging.getLogger(__name__)
 
-_CLIENT_HAS_GONE = 499
-_RETRY_SECONDS = 1
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -51,27 +41,6 @@ _PAGE_HEADERS = {
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class Service:
-    """What the application serves.
-
-    Attributes:
-        model_name: by which clients name the model.
-        policy_name: of the exit policy at the start, as the flag has it.
-        parse_policy: makes the policy of a name.
-        api_key: that clients must send; None: none.
-    """
-
-    worker: Worker
-    tokenizer: Tokenizer
-    metrics: Metrics
-    limits: Limits
-    model_name: str
-    policy_name: str
-    parse_policy: Callable[[str], ExitPolicy]
-    api_key: str | None
-
-
 def make_app(service: Service) -> Starlette:
     """Make the application; its start starts the engine's thread, and its end ends it."""
     return _App(service).starlette
@@ -80,7 +49,7 @@ def make_app(service: Service) -> Starlette:
 class _App:
     def __init__(self, service: Service) -> None:
         self._service, self._worker = service, service.worker
-        self._names = TokenNames(service.tokenizer)
+        self._texts = TextPaths(service, self._count)
         self._policy_name = service.policy_name
         self._created = int(time.time())
         page = importlib.resources.files(__package__) / "page"
@@ -130,7 +99,7 @@ class _App:
             except ApiError as error:
                 response = _error_response(error)
             except ClientDisconnect:
-                response = Response(status_code=_CLIENT_HAS_GONE)
+                response = Response(status_code=CLIENT_HAS_GONE)
             except Exception:
                 log.exception("%s: a request has failed", path)
                 response = _error_response(ApiError(500, "the server failed at this request; its log says why"))
@@ -181,7 +150,13 @@ class _App:
                 raise too_large
         return bytes(body)
 
-    # Small answers
+    # Answers
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._texts.complete(request, await self._read(request))
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._texts.chat(request, await self._read(request))
 
     async def _show_page(self, request: Request) -> Response:
         content, kind = self._page[request.url.path]
@@ -190,7 +165,7 @@ class _App:
     async def _health(self, request: Request) -> Response:
         if not self._worker.is_alive:
             raise ApiError(503, "the engine's thread has ended")
-        return _json_response({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -200,16 +175,16 @@ class _App:
         return {**card, "max_model_len": self._worker.decoder.max_positions}
 
     async def _models(self, request: Request) -> Response:
-        return _json_response({"object": "list", "data": [self._model_card()]})
+        return json_response({"object": "list", "data": [self._model_card()]})
 
     async def _model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json_response(self._model_card())
+        self._texts.check_model(request.path_params["name"])
+        return json_response(self._model_card())
 
     async def _stats(self, request: Request) -> Response:
         rate, exits, agreed = self._service.metrics.recent.read()
         cache = self._worker.decoder.cache
-        return _json_response(
+        return json_response(
             {
                 "model": self._service.model_name,
                 "has_chat": self._service.tokenizer.chat_template is not None,
@@ -232,7 +207,7 @@ class _App:
         except UserError as error:
             raise ApiError(400, str(error).replace("--exit-policy", "policy"), param="policy") from None
         self._policy_name = wanted
-        return _json_response({"policy": wanted})
+        return json_response({"policy": wanted})
 
     def _check_is_local(self, request: Request) -> None:
         """Refuse a client of another machine, and one that comes through a proxy, unless a key was checked."""
@@ -242,287 +217,6 @@ class _App:
         forwarded = {"x-forwarded-for", "forwarded", "via"} & set(request.headers.keys())
         if client not in _LOOPBACK or request.url.hostname not in _LOOPBACK or forwarded:
             raise ApiError(403, "policy: found a client of another machine; expected one of this, or --api-key")
-
-    # Text
-
-    def _check_model(self, name: str | None) -> None:
-        ours = self._service.model_name
-        if name is not None and name != ours:
-            message = f"model: found {name[:100]!r}; expected {ours!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    async def _encode(self, prompts: Sequence[Prompt], **options: Any) -> list[list[int]]:
-        """Encode texts, in another thread: a long one would keep the event loop from all others."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(await asyncio.to_thread(self._service.tokenizer.encode_batch, texts, **options) if texts else ())
-        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_choices: int) -> None:
-        for place, prompt in enumerate(prompts):
-            name = "prompt" if len(prompts) == 1 else f"prompt[{place}]"
-            try:
-                check_prompt(self._worker.decoder, name, prompt, max_new_tokens)
-            except UserError as error:
-                raise ApiError(400, str(error), param="prompt") from None
-        found = num_choices * sum(len(prompt) + max_new_tokens for prompt in prompts)
-        if found > self._service.limits.tokens:
-            raise ApiError(
-                400,
-                f"request: found {found} tokens, prompts and new ones of all choices; expected at most "
-                f"{self._service.limits.tokens} (--max-tokens-per-request)",
-                param="max_tokens",
-            )
-
-    def _submit(self, texts: Sequence[Text], *, streams: bool) -> Call:
-        """Submit texts, if so many more may wait."""
-        most, busy = self._service.limits.texts, self._worker.num_open
-        if len(texts) > most:
-            raise ApiError(
-                400,
-                f"request: found {len(texts)} texts, prompts times n; expected at most {most}, which the server takes "
-                "at once (--max-running and --max-queue)",
-                param="prompt",
-            )
-        if busy + len(texts) > most:
-            raise ApiError(
-                429,
-                f"server: found {busy} texts running and waiting; expected at most {most} with yours: try again later",
-                code="too_many_requests",
-                headers={"retry-after": str(_RETRY_SECONDS)},
-            )
-        call = Call(texts, streams=streams)
-        self._worker.submit(call)
-        return call
-
-    async def _complete(self, request: Request) -> Response:
-        spec = parse(CompletionRequest, await self._read(request))
-        spec.check()
-        self._check_model(spec.model)
-        prompts = await self._encode(spec.prompt)
-        num_top = spec.num_top_of_prompt
-        self._check_lengths(prompts, spec.max_new_tokens, spec.num_choices)
-        seed = random.getrandbits(63) if spec.seed is None else spec.seed
-        params = [
-            spec.params(
-                max(spec.max_new_tokens, 1),
-                self._service.tokenizer.stop_ids,
-                _nth_seed(seed, choice),
-                spec.logprobs,
-            )
-            for choice in range(spec.num_choices)
-        ]
-        texts = [Text(prompt, each if spec.max_new_tokens else None, num_top) for prompt in prompts for each in params]
-        shown: list[str | None] = [None] * len(prompts)
-        if spec.echo:
-            decode = self._service.tokenizer.decode
-            shown = [given if isinstance(given, str) else decode(given) for given in spec.prompt]
-        choices = [
-            CompletionChoice(self._names, text, index, shown[index // spec.num_choices], spec.logprobs)
-            for index, text in enumerate(texts)
-        ]
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", **self._head()}
-        call = self._submit(texts, streams=spec.streams)
-
-        def take(index: int, event: PromptScores | Delta) -> dict[str, Any] | None:
-            if isinstance(event, PromptScores):
-                choices[index].add_scores(event)
-                return None
-            return choices[index].part(event)
-
-        return await self._answer(request, call, head, take, spec.num_choices, spec.includes_usage)
-
-    async def _chat(self, request: Request) -> Response:
-        spec = parse(ChatRequest, await self._read(request))
-        spec.check()
-        self._check_model(spec.model)
-        if self._service.tokenizer.chat_template is None:
-            raise ApiError(400, f"model: {self._service.model_name} has no chat template; expected /v1/completions")
-        messages = [message.model_dump(exclude_none=True) for message in spec.messages]
-        try:
-            text = await asyncio.to_thread(self._service.tokenizer.apply_chat_template, messages)
-        except UserError as error:
-            reason = str(error).removeprefix(f"{self._service.tokenizer.place}").lstrip("/")
-            raise ApiError(400, f"messages: {reason}", param="messages") from None
-        (prompt,) = await self._encode([text], bos=False, parse_special=True)
-        max_new_tokens = spec.max_new_tokens
-        if max_new_tokens is None:
-            # As much as there is room for. The last new token is never read.
-            room = self._worker.decoder.max_positions + 1 - len(prompt)
-            share = self._service.limits.tokens // spec.num_choices - len(prompt)
-            max_new_tokens = max(min(room, share, self._room_in_cache(len(prompt))), 1)
-        self._check_lengths([prompt], max_new_tokens, spec.num_choices)
-        seed = random.getrandbits(63) if spec.seed is None else spec.seed
-        stop_ids = self._service.tokenizer.stop_ids
-        num_top = (spec.top_logprobs or 0) if spec.logprobs else None
-        texts = [
-            Text(prompt, spec.params(max_new_tokens, stop_ids, _nth_seed(seed, choice), num_top))
-            for choice in range(spec.num_choices)
-        ]
-        choices = [ChatChoice(self._names, index, bool(spec.logprobs)) for index in range(len(texts))]
-        kind = "chat.completion.chunk" if spec.streams else "chat.completion"
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, **self._head()}
-        call = self._submit(texts, streams=spec.streams)
-
-        def take(index: int, event: PromptScores | Delta) -> dict[str, Any] | None:
-            assert isinstance(event, Delta)
-            return choices[index].part(event) if spec.streams else choices[index].message(event)
-
-        return await self._answer(request, call, head, take, spec.num_choices, spec.includes_usage)
-
-    def _room_in_cache(self, num_prompt_tokens: int) -> int:
-        """Return the most new tokens after a prompt that the cache could hold, were it alone."""
-        cache = self._worker.decoder.cache
-        total = cache.num_used_pages + cache.num_free_pages
-        low, high = 0, self._worker.decoder.max_positions + 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = cache.pages_for(num_prompt_tokens + middle - 1) <= total
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
-
-    def _head(self) -> dict[str, Any]:
-        return {"created": int(time.time()), "model": self._service.model_name}
-
-    async def _answer(
-        self,
-        request: Request,
-        call: Call,
-        head: Mapping[str, Any],
-        take: Callable[[int, PromptScores | Delta], dict[str, Any] | None],
-        num_choices: int,
-        includes_usage: bool,
-    ) -> Response:
-        """Answer with a stream if the call streams, once it has begun, and else with the whole.
-
-        Args:
-            head: fields of the answer, or of every chunk of it.
-            take: turns an event of a choice into its JSON; None: there is nothing to tell yet.
-        """
-        label = request.url.path
-        parts = self._parts(call, take)
-        try:
-            # What the engine refuses, and what fails at once, still has a status.
-            first = await _unless_gone(request.receive, anext(parts, None))
-            if call.streams:
-
-                def end(status: int) -> None:
-                    self._worker.cancel(call)
-                    self._count(label, status)
-
-                return EventStream(self._stream(call, parts, first, head, num_choices, includes_usage), end)
-            found = [first] if first is not None else []
-
-            async def collect() -> None:
-                async for part in parts:
-                    found.append(part)
-
-            await _unless_gone(request.receive, collect())
-        except BaseException:
-            self._worker.cancel(call)
-            raise
-        found.sort(key=lambda part: part[0]["index"])
-        num_new = sum(count for _, count in found)
-        answer = {**head, "choices": [choice for choice, _ in found], "usage": usage(call.texts, num_choices, num_new)}
-        return _json_response(answer)
-
-    async def _parts(
-        self, call: Call, take: Callable[[int, PromptScores | Delta], dict[str, Any] | None]
-    ) -> AsyncGenerator[tuple[dict[str, Any], int], None]:
-        """Yield the JSON of choices as it comes, with the number of its tokens. Raises `ApiError` at a failure."""
-        left = len(call.texts)
-        while left:
-            index, event = await call.events.get()
-            if isinstance(event, Failure):
-                raise ApiError(400 if event.is_refusal else 500, event.message)
-            part = take(index, event)
-            if part is not None:
-                assert isinstance(event, Delta)
-                left -= event.finish_reason is not None
-                yield part, len(event.tokens)
-
-    async def _stream(
-        self,
-        call: Call,
-        parts: AsyncGenerator[tuple[dict[str, Any], int], None],
-        first: tuple[dict[str, Any], int] | None,
-        head: Mapping[str, Any],
-        num_choices: int,
-        includes_usage: bool,
-    ) -> AsyncGenerator[bytes, None]:
-        empty_usage = {"usage": None} if includes_usage else {}
-        num_new = 0
-        try:
-            if first is not None:
-                num_new += first[1]
-                yield server_sent({**head, "choices": [first[0]], **empty_usage})
-            async for choice, count in parts:
-                num_new += count
-                yield server_sent({**head, "choices": [choice], **empty_usage})
-            if includes_usage:
-                yield server_sent({**head, "choices": [], "usage": usage(call.texts, num_choices, num_new)})
-            yield DONE
-        except ApiError as error:
-            yield server_sent(error.body())
-
-
-class EventStream(Response):
-    """A response that is sent as it is made, and ends with its client.
-
-    Args:
-        end: called at the end, however it comes, with the status: 200, or 499 if the client has gone before.
-    """
-
-    def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[int], None]) -> None:
-        # The second is for nginx, which would collect the events.
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(media_type="text/event-stream", headers=headers)
-        del self.headers["content-length"]
-        self._events, self._end = events, end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = _CLIENT_HAS_GONE
-
-        async def send_all() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        try:
-            with suppress(ClientDisconnect, OSError):
-                await _unless_gone(receive, send_all())
-                status = 200
-        finally:
-            await self._events.aclose()
-            self._end(status)
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[Any]) -> Any:
-    """Await `work`; if the client goes before, cancel it and raise `ClientDisconnect`."""
-
-    async def wait_for_end() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-def _nth_seed(seed: int, choice: int) -> int:
-    """Return the seed of a choice: the first one's is the request's. A bad seed stays one, to be refused."""
-    return (seed + choice) % 2**64 if 0 <= seed < 2**64 else seed
-
-
-def _json_response(value: object) -> Response:
-    return Response(to_json(value), media_type="application/json")
 
 
 def _error_response(error: ApiError) -> Response:

@@ -26,9 +26,10 @@ from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy, parse_policy
-from rrt.serve.http.app import Service, make_app
+from rrt.serve.http.app import make_app
 from rrt.serve.http.metrics import Metrics
 from rrt.serve.http.protocol import Limits
+from rrt.serve.http.service import Service
 from rrt.serve.http.worker import CountingCache, CountingDecoder, Worker
 from rrt.serve.scheduler import SkippedKV
 
