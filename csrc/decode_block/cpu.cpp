@@ -130,7 +130,9 @@ class Pass {
     if (first_ == 0) return;
     loop_lora::Params params = qkv;
     params.first_panel = q_width_ / packed_linear::kPanel;
-    params.first_rank_panel = qkv.segments.front().rank / packed_linear::kPanel;
+    // A panel that queries and keys share needs the ranks of both.
+    const bool is_apart = q_width_ % packed_linear::kPanel == 0;
+    params.first_rank_panel = is_apart ? qkv.segments.front().rank / packed_linear::kPanel : 0;
     linear(params, kv_only_groups_, normed_, first_, qkv_);
   }
 

@@ -45,7 +45,7 @@ struct Params {
   const void* gate_bias;  // [n], or null
   elementwise::Activation activation;
   // On the CPU, panels of the outputs and of the ranks (packed_linear/launch.h) that are left out: y keeps what it has
-  // in those outputs. Segments that have an output beyond them have all of their ranks beyond them.
+  // in those outputs. Segments with an output that is computed have none of their ranks left out.
   int64_t first_panel = 0, first_rank_panel = 0;
 };
 

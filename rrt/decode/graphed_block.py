@@ -1,8 +1,9 @@
 """Passes of decode rows as CUDA graphs, recorded once for every bucket of sizes and then replayed.
 
 A narrow layer's kernels take less time than their launches, and a pass has some ten for each layer. A recorded pass has
-fixed sizes and addresses: rows are copied into a bucket of 1, 2, 4, ... rows, and the rest is padding, which writes
-nothing and attends to nothing. Nothing here has run on a GPU yet: the tests replay on the CPU, without a graph.
+fixed sizes and addresses: decode rows are copied into a bucket of 1, 2, 4, ... rows, kv-only ones into one of 0, 1, 4,
+16, ..., their block tables into 8, 16, ... pages, and the rest is padding, which writes nothing and attends to nothing.
+Nothing here has run on a GPU yet: the tests replay on the CPU, without a graph.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from rrt.decode.decoder import Decoder
 from rrt.decode.passes import DecodePlan, PassPlan
 
 _NO_SLOT = -1
+_LEAST_PAGES = 8
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ class GraphedBlock:
             return self._decoder.block(x, plan)
         kept, decoding = rows.num_kv_only, len(x) - rows.num_kv_only
         bucket = Bucket(
-            _round_up(kept), _round_up(decoding), _round_up(rows.block_tables.shape[1]),
+            _round_up(kept, 4),
+            _round_up(decoding, 2),
+            max(_LEAST_PAGES, _round_up(rows.block_tables.shape[1], 2)),
             None if self._mixes_loops else rows.loop,
-        )  # fmt: skip
+        )
         recording = self._recordings.get(bucket)
         if recording is None:
             recording = self._recordings[bucket] = self._record(bucket)
@@ -111,19 +115,26 @@ class GraphedBlock:
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` launches; padding alone, which leaves the cache as it is."""
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            # What is allocated or loaded at a first call must not be in the graph.
-            run()
-            run()
-        current.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        device = self._decoder.model.embed.device
+        with torch.cuda.device(device):
+            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):
+                # What is allocated or loaded at a first call must not be in the graph.
+                run()
+                run()
+            current.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
         # Passes follow one another, so that all graphs share the memory in between.
         self._pool = self._pool or graph.pool()
-        return graph.replay
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return replay
 
 
 def _fill(recording: _Recording, x: Tensor, rows: DecodePlan, places: Tensor) -> None:
@@ -140,6 +151,9 @@ def _fill(recording: _Recording, x: Tensor, rows: DecodePlan, places: Tensor) ->
     plan.block_tables[decoding, : rows.block_tables.shape[1]] = rows.block_tables
 
 
-def _round_up(count: int) -> int:
-    """Return the next power of two, or 0."""
-    return 1 << (count - 1).bit_length() if count else 0
+def _round_up(count: int, base: int) -> int:
+    """Return the next power of `base`, or 0."""
+    power = 1
+    while power < count:
+        power *= base
+    return power if count else 0

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rrt.decode.page_table import make_page_table
-from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PassRows, PrefillPlan
+from rrt.decode.passes import Chunk, DecodePlan, PassPlan, PassRows, PrefillPlan, send
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig, RecursiveConfig
 
@@ -119,6 +119,11 @@ class PagedCache:
         shared = self.prefix_length // self.page_size
         return self.num_loops * (-(-(self.prefix_length + length) // self.page_size) - shared)
 
+    def num_pages_of(self, sequences: Sequence[int]) -> int:
+        """Count the pages that these sequences and the prefix hold, each of them once."""
+        handles = {*self._prefix, *(self._handle(each, loop) for each in sequences for loop in range(self.num_loops))}
+        return len(set().union(*(self._table.pages(handle) for handle in handles)))
+
     def allocate(self) -> int:
         """Start a sequence of length 0 at every loop. It takes no page before its first append."""
         return self._add([self._table.fork(handle) for handle in self._prefix])
@@ -188,8 +193,11 @@ class PagedCache:
 
     def truncate_rows(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Drop the positions from lengths[i] on of sequences[i], at every loop that has them; all [M]."""
-        handles = self._handles[_integers("sequences", sequences)]
-        for row, length in zip(handles.tolist(), lengths, strict=True):
+        if min(lengths, default=0) < 0:
+            raise ValueError(f"lengths: found {min(lengths)}; expected 0 or more")
+        loops = np.tile(np.arange(self.num_loops), len(sequences))
+        handles = self._handles_of(np.repeat(_integers("sequences", sequences), self.num_loops), loops)
+        for row, length in zip(handles.reshape(-1, self.num_loops).tolist(), lengths, strict=True):
             for handle in row:
                 if self._table.length(handle) > self.prefix_length + length:
                     self._table.truncate(handle, self.prefix_length + length)
@@ -266,7 +274,7 @@ class PagedCache:
         return self._table.slots(handles, positions + np.int32(self.prefix_length))
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.k.device)
+        return send(torch.from_numpy(array), self.k.device)
 
     def _add(self, handles: list[int]) -> int:
         if not self._free_sequences:

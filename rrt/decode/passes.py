@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -83,3 +84,10 @@ class PassPlan:
 
     decode: DecodePlan
     prefills: tuple[PrefillPlan, ...]
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for what the device does before."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,7 @@ Shapes: M rows, V vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ TopTokens = tuple[tuple[int, float], ...]
 def _is_temperature(value: float) -> bool:
     """Return True for 0 and for what logits can be divided by."""
     return value == 0 or 1e-6 <= value < math.inf
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,14 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, fits, expected in (
             ("temperature", self.temperature, _is_temperature(self.temperature), "0, or 1e-6 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_k", self.top_k, is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("seed", self.seed, 0 <= self.seed < 2**64, "0 or more, below 2^64"),
+            (
+                "seed",
+                self.seed,
+                is_whole(self.seed) and 0 <= self.seed < 2**64,
+                "a whole number below 2^64",
+            ),
         ):
             if not fits:
                 raise UserError(f"{name}: found {value}; expected {expected}")
@@ -93,8 +103,9 @@ def most_probable(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or logits.shape[1] % _CHUNK:
         return logits.argmax(-1)
     chunks = logits.unflatten(1, (-1, _CHUNK))
-    best = chunks.amax(-1).float().argmax(-1)
-    within = chunks[torch.arange(len(logits)), best].float().argmax(-1)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    best = chunks.amax(-1).to(wide).argmax(-1)
+    within = chunks[torch.arange(len(logits)), best].to(wide).argmax(-1)
     return best * _CHUNK + within
 
 
@@ -114,10 +125,13 @@ def check_finite(largest: Sequence[float], dtype: torch.dtype) -> None:
         UserError: one is not finite, as where the model overflows in float16.
     """
     if not all(map(math.isfinite, largest)):
-        raise UserError(
-            f"logits: found NaN or infinity in {dtype_name(dtype)}; expected finite numbers: try --dtype float32 or "
-            "bfloat16"
-        )
+        raise UserError(not_finite(dtype))
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """Return the message about logits that are not finite."""
+    found = f"logits: found NaN or infinity in {dtype_name(dtype)}"
+    return f"{found}; expected finite numbers: try --dtype float32 or bfloat16"
 
 
 def draw(logits: Tensor, sampling: Sampling, step: int) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 from rrt.decode.decoder import Decoder
 from rrt.decode.generation import check_prompt, token_ids
 from rrt.decode.graphed_block import GraphedBlock
-from rrt.decode.sampling import TopTokens, check_finite, draw, most_probable, top_tokens
+from rrt.decode.passes import send
+from rrt.decode.sampling import TopTokens, draw, most_probable, not_finite, top_tokens
 from rrt.errors import UserError
 from rrt.serve.exits import Auto, ExitPolicy, Never
 from rrt.serve.gate import Gate
@@ -44,6 +45,7 @@ class Engine:
             exit; "share", those of the loop of the exit; "defer", the loops themselves, which run later without logits.
         keeps_prefixes: keep pages of texts for requests that begin alike, until others need them. They stay the
             cache's until `forget_prefixes`.
+        graphs: on CUDA, run passes of decode rows as graphs (`rrt.decode.graphed_block`).
 
     Raises:
         UserError: the policy does not fit the model: a loop that it has not, or early exits where rows of several loops
@@ -59,6 +61,7 @@ class Engine:
         max_running: int = 256,
         skipped_kv: SkippedKV = "propagate",
         keeps_prefixes: bool = False,
+        graphs: bool = True,
     ) -> None:
         self.decoder, self.policy = decoder, policy or Never()
         recursion, num_loops = decoder.model.recursion, decoder.cache.num_loops
@@ -68,7 +71,7 @@ class Engine:
         if skipped_kv not in get_args(SkippedKV):
             raise UserError(f"skipped_kv: found '{skipped_kv}'; expected {', '.join(get_args(SkippedKV))}")
         self.policy.check(recursion)
-        self._block = GraphedBlock(decoder) if decoder.cache.k.is_cuda else decoder.block
+        self._block = GraphedBlock(decoder) if graphs and decoder.cache.k.is_cuda else decoder.block
         gate = None
         if isinstance(self.policy, Auto) and num_loops > 1:
             most_rows = min(max_running * num_loops, _MOST_MEASURED_ROWS)
@@ -127,7 +130,8 @@ class Engine:
 
         Raises:
             RequestError: logits of some requests are not finite, or a token could not be chosen. Those are dropped.
-                After this, and any other error, the others begin again with the tokens that they have.
+                After this, and any other error, the others begin again with the tokens that they have; those of an
+                interrupted pass may then not have been returned.
         """
         try:
             work = self._scheduler.schedule()
@@ -151,9 +155,9 @@ class Engine:
         places = iter(range(len(self._states), len(self._states) + len(tokens)))
         indices = [next(places) if source >= 0 else ~source for source in sources]
         device = self._states.device
-        embedded = self.decoder.embed(torch.tensor(tokens, dtype=torch.int64, device=device))
+        embedded = self.decoder.embed(send(torch.tensor(tokens, dtype=torch.int64), device))
         with torch.inference_mode():
-            return torch.cat((self._states, embedded))[torch.tensor(indices, device=device)]
+            return torch.cat((self._states, embedded))[send(torch.tensor(indices, dtype=torch.int64), device)]
 
     def _choose(self, work: Pass) -> list[Choice]:
         """Take the logits of rows that want them, and choose their tokens."""
@@ -161,17 +165,22 @@ class Engine:
         if not heads:
             return []
         device = self._states.device
-        loops = torch.tensor([head.loop for head in heads], dtype=torch.int32, device=device)
-        slots = torch.tensor([head.slot for head in heads], device=device)
+        loops = send(torch.tensor([head.loop for head in heads], dtype=torch.int32), device)
+        slots = send(torch.tensor([head.slot for head in heads]), device)
         logits = self.decoder.logits(self._states[slots], loops)
         best, largest, scores = self._reduce(logits, self._early_rows(heads))
-        try:
-            check_finite(largest, logits.dtype)
-        except UserError as error:
-            bad = {head.sequence.request.id for head, logit in zip(heads, largest, strict=True) if not isfinite(logit)}
-            raise RequestError(f"request {', '.join(map(str, sorted(bad)))}: {error}", bad) from None
+        # A draft that is no number is none; what counts is the last loop.
+        last = self.decoder.cache.num_loops - 1
+        counts = [head.loop == last or not self.policy.is_exact for head in heads]
+        bad = {head.sequence.request.id for i, head in enumerate(heads) if counts[i] and not isfinite(largest[i])}
+        if bad:
+            message = f"request {', '.join(map(str, sorted(bad)))}: {not_finite(logits.dtype)}"
+            raise RequestError(message, bad)
         choices: list[Choice] = []
         for i, head in enumerate(heads):
+            if not isfinite(largest[i]):
+                choices.append(Choice(exits=False))
+                continue
             try:
                 choices.append(self._choice(logits, i, head, best[i], scores[i]))
             except Exception as error:

@@ -123,13 +123,13 @@ class Confidence(_Policy):
     threshold: float | tuple[float | None, ...]
 
     def looks_after(self, loop: int) -> bool:
-        return isinstance(self.threshold, float) or self.threshold[loop] is not None
+        return not isinstance(self.threshold, tuple) or self.threshold[loop] is not None
 
     def scores(self, logits: Tensor) -> Tensor:
         return top_probabilities(logits)
 
     def exits(self, score: float, loop: int, request: int, step: int) -> bool:
-        least = self.threshold if isinstance(self.threshold, float) else self.threshold[loop]
+        least = self.threshold[loop] if isinstance(self.threshold, tuple) else self.threshold
         return least is not None and score >= least
 
     def check(self, recursion: RecursiveConfig) -> None:
@@ -142,7 +142,7 @@ class Confidence(_Policy):
                 "each loop before the last"
             )
         for threshold in thresholds:
-            if threshold is not None and not 0 < threshold <= 1:
+            if threshold is not None and not (isinstance(threshold, float | int) and 0 < threshold <= 1):
                 raise UserError(f"confidence exit: found threshold {threshold}; expected more than 0 and at most 1")
         super().check(recursion)
 

@@ -101,7 +101,7 @@ class Gate:
         self._loops = [Acceptance() for _ in range(num_loops - 1)]
         # Averages over the last passes.
         self._rows = self._useful = self._heads = self._seconds = self._plain_price = 0.0
-        self._num_unlooked = 0
+        self._num_unlooked = [0] * (num_loops - 1)
 
     def observe(self, rows: int, useful: float, heads: int, sequences: int) -> None:
         """Take note of a pass.
@@ -128,8 +128,8 @@ class Gate:
         gain = acceptance.mean_gain(self._price, self._row_seconds(self._rows))
         if acceptance.num_seen < _FIRST_LOOKS or gain > head:
             return True
-        self._num_unlooked += 1
-        return self._num_unlooked % _LOOK_EVERY == 0
+        self._num_unlooked[loop] += 1
+        return self._num_unlooked[loop] % _LOOK_EVERY == 0
 
     def chance(self, loop: int, confidence: float) -> float:
         """Predict whether the draft of a loop is right."""

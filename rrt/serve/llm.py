@@ -113,10 +113,13 @@ class LLM:
 
         Raises:
             UserError: a prompt that the engine refuses; then none is computed.
+            UserError: the engine has requests of others, whose tokens would be lost.
             RequestError: logits of a prompt are not finite; the others are lost with it. `Engine` goes on with them.
         """
         if isinstance(prompts, str):
             raise UserError("prompts: found a text; expected a list of them")
+        if self.engine.has_work:
+            raise UserError("engine: found requests that were added to it; expected none: end or cancel them first")
         chosen = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(chosen) != len(prompts):
             raise UserError(f"params: found {len(chosen)}; expected {len(prompts)}, one for each prompt")
@@ -132,8 +135,7 @@ class LLM:
                     completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, one)
             while any(completion.finish_reason is None for completion in completions.values()):
                 for new in self.engine.step():
-                    # Others may have requests in the engine.
-                    if new.request_id in completions and completions[new.request_id].finish_reason is None:
+                    if completions[new.request_id].finish_reason is None:
                         self._add(new, completions[new.request_id], texts[new.request_id])
         finally:
             for request_id in completions:

@@ -20,6 +20,8 @@ _LONGEST = 1.0
 def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Tensor], most_rows: int) -> PassCurve:
     """Time passes of 1, 2, 4, ... rows, each of a sequence of its own, at loops in turn; and the head of as many.
 
+    Sequences have one position: what long contexts add to a row is not in the curve.
+
     Args:
         block: runs a pass, as the decoder's does.
     """
@@ -29,7 +31,7 @@ def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Ten
     passes: list[float] = []
     heads: list[float] = []
     try:
-        while not rows or (rows[-1] < most_rows and passes[-1] + heads[-1] < _LONGEST):
+        while len(rows) < 2 or (rows[-1] < most_rows and passes[-1] + heads[-1] < _LONGEST):
             count = 2 * rows[-1] if rows else 1
             try:
                 while len(sequences) < count:
@@ -48,7 +50,7 @@ def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Ten
         for sequence in sequences:
             cache.free(sequence)
     if len(rows) < 2:
-        # Of two pages alone nothing can be measured; and nothing be gained.
+        # The cache has no room for two sequences: as if every row cost as much as the first one.
         rows, passes, heads = [1, 2], [1.0, 2.0], [0.0, 0.0]
     return PassCurve(tuple(rows), tuple(passes), tuple(heads))
 
@@ -59,7 +61,8 @@ def _medians(calls: list[Callable[[], Tensor]]) -> list[float]:
     for _ in range(1 + _ROUNDS):
         for call, times in zip(calls, samples, strict=True):
             began = time.perf_counter()
-            if call().device.type == "cuda":
-                torch.cuda.synchronize()
+            result = call()
+            if result.is_cuda:
+                torch.cuda.synchronize(result.device)
             times.append(time.perf_counter() - began)
     return [statistics.median(times[1:]) for times in samples]

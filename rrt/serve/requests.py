@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrt.decode.sampling import Sampling, TopTokens
+from rrt.decode.sampling import Sampling, TopTokens, is_whole
 from rrt.errors import UserError
 
 FinishReason = Literal["stop", "length"]
@@ -33,8 +33,11 @@ class SamplingParams(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_new_tokens", "n"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: found {getattr(self, name)}; expected 1 or more")
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise UserError(f"{name}: found {value}; expected a whole number, 1 or more")
+        if not isinstance(self.stop_ids, frozenset | set) or not all(map(is_whole, self.stop_ids)):
+            raise UserError(f"stop_ids: found {self.stop_ids!r}; expected a set of token ids")
         if self.top_logprobs < 0:
             raise UserError(f"top_logprobs: found {self.top_logprobs}; expected 0 or more")
         if not isinstance(self.stop, tuple) or "" in self.stop:

@@ -141,6 +141,7 @@ class Scheduler:
             if len(self._running) == 1:
                 raise RuntimeError("cache: found too few free pages for a request alone; expected no other owner")
             self._preempt()
+            self.num_preemptions += 1
         return None
 
     def restart(self) -> None:
@@ -185,8 +186,7 @@ class Scheduler:
                 continue
             self._begin(sequence)
             needed = self._missing_pages(sequence)
-            while needed + reserved > self._cache.num_free_pages and self._evict():
-                pass
+            self._make_room(needed + reserved, sequence)
             if self._running and needed + reserved > self._cache.num_free_pages:
                 self._give_back(sequence)
                 break
@@ -194,6 +194,16 @@ class Scheduler:
             self._running.append(sequence)
             self.num_reused += 0 if sequence.prefill is None else sequence.prefill.start
             reserved += needed + self._cache.num_loops
+
+    def _make_room(self, needed: int, sequence: Sequence) -> None:
+        """Give back texts that are kept until so many pages are free, if that can be had without one that begins."""
+        cache = self._cache
+        if self._prefixes is None or needed <= cache.num_free_pages:
+            return
+        in_use = cache.num_pages_of([sequence.cached, *(other.cached for other in self._running)])
+        if needed <= cache.num_pages - in_use:
+            while needed > cache.num_free_pages and self._prefixes.evict():
+                pass
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Tell whether another request is computing a beginning of this one's prompt that is not kept yet."""
@@ -219,7 +229,6 @@ class Scheduler:
         self._drop(latest)
         self._find_keys(latest)
         self._waiting.appendleft(latest)
-        self.num_preemptions += 1
 
     def _find_keys(self, sequence: Sequence) -> None:
         if self._prefixes is not None:
@@ -402,13 +411,13 @@ class Scheduler:
         draft = Draft(choice.token, choice.confidence) if choice.exits else Draft()
         row.drafts.append(draft)
         position, token = row.position + 1, draft.token
-        request = sequence.request
-        # A draft that would end the text begins nothing.
-        if token == NO_TOKEN or token in request.params.stop_ids or position >= request.max_length:
+        if token == NO_TOKEN:
             return
         chance = 1.0 if self._gate is None else self._gate.chance(len(row.drafts) - 1, draft.confidence)
         self._cut(sequence, position, token, chance)
-        if sequence.rows[-1] is row:
+        # A draft that would end the text begins nothing.
+        ends = token in sequence.request.params.stop_ids or position >= sequence.request.max_length
+        if sequence.rows[-1] is row and not ends:
             self._candidates.append(_Candidate(sequence, position, token, chance))
 
     def _continue_with(self, sequence: Sequence, position: int, token: int, chance: float = 1.0) -> None:

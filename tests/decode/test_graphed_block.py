@@ -43,6 +43,27 @@ def test_padded_passes_are_bitwise_those_without(looped, family):
     assert graphed.num_recordings == (2 if looped == "cycle-rev-relaxed-prefix-3" else 5)
 
 
+def test_fewer_rows_in_a_bucket_leave_alone_what_earlier_ones_wrote():
+    model = make_model("llama", "relaxed-2", dtype=torch.float32)
+    plain, padded = make_decoder(model), make_decoder(model)
+    graphed = GraphedBlock(padded)
+    for decoder in (plain, padded):
+        decoder.cache.k.nan_to_num_(1.0), decoder.cache.v.nan_to_num_(1.0)
+        for _ in range(8):
+            decoder.cache.append(decoder.cache.allocate(), 5)
+    generator = torch.Generator().manual_seed(0)
+    # Kept and decode rows, fewer of both each time, in one bucket; the states differ, so that a stale row shows.
+    for kept, decoding in ((4, 4), (3, 3), (2, 3), (4, 4)):
+        rows = PassRows(
+            [*range(4, 4 + kept), *range(decoding)], [1] * (kept + decoding), [4] * (kept + decoding), num_kv_only=kept
+        )
+        x = torch.randn(kept + decoding, model.config.hidden_size, generator=generator)
+        expected = plain.block(x, plain.cache.plan(rows))
+        assert torch.equal(graphed(x, padded.cache.plan(rows)), expected)
+        assert torch.equal(plain.cache.k, padded.cache.k) and torch.equal(plain.cache.v, padded.cache.v)
+    assert graphed.num_recordings == 1
+
+
 def test_more_rows_than_are_recorded_go_through_the_decoder():
     decoder = make_decoder(make_model("llama", "relaxed-2"))
     graphed = GraphedBlock(decoder, max_rows=2)

@@ -101,6 +101,9 @@ def test_the_most_probable_token_is_the_first_of_the_largest(dtype, size):
     # Few values, so that the largest come repeatedly.
     logits = torch.randint(-3, 4, (9, size), generator=torch.Generator().manual_seed(size)).to(dtype)
     assert most_probable(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+    if dtype == torch.float64:
+        logits[:, size // 2] = logits.amax(1) + 1e-10
+        assert most_probable(logits).tolist() == [size // 2] * len(logits)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_the_most_probable_token_is_the_first_of_the_largest(dtype, size):
         ((-1.0,), "temperature: found -1.0; expected 0, or 1e-6 or more"),
         ((1e-46,), "temperature: found 1e-46"),
         ((math.nan,), "temperature: found nan"),
-        ((1.0, -1), "top_k: found -1; expected 0 or more"),
+        ((1.0, -1), "top_k: found -1; expected a whole number, 0 or more"),
         ((1.0, 0, 0.0), "top_p: found 0.0; expected more than 0 and at most 1"),
         ((1.0, 0, 1.1), "top_p: found 1.1"),
         ((1.0, 0, 1.0, -3), "seed: found -3"),

@@ -9,6 +9,8 @@ import torch
 
 from rrt.checkpoint.exit_thresholds import Calibration, save_exit_thresholds
 from rrt.decode.generation import generate
+from rrt.decode.graphed_block import GraphedBlock
+from rrt.decode.packed_weights import should_pack_for_batches
 from rrt.decode.passes import Chunk, PassRows
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
@@ -419,14 +421,17 @@ def test_kept_pages_make_room_for_requests():
     assert engine.num_preemptions == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("looped", ["recursive-2", "relaxed-2"])
-def test_log_probabilities_are_bitwise_the_same_alone_and_among_44_others(looped, family):
-    model = make_model(family, looped, dtype=torch.float32)
+def test_log_probabilities_are_bitwise_the_same_alone_and_among_44_others(looped, family, dtype):
+    model = make_model(family, looped, dtype=dtype)
+    if not should_pack_for_batches(model.embed):
+        pytest.skip("prompts do not go through packed weights here")
     prompts = random_prompts(45, seed=6)
     params = [SamplingParams(max_new_tokens=8, logprobs=True)] * 45
     # In company prompts are cut into chunks, and begin again when pages run out.
-    company = Engine(make_decoder(model, num_pages=40), Verify(), chunk_size=11)
+    company = Engine(make_decoder(model, num_pages=40), Verify(), chunk_size=11, keeps_prefixes=True)
     _, news = serve(company, prompts, params, arrivals=[i % 5 for i in range(45)])
     assert company.num_preemptions > 0
     together = {}
@@ -446,17 +451,17 @@ def test_an_error_in_a_pass_loses_its_request_alone(monkeypatch):
     expected = expected_tokens(model, prompts, params)
     for step in range(1, 14):
         engine = Engine(make_decoder(model), Verify())
-        logits, calls = engine.decoder.logits, iter(range(1000))
+        logits, calls, lost = engine.decoder.logits, iter(range(1000)), set()
 
-        def broken(x, loops, logits=logits, calls=calls, step=step):
+        def broken(x, loops, logits=logits, calls=calls, step=step, lost=lost):
             found = logits(x, loops).clone()
-            if next(calls) == step:
-                found[0] = torch.nan
+            # Of a row that counts: the first one after its last loop from then on.
+            if not lost and next(calls) >= step and (loops == 2).any():
+                found[int((loops == 2).nonzero()[0])] = torch.nan
             return found
 
         monkeypatch.setattr(engine.decoder, "logits", broken)
         tokens = {engine.add(prompt, one): [] for prompt, one in zip(prompts, params, strict=True)}
-        lost = set()
         while engine.has_work:
             try:
                 for new in engine.step():
@@ -469,6 +474,53 @@ def test_an_error_in_a_pass_loses_its_request_alone(monkeypatch):
             assert found == expected[request][: len(found)] and (request in lost or len(found) == 9)
         engine.decoder.cache.check()
         assert engine.decoder.cache.num_used_pages == 0
+
+
+def test_a_draft_that_is_not_finite_is_none(monkeypatch):
+    model = make_model("llama", "recursive-2")
+    prompts, params = random_prompts(3, seed=9), [SamplingParams(max_new_tokens=9)] * 3
+    engine = Engine(make_decoder(model), Verify())
+    logits = engine.decoder.logits
+
+    def broken(x, loops):
+        found = logits(x, loops).clone()
+        found[loops == 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(engine.decoder, "logits", broken)
+    outputs, news = serve(engine, prompts, params)
+    assert outputs == expected_tokens(model, prompts, params)
+    assert {new.agreed_loop for new in news} == {1}
+
+
+@pytest.mark.parametrize("policy", [Never(), Verify(), Static(0)])
+def test_padded_passes_give_the_same_tokens(policy):
+    """As on CUDA, but without graphs."""
+    model = make_model("llama", "relaxed-3-untied")
+    prompts, params = random_prompts(6, seed=10), [SamplingParams(max_new_tokens=3 + 2 * i) for i in range(6)]
+    arrivals = [0, 0, 3, 4, 9, 9]
+    plain, _ = serve(Engine(make_decoder(model), policy), prompts, params, arrivals=arrivals)
+    engine = Engine(make_decoder(model), policy)
+    engine._block = GraphedBlock(engine.decoder)
+    assert serve(engine, prompts, params, arrivals=arrivals)[0] == plain
+    assert engine._block.num_recordings > 2
+
+
+def test_kept_texts_stay_where_their_pages_would_not_be_enough():
+    model = make_model("llama", "recursive-2")
+    decoder = make_decoder(model, num_pages=30)
+    engine = Engine(decoder, keeps_prefixes=True)
+    shared = list(range(24))
+    serve(engine, [shared], [SamplingParams(max_new_tokens=1)])
+    assert decoder.cache.num_used_pages == 12
+    # The first takes what is left, so that the second waits; and it then finds its beginning.
+    first = engine.add(random_prompts(1, seed=3, longest=1)[0] + [50] * 20, SamplingParams(max_new_tokens=14))
+    second = engine.add([*shared, *range(50, 70)], SamplingParams(max_new_tokens=10))
+    ended = []
+    while engine.has_work:
+        ended += [new.request_id for new in engine.step() if new.finish_reason]
+    assert ended == [first, second]
+    assert engine.num_reused == 24 and engine.num_preemptions == 0
 
 
 def test_another_owner_of_the_pages_is_an_error_rather_than_no_progress():
@@ -496,10 +548,18 @@ def test_bad_requests_are_refused_and_harm_no_other():
     ):
         with pytest.raises(UserError, match=message):
             engine.add(prompt, params)
-    with pytest.raises(UserError, match="max_new_tokens: found 0; expected 1 or more"):
+    with pytest.raises(UserError, match="max_new_tokens: found 0; expected a whole number, 1 or more"):
         SamplingParams(max_new_tokens=0)
     with pytest.raises(UserError, match="temperature"):
         SamplingParams(temperature=-1.0)
+    for wrong, message in (
+        ({"max_new_tokens": 2.5}, "max_new_tokens: found 2.5; expected a whole number"),
+        ({"stop_ids": None}, "stop_ids: found None; expected a set of token ids"),
+        ({"top_k": 1.5}, "top_k: found 1.5; expected a whole number"),
+        ({"seed": 1.5}, "seed: found 1.5; expected a whole number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SamplingParams(**wrong)
     news = []
     while engine.has_work:
         news += engine.step()
@@ -516,6 +576,7 @@ def test_engines_that_cannot_be_are_refused():
         (Entropy(-1.0), "entropy exit: found threshold -1.0"),
         (Entropy(float("nan")), "entropy exit: found threshold nan"),
         (Confidence(float("nan")), "confidence exit: found threshold nan"),
+        (Confidence([0.9]), "confidence exit: found threshold"),
     ):
         with pytest.raises(UserError, match=message):
             Engine(make_decoder(model), policy)

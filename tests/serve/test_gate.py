@@ -72,6 +72,11 @@ def test_rows_are_looked_at_only_where_drafts_would_pay_but_for_some():
         gate.learn(1, 0.8, True)
     looks = [gate.wants_draft(1) for _ in range(640)]
     assert sum(looks) == 10
+    # One loop's looks are not another one's, though their rows take turns.
+    for _ in range(200):
+        gate.learn(0, 0.8, True)
+    turns = [(gate.wants_draft(0), gate.wants_draft(1)) for _ in range(640)]
+    assert [sum(each) for each in zip(*turns, strict=True)] == [10, 10]
     cheap = Gate(PassCurve((1, 2), (1.0, 1.0), (1.0, 1.0)), 3)
     cheap.observe(30, 30.0, 15, 30)
     for _ in range(200):

@@ -82,7 +82,7 @@ def test_many_completions_of_a_prompt_have_seeds_of_their_own_and_share_its_page
     ]
     assert [completion.tokens for completion in several] == one_by_one
     assert len({tuple(tokens) for tokens in one_by_one}) == 6
-    with pytest.raises(UserError, match="n: found 0; expected 1 or more"):
+    with pytest.raises(UserError, match="n: found 0; expected a whole number, 1 or more"):
         SamplingParams(n=0)
 
 
@@ -101,3 +101,6 @@ def test_bad_arguments_are_refused_and_nothing_stays_queued(base):
         with pytest.raises(UserError, match="stop: found"):
             SamplingParams(stop=stop)
     assert llm.generate([]) == []
+    llm.engine.add([1, 2], SamplingParams())
+    with pytest.raises(UserError, match="engine: found requests that were added to it"):
+        llm.generate(["a"])
