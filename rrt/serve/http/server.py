@@ -1,5 +1,6 @@
 """The server as a process: a checkpoint made into a service, signals, and the end."""
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -35,6 +36,7 @@ from rrt.serve.scheduler import SkippedKV
 
 _MOST_CACHE_BYTES = 4 << 30
 _START_SECONDS = 600
+_LAST_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ def make_service(settings: Settings) -> Service:
 class _Server(uvicorn.Server):
     """A server that SIGTERM or SIGINT ends in order: it drains, and the process exits with 0."""
 
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: int) -> None:
+        super().__init__(config)
+        self._worker, self._drain_seconds = worker, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = asyncio.get_running_loop().call_later(self._drain_seconds, self._worker.give_up)
+        await super().shutdown(sockets)
+        end.cancel()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
@@ -157,10 +168,11 @@ def make_server(service: Service, drain_seconds: int) -> uvicorn.Server:
         # A proxy's word for who the client is would open what is for this machine alone.
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_seconds,
+        # For clients that do not even take their failures.
+        timeout_graceful_shutdown=drain_seconds + _LAST_SECONDS,
         ws="none",
     )
-    return _Server(config)
+    return _Server(config, service.worker, drain_seconds)
 
 
 def run_server(service: Service, listener: socket.socket, drain_seconds: int) -> None:

@@ -228,7 +228,7 @@ class TextPaths:
         while left:
             index, event = await call.events.get()
             if isinstance(event, Failure):
-                raise ApiError(400 if event.is_refusal else 500, event.message)
+                raise ApiError(event.status, event.message)
             part = take(index, event)
             if part is not None:
                 assert isinstance(event, Delta)

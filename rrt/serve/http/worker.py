@@ -69,10 +69,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a request that could not be computed; `is_refusal` if it was never begun, by the client's fault."""
+    """The end of a text that could not be computed, with the HTTP status that tells why."""
 
     message: str
-    is_refusal: bool
+    status: int
 
 
 Event = PromptScores | Delta | Failure
@@ -146,6 +146,7 @@ class Worker:
         """`num_open`: texts that were submitted and have not ended."""
         self._make_engine, self._tokenizer, self._metrics = make_engine, tokenizer, metrics
         self._cache, self._engine = cache, make_engine(policy)
+        self._open_calls: set[Call] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Between the threads, under the condition.
@@ -178,6 +179,7 @@ class Worker:
     def submit(self, call: Call) -> None:
         """Have a call computed; its events come to `call.events`, of each text until a failure or a finish reason."""
         self.num_open += call.num_open
+        self._open_calls.add(call)
         with self._condition:
             self._submitted.append(call)
             self._condition.notify()
@@ -187,10 +189,22 @@ class Worker:
         if call.num_open == 0:
             return
         for text in call.texts:
-            self._close(text)
+            self._close(call, text)
         with self._condition:
             self._cancelled.append(call)
             self._condition.notify()
+
+    def give_up(self) -> None:
+        """End all calls with a failure: the server ends, and will not wait longer."""
+        for call in tuple(self._open_calls):
+            failures = [
+                (index, Failure("the server ends: send the request to another one", 503))
+                for index, text in enumerate(call.texts)
+                if text.is_open
+            ]
+            self.cancel(call)
+            for failure in failures:
+                call.events.put_nowait(failure)
 
     async def switch_policy(self, policy: ExitPolicy) -> None:
         """Take another policy once all that runs has ended; what comes meanwhile waits for it.
@@ -214,10 +228,12 @@ class Worker:
             self._condition.notify()
         self._thread.join()
 
-    def _close(self, text: Text) -> None:
+    def _close(self, call: Call, text: Text) -> None:
         if text.is_open:
             text.is_open = False
             self.num_open -= 1
+        if call.num_open == 0:
+            self._open_calls.discard(call)
 
     def _deliver(self, outbox: list[tuple[Call, int, Event]]) -> None:
         for call, index, event in outbox:
@@ -225,7 +241,7 @@ class Worker:
             if not text.is_open:
                 continue
             if isinstance(event, Failure) or (isinstance(event, Delta) and event.finish_reason is not None):
-                self._close(text)
+                self._close(call, text)
             call.events.put_nowait((index, event))
 
     def _switched(self, policy: ExitPolicy, future: "asyncio.Future[None]", error: Exception | None) -> None:
@@ -320,7 +336,7 @@ class Worker:
         try:
             request_id = self._engine.add(text.prompt, text.params)
         except UserError as error:
-            self._outbox.append((call, index, Failure(str(error), is_refusal=True)))
+            self._outbox.append((call, index, Failure(str(error), 400)))
         except Exception as error:
             self._fail(call, index, error)
         else:
@@ -437,7 +453,7 @@ class Worker:
             if error is not None:
                 log.error("a request has failed", exc_info=error)
             message = "the server failed at this request; its log says why"
-        self._outbox.append((call, index, Failure(message, is_refusal=False)))
+        self._outbox.append((call, index, Failure(message, 500)))
 
     def _send(self) -> None:
         """Hand all events to the event loop at once: each hand-over wakes it."""

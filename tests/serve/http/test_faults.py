@@ -301,8 +301,11 @@ def test_a_drain_that_takes_too_long_is_cut(checkpoint, monkeypatch):
         with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
             head = f"POST {COMPLETION} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            connection.recv(1024)
+            received = connection.recv(1024)
             process.send_signal(signal.SIGTERM)
+            while part := connection.recv(65536):
+                received += part
+            assert b'data: {"error":{"message":"the server ends' in received and b"[DONE]" not in received
             assert process.wait(60) == 0
 
 

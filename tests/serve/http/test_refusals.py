@@ -5,7 +5,7 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.util.servers import make_checkpoint, serving
@@ -164,11 +164,6 @@ def test_the_key_opens_all_but_health_and_the_page(checkpoint):
 
 # Fuzzing
 
-FIELDS = sorted(
-    "model prompt messages stream stream_options n temperature top_p top_k seed stop ignore_eos user presence_penalty "
-    "logit_bias max_tokens max_completion_tokens logprobs top_logprobs echo best_of suffix tools response_format "
-    "policy".split()
-)
 NUMBERS = st.one_of(
     st.integers(-3, 20), st.floats(), st.sampled_from([2**31, 2**63, 2**64, -(2**70), 10**400, 1e308, -0.0])
 )
@@ -177,44 +172,83 @@ VALUES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
-        st.dictionaries(st.sampled_from([*FIELDS, "role", "content", "type", "text"]), inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "include_usage", "prompt"]), inner, max_size=4
+        ),
     ),
     max_leaves=8,
 )
-LIKELY = {
-    "prompt": st.one_of(
-        st.text(max_size=12), st.lists(st.integers(-1, 421), max_size=5), st.lists(st.text(max_size=5), max_size=3)
-    ),
-    "messages": st.lists(
-        st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": st.text(max_size=8)}),
-        max_size=3,
-    ),
-    "max_tokens": st.integers(0, 4),
-    "temperature": st.floats(0, 3),
-    "logprobs": st.one_of(st.integers(0, 3), st.booleans()),
-    "stop": st.one_of(st.text(max_size=2), st.lists(st.text(max_size=2), max_size=3)),
+TEXTS = st.text(max_size=12)
+COMMON = {
+    "model": st.just("tiny"),
+    "stream": st.booleans(),
     "n": st.integers(1, 3),
-    "policy": st.sampled_from(["never", "verify", "static:0", "static:9", "confidence:nan", "entropy:1", "other", ""]),
+    "temperature": st.floats(0, 3),
+    "top_p": st.floats(0, 1),
+    "top_k": st.integers(0, 500),
+    "seed": st.integers(0, 2**64 - 1),
+    "stop": st.one_of(st.text(min_size=1, max_size=2), st.lists(st.text(min_size=1, max_size=2), max_size=3)),
+    "ignore_eos": st.booleans(),
+    "user": TEXTS,
+    "presence_penalty": st.just(0),
+    "logit_bias": st.just({}),
+    "max_tokens": st.integers(1, 4),
 }
+LIKELY = {
+    COMPLETION: {
+        **COMMON,
+        "prompt": st.one_of(
+            st.text(min_size=1, max_size=12),
+            st.lists(st.integers(0, 419), min_size=1, max_size=5),
+            st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3),
+            st.lists(st.lists(st.integers(0, 419), min_size=1, max_size=5), min_size=1, max_size=3),
+        ),
+        "max_tokens": st.integers(0, 4),
+        "logprobs": st.integers(0, 20),
+        "echo": st.booleans(),
+        "suffix": st.just(""),
+    },
+    CHAT: {
+        **COMMON,
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": TEXTS}),
+            min_size=1,
+            max_size=3,
+        ),
+        "logprobs": st.just(True),
+        "tools": st.just([]),
+        "response_format": st.just({"type": "text"}),
+    },
+    "/rrt/policy": {
+        "policy": st.sampled_from(
+            ["never", "verify", "auto", "static:0", "static:9", "confidence:nan", "entropy:1", ""]
+        ),
+    },
+}
+NEEDED = {COMPLETION: ["prompt"], CHAT: ["messages"], "/rrt/policy": ["policy"]}
 
 
 @st.composite
-def bodies(draw):
-    body = {"max_tokens": 2}
-    for name in (
-        draw(st.lists(st.sampled_from(FIELDS), max_size=8, unique=True))
-        + ["prompt", "messages"][: draw(st.integers(0, 2))]
-    ):
-        likely = LIKELY.get(name)
-        body[name] = draw(VALUES if likely is None or draw(st.integers(0, 4)) == 0 else likely)
-    return body
+def requests(draw):
+    """Requests of which about half are good, and most of the others wrong in one field."""
+    path = draw(st.sampled_from([COMPLETION] * 4 + [CHAT] * 3 + ["/rrt/policy"]))
+    names = draw(st.lists(st.sampled_from(sorted(LIKELY[path])), max_size=7, unique=True))
+    body = {"max_tokens": 2} if path != "/rrt/policy" else {}
+    body |= {name: draw(LIKELY[path][name]) for name in [*NEEDED[path], *names]}
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
+        body[draw(st.sampled_from([*body, *LIKELY[path], "unknown"]))] = draw(VALUES)
+    return path, body
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(path=st.sampled_from([COMPLETION, CHAT, "/rrt/policy"]), body=bodies())
-def test_no_json_makes_the_server_fail(server, path, body):
+@given(request=requests())
+def test_no_json_makes_the_server_fail(server, request):
+    path, body = request
     answer = server.post(path, body)
+    event(f"{path} {answer.status}")
     assert answer.status in (200, 400, 404), answer.body
+    if answer.status == 200 and path != "/rrt/policy" and body.get("stream") is True:
+        assert answer.events
     if answer.status == 400:
         assert answer.json["error"]["message"]
 
