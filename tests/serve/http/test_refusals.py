@@ -34,7 +34,7 @@ BAD_COMPLETIONS = [
     ({"top_p": 0}, "top_p: found 0.0; expected more than 0"),
     ({"top_p": float("nan")}, "top_p: found nan; expected"),
     ({"top_k": -1}, "top_k: found -1; expected 0 or more"),
-    ({"seed": -1}, "seed: found -1; expected 0 or more"),
+    ({"seed": -1}, "seed: found -1; expected a whole number below 2^64"),
     ({"seed": 2**64}, "seed: found 18446744073709551616; expected"),
     ({"n": 0}, "n: found 0; expected greater than or equal to 1"),
     ({"n": 129}, "n: found 129; expected less than or equal to 128"),
