@@ -4,6 +4,7 @@
     python bench/serving.py --checkpoint models/smollm2-b2-r64 --policies verify confidence:0.9 --transformers
     python bench/serving.py --preset smollm2-135m --num-loops 1 2 3 --lora-rank 0 64 256 --in-flight 16
     python bench/serving.py --checkpoint models/smollm2-b2-r64 --online --load 0.5 0.9 --agreement 0.8 --plot load.svg
+    python bench/serving.py --checkpoint models/smollm2-135m --http --in-flight 64
 
 Offline, all requests begin at once and get as many greedy tokens, in alternating order, after a warm-up. `never` is
 continuous batching of the same model without exits. A model whose exits are not trained agrees with itself by chance
@@ -39,7 +40,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
-from bench import serving_online
+from bench import serving_http, serving_online
 from bench.generate import Transformers, hf_directory
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.serving_rivals import (
@@ -279,6 +280,7 @@ def parse_arguments() -> argparse.Namespace:
     offline.add_argument("--transformers", action="store_true", help="time transformers' generation too")
     offline.add_argument("--llama-cpp", type=Path, metavar="GGUF", help="time llama.cpp too (needs llama-cpp-python)")
     serving_online.add_flags(parser)
+    serving_http.add_flags(parser)
     add_json_flag(parser, "serving")
     arguments = parser.parse_args()
     if arguments.agreement is None:
@@ -314,14 +316,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         )
     check_llama_cpp(arguments.llama_cpp)
     serving_online.check_flags(arguments)
+    serving_http.check_flags(arguments)
     check_output_file("--plot", arguments.plot)
     check_json_flag(arguments.json)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.online:
-        serving_online.run(arguments)
+    if arguments.online or arguments.http:
+        (serving_online if arguments.online else serving_http).run(arguments)
         return
     result = run(arguments)
     save_result(arguments.json, KIND, result)

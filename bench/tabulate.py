@@ -37,6 +37,7 @@ MODULES = {
     "losses": "bench.losses",
     "perplexity": "eval.perplexity",
     "prepare": "bench.prepare",
+    "serving-http": "bench.serving_http",
     "serving-latency": "bench.serving_online",
     "serving-speed": "bench.serving",
     "throughput": "eval.throughput",
