@@ -83,7 +83,6 @@ class Engine:
             max_running=max_running,
             early_loops=early,
             verifies=self.policy.is_exact,
-            mixes_loops=recursion.sharing == "cycle",
             skipped_kv=skipped_kv,
             gate=gate,
             prefixes=PrefixCache(decoder.cache) if keeps_prefixes else None,

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ _LONGEST = 1.0
 
 
 def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Tensor], most_rows: int) -> PassCurve:
-    """Time passes of 1, 2, 4, ... rows, each of a sequence of its own, at loops in turn; and the head of as many.
+    """Time passes of 1, 2, 4, ... rows, each of a sequence of its own, and the head of as many.
 
     Sequences have one position: what long contexts add to a row is not in the curve.
 
@@ -28,10 +29,10 @@ def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Ten
     cache, num_loops = decoder.cache, decoder.cache.num_loops
     sequences: list[int] = []
     rows: list[int] = []
-    passes: list[float] = []
-    heads: list[float] = []
+    # Of rows at one loop, of rows at all loops in turn, and of the head.
+    seconds: list[list[float]] = [[], [], []]
     try:
-        while len(rows) < 2 or (rows[-1] < most_rows and passes[-1] + heads[-1] < _LONGEST):
+        while len(rows) < 2 or (rows[-1] < most_rows and seconds[1][-1] + seconds[2][-1] < _LONGEST):
             count = 2 * rows[-1] if rows else 1
             try:
                 while len(sequences) < count:
@@ -39,23 +40,26 @@ def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Ten
                     cache.append(sequences[-1], 1)
             except OutOfPages:
                 break
-            plan = cache.plan(PassRows(sequences, [i % num_loops for i in range(count)], [0] * count))
+            plans = [
+                cache.plan(PassRows(sequences, [i % loops for i in range(count)], [0] * count))
+                for loops in (1, num_loops)
+            ]
             x = decoder.embed(torch.zeros(count, dtype=torch.int64, device=cache.k.device))
-            seconds = _medians([lambda x=x, plan=plan: block(x, plan), lambda x=x: decoder.logits(x)])  # type: ignore[misc]
-            # More rows never take less time, but for noise.
-            passes.append(max([seconds[0], *passes[-1:]]))
-            heads.append(max([seconds[1], *heads[-1:]]))
+            calls = [*(partial(block, x, plan) for plan in plans), partial(decoder.logits, x)]
+            for part, median in zip(seconds, _medians(calls), strict=True):
+                # More rows never take less time, but for noise.
+                part.append(max([median, *part[-1:]]))
             rows.append(count)
     finally:
         for sequence in sequences:
             cache.free(sequence)
     if len(rows) < 2:
         # The cache has no room for two sequences: as if every row cost as much as the first one.
-        rows, passes, heads = [1, 2], [1.0, 2.0], [0.0, 0.0]
-    return PassCurve(tuple(rows), tuple(passes), tuple(heads))
+        rows, seconds = [1, 2], [[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]
+    return PassCurve(tuple(rows), *map(tuple, seconds))
 
 
-def _medians(calls: list[Callable[[], Tensor]]) -> list[float]:
+def _medians(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     """Time calls in turn, after one of each."""
     samples: list[list[float]] = [[] for _ in calls]
     for _ in range(1 + _ROUNDS):

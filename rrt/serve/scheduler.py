@@ -38,7 +38,6 @@ class _Candidate:
     sequence: Sequence
     position: int
     token: int
-    chance: float
 
     @property
     def still_stands(self) -> bool:
@@ -55,8 +54,6 @@ class Scheduler:
         max_running: most requests that hold pages at once.
         early_loops: after which of the loops before the last a row's logits are wanted.
         verifies: whether tokens of early loops are drafts.
-        mixes_loops: whether decode rows of a pass may be at several loops; else new ones wait until the others have
-            ended theirs. Without early exits alone.
         skipped_kv: for exits that are lossy.
         gate: decides which drafts begin; without, all do.
         prefixes: keeps the pages of texts for requests that begin alike; without, none are kept.
@@ -70,14 +67,12 @@ class Scheduler:
         max_running: int,
         early_loops: frozenset[int],
         verifies: bool,
-        mixes_loops: bool,
         skipped_kv: SkippedKV = "propagate",
         gate: Gate | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        assert mixes_loops or not early_loops
         self._cache, self._chunk_size, self._max_running = cache, chunk_size, max_running
-        self._early_loops, self._verifies, self._mixes_loops = early_loops, verifies, mixes_loops
+        self._early_loops, self._verifies = early_loops, verifies
         self._skipped_kv, self._gate, self._prefixes = skipped_kv, gate, prefixes
         self._is_exact = verifies or not early_loops
         self._last_loop = cache.num_loops - 1
@@ -157,10 +152,6 @@ class Scheduler:
     def advance(self, done: Pass, choices: list[Choice]) -> list[NewToken]:
         """Move all rows of a pass on, by what the head says of its `heads`; return the tokens that are final now."""
         chosen = {head.slot: choice for head, choice in zip(done.heads, choices, strict=True)}
-        if self._gate is not None:
-            rows = [sequence.rows for sequence in done.sequences if sequence.rows]
-            if rows:
-                self._gate.observe(sum(map(len, rows)), sum(map(_num_useful, rows)), len(choices), len(rows))
         new: list[NewToken] = []
         for sequence in done.sequences:
             sequence.kept.clear()
@@ -239,16 +230,13 @@ class Scheduler:
         return len(sequence.tokens) if self._is_exact else len(sequence.request.prompt)
 
     def _begin_drafts(self) -> None:
-        """Have drafts of the last pass begin, those that the gate lets."""
-        candidates, self._candidates = self._candidates, []
-        candidates = [each for each in candidates if each.still_stands]
-        begins = [True] * len(candidates)
-        if self._gate is not None and candidates:
-            rows = sum(len(sequence.rows) for sequence in self._running)
-            begins = self._gate.begin([each.chance for each in candidates], rows)
-        for candidate, goes in zip(candidates, begins, strict=True):
-            if goes:
-                self._continue_with(candidate.sequence, candidate.position, candidate.token, candidate.chance)
+        """Have drafts of the last pass begin, and tell the gate of the next one."""
+        for candidate in self._candidates:
+            if candidate.still_stands:
+                self._continue_with(candidate.sequence, candidate.position, candidate.token)
+        self._candidates.clear()
+        if self._gate is not None:
+            self._gate.begin_pass(sum(1 for sequence in self._running if sequence.rows))
 
     def _start_chunks(self) -> None:
         """Give sequences that are between chunks their next one, as long as the pass has room for it."""
@@ -266,6 +254,15 @@ class Scheduler:
             begun = [s for s in decoding if s.rows[0].loop > 0]
             decoding = begun or decoding
         return decoding + [s for s in self._running if s.prefill is not None and s.prefill.length]
+
+    @property
+    def _mixes_loops(self) -> bool:
+        """Whether decode rows of a pass may be at several loops.
+
+        Where none leaves early, that would only have every pass read the LoRA of all loops, and the head: new rows wait
+        until the others have ended their loops, and then go in step.
+        """
+        return bool(self._early_loops) and (self._gate is None or self._gate.drafts)
 
     def _append(self, ready: list[Sequence]) -> bool:
         """Make room in the cache for all rows that run next; False, and nothing done, if pages are lacking."""
@@ -332,7 +329,7 @@ class Scheduler:
         """Tell whether logits are wanted of a row that runs next."""
         if row.exit_loop is not None or row.loop == self._last_loop:
             return row.exit_loop is None
-        return row.loop in self._early_loops and (self._gate is None or self._gate.wants_draft(row.loop))
+        return row.loop in self._early_loops and (self._gate is None or self._gate.looks)
 
     # After a pass
 
@@ -413,29 +410,25 @@ class Scheduler:
         position, token = row.position + 1, draft.token
         if token == NO_TOKEN:
             return
-        chance = 1.0 if self._gate is None else self._gate.chance(len(row.drafts) - 1, draft.confidence)
-        self._cut(sequence, position, token, chance)
+        self._cut(sequence, position, token)
         # A draft that would end the text begins nothing.
         ends = token in sequence.request.params.stop_ids or position >= sequence.request.max_length
-        if sequence.rows[-1] is row and not ends:
-            self._candidates.append(_Candidate(sequence, position, token, chance))
+        is_worth_it = self._gate is None or self._gate.begins(len(row.drafts) - 1, draft.confidence)
+        if sequence.rows[-1] is row and is_worth_it and not ends:
+            self._candidates.append(_Candidate(sequence, position, token))
 
-    def _continue_with(self, sequence: Sequence, position: int, token: int, chance: float = 1.0) -> None:
+    def _continue_with(self, sequence: Sequence, position: int, token: int) -> None:
         """Have `token` at `position`: what runs there on another token, and beyond, is dropped."""
-        self._cut(sequence, position, token, chance)
+        self._cut(sequence, position, token)
         if not sequence.rows or sequence.rows[-1].position < position:
-            sequence.rows.append(Row(position, token, chance, exit_loop=sequence.exit_at(position)))
+            sequence.rows.append(Row(position, token, exit_loop=sequence.exit_at(position)))
 
-    def _cut(self, sequence: Sequence, position: int, token: int, chance: float) -> None:
-        """Drop the row of `position` and those beyond unless it has `token`, whose chance then is the one given."""
+    def _cut(self, sequence: Sequence, position: int, token: int) -> None:
+        """Drop the row of `position` and those beyond unless it has `token`."""
         index = next((i for i, row in enumerate(sequence.rows) if row.position == position), len(sequence.rows))
-        if index == len(sequence.rows):
-            return
-        if sequence.rows[index].token == token:
-            sequence.rows[index].chance = chance
-            return
-        del sequence.rows[index:]
-        self._cuts[sequence.cached] = min(position, self._cuts.get(sequence.cached, position))
+        if index < len(sequence.rows) and sequence.rows[index].token != token:
+            del sequence.rows[index:]
+            self._cuts[sequence.cached] = min(position, self._cuts.get(sequence.cached, position))
 
     def _finish(self, sequence: Sequence) -> None:
         """End a request, and keep its text where every position of it was computed exactly."""
@@ -466,15 +459,6 @@ class Scheduler:
         held = prefill.loop * self._cache.pages_for(prefill.start + prefill.length)
         held += (loops - prefill.loop) * self._cache.pages_for(prefill.start)
         return self._cache.pages_for(len(sequence.tokens)) - held // loops
-
-
-def _num_useful(rows: list[Row]) -> float:
-    """Count the rows of a sequence whose tokens are expected to stand."""
-    useful, chance = 0.0, 1.0
-    for row in rows:
-        chance *= row.chance
-        useful += chance
-    return useful
 
 
 def _num_common(first: list[int], second: list[int]) -> int:

@@ -22,7 +22,6 @@ class Row:
     """A decode row: a token at a position, and the loop that it runs next.
 
     Attributes:
-        chance: probability that its token is right if those before are: 1, or that of a draft that is not verified.
         slot: where its state lies in the last pass's output; None before loop 0.
         exit_loop: after which the token that follows it has left, where that is final already.
         drafts: of each loop so far, under a policy that verifies.
@@ -30,7 +29,6 @@ class Row:
 
     position: int
     token: int
-    chance: float = 1.0
     loop: int = 0
     slot: int | None = None
     exit_loop: int | None = None

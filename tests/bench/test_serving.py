@@ -42,7 +42,7 @@ from tests.util.models import make_hf_model
 from tests.util.tokenizers import make_bpe_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-FREE_ROWS = PassCurve((1, 256), (1.0, 1.0), (0.0, 0.0))
+FREE_ROWS = PassCurve((1, 256), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
 REQUESTS = Requests([[1, 2, 3], [4, 5, 6]], [12, 12])
 MIXED = Requests([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10], [11, 12]], [5, 9, 1, 4, 7])
 
