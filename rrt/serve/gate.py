@@ -22,12 +22,14 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 _NUM_BINS = 12
+_PRIOR = 0.25
+"""Drafts that stand for no experience, of each confidence."""
 _MEMORY = 512
 """Drafts of a loop after which older ones count half."""
 _PLAN_EVERY = 16
 _LOOK_EVERY = 32
-_MARGIN = 0.97
-"""Drafts begin where the predicted time is shorter than this part of the time without."""
+_MARGIN = 0.95
+"""Where no drafts begin, they do only if the predicted time is shorter than this part of the time without."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Acceptance:
     """
 
     def __init__(self) -> None:
-        self._right = [(i + 0.5) / _NUM_BINS for i in range(_NUM_BINS)]
-        self._seen = [1.0] * _NUM_BINS
+        self._right = [_PRIOR * (i + 0.5) / _NUM_BINS for i in range(_NUM_BINS)]
+        self._seen = [_PRIOR] * _NUM_BINS
 
     def chance(self, confidence: float) -> float:
         """Predict whether a draft is right."""
@@ -97,7 +99,7 @@ class Gate:
     def __init__(self, curve: PassCurve, num_loops: int) -> None:
         self._curve, self._num_loops = curve, num_loops
         self._loops = [Acceptance() for _ in range(num_loops - 1)]
-        self._least, self._sequences = math.inf, 0
+        self._least, self._sequences = math.inf, 0.0
         self._num_passes = 0
 
     @property
@@ -107,10 +109,13 @@ class Gate:
 
     def begin_pass(self, sequences: int) -> None:
         """Take note of a pass, which has decode rows of so many texts."""
+        if sequences == 0:
+            return
+        # Plans are for an average, and last: to change between rows in step and rows at all loops costs passes.
+        self._sequences += (sequences - self._sequences) * (1 / _PLAN_EVERY if self._sequences else 1)
+        if self._num_passes % _PLAN_EVERY == 0:
+            self._least = self._best_least(self._sequences)
         self._num_passes += 1
-        if sequences and (sequences != self._sequences or self._num_passes % _PLAN_EVERY == 0):
-            self._sequences = sequences
-            self._least = self._best_least(sequences)
 
     @property
     def looks(self) -> bool:
@@ -126,17 +131,17 @@ class Gate:
         """Take note of a draft that has been verified."""
         self._loops[loop].learn(confidence, is_right)
 
-    def _best_least(self, sequences: int) -> float:
+    def _best_least(self, sequences: float) -> float:
         curve, best = self._curve, math.inf
         plain = self._num_loops * curve.at(curve.block, sequences) + curve.at(curve.head, sequences)
-        shortest = _MARGIN * plain
+        shortest = plain if self.drafts else _MARGIN * plain
         for least in sorted({chance for acceptance in self._loops for chance in acceptance.chances()}, reverse=True):
             seconds = self._seconds(sequences, least)
             if seconds < shortest:
                 best, shortest = least, seconds
         return best
 
-    def _seconds(self, sequences: int, least: float) -> float:
+    def _seconds(self, sequences: float, least: float) -> float:
         """Predict the seconds of one token of each text where drafts of this chance or a better one begin."""
         passes = rows = float(self._num_loops)
         for loop, acceptance in enumerate(self._loops):
