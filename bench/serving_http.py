@@ -1,8 +1,8 @@
 """What the server costs: the part of bench/serving.py behind --http.
 
 `python -m rrt.serve` runs as a process of its own, and gets all requests at once; `rrt.LLM` gets the same ones here, in
-alternating order. Every round has prompts of its own, which no earlier one has left in a cache. Client and server share
-the machine with the engine, as the loss shows too.
+alternating order, and none finds prompts computed by another. Client and server share the machine with the engine, as
+the loss shows too.
 """
 
 import argparse
@@ -69,6 +69,14 @@ async def complete_all(url: str, prompts: Tokens, new_tokens: int, *, streams: b
         return list(await asyncio.gather(*(complete(session, prompt) for prompt in prompts)))
 
 
+async def forget_prefixes(url: str) -> None:
+    """Have a server forget the prompts that it has computed, as it does at another policy."""
+    import aiohttp
+
+    async with aiohttp.ClientSession(raise_for_status=True) as session:
+        await session.post(f"{url}/rrt/policy", json={"policy": "never"})
+
+
 def measure_case(llm: LLM, url: str, prompts: Tokens, in_flight: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time all ways on the same requests, round by round.
 
@@ -100,6 +108,9 @@ def measure_case(llm: LLM, url: str, prompts: Tokens, in_flight: int, arguments:
         batch = prompts[number * in_flight : (number + 1) * in_flight]
         found = {}
         for name in ways if number % 2 else reversed(ways):
+            # Prompts that the way before has left computed would be given to this one.
+            llm.engine.forget_prefixes()
+            asyncio.run(forget_prefixes(url))
             began = time.perf_counter()
             found[name] = ways[name](batch)
             if number:

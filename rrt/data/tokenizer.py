@@ -40,7 +40,7 @@ _ROLES = ("bos", "eos", "pad")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer with the rules of its model family; made by `load_tokenizer`.
 

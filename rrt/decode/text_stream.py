@@ -1,6 +1,7 @@
 """Text as it is generated, token by token: whole characters, and nothing of what a stop string may cut off."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
@@ -18,7 +19,10 @@ class Decodes(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    def __hash__(self) -> int: ...
 
+
+@lru_cache(8)
 def find_broken_byte(tokenizer: Decodes) -> int | None:
     """Find a token that is no valid text by itself, but a byte from within a character; None if there is none."""
     return next((i for i in range(min(tokenizer.vocab_size, _SEARCHED_IDS)) if tokenizer.decode([i]) == "\ufffd"), None)

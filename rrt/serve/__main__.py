@@ -19,7 +19,7 @@ from rrt.common.cli import CommandParser, human_bytes, keep_freed_memory, run_co
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
 from rrt.errors import UserError
-from rrt.serve.exits import POLICY_HELP, parse_policy
+from rrt.serve.exits import POLICY_HELP
 from rrt.serve.scheduler import SkippedKV
 
 _LEAST = {
@@ -31,7 +31,6 @@ _LEAST = {
     "drain_seconds": 0,
     "port": 0,
 }
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -117,10 +116,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--port: found {arguments.port}; expected at most 65535")
     if arguments.cache_gib is not None and not 0 < arguments.cache_gib < math.inf:
         raise UserError(f"--cache-gib: found {arguments.cache_gib}; expected more than 0")
-    arguments.api_key = arguments.api_key if arguments.api_key is not None else os.environ.get("RRT_API_KEY")
-    if arguments.api_key is not None and not (arguments.api_key.isascii() and arguments.api_key.strip()):
+    key = os.environ.get("RRT_API_KEY") if arguments.api_key is None else arguments.api_key
+    # A file's last line end is none of a key.
+    arguments.api_key = None if key is None else key.strip()
+    if key is not None and not (key.isascii() and key.strip()):
         raise UserError("--api-key or RRT_API_KEY: found no ASCII characters, or others; expected a key, or no flag")
-    parse_policy(arguments.exit_policy, arguments.checkpoint)
     return arguments
 
 
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{missing[0]} is not installed; expected it: pip install 'relaxed-recursive-transformers[serve]'"
         )
-    from rrt.serve.http.server import Settings, address_of, make_service, open_socket, run_server
+    from rrt.serve.http.app import LOOPBACK
+    from rrt.serve.http.server import Settings, address_of, listen, make_service, open_socket, run_server
 
     # First, for a port that is taken is found out before the weights are read.
     listener = open_socket(arguments.host, arguments.port)
@@ -156,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=pick_device(arguments.device),
         )
     )
+    listen(listener)
     cache = service.worker.decoder.cache
     address = address_of(listener)
-    if arguments.host not in _LOOPBACK and arguments.api_key is None:
+    if arguments.host not in LOOPBACK and arguments.api_key is None:
         print(f"notice: {address} is open to other machines without a key; --api-key asks for one", file=sys.stderr)
     print(
         f"serving {service.model_name} ({dtype_name(cache.k.dtype)} on {cache.k.device}, {cache.num_loops} loops, "

@@ -14,6 +14,8 @@ class RequestText:
     def __init__(self, tokenizer: Decodes, params: SamplingParams) -> None:
         self._stop_ids = params.stop_ids
         self._stream, self._stops = TextStream(tokenizer), StopStrings(params.stop)
+        self.num_decoded = 0
+        """Characters of the new text so far, with those that a stop string could still cut off."""
 
     @property
     def has_stopped(self) -> bool:
@@ -27,7 +29,9 @@ class RequestText:
     def push(self, new: NewToken) -> str:
         """Add a token; returns the text that is certain by now and was not returned before."""
         # The token that ends a text is none of it, though it may have one.
-        piece = "" if new.token in self._stop_ids else self._stops.push(self._stream.push([new.token]))
+        decoded = "" if new.token in self._stop_ids else self._stream.push([new.token])
+        self.num_decoded += len(decoded)
+        piece = self._stops.push(decoded)
         if new.finish_reason is not None:
             piece += self._stops.push(self._stream.finish()) + self._stops.finish()
         return piece

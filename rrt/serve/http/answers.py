@@ -5,18 +5,20 @@ the loop from which on all loops gave it (`agreed_loops`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from rrt.decode.sampling import TopTokens
-from rrt.decode.text_stream import Decodes
+from rrt.decode.text_stream import Decodes, TextStream
 from rrt.serve.http.scores import PromptScores
 from rrt.serve.http.worker import Delta, Text
 from rrt.serve.requests import NewToken
 
 _LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON has not."""
+_CACHED_NAMES = 2**16
 
 
 def to_json(value: object) -> bytes:
@@ -36,14 +38,15 @@ class TokenNames:
     """The texts by which answers name tokens. One that is no text by itself is named by its number."""
 
     def __init__(self, tokenizer: Decodes) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.name = lru_cache(_CACHED_NAMES)(self._name)
 
-    def name(self, token: int) -> str:
-        text = self._tokenizer.decode([token])
+    def _name(self, token: int) -> str:
+        text = self.tokenizer.decode([token])
         return f"token_id:{token}" if not text or "\ufffd" in text else text
 
-    def top(self, tokens: TopTokens) -> dict[str, float]:
-        """Name the most probable tokens; of those with one text, which differ by a space, the first has it."""
+    def top(self, tokens: Iterable[tuple[int, float]]) -> dict[str, float]:
+        """Name tokens with their log-probabilities; of those with one text, apart by a space, the first has it."""
         named: dict[str, float] = {}
         for token, logprob in tokens:
             name = self.name(token)
@@ -98,19 +101,14 @@ class CompletionChoice:
     def __init__(self, names: TokenNames, text: Text, index: int, echo: str | None, num_top: int | None) -> None:
         self._names, self._text, self._index, self._num_top = names, text, index, num_top
         self._echo, self._length = echo, 0
-        self._scores: PromptScores | None = None
-
-    def add_scores(self, scores: PromptScores) -> None:
-        self._scores = scores
+        self._prompt = Logprobs()
 
     def part(self, delta: Delta) -> dict[str, Any]:
         """Return the choice's JSON of a piece; the first one has the prompt's, if it is shown."""
-        logprobs = None if self._num_top is None else Logprobs()
-        text = ""
-        if self._echo is not None:
-            text, self._echo = self._echo, None
-            if logprobs is not None:
-                self._add_prompt(logprobs)
+        logprobs = None
+        if self._num_top is not None:
+            logprobs, self._prompt = self._prompt, Logprobs()
+        text, self._echo = self._echo or "", None
         start = self._length + len(text)
         text += delta.text
         if logprobs is not None:
@@ -124,20 +122,19 @@ class CompletionChoice:
             "rrt": _depth(delta),
         }
 
-    def _add_prompt(self, logprobs: Logprobs) -> None:
-        scores = self._scores
-        assert scores is not None
-        tokens = self._text.prompt
+    def add_scores(self, scores: PromptScores) -> None:
+        """Take the prompt's log-probabilities, which the first part has; of a long prompt this takes long."""
+        logprobs, tokens = self._prompt, self._text.prompt
         logprobs.tokens += [self._names.name(token) for token in tokens]
         # Nothing predicts the first token.
         logprobs.token_logprobs += [None, *map(_finite, scores.logprobs)]
         logprobs.top_logprobs.append(None)
         for token, logprob, top in zip(tokens[1:], scores.logprobs, scores.top, strict=True):
             logprobs.top_logprobs.append(self._top(token, logprob, top))
-        offset = 0
-        for name in logprobs.tokens:
+        offset, stream = 0, TextStream(self._names.tokenizer)
+        for token in tokens:
             logprobs.text_offset.append(offset)
-            offset += 0 if name.startswith("token_id:") else len(name)
+            offset += len(stream.push([token]))
 
     def _add_new(self, logprobs: Logprobs, delta: Delta, start: int) -> None:
         for new, offset in zip(delta.tokens, delta.offsets, strict=True):
@@ -148,10 +145,10 @@ class CompletionChoice:
             logprobs.text_offset.append(start + offset)
 
     def _top(self, token: int, logprob: float, top: TopTokens) -> dict[str, float] | None:
-        """Name the most probable tokens, and the one that is there."""
+        """Name the token that is there, and the most probable ones."""
         if not self._num_top:
             return None
-        return self._names.top(top if any(token == other for other, _ in top) else (*top, (token, logprob)))
+        return self._names.top([(token, logprob), *(pair for pair in top if pair[0] != token)])
 
 
 class ChatChoice:

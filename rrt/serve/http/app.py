@@ -1,8 +1,10 @@
-"""The web application: paths, keys, the limit of a body, and errors."""
+"""The web application: paths, keys, the limits of a body, and errors."""
 
+import asyncio
 import hmac
 import importlib.resources
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,7 +26,8 @@ from rrt.serve.http.texts import TextPaths, json_response
 
 log = logging.getLogger(__name__)
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_BODY_SECONDS = 60
 _PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -93,6 +96,7 @@ class _App:
 
         async def answer(request: Request) -> Response:
             try:
+                self._check_host(request)
                 if not is_public:
                     self._check_key(request)
                 response = await handler(request)
@@ -125,15 +129,21 @@ class _App:
                 headers={"www-authenticate": "Bearer"},
             )
 
+    def _check_host(self, request: Request) -> None:
+        """Refuse what a browser sends for a foreign page whose name it was told is this machine, if there is no key."""
+        host = re.sub(r":\d*$", "", request.headers.get("host", "localhost")).strip("[]").lower()
+        if self._service.api_key is None and request.scope["server"][0] in LOOPBACK and host not in LOOPBACK:
+            raise ApiError(403, f"Host: found {host[:80]}; expected localhost, or --api-key")
+
     async def _refuse_path(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         self._count("other", error.status_code)
         expected = "POST, or GET" if error.status_code == 405 else "a path of docs/SERVING.md"
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}; expected {expected}"
+        message = f"{request.method} {request.scope['path'][:100]}: {error.detail}; expected {expected}"
         return _error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
     async def _read(self, request: Request) -> bytes:
-        """Read the body, up to the limit."""
+        """Read the body, up to the limits."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # Which also keeps other sites' pages from sending requests without being asked.
             found = request.headers.get("content-type", "none")[:80]
@@ -144,10 +154,15 @@ class _App:
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_large
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            message = f"body: found {len(body)} bytes in {_BODY_SECONDS} seconds; expected all of it"
+            raise ApiError(408, message, headers={"connection": "close"}) from None
         return bytes(body)
 
     # Answers
@@ -159,7 +174,7 @@ class _App:
         return await self._texts.chat(request, await self._read(request))
 
     async def _show_page(self, request: Request) -> Response:
-        content, kind = self._page[request.url.path]
+        content, kind = self._page[request.scope["path"]]
         return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
     async def _health(self, request: Request) -> Response:
@@ -195,7 +210,7 @@ class _App:
                 "agreed": agreed,
                 "texts_open": self._worker.num_open,
                 "pages_used": cache.num_used_pages,
-                "pages_total": cache.num_used_pages + cache.num_free_pages,
+                "pages_total": cache.num_pages,
             }
         )
 
@@ -210,12 +225,12 @@ class _App:
         return json_response({"policy": wanted})
 
     def _check_is_local(self, request: Request) -> None:
-        """Refuse a client of another machine, and one that comes through a proxy, unless a key was checked."""
+        """Refuse a client of another machine, and one whose proxy says that it is one, unless a key was checked."""
         if self._service.api_key is not None:
             return
         client = request.client.host if request.client is not None else ""
         forwarded = {"x-forwarded-for", "forwarded", "via"} & set(request.headers.keys())
-        if client not in _LOOPBACK or request.url.hostname not in _LOOPBACK or forwarded:
+        if client not in LOOPBACK or forwarded:
             raise ApiError(403, "policy: found a client of another machine; expected one of this, or --api-key")
 
 

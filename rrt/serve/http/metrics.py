@@ -28,7 +28,7 @@ class Metrics:
             ("path", "status"),
             registry=self.registry,
         )
-        self.prompt_tokens = counter("rrt_prompt_tokens", "Tokens of accepted prompts")
+        self.prompt_tokens = counter("rrt_prompt_tokens", "Tokens of accepted prompts, of each choice")
         self.reused_tokens = counter("rrt_reused_tokens", "Prompt tokens that were found computed")
         self.new_tokens = counter("rrt_new_tokens", "Tokens generated")
         self.passes = counter("rrt_passes", "Passes of the shared block")

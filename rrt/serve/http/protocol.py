@@ -1,20 +1,23 @@
 """Requests as OpenAI's API has them, checked field by field, and errors in its form.
 
-What a field would change and this server does not do is refused, and so is a field that it does not know: a request
-is never answered as if it had asked for something else.
+What a field would change and this server does not do is refused, and so is a field that it does not know, unless it
+is null or an empty list: a request is never answered as if it had asked for something else.
 """
 
+import re
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from rrt.errors import UserError
 from rrt.serve.requests import SamplingParams
 
-MOST_CHOICES, MOST_TOP_LOGPROBS, MOST_STOPS = 128, 20, 16
+MOST_CHOICES, MOST_TOP_LOGPROBS, MOST_STOPS, MOST_MESSAGES = 128, 20, 16, 4096
 Prompt = str | list[int]
 
 
@@ -92,6 +95,19 @@ def _content(value: object) -> str:
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, value: Any) -> Any:
+        """Leave of the fields that are not known the first that asks for something, which is then refused.
+
+        Clients send messages back as they came, nulls and empty lists included.
+        """
+        if not isinstance(value, dict):
+            return value
+        asking = (name for name, given in value.items() if name not in cls.model_fields and given not in (None, []))
+        kept = {*cls.model_fields, next(asking, None)}
+        return {name: given for name, given in value.items() if name in kept}
+
 
 class StreamOptions(_Model):
     """What a stream tells beside the text."""
@@ -118,7 +134,7 @@ class _Generation(_Model):
     # Only the value that changes nothing.
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -142,7 +158,8 @@ class _Generation(_Model):
             return SamplingParams(
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_k=0 if self.top_k is None else self.top_k,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                # 0 is the most probable token alone, as the smallest number is.
+                top_p=1.0 if self.top_p is None else self.top_p or sys.float_info.min,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 stop_ids=frozenset(() if self.ignore_eos else stop_ids),
@@ -182,6 +199,12 @@ class CompletionRequest(_Generation):
             raise ApiError(400, "stream_options: found without stream; expected stream true", param="stream_options")
 
 
+class ResponseFormat(_Model):
+    """The form of an answer, of which only text is known."""
+
+    type: Literal["text"]
+
+
 class ChatMessage(_Model):
     """A message of a conversation."""
 
@@ -193,7 +216,7 @@ class ChatMessage(_Model):
 class ChatRequest(_Generation):
     """A request to answer a conversation."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -201,8 +224,11 @@ class ChatRequest(_Generation):
     # Only what changes nothing.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -256,11 +282,17 @@ def parse(model: type[_M], body: bytes) -> _M:
         raise ApiError(400, f"{name}: missing; expected a value", param=name)
     if first["type"] == "extra_forbidden":
         raise ApiError(400, f"{name}: not known to this server; expected no such field", param=name)
-    message = message.removeprefix("Input should be ").removeprefix("Input should have ").removeprefix("a valid ")
+    message = re.sub("^(Input|List|Dictionary) should (be|have) (a valid )?", "", message)
     raise ApiError(400, f"{name}: found {short(found)}; expected {message}", param=name)
 
 
 def short(value: object) -> str:
     """Format a value for a message."""
-    text = repr(value)
+    text = _brief.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# Of a large value all of `repr` would take long.
+_brief = reprlib.Repr()
+_brief.maxlevel, _brief.maxlist, _brief.maxdict = 3, 20, 20
+_brief.maxstring = _brief.maxlong = _brief.maxother = 100

@@ -61,4 +61,5 @@ def score_prompt(model: RecursiveTransformer, tokens: Sequence[int], num_top: in
             )
         logprobs += found.tolist()
         top += top_tokens(logs, num_top)
-    return PromptScores(logprobs[:-1], top[:-1], logits[-1], top[-1])
+    # A copy: a view would keep all rows of its chunk.
+    return PromptScores(logprobs[:-1], top[:-1], logits[-1].clone(), top[-1])

@@ -37,6 +37,7 @@ from rrt.serve.scheduler import SkippedKV
 _MOST_CACHE_BYTES = 4 << 30
 _START_SECONDS = 600
 _LAST_SECONDS = 5
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -139,17 +140,29 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Listen at an address; port 0 is any free one. Raises `UserError` if it cannot be had."""
+@contextlib.contextmanager
+def _taking(host: str, port: int) -> Iterator[None]:
     try:
+        yield
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--host, --port: {host} port {port}: {reason}; expected an address that is free") from None
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Take an address; port 0 is any free one. Raises `UserError` if it cannot be had."""
+    with _taking(host, port):
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--host, --port: {host} port {port}: {reason}; expected an address that is free") from None
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Let clients connect, who wait from then on. Raises `UserError` if another process listens there by now."""
+    with _taking(*listener.getsockname()[:2]):
+        listener.listen(_BACKLOG)
 
 
 def address_of(listener: socket.socket) -> str:
@@ -168,6 +181,10 @@ def make_server(service: Service, drain_seconds: int) -> uvicorn.Server:
         # A proxy's word for who the client is would open what is for this machine alone.
         proxy_headers=False,
         server_header=False,
+        # It bounds the bytes of headers, which httptools does not.
+        http="h11",
+        # Enough to tell as many as are served to come again.
+        limit_concurrency=2 * service.limits.texts + 64,
         # For clients that do not even take their failures.
         timeout_graceful_shutdown=drain_seconds + _LAST_SECONDS,
         ws="none",

@@ -17,7 +17,7 @@ from rrt.serve.http.protocol import ApiError, ChatRequest, CompletionRequest, Pr
 from rrt.serve.http.scores import PromptScores
 from rrt.serve.http.service import Service
 from rrt.serve.http.streams import EventStream, unless_gone
-from rrt.serve.http.worker import Call, Delta, Failure, Text
+from rrt.serve.http.worker import ENDED, Call, Delta, Failure, Text
 
 _RETRY_SECONDS = 1
 
@@ -57,6 +57,14 @@ class TextPaths:
                 check_prompt(self._worker.decoder, name, prompt, max_new_tokens)
             except UserError as error:
                 raise ApiError(400, str(error), param="prompt") from None
+            # Of scored prompts too, which the cache never has.
+            if len(prompt) + max(max_new_tokens, 1) - 1 > (most := self._worker.most_positions):
+                raise ApiError(
+                    400,
+                    f"{name}: found {len(prompt)} tokens and {max_new_tokens} new ones; expected at most {most + 1} "
+                    "together, for which the cache has room (--cache-gib)",
+                    param="prompt",
+                )
         found = num_choices * sum(len(prompt) + max_new_tokens for prompt in prompts)
         if found > self._service.limits.tokens:
             raise ApiError(
@@ -66,23 +74,29 @@ class TextPaths:
                 param="max_tokens",
             )
 
-    def _submit(self, texts: Sequence[Text], *, streams: bool) -> Call:
-        """Submit texts, if so many more may wait."""
+    def _check_room(self, num_texts: int) -> None:
+        """Refuse texts if not so many more may wait."""
         most, busy = self._service.limits.texts, self._worker.num_open
-        if len(texts) > most:
+        if self._worker.has_ended:
+            raise ApiError(503, ENDED)
+        if num_texts > most:
             raise ApiError(
                 400,
-                f"request: found {len(texts)} texts, prompts times n; expected at most {most}, which the server takes "
+                f"request: found {num_texts} texts, prompts times n; expected at most {most}, which the server takes "
                 "at once (--max-running and --max-queue)",
                 param="prompt",
             )
-        if busy + len(texts) > most:
+        if busy + num_texts > most:
             raise ApiError(
                 429,
                 f"server: found {busy} texts running and waiting; expected at most {most} with yours: try again later",
                 code="too_many_requests",
                 headers={"retry-after": str(_RETRY_SECONDS)},
             )
+
+    def _submit(self, texts: Sequence[Text], *, streams: bool) -> Call:
+        # Again, for others have come meanwhile.
+        self._check_room(len(texts))
         call = Call(texts, streams=streams)
         self._worker.submit(call)
         return call
@@ -92,6 +106,7 @@ class TextPaths:
         spec = parse(CompletionRequest, body)
         spec.check()
         self.check_model(spec.model)
+        self._check_room(len(spec.prompt) * spec.num_choices)
         prompts = await self._encode(spec.prompt)
         num_top = spec.num_top_of_prompt
         self._check_lengths(prompts, spec.max_new_tokens, spec.num_choices)
@@ -132,6 +147,7 @@ class TextPaths:
         self.check_model(spec.model)
         if self._service.tokenizer.chat_template is None:
             raise ApiError(400, f"model: {self._service.model_name} has no chat template; expected /v1/completions")
+        self._check_room(spec.num_choices)
         messages = [message.model_dump(exclude_none=True) for message in spec.messages]
         try:
             text = await asyncio.to_thread(self._service.tokenizer.apply_chat_template, messages)
@@ -142,9 +158,8 @@ class TextPaths:
         max_new_tokens = spec.max_new_tokens
         if max_new_tokens is None:
             # As much as there is room for. The last new token is never read.
-            room = self._worker.decoder.max_positions + 1 - len(prompt)
-            share = self._service.limits.tokens // spec.num_choices - len(prompt)
-            max_new_tokens = max(min(room, share, self._room_in_cache(len(prompt))), 1)
+            most = min(self._worker.most_positions + 1, self._service.limits.tokens // spec.num_choices)
+            max_new_tokens = max(most - len(prompt), 1)
         self._check_lengths([prompt], max_new_tokens, spec.num_choices)
         seed = random.getrandbits(63) if spec.seed is None else spec.seed
         stop_ids = self._service.tokenizer.stop_ids
@@ -164,17 +179,6 @@ class TextPaths:
 
         return await self._answer(request, call, head, take, spec.num_choices, spec.includes_usage)
 
-    def _room_in_cache(self, num_prompt_tokens: int) -> int:
-        """Return the most new tokens after a prompt that the cache could hold, were it alone."""
-        cache = self._worker.decoder.cache
-        total = cache.num_used_pages + cache.num_free_pages
-        low, high = 0, self._worker.decoder.max_positions + 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = cache.pages_for(num_prompt_tokens + middle - 1) <= total
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
-
     def _head(self) -> dict[str, Any]:
         return {"created": int(time.time()), "model": self._service.model_name}
 
@@ -193,7 +197,6 @@ class TextPaths:
             head: fields of the answer, or of every chunk of it.
             take: turns an event of a choice into its JSON; None: there is nothing to tell yet.
         """
-        label = request.url.path
         parts = self._parts(call, take)
         try:
             # What the engine refuses, and what fails at once, still has a status.
@@ -202,7 +205,7 @@ class TextPaths:
 
                 def end(status: int) -> None:
                     self._worker.cancel(call)
-                    self._count(label, status)
+                    self._count(request.scope["path"], status)
 
                 return EventStream(self._stream(call, parts, first, head, num_choices, includes_usage), end)
             found = [first] if first is not None else []
@@ -229,7 +232,9 @@ class TextPaths:
             index, event = await call.events.get()
             if isinstance(event, Failure):
                 raise ApiError(event.status, event.message)
-            part = take(index, event)
+            # A prompt's scores take long to write: in another thread, as the encoding.
+            is_long = isinstance(event, PromptScores)
+            part = await asyncio.to_thread(take, index, event) if is_long else take(index, event)
             if part is not None:
                 assert isinstance(event, Delta)
                 left -= event.finish_reason is not None
@@ -261,5 +266,8 @@ class TextPaths:
 
 
 def _nth_seed(seed: int, choice: int) -> int:
-    """Return the seed of a choice: the first one's is the request's. A bad seed stays one, to be refused."""
-    return (seed + choice) % 2**64 if 0 <= seed < 2**64 else seed
+    """Return the seed of a choice: the first one's is the request's. A bad seed stays one, to be refused.
+
+    OpenAI's are of 64 bits with a sign, and the engine's without.
+    """
+    return (seed + choice) % 2**64 if -(2**63) <= seed < 2**64 else seed

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from rrt.serve.requests import FinishReason, NewToken, RequestError, SamplingPar
 from rrt.serve.text import RequestText
 
 log = logging.getLogger(__name__)
+
+ENDED = "the server ends: send the request to another one"
 
 
 class CountingCache(PagedCache):
@@ -120,6 +123,8 @@ class _Progress:
     stream: RequestText
     first_token: float = 0.0
     num_tokens: int = 0
+    num_sent: int = 0
+    """Characters of the text that earlier deltas have."""
     text: str = ""
     tokens: list[NewToken] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -142,8 +147,15 @@ class Worker:
         metrics: Metrics,
         policy: ExitPolicy,
     ) -> None:
-        self.decoder, self.policy, self.num_open = decoder, policy, 0
-        """`num_open`: texts that were submitted and have not ended."""
+        self.decoder = decoder
+        self.num_open = 0
+        """Texts that were submitted and have not ended."""
+        self.has_ended = False
+        """No call is taken any more."""
+        self.most_positions = (
+            bisect_right(range(decoder.max_positions + 1), cache.num_free_pages, key=cache.pages_for) - 1
+        )
+        """Positions of the longest text that the decoder and the empty cache have room for."""
         self._make_engine, self._tokenizer, self._metrics = make_engine, tokenizer, metrics
         self._cache, self._engine = cache, make_engine(policy)
         self._open_calls: set[Call] = set()
@@ -195,16 +207,17 @@ class Worker:
             self._condition.notify()
 
     def give_up(self) -> None:
-        """End all calls with a failure: the server ends, and will not wait longer."""
+        """End all calls with a failure, and take no others: the server ends, and will not wait longer."""
+        self.has_ended = True
         for call in tuple(self._open_calls):
-            failures = [
-                (index, Failure("the server ends: send the request to another one", 503))
-                for index, text in enumerate(call.texts)
-                if text.is_open
-            ]
+            failures = [(index, Failure(ENDED, 503)) for index, text in enumerate(call.texts) if text.is_open]
             self.cancel(call)
             for failure in failures:
                 call.events.put_nowait(failure)
+        with self._condition:
+            switch, self._next_policy = self._next_policy, None
+        if switch is not None:
+            self._switched(switch[1], UserError(ENDED))
 
     async def switch_policy(self, policy: ExitPolicy) -> None:
         """Take another policy once all that runs has ended; what comes meanwhile waits for it.
@@ -213,6 +226,8 @@ class Worker:
             UserError: the policy does not fit the model, or another switch is under way.
         """
         policy.check(self.decoder.model.recursion)
+        if self.has_ended:
+            raise UserError(ENDED)
         future = asyncio.get_running_loop().create_future()
         with self._condition:
             if self._next_policy is not None:
@@ -244,10 +259,8 @@ class Worker:
                 self._close(call, text)
             call.events.put_nowait((index, event))
 
-    def _switched(self, policy: ExitPolicy, future: "asyncio.Future[None]", error: Exception | None) -> None:
-        if error is None:
-            self.policy = policy
-        if future.cancelled():
+    def _switched(self, future: "asyncio.Future[None]", error: Exception | None) -> None:
+        if future.done():
             return
         if error is None:
             future.set_result(None)
@@ -258,11 +271,16 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._take():
-            self._score_one()
-            if self._engine.has_work:
-                self._step()
-            self._send()
+        try:
+            while self._take():
+                self._score_one()
+                if self._engine.has_work:
+                    self._step()
+                self._send()
+        except Exception:
+            log.exception("the engine's thread has ended")
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self.give_up)
 
     def _take(self) -> bool:
         """Wait for something to do, and take what has come; False at the end."""
@@ -304,7 +322,7 @@ class Worker:
         with self._condition:
             self._next_policy = None
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._switched, policy, future, failure)
+        self._loop.call_soon_threadsafe(self._switched, future, failure)
 
     def _drop(self, call: Call) -> None:
         for request_id, progress in list(self._running.items()):
@@ -334,13 +352,12 @@ class Worker:
             self._outbox.append((call, index, Delta("", (), (), "length")))
             return
         try:
-            request_id = self._engine.add(text.prompt, text.params)
+            progress = _Progress(call, index, RequestText(self._tokenizer, text.params))
+            self._running[self._engine.add(text.prompt, text.params)] = progress
         except UserError as error:
             self._outbox.append((call, index, Failure(str(error), 400)))
         except Exception as error:
             self._fail(call, index, error)
-        else:
-            self._running[request_id] = _Progress(call, index, RequestText(self._tokenizer, text.params))
 
     def _score_one(self) -> None:
         """Score one prompt, so that the engine's requests wait for one at most."""
@@ -358,19 +375,18 @@ class Worker:
         for index in indices:
             self._outbox.append((call, index, scores))
             params = call.texts[index].params
-            if params is not None and params.max_new_tokens == 1:
-                self._choose_after(call, index, scores, params)
-            else:
+            if params is None or params.max_new_tokens > 1:
                 self._add(call, index)
+                continue
+            try:
+                self._choose_after(call, index, scores, params)
+            except Exception as error:
+                self._fail(call, index, error)
 
     def _choose_after(self, call: Call, index: int, scores: PromptScores, params: SamplingParams) -> None:
         """Take the one new token from the logits of the prompt's scoring: no other pass is needed."""
         logits = scores.next_logits
-        try:
-            token = choose_tokens(logits[None], [params], [0])[0]
-        except UserError as error:
-            self._fail(call, index, error)
-            return
+        token = choose_tokens(logits[None], [params], [0])[0]
         logprob = float(logits.float().log_softmax(-1)[token]) if params.logprobs else None
         last = self.decoder.cache.num_loops - 1
         reason: FinishReason = "stop" if token in params.stop_ids else "length"
@@ -405,7 +421,14 @@ class Worker:
         self._count(new_tokens)
         for new in new_tokens:
             progress = self._running.get(new.request_id)
-            if progress is not None and self._advance(progress, new):
+            if progress is None:
+                continue
+            try:
+                has_ended = self._advance(progress, new)
+            except Exception as error:
+                self._fail(progress.call, progress.index, error)
+                has_ended = True
+            if has_ended:
                 del self._running[new.request_id]
                 self._engine.cancel(new.request_id)
 
@@ -430,15 +453,19 @@ class Worker:
             progress.first_token = now
             self._metrics.time_to_first_token.observe(now - progress.call.began)
         progress.num_tokens += 1
-        progress.offsets.append(len(progress.text))
+        progress.offsets.append(progress.stream.num_decoded - progress.num_sent)
         progress.text += progress.stream.push(new)
         progress.tokens.append(new)
         reason: FinishReason | None = "stop" if progress.stream.has_stopped else new.finish_reason
         if reason is not None and progress.num_tokens > 1:
             self._metrics.time_per_token.observe((now - progress.first_token) / (progress.num_tokens - 1))
         if reason is not None or (progress.call.streams and progress.text):
+            if reason is not None:
+                # What a stop string cuts off has no place of its own.
+                progress.offsets = [min(offset, len(progress.text)) for offset in progress.offsets]
             delta = Delta(progress.text, tuple(progress.tokens), tuple(progress.offsets), reason)
             self._outbox.append((progress.call, progress.index, delta))
+            progress.num_sent += len(progress.text)
             progress.text, progress.tokens, progress.offsets = "", [], []
         return reason is not None
 

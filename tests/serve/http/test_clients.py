@@ -32,6 +32,18 @@ def test_the_openai_client_completes_and_chats(client, server):
     assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
 
 
+def test_an_answer_is_taken_back_as_the_client_sends_it(client):
+    messages = [{"role": "user", "content": "import"}]
+    options = dict(model="tiny", max_tokens=3, temperature=0)
+    answer = client.chat.completions.create(messages=messages, **options).choices[0].message
+    expected = {"role": "assistant", "content": answer.content}
+    for sent in (expected, answer, answer.model_dump(), {**expected, "annotations": [], "tool_calls": None}):
+        again = client.chat.completions.create(messages=[*messages, sent, *messages], **options, extra_body={"x": None})
+        if sent is expected:
+            second = again
+        assert again.choices[0].message == second.choices[0].message and again.usage == second.usage
+
+
 def test_the_openai_client_raises_its_own_errors(client, checkpoint):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="tiny", prompt="a", temperature=-1)
@@ -47,13 +59,11 @@ def test_the_openai_client_raises_its_own_errors(client, checkpoint):
 
 
 def test_scores_through_the_harness_are_those_of_fewshot(server, checkpoint, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from eval.harness_lm import HarnessLM
     from eval.harness_tasks import load_tasks, quiet_harness, run_harness
 
-    assert lm_eval
     quiet_harness()
     data = write_task_files(tmp_path / "tasks", documents=5)
     model, tokenizer = rrt.load_model(checkpoint, dtype=SETTINGS.dtype), rrt.load_tokenizer(checkpoint)

@@ -8,6 +8,12 @@ import torch
 import rrt
 from rrt.checkpoint.source import load_model
 from rrt.serve.exits import Verify
+from rrt.serve.http.answers import CompletionChoice, TokenNames
+from rrt.serve.http.metrics import Metrics
+from rrt.serve.http.scores import PromptScores, score_prompt
+from rrt.serve.http.worker import Call, Delta, Text, Worker, _Progress
+from rrt.serve.requests import NewToken
+from rrt.serve.text import RequestText
 
 PROMPTS = ["def main(", "import os\n", "class A:"]
 
@@ -118,6 +124,66 @@ def test_log_probabilities_of_new_tokens_are_the_models(server, llm, checkpoint)
     assert offsets == sorted(offsets) and choice["text"].startswith(names[0]) and offsets[:2] == [0, len(names[0])]
     none = server.complete(prompt=PROMPTS[0], max_tokens=6, logprobs=0, **drawn).json["choices"][0]["logprobs"]
     assert none["top_logprobs"] == [None] * 6 and none["token_logprobs"] == found["token_logprobs"]
+
+
+class Letters:
+    """A tokenizer with a byte for each token: letters, x twice, and the three bytes of one character."""
+
+    vocab_size = 10
+
+    def decode(self, ids):
+        return bytes(b"abcwxzx\xe6\x97\xa5"[i] for i in ids).decode(errors="replace")
+
+
+def test_offsets_of_held_back_text_are_the_tokens_places():
+    sent = []
+
+    def advance(tokens, stop, streams):
+        worker = Worker.__new__(Worker)
+        worker._metrics, worker._outbox = Metrics(1), []
+        params = rrt.SamplingParams(stop=stop)
+        text = Text([0], params)
+        progress = _Progress(Call([text], streams=streams), 0, RequestText(Letters(), params))
+        for place, token in enumerate(tokens):
+            reason = "length" if place == len(tokens) - 1 else None
+            worker._advance(progress, NewToken(0, token, 0, 0, -1.0, reason))
+        choice = CompletionChoice(TokenNames(Letters()), text, 0, None, 0)
+        parts = [choice.part(delta) for _, _, delta in worker._outbox]
+        sent.append("".join(part["text"] for part in parts))
+        return [offset for part in parts for offset in part["logprobs"]["text_offset"]]
+
+    for streams in (False, True):
+        assert advance([4, 0, 1, 5, 3], ("abc",), streams) == [0, 1, 2, 3, 4]
+        assert advance([7, 8, 9, 0, 1], (), streams) == [0, 0, 0, 1, 2]
+    assert advance([4, 0, 1, 2], ("abc",), False) == [0, 1, 1, 1]
+    assert sent == ["xabzw", "日ab"] * 2 + ["x"]
+
+
+def test_offsets_and_names_of_a_prompt():
+    text = Text([7, 8, 9, 0, 6], None)
+    choice = CompletionChoice(TokenNames(Letters()), text, 0, "日ax", 1)
+    # Of two tokens of one text the one that is there has it.
+    scores = PromptScores([-1.0] * 3 + [-2.0], [((0, -1.0),)] * 3 + [((4, -1.0),)], torch.zeros(10), ())
+    choice.add_scores(scores)
+    found = choice.part(Delta("", (), (), "length"))["logprobs"]
+    assert found["text_offset"] == [0, 0, 0, 1, 2]
+    assert found["tokens"][-1] == "x" and found["top_logprobs"][-1] == {"x": -2.0, "token_id:4": -1.0}
+
+
+def test_scores_keep_no_other_logits(llm):
+    scores = score_prompt(llm.engine.decoder.model, [1, 2, 3], 0)
+    assert scores.next_logits.untyped_storage().nbytes() == scores.next_logits.nbytes
+
+
+def test_values_of_other_servers_limits_are_taken(server):
+    body = {"prompt": PROMPTS[0], "max_tokens": 4}
+    greedy = server.complete(**body, temperature=0).json["choices"][0]["text"]
+    assert server.complete(**body, top_p=0).json["choices"][0]["text"] == greedy
+    negative, wrapped = (server.complete(**body, seed=seed).json["choices"][0] for seed in (-2, 2**64 - 2))
+    assert negative == wrapped
+    more = {"metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True, "store": False}
+    messages = [{"role": "user", "content": "a"}]
+    assert server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1, **more}).status == 200
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 3])

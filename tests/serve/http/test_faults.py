@@ -16,8 +16,12 @@ import pytest
 import torch
 
 import rrt
+from rrt.errors import UserError
 from rrt.serve import engine as engine_module
-from rrt.serve.http.server import running_server
+from rrt.serve import text as text_module
+from rrt.serve.__main__ import _parse_arguments
+from rrt.serve.http import worker as worker_module
+from rrt.serve.http.server import listen, open_socket, running_server
 from tests.util.servers import held_engine, serving, wait_until
 
 COMPLETION = "/v1/completions"
@@ -171,6 +175,56 @@ def test_a_prompt_whose_scoring_fails_ends_its_request_alone(server, monkeypatch
     assert server.complete(prompt="a b", echo=True, logprobs=1, max_tokens=1).status == 200
 
 
+@pytest.mark.parametrize(("owner", "name"), [
+    (worker_module, "choose_tokens"), (worker_module, "RequestText"), (text_module.RequestText, "push"),
+])  # fmt: skip
+@pytest.mark.parametrize("form", [{}, {"echo": True, "logprobs": 1}], ids=["plain", "scored"])
+def test_an_unexpected_error_ends_its_request_alone(server, monkeypatch, owner, name, form):
+    def broken(*args, **kwargs):
+        raise ValueError("a fault")
+
+    expected = 200 if name == "choose_tokens" and not form else 500
+    monkeypatch.setattr(owner, name, broken)
+    answer = server.complete(prompt="a b", max_tokens=1, temperature=1.0, **form)
+    assert answer.status == expected and b"a fault" not in answer.body
+    monkeypatch.undo()
+    assert server.complete(prompt="a b", max_tokens=1, **form).status == 200
+    server.wait_until_idle()
+
+
+def test_an_engine_thread_that_ends_leaves_nobody_waiting(checkpoint):
+    with serving(checkpoint) as served, ThreadPoolExecutor(2) as pool:
+        worker = served.service.worker
+        with held_engine(served) as gate:
+            waiting = pool.submit(served.complete, prompt=[1], max_tokens=9)
+            wait_until(lambda: worker.num_in_engine == 1)
+            switch = pool.submit(served.post, "/rrt/policy", {"policy": "never"})
+            wait_until(lambda: worker._next_policy is not None)
+            worker._send = None
+            gate.set()
+            assert waiting.result().status == 503 and switch.result().status == 400
+        assert served.complete(prompt=[1]).status == 503 and served.get("/health").status == 503
+        assert served.post("/rrt/policy", {"policy": "never"}).status == 400
+
+
+def test_what_comes_after_the_server_gave_up_is_refused(checkpoint):
+    with serving(checkpoint) as served:
+        served.service.worker.give_up()
+        assert served.complete(prompt=[1]).status == 503
+
+
+def test_a_second_server_at_an_address_is_refused():
+    with open_socket("127.0.0.1", 0) as first, open_socket("127.0.0.1", first.getsockname()[1]) as second:
+        listen(first)
+        with pytest.raises(UserError, match="expected an address that is free"):
+            listen(second)
+
+
+def test_a_key_has_no_line_end(checkpoint, monkeypatch):
+    monkeypatch.setenv("RRT_API_KEY", "secret\n")
+    assert _parse_arguments(["--checkpoint", str(checkpoint)]).api_key == "secret"
+
+
 def test_another_policy_waits_for_what_runs_and_what_comes_waits_for_it(checkpoint):
     with serving(checkpoint) as served, ThreadPoolExecutor(3) as pool:
         worker = served.service.worker
@@ -271,8 +325,8 @@ def test_sigterm_finishes_what_is_under_way_and_exits_with_0(checkpoint, monkeyp
         assert place.hostname == "127.0.0.1"
         content = json.dumps({"prompt": [1, 2], "max_tokens": 500, "ignore_eos": True, "stream": True}).encode()
         with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
-            head = f"POST {COMPLETION} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            head = f"POST {COMPLETION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
             received = connection.recv(4096)
             process.send_signal(signal.SIGTERM)
 
@@ -299,7 +353,7 @@ def test_a_drain_that_takes_too_long_is_cut(checkpoint, monkeypatch):
         body = {"prompt": [[1]] * 200, "max_tokens": 300, "ignore_eos": True, "stream": True}
         content = json.dumps(body).encode()
         with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
-            head = f"POST {COMPLETION} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            head = f"POST {COMPLETION} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             received = connection.recv(1024)
             process.send_signal(signal.SIGTERM)

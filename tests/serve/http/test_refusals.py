@@ -1,5 +1,6 @@
 """What the server refuses, with which status and message; no input makes it fail."""
 
+import contextlib
 import json
 import socket
 from urllib.parse import urlsplit
@@ -7,7 +8,10 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from rrt.serve.http import app
+from rrt.serve.http.protocol import ChatRequest
 from tests.util.servers import make_checkpoint, serving
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -31,10 +35,10 @@ BAD_COMPLETIONS = [
     ({"max_tokens": True}, "max_tokens: found True; expected"),
     ({"temperature": -1}, "temperature: found -1.0; expected 0, or 1e-6 or more"),
     ({"temperature": 1e300 * 1e300}, "temperature: found inf; expected"),
-    ({"top_p": 0}, "top_p: found 0.0; expected more than 0"),
+    ({"top_p": -0.5}, "top_p: found -0.5; expected more than 0"),
     ({"top_p": float("nan")}, "top_p: found nan; expected"),
-    ({"top_k": -1}, "top_k: found -1; expected 0 or more"),
-    ({"seed": -1}, "seed: found -1; expected a whole number below 2^64"),
+    ({"top_k": -1}, "top_k: found -1; expected a whole number, 0 or more"),
+    ({"seed": -(2**63) - 1}, "seed: found -9223372036854775809; expected a whole number below 2^64"),
     ({"seed": 2**64}, "seed: found 18446744073709551616; expected"),
     ({"n": 0}, "n: found 0; expected greater than or equal to 1"),
     ({"n": 129}, "n: found 129; expected less than or equal to 128"),
@@ -50,10 +54,12 @@ BAD_COMPLETIONS = [
     ({"stream_options": {"include_usage": True}}, "stream_options: found without stream"),
     ({"stream": True, "stream_options": {"a": 1}}, "stream_options.a: not known to this server"),
     ({"unknown": 1}, "unknown: not known to this server; expected no such field"),
+    ({"other": None, "unknown": [1]}, "unknown: not known to this server; expected no such field"),
     ({"n": 20, "max_tokens": 300}, "found 6020 tokens, prompts and new ones of all choices; expected at most 4096"),
 ]
 BAD_CHATS = [
-    ({"messages": []}, "messages: found []; expected"),
+    ({"messages": []}, "messages: found []; expected at least 1 item"),
+    ({"messages": [{**USER[0], "tool_calls": [1]}]}, "messages.0.tool_calls: not known to this server"),
     ({"messages": [{"role": "user"}]}, "messages.0.content: missing; expected a value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "expected parts of type text alone"),
     ({"messages": [{"role": "x", "content": "a"}]}, "the chat template cannot write these messages: role x"),
@@ -131,7 +137,11 @@ def test_a_request_that_the_cache_can_never_hold_is_refused_and_one_that_fits_is
         assert positions < 400
         for stream in (False, True):
             answer = served.complete(prompt=[1] * (positions + 1), max_tokens=1, stream=stream)
-            assert answer.status == 400 and "pages; expected at most" in answer.json["error"]["message"]
+            assert answer.status == 400 and "for which the cache has room" in answer.json["error"]["message"]
+        # One that is scored too.
+        scored = {"max_tokens": 0, "echo": True, "logprobs": 0}
+        assert served.complete(prompt=[1] * (positions + 1), **scored).status == 400
+        assert served.complete(prompt=[1] * positions, **scored).status == 200
         # All that go together are given up with the one that is refused.
         assert served.complete(prompt=[[1], [1] * (positions + 1)], max_tokens=1).status == 400
         assert served.complete(prompt=[1] * positions, max_tokens=1).status == 200
@@ -266,23 +276,55 @@ def test_no_bytes_make_the_server_fail(server, data):
 
 
 @pytest.mark.parametrize(
-    "request_bytes",
+    "change",
     [
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"\x00\x01\x02\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
-        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"GET /v1/models/%ff%00 HTTP/1.1\r\nHost: \xff\r\n\r\n",
+        {"messages": [1] * 4000},
+        {"messages": USER * 4097},
+        {f"x{i}": 1 for i in range(4000)},
+        {"messages": [{**USER[0], **{f"x{i}": 1 for i in range(4000)}}]},
+        {"logit_bias": {f"x{i}": "a" for i in range(4000)}},
+        {"response_format": {f"x{i}": 1 for i in range(4000)}},
+    ],
+    ids=["messages", "many messages", "fields", "fields of a message", "logit_bias", "response_format"],
+)
+def test_many_faults_are_few_errors(change):
+    """Each error takes a microsecond, of which a body has room for a million."""
+    with pytest.raises(ValidationError) as error:
+        ChatRequest.model_validate_json(json.dumps({"messages": USER, **change}))
+    assert error.value.error_count() <= 2
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/9.9\r\n\r\n", b"200"),
+        (b"\x00\x01\x02\r\n\r\n", b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", b"400"),
+        (b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"4"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 1_000_000, b"4"),
+        (b"GET /v1/models/%ff%00 HTTP/1.1\r\nHost: \xff\r\n\r\n", b"4"),
+        (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"403"),
+        (b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n", b"403"),
     ],
 )
-def test_no_bad_http_makes_the_server_fail(server, request_bytes):
+def test_bad_http_is_refused(server, request_bytes, status):
     place = urlsplit(server.url)
     with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
-        connection.sendall(request_bytes)
-        connection.shutdown(socket.SHUT_WR)
+        # The server may refuse before it has read all.
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(request_bytes)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(65536).startswith(b"HTTP/1.1 " + status)
+    assert server.get("/health").status == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.05)
+    place = urlsplit(server.url)
+    with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
         answer = b""
         while part := connection.recv(65536):
             answer += part
-    assert not answer.startswith(b"HTTP/1.1 5")
-    assert server.get("/health").status == 200
+    assert answer.startswith(b"HTTP/1.1 408") and b"body: found 1 bytes" in answer

@@ -108,7 +108,7 @@ def test_two_replicas_share_the_load_and_one_may_go(checkpoint, tmp_path, monkey
         place = urlsplit(balancer.url)
         content = json.dumps({"prompt": [1], "max_tokens": 500, "ignore_eos": True, "stream": True}).encode()
         with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             received = b""
             while b"data: " not in received:
