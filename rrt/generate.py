@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from rrt.checkpoint.source import load_model, open_source
 from rrt.common.cli import CommandParser, human_bytes, human_count, keep_freed_memory, run_command
@@ -22,9 +21,9 @@ from rrt.decode.kv_cache import PagedCache
 from rrt.errors import UserError
 from rrt.model.transformer import RecursiveTransformer
 from rrt.serve.engine import Engine
-from rrt.serve.exits import POLICY_HELP, parse_policy
+from rrt.serve.exits import parse_policy
+from rrt.serve.flags import add_exit_flags
 from rrt.serve.requests import NewToken, SamplingParams
-from rrt.serve.scheduler import SkippedKV
 from rrt.serve.text import RequestText
 
 _PAGE_SIZE = 16
@@ -189,14 +188,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parse-special", action="store_true", help="text that spells a special token becomes it; --chat implies it"
     )
-    parser.add_argument("--exit-policy", default="never", metavar="POLICY", help=POLICY_HELP)
-    parser.add_argument(
-        "--skipped-kv",
-        choices=get_args(SkippedKV),
-        default="propagate",
-        help="keys and values of loops that a token skips by an exit that nothing verifies: propagate: of the state at "
-        "its exit; share: those of its exit's loop; defer: the loops run later for these alone (default: propagate)",
-    )
+    add_exit_flags(parser)
     parser.add_argument(
         "--show-depth",
         action="store_true",

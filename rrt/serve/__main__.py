@@ -13,14 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from rrt.common.cli import CommandParser, human_bytes, keep_freed_memory, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
 from rrt.common.processes import pick_device
 from rrt.errors import UserError
-from rrt.serve.exits import POLICY_HELP
-from rrt.serve.scheduler import SkippedKV
+from rrt.serve.flags import add_exit_flags
 
 _LEAST = {
     "chunk_size": 1,
@@ -54,14 +52,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY",
         help="have clients send this key; better as RRT_API_KEY in the environment, which other users do not see",
     )
-    parser.add_argument("--exit-policy", default="never", metavar="POLICY", help=POLICY_HELP)
-    parser.add_argument(
-        "--skipped-kv",
-        choices=get_args(SkippedKV),
-        default="propagate",
-        help="keys and values of loops that a token skips by an exit that nothing verifies: propagate: of the state at "
-        "its exit; share: those of its exit's loop; defer: the loops run later for these alone (default: propagate)",
-    )
+    add_exit_flags(parser)
     parser.add_argument(
         "--cache-gib",
         type=float,

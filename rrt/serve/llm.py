@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from rrt.checkpoint.source import load_model
-from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
 from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.decode.decoder import Decoder
@@ -22,11 +21,10 @@ from rrt.decode.kv_cache import PagedCache
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy
+from rrt.serve.flags import default_cache_bytes
 from rrt.serve.requests import FinishReason, NewToken, SamplingParams
 from rrt.serve.scheduler import SkippedKV
 from rrt.serve.text import RequestText
-
-_MOST_CACHE_BYTES = 4 << 30
 
 
 @dataclass
@@ -84,7 +82,7 @@ class LLM:
         model = load_model(checkpoint, dtype, place)
         check_vocab(self.tokenizer, model.config.vocab_size, Path(checkpoint))
         if cache_bytes is None:
-            cache_bytes = min(free_memory_bytes(place) // 2, _MOST_CACHE_BYTES)
+            cache_bytes = default_cache_bytes(place)
         cache = PagedCache.from_budget(
             model.config, model.recursion, cache_bytes, dtype=model.embed.dtype, device=model.embed.device
         )

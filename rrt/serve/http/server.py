@@ -22,11 +22,11 @@ import torch
 import uvicorn
 
 from rrt.checkpoint.source import load_model, open_source
-from rrt.common.machine import free_memory_bytes
 from rrt.data.tokenizer import check_vocab, load_tokenizer
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy, parse_policy
+from rrt.serve.flags import default_cache_bytes
 from rrt.serve.http.app import make_app
 from rrt.serve.http.metrics import Metrics
 from rrt.serve.http.protocol import Limits
@@ -34,7 +34,6 @@ from rrt.serve.http.service import Service
 from rrt.serve.http.worker import CountingCache, CountingDecoder, Worker
 from rrt.serve.scheduler import SkippedKV
 
-_MOST_CACHE_BYTES = 4 << 30
 _START_SECONDS = 600
 _LAST_SECONDS = 5
 _BACKLOG = 2048
@@ -76,7 +75,7 @@ def make_service(settings: Settings) -> Service:
     model = load_model(settings.checkpoint, settings.dtype, settings.device)
     cache_bytes = settings.cache_bytes
     if cache_bytes is None:
-        cache_bytes = min(free_memory_bytes(settings.device) // 2, _MOST_CACHE_BYTES)
+        cache_bytes = default_cache_bytes(settings.device)
     cache = CountingCache.from_budget(
         model.config, model.recursion, cache_bytes, dtype=model.embed.dtype, device=model.embed.device
     )
