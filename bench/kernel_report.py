@@ -92,6 +92,18 @@ def cpu_goals(result: Record) -> list[Record]:
             "concatenated",
         )
         speed("everywhere: over unfused at least 0.85x", 0.85, lambda _: True, "unfused")
+        if result.get("native", {}).get("cpu_isa") == "amx_bf16":
+            many = (64, 128)
+            speed("64 and 128 rows: over unfused at least 0.95x", 0.95, lambda r: r["rows"] in many, "unfused")
+            speed(
+                "64 and 128 rows, rank 128 up: over unfused at least 1.1x",
+                1.1,
+                lambda r: r["rows"] in many and r["rank"] >= 128,
+                "unfused",
+            )
+            over = [(r["over_floor"]["ours"], _name_case(r)) for r in result.get("layer", [])]
+            text = f"whole layer: at most {_NEAR_FLOOR}x what its bytes or FLOPs take"
+            made.append(_goal(text, _NEAR_FLOOR, over, at_most=True))
     if dtype in ("float32", "bfloat16") and records:
         mixed = [r for r in records if _is_mixed(r) and "over_reading" in r]
         text = f"2 to 16 rows of 2 or 3 loops: at most {_NEAR_FLOOR}x what reading its bytes takes in the same rounds"
@@ -271,6 +283,8 @@ def tables(result: Record) -> list[Table]:
     if "linear" in result:
         made.append(linear_table(result["linear"], "Linears"))
         made.append(linear_table(result["layer"], "Whole layer, its projections one after the other"))
+    if "head" in result:
+        made.append(linear_table(result["head"], "Head"))
     if "attention" in result:
         made.append(attention_table(result["attention"]))
     if "overhead" in result:
@@ -295,6 +309,8 @@ def summary_tables(result: Record) -> list[Table]:
         names = ["1 loop" if count == 1 else f"{count} loops mixed" for count in loops]
         made.append(linear_summary(result["linear"]))
         made.append(linear_table(shown, f"Whole layer, {' or '.join(names)}"))
+    if "head" in result:
+        made.append(linear_table(result["head"][::2], "Head"))
     if "attention" in result:
         contexts = {pick(record["context"] for record in result["attention"]) for pick in (min, max)}
         made.append(attention_table([record for record in result["attention"] if record["context"] in contexts]))

@@ -1,10 +1,11 @@
 """Native operators against PyTorch and against the machine's limits: python bench/kernels.py --preset gemma-2b
 
-Measures the linears of one shared layer with rows of several loops mixed, attention over the paged cache, and the
-overhead of a call. Baselines run in the same rounds, in alternating order, on weights that are not in the cache. A
-case's floor is the time of its bytes at the best read bandwidth of the run, or of its FLOPs at the best matmul rate,
-whichever is longer; bytes are those of W, of A and B of the loops present, of x and y, each once. On a CPU each linear
-is also compared with reading as many bytes in the same rounds (time/reading), since memory's speed changes in a run.
+Measures the linears of one shared layer with rows of several loops mixed, the head (hidden size to vocabulary),
+attention over the paged cache, and the overhead of a call. Baselines run in the same rounds, in alternating order, on
+weights that are not in the cache. A case's floor is the time of its bytes at the best read bandwidth of the run, or of
+its FLOPs at the best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and
+y, each once. On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading), since
+memory's speed changes in a run.
 
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead
@@ -18,7 +19,7 @@ import importlib.util
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bench import attention_cases, linear_variants
 from bench.attention_cases import AttentionSpec, run_attention
 from bench.kernel_report import cpu_goals, cuda_goals, tables
 from bench.linear_cases import LinearSpec, add_floors, layer_records, run_layers, run_linear
-from bench.linear_variants import projections
+from bench.linear_variants import Projection, projections
 from bench.output import add_json_flag, check_json_flag, save_result
 from bench.overhead_cases import measure_call, measure_planning
 from bench.timing import Rates, Timer, last_level_cache_bytes
@@ -47,7 +48,7 @@ from rrt.common.machine import free_memory_bytes
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 
-SECTIONS = ("linear", "attention", "overhead")
+SECTIONS = ("linear", "head", "attention", "overhead")
 MAX_LOOPS = 8
 
 # Defaults of the flags: (full, --quick).
@@ -62,6 +63,7 @@ DEFAULTS: dict[str, tuple[list[int], list[int]]] = {
 SECONDS_PER_CASE, QUICK_SECONDS_PER_CASE = 0.8, 0.05
 CUDA_ROWS = [8192]  # of the full run, besides: minutes per case on a CPU
 CHUNK = 256
+MAX_HEAD_ROWS = 128
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -192,6 +194,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         cache_bytes=cache_bytes,
         budget_bytes=budget,
     )
+    head = replace(
+        linear,
+        projections=[Projection("head", config.hidden_size, (config.vocab_size,))],
+        # As many as there are sequences in decoding.
+        rows=[rows for rows in arguments.rows if rows <= MAX_HEAD_ROWS] or arguments.rows[:1],
+        ranks=[0],
+        loops=[1],
+    )
     attention = AttentionSpec(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -207,10 +217,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         budget_bytes=budget,
     )
     sections = (arguments.only,) if arguments.only else SECTIONS
+    if arguments.only is None and not head.fits():
+        sections = tuple(section for section in sections if section != "head")
     attention_cases_to_run, left_out = attention.cases()
     # On CUDA the whole layer is one more case; on a CPU, where nothing overlaps, it is the sum of the others.
     layer_cases = linear.num_cases() // len(linear.projections) if device.type == "cuda" else 0
     linear_cases_to_run = linear.num_cases() + layer_cases if "linear" in sections else 0
+    linear_cases_to_run += head.num_cases() * ("head" in sections)
     num_cases = linear_cases_to_run + len(attention_cases_to_run) * ("attention" in sections)
     native = native_facts()
     # On CUDA a quick run needs as large a buffer: at 64 MiB a launch would count for much.
@@ -223,6 +236,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         print(f"weights take up to {human_bytes(linear.needed_bytes())}; copies rotated: {copies}")
         if warm := [p.name for p in linear.projections if not linear.is_cold(p)]:
             print(f"NOTE: too little memory to rotate {', '.join(warm)} beyond the cache; see --memory-gib")
+    if "head" in sections:
+        print(f"the head takes {human_bytes(head.needed_bytes())}; copies rotated: {head.copies(head.projections[0])}")
+    elif arguments.only is None:
+        print("the head is left out for want of memory")
     if native["loaded"]:
         print(f"native operators: {native['cpu_isa']}{', STALE: rebuild them' if native['stale'] else ''}")
     else:
@@ -267,6 +284,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
                     result["layer"].append(record)
                     bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
                     bar.update()
+        if "head" in sections:
+            result["head"] = []
+            for record in run_linear(head, timer, rates):
+                result["head"].append(record)
+                bar.set_postfix_str(f"head M={record['rows']}")
+                bar.update()
+            rates.probe()
         if "attention" in sections:
             records = []
             for record in run_attention(attention, timer, rates):
@@ -286,7 +310,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
             "plan": measure_planning(samples),
         }
 
-    add_floors([record for kind in ("linear", "layer", "attention") for record in result.get(kind, [])], rates)
+    add_floors([record for kind in ("linear", "layer", "head", "attention") for record in result.get(kind, [])], rates)
     if num_cases:
         result |= {"rates": rates.summary(), "timing": timer.method}
     if "linear" in result and "layer" not in result:

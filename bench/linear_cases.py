@@ -62,10 +62,16 @@ class LinearSpec:
         weight_bytes = self.dtype.itemsize * projection.inputs * projection.outputs
         return (self.copies(projection) - 1) * weight_bytes >= 4 * self.cache_bytes
 
+    def fits(self) -> bool:
+        return self._most_bytes() <= self.budget_bytes
+
+    def _most_bytes(self) -> int:
+        return max(self.copies(projection) * self.held_bytes(projection) for projection in self.projections)
+
     def needed_bytes(self) -> int:
         """Return the bytes of the projection that needs most; raise `UserError` if they exceed the budget."""
-        needed = max(self.copies(projection) * self.held_bytes(projection) for projection in self.projections)
-        if needed > self.budget_bytes:
+        needed = self._most_bytes()
+        if not self.fits():
             raise UserError(
                 f"--memory-gib: found {self.budget_bytes / 2**30:.2f}; the weights take {needed / 2**30:.2f} GiB: "
                 "expected more, or fewer --ranks or --loops"

@@ -28,7 +28,7 @@ from bench.linear_variants import (
 )
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
 from rrt.checkpoint.hf_config import model_config_from_hf
-from rrt.checkpoint.presets import PRESETS
+from rrt.checkpoint.presets import PRESETS, preset
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.loop_linear import LoopLinear
@@ -44,10 +44,10 @@ CONFIGS = {
 }
 
 
-def flags_of(tmp_path: Path, *flags: object) -> list[str]:
+def flags_of(tmp_path: Path, *flags: object, **shapes: int) -> list[str]:
     """Flags of a quick run on a small model's shapes; the result goes to result.json."""
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIGS["gemma"]))
+    config.write_text(json.dumps({**CONFIGS["gemma"], **shapes}))
     small = ["--config", config, "--quick", "--seconds-per-case", 0, "--cache-mib", 0.1]
     return [*map(str, small), "--json", str(tmp_path / "result.json"), *map(str, flags)]
 
@@ -56,8 +56,8 @@ def flags_of(tmp_path: Path, *flags: object) -> list[str]:
 def run_kernels(tmp_path, monkeypatch):
     """A quick run in this process; returns its result."""
 
-    def run(*flags: object) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["kernels.py", *flags_of(tmp_path, *flags)])
+    def run(*flags: object, **shapes: int) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["kernels.py", *flags_of(tmp_path, *flags, **shapes)])
         kernels.main()
         return json.loads((tmp_path / "result.json").read_text())
 
@@ -81,7 +81,11 @@ def test_command_measures_every_section_and_writes_json_and_plot(tmp_path, monke
     read = result["rates"]["read_bandwidth"]
     matmul = result["rates"]["matmul"]
     assert read["bytes_per_second"] == max(read["all"].values()) == read["all"][read["way"]]
-    for record in [*result["linear"], *result["attention"]]:
+    assert [(r["projection"], r["segments"], r["rows"]) for r in result["head"]] == [
+        ("head", [64], 1),
+        ("head", [64], 4),
+    ]
+    for record in [*result["linear"], *result["head"], *result["attention"]]:
         by_bytes = record["bytes"] / read["bytes_per_second"]
         by_flops = record["flops"] / matmul["flops_per_second"]
         assert record["floor_seconds"] == pytest.approx(max(by_bytes, by_flops))
@@ -109,7 +113,7 @@ def test_command_measures_every_section_and_writes_json_and_plot(tmp_path, monke
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert all(
         word in printed
-        for word in ("gate,up", "layer", "decode", "Best read bandwidth", "time/reading", "Goals", "F.linear")
+        for word in ("gate,up", "layer", "Head", "decode", "Best read bandwidth", "time/reading", "Goals", "F.linear")
     )
     again = tmp_path / "again.png"
     monkeypatch.setattr(sys, "argv", ["plot_kernels.py", str(tmp_path / "result.json"), str(again)])
@@ -356,6 +360,15 @@ def test_goals_are_computed_with_their_worst_case():
     assert wide["holds"] is None and square["holds"] is None
     assert everywhere["holds"] and reading["holds"] and floor["holds"]
 
+    many = [record(64, rank, 2, {"base": 1.0, "unfused": speed}) for rank, speed in ((64, 0.96), (128, 1.0))]
+    layer = [{**record(64, 64, 2, {"base": 1.0}), "projection": "layer", "over_floor": {"ours": 1.4}}]
+    on_tiles = {"dtype": "bfloat16", "native": {"cpu_isa": "amx_bf16"}, "linear": many, "layer": layer, "rates": rates}
+    anywhere, high_ranks, whole = cpu_goals(on_tiles)[3:6]
+    assert (anywhere["holds"], anywhere["worst"]) == (True, 0.96)
+    assert (high_ranks["holds"], high_ranks["cases"], high_ranks["worst"]) == (False, 1, 1.0)
+    assert (whole["holds"], whole["worst"]) == (False, 1.4)
+    assert len(cpu_goals({**on_tiles, "native": {"cpu_isa": "avx512_bf16"}})) == len(cpu_goals(on_tiles)) - 3
+
     plan = {"rows": 256, "native": False, "seconds": {"all": {"median": 1.0}}}
     call, planning = cpu_goals({"dtype": "float16", "overhead": {"call": {"added": 11e-6}, "plan": plan}})
     assert call["holds"] is False and planning["holds"] is None
@@ -461,3 +474,19 @@ def test_too_little_memory_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--memory-gib", "0.01"])
     with pytest.raises(UserError, match=r"--memory-gib: found 0\.01; the weights take"):
         kernels.main()
+
+
+def test_a_head_that_does_not_fit_is_left_out_unless_it_is_asked_for(run_kernels, capsys):
+    # The layer's weights are below a MiB, the head's take two.
+    flags = ["--rows", 1, "--ranks", 0, "--loops", 1, "--memory-gib", 0.002, "--contexts", 16]
+    assert "head" not in run_kernels(*flags, vocab_size=2**15)
+    assert "the head is left out for want of memory" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--memory-gib: found 0\.00; the weights take"):
+        run_kernels(*flags, "--only", "head", vocab_size=2**15)
+
+
+def test_the_small_real_model_has_a_preset():
+    config = preset("smollm2-135m")
+    layer = [(p.inputs, p.segments) for p in projections(config)]
+    assert layer == [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))]
+    assert (config.head_dim, config.vocab_size) == (64, 49152)
