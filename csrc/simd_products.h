@@ -9,6 +9,14 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#ifdef RRT_TILES
+#include "tiles/primitives.h"
+#endif
+
+// Products of bfloat16 take pairs: where there is an instruction for them, and for tiles.
+#if defined(__AVX512BF16__) || defined(RRT_TILES)
+#define RRT_BF16_PAIRS
+#endif
 
 namespace rrt {
 namespace {
@@ -101,7 +109,7 @@ struct Operands {
   static Unit narrow_unit(const typename D::Acc* from) { return *from; }
 };
 
-#ifdef __AVX512BF16__
+#ifdef RRT_BF16_PAIRS
 // Pairs of bfloat16, multiplied as such and added in float.
 template <>
 struct Operands<BFloat16> {
@@ -111,14 +119,47 @@ struct Operands<BFloat16> {
   static Vec load_units(const uint16_t* from) { return load<Vec>(from); }
   static Vec broadcast(Unit unit) { return unit - Vec{}; }
   static Vec same(Unit unit) { return Vec{} + unit; }
+#ifdef __AVX512BF16__
   static void multiply_add(F32& acc, Vec a, Vec b) {
     acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
   static U16 narrow(F32 value) { return bit_cast<U16>(_mm512_cvtneps_pbh((__m512)value)); }
+#else
+  // Beside emulated tiles.
+  static void multiply_add(F32& acc, Vec a, Vec b) {
+    acc += bit_cast<F32>(a & 0xffff0000u) * bit_cast<F32>(b & 0xffff0000u);
+    acc += bit_cast<F32>(a << 16) * bit_cast<F32>(b << 16);
+  }
+  static U16 narrow(F32 value) {
+    U16 narrow;
+    for (int i = 0; i < kNumLanes<F32>; ++i) narrow[i] = BFloat16::narrow(value[i]);
+    return narrow;
+  }
+#endif
   static Unit narrow_unit(const float* from) {
     return BFloat16::narrow(from[0]) | static_cast<uint32_t>(BFloat16::narrow(from[1])) << 16;
   }
 };
+#endif
+
+// Whether products of the dtype run on tiles (AMX). Their sums have another order than those of vectors, so where a
+// row's bits may not depend on its batch, all of an operator's products do, however few the rows.
+template <class D>
+#ifdef RRT_TILES
+constexpr bool kOnTiles = std::is_same_v<D, BFloat16>;
+#else
+constexpr bool kOnTiles = false;
+#endif
+
+// A function that multiplies on tiles has one of these while it does; without effect if it is made with false.
+struct NoRegisters {
+  explicit NoRegisters(bool = true) {}
+};
+template <class D>
+#ifdef RRT_TILES
+using TileRegisters = std::conditional_t<kOnTiles<D>, tiles::Registers, NoRegisters>;
+#else
+using TileRegisters = NoRegisters;
 #endif
 
 template <class D>
@@ -186,6 +227,20 @@ struct Staged {
   Staged without_prefetch() const { return *this; }
 };
 
+// A right operand whose products run on tiles if the dtype's do; then they have the numbers that multiply_on_tiles asks
+// for.
+template <class D>
+struct TileBlocks : Staged<D> {};
+template <class D>
+using Blocks = std::conditional_t<kOnTiles<D>, TileBlocks<D>, Staged<D>>;
+
+// out[r][c] (+)= sum over k of a[r][k] b[k][c], two tiles of rows by two of columns at a time. `columns` and `count` are
+// multiples of 32. Sums run in the order of k, 32 elements in an instruction. Of the 16 rows of a's last tile, those
+// that are not there are read all the same, and dropped.
+template <bool ADD>
+void multiply_on_tiles(const uint32_t* a, int64_t a_stride, const Staged<BFloat16>& b, int64_t count, float* out,
+                       int64_t out_stride, int64_t rows, int64_t columns);
+
 // out[r][c] (+)= sum over k of a[r][k] b[k][c], for R rows and C vectors of columns from `column` on. `count`
 // elements are `count / kPair` units of k, and the first half of one more if it is odd. Every sum runs in the order
 // of k, however it is tiled.
@@ -245,7 +300,9 @@ constexpr int kTileVectors = RRT_VECTOR_BYTES == 64 ? 16 : 8;
 template <class D, int R, bool ADD, class B>
 void multiply_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const B& b, int64_t count,
                    typename D::Acc* out, int64_t out_stride, int64_t rows, int64_t columns) {
-  if (rows >= R) {
+  if constexpr (kOnTiles<D> && std::is_same_v<B, Blocks<D>>) {
+    multiply_on_tiles<ADD>(a, a_stride, b, count, out, out_stride, rows, columns);
+  } else if (rows >= R) {
     multiply_columns<D, R, kTileVectors / R, ADD>(a, a_stride, b, count, out, out_stride, 0, columns);
     rows -= R;
     a += R * a_stride;
@@ -262,6 +319,79 @@ void multiply_rows(const typename Operands<D>::Unit* a, int64_t a_stride, const 
   }
 }
 constexpr int kMaxRows = kTileVectors / 2;
+
+#ifdef RRT_TILES
+// The sums of two tiles side by side, `rows` rows of 32 columns. Those that are not there are held beside the matrix,
+// where others' may lie; at most 16 are.
+class TileSums {
+ public:
+  TileSums(float* at, int64_t stride, int64_t rows) : at_(at), stride_(stride), rows_(rows) {}
+
+  template <int FIRST, int SECOND>
+  void load() {
+    for (int64_t row = 0; is_partial() && row < rows_; ++row) {
+      std::memcpy(copy_[row], at_ + row * stride_, sizeof(copy_[row]));
+    }
+    tiles::load<FIRST>(base(), bytes());
+    tiles::load<SECOND>(base() + tiles::kRows, bytes());
+  }
+
+  template <int FIRST, int SECOND>
+  void store() {
+    tiles::store<FIRST>(base(), bytes());
+    tiles::store<SECOND>(base() + tiles::kRows, bytes());
+    for (int64_t row = 0; is_partial() && row < rows_; ++row) {
+      std::memcpy(at_ + row * stride_, copy_[row], sizeof(copy_[row]));
+    }
+  }
+
+ private:
+  bool is_partial() const { return rows_ < tiles::kRows; }
+  float* base() { return is_partial() ? copy_[0] : at_; }
+  int64_t bytes() const { return (is_partial() ? 2 * tiles::kRows : stride_) * sizeof(float); }
+
+  float* at_;
+  int64_t stride_;
+  int64_t rows_;
+  alignas(64) float copy_[tiles::kRows][2 * tiles::kRows];
+};
+
+template <bool ADD>
+void multiply_on_tiles(const uint32_t* a, int64_t a_stride, const Staged<BFloat16>& b, int64_t count, float* out,
+                       int64_t out_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t kSide = tiles::kRows;
+  const int64_t a_bytes = a_stride * sizeof(*a), b_bytes = b.stride * sizeof(*b.units);
+  for (int64_t row = 0; row < rows; row += 2 * kSide) {
+    const bool both = rows - row > kSide;
+    for (int64_t column = 0; column < columns; column += 2 * kSide) {
+      TileSums upper(out + row * out_stride + column, out_stride, rows - row);
+      TileSums lower(out + (row + kSide) * out_stride + column, out_stride, rows - row - kSide);
+      if constexpr (ADD) {
+        upper.load<0, 1>();
+        if (both) lower.load<2, 3>();
+      } else {
+        tiles::zero<0>();
+        tiles::zero<1>();
+        tiles::zero<2>();
+        tiles::zero<3>();
+      }
+      for (int64_t k = 0; k < count / 2; k += kSide) {
+        tiles::load<6>(b.units + k * b.stride + column, b_bytes);
+        tiles::load<7>(b.units + k * b.stride + column + kSide, b_bytes);
+        tiles::load<4>(a + row * a_stride + k, a_bytes);
+        tiles::multiply_add_bf16<0, 4, 6>();
+        tiles::multiply_add_bf16<1, 4, 7>();
+        if (!both) continue;
+        tiles::load<5>(a + (row + kSide) * a_stride + k, a_bytes);
+        tiles::multiply_add_bf16<2, 5, 6>();
+        tiles::multiply_add_bf16<3, 5, 7>();
+      }
+      upper.store<0, 1>();
+      if (both) lower.store<2, 3>();
+    }
+  }
+}
+#endif
 
 // e^x for x <= 0 (or NaN), to about 1e-7; 0 below e^-86, where floats end.
 inline F32 exp_negative(F32 x) {

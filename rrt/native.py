@@ -46,7 +46,7 @@ class BuildInfo:
     rrt_at_build: str | None
     compiler: str | None
     cpu_isas: tuple[str, ...]
-    """Instruction sets compiled in, of "baseline", "avx2", "avx512", "avx512_bf16"."""
+    """Instruction sets compiled in, of "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"."""
     cpu_isa: str | None
     """The one in use: the widest that the CPU has, unless RRT_CPU_ISA names a narrower one."""
     cuda: bool

@@ -14,7 +14,7 @@ constexpr int64_t kGrainWork = 1 << 16;
 // Rows (queries x query heads of one key/value head) of a part of the forward: each lays out the keys before it.
 constexpr int64_t kPartRows = 512;
 
-const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 
 template <class Acc>
 class ForwardMemory {

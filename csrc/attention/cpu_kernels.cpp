@@ -144,6 +144,7 @@ struct Part {
 };
 // Its sides are multiples of this: of the elements of any vector of units.
 constexpr int64_t kPartBlock = 32;
+static_assert(kPartBlock % 32 == 0 && kTile % kPartBlock == 0 && kPadDim % 32 == 0, "multiply_on_tiles");
 
 // Which queries of a sequence see which keys: those from the key on to where it ends to be seen.
 template <class D>
@@ -304,6 +305,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
   using Storage = typename D::Storage;
   using Unit = typename Operands<D>::Unit;
   const Shape& shape = params.shape;
+  [[maybe_unused]] TileRegisters<D> registers;
   const Forward<D> tile{shape, scratch};
   const Stager<D> stager{shape.head_dim, tile.dim};
   const int64_t dim = tile.dim, size = dim * kTile / kPair<D>, group = shape.num_heads / shape.num_kv_heads;
@@ -321,7 +323,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
     const Head<D> q(params.q, batch, head);
     for (int64_t begin = first; begin < end; begin += kTile) {
       stager.columns(q, begin, end, static_cast<Unit*>(scratch.q));
-      const Staged<D> queries{static_cast<const Unit*>(scratch.q), kTile};
+      const Blocks<D> queries{static_cast<const Unit*>(scratch.q), kTile};
       for (int64_t i = 0; i < kTile; ++i) {
         static_cast<Acc*>(scratch.max)[i] = kLowest<Acc>;
         static_cast<Acc*>(scratch.sum)[i] = 0;
@@ -335,7 +337,7 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
                                           dim, static_cast<Acc*>(scratch.scores) + part.key_begin * kTile, kTile,
                                           num_keys, num_queries);
         tile.softmax({begin / kTile, j, sight}, part);
-        const Staged<D> probabilities{
+        const Blocks<D> probabilities{
             static_cast<const Unit*>(scratch.probabilities) + part.key_begin / kPair<D> * kTile, kTile};
         multiply_rows<D, kMaxRows, true>(values + j * size + part.key_begin / kPair<D>, tile.kPairStride, probabilities,
                                          num_keys, out, kTile, dim, num_queries);
@@ -435,16 +437,16 @@ struct Backward {
   // The tile of keys at hand against the tile of queries i.
   void multiply(int64_t i, const Unseen<D>& unseen) const {
     constexpr int64_t kStride = kTile / kPair<D>;
-    const Staged<D> q_columns{at<Unit>(scratch.q_columns, i * units), kTile};
-    const Staged<D> out_columns{at<Unit>(scratch.out_columns, i * units), kTile};
+    const Blocks<D> q_columns{at<Unit>(scratch.q_columns, i * units), kTile};
+    const Blocks<D> out_columns{at<Unit>(scratch.out_columns, i * units), kTile};
     multiply_rows<D, kMaxRows, false>(at<Unit>(scratch.k_rows), dim / kPair<D>, q_columns, dim,
                                       at<Acc>(scratch.scores), kTile, kTile, kTile);
     multiply_rows<D, kMaxRows, false>(at<Unit>(scratch.v_rows), dim / kPair<D>, out_columns, dim,
                                       at<Acc>(scratch.probability_grads), kTile, kTile, kTile);
     slopes(i, unseen);
-    const Staged<D> q_rows{at<Unit>(scratch.q_rows, i * units), dim};
-    const Staged<D> out_rows{at<Unit>(scratch.out_rows, i * units), dim};
-    const Staged<D> score_pairs{at<Unit>(scratch.score_pairs), kTile};
+    const Blocks<D> q_rows{at<Unit>(scratch.q_rows, i * units), dim};
+    const Blocks<D> out_rows{at<Unit>(scratch.out_rows, i * units), dim};
+    const Blocks<D> score_pairs{at<Unit>(scratch.score_pairs), kTile};
     multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.probabilities), kStride, out_rows, kTile,
                                      at<Acc>(scratch.v_grad), dim, kTile, dim);
     multiply_rows<D, kMaxRows, true>(at<Unit>(scratch.score_rows), kStride, q_rows, kTile, at<Acc>(scratch.k_grad),
@@ -495,6 +497,7 @@ struct Backward {
 
 template <class D>
 void backward(const BackwardParams& params, int64_t batch, int64_t head, const BackwardScratch& scratch) {
+  [[maybe_unused]] TileRegisters<D> registers;
   Backward<D>{params, params.shape, scratch, batch, head}.run();
 }
 

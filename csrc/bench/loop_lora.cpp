@@ -37,7 +37,7 @@ constexpr char kHelp[] =
     "  --threads T     (1)\n"
     "  --samples S     timed calls per line (50)\n"
     "  --megabytes MB  weights to rotate through: several times the cache (512)\n"
-    "RRT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 lowers the instruction set.\n"
+    "RRT_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx_bf16 lowers the instruction set.\n"
     "GB/s counts the bytes of the weight and of the adapters of the batch's loops; GFLOP/s two per multiply-add.\n";
 
 struct Options {

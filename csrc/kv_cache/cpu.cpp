@@ -15,7 +15,7 @@ static_assert(kSplitSlots % kTileSlots == 0);
 constexpr int64_t kGrainWork = 1 << 16;
 constexpr int64_t kGrainElements = 1 << 14;
 
-const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 
 template <class Acc>
 SoftmaxState take_state(Arena& arena, int64_t rows, int64_t padded_dim) {
@@ -34,11 +34,11 @@ class ThreadMemory {
       scratch_.offsets = arena_.take<int64_t>(kTileSlots);
       scratch_.next_offsets = arena_.take<int64_t>(kTileSlots);
       scratch_.row = arena_.take<Acc>(padded_dim);
-      scratch_.q = arena_.take<Acc>(rows * padded_dim);
+      scratch_.q = arena_.take<Acc>((rows + kReadBehind) * padded_dim);
       scratch_.k = arena_.take<Acc>(padded_dim * kTileSlots);
       scratch_.v = arena_.take<Acc>(kTileSlots * padded_dim);
       scratch_.scores = arena_.take<Acc>(rows * kTileSlots);
-      scratch_.probabilities = arena_.take<Acc>(rows * kTileSlots);
+      scratch_.probabilities = arena_.take<Acc>((rows + kReadBehind) * kTileSlots);
       scratch_.split = take_state<Acc>(arena_, rows, padded_dim);
       scratch_.total = take_state<Acc>(arena_, rows, padded_dim);
     });

@@ -72,6 +72,8 @@ void write(const WriteParams& p, int64_t begin, int64_t end) {
   }
 }
 
+static_assert(kPadDim % 32 == 0 && kTileSlots % 32 == 0, "multiply_on_tiles");
+
 // For up to so many rows, copying a tile into another layout costs more than it saves.
 constexpr int64_t kMaxDirectRows = 16;
 
@@ -177,6 +179,11 @@ struct Attend {
         }
       }
     }
+    if constexpr (kOnTiles<D>) {
+      for (int64_t i = round_up(p.head_dim, kUnitLanes<D>) / 2; i < dim / 2; ++i) {
+        std::memset(to + i * kTileSlots, 0, kTileSlots * sizeof(*to));
+      }
+    }
   }
 
   void stage_values(int64_t count, const TileRows& tile) const {
@@ -239,7 +246,7 @@ struct Attend {
     max = new_max;
   }
 
-#ifdef __AVX512BF16__
+#ifdef RRT_BF16_PAIRS
   // Rounds to bfloat16 and returns the rounded values, which are the ones that the sum has to count.
   static F32 narrow_probabilities(F32 probability, uint32_t* to) {
     const U16 narrow = Operands<BFloat16>::narrow(probability);
@@ -288,9 +295,10 @@ struct Attend {
       }
     } else {
       stage_keys(count, tile);
-      const Staged<D> keys{static_cast<const Unit*>(scratch.k), kTileSlots};
-      multiply_rows<D, kMaxRows, false>(q, q_stride, keys, p.head_dim, scores, kTileSlots, rows - first,
-                                        round_up(count, kUnitLanes<D>));
+      const Blocks<D> keys{static_cast<const Unit*>(scratch.k), kTileSlots};
+      const int64_t width = kOnTiles<D> ? dim : p.head_dim, block = kOnTiles<D> ? kPadDim : kUnitLanes<D>;
+      multiply_rows<D, kMaxRows, false>(q, q_stride, keys, width, scores, kTileSlots, rows - first,
+                                        round_up(count, block));
     }
     for (int64_t row = first; row < rows; ++row) softmax(row, smaller(count, visible(row) - begin), state);
     if (direct) {
@@ -302,7 +310,8 @@ struct Attend {
     }
   }
 
-  // Rows that see the same number of slots go together: a value that a row must not see is never multiplied.
+  // Rows that see the same number of slots go together: a value that a row must not see is never multiplied. On tiles
+  // only whole tiles of slots are: which those are depends on the row alone, and so its bits do.
   template <class B>
   void add_values(const B& values, int64_t columns, int64_t first, int64_t begin, int64_t count,
                   const SoftmaxState& state) const {
@@ -312,6 +321,14 @@ struct Attend {
     while (first < rows) {
       const int64_t seen = smaller(count, visible(first) - begin);
       const int64_t end = seen == count ? rows : first + group;
+      if constexpr (kOnTiles<D> && std::is_same_v<B, Staged<D>>) {
+        if (seen == kTileSlots) {
+          multiply_rows<D, kMaxRows, true>(probabilities + first * kStride, kStride, Blocks<D>{values}, seen,
+                                           out + first * dim, dim, end - first, columns);
+          first = end;
+          continue;
+        }
+      }
       multiply_rows<D, kMaxRows, true>(probabilities + first * kStride, kStride, values, seen, out + first * dim, dim,
                                        end - first, columns);
       first = end;
@@ -357,6 +374,7 @@ template <class D>
 void attend(const AttentionWork& work, int64_t index, int64_t kv_head, const Scratch& scratch) {
   using Acc = typename D::Acc;
   const Attend<D> a(work, index, kv_head, scratch);
+  [[maybe_unused]] TileRegisters<D> registers(!a.direct);
   const AttentionTask& task = a.task;
   a.load_queries();
   if (task.partial >= 0) {

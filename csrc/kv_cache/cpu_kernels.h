@@ -39,6 +39,7 @@ struct Scratch {
 };
 
 constexpr int64_t kPadDim = 32;     // no kernel's vector has more elements
+constexpr int64_t kReadBehind = 15;  // rows of left operands that tiles (AMX) read behind the last
 constexpr int64_t kTileSlots = 64;  // slots that are staged at a time; divides kSplitSlots
 
 struct CpuKernels {

@@ -12,7 +12,7 @@ using namespace packed_linear;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrainWork = 1 << 16;
 
-const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 
 // Most memory for the shrunk rows of blocks that are computed together.
 constexpr int64_t kShrunkBytes = int64_t{16} << 20;
@@ -34,8 +34,8 @@ void sweep(const CpuKernels& kernels, CpuKernels::Range range, const std::vector
       const int64_t first = std::max(begin, starts[block]), last = std::min(end, starts[block + 1]);
       if (first >= last) continue;
       CpuWork work = works[block];
-      const int64_t chunks = num_chunks(pack_steps(work.params->dtype, work.x.k));
-      work.x.operands = scratch.reserve(chunks * work.x.rows * kChunk * kernels.operand_bytes[dtype]);
+      const int64_t steps = pack_steps(work.params->dtype, work.x.k);
+      work.x.operands = scratch.reserve(operands_size(steps, work.x.rows, kernels.operand_bytes[dtype]));
       kernels.pack_rows[dtype](work.x, 0, work.x.rows);
       range(work, first - starts[block], last - starts[block]);
     }
@@ -54,7 +54,7 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
     segment_chunk.push_back(shrunk_chunks);
     shrunk_chunks += num_chunks(pack_steps(p.dtype, segment.rank));
   }
-  const int64_t tile_rows = p.m <= kFewRows ? kernels.few_tile_rows[dtype] : kernels.tile_rows;
+  const int64_t tile_rows = p.m <= kFewRows ? kernels.few_tile_rows[dtype] : kernels.tile_rows[dtype];
   // Of nearly equal size, so that threads finish together.
   const int64_t block_rows = p.m == 0 ? 1 : ceil_div(p.m, ceil_div(p.m, kMaxBlockRows));
   const std::vector<RowBlock> blocks = plan_rows(groups, tile_rows, block_rows);
@@ -63,7 +63,7 @@ void run_cpu(const Params& p, const LoopGroups& groups, ParallelFor parallel_for
   const int64_t fitting = std::max<int64_t>(1, kShrunkBytes / std::max<int64_t>(1, block_bytes));
   const int64_t together = std::min(fitting, num_blocks);
   thread_local KeptMemory scratch;
-  char* shrunk = scratch.reserve(together * block_bytes);
+  char* shrunk = scratch.reserve(together * block_bytes + operands_size(0, 0, kernels.operand_bytes[dtype]));
   for (int64_t first = 0; first < num_blocks; first += fitting) {
     std::vector<CpuWork> works;
     for (int64_t i = first; i < std::min(first + fitting, num_blocks); ++i) {

@@ -14,9 +14,10 @@ using namespace packed_linear;
 template <class D>
 constexpr int64_t kFewTileRows = [] {
   constexpr int64_t kOnePass = kMaxAccumulators / (kPanel / kLanes<D>);
+  if (kOnTiles<D>) return kTileRows<D>;
   return sizeof(typename D::Storage) == sizeof(typename D::Acc) && kOnePass > 1 && kOnePass < RRT_TILE_ROWS
              ? kOnePass
-             : RRT_TILE_ROWS;
+             : kTileRows<D>;
 }();
 
 // Elements of a matrix [n, k] as the weights come.
@@ -42,6 +43,7 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
   using Acc = typename D::Acc;
   const Params& p = *work.params;
   const int64_t panels = num_panels(p.total_rank) - p.first_rank_panel;
+  [[maybe_unused]] TileRegisters<D> registers;
   alignas(64) Acc sums[kMaxBlockRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
     const RowPiece* first = work.pieces + work.loop_starts[task / panels];
@@ -73,11 +75,13 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
           PanelProduct<D>::set(to + row * kChunk, column % kChunkColumns<D>, sums[row * kPanel + lane]);
         }
       }
-      // The last step of an odd rank has a column of no rank.
-      if (lane_begin >= lane_end || segment_end > kPanel || segment.rank % kStepColumns<D> == 0) continue;
-      PanelUnit<D>* to = shrunk_at<D>(work, s, segment.rank / kChunkColumns<D>, row_begin);
-      for (int64_t row = 0; row < row_end - row_begin; ++row) {
-        PanelProduct<D>::set(to + row * kChunk, segment.rank % kChunkColumns<D>, 0);
+      // The last steps may have columns of no rank.
+      if (lane_begin >= lane_end || segment_end > kPanel) continue;
+      for (int64_t column = segment.rank; column % kOperandColumns<D> != 0; ++column) {
+        PanelUnit<D>* to = shrunk_at<D>(work, s, column / kChunkColumns<D>, row_begin);
+        for (int64_t row = 0; row < row_end - row_begin; ++row) {
+          PanelProduct<D>::set(to + row * kChunk, column % kChunkColumns<D>, 0);
+        }
       }
     }
   }
@@ -187,6 +191,7 @@ template <class D>
 void expand_gated(const CpuWork& work, int64_t begin, int64_t end) {
   using elementwise::Activation;
   const Params& p = *work.params;
+  [[maybe_unused]] TileRegisters<D> registers;
   alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel], gates[kMaxBlockRows * kPanel];
   const auto store = p.activation == Activation::kSilu ? store_gated<D, Activation::kSilu>
                                                        : store_gated<D, Activation::kGeluTanh>;
@@ -202,6 +207,7 @@ template <class D>
 void expand(const CpuWork& work, int64_t begin, int64_t end) {
   const Params& p = *work.params;
   if (p.gate_weight != nullptr) return expand_gated<D>(work, begin, end);
+  [[maybe_unused]] TileRegisters<D> registers;
   alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t out = (p.first_panel + task) * kPanel;
@@ -224,7 +230,7 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
 }  // namespace
 
 const CpuKernels RRT_KERNELS = {
-    RRT_TILE_ROWS,
+    {kTileRows<Float32>, kTileRows<Float64>, kTileRows<BFloat16>, kTileRows<Float16>},
     {kFewTileRows<Float32>, kFewTileRows<Float64>, kFewTileRows<BFloat16>, kFewTileRows<Float16>},
     {sizeof(PanelUnit<Float32>), sizeof(PanelUnit<Float64>), sizeof(PanelUnit<BFloat16>), sizeof(PanelUnit<Float16>)},
     {pack_rows<Float32>, pack_rows<Float64>, pack_rows<BFloat16>, pack_rows<Float16>},

@@ -26,7 +26,7 @@ struct CpuWork {
 // All arrays are by Dtype.
 struct CpuKernels {
   using Range = void (*)(const CpuWork& work, int64_t begin, int64_t end);
-  int64_t tile_rows;         // rows whose sums fit the registers
+  int64_t tile_rows[4];      // rows that are multiplied together
   int64_t few_tile_rows[4];  // the same for up to kFewRows rows: see kFewTileRows
   int64_t operand_bytes[4];  // of a step
   void (*pack_rows[4])(const packed_linear::RowOperands& block, int64_t begin, int64_t end);

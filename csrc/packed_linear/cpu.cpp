@@ -14,7 +14,7 @@ namespace {
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrainWork = 1 << 16;
 
-const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_CPU_KERNELS); }
+const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 
 // The statistics of two consecutive parts of the outputs as one: of equal logits, the earlier is the argmax.
 PartStatistics merge(const PartStatistics& first, const PartStatistics& second) {
@@ -40,13 +40,12 @@ void statistics_cpu(const StatisticsParams& p, ParallelFor parallel_for) {
   std::iota(order.begin(), order.end(), 0);
   const int64_t most_rows = std::min(p.m, kMaxBlockRows);
   thread_local KeptMemory scratch;
-  void* operands =
-      scratch.reserve(num_chunks(pack_steps(p.dtype, p.k)) * most_rows * kChunk * kernels.operand_bytes[dtype]);
+  void* operands = scratch.reserve(operands_size(pack_steps(p.dtype, p.k), most_rows, kernels.operand_bytes[dtype]));
   const int64_t parts = ceil_div(num_panels(p.n), kPartPanels);
   std::vector<PartStatistics> statistics(parts * most_rows);
   for (int64_t first = 0; first < p.m; first += kMaxBlockRows) {
     const int64_t rows = std::min(kMaxBlockRows, p.m - first);
-    const std::vector<RowTile> tiles = split_rows(rows, kernels.tile_rows);
+    const std::vector<RowTile> tiles = split_rows(rows, kernels.tile_rows[dtype]);
     StatisticsWork work{};
     work.x.x = p.x;
     work.x.k = p.k;

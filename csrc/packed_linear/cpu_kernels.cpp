@@ -59,6 +59,7 @@ template <class D>
 void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
   using Acc = typename D::Acc;
   const int64_t num_rows = work.x.rows;
+  [[maybe_unused]] TileRegisters<D> registers;
   alignas(64) Acc sums[kMaxBlockRows * kPanel];
   RowStatistics<D> rows[kMaxBlockRows];
   for (int64_t part = begin; part < end; ++part) {
@@ -84,7 +85,7 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
 }  // namespace
 
 const CpuKernels RRT_KERNELS = {
-    RRT_TILE_ROWS,
+    {kTileRows<Float32>, kTileRows<Float64>, kTileRows<BFloat16>, kTileRows<Float16>},
     {sizeof(PanelUnit<Float32>), sizeof(PanelUnit<Float64>), sizeof(PanelUnit<BFloat16>), sizeof(PanelUnit<Float16>)},
     {pack_panels<Float32>, pack_panels<Float64>, pack_panels<BFloat16>, pack_panels<Float16>},
     {pack_rows<Float32>, pack_rows<Float64>, pack_rows<BFloat16>, pack_rows<Float16>},

@@ -33,7 +33,7 @@ struct StatisticsWork {
 
 // All arrays are by Dtype.
 struct CpuKernels {
-  int64_t tile_rows;         // rows whose sums fit the registers
+  int64_t tile_rows[4];      // rows that are multiplied together
   int64_t operand_bytes[4];  // of a step
   void (*pack_panels[4])(const PackWork& work, int64_t begin, int64_t end);
   void (*pack_rows[4])(const RowOperands& rows, int64_t begin, int64_t end);

@@ -43,7 +43,7 @@ struct PanelProduct {
   }
 };
 
-#ifndef __AVX512BF16__
+#ifndef RRT_BF16_PAIRS
 // The packed form pairs the columns of bfloat16 on every instruction set, but without the instruction for pairs
 // Operands has single elements. So each vector of pairs is widened to two vectors here.
 template <>
@@ -85,6 +85,12 @@ template <class D>
 constexpr int64_t kStepColumns = PanelProduct<D>::kStep;
 template <class D>
 constexpr int64_t kChunkColumns = kChunk * kStepColumns<D>;
+// Operands have zeros from a row's last column to a multiple of so many.
+template <class D>
+constexpr int64_t kOperandColumns = kStepColumns<D> * (kOnTiles<D> ? kTileSteps : 1);
+// Rows that are multiplied by a panel at a time; tiles take any number.
+template <class D>
+constexpr int64_t kTileRows = kOnTiles<D> ? kMaxBlockRows : RRT_TILE_ROWS;
 template <class D>
 constexpr int64_t kStepBytes = kPanel * kStepColumns<D> * sizeof(typename D::Storage);
 
@@ -132,14 +138,92 @@ __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, i
 
 // The same for a number of rows up to RRT_TILE_ROWS that is known at run time.
 template <class D, int ROWS = RRT_TILE_ROWS>
-inline void multiply_panel(int64_t rows, const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
-                           typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
+inline void multiply_few_rows(int64_t rows, const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
+                              typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       multiply_panel_by<D, ROWS>(w, steps, x, c, prefetch, x_rows);
     } else {
-      multiply_panel<D, ROWS - 1>(rows, w, steps, x, c, prefetch, x_rows);
+      multiply_few_rows<D, ROWS - 1>(rows, w, steps, x, c, prefetch, x_rows);
     }
+  }
+}
+
+#ifdef RRT_TILES
+// The same on tiles, for any number of rows. A panel's steps are the rows of right operands as they lie: pairs of columns
+// of 16 outputs beside those of the next 16. Two tiles of rows by two of outputs are summed at a time, on top of what c
+// holds, 16 steps in an instruction; x has zeros up to a multiple of 16. Whatever memory follows the last row (see
+// kReadBehind) is multiplied too, and dropped: one set-up of the registers serves all numbers of rows.
+struct TilePanel {
+  static constexpr int64_t kRowStride = kChunk * sizeof(uint32_t);  // of x, in bytes
+  static constexpr int64_t kWeightStride = kPanel * sizeof(uint32_t);
+  static constexpr int64_t kBlockWeights = kTileSteps * kPanel * 2;
+  static_assert(kPanel == 2 * tiles::kRows && kTileSteps == tiles::kRows);
+  static_assert(kTileSteps * sizeof(uint32_t) == tiles::kRowBytes);
+  static_assert(kChunk % kTileSteps == 0 && kReadBehind == tiles::kRows - 1);
+
+  template <bool BOTH>
+  static inline void multiply_steps(const uint32_t* x, const uint16_t* w) {
+    tiles::load<6>(w, kWeightStride);
+    tiles::load<7>(w + kPanel, kWeightStride);
+    tiles::load<4>(x, kRowStride);
+    tiles::multiply_add_bf16<0, 4, 6>();
+    tiles::multiply_add_bf16<1, 4, 7>();
+    if constexpr (BOTH) {
+      tiles::load<5>(x + tiles::kRows * kChunk, kRowStride);
+      tiles::multiply_add_bf16<2, 5, 6>();
+      tiles::multiply_add_bf16<3, 5, 7>();
+    }
+  }
+
+  // `rows` rows, at most two tiles of them, as BOTH says. `tail`: the steps behind the last 16 that are whole, with zeros;
+  // null: none.
+  template <bool BOTH>
+  static void multiply(int64_t rows, const uint32_t* x, const uint16_t* w, int64_t steps, const uint16_t* tail, float* c,
+                       const char* next_w, int64_t next_bytes, int64_t next_stride) {
+    TileSums upper(c, kPanel, rows), lower(c + tiles::kRows * kPanel, kPanel, rows - tiles::kRows);
+    upper.load<0, 1>();
+    if constexpr (BOTH) lower.load<2, 3>();
+    int64_t step = 0;
+    for (; step + kTileSteps <= steps; step += kTileSteps) {
+      for (int64_t byte = 0; byte < next_bytes; byte += 64) __builtin_prefetch(next_w + byte, 0, 2);
+      next_w += next_stride;
+      multiply_steps<BOTH>(x + step, w + step * kPanel * 2);
+    }
+    if (tail != nullptr) multiply_steps<BOTH>(x + step, tail);
+    upper.store<0, 1>();
+    if constexpr (BOTH) lower.store<2, 3>();
+  }
+};
+
+inline void multiply_panel_on_tiles(int64_t rows, const uint16_t* w, int64_t steps, const uint32_t* x, float* c,
+                                    Prefetch prefetch) {
+  constexpr int64_t kRows = 2 * tiles::kRows;
+  alignas(64) uint16_t zero_padded[TilePanel::kBlockWeights];
+  const uint16_t* tail = nullptr;
+  if (const int64_t rest = steps % kTileSteps; rest > 0) {
+    std::memcpy(zero_padded, w + (steps - rest) * kPanel * 2, rest * TilePanel::kWeightStride);
+    std::memset(zero_padded + rest * kPanel * 2, 0, (kTileSteps - rest) * TilePanel::kWeightStride);
+    tail = zero_padded;
+  }
+  // Every pair of tiles brings its share of each 16 steps.
+  const int64_t next_stride = kTileSteps * prefetch.stride, next_bytes = next_stride / ceil_div(rows, kRows);
+  const char* next_w = prefetch.from;
+  for (; rows > 0; rows -= kRows, x += kRows * kChunk, c += kRows * kPanel, next_w += next_bytes) {
+    const auto multiply = rows > tiles::kRows ? TilePanel::multiply<true> : TilePanel::multiply<false>;
+    multiply(rows, x, w, steps, tail, c, next_w, next_bytes, next_stride);
+  }
+}
+#endif
+
+// The same for a number of rows up to kTileRows that is known at run time.
+template <class D>
+inline void multiply_panel(int64_t rows, const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
+                           typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
+  if constexpr (kOnTiles<D>) {
+    multiply_panel_on_tiles(rows, w, steps, x, c, prefetch);
+  } else {
+    multiply_few_rows<D>(rows, w, steps, x, c, prefetch, x_rows);
   }
 }
 
@@ -282,7 +366,7 @@ void pack_row(const RowOperands& block, int64_t row) {
       }
       for (; column < columns; ++column) P::set(to, column, widen_one<D>(from + first + column));
     }
-    if (columns % P::kStep != 0) P::set(to, columns, 0);
+    for (column = columns; column % kOperandColumns<D> != 0; ++column) P::set(to, column, 0);
   }
 }
 

@@ -15,6 +15,11 @@ constexpr int64_t kChunk = 128;
 // Bounds the scratch memory; at this many rows, reading the weight once per block costs little.
 constexpr int64_t kMaxBlockRows = 192;
 
+// Steps, and rows, that are multiplied at a time on tiles (AMX). Where there are fewer rows, those that follow in memory are
+// read too: operands end so many rows before their memory does.
+constexpr int64_t kTileSteps = 16;
+constexpr int64_t kReadBehind = 15;
+
 static constexpr int64_t num_chunks(int64_t steps) { return ceil_div(steps, kChunk); }
 
 // Rows that are multiplied by a panel together, counted from the start of their block.
@@ -45,5 +50,10 @@ struct RowOperands {
   int64_t num_tiles;
   void* operands;  // [chunks, rows, kChunk] units (panel_products.h): x in `order`, zeros beyond column k
 };
+
+// The bytes of operands for `steps` steps of `rows` rows.
+static constexpr int64_t operands_size(int64_t steps, int64_t rows, int64_t step_bytes) {
+  return (num_chunks(steps) * rows + kReadBehind) * kChunk * step_bytes;
+}
 
 }  // namespace rrt::packed_linear

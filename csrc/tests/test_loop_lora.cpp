@@ -166,6 +166,22 @@ void results_are_right_and_the_same_in_any_batch() {
   }
 }
 
+// Threads keep memory between calls; here it is full of what NaN made.
+void what_another_call_has_left_in_memory_changes_no_bit() {
+  Random random(3);
+  for (Dtype dtype : kDtypes) {
+    Problem poison({150, 100, 600, 2, {100}, {300}}, dtype, random);
+    for (const Shape& shape : {Shape{7, 33, 17, 2, {20, 13}, {3, 37}}, Shape{130, 5, 301, 1, {5}, {129}}}) {
+      const Problem problem(shape, dtype, random);
+      const Array expected = problem.run(true, run_threaded, 0, shape.m);  // by threads of its own
+      poison.x = Array(dtype, poison.x.size());
+      poison.run(true, run_serially, 0, poison.shape.m);
+      const Array found = problem.run(true, run_serially, 0, shape.m);
+      CHECK(found.same_bits(0, expected, 0, shape.m * shape.n));
+    }
+  }
+}
+
 // Against the two linears and the activation one after the other.
 void a_gated_linear_is_its_three_parts() {
   Random random(2);
@@ -203,5 +219,6 @@ void a_gated_linear_is_its_three_parts() {
 
 int main() {
   if (lacks_instruction_set()) return kSkipped;
-  return run(results_are_right_and_the_same_in_any_batch, a_gated_linear_is_its_three_parts);
+  return run(results_are_right_and_the_same_in_any_batch, what_another_call_has_left_in_memory_changes_no_bit,
+             a_gated_linear_is_its_three_parts);
 }

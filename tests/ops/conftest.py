@@ -9,7 +9,7 @@ import pytest
 from rrt.ops import build_info
 
 # Those of a build for x86. Makefile names them on every machine, also where there is another build or none.
-CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
