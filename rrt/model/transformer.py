@@ -149,7 +149,7 @@ class Attention(nn.Module):
             # Prefix keys carry no position: every query sees them alike.
             prefix_k, prefix_v = (heads.expand(len(x), -1, -1, -1) for heads in self.prefix_heads(prefix, loop))
             k, v = torch.cat((prefix_k, k), dim=1), torch.cat((prefix_v, v), dim=1)
-        if context.seen_until is not None or (context.mask is None and ops.has_native_kernels(x)):
+        if context.seen_until is not None or (context.mask is None and ops.prefers_native_attention(q)):
             y = ops.causal_attention(q, k, v, self.config.head_dim**-0.5, context.seen_until)
         else:
             q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))

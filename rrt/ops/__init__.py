@@ -10,6 +10,7 @@ from rrt.ops.attention import (
     causal_attention_backward_reference,
     causal_attention_reference,
     packed_texts_mask,
+    prefers_native_attention,
 )
 from rrt.ops.decode_block import PARAMETERS as BLOCK_PARAMETERS
 from rrt.ops.decode_block import decode_block, decode_block_reference
@@ -82,6 +83,7 @@ __all__ = [
     "packed_linear",
     "packed_linear_reference",
     "packed_texts_mask",
+    "prefers_native_attention",
     "rms_norm",
     "rms_norm_backward_reference",
     "rms_norm_reference",

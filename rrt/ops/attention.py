@@ -3,16 +3,56 @@
 Shapes: B sequences of T tokens, H query heads, H_kv key/value heads, D_h head width.
 """
 
+import os
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from rrt.native import register_op
+from rrt.errors import UserError
+from rrt.native import build_info, register_op
 from rrt.ops.checks import Checks, accumulation_dtype
+from rrt.ops.elementwise import has_native_kernels
 
 _check = Checks("causal_attention")
 _backward_check = Checks("causal_attention_backward")
+
+
+# Read once, so that it cannot change within a training.
+_SETTING = os.environ.get("RRT_ATTENTION") or "auto"
+_SETTINGS = ("auto", "native", "torch")
+_HAS_TILES = build_info().cpu_isa == "amx_bf16"
+# There, the native attention is chosen up to these sizes.
+_MAX_LENGTH_ON_TILES = 512
+_MAX_HEAD_DIM_ON_TILES = 64
+
+
+def prefers_native_attention(q: Tensor) -> bool:
+    """Decide if `causal_attention` attends to plain rows q [B, T, H, D_h], or PyTorch's `scaled_dot_product_attention`.
+
+    RRT_ATTENTION=native or torch decides for all shapes; native only where there are kernels for q's device. Otherwise
+    the native one is taken on CPUs, but with AMX in use only for rows of at most 512 tokens and heads of at most 64
+    elements. On a Xeon with AMX, PyTorch's time over ours was, in `bench/training.py --only attention`:
+
+        heads of        tokens   float32   bfloat16
+        pythia-160m     512      1.27      1.16
+        tinyllama-1.1b  2048     0.82      0.65
+        gemma-2b        512      0.98      0.50
+
+    These are of the AVX-512 kernels. Those for tiles, which bfloat16 has by now, have been timed nowhere, so that what
+    was measured decides. It does by the instruction set and the shape, not by a measurement in the process: that would
+    vary with what else the machine does, and with it the bits of a training that is resumed.
+
+    Raises:
+        UserError: RRT_ATTENTION has another value.
+    """
+    if _SETTING not in _SETTINGS:
+        raise UserError(f"RRT_ATTENTION: found {_SETTING!r}; expected one of {', '.join(_SETTINGS)}")
+    if _SETTING == "torch" or not has_native_kernels(q):
+        return False
+    if _SETTING == "native" or not _HAS_TILES:
+        return True
+    return q.shape[1] <= _MAX_LENGTH_ON_TILES and q.shape[3] <= _MAX_HEAD_DIM_ON_TILES
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen_until: Tensor | None = None) -> Tensor:

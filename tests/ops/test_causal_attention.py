@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rrt.checkpoint.presets import preset
+from rrt.errors import UserError
 from rrt.model.config import RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
 from rrt.ops import (
     causal_attention,
     causal_attention_backward_reference,
     causal_attention_reference,
+    prefers_native_attention,
 )
 from rrt.ops.precision import pretend_device
 from tests.util.native import DTYPES, needs_native, threads
@@ -371,7 +373,7 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
         return [logits.detach(), *gradients]
 
     ours = logits_and_gradients()
-    assert calls == config.num_layers
+    assert calls == config.num_layers  # On tiles too, since rows and heads are short.
     with pretend_device("cuda"):
         theirs = logits_and_gradients()
     seen_until = ((torch.arange(70) // 20 + 1) * 20).int().expand(2, 70)
@@ -383,3 +385,44 @@ def test_the_model_trains_through_the_operator_as_through_pytorchs(monkeypatch: 
     assert calls == 2 * config.num_layers
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@needs_native
+def test_with_tiles_in_use_pytorchs_attention_is_taken_where_it_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_native(length: int, head_dim: int, device: str = "cpu") -> bool:
+        with pretend_device(device):
+            return prefers_native_attention(torch.empty(1, length, 1, head_dim))
+
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "auto")
+    monkeypatch.setattr("rrt.ops.attention._HAS_TILES", True)
+    assert is_native(512, 64)
+    assert not is_native(513, 64)
+    assert not is_native(512, 65)
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "native")
+    assert is_native(513, 256)
+    assert not is_native(513, 256, "cuda")
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "torch")
+    assert not is_native(1, 1)
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "auto")
+    monkeypatch.setattr("rrt.ops.attention._HAS_TILES", False)
+    assert is_native(4096, 256)
+    assert not is_native(1, 1, "cuda")
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "ours")
+    with pytest.raises(UserError, match="RRT_ATTENTION: found 'ours'; expected one of auto, native, torch"):
+        is_native(1, 1)
+
+
+@needs_native
+def test_the_model_calls_pytorchs_attention_where_it_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(
+        preset("tinyllama-1.1b"), vocab_size=9, hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8
+    )
+    model = RecursiveTransformer(replace(config, intermediate_size=8), RecursiveConfig(num_loops=1)).double()
+    model.init_weights()
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    ours = model(ids)
+    monkeypatch.setattr("rrt.ops.attention._SETTING", "torch")
+    monkeypatch.setattr("rrt.ops.causal_attention", None)
+    torch.testing.assert_close(model(ids), ours, rtol=1e-10, atol=1e-12)
