@@ -66,7 +66,9 @@ void store(void* to, int64_t stride) {
   }
 }
 
-inline float flushed(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+constexpr float kLeast = 0x1p-126f;  // normal number
+
+inline float flushed(float value) { return std::fabs(value) < kLeast ? std::copysign(0.0f, value) : value; }
 
 inline float element(const Tile& from, int64_t row, int64_t column) {
   uint16_t half;
@@ -77,16 +79,27 @@ inline float element(const Tile& from, int64_t row, int64_t column) {
   return flushed(value);
 }
 
+// sum + a * b, rounded once. A product of two numbers of bfloat16 is a float, unless it leaves their range.
+inline float multiply_add(float a, float b, float sum) {
+  const float product = a * b, size = std::fabs(product);
+  return flushed(size >= kLeast && size <= 0x1p127f ? sum + product : std::fma(a, b, sum));
+}
+
 template <int ACC, int A, int B>
 void multiply_add_bf16() {
   static_assert(ACC != A && ACC != B && A != B);
-  Tile &acc = tile<ACC>(), &a = tile<A>(), &b = tile<B>();
+  Tile &acc = tile<ACC>(), &a_tile = tile<A>(), &b_tile = tile<B>();
+  float a[kRows][32], b[kRows][32];
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t i = 0; i < 32; ++i) {
+      a[row][i] = element(a_tile, row, i);
+      b[row][i] = element(b_tile, row, i);
+    }
+  }
   for (int64_t m = 0; m < kRows; ++m) {
     float sums[32] = {};
     for (int64_t k = 0; k < 16; ++k) {
-      for (int64_t i = 0; i < 32; ++i) {
-        sums[i] = flushed(std::fma(element(a, m, 2 * k + i % 2), element(b, k, i), sums[i]));
-      }
+      for (int64_t i = 0; i < 32; ++i) sums[i] = multiply_add(a[m][2 * k + i % 2], b[k][i], sums[i]);
     }
     for (int64_t n = 0; n < 16; ++n) {
       float total;
