@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from eval.flags import check_output_file
-from rrt.common.results import write_result
+from rrt.common.files import write_json
+from rrt.common.results import result_header, write_result
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -41,3 +42,24 @@ def save_result(path: Path | None, kind: str, values: dict[str, Any], device: to
     if path is not None:
         write_result(path, {"kind": kind, **values}, device)
         print(f"wrote {path}", flush=True)
+
+
+class ResultFile:
+    """A result that is written again, atomically, after each of its records, so that a run cut off loses none.
+
+    Field `complete` is False until `finish`. Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None, kind: str, device: torch.device | str = "cpu") -> None:
+        self._path, self._kind = path, kind
+        self._header = None if path is None else result_header(device)
+
+    def update(self, values: dict[str, Any], complete: bool = False) -> None:
+        if self._path is not None and self._header is not None:
+            write_json(self._path, {"kind": self._kind, **self._header, **values, "complete": complete})
+
+    def finish(self, values: dict[str, Any]) -> None:
+        """Write the whole result, and say where."""
+        self.update(values, complete=True)
+        if self._path is not None:
+            print(f"wrote {self._path}", flush=True)
