@@ -20,9 +20,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_variants import AGREEMENT, mixed_loops, normal
+from bench.output import check_device_flag
 from rrt import ops
 from rrt.common.cli import CommandParser, run_command
-from rrt.errors import UserError
 from rrt.native import force_tiling
 
 CPU = torch.device("cpu")
@@ -187,8 +187,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
     print(
         f"{run(torch.device(arguments.device), arguments.only)} cases agree with their references on {arguments.device}"
     )

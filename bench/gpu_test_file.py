@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_PROCESSES = 6
 """A file in which more tests than this end their process has a fault that the first ones show."""
 NO_TESTS = 5
-"""Exit status of pytest."""
+PYTEST_ENDS = (0, 1, 2, NO_TESTS)
+"""Exit statuses with which pytest ends by itself: all passed, some did not, a file does not load, nothing selected."""
 
 
 def read_outcomes(log: Path) -> dict[str, dict[str, str]]:
@@ -57,10 +58,14 @@ def run_file(python: str, file: str, log: Path, timeout: int, extra: list[str]) 
         command += ["--timeout", str(timeout), "--timeout-method=thread", file, *extra]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         close_open_tests(log, f"exit status {status}")
-        # 0, 1 and 5 are pytest's own ends. A process that did not get to a test would not get to one next time.
-        if (status in (0, 1, NO_TESTS) and not _just_hung(log)) or len(read_outcomes(log)) == before:
+        # A process that did not get to a test would not get to one next time.
+        if (status in PYTEST_ENDS and not _just_hung(log)) or len(read_outcomes(log)) == before:
             break
-    counts = collections.Counter(found["event"] for found in read_outcomes(log).values())
+    outcomes = read_outcomes(log)
+    counts = collections.Counter(found["event"] for found in outcomes.values())
+    for test, found in outcomes.items():
+        if found["event"] not in ("passed", "skipped"):
+            print(f"{found['event']}: {test}: {found['message']}")
     print(f"{file}: " + (", ".join(f"{count} {event}" for event, count in counts.items()) or "no test ran"), flush=True)
     if not counts:
         return 2

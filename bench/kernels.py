@@ -33,7 +33,7 @@ from bench.attention_cases import AttentionSpec, run_attention
 from bench.kernel_report import Record, cpu_goals, cuda_goals, tables
 from bench.linear_cases import LinearSpec, add_floors, layer_records, run_layers, run_linear
 from bench.linear_variants import Tiles, projections
-from bench.output import ResultFile, add_json_flag, check_json_flag
+from bench.output import ResultFile, add_json_flag, check_device_flag, check_json_flag
 from bench.overhead_cases import measure_call, measure_gaps, measure_planning
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from eval.flags import check_output_file
@@ -149,8 +149,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
     if arguments.tiles is not None and (arguments.device != "cuda" or not arguments.tiles.is_file()):
         raise UserError(
             f"--tiles: found {arguments.tiles} with --device {arguments.device}; expected a file, and --device cuda"

@@ -13,6 +13,7 @@ import torch
 from eval.flags import check_output_file
 from rrt.common.files import write_json
 from rrt.common.results import result_header, write_result
+from rrt.errors import UserError
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -35,6 +36,16 @@ def check_json_flag(path: Path | None) -> None:
     if path is not None and path.resolve().parent == OUT:
         OUT.mkdir(exist_ok=True)
     check_output_file("--json", path)
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+
+
+def check_device_flag(device: str) -> None:
+    """Refuse a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
 
 
 def save_result(path: Path | None, kind: str, values: dict[str, Any], device: torch.device | str = "cpu") -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_variants import mixed_loops, normal
-from bench.output import add_json_flag, check_json_flag, save_result
+from bench.output import add_json_flag, check_device_flag, check_json_flag, save_result
 from rrt import ops
 from rrt.common.cli import CommandParser, run_command
 from rrt.errors import UserError
@@ -244,8 +244,7 @@ def main() -> None:
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag}: found {getattr(arguments, flag)}; expected 1 or more")
     check_json_flag(arguments.json)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
     if arguments.worker is not None:
         records = run_worker(torch.device(arguments.device), arguments.operators, arguments.rounds)
         arguments.worker.write_text(json.dumps(records))

@@ -18,11 +18,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_variants import Adapters, Weights, make_variants, mixed_loops, normal, projections, with_tiling
+from bench.output import check_device_flag
 from bench.timing import Variant
 from rrt import ops
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.common.cli import CommandParser, run_command
-from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 
 _RANK, _LOOPS = 64, 2
@@ -84,8 +84,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="gemma-2b", help="whose shapes (default gemma-2b)")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
     run(preset(arguments.preset), torch.device(arguments.device))
 
 

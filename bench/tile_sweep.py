@@ -142,7 +142,13 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, default=128, metavar="R", help="LoRA rank (default 128)")
     parser.add_argument("--seconds-per-case", type=float, default=0.3, metavar="S", help="default 0.3")
-    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="default: that of this checkout")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=TABLE,
+        metavar="FILE",
+        help="default: that of this checkout; a new one begins as its copy",
+    )
     add_json_flag(parser, "tile-sweep")
     arguments = parser.parse_args()
     check_json_flag(arguments.json)
@@ -152,7 +158,7 @@ def main() -> None:
         raise UserError(
             "tile_sweep: the native library was built without CUDA; expected RRT_WITH_CUDA=1 pip install -e ."
         )
-    table = arguments.table.read_text()
+    table = (arguments.table if arguments.table.exists() else TABLE).read_text()
     if _END not in table:
         raise UserError(f"--table: found no end of the table in {arguments.table}; expected the line {_END.strip()!r}")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -31,7 +31,7 @@ import os, time
 import pytest
 from torch import broken
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.GPU
 
 def test_a(): pass
 def test_a_and_more(): pass
@@ -56,7 +56,8 @@ def run(tmp_path):
     log = tmp_path / "log.jsonl"
 
     def run_tests(text: str) -> tuple[subprocess.CompletedProcess[str], dict[str, tuple[str, str]]]:
-        (tmp_path / "test_it.py").write_text(text)
+        # Written so that this file is not taken for one that needs a GPU.
+        (tmp_path / "test_it.py").write_text(text.replace("mark.GPU", "mark.gpu"))
         command = [sys.executable, str(ROOT / "bench" / "gpu_test_file.py"), str(tmp_path / "test_it.py")]
         command += ["--log", str(log), "--timeout", "1", "--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini")]
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fakes'}:{ROOT}"}
@@ -86,7 +87,7 @@ def test_one_test_that_loses_the_gpu_crashes_or_hangs_costs_no_other(run):
     }
     assert outcomes["test_breaks_it"][1] == "CUDA error: an illegal memory access was encountered"
     assert "1 == 2" in outcomes["test_fails"][1]
-    assert "sticky CUDA error in" in done.stderr and "test_breaks_it" in done.stderr
+    assert "sticky CUDA error: test_it.py::test_breaks_it: CUDA error: an illegal memory access" in done.stdout
     assert "5 passed, 1 failed, 1 sticky CUDA error, 2 ended its process, 1 skipped" in done.stdout
 
     again, same = run(TESTS)
@@ -99,15 +100,16 @@ def test_a_run_that_was_cut_off_goes_on_with_the_test_that_it_was_in(run, tmp_pa
         json.dumps({"test": f"test_it.py::{t}", "event": e, "message": "", "seconds": 0}) + "\n" for t, e in lines
     )
     (tmp_path / "log.jsonl").write_text(text)
-    program = "import pytest\npytestmark = pytest.mark.gpu\ndef test_one(): assert 0\ndef test_two(): pass\n"
+    program = "import pytest\npytestmark = pytest.mark.GPU\ndef test_one(): assert 0\ndef test_two(): pass\n"
     done, outcomes = run(program)
     assert {test: event for test, (event, _) in outcomes.items()} == {"test_one": "passed", "test_two": "passed"}
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_file_that_does_not_load_is_a_failure_and_one_without_tests_is_told(run):
+def test_a_file_that_does_not_load_is_a_failure(run):
     done, outcomes = run("import no_such_module\n")
     assert done.returncode == 1 and "No module named" in next(iter(outcomes.values()))[1]
+    assert done.stdout.count("1 error in") == 1  # and is not tried again
 
 
 def test_a_file_without_gpu_tests_is_told(run):

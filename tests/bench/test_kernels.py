@@ -239,8 +239,10 @@ def test_sdpa_runs_by_the_first_backend_that_takes_the_case(monkeypatch):
     @contextlib.contextmanager
     def sdpa_kernel(backend):
         enabled.append(backend)
-        yield
-        enabled.pop()
+        try:
+            yield
+        finally:
+            enabled.pop()
 
     def call(_: int) -> Tensor:
         if enabled[-1] in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):

@@ -55,7 +55,5 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def end_on_sticky_error(test: str, error: BaseException) -> None:
     """End this process, whose CUDA context is lost, after a line that names the test."""
-    message = str(error).strip().splitlines()[0]
-    note(test, "sticky CUDA error", message)
-    os.write(2, f"\nsticky CUDA error in {test}: {message}\n".encode())
+    note(test, "sticky CUDA error", str(error).strip().partition("\n")[0])
     os._exit(STICKY_STATUS)
