@@ -134,7 +134,7 @@ def build_plan(python: str) -> Path:
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "--log-level=WARNING"]
     configure += [f"-D{name}={value}" for name, value in switches.items()]
     configure += [f"-DPython3_EXECUTABLE={executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(build), "--target", "_plan"]):
+    for command in (configure, ["cmake", "--build", str(build), "--target", "rrt_plan"]):
         if subprocess.run(command, stdout=sys.stderr).returncode != 0:
             raise UserError(f"--python: rrt._plan does not build for {executable}; see above")
     (module,) = build.glob(f"**/_plan{suffix}")
@@ -176,7 +176,9 @@ def pack(arguments: argparse.Namespace) -> None:
     if commit is not None:
         (CARRY / "commit").write_text(commit + "\n", encoding="utf-8")
     if arguments.data is not None:
-        shutil.copytree(arguments.data, CARRY / "data")
+        (CARRY / "data").mkdir()
+        for path in filter(Path.is_file, arguments.data.iterdir()):
+            shutil.copyfile(path, CARRY / "data" / path.name)
     for wheel in sorted(arguments.wheels.glob("*.whl")) if arguments.wheels is not None else []:
         with zipfile.ZipFile(wheel) as file:
             file.extractall(CARRY / "site")

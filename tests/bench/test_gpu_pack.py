@@ -1,8 +1,10 @@
 """bench/gpu_pack.py: binaries that are whole and not stale, a model in pieces, and what it refuses."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from bench import gpu_pack
 from rrt.errors import UserError
+from rrt.native import _source_digest
 from rrt.ops import build_info
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -75,6 +80,17 @@ def test_what_was_packed_comes_out_as_it_was(folders, model, monkeypatch, capsys
     assert json.loads((joined / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
     before, after = (load_file(folder / "model.safetensors") for folder in (model, joined))
     assert torch.equal(after["w"], before["w"].bfloat16()) and torch.equal(after["ids"], before["ids"])
+
+
+def test_a_copy_without_history_and_with_other_times_is_not_stale(tmp_path):
+    """What travels are the files alone; the digest in the library is of their bytes."""
+    for name in ("csrc", "rrt"):
+        ignored = shutil.ignore_patterns("*.so", "tests", "bench", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored, copy_function=shutil.copyfile)
+    shutil.copyfile(ROOT / "CMakeLists.txt", tmp_path / "CMakeLists.txt")
+    assert _source_digest(tmp_path) == _source_digest(ROOT)
+    (tmp_path / "csrc" / "dtype.h").write_text("other")
+    assert _source_digest(tmp_path) != _source_digest(ROOT)
 
 
 def test_pieces_of_two_models_are_not_joined(folders):

