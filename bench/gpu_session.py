@@ -106,7 +106,8 @@ class Session:
         allowed = min(step.limit, self.left())
         print(f"{step.name}: begins, {self.left():.0f} s left", flush=True)
         began = self._clock()
-        status = run_limited(step.command, {**os.environ, **step.environment}, folder / "log.txt", allowed)
+        command = step.words()
+        status = run_limited(command, {**os.environ, **step.environment}, folder / "log.txt", allowed)
         seconds = self._clock() - began
         if status is None:
             outcome = "out of time" if allowed == step.limit else "cut off"
@@ -121,7 +122,7 @@ class Session:
                 "exit_status": status,
                 "seconds": round(seconds, 1),
                 "limit": step.limit,
-                "command": step.command,
+                "command": command,
                 "environment": dict(step.environment),
                 "commit": self.commit,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -294,6 +294,21 @@ def test_large_files_stay_out_of_the_archive(tmp_path, monkeypatch):
         assert archive.getnames() == ["results", "results/small"]
 
 
+def test_a_flag_whose_file_no_step_has_left_is_left_out(session, tmp_path):
+    """The linears are measured even if the sweep of tilings failed."""
+    file = tmp_path / "tiles.json"
+    each = step("kernels", "", command=("echo", "got"), optional=("--tiles", file))
+    call = session(60)
+    call.run([each], again=True)
+    assert (call.results / "kernels" / "log.txt").read_text().splitlines()[-1] == "got"
+    file.write_text("{}")
+    call.run([each], again=True)
+    assert (call.results / "kernels" / "log.txt").read_text().splitlines()[-1] == f"got --tiles {file}"
+    made = {each.name: each for each in make_steps(machine(), tmp_path, [])}
+    sweep = made["tiles"].command
+    assert made["kernels-gemma-2b"].optional == ("--tiles", Path(sweep[sweep.index("--json") + 1]))
+
+
 def test_a_program_that_is_not_there_is_a_failure(tmp_path):
     assert run_limited(("no-such-program",), os.environ, tmp_path / "log.txt", 5) == 127
     assert "no-such-program" in (tmp_path / "log.txt").read_text()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from bench import attention_cases, kernels, linear_variants, plot_kernels
+from bench import attention_cases, kernels, linear_variants, overhead_cases, plot_kernels
 from bench.attention_cases import AttentionSpec
 from bench.attention_cases import make_variants as make_attention_variants
-from bench.kernel_report import cpu_goals, cuda_goals, summary_tables
+from bench.kernel_report import cpu_goals, cuda_goals, overhead_table, summary_tables
 from bench.kernels import parse_arguments
 from bench.linear_cases import LinearSpec, _over_reading, add_floors, layer_records, run_layers
 from bench.linear_variants import (
@@ -30,7 +30,9 @@ from bench.linear_variants import (
     mixed_loops,
     projections,
 )
+from bench.overhead_cases import measure_call, measure_planning
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
+from rrt import ops
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS
 from rrt.errors import UserError
@@ -374,6 +376,49 @@ def test_graphs_have_at_least_30_calls_and_whole_rounds_of_the_copies(monkeypatc
         calls.clear()
         Timer(torch.device("cuda"), 0.0, 1).measure({"one": Variant(call)}, copies)
         assert calls == [i % copies for i in range(expected)] and divided.pop() == expected
+
+
+def test_the_gap_of_two_calls_in_a_graph_is_beyond_twice_one(monkeypatch):
+    replayed: list[int] = []
+
+    class Graph:
+        calls = 0
+
+        def replay(self) -> None:
+            replayed.append(self.calls)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: "Event") -> float:
+            return {1: 0.010, 2: 0.017}[replayed[-1]]
+
+    class capture(contextlib.nullcontext):
+        def __init__(self, graph: Graph) -> None:
+            super().__init__()
+            capture.graph = graph
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        if hasattr(capture, "graph"):
+            capture.graph.calls += 1
+        return linear(*arguments, **options)
+
+    linear = ops.loop_lora_linear
+    monkeypatch.setattr(linear_variants.ops, "loop_lora_linear", counted)
+    for name, fake in (("Event", Event), ("CUDAGraph", Graph), ("graph", capture), ("_sleep", lambda _: None)):
+        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+    monkeypatch.setattr(overhead_cases, "_FLUSH_BYTES", 8)
+    shapes = [Projection("out", 16, (16,)), Projection("down", 32, (16,))]
+    found = overhead_cases.measure_gaps(CPU, torch.float32, shapes, samples=3)
+    assert [(record["projection"], record["rows"], record["chained"]) for record in found] == [
+        (name, rows, name == "out") for name in ("out", "down") for rows in (1, 8, 64)
+    ]
+    for record in found:
+        assert record["one"]["median"] == pytest.approx(1e-5) and record["gap"] == pytest.approx(-3e-6)
+    overhead = {"call": measure_call(CPU, False, 1), "plan": measure_planning(1), "gaps": found}
+    assert "out of 8 rows -3.0 us" in overhead_table(overhead).text()
+    assert "down of 8 rows (not chained) -3.0 us" in overhead_table(overhead).text()
 
 
 def test_a_record_is_on_the_disk_before_the_next_is_measured(tmp_path, monkeypatch):
