@@ -140,7 +140,7 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
         add(1, "build", "build-plan", 60, python, "bench/gpu_pack.py", "--plan-only")
     for family in ("linear", "prefill-linear", "attention", "write"):
         command = (python, "bench/gpu_cases.py", "--only", family)
-        add(1, "smoke", f"smoke-{family}", 25, *command, environment={"CUDA_LAUNCH_BLOCKING": "1"})
+        add(1, "smoke", f"smoke-{family}", 40, *command, environment={"CUDA_LAUNCH_BLOCKING": "1"})
 
     def test_file(file: str, limit: int) -> None:
         name = "tests-" + re.sub(r"^tests/|test_|\.py$", "", file).replace("/", "-")
@@ -167,7 +167,7 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", 9, "--kernel-name", f"kns={OUR_KERNELS}")
         missing = None if "compute-sanitizer" in machine.tools else "there is no compute-sanitizer"
-        add(1, "sanitize", f"sanitize-{tool}", 60, *command, python, "bench/gpu_cases.py", left_out=missing)
+        add(1, "sanitize", f"sanitize-{tool}", 80, *command, python, "bench/gpu_cases.py", left_out=missing)
 
     # Part 2
     out = results / "ncu"

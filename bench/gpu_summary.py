@@ -305,6 +305,6 @@ def speed_tables(results: Path) -> Iterable[Table]:
                 ["serving", what, f"{found['tokens_per_second']:,.0f} tokens/s, {found['over_never']:.2f}x never"]
             )
     for task, found in (read_json(results / "fewshot" / "fewshot.json") or {}).get("tasks", {}).items():
-        metric = next(iter(found.get("metrics", {}).items()), ("", ""))
-        rows.append(["few-shot", task, f"{metric[0]} {metric[1]}"])
+        metrics = (f"{name} {value:.4g}" for name, value in found["metrics"].items())
+        rows.append(["few-shot", f"{task}, {found['documents']} documents", ", ".join(metrics)])
     yield Table("Whole models", ["", "what", "result"], rows, (0, 1, 2))

@@ -69,6 +69,8 @@ def results(tmp_path):
     write(tmp_path / "uptrain" / "run" / "metrics.jsonl", json.dumps(record) + "\n")
     case = {"model": "m", "in_flight": 16, "variants": {"never": {"tokens_per_second": 9e3, "over_never": 1.0}}}
     write(tmp_path / "serving" / "serving.json", {"cases": [case]})
+    fewshot = {"piqa": {"documents": 300, "metrics": {"acc": 0.6875, "acc_norm": 0.7}}}
+    write(tmp_path / "fewshot" / "fewshot.json", {"tasks": fewshot})
     return tmp_path
 
 
@@ -89,6 +91,7 @@ def test_every_result_has_its_line(results):
         "RRT_PDL 64 2 8 120.0 100.0 1.20x",
         "training step ours 409,600 tokens/s, MFU 40.0%, 2.0 GiB",
         "uptraining 1 records 100,000 tokens/s, MFU 25.0%, 4.0 GiB, loss 3.000 to 3.000",
+        "few-shot piqa, 300 documents acc 0.6875, acc_norm 0.7",
         "serving m, 16 in flight, never 9,000 tokens/s, 1.00x never",
     ):
         assert expected in rows, f"{expected}\n{text}"
