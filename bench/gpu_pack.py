@@ -34,11 +34,14 @@ MIB = 2**20
 
 
 def unpack() -> list[str]:
-    """Copy the binaries that were brought along into rrt/, where they differ; return what was done, in lines."""
+    """Copy the binaries that were brought along into rrt/; return what was done, in lines.
+
+    A newer one, built since they were packed, stays.
+    """
     lines = []
     for source in sorted((CARRY / "native").glob("*.so")):
         target = ROOT / "rrt" / source.name
-        if not target.is_file() or target.read_bytes() != source.read_bytes():
+        if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
             beside = target.with_name(target.name + ".tmp")
             shutil.copyfile(source, beside)
             beside.replace(target)  # a process may have the old one open

@@ -212,13 +212,22 @@ def write_archive(results: Path, archive: Path) -> None:
 
 
 def read_commit(environment: Mapping[str, str]) -> str | None:
-    """Return the commit that RRT_COMMIT, the packed files or git name, with "-dirty" if the files differ from it."""
+    """Return the commit that RRT_COMMIT, git or the packed files name, with "-dirty" if the files differ from it.
+
+    The packed files count where git has no history, or one that does not know their commit: that of a copy.
+    """
     if commit := environment.get("RRT_COMMIT", "").strip():
         return commit
-    if (CARRY / "commit").is_file():
-        return (CARRY / "commit").read_text(encoding="utf-8").strip()
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    packed = CARRY / "commit"
+    commit = packed.read_text(encoding="utf-8").strip() if packed.is_file() else None
+    if commit is not None and ask_git("cat-file", "-e", commit.removesuffix("-dirty")) is None:
+        return commit
+    return ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def ask_git(*words: str) -> str | None:
     try:
+        command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -270,6 +270,8 @@ def goals_table(result: Record) -> Table:
             f"Best read bandwidth {read['bytes_per_second'] / 1e9:.1f} GB/s ({read['way']}), best matmul rate "
             f"{matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']}); time by {result['timing']}."
         ]
+        if not result.get("host_time_hidden", True):
+            notes.append("Some launches took longer than the GPU can be made to wait: times have the host's in them.")
     if not rows:
         notes.append("No goals are set for these cases.")
     return Table("Goals", ["goal", "", "cases", "worst", "worst case"], rows, (0, 1, 4), notes=notes)

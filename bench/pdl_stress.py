@@ -39,6 +39,8 @@ KIND = "pdl-stress"
 ROWS = (1, 8, 64)
 """Decode rows: the column kernel, the row kernel with several slices, and its largest tile."""
 PREFILL_ROWS = 192
+SLEEP_CYCLES = 2**24
+"""About 8 ms, in which the host launches a chain, so that its operators follow each other without a pause."""
 _RANK, _LOOPS, _CONTEXT, _PAGE = 64, 2, 600, 16
 _HEADS, _KV_HEADS, _HEAD_DIM = 8, 1, 256
 WIDTH, WIDE = _HEADS * _HEAD_DIM, 8 * _HEADS * _HEAD_DIM
@@ -183,6 +185,8 @@ def run_worker(device: torch.device, count: int, rounds: int) -> list[dict[str, 
                     poison(outputs, blocks)
                     del outputs, blocks  # the allocator hands the poisoned memory out again
                     start()
+                    if device.type == "cuda":
+                        torch.cuda._sleep(SLEEP_CYCLES)
                     outputs, blocks = run_chain(x, operators, sizes)
                     differences += compare(outputs, expected, f"eager{load}", round_)
         if device.type == "cuda":

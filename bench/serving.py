@@ -42,7 +42,7 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 
 from bench import serving_http, serving_online
 from bench.generate import Transformers, hf_directory
-from bench.output import add_device_flag, add_json_flag, check_device_flag, check_json_flag, save_result
+from bench.output import ResultFile, add_device_flag, add_json_flag, check_device_flag, check_json_flag
 from bench.serving_rivals import (
     ContinuesBatch,
     LlamaCpp,
@@ -154,8 +154,9 @@ def _variant(work: Callable[[], object]) -> Variant:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all cases and return the result."""
+    """Measure all cases and return the result, which is written after each case."""
     torch.set_num_threads(arguments.threads)
+    file = ResultFile(arguments.json, KIND, arguments.device)
     subjects = make_subjects(arguments)
     length = arguments.prompt_tokens[1] + arguments.new_tokens[1]
     most, waves = max(arguments.in_flight), WAVES if arguments.mixed else 1
@@ -183,8 +184,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     for lengths, requests in kinds.items():
                         case = {"model": subject.name, "dtype": name, "lengths": lengths}
                         cases.append(case | measure_case(decoder, requests, lengths, count, rivals, arguments))
+                        file.update({**settings(arguments), "cases": cases})
                         print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
-    return {**settings(arguments), "cases": cases}
+    result = {**settings(arguments), "cases": cases}
+    file.finish(result)
+    return result
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -331,7 +335,6 @@ def main() -> None:
         (serving_online if arguments.online else serving_http).run(arguments)
         return
     result = run(arguments)
-    save_result(arguments.json, KIND, result, arguments.device)
     print_tables(tables(result))
 
 

@@ -70,6 +70,8 @@ def test_what_was_packed_comes_out_as_it_was(folders, model, monkeypatch, capsys
     assert gpu_pack.unpack() == ["unpacked rrt/_native.so", "unpacked rrt/_plan.so"]
     assert (folders / "rrt" / "_native.so").read_bytes() == b"_native.so" * 1000
     assert gpu_pack.unpack() == []  # they are there
+    (folders / "rrt" / "_native.so").write_bytes(b"built again")
+    assert gpu_pack.unpack() == [] and (folders / "rrt" / "_native.so").read_bytes() == b"built again"
 
     late = (pieces[-1] / "piece").rename(folders / "late")
     assert gpu_pack.join_model() == [f"model: {len(pieces) - 1} of {len(pieces)} pieces are here"]

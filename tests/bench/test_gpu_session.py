@@ -177,6 +177,19 @@ def test_binaries_that_were_brought_along_are_put_into_place(run, checkout):
     assert "[commit of the pack]" in log[0]
 
 
+def test_git_names_the_commit_unless_it_does_not_know_the_packed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "CARRY", tmp_path)
+    assert gpu_session.read_commit({"RRT_COMMIT": "from outside"}) == "from outside"
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if not head:
+        pytest.skip("not a git checkout")
+    assert gpu_session.read_commit({}).removesuffix("-dirty") == head
+    (tmp_path / "commit").write_text(f"{head}-dirty\n")
+    assert gpu_session.read_commit({}).removesuffix("-dirty") == head
+    (tmp_path / "commit").write_text("0" * 40 + "\n")  # the history here is that of a copy
+    assert gpu_session.read_commit({}) == "0" * 40
+
+
 def test_the_table_that_the_library_is_compiled_with_stays_as_it_is():
     """Else the library would be stale in the next part."""
     steps = make_steps(machine(), Path("/results"), [])
