@@ -34,7 +34,7 @@ from bench.gpu_steps import (
     python_of,
     read_json,
 )
-from bench.gpu_summary import summary
+from bench.gpu_summary import shortened, summary
 
 FAILED, USAGE, NO_GPU, STEPS_LEFT = 1, 2, 3, 75
 RESERVE = 8.0
@@ -136,7 +136,7 @@ class Session:
         return outcome
 
     def report(self) -> str:
-        """Write report.json, tables.txt and the archive; return the tables."""
+        """Write report.json, tables.txt and the archive; return the tables, shortened."""
         records = [read_json(self.results / step.name / "step.json") for step in self.steps]
         text = summary(self.results, self.steps, self.ran)
         write_json(
@@ -150,7 +150,7 @@ class Session:
         )
         (self.results / "tables.txt").write_text(text + "\n", encoding="utf-8")
         write_archive(self.results, self._archive)
-        return text
+        return shortened(text)
 
 
 def run_limited(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:

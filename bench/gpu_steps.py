@@ -209,7 +209,7 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
         kernels(3, f"kernels-{preset}", 50, preset, *few)
     command = (python, "bench/training.py", "--device", "cuda", "--preset", "smollm2-135m", "--only", "step")
     command += ("--dtype", "bf16", "--tokens", "8", "1024", "--json", str(results / "training" / "training.json"))
-    add(3, "training", "training", 100, *command, left_out=without("transformers"))
+    add(3, "training", "training", 140, *command, left_out=without("transformers"))
     command = ("bash", "bench/gpu_uptrain.sh", str(MODEL), str(results / "uptrain"))
     add(3, "uptrain", "uptrain", 100, *command, left_out=no_model)
     speed = ("--device", "cuda", "--dtype", "bfloat16")

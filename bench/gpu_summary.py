@@ -16,7 +16,7 @@ from bench.gpu_steps import Step, read_json
 from eval.tables import Table
 
 MAX_CHARACTERS = 11000
-"""Of all tables: what shows of a call's output may be only its end."""
+"""Of the tables that are printed: of a call's output perhaps only the end is seen."""
 NCU_COLUMNS = {
     "us": "gpu__time_duration.sum",
     "DRAM %": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -36,7 +36,7 @@ Record = Mapping[str, Any]
 
 
 def summary(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> str:
-    """Make all tables that there are results for, the steps of this call first; at most 11,000 characters."""
+    """Make all tables that there are results for."""
     makers: list[Callable[[Path], Iterable[Table]]] = [
         failures_table,
         stress_table,
@@ -55,10 +55,14 @@ def summary(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> str:
             made += [table for table in make(results) if table.rows]
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:  # a result that was cut off
             made.append(Table(f"{make.__name__}: not shown, {type(error).__name__}: {error}", [], []))
-    text = "\n\n".join(table.text() for table in made)
-    if len(text) > MAX_CHARACTERS:
-        text = text[:MAX_CHARACTERS] + "\n(the rest is in tables.txt's sources: see the archive)"
-    return text
+    return "\n\n".join(table.text() for table in made)
+
+
+def shortened(text: str) -> str:
+    """Cut tables to 11,000 characters."""
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    return text[:MAX_CHARACTERS].rpartition("\n")[0] + "\n(the rest is in tables.txt, in the archive)"
 
 
 def steps_table(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> Table:

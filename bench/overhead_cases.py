@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.linear_variants import Adapters, Projection, Weights, make_variants, mixed_loops, normal
+from bench.linear_variants import Adapters, Projection, Weights, mixed_loops, normal
 from bench.timing import spread
 from rrt import ops
 from rrt.decode.page_table import PageTable, make_page_table
@@ -102,15 +102,16 @@ def measure_gaps(
         adapters = Adapters.make(weights, _GAP_RANK, loops, should_pack=False)
         x, loop_of_row = normal((rows, projection.inputs), 1, dtype, device), mixed_loops(rows, loops).to(device)
         chained = projection.inputs == projection.outputs
-        first = make_variants(weights, adapters, x, loop_of_row)["ours"]
-        first.call(0)
+        operands = [(weights.plain[i], weights.bias, adapters.lora_a[i], adapters.lora_b[i]) for i in range(2)]
+        rest = (loop_of_row, projection.segments, adapters.ranks)
+        y = ops.loop_lora_linear(x, *operands[0], *rest)  # warm-up
         graphs = {}
         for calls in (1, 2):
             graphs[calls] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[calls]):
-                y = first.call(0)
+                y = ops.loop_lora_linear(x, *operands[0], *rest)
                 if calls == 2:
-                    make_variants(weights, adapters, y if chained else x, loop_of_row)["ours"].call(1)
+                    ops.loop_lora_linear(y if chained else x, *operands[1], *rest)
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for sample in range(min(samples, 50) + 1):
             for calls, graph in graphs.items():

@@ -39,6 +39,7 @@ from bench.traffic import compare_traffic
 from bench.trainer_cases import measure_trainer
 from bench.training_cases import (
     SMALL_LLAMA,
+    STEP_VARIANTS,
     measure_attention,
     measure_checkpointing,
     measure_elementwise,
@@ -53,6 +54,12 @@ from rrt.common.results import write_result
 from rrt.errors import UserError
 
 KIND = "training"
+STEP_CASES = {
+    "cpu": (STEP_VARIANTS,),
+    # One by one: to compile transformers' whole model may take minutes, and then the others are measured.
+    "cuda": (("ours", "transformers"), ("ours", "ours, compiled"), ("ours", "transformers, compiled")),
+}
+"""Variants that alternate, by device."""
 SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "trainer", "traffic")
 
 
@@ -106,7 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.dtype:
         dtype = parse_dtype(name)
         models = [replace(arguments.model, vocab_size=vocab) for vocab in arguments.vocab]
-        cases += [("step", lambda m=model, d=dtype: measure_step(timer, m, d, tokens, device)) for model in models]
+        cases += [
+            ("step", lambda m=model, d=dtype, v=variants: measure_step(timer, m, d, tokens, device, v))
+            for model in models
+            for variants in STEP_CASES[arguments.device]
+        ]
         cases += [
             ("attention", lambda n=name, t=length, d=dtype: measure_attention(timer, n, t, d))
             for name, length in (("pythia-160m", 512), ("tinyllama-1.1b", 2048), ("gemma-2b", 512))

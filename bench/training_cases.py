@@ -48,6 +48,7 @@ SMALL_LLAMA = ModelConfig(
 """26.4 M parameters."""
 Losses = Callable[[Tensor, Tensor], Tensor]
 CPU = torch.device("cpu")
+STEP_VARIANTS = ("ours", "transformers", "ours, compiled")
 
 
 @dataclass
@@ -134,25 +135,30 @@ def measure_step(
     dtype: torch.dtype,
     tokens: tuple[int, int] = (4, 512),
     device: torch.device = CPU,
+    variants: tuple[str, ...] = STEP_VARIANTS,
 ) -> Measured:
-    """Measure an optimizer step over `tokens`, batch and length: ours, transformers', and ours with compiled layers.
+    """Measure an optimizer step over `tokens`, batch and length.
 
-    On a GPU transformers' compiled ones too, and of each the peak memory and, where the GPU's peak rate is known, MFU:
-    a step is timed with the host's clock until the GPU is done.
+    On a GPU also the peak memory of each variant and, where the GPU's peak rate is known, its MFU: a step is timed with
+    the host's clock until the GPU is done.
+
+    Args:
+        variants: "ours" and "transformers", each also ", compiled": ours layer by layer, theirs as a whole.
     """
     inputs, targets = make_batch(config.vocab_size, *tokens)
     batch = inputs.to(device), targets.to(device)
-    made: dict[str, tuple[nn.Module, Losses]] = {
-        "ours": our_losses(config, dtype, device),
-        "transformers": transformers_losses(config, dtype, device),
-    }
-    compiled, losses = our_losses(config, dtype, device)
-    compile_layers(compiled.stack, device)
-    made["ours, compiled"] = compiled, losses
-    if device.type == "cuda":
-        theirs, losses = transformers_losses(config, dtype, device)
-        theirs.compile()
-        made["transformers, compiled"] = theirs, losses
+    made: dict[str, tuple[nn.Module, Losses]] = {}
+    for name in variants:
+        if name.startswith("ours"):
+            ours, losses = our_losses(config, dtype, device)
+            if name.endswith("compiled"):
+                compile_layers(ours.stack, device)
+            made[name] = ours, losses
+        else:
+            theirs, losses = transformers_losses(config, dtype, device)
+            if name.endswith("compiled"):
+                theirs.compile()
+            made[name] = theirs, losses
     steps = {name: optimizer_step(*model_and_losses, batch) for name, model_and_losses in made.items()}
     case: dict[str, Any] = {"vocab_size": config.vocab_size, "dtype": dtype_name(dtype), "tokens": inputs.numel()}
     for step in steps.values():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_summary import MAX_CHARACTERS, read_ncu, summary
+from bench.gpu_summary import MAX_CHARACTERS, read_ncu, shortened, summary
 
 NCU = """==PROF== Connected to process 7
 ==PROF== Profiling "row_kernel" - 0: 0%....50%....100% - 20 passes
@@ -105,11 +105,15 @@ def test_a_result_that_was_cut_off_costs_no_other_table(results):
     assert "Whole layer" in text and "RRT_PDL" in text and "Graphs of one" not in text
 
 
-def test_no_results_are_no_tables_and_many_are_cut(tmp_path, results):
+def test_no_results_are_no_tables_and_many_are_shortened(tmp_path, results):
     assert summary(tmp_path / "nothing", [], []).startswith("Steps")
     layers = [linear("layer", 8, 1e-4) for _ in range(500)]
     write(results / "kernels-gemma-2b" / "kernels.json", {"layer": layers})
-    assert len(summary(results, [], [])) < MAX_CHARACTERS + 100
+    whole = summary(results, [], [])
+    assert whole.count("gemma-2b    64") >= 500
+    cut = shortened(whole)
+    assert len(cut) < MAX_CHARACTERS + 100 and cut.endswith("(the rest is in tables.txt, in the archive)")
+    assert shortened("short") == "short"
 
 
 def test_ncu_without_a_kernel_has_no_rows():
