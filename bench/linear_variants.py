@@ -248,6 +248,10 @@ def mixed_loops(rows: int, loops: int) -> Tensor:
     return (torch.arange(rows, dtype=torch.int32) % loops)[torch.randperm(rows)]
 
 
+TILE_ROWS = {"kColumns": 0, "kRows64": 64, "kRows": 128}
+"""What `force_tiling` takes for each kernel of csrc/loop_lora/cuda_tiles.h."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Fastest tilings of loop_lora_linear, by outputs and inputs: (most rows, kernel, slices), by rows."""
@@ -276,12 +280,12 @@ class Tiles:
 
 
 def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
-    """Run `call` with a tiling of loop_lora_linear: "kColumns" or "kRows", and slices. Restore its own choice."""
+    """Run `call` with a tiling of loop_lora_linear: a kernel of TILE_ROWS, and slices. Restore its own choice."""
 
     def run(i: int) -> Tensor:
-        force_tiling(kernel == "kRows", slices)
+        force_tiling(TILE_ROWS[kernel], slices)
         result = call.call(i)
-        force_tiling(False, 0)
+        force_tiling(0, 0)
         return result
 
     return Variant(run)

@@ -58,7 +58,7 @@ class Line:
     inputs: int
     rows: int
     kernel: str
-    """kColumns or kRows."""
+    """kColumns, kRows or kRows64."""
     slices: int
 
     def text(self) -> str:
@@ -66,8 +66,13 @@ class Line:
         return f"    {{{shape}, {{DecodeKernel::{self.kernel}, {self.slices}}}}},"
 
 
-TILINGS: tuple[tuple[str, int], ...] = (("kColumns", 1), ("kRows", 1), ("kRows", 2), ("kRows", 4), ("kRows", 8))
-_LINE = re.compile(r"^    \{(\d+), (\d+), (\d+), (\d+), \{DecodeKernel::(kColumns|kRows), (\d)\}\},$", re.MULTILINE)
+TILINGS: tuple[tuple[str, int], ...] = (
+    ("kColumns", 1),
+    *((kernel, slices) for kernel in ("kRows", "kRows64") for slices in (1, 2, 4, 8)),
+)
+_LINE = re.compile(
+    r"^    \{(\d+), (\d+), (\d+), (\d+), \{DecodeKernel::(kColumns|kRows|kRows64), (\d)\}\},$", re.MULTILINE
+)
 _END = "    {},  // ends the table\n"
 
 

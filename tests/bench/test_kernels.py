@@ -448,8 +448,8 @@ def test_a_record_is_on_the_disk_before_the_next_is_measured(tmp_path, monkeypat
 
 
 def test_tiles_of_a_sweep_are_forced_for_their_shape_and_rows_only(tmp_path, monkeypatch):
-    forced: list[tuple[bool, int]] = []
-    monkeypatch.setattr(linear_variants, "force_tiling", lambda by_rows, slices: forced.append((by_rows, slices)))
+    forced: list[tuple[int, int]] = []
+    monkeypatch.setattr(linear_variants, "force_tiling", lambda tile_rows, slices: forced.append((tile_rows, slices)))
     seconds = [{"kColumns 1": 1.0, "kRows 4": 2.0}, {"kColumns 1": 3.0, "kRows 4": 2.0}]
     tilings = [
         {"outputs": 12, "inputs": 16, "rows": rows, "seconds": s} for rows, s in zip((8, 64), seconds, strict=True)
@@ -459,12 +459,12 @@ def test_tiles_of_a_sweep_are_forced_for_their_shape_and_rows_only(tmp_path, mon
     tiles = Tiles.read(path)
     weights = Weights.make(Projection("out", inputs=16, segments=(12,)), 1, torch.float64, CPU, should_pack=False)
     adapters = Adapters.make(weights, 4, 2, should_pack=False)
-    for rows, expected in ((8, (False, 1)), (9, (True, 4)), (65, None)):
+    for rows, expected in ((8, (0, 1)), (9, (128, 4)), (65, None)):
         forced.clear()
         x = torch.randn(rows, 16, dtype=torch.float64)
         variants = make_variants(weights, adapters, x, mixed_loops(rows, 2), tiles)
         torch.testing.assert_close(variants["tuned"].call(0), variants["ours"].call(0))
-        assert forced == ([] if expected is None else [expected, (False, 0)])
+        assert forced == ([] if expected is None else [expected, (0, 0)])
     path.write_text("{}")
     with pytest.raises(UserError, match=r"--tiles: found .*tiles\.json; expected a result of bench/tile_sweep"):
         Tiles.read(path)
