@@ -301,9 +301,13 @@ def main() -> int:
             print(f"{step.part}  {step.group:9} {step.name:36} {step.limit:4} s  {state}".rstrip())
         return 0
     selected, again = choose(steps, words) or ([], False)  # a build or a switch that there is not
-    # Whatever is asked for needs the library.
-    session.run([step for step in steps if step.group == "build" and step not in selected])
-    left = session.run(selected, again)
+    # Whatever is asked for needs the library; without rrt._plan, Python plans.
+    session.run([step for step in steps if step.group == "build"])
+    built = read_json(results / "build" / "step.json") if "build" in session.ran else None
+    if built is not None and built["outcome"] != "passed":
+        print(f"\n{session.report()}\nall results: {session._archive}\nthe library was not built: nothing else was run")
+        return FAILED
+    left = session.run([step for step in selected if step.group != "build"], again)
     print(f"\n{session.report()}")
     print(f"all results: {session._archive}")
     if left:

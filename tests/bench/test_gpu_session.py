@@ -166,6 +166,14 @@ def test_it_builds_only_what_is_missing_or_stale_and_first(run, native, builds):
         assert done.returncode == 0 and [line.split()[1] for line in log] == [*builds, "bench/pdl_stress.py"]
 
 
+def test_without_a_library_nothing_is_measured(run, tmp_path):
+    stale = {**INFO, "native": {**INFO["native"], "stale": True}}
+    done, log = run("all", info=stale, FAKE_FAIL="setup.py")
+    assert done.returncode == 1 and len(log) == 1
+    assert "the library was not built: nothing else was run" in done.stdout and "it broke" in done.stdout
+    assert "it broke" in archived(tmp_path, "build/log.txt")
+
+
 def test_binaries_that_were_brought_along_are_put_into_place(run, checkout):
     carry = checkout / "bench" / "out" / "carry"
     (carry / "native").mkdir(parents=True)
