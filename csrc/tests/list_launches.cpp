@@ -43,8 +43,9 @@ void print_loop_lora() {
     print("loop_lora::add_parts_kernel", half, kAddThreads, 0);
     for_each_type(PrefillTiles<device::BFloat16>{}, [&](auto tile) {
       using Tile = decltype(tile);
-      print("loop_lora::prefill_kernel", join(half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages),
-            kPrefillThreads, Tile::kSharedBytes);
+      print("loop_lora::prefill_kernel",
+            join(half, Tile::kTokenWarps, Tile::kOutWarps, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages),
+            Tile::kThreads, Tile::kSharedBytes);
     });
   }
   for (const char* number : kNumbers) {
