@@ -81,8 +81,8 @@ def linear_cases(device: torch.device) -> Iterator[Case]:
 
 
 def prefill_linear_cases(device: torch.device) -> Iterator[Case]:
-    # The small tile, unless there are tiles for a whole GPU; the last ones of tokens and outputs are not full.
-    shapes = [(70, (128, 40), (40, 8)), (1300, (2560, 77), (40, 0))]
+    # The three tiles, on 132 multiprocessors; the last ones of tokens and outputs are not full.
+    shapes = [(70, (128, 40), (40, 8)), (700, (2560, 77), (40, 0)), (1300, (2560, 77), (40, 0))]
     for dtype, (rows, segments, ranks) in itertools.product(HALVES, shapes):
         arguments = linear(rows, 264, segments, ranks, dtype)
         arguments["loop"] = int(arguments.pop("loops")[0])
