@@ -1,11 +1,11 @@
 """Native operators against PyTorch and against the machine's limits: python bench/kernels.py --preset gemma-2b
 
-Measures the linears of one shared layer with rows of several loops mixed, the head (hidden size to vocabulary),
-attention over the paged cache, and the overhead of a call. Baselines run in the same rounds, in alternating order, on
-weights that are not in the cache. A case's floor is the time of its bytes at the best read bandwidth of the run, or of
-its FLOPs at the best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x and
-y, each once. On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading), since
-memory's speed changes in a run.
+Measures the linears of one shared layer with rows of several loops mixed, on a CPU the head (hidden size to vocabulary)
+too, attention over the paged cache, and the overhead of a call. Baselines run in the same rounds, in alternating order,
+on weights that are not in the cache. A case's floor is the time of its bytes at the best read bandwidth of the run, or
+of its FLOPs at the best matmul rate, whichever is longer; bytes are those of W, of A and B of the loops present, of x
+and y, each once. On a CPU each linear is also compared with reading as many bytes in the same rounds (time/reading),
+since memory's speed changes in a run.
 
     python bench/kernels.py --preset tinyllama-1.1b --dtype fp32 --json out.json --plot out.png
     python bench/kernels.py --quick --only overhead
@@ -19,6 +19,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import attention_cases, linear_variants
 from bench.attention_cases import AttentionSpec, run_attention
-from bench.kernel_report import cpu_goals, cuda_goals, tables
+from bench.kernel_report import Record, cpu_goals, cuda_goals, tables
 from bench.linear_cases import LinearSpec, add_floors, layer_records, run_layers, run_linear
-from bench.linear_variants import Projection, projections
-from bench.output import add_json_flag, check_json_flag, save_result
-from bench.overhead_cases import measure_call, measure_planning
+from bench.linear_variants import Projection, Tiles, projections
+from bench.output import ResultFile, add_json_flag, check_device_flag, check_json_flag
+from bench.overhead_cases import measure_call, measure_gaps, measure_planning
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from eval.flags import check_output_file
 from eval.tables import print_tables
@@ -88,6 +89,12 @@ def parse_arguments() -> argparse.Namespace:
     numbers("--sequences", f"sequences of a prefill, each with a chunk of {CHUNK} tokens at the end of its context")
     parser.add_argument("--page-size", type=int, default=32, metavar="N", help="positions per page (default 32)")
     parser.add_argument("--only", choices=SECTIONS, help="only this section (default: all)")
+    parser.add_argument(
+        "--tiles",
+        type=Path,
+        metavar="FILE",
+        help="result of bench/tile_sweep.py: time loop_lora_linear with the tilings that it found fastest too (cuda)",
+    )
     parser.add_argument("--quick", action="store_true", help="few cases, briefly: shows that it runs, not how fast")
     parser.add_argument(
         "--seconds-per-case",
@@ -144,8 +151,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
+    if arguments.only == "head" and arguments.device != "cpu":
+        raise UserError(f"--only: found head with --device {arguments.device}; expected --device cpu")
+    if arguments.tiles is not None and (arguments.device != "cuda" or not arguments.tiles.is_file()):
+        raise UserError(
+            f"--tiles: found {arguments.tiles} with --device {arguments.device}; expected a file, and --device cuda"
+        )
     check_json_flag(arguments.json)
     check_output_file("--plot", arguments.plot)
     if arguments.plot is not None:
@@ -173,8 +185,8 @@ def native_facts() -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Measure, and return the result and the device it ran on."""
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and return the result, which is written after each record too."""
     name, config, dtype = read_shapes(arguments)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -193,6 +205,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         should_pack=device.type == "cpu" and not arguments.unpacked,
         cache_bytes=cache_bytes,
         budget_bytes=budget,
+        tiles=Tiles.read(arguments.tiles) if arguments.tiles is not None else None,
     )
     head = replace(
         linear,
@@ -217,7 +230,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         budget_bytes=budget,
     )
     sections = (arguments.only,) if arguments.only else SECTIONS
-    if arguments.only is None and not head.fits():
+    has_head = arguments.device == "cpu" and head.fits()
+    if arguments.only is None and not has_head:
         sections = tuple(section for section in sections if section != "head")
     attention_cases_to_run, left_out = attention.cases()
     # On CUDA the whole layer is one more case; on a CPU, where nothing overlaps, it is the sum of the others.
@@ -238,7 +252,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
             print(f"NOTE: too little memory to rotate {', '.join(warm)} beyond the cache; see --memory-gib")
     if "head" in sections:
         print(f"the head takes {human_bytes(head.needed_bytes())}; copies rotated: {head.copies(head.projections[0])}")
-    elif arguments.only is None:
+    elif arguments.only is None and device.type == "cpu":
         print("the head is left out for want of memory")
     if native["loaded"]:
         print(f"native operators: {native['cpu_isa']}{', STALE: rebuild them' if native['stale'] else ''}")
@@ -267,64 +281,69 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         "native": native,
         "seconds_per_case": seconds,
     }
+    file = ResultFile(arguments.json, "kernels", device)
+
+    def records(section: str, measured: Iterator[Record]) -> Iterator[Record]:
+        """Keep, and write, every record of a section as soon as it is measured."""
+        result[section] = []
+        for record in measured:
+            result[section].append(record)
+            summarise(result, linear, rates, timer)
+            result["elapsed_seconds"] = time.perf_counter() - began
+            file.update(result)
+            yield record
+        rates.probe()
+
     with tqdm(total=num_cases, unit="case", desc="kernels", disable=None, smoothing=0.05) as bar:
         if "linear" in sections:
-            records = []
-            for record in run_linear(linear, timer, rates):
-                records.append(record)
-                bar.set_postfix_str(
-                    f"{record['projection']} M={record['rows']} r={record['rank']} loops={record['loops']}"
-                )
+            result |= {"linear_variants": linear_variants.BASELINES, "layer": []}
+            for record in records("linear", run_linear(linear, timer, rates)):
+                case = f"M={record['rows']} r={record['rank']} loops={record['loops']}"
+                bar.set_postfix_str(f"{record['projection']} {case}")
                 bar.update()
-            rates.probe()
-            result |= {"linear_variants": linear_variants.BASELINES, "linear": records}
-            if layer_cases:
-                result["layer"] = []
-                for record in run_layers(linear, timer):
-                    result["layer"].append(record)
-                    bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
-                    bar.update()
+            for record in records("layer", run_layers(linear, timer)) if layer_cases else ():
+                bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
+                bar.update()
         if "head" in sections:
-            result["head"] = []
-            for record in run_linear(head, timer, rates):
-                result["head"].append(record)
+            for record in records("head", run_linear(head, timer, rates)):
                 bar.set_postfix_str(f"head M={record['rows']}")
                 bar.update()
-            rates.probe()
         if "attention" in sections:
-            records = []
-            for record in run_attention(attention, timer, rates):
-                records.append(record)
+            result |= {"attention_variants": attention_cases.BASELINES, "attention_left_out": left_out}
+            for record in records("attention", run_attention(attention, timer, rates)):
                 bar.set_postfix_str(f"{record['kind']} of {record['count']} at {record['context']}")
                 bar.update()
-            rates.probe()
-            result |= {
-                "attention_variants": attention_cases.BASELINES,
-                "attention": records,
-                "attention_left_out": left_out,
-            }
     if "overhead" in sections:
         samples = 10 if arguments.quick else 200
         result["overhead"] = {
             "call": measure_call(device, linear.should_pack, samples),
             "plan": measure_planning(samples),
         }
-
-    add_floors([record for kind in ("linear", "layer", "head", "attention") for record in result.get(kind, [])], rates)
-    if num_cases:
-        result |= {"rates": rates.summary(), "timing": timer.method}
-    if "linear" in result and "layer" not in result:
-        result["layer"] = layer_records(result["linear"], len(linear.projections))
-    result["goals"] = cpu_goals(result) if device.type == "cpu" else cuda_goals(result)
+        if device.type == "cuda":
+            result["overhead"]["gaps"] = measure_gaps(device, dtype, linear.projections, samples)
+    summarise(result, linear, rates, timer)
     result["elapsed_seconds"] = time.perf_counter() - began
-    return result, device
+    # Written before anything is printed: a closed pipe must not cost the run.
+    file.finish(result)
+    return result
+
+
+def summarise(result: dict[str, Any], linear: LinearSpec, rates: Rates, timer: Timer) -> None:
+    """Bring floors, rates and goals of the records so far up to date, in place."""
+    is_cpu = linear.device.type == "cpu"
+    # On a CPU the layer is not measured, but made of the others.
+    kinds = ("linear", "head", "attention") if is_cpu else ("linear", "layer", "attention")
+    if measured := [record for kind in kinds for record in result.get(kind, [])]:
+        add_floors(measured, rates)
+        result |= {"rates": rates.summary(), "timing": timer.method, "host_time_hidden": timer.hidden}
+        if is_cpu and "linear" in result:
+            result["layer"] = layer_records(result["linear"], len(linear.projections))
+    result["goals"] = cpu_goals(result) if is_cpu else cuda_goals(result)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    result, device = run(arguments)
-    # Written before anything is printed: a closed pipe must not cost the run.
-    save_result(arguments.json, "kernels", result, device)
+    result = run(arguments)
     if arguments.plot is not None:
         from bench.plot_kernels import plot
 
