@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ ROWS = (1, 8, 16, 32, 64)
 BYTES_PER_ELEMENT = 2
 PARTS = 8
 """Of the columns of W (csrc/loop_lora/cuda_decode.h)."""
-STEP_RANKS = 32
+STEP_COLUMNS = 32
+"""Columns of W, or ranks of B_l, of which a part has whole numbers."""
 SPLIT_SLOTS, CHUNK = 256, 256
 """Of decode attention's pieces; new tokens of a prefill, as in bench/kernels.py."""
 
@@ -123,30 +125,54 @@ class Tables:
         by_name = {(kernel.arch, kernel.name): kernel for kernel in code}
         return cls(by_name, {(kernel.arch, kernel.name): kernel for kernel in resources}, tilings)
 
-    def find(self, device: Device, kernel: str, *arguments: int | str) -> "Compiled":
-        """Return the bfloat16 instance whose template arguments begin so, or contain so if it has none of them."""
-        pattern = re.compile(re.escape(f"{kernel}<BFloat16") + "".join(f", {each}" for each in arguments) + r"[,>]")
-        for (arch, name), code in self.code.items():
-            if arch == device.arch and pattern.search(name + ","):
-                return Compiled(code, self.resources[arch, name])
-        raise UserError(f"{kernel_instructions.EXPECTED.name}: found no {kernel} {arguments}; expected it: run --write")
+    def instances(self, device: Device, kernel: str) -> list["Compiled"]:
+        """List the kernel's instances for bfloat16."""
+        names = [name for arch, name in self.code if arch == device.arch and name.startswith(f"{kernel}<BFloat16")]
+        if not names:
+            raise UserError(f"{kernel_instructions.EXPECTED.name}: found no {kernel}; expected it: see --write")
+        return [Compiled(self.code[device.arch, name], self.resources[device.arch, name]) for name in names]
+
+    def find(self, device: Device, kernel: str, **arguments: int) -> "Compiled":
+        """Return the instance with these template arguments; the first one, if it has others too."""
+        for instance in self.instances(device, kernel):
+            if arguments.items() <= instance.arguments.items():
+                return instance
+        raise UserError(
+            f"{kernel_instructions.EXPECTED.name}: found no {kernel} of {arguments}; expected it: see --write"
+        )
+
+
+ARGUMENTS = {
+    "loop_lora::row_kernel": ("tokens", "stages"),
+    "loop_lora::column_kernel": ("tokens", "stages", "shrink"),
+    "loop_lora::prefill_kernel": ("token_tiles", "out_groups", "stages"),
+    "kv_cache::decode_kernel": ("head_dim", "stages"),
+    "kv_cache::prefill_kernel": ("head_dim", "stages"),
+}
+"""Names of the template arguments, after the dtype."""
 
 
 @dataclass(frozen=True)
 class Compiled:
+    """An instance of a kernel."""
+
     code: KernelCode
     resources: kernel_resources.Kernel
 
-    @property
-    def arguments(self) -> list[str]:
-        return re.split(r"[<>,] *", self.code.name)[1:-1]
+    @cached_property
+    def arguments(self) -> dict[str, int]:
+        kernel, _, *values = re.split(r"[<>,] *", self.code.name.removesuffix(">"))
+        numbers = [{"false": 0, "true": 1}.get(value, value) for value in values]
+        return {name: int(number) for name, number in zip(ARGUMENTS.get(kernel, ()), numbers, strict=True)}
 
     @property
     def warps(self) -> int:
         return self.resources.threads // 32
 
-    def bytes_under_way(self, stages: int) -> float:
-        """Return how many bytes a thread block may have asked for: all stages of its ring but the one it works on."""
+    @property
+    def bytes_under_way(self) -> float:
+        """How many bytes a thread block may have asked for: all stages of its ring but the one that it works on."""
+        stages = self.arguments.get("stages", 1)
         return self.resources.shared_bytes * (stages - 1) / stages
 
 
@@ -160,7 +186,6 @@ class Work:
     """That a block brings into its multiprocessor."""
     memory_bytes: float
     """That the launch reads from memory and writes, each byte once."""
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -197,7 +222,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores: float | N
         resident * kernel.warps * (code.lds + code.ldgsts) * WARP_CYCLES_OF_SHARED,
     )
     waves = math.ceil(busiest / resident)
-    under_way = resident * kernel.bytes_under_way(work.stages)
+    under_way = resident * kernel.bytes_under_way
     limits = {
         "issue": waves * work.turns * turn / device.hertz,
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
@@ -239,41 +264,28 @@ def tile_tokens(m: int) -> int:
     return next(tokens for tokens in (8, 16, 32, 64) if m <= tokens or tokens == 64)
 
 
-@dataclass(frozen=True)
-class DecodeTile:
-    """The share of a decode kernel's thread block: so many outputs, of which a warp has so many, and so many parts."""
-
-    outputs: int
-    warp_outputs: int
-    parts: int
-
-
-COLUMN_TILE = DecodeTile(16, 16, 1)
-"""A part for each of 8 warps."""
-
-
-def row_tile(slices: int) -> DecodeTile:
-    return DecodeTile(128, 32, PARTS // slices)
-
-
 def decode_launch(
-    device: Device, kernel: Compiled, tile: DecodeTile, slices: int, n: int, k: int, m: int, loops: int, rank: int
+    device: Device, kernel: Compiled, slices: int, n: int, k: int, m: int, loops: int, rank: int
 ) -> tuple[Work, Times]:
     """Predict a launch of a decode kernel on [n, k], which goes on over the B_l of so many loops."""
-    tokens = tile_tokens(m)
-    rows, ranks = min(m, tokens), loops * rank
-    warp_columns = tile.outputs * k / slices / kernel.warps / tile.warp_outputs
+    tokens, by_rows = kernel.arguments["tokens"], "::row_kernel" in kernel.code.name
+    warp_outputs = 32 if by_rows else 16
+    outputs = kernel.warps * warp_outputs if by_rows else warp_outputs
+    parts = PARTS // slices if by_rows else 1  # of a warp
     # An mma takes 16 outputs x 16 columns for 8 tokens.
-    turn_columns = kernel.code.hmma * 256 / (tokens / 8) / tile.warp_outputs
-    rank_columns = loops * math.ceil(rank / STEP_RANKS * tile.parts / PARTS) * STEP_RANKS
-    turns = math.ceil(warp_columns / turn_columns) + math.ceil(rank_columns / turn_columns)
-    block_bytes = BYTES_PER_ELEMENT * (tile.outputs + rows) * (k + ranks) / slices
+    turn_steps = kernel.code.hmma * 256 / (tokens / 8) / warp_outputs / STEP_COLUMNS
+    turns = parts * math.ceil(k / STEP_COLUMNS / PARTS / turn_steps)
+    for part in range(parts):
+        # Every eighth step of B_l is of the part.
+        steps = max(0, math.ceil((math.ceil(rank / STEP_COLUMNS) - part) / PARTS))
+        turns += loops * math.ceil(steps / turn_steps)
+    rows, ranks = min(m, tokens), loops * rank
+    block_bytes = BYTES_PER_ELEMENT * (outputs + rows) * (k + ranks) / slices
     if slices > 1:
-        block_bytes += 4 * tile.parts * tile.outputs * rows
+        block_bytes += 4 * parts * outputs * rows
     memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * k)
-    blocks = math.ceil(n / tile.outputs) * math.ceil(m / tokens) * slices
-    work = Work(blocks, turns, block_bytes, memory_bytes, int(kernel.arguments[2]))
-    return work, launch_times(device, kernel, work, tile.outputs * tokens / kernel.resources.threads)
+    work = Work(math.ceil(n / outputs) * math.ceil(m / tokens) * slices, turns, block_bytes, memory_bytes)
+    return work, launch_times(device, kernel, work, outputs * tokens / kernel.resources.threads)
 
 
 def predict_linear(
@@ -288,10 +300,9 @@ def predict_linear(
     """Predict loop_lora_linear on m rows of so many loops, with the tiling that is chosen unless given."""
     n, k, tokens = projection.outputs, projection.inputs, tile_tokens(m)
     which, slices = tiling or tables.tilings[device.multiprocessors, n, k, m]
-    tile = row_tile(slices) if which == "row" else COLUMN_TILE
-    flags = () if which == "row" else (r"\d+", "false")
-    product = tables.find(device, f"loop_lora::{which}_kernel", tokens, *flags)
-    work, times = decode_launch(device, product, tile, slices, n, k, m, loops, max(projection.ranks(rank)))
+    flags = {} if which == "row" else {"shrink": 0}
+    product = tables.find(device, f"loop_lora::{which}_kernel", tokens=tokens, **flags)
+    work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
     floor = floor_of(device, projection.min_bytes(m, rank, loops, BYTES_PER_ELEMENT), projection.flops(m, rank))
     terms = {
         "gap": device.gap,
@@ -303,8 +314,8 @@ def predict_linear(
     }
     if rank > 0:
         ranks = loops * sum(projection.ranks(rank))
-        shrink = tables.find(device, "loop_lora::column_kernel", tokens, r"\d+", "true")
-        shrink_time = decode_launch(device, shrink, COLUMN_TILE, 1, ranks, k, m, 0, 0)[1].total
+        shrink = tables.find(device, "loop_lora::column_kernel", tokens=tokens, shrink=1)
+        shrink_time = decode_launch(device, shrink, 1, ranks, k, m, 0, 0)[1].total
         # Both read from memory at once.
         stream = max(
             times.stream, times.limits["memory"] + BYTES_PER_ELEMENT * ranks * k / (MEMORY_SHARE * device.copy)
@@ -315,18 +326,18 @@ def predict_linear(
         elif shrink.code.triggers_early:
             # The ring fills while the kernel before ends and shrink runs; then x is there, and the rest streams.
             resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
-            filled = min(1.0, resident * product.bytes_under_way(work.stages) / (work.blocks * work.block_bytes))
+            filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
             waited = shrink_time + device.trigger
             rest = max(times.limits["issue"], stream * (1 - filled), times.begin + stream - device.gap - waited)
             terms |= {"begin": 0.0, "stream": rest, "shrink": waited}
         else:
             # A block needs T after the first of its parts of W.
-            needed = times.begin + stream / tile.parts
+            needed = times.begin + stream / (PARTS // slices if which == "row" else 1)
             terms |= {"gap": device.gap + device.trigger, "shrink": max(0.0, shrink_time - needed)}
     if slices > 1:
         add = tables.find(device, "loop_lora::add_parts_kernel")
         threads = add.resources.threads
-        sums = Work(math.ceil(m * n / threads), 0, threads * (4 * PARTS + BYTES_PER_ELEMENT), 0, 1)
+        sums = Work(math.ceil(m * n / threads), 0, threads * (4 * PARTS + BYTES_PER_ELEMENT), 0)
         terms["add"] = device.gap + launch_times(device, add, sums).total
     return Prediction(terms, floor, times.bound)
 
@@ -336,16 +347,16 @@ def predict_prefill(device: Device, tables: Tables, projection: Projection, m: i
     k, n, segment_rank = projection.inputs, projection.outputs, max(projection.ranks(rank))
 
     def launch(outputs: int, columns: int) -> Times:
-        for token_tiles, out_groups in ((4, 2), (2, 1)):
-            tile_m, tile_n = 32 * token_tiles, 64 * out_groups
-            blocks = math.ceil(m / tile_m) * math.ceil(outputs / tile_n)
-            if blocks >= device.multiprocessors:
-                break
-        kernel = tables.find(device, "loop_lora::prefill_kernel", token_tiles, out_groups)
-        turns = 2 * tile_m * tile_n * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
+        tiles = []
+        for kernel in tables.instances(device, "loop_lora::prefill_kernel"):
+            tile_m, tile_n = 32 * kernel.arguments["token_tiles"], 64 * kernel.arguments["out_groups"]
+            tiles.append((tile_m * tile_n, tile_m, tile_n, math.ceil(m / tile_m) * math.ceil(outputs / tile_n), kernel))
+        tiles.sort(key=lambda tile: tile[0], reverse=True)
+        area, tile_m, tile_n, blocks, kernel = next((t for t in tiles if t[3] >= device.multiprocessors), tiles[-1])
+        turns = 2 * area * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
         block_bytes = BYTES_PER_ELEMENT * (tile_m + tile_n) * columns
         memory_bytes = BYTES_PER_ELEMENT * (outputs * columns + m * (columns + outputs))
-        return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes, int(kernel.arguments[3])))
+        return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes))
 
     product = launch(n, k + segment_rank)
     floor = floor_of(device, projection.min_bytes(m, rank, 1, BYTES_PER_ELEMENT), projection.flops(m, rank))
@@ -367,28 +378,27 @@ def predict_attention(
 ) -> Prediction:
     """Predict loop_kv_attention of `count` rows, or loop_kv_prefill of as many sequences with a chunk each."""
     dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
-    kernel = tables.find(device, f"kv_cache::{kind}_kernel", dim)
+    kernel = tables.find(device, f"kv_cache::{kind}_kernel", head_dim=dim)
     # An iteration: 16 slots for up to 16 rows, by mmas of q k and p v.
     slots = 16 * kernel.code.hmma / (4 * math.ceil(dim / 32) + dim / 8)
     slot_bytes = 2 * dim * BYTES_PER_ELEMENT
     memory_bytes = spec.min_bytes(count, context, queries)
-    stages = int(kernel.arguments[2])
     pieces = math.ceil(context / SPLIT_SLOTS) if kind == "decode" else 1
     if kind == "decode":
         blocks = count * spec.num_kv_heads * math.ceil(group / 16) * pieces
         seen = min(context, SPLIT_SLOTS)
-        work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes, stages)
+        work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes)
     else:
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / kernel.warps)
         seen = context - queries // 2
-        work = Work(blocks, math.ceil(seen / slots), kernel.warps * seen * slot_bytes, memory_bytes, stages)
+        work = Work(blocks, math.ceil(seen / slots), kernel.warps * seen * slot_bytes, memory_bytes)
     times = launch_times(device, kernel, work)
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
     if pieces > 1:
         combine = tables.find(device, "kv_cache::combine_kernel")
         # Three loads a piece; a load waits for those of the turn before.
         turns = 3 * pieces / max(1, combine.code.ldg)
-        combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0, 1)
+        combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
         terms["combine"] = device.trigger + launch_times(device, combine, combined).total
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)
 

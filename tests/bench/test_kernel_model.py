@@ -96,31 +96,33 @@ def tables():
 
 @pytest.fixture
 def kernel():
-    code = kernel_instructions.KernelCode("sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "k<BFloat16, 8, 4>")
+    code = kernel_instructions.KernelCode(
+        "sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 4>"
+    )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 
 
 def test_a_stream_takes_its_slowest_limit(kernel):
     assert kernel.resources.blocks == 3
-    memory = launch_times(H200, kernel, Work(132, 1, 1.0, 1e9, 4))
+    memory = launch_times(H200, kernel, Work(132, 1, 1.0, 1e9))
     assert memory.bound == "memory" and memory.stream == pytest.approx(1e9 / (MEMORY_SHARE * H200.copy))
-    doubled = launch_times(H200, kernel, Work(132, 1, 1.0, 2e9, 4))
+    doubled = launch_times(H200, kernel, Work(132, 1, 1.0, 2e9))
     assert doubled.stream == pytest.approx(2 * memory.stream)
-    issue = launch_times(H200, kernel, Work(132, 50, 1.0, 1.0, 4))
+    issue = launch_times(H200, kernel, Work(132, 50, 1.0, 1.0))
     assert issue.bound == "issue" and issue.stream == pytest.approx(50 * 500 / H200.hertz)
     # Three blocks share a multiprocessor and run beside each other; a fourth one is a second wave.
-    assert launch_times(H200, kernel, Work(3 * 132, 50, 1.0, 1.0, 4)).stream == pytest.approx(issue.stream)
-    assert launch_times(H200, kernel, Work(4 * 132, 50, 1.0, 1.0, 4)).stream == pytest.approx(2 * issue.stream)
+    assert launch_times(H200, kernel, Work(3 * 132, 50, 1.0, 1.0)).stream == pytest.approx(issue.stream)
+    assert launch_times(H200, kernel, Work(4 * 132, 50, 1.0, 1.0)).stream == pytest.approx(2 * issue.stream)
     # By Little's law: 3 of 4 stages of 64 KiB are under way, and each takes a latency.
-    latency = launch_times(H200, kernel, Work(1, 1, 480 << 10, 1.0, 4))
+    latency = launch_times(H200, kernel, Work(1, 1, 480 << 10, 1.0))
     assert latency.bound == "latency" and latency.stream == pytest.approx(10 * kernel_model.LATENCY)
-    cache = launch_times(H200, kernel, Work(132, 1, 1e6, 1.0, 64))
+    cache = launch_times(H200, kernel, Work(132, 1, 1e6, 1.0))
     assert cache.limits["cache"] == pytest.approx(132e6 / H200.cache)
 
 
 def test_warps_that_share_a_scheduler_take_turns(kernel):
     busy = replace(kernel, code=replace(kernel.code, instructions=300))
-    one, three = (launch_times(H200, busy, Work(n * 132, 10, 1.0, 1.0, 4)).limits["issue"] for n in (1, 3))
+    one, three = (launch_times(H200, busy, Work(n * 132, 10, 1.0, 1.0)).limits["issue"] for n in (1, 3))
     assert (one, three) == (pytest.approx(10 * 500 / H200.hertz), pytest.approx(10 * 900 / H200.hertz))
 
 
