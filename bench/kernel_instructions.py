@@ -51,10 +51,10 @@ class Instruction:
     @property
     def weight(self) -> int:
         """Bytes that it moves per lane, in units of two; 1 if it moves none, and 0 for stores of sums in float32."""
-        for mark, weight in ((".128", 8), (".64", 4), (".U16", 1)):
-            if mark in self.text:
-                return weight
-        return int(self.name != "STG")
+        modifiers = self.text.partition(self.name)[2].split()[0].split(".")
+        return next(
+            (size for mark, size in (("128", 8), ("64", 4), ("U16", 1)) if mark in modifiers), self.name != "STG"
+        )
 
     @property
     def is_predicated(self) -> bool:
@@ -216,7 +216,7 @@ class FlowGraph:
         inside: Set[int] | None = None,
         rare: Set[int] = frozenset(),
     ) -> list[Instruction]:
-        """Return the way with most of the wanted instructions that aren't rare; of these that with the least stalls.
+        """Return the way with most of the wanted instructions that aren't rare; of these that with the least stalls and loads.
 
         [] if there is none.
         """
@@ -231,7 +231,8 @@ class FlowGraph:
                 count, stalls, to = max(ways)
                 one = self.code[node]
                 gain = one.weight if one.name in wanted and node not in rare else 0
-                best[node] = (count + gain, stalls - max(1, one.stall), to)
+                cost = max(1, one.stall) + (SECOND_LEVEL if one.name == "LDG" and not gain else 0)
+                best[node] = (count + gain, stalls - cost, to)
         path = []
         node = max((begin for begin in begins if begin in best), key=lambda begin: best[begin][:2], default=-1)
         while node >= 0:
