@@ -34,11 +34,19 @@ MISSING = (
 )
 
 
+_SIZES = {"128": 8, "64": 4, "U16": 1}
+
+
+def _opcode(text: str) -> list[str]:
+    words = text.split()
+    return words[1 if words[0].startswith("@") else 0].split(".")
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: int
     name: str
-    """Without modifiers: HMMA."""
+    """Without modifiers: HMMA. STG32 stores a float32, STG what is narrower or a vector."""
     text: str
     """With predicate, modifiers and operands."""
     control: int
@@ -50,11 +58,12 @@ class Instruction:
 
     @property
     def weight(self) -> int:
-        """Bytes that it moves per lane, in units of two; 1 if it moves none, and 0 for stores of sums in float32."""
-        modifiers = self.text.partition(self.name)[2].split()[0].split(".")
-        return next(
-            (size for mark, size in (("128", 8), ("64", 4), ("U16", 1)) if mark in modifiers), self.name != "STG"
-        )
+        """Bytes that it moves per lane, in units of two, if its modifiers say so; else 1."""
+        return max(size if mark in self.modifiers else 1 for mark, size in _SIZES.items())
+
+    @property
+    def modifiers(self) -> list[str]:
+        return _opcode(self.text)[1:]
 
     @property
     def is_predicated(self) -> bool:
@@ -67,8 +76,8 @@ class KernelCode:
 
     Attributes:
         entry_cycles: from the first instruction to the loop; to the end, if no loop has an mma.
-        exit_cycles: from the loop to the end, with all stores of a full tile; `stores` of them. Where sums can go to
-            one of two places, the way may lead past both.
+        exit_cycles: from the loop to the end, with all stores of a full tile.
+        sums_cycles: the same, if it stores sums in float32 for a kernel that adds them.
         stalls: sum of stall counts; `cycles` waits for scoreboards, too.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
@@ -77,7 +86,7 @@ class KernelCode:
     arch: str
     entry_cycles: int
     exit_cycles: int
-    stores: int
+    sums_cycles: int
     instructions: int
     stalls: int
     cycles: int
@@ -122,8 +131,9 @@ def parse_sass(text: str) -> dict[tuple[str, str], list[Instruction]]:
         elif match := _CODE.match(line):
             pending = match
         elif pending and (match := _CONTROL.match(line)):
-            words = pending[2].split()
-            name = words[1 if words[0].startswith("@") else 0].split(".")[0]
+            name, *modifiers = _opcode(pending[2])
+            if name == "STG" and not _SIZES.keys() & modifiers:
+                name = "STG32"
             code.append(Instruction(int(pending[1], 16), name, pending[2], int(match[1], 16)))
             pending = None
     return found
@@ -216,7 +226,7 @@ class FlowGraph:
         inside: Set[int] | None = None,
         rare: Set[int] = frozenset(),
     ) -> list[Instruction]:
-        """Return the way with most of the wanted instructions that aren't rare; of these that with the least stalls and loads.
+        """Return the way with most of the wanted instructions that aren't rare, and of these with the least stalls.
 
         [] if there is none.
         """
@@ -269,15 +279,15 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     if counts["HMMA"]:
         entry = graph.best_path([0], partial(eq, head), ("LDGSTS", "STS"))
         leaving = sorted({to for i in nodes for to in graph.next[i]} - nodes)
-        leave = graph.best_path(leaving, exits.__contains__, ("STS", "STG"))
+        ends = [graph.best_path(leaving, exits.__contains__, ("STS", stores)) for stores in ("STG", "STG32")]
     else:
-        entry, leave = graph.best_path([0], exits.__contains__, ("STG",)), []
+        entry, ends = graph.best_path([0], exits.__contains__, ("STG", "STG32")), [[], []]
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
         entry_cycles=cycles_of(entry, MEMORY),
-        exit_cycles=cycles_of(leave, SECOND_LEVEL),
-        stores=sum(one.name == "STG" for one in leave),
+        exit_cycles=cycles_of(ends[0], SECOND_LEVEL),
+        sums_cycles=cycles_of(ends[1], SECOND_LEVEL),
         instructions=len(loop),
         stalls=sum(one.stall for one in loop),
         cycles=cycles_of(loop, FIRST_LEVEL if counts["HMMA"] else SECOND_LEVEL, 2),

@@ -209,8 +209,8 @@ class Times:
         return self.begin + self.stream + self.end
 
 
-def launch_times(device: Device, kernel: Compiled, work: Work, stores: float | None = None) -> Times:
-    """Predict a launch; `stores`: those per lane, where the way to the exit may lead past more."""
+def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool = False) -> Times:
+    """Predict a launch; `stores_sums`: it leaves sums for a kernel that adds them."""
     code = kernel.code
     busiest = math.ceil(work.blocks / device.multiprocessors)
     resident = min(kernel.resources.blocks, busiest)
@@ -229,9 +229,9 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores: float | N
         "memory": work.memory_bytes / (MEMORY_SHARE * device.copy),
         "cache": work.blocks * work.block_bytes / device.cache,
     }
-    share = 1.0 if stores is None or code.stores == 0 else min(1.0, stores / code.stores)
+    end = code.sums_cycles if stores_sums else code.exit_cycles
     begin = max(LATENCY, code.entry_cycles / device.hertz)
-    return Times(begin, code.exit_cycles * share / device.hertz, limits)
+    return Times(begin, end / device.hertz, limits)
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def decode_launch(
         block_bytes += 4 * parts * outputs * rows
     memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * k)
     work = Work(math.ceil(n / outputs) * math.ceil(m / tokens) * slices, turns, block_bytes, memory_bytes)
-    return work, launch_times(device, kernel, work, outputs * tokens / kernel.resources.threads)
+    return work, launch_times(device, kernel, work, slices > 1)
 
 
 def predict_linear(
@@ -392,7 +392,7 @@ def predict_attention(
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / kernel.warps)
         seen = context - queries // 2
         work = Work(blocks, math.ceil(seen / slots), kernel.warps * seen * slot_bytes, memory_bytes)
-    times = launch_times(device, kernel, work)
+    times = launch_times(device, kernel, work, pieces > 1)
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
     if pieces > 1:
         combine = tables.find(device, "kv_cache::combine_kernel")
