@@ -1,0 +1,222 @@
+// Bodies of the CUDA kernels of loop_kv_attention; cuda_attention.h has what they share with prefill.
+//
+// As in FlashDecoding, a context is split into pieces of kCudaSplitSlots slots, one for each thread block. Its 4 warps
+// share the slots, 16 in turn, and their results are merged in order; then combine_body merges the pieces. Both splits
+// are at fixed slots, so a row has the same bits in any batch.
+//
+// Keys and values alternate in a warp's ring of stages, which leaves a multiprocessor room for two thread blocks: one
+// streams while the other begins or ends. A turn's pages are looked up once, by one lane per slot, a turn ahead.
+#pragma once
+
+#include "kv_cache/cuda_attention.h"
+
+namespace rrt::kv_cache {
+
+constexpr int kCudaSplitSlots = 256;
+
+// How a thread block uses shared memory. A stage is the keys or the values of a turn.
+template <int HEAD_DIM, int STAGES>
+struct DecodeShared {
+  static constexpr int kHeadDim = HEAD_DIM;
+  static constexpr int kStages = STAGES;
+  static constexpr int kQueryBytes = kMmaRows * kRowStride<HEAD_DIM> * 2;
+  static constexpr int kStageBytes = kMmaSlots * kRowStride<HEAD_DIM> * 2;
+  static constexpr int kWarpBytes = STAGES * kStageBytes;
+  static constexpr int kMergeStride = HEAD_DIM + 8;  // floats: rows that are stored at once lie in different banks
+  static constexpr int kMergeBytes = kWarps * kMmaRows * kMergeStride * 4;
+  static constexpr int kWorkBytes = kQueryBytes + kWarps * kWarpBytes;
+  static constexpr int kBytes = kWorkBytes > kMergeBytes ? kWorkBytes : kMergeBytes;
+};
+
+// As many stages as let two thread blocks share a multiprocessor: an A100's, but for head dim 256 an H100's.
+using DecodeInstances = TypeList<DecodeShared<64, 7>, DecodeShared<80, 6>, DecodeShared<128, 4>, DecodeShared<256, 3>>;
+
+// The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
+// pieces.
+RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
+  const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size.value;
+  return context < room ? context : room;
+}
+
+// Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
+template <class Half, int HEAD_DIM, int STAGES>
+RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
+  using Storage = typename Half::Storage;
+  using Shared = DecodeShared<HEAD_DIM, STAGES>;
+  const device::Index block = device::block_index();
+  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  const int tiles = ceil_div<kMmaRows>(args.group.value);
+  const int kv_head = block.y / tiles, first = block.y % tiles * kMmaRows;
+  device::dependency_wait();
+  device::launch_dependents();
+  const int begin = block.z * kCudaSplitSlots;
+  // The slot that this lane looks up for a turn of its warp.
+  const auto slot_of = [&](int turn) { return begin + (warp + kWarps * turn) * kMmaSlots + lane % kMmaSlots; };
+  const int32_t* table = block_table(args, block.x);
+  int page = load_page(args, table, slot_of(0));  // while the context's length is on its way
+  const int context = decode_context(args, block.x);
+  if (begin >= context && !(context <= 0 && block.z == 0)) return;
+  const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
+  const int heads = args.group.value - first;
+  const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, context, args.group};
+
+  char* shared = device::shared_memory();
+  auto* queries = reinterpret_cast<Storage*>(shared);
+  char* stages = shared + Shared::kQueryBytes + warp * Shared::kWarpBytes;
+  const auto cache = [&](const void* of) { return static_cast<const Storage*>(of) + kv_head * HEAD_DIM; };
+  const int slot_stride = args.num_kv_heads * HEAD_DIM;
+
+  // Turns of the warp; steps 2 i and 2 i + 1 copy the keys and the values of turn i.
+  const int turns = (ceil_div<kMmaSlots>(end - begin) - warp + kWarps - 1) / kWarps;
+  int fetched = 0, fetch_stage = 0, stage = 0;  // turns whose keys have been fetched; byte offsets
+  bool is_missing = false;                      // a page of the lane's slots
+  SlotCopies<Storage, HEAD_DIM, kMmaSlots> copies;
+  const auto advance = [](int& of) { of = of + Shared::kStageBytes == Shared::kWarpBytes ? 0 : of + Shared::kStageBytes; };
+  const auto fetch_keys = [&] {
+    if (fetched < turns) {
+      const int slot = slot_of(fetched);
+      const int number = slot < end ? slot_on<int>(args, page, slot) : -1;
+      is_missing |= slot < end && number < 0;
+      page = load_page(args, table, slot_of(fetched + 1));
+      copies.share(number);
+      copies.copy(reinterpret_cast<Storage*>(stages + fetch_stage), cache(args.k_cache), slot_stride);
+    }
+    ++fetched;
+  };
+  const auto fetch = [&](bool of_keys) {
+    if (of_keys) {
+      fetch_keys();
+    } else if (fetched <= turns) {
+      copies.copy(reinterpret_cast<Storage*>(stages + fetch_stage), cache(args.v_cache), slot_stride);
+    }
+    advance(fetch_stage);
+    device::copy_commit();
+  };
+  // After this, every lane's copies of the step are there, and the stage that the next fetch fills has been read.
+  const auto next_step = [] {
+    device::copy_wait<STAGES - 2>();
+    device::warp_barrier();
+  };
+#pragma unroll
+  for (int step = 0; step < STAGES - 1; ++step) fetch(step % 2 == 0);
+  if (context > 0) load_queries<Half, HEAD_DIM>(args, tile, queries, kMmaRows, thread, kThreads);
+  device::block_barrier();
+
+  AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;
+  attention.clear();
+  const float scale = static_cast<float>(args.scale) * kLog2E;
+  const int limits[1][2] = {{end, end}};
+  for (int turn = 0; turn < turns; ++turn) {
+    const int first_slot = begin + (warp + kWarps * turn) * kMmaSlots;
+    next_step();
+    fetch(STAGES % 2 == 1);
+    attention.score(queries, reinterpret_cast<const Storage*>(stages + stage), scale, first_slot + kMmaSlots > end,
+                    first_slot, limits);
+    advance(stage);
+    next_step();
+    fetch(STAGES % 2 == 0);
+    attention.add_values(reinterpret_cast<const Storage*>(stages + stage));
+    advance(stage);
+  }
+  device::copy_wait<0>();
+  attention.finish(scale);
+  // All query heads see all slots.
+  const float poison = device::any_lane(is_missing) ? NAN : 0.0f;
+
+  // [warp, row, kMergeStride]: sums, the largest score, the weights.
+  device::block_barrier();
+  float* merged = reinterpret_cast<float*>(shared);
+  const auto row_of = [&](int of_warp, int row) { return merged + (of_warp * kMmaRows + row) * Shared::kMergeStride; };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (lane / 4 + 8 * half >= tile.rows) continue;
+    float* row = row_of(warp, lane / 4 + 8 * half);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+      const float(&sum)[4] = attention.sums[0][i];
+      device::store_shared(reinterpret_cast<FloatPair*>(row + 8 * i + lane % 4 * 2),
+                           FloatPair{sum[2 * half], sum[2 * half + 1]});
+    }
+    if (lane % 4 == 0) {
+      device::store_shared(reinterpret_cast<FloatPair*>(row + HEAD_DIM),
+                           FloatPair{attention.largest[0][half], attention.weights[0][half] + poison});
+    }
+  }
+  device::block_barrier();
+  const bool is_whole = context <= kCudaSplitSlots;
+  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
+  for (int row = warp; row < tile.rows; row += kWarps) {
+    const auto of = [&](int of_warp, int column) {
+      return device::load_shared(reinterpret_cast<const FloatPair*>(row_of(of_warp, row) + column));
+    };
+    FloatPair ends[kWarps];
+    float largest = -INFINITY, weights = 0, factors[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      ends[w] = of(w, HEAD_DIM);
+      largest = fmaxf(largest, ends[w].low);
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      factors[w] = device::exp2(ends[w].low - largest);
+      weights += factors[w] * ends[w].high;
+    }
+    const float none = is_too_long ? NAN : 0.0f;
+    const float unit = is_whole && context > 0 ? 1 / weights : 1.0f;
+    const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
+    float* partial = args.partial + (head * args.pieces + block.z) * (HEAD_DIM + 2);
+    for (int column = 2 * lane; column < HEAD_DIM; column += 64) {
+      FloatPair sum{none, none};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const FloatPair part = of(w, column);
+        sum.low += factors[w] * part.low;
+        sum.high += factors[w] * part.high;
+      }
+      if (is_whole) {
+        device::store_global(
+            reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + column),
+            Half::pair(sum.low * unit, sum.high * unit));
+      } else {
+        device::store_global(reinterpret_cast<FloatPair*>(partial + column), sum);
+      }
+    }
+    if (!is_whole && lane == 0) {
+      device::store_global(reinterpret_cast<FloatPair*>(partial + HEAD_DIM), FloatPair{largest, weights});
+    }
+  }
+}
+
+// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a short one is final
+// already.
+template <class Number>
+RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
+  using Acc = typename Number::Acc;
+  const device::Index block = device::block_index();
+  device::dependency_wait();
+  const int context = decode_context(args, block.x);
+  if (context <= kCudaSplitSlots) return;
+  const int pieces = ceil_div<kCudaSplitSlots>(context);
+  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
+  const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
+  const auto of = [&](int piece, int column) {
+    return device::load_global(partial + static_cast<int64_t>(piece) * (args.head_dim + 2) + column);
+  };
+  for (int column = device::thread_index(); column < args.head_dim; column += kThreads) {
+    Acc largest = of(0, args.head_dim);
+    for (int piece = 1; piece < pieces; ++piece) {
+      const Acc other = of(piece, args.head_dim);
+      largest = other > largest ? other : largest;
+    }
+    Acc sum = 0, weights = 0;
+    for (int piece = 0; piece < pieces; ++piece) {
+      const Acc factor = device::exp2(of(piece, args.head_dim) - largest);
+      sum += factor * of(piece, column);
+      weights += factor * of(piece, args.head_dim + 1);
+    }
+    device::store_global(static_cast<typename Number::Storage*>(args.out) + head * args.head_dim + column,
+                         Number::narrow(sum / weights));
+  }
+}
+
+}  // namespace rrt::kv_cache
