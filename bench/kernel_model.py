@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -143,13 +144,16 @@ class Tables:
 
 
 ARGUMENTS = {
-    "loop_lora::row_kernel": ("tokens", "stages"),
-    "loop_lora::column_kernel": ("tokens", "stages", "shrink"),
-    "loop_lora::prefill_kernel": ("token_tiles", "out_groups", "stages"),
-    "kv_cache::decode_kernel": ("head_dim", "stages"),
-    "kv_cache::prefill_kernel": ("head_dim", "stages"),
+    "loop_lora::row_kernel": ["tokens stages", "tokens warp_tiles stages"],
+    "loop_lora::column_kernel": ["tokens stages shrink", "tokens parts stages shrink"],
+    "loop_lora::prefill_kernel": [
+        "token_tiles out_groups stages",
+        "token_warps out_warps token_tiles out_groups stages",
+    ],
+    "kv_cache::decode_kernel": ["head_dim stages"],
+    "kv_cache::prefill_kernel": ["head_dim stages", "head_dim warps row_tiles slots stages"],
 }
-"""Names of the template arguments, after the dtype."""
+"""Names of the template arguments after the dtype, by their number."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ class Compiled:
     def arguments(self) -> dict[str, int]:
         kernel, _, *values = re.split(r"[<>,] *", self.code.name.removesuffix(">"))
         numbers = [{"false": 0, "true": 1}.get(value, value) for value in values]
-        return {name: int(number) for name, number in zip(ARGUMENTS.get(kernel, ()), numbers, strict=True)}
+        names = next((each.split() for each in ARGUMENTS.get(kernel, []) if len(each.split()) == len(numbers)), [])
+        return {name: int(number) for name, number in zip(names, numbers, strict=True)}
 
     @property
     def warps(self) -> int:
@@ -343,27 +348,36 @@ def predict_linear(
 
 
 def predict_prefill(device: Device, tables: Tables, projection: Projection, m: int, rank: int) -> Prediction:
-    """Predict loop_lora_prefill: two launches of one kernel, each with the largest tile that fills the GPU."""
+    """Predict loop_lora_prefill: two launches of one kernel, each with the tile that the library would choose."""
     k, n, segment_rank = projection.inputs, projection.outputs, max(projection.ranks(rank))
 
-    def launch(outputs: int, columns: int) -> Times:
-        tiles = []
-        for kernel in tables.instances(device, "loop_lora::prefill_kernel"):
-            tile_m, tile_n = 32 * kernel.arguments["token_tiles"], 64 * kernel.arguments["out_groups"]
-            tiles.append((tile_m * tile_n, tile_m, tile_n, math.ceil(m / tile_m) * math.ceil(outputs / tile_n), kernel))
-        tiles.sort(key=lambda tile: tile[0], reverse=True)
-        area, tile_m, tile_n, blocks, kernel = next((t for t in tiles if t[3] >= device.multiprocessors), tiles[-1])
-        turns = 2 * area * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
+    def launch(segments: Sequence[int], columns: int) -> Times:
+        def tiling(kernel: Compiled) -> tuple[int, int, int]:
+            tile_m = 16 * kernel.arguments.get("token_warps", 2) * kernel.arguments["token_tiles"]
+            tile_n = 32 * kernel.arguments.get("out_warps", 2) * kernel.arguments["out_groups"]
+            return tile_m, tile_n, math.ceil(m / tile_m) * sum(math.ceil(outputs / tile_n) for outputs in segments)
+
+        def cost(kernel: Compiled) -> tuple[int, int]:
+            tile_m, tile_n, blocks = tiling(kernel)
+            if "token_warps" not in kernel.arguments:  # the largest that fills the GPU, else the smallest
+                return (0 if blocks >= device.multiprocessors else 1), -tile_m * tile_n * (
+                    blocks >= device.multiprocessors
+                ) + tile_m
+            return math.ceil(blocks / device.multiprocessors) * (tile_m + tile_n), tile_m * tile_n
+
+        kernel = min(tables.instances(device, "loop_lora::prefill_kernel"), key=cost)
+        tile_m, tile_n, blocks = tiling(kernel)
+        turns = 2 * tile_m * tile_n * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
         block_bytes = BYTES_PER_ELEMENT * (tile_m + tile_n) * columns
-        memory_bytes = BYTES_PER_ELEMENT * (outputs * columns + m * (columns + outputs))
+        memory_bytes = BYTES_PER_ELEMENT * (sum(segments) * columns + m * (columns + sum(segments)))
         return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes))
 
-    product = launch(n, k + segment_rank)
+    product = launch(projection.segments, k + segment_rank)
     floor = floor_of(device, projection.min_bytes(m, rank, 1, BYTES_PER_ELEMENT), projection.flops(m, rank))
     terms = {"gap": device.gap, "begin": product.begin, "stream": product.stream, "shrink": 0.0, "end": product.end}
     if rank > 0:
         ranks = sum(projection.ranks(rank))
-        shrink = launch(ranks, k)
+        shrink = launch([ranks], k)
         if device.has_dependent_launch:
             # It takes its share of the GPU meanwhile; T is needed after W.
             terms["stream"] *= 1 + ranks / n
@@ -379,8 +393,9 @@ def predict_attention(
     """Predict loop_kv_attention of `count` rows, or loop_kv_prefill of as many sequences with a chunk each."""
     dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
     kernel = tables.find(device, f"kv_cache::{kind}_kernel", head_dim=dim)
-    # An iteration: 16 slots for up to 16 rows, by mmas of q k and p v.
-    slots = 16 * kernel.code.hmma / (4 * math.ceil(dim / 32) + dim / 8)
+    row_tiles = kernel.arguments.get("row_tiles", 1)
+    # For 16 slots and 16 rows it takes dim / 8 mmas of q k, and as many of p v.
+    slots = 16 * kernel.code.hmma / (dim / 4) / row_tiles
     slot_bytes = 2 * dim * BYTES_PER_ELEMENT
     memory_bytes = spec.min_bytes(count, context, queries)
     pieces = math.ceil(context / SPLIT_SLOTS) if kind == "decode" else 1
@@ -389,9 +404,10 @@ def predict_attention(
         seen = min(context, SPLIT_SLOTS)
         work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes)
     else:
-        blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / kernel.warps)
+        blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
         seen = context - queries // 2
-        work = Work(blocks, math.ceil(seen / slots), kernel.warps * seen * slot_bytes, memory_bytes)
+        readers = 1 if "warps" in kernel.arguments else kernel.warps  # of all keys and values, in a block
+        work = Work(blocks, math.ceil(seen / slots), readers * seen * slot_bytes, memory_bytes)
     times = launch_times(device, kernel, work, pieces > 1)
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
     if pieces > 1:
