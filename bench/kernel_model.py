@@ -195,15 +195,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a launch: before and after its stream, and of the stream by each limit."""
+    """Seconds of a launch: before and after its stream, of the stream by each limit, and of a turn."""
 
     begin: float
     end: float
     limits: dict[str, float]
+    turn: float
 
     @property
     def stream(self) -> float:
-        return max(self.limits.values())
+        """The slowest limit; the last bytes take a turn more."""
+        return max(seconds + (0 if name == "issue" else self.turn) for name, seconds in self.limits.items())
 
     @property
     def bound(self) -> str:
@@ -236,7 +238,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     }
     end = code.sums_cycles if stores_sums else code.exit_cycles
     begin = max(LATENCY, code.entry_cycles / device.hertz)
-    return Times(begin, end / device.hertz, limits)
+    return Times(begin, end / device.hertz, limits, turn / device.hertz if work.turns else 0.0)
 
 
 @dataclass(frozen=True)
@@ -322,9 +324,9 @@ def predict_linear(
         shrink = tables.find(device, "loop_lora::column_kernel", tokens=tokens, shrink=1)
         shrink_time = decode_launch(device, shrink, 1, ranks, k, m, 0, 0)[1].total
         # Both read from memory at once.
-        stream = max(
-            times.stream, times.limits["memory"] + BYTES_PER_ELEMENT * ranks * k / (MEMORY_SHARE * device.copy)
-        )
+        a_bytes = BYTES_PER_ELEMENT * ranks * k
+        memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
+        stream = replace(times, limits={**times.limits, "memory": memory}).stream
         terms["stream"] = stream
         if not device.has_dependent_launch:
             terms |= {"stream": times.stream, "shrink": shrink_time + device.gap}
