@@ -27,7 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,8 @@ ROWS = (1, 8, 16, 32, 64)
 BYTES_PER_ELEMENT = 2
 PARTS = 8
 """Of the columns of W (csrc/loop_lora/cuda_decode.h)."""
+COLUMN_OUTPUTS = 16
+"""Of a tile of the column kernel; the row kernel's have more."""
 STEP_COLUMNS = 32
 """Columns of W, or ranks of B_l, of which a part has whole numbers."""
 SPLIT_SLOTS, CHUNK = 256, 256
@@ -114,15 +116,15 @@ class Tables:
 
     code: dict[tuple[str, str], KernelCode]
     resources: dict[tuple[str, str], kernel_resources.Kernel]
-    tilings: dict[tuple[int, int, int, int], tuple[str, int]]
-    """(multiprocessors, n, k, m) to (row or column, slices)."""
+    tilings: dict[tuple[int, ...], tuple[int, int]]
+    """(multiprocessors, n, k, m) to a tile's outputs and its slices."""
 
     @classmethod
     def read(cls) -> "Tables":
         code = kernel_instructions.parse_table(kernel_instructions.EXPECTED.read_text())
         resources = kernel_resources.parse_table(kernel_resources.EXPECTED.read_text())[1]
         lines = [line.split() for line in TILINGS.read_text().splitlines()[1:]]
-        tilings = {tuple(map(int, line[:4])): (line[4], int(line[5])) for line in lines}
+        tilings = {tuple(map(int, line[:4])): (int(line[4]), int(line[5])) for line in lines}
         by_name = {(kernel.arch, kernel.name): kernel for kernel in code}
         return cls(by_name, {(kernel.arch, kernel.name): kernel for kernel in resources}, tilings)
 
@@ -195,15 +197,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a launch: before and after its stream, and of the stream by each limit."""
+    """Seconds of a launch: before and after its stream, of the stream by each limit, and of a turn."""
 
     begin: float
     end: float
     limits: dict[str, float]
+    turn: float
 
     @property
     def stream(self) -> float:
-        return max(self.limits.values())
+        """The slowest limit; the last bytes take a turn more."""
+        return max(seconds + (0 if name == "issue" else self.turn) for name, seconds in self.limits.items())
 
     @property
     def bound(self) -> str:
@@ -236,7 +240,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     }
     end = code.sums_cycles if stores_sums else code.exit_cycles
     begin = max(LATENCY, code.entry_cycles / device.hertz)
-    return Times(begin, end / device.hertz, limits)
+    return Times(begin, end / device.hertz, limits, turn / device.hertz if work.turns else 0.0)
 
 
 @dataclass(frozen=True)
@@ -265,8 +269,9 @@ def floor_of(device: Device, num_bytes: float, flops: float) -> float:
     return max(num_bytes / device.copy, flops / device.matmul)
 
 
-def tile_tokens(m: int) -> int:
-    return next(tokens for tokens in (8, 16, 32, 64) if m <= tokens or tokens == 64)
+def choose_tokens(instances: Iterable[Compiled], m: int) -> Compiled:
+    """Return the instance with the smallest tile that holds m tokens, or with the largest."""
+    return min(instances, key=lambda each: (each.arguments["tokens"] < m, abs(each.arguments["tokens"] - m)))
 
 
 def decode_launch(
@@ -274,8 +279,8 @@ def decode_launch(
 ) -> tuple[Work, Times]:
     """Predict a launch of a decode kernel on [n, k], which goes on over the B_l of so many loops."""
     tokens, by_rows = kernel.arguments["tokens"], "::row_kernel" in kernel.code.name
-    warp_outputs = 32 if by_rows else 16
-    outputs = kernel.warps * warp_outputs if by_rows else warp_outputs
+    warp_outputs = 16 * (kernel.arguments.get("warp_tiles", 2) if by_rows else 1)
+    outputs = warp_outputs * (kernel.warps if by_rows else 1)
     parts = PARTS // slices if by_rows else 1  # of a warp
     # An mma takes 16 outputs x 16 columns for 8 tokens.
     turn_steps = kernel.code.hmma * 256 / (tokens / 8) / warp_outputs / STEP_COLUMNS
@@ -293,6 +298,34 @@ def decode_launch(
     return work, launch_times(device, kernel, work, slices > 1)
 
 
+def adding_time(device: Device, tables: Tables, kernel: str, elements: int) -> float:
+    """Predict a launch that adds parts' sums, which are still in the cache."""
+    add = tables.find(device, kernel)
+    threads = add.resources.threads
+    return launch_times(
+        device, add, Work(math.ceil(elements / threads), 0, threads * (4 * PARTS + BYTES_PER_ELEMENT), 0)
+    ).total
+
+
+def predict_shrink(
+    device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float
+) -> tuple[float, bool]:
+    """Predict T = A_l x, with its parts in thread blocks of their own where that is faster; and say whether it lets
+    the product start before it waits itself."""
+    by_warps: dict[int, list[Compiled]] = {}
+    for instance in tables.instances(device, "loop_lora::column_kernel"):
+        if instance.arguments["shrink"]:
+            by_warps.setdefault(instance.warps, []).append(instance)
+    ways = []
+    for warps, instances in by_warps.items():
+        kernel = choose_tokens(instances, m)
+        seconds = decode_launch(device, kernel, PARTS // warps, loops * ranks, k, m, 0, 0)[1].total
+        if warps < PARTS:
+            seconds += gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
+        ways.append((seconds, bool(kernel.code.triggers_early)))
+    return min(ways)
+
+
 def predict_linear(
     device: Device,
     tables: Tables,
@@ -300,50 +333,48 @@ def predict_linear(
     m: int,
     rank: int,
     loops: int,
-    tiling: tuple[str, int] | None = None,
+    tiling: tuple[int, int] | None = None,
 ) -> Prediction:
-    """Predict loop_lora_linear on m rows of so many loops, with the tiling that is chosen unless given."""
-    n, k, tokens = projection.outputs, projection.inputs, tile_tokens(m)
-    which, slices = tiling or tables.tilings[device.multiprocessors, n, k, m]
-    flags = {} if which == "row" else {"shrink": 0}
-    product = tables.find(device, f"loop_lora::{which}_kernel", tokens=tokens, **flags)
+    """Predict loop_lora_linear on m rows of so many loops, with the tiling (outputs, slices) that is chosen for it."""
+    n, k = projection.outputs, projection.inputs
+    outputs, slices = tiling or tables.tilings[device.multiprocessors, n, k, m]
+    if outputs == COLUMN_OUTPUTS:
+        candidates = [
+            each for each in tables.instances(device, "loop_lora::column_kernel") if not each.arguments["shrink"]
+        ]
+    else:
+        rows = tables.instances(device, "loop_lora::row_kernel")
+        candidates = [each for each in rows if 16 * each.arguments.get("warp_tiles", 2) * each.warps == outputs]
+    product = choose_tokens(candidates, m)
     work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
-    floor = floor_of(device, projection.min_bytes(m, rank, loops, BYTES_PER_ELEMENT), projection.flops(m, rank))
-    terms = {
-        "gap": device.gap,
-        "begin": times.begin,
-        "stream": times.stream,
-        "shrink": 0.0,
-        "end": times.end,
-        "add": 0.0,
-    }
+    terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
+    next_gap = device.gap
     if rank > 0:
-        ranks = loops * sum(projection.ranks(rank))
-        shrink = tables.find(device, "loop_lora::column_kernel", tokens=tokens, shrink=1)
-        shrink_time = decode_launch(device, shrink, 1, ranks, k, m, 0, 0)[1].total
-        # Both read from memory at once.
-        stream = max(
-            times.stream, times.limits["memory"] + BYTES_PER_ELEMENT * ranks * k / (MEMORY_SHARE * device.copy)
-        )
-        terms["stream"] = stream
+        ranks = sum(projection.ranks(rank))
+        shrink, starts_early = predict_shrink(device, tables, ranks, k, m, loops, device.trigger)
         if not device.has_dependent_launch:
-            terms |= {"stream": times.stream, "shrink": shrink_time + device.gap}
-        elif shrink.code.triggers_early:
-            # The ring fills while the kernel before ends and shrink runs; then x is there, and the rest streams.
+            terms["shrink"] = shrink + device.gap
+        elif starts_early:
+            # The ring fills with W while the kernel before ends and shrink runs; then x is there, and the rest streams.
+            next_gap = device.trigger
+            idle = 2 * device.trigger + shrink
             resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
             filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
-            waited = shrink_time + device.trigger
-            rest = max(times.limits["issue"], stream * (1 - filled), times.begin + stream - device.gap - waited)
-            terms |= {"begin": 0.0, "stream": rest, "shrink": waited}
+            others = max(seconds for name, seconds in times.limits.items() if name != "issue")
+            rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
+            x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
+            terms |= {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": shrink + device.trigger}
         else:
-            # A block needs T after the first of its parts of W.
-            needed = times.begin + stream / (PARTS // slices if which == "row" else 1)
-            terms |= {"gap": device.gap + device.trigger, "shrink": max(0.0, shrink_time - needed)}
+            # Both read from memory at once; and a block needs T after the first of its parts of W.
+            a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
+            memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
+            stream = replace(times, limits={**times.limits, "memory": memory}).stream
+            needed = times.begin + stream / (PARTS // slices if outputs != COLUMN_OUTPUTS else 1)
+            terms |= {"gap": device.gap + device.trigger, "stream": stream, "shrink": max(0.0, shrink - needed)}
+    terms["add"] = 0.0
     if slices > 1:
-        add = tables.find(device, "loop_lora::add_parts_kernel")
-        threads = add.resources.threads
-        sums = Work(math.ceil(m * n / threads), 0, threads * (4 * PARTS + BYTES_PER_ELEMENT), 0)
-        terms["add"] = device.gap + launch_times(device, add, sums).total
+        terms["add"] = next_gap + adding_time(device, tables, "loop_lora::add_parts_kernel", m * n)
+    floor = floor_of(device, projection.min_bytes(m, rank, loops, BYTES_PER_ELEMENT), projection.flops(m, rank))
     return Prediction(terms, floor, times.bound)
 
 
@@ -584,7 +615,7 @@ def find_objects(build: Path) -> list[Path]:
 def write_tables(build: Path, disassembler: Path | None) -> None:
     kernels = kernel_instructions.read_objects(find_objects(build), kernel_instructions.find_disassembler(disassembler))
     atomic_write(kernel_instructions.EXPECTED, kernel_instructions.format_table(kernels))
-    atomic_write(TILINGS, "multiprocessors outputs inputs rows kernel slices\n" + list_tilings())
+    atomic_write(TILINGS, "multiprocessors outputs inputs rows tile slices\n" + list_tilings())
     print(f"wrote {kernel_instructions.EXPECTED} and {TILINGS}")
 
 

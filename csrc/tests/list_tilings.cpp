@@ -1,4 +1,4 @@
-// Prints the decode tilings that would be chosen, one a line, for lines "multiprocessors n k m rows_fit" of the input:
+// Prints the outputs of a tile and the slices that would be chosen for decoding, one a line, for lines "multiprocessors n k m rows_fit" of the input:
 // bench/kernel_model.py --write keeps them beside the compiler's numbers.
 #include <cstdint>
 #include <iostream>
@@ -13,6 +13,6 @@ int main() {
   while (std::cin >> multiprocessors >> n >> k >> m >> rows_fit) {
     const Tiling tiling = choose_tiling(kMeasuredTilings, multiprocessors, n, k, m, rows_fit);
     std::cout << multiprocessors << ' ' << n << ' ' << k << ' ' << m << ' '
-              << (tiling.kernel == DecodeKernel::kRows ? "row " : "column ") << tiling.slices << '\n';
+              << (tiling.kernel == DecodeKernel::kRows ? 128 : 16) << ' ' << tiling.slices << '\n';
   }
 }
