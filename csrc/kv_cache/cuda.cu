@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) prefill_kernel(const __grid_con
   prefill_attention_body<Half, HEAD_DIM, WARPS, ROW_TILES, SLOTS, STAGES>(args);
 }
 
-template <class Number>
+template <class Half, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads, 8) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
-  combine_body<Number>(args);
+  combine_body<Half, HEAD_DIM>(args);
 }
 
 template <class Number>
@@ -46,8 +46,8 @@ cudaError_t launch_decode(const CudaAttentionArgs& args, cudaStream_t stream) {
   const cudaError_t error = launch(decode_kernel<Half, Shared::kHeadDim, Shared::kStages>, args, grid, kThreads,
                                    Shared::kBytes, cuda::has_dependent_launch(), stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
-  return launch(combine_kernel<Half>, args, dim3(args.num_queries, args.num_heads), kThreads, 0,
-                cuda::has_dependent_launch(), stream);
+  return launch(combine_kernel<Half, Shared::kHeadDim>, args, dim3(args.num_queries, args.num_heads), kThreads,
+                kCombineBytes<Shared::kHeadDim>, cuda::has_dependent_launch(), stream);
 }
 
 template <class Half, class Shared>
@@ -69,8 +69,8 @@ cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The instances want keys, values and results at 16-byte addresses, numbers of slots in 32 bits, and a scale under which
-// the largest product is the largest score.
+// The instances want keys, values and results at 16-byte addresses, numbers of slots in 32 bits, and a scale under
+// which the largest product is the largest score.
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
   cudaError_t (*launcher)(const CudaAttentionArgs&, cudaStream_t) = launch_plain<Half>;
@@ -95,7 +95,7 @@ CudaRope device_rope(const Rope& rope, int64_t max_positions) {
 }
 
 int64_t pieces_of(const CudaAttentionParams& p) {
-  return std::max(1u, cuda::num_tiles(p.max_pages * p.params->page_size, kCudaSplitSlots));
+  return most_pieces(p.max_pages * p.params->page_size);
 }
 
 }  // namespace

@@ -71,7 +71,9 @@ struct CudaAttentionArgs {
 inline bool has_vector_queries(const CudaAttentionArgs& args) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (!aligned(args.q) || args.q_row_stride % 8 != 0 || args.q_head_stride % 8 != 0) return false;
-  return args.rope.positions == nullptr || (aligned(args.rope.cos_sin) && args.rope.rotary_dim % 16 == 0);
+  const CudaRope& rope = args.rope;
+  return rope.positions == nullptr ||
+         (aligned(rope.cos_sin) && rope.rotary_dim % 16 == 0 && rope.rotary_dim > 0 && rope.max_positions > 0);
 }
 
 constexpr int kMmaRows = 16, kMmaSlots = 16, kMmaColumns = 16;
@@ -139,61 +141,87 @@ RRT_DEVICE T value_of(const device::Vector& vector, int i) {
   return values[i];
 }
 
-// Elements `column` to `column` + 7 of a head, rotated: what `rotated` makes of each.
-template <class Half>
-RRT_DEVICE device::Vector rotated_vector(const CudaRope& rope, int row, const typename Half::Storage* head, int column) {
+// Fills `to` [ROWS, kRowStride] with a tile's queries, rotated, and zeros beyond its rows; a barrier must follow.
+template <class Half, int HEAD_DIM, int ROWS, int THREADS>
+RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to) {
   using Storage = typename Half::Storage;
-  const auto load = [](const auto* from) { return device::load_global(reinterpret_cast<const device::Vector*>(from)); };
-  const device::Vector vector = load(head + column);
-  if (rope.positions == nullptr || column >= rope.rotary_dim) return vector;
-  const int half = rope.rotary_dim / 2, position = device::load_global(rope.positions + row);
-  const bool is_low = column < half, is_valid = position >= 0 && position < rope.max_positions;
-  const device::Vector other = load(head + (is_low ? column + half : column - half));
-  const float* cosines = static_cast<const float*>(rope.cos_sin) +
-                         static_cast<int64_t>(is_valid ? position : 0) * rope.rotary_dim +
-                         (is_low ? column : column - half);
-  const device::Vector angles[4] = {load(cosines), load(cosines + 4), load(cosines + half), load(cosines + half + 4)};
-  float values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float cosine = value_of<float>(angles[i / 4], i % 4), sine = value_of<float>(angles[2 + i / 4], i % 4);
-    const float own = Half::widen(value_of<Storage>(vector, i)), partner = Half::widen(value_of<Storage>(other, i));
-    values[i] = is_valid ? own * cosine + (is_low ? -partner : partner) * sine : NAN;
+  const int thread = device::thread_index();
+  const CudaRope& rope = args.rope;
+  const auto head_of = [&](int row) {
+    return static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
+           tile.head(row) * args.q_head_stride;
+  };
+  if (!args.vector_queries) {
+    for (int i = thread; i < ROWS * HEAD_DIM; i += THREADS) {
+      const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+      float value = 0;
+      if (row < tile.rows) {
+        const Storage* head = head_of(row);
+        value = rotated<float>(rope, tile.token(row), column,
+                               [&](int k) { return Half::widen(device::load_global(head + k)); });
+      }
+      device::store_shared(to + row * kRowStride<HEAD_DIM> + column, Half::narrow(value));
+    }
+    return;
   }
-  device::Vector result;
+  // Up to four vectors at a time, whose loads all go out before the first is waited for.
+  constexpr int kVectors = HEAD_DIM / 8, kOfThread = ceil_div<THREADS>(ROWS * kVectors);
+  constexpr int kBatch = kOfThread < 4 ? kOfThread : 4;
+  const auto load = [](const auto* from) { return device::load_global(reinterpret_cast<const device::Vector*>(from)); };
+  const bool rotates = rope.positions != nullptr;
+  const int half = rope.rotary_dim / 2;
+  for (int first = thread; first < ROWS * kVectors; first += kBatch * THREADS) {
+    device::Vector own[kBatch], other[kBatch], cosines[kBatch][2], sines[kBatch][2];
+    int row[kBatch], column[kBatch], position[kBatch];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) result.word[i] = Half::pair(values[2 * i], values[2 * i + 1]);
-  return result;
-}
-
-// Fills `to` [rows, kRowStride] with a tile's queries, rotated, and zeros beyond its rows, by `threads` threads, of
-// which this is number `thread`; a barrier must follow.
-template <class Half, int HEAD_DIM>
-RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to, int rows,
-                             int thread, int threads) {
-  using Storage = typename Half::Storage;
-  constexpr int kVectors = HEAD_DIM / 8;
-  for (int i = thread; i < rows * kVectors; i += threads) {
-    const int row = i / kVectors, column = i % kVectors * 8;
-    device::Vector vector{};
-    if (row < tile.rows) {
-      const int token = tile.token(row);
-      const Storage* head =
-          static_cast<const Storage*>(args.q) + token * args.q_row_stride + tile.head(row) * args.q_head_stride;
-      if (args.vector_queries) {
-        vector = rotated_vector<Half>(args.rope, token, head, column);
-      } else {
-        for (int j = 0; j < 4; ++j) {
-          const auto value = [&](int c) {
-            return rotated<float>(args.rope, token, c, [&](int k) { return Half::widen(device::load_global(head + k)); });
-          };
-          const uint32_t pair = Half::pair(value(column + 2 * j), value(column + 2 * j + 1));
-          device::store_shared(reinterpret_cast<uint32_t*>(to + row * kRowStride<HEAD_DIM> + column) + j, pair);
-        }
-        continue;
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * THREADS;
+      row[j] = i / kVectors;
+      column[j] = i % kVectors * 8;
+      const int read_row = row[j] < tile.rows ? row[j] : 0;
+      const Storage* head = head_of(read_row);
+      own[j] = load(head + column[j]);
+      if (rotates) {
+        const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
+        other[j] = load(head + (!is_rotated ? 0 : is_low ? column[j] + half : column[j] - half));
+        position[j] = device::load_global(rope.positions + tile.token(read_row));
       }
     }
-    device::store_shared(reinterpret_cast<device::Vector*>(to + row * kRowStride<HEAD_DIM> + column), vector);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!rotates) continue;
+      const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
+      const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
+      const float* angles = static_cast<const float*>(rope.cos_sin) +
+                            static_cast<int64_t>(is_valid ? position[j] : 0) * rope.rotary_dim +
+                            (!is_rotated ? 0 : is_low ? column[j] : column[j] - half);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        cosines[j][k] = load(angles + 4 * k);
+        sines[j][k] = load(angles + half + 4 * k);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (row[j] >= ROWS) continue;
+      device::Vector vector = own[j];
+      if (rotates && column[j] < rope.rotary_dim) {
+        const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
+        const float sign = column[j] < half ? -1.0f : 1.0f;
+        float values[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float cosine = value_of<float>(cosines[j][k / 4], k % 4), sine = value_of<float>(sines[j][k / 4], k % 4);
+          values[k] = Half::widen(value_of<Storage>(own[j], k)) * cosine +
+                      sign * Half::widen(value_of<Storage>(other[j], k)) * sine;
+          if (!is_valid) values[k] = NAN;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) vector.word[k] = Half::pair(values[2 * k], values[2 * k + 1]);
+      }
+      if (row[j] >= tile.rows) vector = {};
+      device::store_shared(reinterpret_cast<device::Vector*>(to + row[j] * kRowStride<HEAD_DIM> + column[j]), vector);
+    }
   }
 }
 
@@ -264,8 +292,8 @@ struct AttentionWarp {
     }
   }
 
-  // Takes the scores of slots [first, first + SLOTS), whose keys are at `keys`, into the weights. `queries`: the warp's.
-  // A row sees the slots below its limit; `masks`: some row not all of these. The weight of a score is
+  // Takes the scores of slots [first, first + SLOTS), whose keys are at `keys`, into the weights. `queries`: the
+  // warp's. A row sees the slots below its limit; `masks`: some row not all of these. The weight of a score is
   // 2^(scale * score), and the scale positive.
   RRT_DEVICE void score(const Storage* queries, const Storage* keys, float scale, bool masks, int first,
                         const int (&limits)[ROW_TILES][2]) {
@@ -327,7 +355,9 @@ struct AttentionWarp {
       for (int half = 0; half < 2; ++half) {
         float next = largest[r][half];
 #pragma unroll
-        for (int i = 0; i < kSlotTiles; ++i) next = fmaxf(next, fmaxf(scores[r][i][2 * half], scores[r][i][2 * half + 1]));
+        for (int i = 0; i < kSlotTiles; ++i) {
+          next = fmaxf(next, fmaxf(scores[r][i][2 * half], scores[r][i][2 * half + 1]));
+        }
 #pragma unroll
         for (int mask = 1; mask < 4; mask *= 2) next = fmaxf(next, device::shuffle_xor(next, mask));
         shrink[r][half] = device::exp2(scale * (largest[r][half] - next));

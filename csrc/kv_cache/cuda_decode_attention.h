@@ -1,8 +1,8 @@
 // Bodies of the CUDA kernels of loop_kv_attention; cuda_attention.h has what they share with prefill.
 //
-// As in FlashDecoding, a context is split into pieces of kCudaSplitSlots slots, one for each thread block. Its 4 warps
-// share the slots, 16 in turn, and their results are merged in order; then combine_body merges the pieces. Both splits
-// are at fixed slots, so a row has the same bits in any batch.
+// As in FlashDecoding, a context is split into pieces, one for each thread block. Its 4 warps share the slots, 16 in
+// turn, and their results are merged in order; then combine_body merges the pieces. Both splits are at slots that depend
+// on the context alone, so a row has the same bits in any batch.
 //
 // Keys and values alternate in a warp's ring of stages, which leaves a multiprocessor room for two thread blocks: one
 // streams while the other begins or ends. A turn's pages are looked up once, by one lane per slot, a turn ahead.
@@ -12,7 +12,18 @@
 
 namespace rrt::kv_cache {
 
-constexpr int kCudaSplitSlots = 256;
+// Slots of a piece: of short contexts few, so that some tens of rows occupy the GPU; of long ones more, since each piece
+// costs a trip of its results through memory.
+constexpr int kShortPiece = 128, kLongPiece = 256, kMaxShortContext = 2048;
+RRT_DEVICE constexpr int piece_slots(int context) { return context <= kMaxShortContext ? kShortPiece : kLongPiece; }
+
+// The most pieces of contexts up to `room`.
+constexpr int64_t most_pieces(int64_t room) {
+  const int64_t of_short = ceil_div<kShortPiece>(room < kMaxShortContext ? room : kMaxShortContext);
+  const int64_t of_long = ceil_div<kLongPiece>(room);
+  const int64_t most = of_short > of_long ? of_short : of_long;
+  return most > 1 ? most : 1;
+}
 
 // How a thread block uses shared memory. A stage is the keys or the values of a turn.
 template <int HEAD_DIM, int STAGES>
@@ -49,14 +60,17 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int kv_head = block.y / tiles, first = block.y % tiles * kMmaRows;
   device::dependency_wait();
   device::launch_dependents();
-  const int begin = block.z * kCudaSplitSlots;
-  // The slot that this lane looks up for a turn of its warp.
-  const auto slot_of = [&](int turn) { return begin + (warp + kWarps * turn) * kMmaSlots + lane % kMmaSlots; };
   const int32_t* table = block_table(args, block.x);
-  int page = load_page(args, table, slot_of(0));  // while the context's length is on its way
+  // The first slot that this lane looks up, and both pages that it may have while the context's length is on its way.
+  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;
+  const int page_of_short = load_page(args, table, block.z * kShortPiece + first_slot);
+  const int page_of_long = load_page(args, table, block.z * kLongPiece + first_slot);
   const int context = decode_context(args, block.x);
+  const int piece = piece_slots(context), begin = block.z * piece;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
-  const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
+  const int end = context < begin + piece ? context : begin + piece;
+  int page = piece == kShortPiece ? page_of_short : page_of_long;
+  const auto slot_of = [&](int turn) { return begin + kWarps * kMmaSlots * turn + first_slot; };
   const int heads = args.group.value - first;
   const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, context, args.group};
 
@@ -71,7 +85,9 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   int fetched = 0, fetch_stage = 0, stage = 0;  // turns whose keys have been fetched; byte offsets
   bool is_missing = false;                      // a page of the lane's slots
   SlotCopies<Storage, HEAD_DIM, kMmaSlots> copies;
-  const auto advance = [](int& of) { of = of + Shared::kStageBytes == Shared::kWarpBytes ? 0 : of + Shared::kStageBytes; };
+  const auto advance = [](int& of) {
+    of = of + Shared::kStageBytes == Shared::kWarpBytes ? 0 : of + Shared::kStageBytes;
+  };
   const auto fetch_keys = [&] {
     if (fetched < turns) {
       const int slot = slot_of(fetched);
@@ -99,7 +115,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   };
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step % 2 == 0);
-  if (context > 0) load_queries<Half, HEAD_DIM>(args, tile, queries, kMmaRows, thread, kThreads);
+  if (context > 0) load_queries<Half, HEAD_DIM, kMmaRows, kThreads>(args, tile, queries);
   device::block_barrier();
 
   AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;
@@ -107,11 +123,11 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const float scale = static_cast<float>(args.scale) * kLog2E;
   const int limits[1][2] = {{end, end}};
   for (int turn = 0; turn < turns; ++turn) {
-    const int first_slot = begin + (warp + kWarps * turn) * kMmaSlots;
+    const int first_of_turn = begin + (warp + kWarps * turn) * kMmaSlots;
     next_step();
     fetch(STAGES % 2 == 1);
-    attention.score(queries, reinterpret_cast<const Storage*>(stages + stage), scale, first_slot + kMmaSlots > end,
-                    first_slot, limits);
+    attention.score(queries, reinterpret_cast<const Storage*>(stages + stage), scale, first_of_turn + kMmaSlots > end,
+                    first_of_turn, limits);
     advance(stage);
     next_step();
     fetch(STAGES % 2 == 0);
@@ -143,7 +159,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
     }
   }
   device::block_barrier();
-  const bool is_whole = context <= kCudaSplitSlots;
+  const bool is_whole = context <= piece;
   const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
   for (int row = warp; row < tile.rows; row += kWarps) {
     const auto of = [&](int of_warp, int column) {
@@ -174,9 +190,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
         sum.high += factors[w] * part.high;
       }
       if (is_whole) {
-        device::store_global(
-            reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + column),
-            Half::pair(sum.low * unit, sum.high * unit));
+        device::store_global(reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + column),
+                             Half::pair(sum.low * unit, sum.high * unit));
       } else {
         device::store_global(reinterpret_cast<FloatPair*>(partial + column), sum);
       }
@@ -187,36 +202,71 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
 }
 
-// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a short one is final
-// already.
-template <class Number>
+// Shared memory of combine_body.
+template <int HEAD_DIM>
+constexpr int kCombineBytes = kWarps * (HEAD_DIM + 2) * 4;
+
+// Thread block (x: row; y: head). Merges the pieces of a long context, every fourth in order by each warp and then
+// these; the result of a context that is one piece is final already.
+template <class Half, int HEAD_DIM>
 RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
-  using Acc = typename Number::Acc;
+  using Storage = typename Half::Storage;
+  constexpr int kStride = HEAD_DIM + 2, kPairs = HEAD_DIM / 2, kLanePairs = ceil_div<32>(kPairs);
   const device::Index block = device::block_index();
+  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   device::dependency_wait();
-  const int context = decode_context(args, block.x);
-  if (context <= kCudaSplitSlots) return;
-  const int pieces = ceil_div<kCudaSplitSlots>(context);
+  const int context = decode_context(args, block.x), piece = piece_slots(context);
+  if (context <= piece) return;
+  const int pieces = piece == kShortPiece ? ceil_div<kShortPiece>(context) : ceil_div<kLongPiece>(context);
   const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
-  const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
-  const auto of = [&](int piece, int column) {
-    return device::load_global(partial + static_cast<int64_t>(piece) * (args.head_dim + 2) + column);
+  const float* partial = args.partial + head * args.pieces * kStride;
+  const auto of = [&](int index, int column) {
+    const float* from = partial + static_cast<int64_t>(index) * kStride + column;
+    return device::load_global(reinterpret_cast<const FloatPair*>(from));
   };
-  for (int column = device::thread_index(); column < args.head_dim; column += kThreads) {
-    Acc largest = of(0, args.head_dim);
-    for (int piece = 1; piece < pieces; ++piece) {
-      const Acc other = of(piece, args.head_dim);
-      largest = other > largest ? other : largest;
+
+  float largest = -INFINITY;
+  for (int i = lane; i < pieces; i += 32) largest = fmaxf(largest, of(i, HEAD_DIM).low);
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) largest = fmaxf(largest, device::shuffle_xor(largest, mask));
+  FloatPair sums[kLanePairs] = {};
+  float weights = 0;
+#pragma unroll 4
+  for (int i = warp; i < pieces; i += kWarps) {
+    const FloatPair ends = of(i, HEAD_DIM);
+    const float factor = device::exp2(ends.low - largest);
+    weights += factor * ends.high;
+#pragma unroll
+    for (int j = 0; j < kLanePairs; ++j) {
+      if (lane + 32 * j >= kPairs) continue;
+      const FloatPair pair = of(i, 2 * (lane + 32 * j));
+      sums[j].low += factor * pair.low;
+      sums[j].high += factor * pair.high;
     }
-    Acc sum = 0, weights = 0;
-    for (int piece = 0; piece < pieces; ++piece) {
-      const Acc factor = device::exp2(of(piece, args.head_dim) - largest);
-      sum += factor * of(piece, column);
-      weights += factor * of(piece, args.head_dim + 1);
-    }
-    device::store_global(static_cast<typename Number::Storage*>(args.out) + head * args.head_dim + column,
-                         Number::narrow(sum / weights));
   }
+
+  auto* merged = reinterpret_cast<float*>(device::shared_memory());
+  const auto at = [&](int of_warp, int column) {
+    return reinterpret_cast<FloatPair*>(merged + of_warp * kStride + column);
+  };
+#pragma unroll
+  for (int j = 0; j < kLanePairs; ++j) {
+    if (lane + 32 * j < kPairs) device::store_shared(at(warp, 2 * (lane + 32 * j)), sums[j]);
+  }
+  if (lane == 0) device::store_shared(at(warp, HEAD_DIM), FloatPair{weights, 0});
+  device::block_barrier();
+  if (thread >= kPairs) return;
+  FloatPair sum{0, 0};
+  weights = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const FloatPair part = device::load_shared(at(w, 2 * thread));
+    sum.low += part.low;
+    sum.high += part.high;
+    weights += device::load_shared(at(w, HEAD_DIM)).low;
+  }
+  device::store_global(reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + 2 * thread),
+                       Half::pair(sum.low / weights, sum.high / weights));
 }
 
 }  // namespace rrt::kv_cache

@@ -59,7 +59,7 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   const device::Index block = device::block_index();
   const QueryTile tile = find_prefill_tile<Shared::kRows>(args, args.tiles - 1 - block.x, block.y);
   if (tile.rows == 0) return;
-  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   char* shared = device::shared_memory();
   char* stages = shared + Shared::kQueryBytes;
   const auto cache = [&](const void* of) { return static_cast<const Storage*>(of) + tile.kv_head * HEAD_DIM; };
@@ -102,8 +102,7 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   };
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step % 2 == 0);
-  load_queries<Half, HEAD_DIM>(args, tile, reinterpret_cast<Storage*>(shared), Shared::kRows, thread,
-                               Shared::kPrefillThreads);
+  load_queries<Half, HEAD_DIM, Shared::kRows, Shared::kPrefillThreads>(args, tile, reinterpret_cast<Storage*>(shared));
 
   // The warp's rows, and what they see; those that are not there see what the last one does.
   const int first_row = warp * Shared::kWarpRows, rows = tile.rows - first_row;
@@ -117,8 +116,8 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
       limits[r][half] = row < rows ? tile.limit(first_row + row) : end;
     }
   }
-  const int least_limit = tile.limit(first_row);
-  const int warp_end = rows <= 0 ? 0 : tile.limit(first_row + (rows < Shared::kWarpRows ? rows : Shared::kWarpRows) - 1);
+  const int last_row = rows < Shared::kWarpRows ? rows - 1 : Shared::kWarpRows - 1;
+  const int least_limit = tile.limit(first_row), warp_end = rows <= 0 ? 0 : tile.limit(first_row + last_row);
 
   AttentionWarp<Half, HEAD_DIM, ROW_TILES, SLOTS> attention;
   attention.clear();

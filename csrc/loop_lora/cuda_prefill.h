@@ -223,7 +223,8 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
 
   float sums[Tile::kTokenTiles][4 * Tile::kOutGroups][4] = {};
   const int warp = device::thread_index() / 32;
-  const int warp_token = warp / Tile::kOutWarps * Tile::kWarpTokens, warp_out = warp % Tile::kOutWarps * Tile::kWarpOuts;
+  const int warp_token = warp / Tile::kOutWarps * Tile::kWarpTokens;
+  const int warp_out = warp % Tile::kOutWarps * Tile::kWarpOuts;
   for (int i = 0; i < kStages - 1; ++i) fetch();
   int stage = 0;
   for (int k_step = 0; k_step < k_steps; ++k_step) {

@@ -64,6 +64,7 @@ void print_kv_cache() {
     for_each_type(DecodeInstances{}, [&](auto instance) {
       using Shared = decltype(instance);
       print("kv_cache::decode_kernel", join(half, Shared::kHeadDim, Shared::kStages), kThreads, Shared::kBytes);
+      print("kv_cache::combine_kernel", join(half, Shared::kHeadDim), kThreads, kCombineBytes<Shared::kHeadDim>);
     });
     for_each_type(PrefillInstances{}, [&](auto instance) {
       using Shared = decltype(instance);
@@ -71,7 +72,6 @@ void print_kv_cache() {
             join(half, Shared::kHeadDim, Shared::kPrefillWarps, Shared::kRowTiles, Shared::kSlots, Shared::kStages),
             Shared::kPrefillThreads, Shared::kBytes);
     });
-    print("kv_cache::combine_kernel", half, kThreads, 0);
   }
   for (const char* number : kNumbers) {
     print("kv_cache::write_kernel", number, kThreads, 0);

@@ -59,7 +59,7 @@ struct Problem {
     for (int context : s.contexts) {
       for (int page = 0; page < max_pages; ++page) tables.push_back(page * s.page_size < context ? num_pages++ : -7);
     }
-    pieces = ceil_div(max_pages * s.page_size, kCudaSplitSlots);
+    pieces = static_cast<int>(most_pieces(max_pages * s.page_size));
     // Slots that no context reaches hold NaN.
     k_cache.assign(int64_t{num_pages} * s.page_size * s.num_kv_heads * s.head_dim, Number::narrow(NAN));
     v_cache = k_cache;
@@ -196,11 +196,12 @@ struct Problem {
   }
 };
 
-template <class Half>
+template <int HEAD_DIM, class Half>
 emulation::Report combine(Problem<Half>& problem, uint64_t seed, emulation::Sabotage sabotage) {
   const CudaAttentionArgs args = problem.args();
-  return emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, 0, seed, problem.regions(true), sabotage},
-                        [&] { combine_body<Half>(args); });
+  return emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, kCombineBytes<HEAD_DIM>, seed,
+                         problem.regions(true), sabotage},
+                        [&] { combine_body<Half, HEAD_DIM>(args); });
 }
 
 template <class Number>
@@ -220,7 +221,7 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
       {{args.num_queries, heads, args.pieces}, kThreads, Decode::kBytes, seed, problem.regions(), sabotage},
       [&] { decode_attention_body<Half, Decode::kHeadDim, Decode::kStages>(args); });
   if (!report.violation.empty() || args.pieces == 1) return report;
-  emulation::Report merged = combine(problem, seed, sabotage);
+  emulation::Report merged = combine<Decode::kHeadDim>(problem, seed, sabotage);
   merged.regions = report.regions;
   return merged;
 }
@@ -231,7 +232,8 @@ emulation::Report prefill(Problem<Half>& problem, uint64_t seed = 1,
   CudaAttentionArgs args = problem.args();
   args.tiles = Prefill::tiles(args);
   return emulation::run(
-      {{args.tiles, args.num_kv_heads, 1}, Prefill::kPrefillThreads, Prefill::kBytes, seed, problem.regions(), sabotage},
+      {{args.tiles, args.num_kv_heads, 1}, Prefill::kPrefillThreads, Prefill::kBytes, seed, problem.regions(),
+       sabotage},
       [&] {
         prefill_attention_body<Half, Prefill::kHeadDim, Prefill::kPrefillWarps, Prefill::kRowTiles, Prefill::kSlots,
                                Prefill::kStages>(args);
@@ -248,6 +250,7 @@ void test_decode(const std::string& label, double tolerance) {
       {{1, 1}, {300, 64}, 4, 4, kHeadDim, 32, kHeadDim / 4 / 2 * 2},
       {{1}, {70}, 20, 1, kHeadDim, 7, 0},             // two tiles of query heads, pages of any size
       {{1, 1}, {255, 257}, 9, 3, kHeadDim, 48, 16},   // contexts that end before and after a piece does
+      {{1, 1}, {2048, 2081}, 2, 2, kHeadDim, 64, 0},  // the longest of short pieces, and one of long ones
   };
   for (const bool scalar_queries : {false, true}) {
     for (const Shape& shape : shapes) {
@@ -375,7 +378,7 @@ using SmallPrefill = PrefillShared<64, 4, 2, 64, 4>;
 
 // A row's bits are its own: alone, and beside others with longer contexts (hence other tables).
 void test_decode_rows_are_independent() {
-  const Shape shape{{1, 1, 1}, {530, 31, 300}, 8, 2, 64, 16, 64};
+  const Shape shape{{1, 1, 1}, {2100, 31, 300}, 8, 2, 64, 16, 64};
   Problem<BFloat16> whole(shape, true, 4);
   attend<BFloat16, SmallDecode>(whole);
   const int width = shape.num_heads * shape.head_dim;
@@ -385,7 +388,7 @@ void test_decode_rows_are_independent() {
     alone.shape.contexts = {shape.contexts[row]};
     alone.num_queries = 1;
     alone.max_pages = ceil_div(shape.contexts[row], 16);
-    alone.pieces = ceil_div(alone.max_pages * 16, kCudaSplitSlots);
+    alone.pieces = static_cast<int>(most_pieces(alone.max_pages * 16));
     const auto first = whole.tables.begin() + row * whole.max_pages;
     alone.tables.assign(first, first + alone.max_pages);
     alone.positions = {whole.positions[row]};
@@ -417,6 +420,17 @@ void test_prefill_rows_are_independent() {
   }
 }
 
+// For every context that fits, there are as many pieces as it has.
+void test_pieces_cover_every_context() {
+  for (int room = 0; room < 6000; ++room) {
+    int64_t most = 1;
+    for (int context : {room, std::min(room, kMaxShortContext)}) {
+      most = std::max<int64_t>(most, ceil_div(context, piece_slots(context)));
+    }
+    EXPECT(most_pieces(room) == most, "room %d", room);
+  }
+}
+
 // All quotients are those of an integer division, up to the largest number.
 void test_divisors() {
   std::mt19937_64 random(1);
@@ -428,7 +442,8 @@ void test_divisors() {
     for (int64_t number : numbers) {
       if (number < 0 || number > INT32_MAX) continue;
       const int n = static_cast<int>(number);
-      EXPECT(divisor.divide(n) == number / value && divisor.remainder(n) == number % value, "%d / %d", n, divisor.value);
+      EXPECT(divisor.divide(n) == number / value && divisor.remainder(n) == number % value, "%d / %d", n,
+             divisor.value);
     }
   }
 }
@@ -472,10 +487,11 @@ void test_faults_are_noticed() {
       EXPECT(violation.empty() && problem.error() > 0.1, "found '%s'", violation.c_str());
     }
   }
-  // Combine and the plain kernel have nothing but their dependence to get wrong.
   Problem<BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
   attend<BFloat16, SmallDecode>(problem);
-  for (const std::string& violation : {combine(problem, 1, Sabotage::kSkipDependencyWait).violation,
+  const std::string race = combine<64>(problem, 1, Sabotage::kSkipBarrier).violation;
+  EXPECT(race.find("race") != std::string::npos, "found '%s'", race.c_str());
+  for (const std::string& violation : {combine<64>(problem, 1, Sabotage::kSkipDependencyWait).violation,
                                        attend_plainly(problem, Sabotage::kSkipDependencyWait).violation}) {
     EXPECT(violation.find("before dependency_wait") != std::string::npos, "found '%s'", violation.c_str());
   }
@@ -534,6 +550,7 @@ int main() {
     test_prefill<device::Float16, Prefill>("fp16 " + head_dim, 1e-3);
   });
   test_divisors();
+  test_pieces_cover_every_context();
   test_plain<device::Float32>("fp32 plain", 1e-5);
   test_plain<device::Float64>("fp64 plain", 1e-12);
   test_plain<BFloat16>("bf16 plain", 6e-3);
