@@ -313,7 +313,6 @@ def read_objects(objects: list[Path], cuobjdump: Path) -> list[KernelCode]:
         mangled = "\n".join(name for _, name in kernels)
         names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
         for (arch, _), line, code in zip(kernels, names.splitlines(), kernels.values(), strict=True):
-            arch = "sm_90a" if arch == "sm_90" else arch
             found[arch, short_name(line)] = analyse(arch, short_name(line), code)
     return sorted(found.values(), key=lambda kernel: (kernel.arch, kernel.name))
 

@@ -59,8 +59,8 @@ COLUMN_OUTPUTS = 16
 """Of a tile of the column kernel; the row kernel's have more."""
 STEP_COLUMNS = 32
 """Columns of W, or ranks of B_l, of which a part has whole numbers."""
-SPLIT_SLOTS, CHUNK = 256, 256
-"""Of decode attention's pieces; new tokens of a prefill, as in bench/kernels.py."""
+CHUNK = 256
+"""New tokens of a prefill, as in bench/kernels.py."""
 
 MEMORY_SHARE = 0.92
 """Of a copy's bandwidth, for reading by many blocks. Assumed."""
@@ -154,6 +154,7 @@ ARGUMENTS = {
     ],
     "kv_cache::decode_kernel": ["head_dim stages"],
     "kv_cache::prefill_kernel": ["head_dim stages", "head_dim warps row_tiles slots stages"],
+    "kv_cache::combine_kernel": ["head_dim"],
 }
 """Names of the template arguments after the dtype, by their number."""
 
@@ -429,10 +430,13 @@ def predict_attention(
     slots = 16 * kernel.code.hmma / (dim / 4) / row_tiles
     slot_bytes = 2 * dim * BYTES_PER_ELEMENT
     memory_bytes = spec.min_bytes(count, context, queries)
-    pieces = math.ceil(context / SPLIT_SLOTS) if kind == "decode" else 1
+    combine = tables.instances(device, "kv_cache::combine_kernel")[0]
+    by_four_warps = "head_dim" in combine.arguments
+    piece_slots = 128 if by_four_warps and context <= 2048 else 256
+    pieces = math.ceil(context / piece_slots) if kind == "decode" else 1
     if kind == "decode":
         blocks = count * spec.num_kv_heads * math.ceil(group / 16) * pieces
-        seen = min(context, SPLIT_SLOTS)
+        seen = min(context, piece_slots)
         work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes)
     else:
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
@@ -442,9 +446,8 @@ def predict_attention(
     times = launch_times(device, kernel, work, pieces > 1)
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
     if pieces > 1:
-        combine = tables.find(device, "kv_cache::combine_kernel")
-        # Three loads a piece; a load waits for those of the turn before.
-        turns = 3 * pieces / max(1, combine.code.ldg)
+        # Three loads a piece, which wait for those of the turn before; or the largest first, then four pieces a warp.
+        turns = 1 + math.ceil(pieces / 16) if by_four_warps else 3 * pieces / max(1, combine.code.ldg)
         combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
         terms["combine"] = device.trigger + launch_times(device, combine, combined).total
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)
