@@ -211,7 +211,8 @@ RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& til
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          const float cosine = value_of<float>(cosines[j][k / 4], k % 4), sine = value_of<float>(sines[j][k / 4], k % 4);
+          const float cosine = value_of<float>(cosines[j][k / 4], k % 4);
+          const float sine = value_of<float>(sines[j][k / 4], k % 4);
           values[k] = Half::widen(value_of<Storage>(own[j], k)) * cosine +
                       sign * Half::widen(value_of<Storage>(other[j], k)) * sine;
           if (!is_valid) values[k] = NAN;
@@ -267,18 +268,27 @@ template <class Half, int HEAD_DIM, int ROW_TILES, int SLOTS>
 struct AttentionWarp {
   using Storage = typename Half::Storage;
   static constexpr int kStride = kRowStride<HEAD_DIM>;
-  static constexpr int kColumnTiles = HEAD_DIM / 8, kSlotTiles = SLOTS / 8;
+  static constexpr int kColumnTiles = HEAD_DIM / 8, kSlotTiles = SLOTS / 8, kSteps = HEAD_DIM / kMmaColumns;
   // A sum over the head's columns in two halves, where too few mmas are independent to hide their latency.
   static constexpr int kChains = ROW_TILES * kSlotTiles < 4 ? 2 : 1;
+  // Whether queries stay in registers, which the sums and scores must leave room for.
+  static constexpr bool kHoldsQueries = ROW_TILES * 4 * (kSteps + kColumnTiles + kSlotTiles) <= 208;
 
+  const Storage* shared_queries;
+  uint32_t queries[kHoldsQueries ? ROW_TILES : 1][kHoldsQueries ? kSteps : 1][4];
   float sums[ROW_TILES][kColumnTiles][4];     // of weighted values
   float largest[ROW_TILES][2];                // the largest score so far, not scaled
   float weights[ROW_TILES][2];                // the lane's part of the sum of weights, relative to it
   uint32_t turn[ROW_TILES][SLOTS / 16][4];    // the turn's weights, as left operands over 16 slots
 
-  RRT_DEVICE void clear() {
+  // Before the first turn. `of_warp`: the warp's queries.
+  RRT_DEVICE void begin(const Storage* of_warp) {
+    const int lane = device::thread_index() % 32;
+    shared_queries = of_warp + lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int step = 0; kHoldsQueries && step < kSteps; ++step) load_query(queries[r][step], r, step);
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
@@ -292,22 +302,23 @@ struct AttentionWarp {
     }
   }
 
-  // Takes the scores of slots [first, first + SLOTS), whose keys are at `keys`, into the weights. `queries`: the
-  // warp's. A row sees the slots below its limit; `masks`: some row not all of these. The weight of a score is
-  // 2^(scale * score), and the scale positive.
-  RRT_DEVICE void score(const Storage* queries, const Storage* keys, float scale, bool masks, int first,
-                        const int (&limits)[ROW_TILES][2]) {
+  // Columns 16 `step` and on of 16 rows, as a left operand.
+  RRT_DEVICE void load_query(uint32_t (&to)[4], int row_tile, int step) const {
+    device::load_matrices(to, shared_queries + row_tile * kMmaRows * kStride + step * kMmaColumns);
+  }
+
+  // Takes the scores of slots [first, first + SLOTS), whose keys are at `keys`, into the weights. A row sees the
+  // slots below its limit; `masks`: some row not all of these. The weight of a score is 2^(scale * score), and the
+  // scale positive.
+  RRT_DEVICE void score(const Storage* keys, float scale, bool masks, int first, const int (&limits)[ROW_TILES][2]) {
     const int lane = device::thread_index() % 32;
-    const Storage* q = queries + lane % 16 * kStride + lane / 16 * 8;
     const Storage* k = keys + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
     float scores[kChains][ROW_TILES][kSlotTiles][4] = {};
 #pragma unroll
-    for (int step = 0; step < HEAD_DIM / kMmaColumns; ++step) {
-      uint32_t a[ROW_TILES][4];
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t loaded[ROW_TILES][4];
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r) {
-        device::load_matrices(a[r], q + r * kMmaRows * kStride + step * kMmaColumns);
-      }
+      for (int r = 0; !kHoldsQueries && r < ROW_TILES; ++r) load_query(loaded[r], r, step);
 #pragma unroll
       for (int i = 0; i < kSlotTiles; i += 2) {
         uint32_t b[4];  // of slots 8 i to 8 i + 7 and the next 8
@@ -316,7 +327,10 @@ struct AttentionWarp {
         for (int next = 0; next < 2; ++next) {
           const uint32_t pair[2] = {b[2 * next], b[2 * next + 1]};
 #pragma unroll
-          for (int r = 0; r < ROW_TILES; ++r) Half::multiply(scores[step % kChains][r][i + next], a[r], pair);
+          for (int r = 0; r < ROW_TILES; ++r) {
+            const uint32_t(&a)[4] = kHoldsQueries ? queries[r][step] : loaded[r];
+            Half::multiply(scores[step % kChains][r][i + next], a, pair);
+          }
         }
       }
     }

@@ -1,8 +1,8 @@
 // Bodies of the CUDA kernels of loop_kv_attention; cuda_attention.h has what they share with prefill.
 //
 // As in FlashDecoding, a context is split into pieces, one for each thread block. Its 4 warps share the slots, 16 in
-// turn, and their results are merged in order; then combine_body merges the pieces. Both splits are at slots that depend
-// on the context alone, so a row has the same bits in any batch.
+// turn, and their results are merged in order; then combine_body merges the pieces. Both splits are at slots that
+// depend on the context alone, so a row has the same bits in any batch.
 //
 // Keys and values alternate in a warp's ring of stages, which leaves a multiprocessor room for two thread blocks: one
 // streams while the other begins or ends. A turn's pages are looked up once, by one lane per slot, a turn ahead.
@@ -12,8 +12,8 @@
 
 namespace rrt::kv_cache {
 
-// Slots of a piece: of short contexts few, so that some tens of rows occupy the GPU; of long ones more, since each piece
-// costs a trip of its results through memory.
+// Slots of a piece: of short contexts few, so that some tens of rows occupy the GPU; of long ones more, since each
+// piece costs a trip of its results through memory.
 constexpr int kShortPiece = 128, kLongPiece = 256, kMaxShortContext = 2048;
 RRT_DEVICE constexpr int piece_slots(int context) { return context <= kMaxShortContext ? kShortPiece : kLongPiece; }
 
@@ -119,14 +119,14 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   device::block_barrier();
 
   AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;
-  attention.clear();
+  attention.begin(queries);
   const float scale = static_cast<float>(args.scale) * kLog2E;
   const int limits[1][2] = {{end, end}};
   for (int turn = 0; turn < turns; ++turn) {
     const int first_of_turn = begin + (warp + kWarps * turn) * kMmaSlots;
     next_step();
     fetch(STAGES % 2 == 1);
-    attention.score(queries, reinterpret_cast<const Storage*>(stages + stage), scale, first_of_turn + kMmaSlots > end,
+    attention.score(reinterpret_cast<const Storage*>(stages + stage), scale, first_of_turn + kMmaSlots > end,
                     first_of_turn, limits);
     advance(stage);
     next_step();

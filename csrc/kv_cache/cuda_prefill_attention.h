@@ -120,7 +120,8 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   const int least_limit = tile.limit(first_row), warp_end = rows <= 0 ? 0 : tile.limit(first_row + last_row);
 
   AttentionWarp<Half, HEAD_DIM, ROW_TILES, SLOTS> attention;
-  attention.clear();
+  device::block_barrier();
+  attention.begin(queries);
   const float scale = static_cast<float>(args.scale) * kLog2E;
   for (int turn = 0; turn < turns; ++turn) {
     const int first_slot = turn * SLOTS;
@@ -128,8 +129,8 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
     next_step();
     fetch(STAGES % 2 == 1);
     if (is_seen) {
-      attention.score(queries, reinterpret_cast<const Storage*>(stages + stage), scale,
-                      first_slot + SLOTS > least_limit, first_slot, limits);
+      attention.score(reinterpret_cast<const Storage*>(stages + stage), scale, first_slot + SLOTS > least_limit,
+                      first_slot, limits);
     }
     advance(stage);
     next_step();

@@ -466,12 +466,12 @@ void test_faults_are_noticed() {
     Sabotage sabotage;
     const char* report;  // empty: only the numbers tell
   } faults[] = {{true, Sabotage::kSkipBarrier, "race"},
-                {true, Sabotage::kSkipWarpBarrier, "race"},
+                {true, Sabotage::kSkipWarpBarrier, "shared byte"},  // a race, or a copy of another thread
                 {true, Sabotage::kSkipCopyWait, "before the copy"},
                 {true, Sabotage::kSkipDependencyWait, "before dependency_wait"},
                 {true, Sabotage::kWrongLaneMap, ""},
                 {true, Sabotage::kWrongRows, ""},
-                {false, Sabotage::kSkipBarrier, "race"},
+                {false, Sabotage::kSkipBarrier, "shared byte"},
                 {false, Sabotage::kSkipWarpBarrier, "race"},
                 {false, Sabotage::kSkipCopyWait, "before the copy"},
                 {false, Sabotage::kWrongLaneMap, ""},
