@@ -254,6 +254,7 @@ void test_plain(const char* name, double tolerance) {
     const auto regions = [&](bool shrink) {
       using Stage = typename Problem<Number>::Stage;
       std::vector<emulation::Region> all = problem.regions(shrink ? Stage::kShrink : Stage::kProduct);
+      all[0].dependent = all[1].dependent = true;  // x and loops; nothing is read early here
       all[6] = Problem<Number>::region("shrunk", problem.plain_shrunk, shrink, !shrink);
       return all;
     };
