@@ -263,6 +263,13 @@ void touch_shared(const void* address, int64_t size, bool write) {
   }
 }
 
+// Whether the running thread writes while the kernel before, which wrote a region here, may still use what it writes.
+static bool writes_early() {
+  const Machine& m = *machine;
+  return !m.threads[m.current].dependency_met &&
+         std::any_of(m.regions.begin(), m.regions.end(), [](const Region& region) { return region.dependent; });
+}
+
 void touch_global(const void* address, int64_t size, bool write) {
   const char* at = static_cast<const char*>(address);
   if (reinterpret_cast<uintptr_t>(at) % size != 0) violate("global memory is touched at an address not aligned to ", size);
@@ -271,6 +278,7 @@ void touch_global(const void* address, int64_t size, bool write) {
     if (!write && region.dependent && !machine->thread().dependency_met) {
       violate("region '", region.name, "' is read before dependency_wait");
     }
+    if (write && writes_early()) violate("region '", region.name, "' is written before dependency_wait");
     if (write && !region.writable) violate("region '", region.name, "' is written at byte ", at - region.begin);
     (write ? region.bytes_written : region.bytes_read) += size;
     return;
@@ -333,7 +341,7 @@ void warp_barrier() {
   m.await(warp.phase, phase);
 }
 
-void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
+void load_matrices(uint32_t (&to)[4], const void* shared_row, bool transposed) {
   Machine& m = *machine;
   const int lane = m.current % kLanes;
   Warp& warp = m.warps[m.current / kLanes];
@@ -344,11 +352,12 @@ void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
   if (++warp.arrived == kLanes) {
     for (int l = 0; l < kLanes; ++l) {
       for (int matrix = 0; matrix < 4; ++matrix) {
+        const bool wrong = m.launch->sabotage == Sabotage::kWrongRows;
         uint16_t pair[2];
         for (int i = 0; i < 2; ++i) {
-          const int swapped = m.launch->sabotage == Sabotage::kWrongRows ? 1 - i : i;
-          const char* row = static_cast<const char*>(warp.rows[8 * matrix + l % 4 * 2 + swapped]);
-          std::memcpy(&pair[i], row + l / 4 * 2, 2);
+          const int row = (transposed ? l % 4 * 2 + i : l / 4) ^ (wrong ? 1 : 0);
+          const int column = transposed ? l / 4 : l % 4 * 2 + i;
+          std::memcpy(&pair[i], static_cast<const char*>(warp.rows[8 * matrix + row]) + column * 2, 2);
         }
         warp.words[l][matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
       }

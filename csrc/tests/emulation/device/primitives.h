@@ -5,7 +5,8 @@
 //   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
 //               or of the warp that both are in, between
 //   async copies  a byte is read before the copy that brings it was waited for, or by another thread before a barrier
-//   dependence  global memory that the kernel before writes is read before dependency_wait, or no thread comes to it
+//   dependence  global memory that the kernel before writes is read before dependency_wait, or anything is written before
+//               it, or no thread comes to it
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //
@@ -89,7 +90,7 @@ void copy_wait(int groups);
 void block_barrier();
 double shuffle_from(double value, int source);
 void warp_barrier();
-void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row);
+void load_matrices(uint32_t (&to)[4], const void* shared_row, bool transposed);
 void launch_dependents();
 void dependency_wait();
 void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
@@ -128,6 +129,13 @@ void store_global(T* global, T value) {
   *global = value;
 }
 
+using SharedAddress = uint32_t;
+inline SharedAddress shared_address(const void* shared) {
+  return static_cast<SharedAddress>(static_cast<const char*>(shared) - shared_memory());
+}
+inline void copy_async(SharedAddress address, const void* global, bool valid) {
+  emulation::copy_async(shared_memory() + address, global, sizeof(Vector), valid);
+}
 inline void copy_async(Vector* shared, const void* global, bool valid) {
   emulation::copy_async(shared, global, sizeof(Vector), valid);
 }
@@ -138,8 +146,12 @@ void copy_wait() {
 }
 inline void block_barrier() { emulation::block_barrier(); }
 inline void warp_barrier() { emulation::warp_barrier(); }
+inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  emulation::load_matrices(to, shared_row, false);
+}
+inline void load_matrices(uint32_t (&to)[4], SharedAddress row) { load_matrices(to, shared_memory() + row); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
-  emulation::load_matrices_transposed(to, shared_row);
+  emulation::load_matrices(to, shared_row, true);
 }
 inline float exp2(float value) { return std::exp2(value); }
 inline double exp2(double value) { return std::exp2(value); }
