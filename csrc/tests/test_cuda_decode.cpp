@@ -387,7 +387,7 @@ void test_kernels() {
 template <class Half>
 void test_row_independence() {
   using Alone = Columns<ColumnInstance<8, kParts, 4>>;
-  const Shape shape{9, 144, 1096, 3, {128, 16}, {72, 264}, true, 1};
+  const Shape shape{9, 144, 584, 3, {128, 16}, {72, 264}, true, 1};
   Problem<Half> whole(shape, 11);
   launch<Half, Alone>(whole);
   uint64_t seed = 5;
@@ -503,7 +503,7 @@ int main() {
   const std::vector<Fault> faults = {{Sabotage::kSkipCopyWait, "before the copy"},
                                      {Sabotage::kSkipDependencyWait, "before dependency_wait"},
                                      {Sabotage::kWrongLaneMap, ""},
-                                     {Sabotage::kSkipBarrier, "race"}};
+                                     {Sabotage::kSkipBarrier, "shared byte"}};
   test_faults_are_noticed<Rows64>(faults);
   test_faults_are_noticed<Rows128>(faults);
   test_faults_are_noticed<Columns8>(faults);
