@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
 ALL_DTYPES = (torch.float32, torch.float64, *HALVES)
 
-TILINGS: tuple[tuple[bool, int], ...] = ((False, 1), (True, 1), (True, 2), (True, 4), (True, 8))
-"""Arguments of `force_tiling`: by_rows, slices."""
+TILINGS: tuple[tuple[int, int], ...] = ((0, 1), *((rows, slices) for rows in (64, 128) for slices in (1, 2, 4, 8)))
+"""Arguments of `force_tiling`: tile_rows, slices."""
 
 
 def linear(
@@ -57,14 +57,14 @@ def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
     for dtype, rows in itertools.product(HALVES, (7, 16, 31, 64, 70)):
         arguments = linear(rows, 264, (128, 40), (40, 8), dtype)
         expected = ops.loop_lora_linear_reference(**arguments)
-        for by_rows, slices in TILINGS if device.type == "cuda" else TILINGS[:1]:
-            force_tiling(by_rows, slices)
+        for tile_rows, slices in TILINGS if device.type == "cuda" else TILINGS[:1]:
+            force_tiling(tile_rows, slices)
             yield (
-                f"linear {dtype}, {rows} rows, by rows {by_rows}, {slices} slices",
+                f"linear {dtype}, {rows} rows, tile rows {tile_rows}, {slices} slices",
                 ops.loop_lora_linear(**to_device(arguments, device)),
                 expected,
             )
-    force_tiling(False, 0)
+    force_tiling(0, 0)
     for dtype, ranks in itertools.product(ALL_DTYPES, ((5, 3), (0, 0))):
         arguments = linear(11, 45, (30, 7), ranks, dtype)
         yield (

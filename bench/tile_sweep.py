@@ -48,7 +48,7 @@ class Line:
     inputs: int
     rows: int
     kernel: str
-    """kColumns or kRows."""
+    """kColumns, kRows or kRows64."""
     slices: int
 
     def text(self) -> str:
@@ -56,8 +56,15 @@ class Line:
         return f"    {{{shape}, {{DecodeKernel::{self.kernel}, {self.slices}}}}},"
 
 
-TILINGS: tuple[tuple[str, int], ...] = (("kColumns", 1), ("kRows", 1), ("kRows", 2), ("kRows", 4), ("kRows", 8))
-_LINE = re.compile(r"^    \{(\d+), (\d+), (\d+), (\d+), \{DecodeKernel::(kColumns|kRows), (\d)\}\},$", re.MULTILINE)
+TILE_ROWS = {"kColumns": 0, "kRows64": 64, "kRows": 128}
+"""What `force_tiling` takes for each kernel."""
+TILINGS: tuple[tuple[str, int], ...] = (
+    ("kColumns", 1),
+    *((kernel, slices) for kernel in ("kRows", "kRows64") for slices in (1, 2, 4, 8)),
+)
+_LINE = re.compile(
+    r"^    \{(\d+), (\d+), (\d+), (\d+), \{DecodeKernel::(kColumns|kRows|kRows64), (\d)\}\},$", re.MULTILINE
+)
 _END = "    {},  // ends the table\n"
 
 
@@ -92,7 +99,7 @@ def shapes() -> list[Projection]:
 
 def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
     def run(i: int) -> torch.Tensor:
-        force_tiling(kernel == "kRows", slices)
+        force_tiling(TILE_ROWS[kernel], slices)
         return call.call(i)
 
     return Variant(run)
@@ -161,7 +168,7 @@ def main() -> None:
         kernel, slices = best.split()
         lines.append(Line(multiprocessors, projection.outputs, projection.inputs, rows, kernel, int(slices)))
         records.append({"outputs": projection.outputs, "inputs": projection.inputs, "rows": rows, "seconds": seconds})
-    force_tiling(False, 0)
+    force_tiling(0, 0)
     atomic_write(arguments.table, replace_lines(table, lines))
     result = {"rank": arguments.rank, "timing": timer.method, "tilings": records}
     save_result(arguments.json, "tile-sweep", result, device)

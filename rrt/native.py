@@ -220,15 +220,15 @@ def cuda_image(device: int) -> int | None:
     return int(handle.rrt_cuda_image(device))
 
 
-def force_tiling(by_rows: bool, slices: int) -> None:
-    """Make loop_lora_linear on CUDA run its row or column kernel, with tiles cut in 1, 2, 4 or 8 slices; to measure.
+def force_tiling(tile_rows: int, slices: int) -> None:
+    """Make loop_lora_linear on CUDA run its row kernel, with tiles of 64 or 128 outputs in 1, 2, 4 or 8 slices.
 
-    0 slices restore the operator's own choice. Changes no result. Not safe while another thread runs the operator; a
-    library without CUDA ignores it.
+    0 for `tile_rows` means the column kernel, which has one slice. 0 slices restore the operator's own choice. For
+    measurements: changes no result. Not safe while another thread runs the operator; a library without CUDA ignores it.
     """
     handle = load_native().handle
     if handle is not None and build_info().cuda:
-        handle.rrt_loop_lora_force_tiling(int(by_rows), slices)
+        handle.rrt_loop_lora_force_tiling(tile_rows, slices)
 
 
 def _warn_reference_runs(op: str, device: str) -> None:

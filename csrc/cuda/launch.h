@@ -27,6 +27,12 @@ struct DeviceGuard {
   cudaError_t error;
 };
 
+// Whether the environment variable is unset or anything but 0.
+inline bool is_switched_on(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
 // Properties of the current device, for which the driver is asked once.
 struct DeviceFacts {
   int multiprocessors = 1;
@@ -47,25 +53,38 @@ inline DeviceFacts device_facts() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return {};
   }
-  const char* requested = std::getenv("RRT_PDL");
-  facts.dependent_launch = major >= 9 && (requested == nullptr || std::strcmp(requested, "0") != 0);
+  facts.dependent_launch = major >= 9 && is_switched_on("RRT_PDL");
   return known[device] = facts;
 }
 
 inline bool has_dependent_launch() { return device_facts().dependent_launch; }
 
-// Lets `kernel` have so much dynamic shared memory on the current device; the driver is told once.
-inline cudaError_t allow_shared(const void* kernel, int bytes) {
+constexpr int kSharedWithoutAsking = 48 << 10;  // dynamic shared memory that any kernel may have
+
+// Lets `kernel` have so much dynamic shared memory on the current device, and asks that of the memory that shared memory
+// and the first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor
+// runs no kernels side by side that want it divided differently, as those chained by dependent launch should run. The
+// driver is told once.
+inline cudaError_t prepare(const void* kernel, int shared_bytes) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
+  static std::map<std::pair<const void*, int>, int> prepared;  // most dynamic bytes so far
+  static const bool with_carveout = is_switched_on("RRT_CARVEOUT");
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
+  const auto found = prepared.find({kernel, device});
+  int most = found == prepared.end() ? kSharedWithoutAsking : found->second;
+  if (found != prepared.end() && shared_bytes <= most) return cudaSuccess;
+  if (found == prepared.end() && with_carveout) {
+    constexpr auto kCarveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+    error = cudaFuncSetAttribute(kernel, kCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && shared_bytes > most) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    most = shared_bytes;
+  }
+  if (error == cudaSuccess) prepared[{kernel, device}] = most;
   return error;
 }
 
@@ -73,10 +92,8 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
                    cudaStream_t stream) {
-  if (shared_bytes > 48 << 10) {
-    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

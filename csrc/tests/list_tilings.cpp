@@ -13,6 +13,6 @@ int main() {
   while (std::cin >> multiprocessors >> n >> k >> m >> rows_fit) {
     const Tiling tiling = choose_tiling(kMeasuredTilings, multiprocessors, n, k, m, rows_fit);
     std::cout << multiprocessors << ' ' << n << ' ' << k << ' ' << m << ' '
-              << (tiling.kernel == DecodeKernel::kRows ? 128 : 16) << ' ' << tiling.slices << '\n';
+              << tile_rows(tiling.kernel) << ' ' << tiling.slices << '\n';
   }
 }
