@@ -1,5 +1,5 @@
-// Prints the outputs of a tile and the slices that would be chosen for decoding, one a line, for lines "multiprocessors n k m rows_fit" of the input:
-// bench/kernel_model.py --write keeps them beside the compiler's numbers.
+// Prints the outputs of a tile and the slices that would be chosen for decoding, a case a line, from an input of lines
+// "multiprocessors n k m rows_fit": bench/kernel_model.py --write keeps them beside the compiler's numbers.
 #include <cstdint>
 #include <iostream>
 
