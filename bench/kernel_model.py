@@ -69,6 +69,8 @@ LATENCY = 0.7e-6
 WARP_CYCLES_OF_SHARED = 4
 """Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
 HMMA_FLOPS = 2 * 16 * 8 * 16
+NOTABLY_FASTER = 0.95
+"""Of the time with the tiling that the library chooses: others that take less are shown."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,28 @@ def predict_shrink(
     return min(ways)
 
 
+def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled]]:
+    """Map a tile's outputs to the instances of the decode product that have it."""
+    found: dict[int, list[Compiled]] = {}
+    for each in tables.instances(device, "loop_lora::row_kernel"):
+        found.setdefault(16 * each.arguments.get("warp_tiles", 2) * each.warps, []).append(each)
+    columns = tables.instances(device, "loop_lora::column_kernel")
+    return {COLUMN_OUTPUTS: [each for each in columns if not each.arguments["shrink"]], **found}
+
+
+def find_faster_tiling(
+    device: Device, tables: Tables, projection: Projection, m: int, rank: int, loops: int
+) -> tuple[Prediction, str]:
+    """Return the best prediction, over all tilings, and its tile's outputs / slices."""
+    ways = []
+    for outputs in product_instances(device, tables):
+        if all(part.start % outputs == 0 for part in projection.slices()):
+            for slices in (1,) if outputs == COLUMN_OUTPUTS else (1, 2, 4, 8):
+                found = predict_linear(device, tables, projection, m, rank, loops, (outputs, slices))
+                ways.append((found, f"{outputs}/{slices}"))
+    return min(ways, key=lambda way: way[0].seconds)
+
+
 def predict_linear(
     device: Device,
     tables: Tables,
@@ -339,14 +363,7 @@ def predict_linear(
     """Predict loop_lora_linear on m rows of so many loops, with the tiling (outputs, slices) that is chosen for it."""
     n, k = projection.outputs, projection.inputs
     outputs, slices = tiling or tables.tilings[device.multiprocessors, n, k, m]
-    if outputs == COLUMN_OUTPUTS:
-        candidates = [
-            each for each in tables.instances(device, "loop_lora::column_kernel") if not each.arguments["shrink"]
-        ]
-    else:
-        rows = tables.instances(device, "loop_lora::row_kernel")
-        candidates = [each for each in rows if 16 * each.arguments.get("warp_tiles", 2) * each.warps == outputs]
-    product = choose_tokens(candidates, m)
+    product = choose_tokens(product_instances(device, tables)[outputs], m)
     work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
     next_gap = device.gap
@@ -496,6 +513,8 @@ def predict_all(device: Device, tables: Tables, name: str, arguments: argparse.N
                 loops = min(m, arguments.loops)
                 case = {"kind": "linear", "projection": projection.name, "rank": rank, "loops": loops, "rows": m}
                 parts[m].append(add(case, predict_linear(device, tables, projection, m, rank, loops)))
+                best, tiling = find_faster_tiling(device, tables, projection, m, rank, loops)
+                records[-1] |= {"best_seconds": best.seconds, "best_tiling": tiling}
         for m, own in parts.items():
             total = {term: sum(part.terms[term] for part in own) for term in own[0].terms}
             slowest = max(own, key=lambda part: part.seconds - part.floor)
@@ -575,6 +594,7 @@ def make_table(records: list[dict[str, Any]]) -> Table:
         "end",
         "then",
         "bound",
+        "faster tile/slices",
     ]
     rows = []
     for record in records:
@@ -583,13 +603,15 @@ def make_table(records: list[dict[str, Any]]) -> Table:
         times = [record["seconds"], record["floor_seconds"]]
         own = [terms.get(name, 0.0) for name in ("gap", "begin", "stream", "shrink", "end")]
         cells = [*case_cells(record), *map(microseconds, times), f"{record['over_floor']:.2f}"]
-        cells += [*map(microseconds, [*own, then]), record["bound"]]
+        best = record.get("best_seconds", math.inf)
+        faster = f"{record['best_tiling']}: {microseconds(best)}" if best < NOTABLY_FASTER * record["seconds"] else ""
+        cells += [*map(microseconds, [*own, then]), record["bound"], faster]
         if has_measured:
             seconds = record.get("measured_seconds")
             cells += [microseconds(seconds or 0.0), f"{seconds / record['seconds']:.2f}" if seconds else ""]
         rows.append(cells)
     title = f"{records[0]['preset']} on {records[0]['device']}: predicted microseconds (rows: of attention the context)"
-    return Table(title, [*header, *(["measured", "measured/time"] if has_measured else [])], rows, (0, 13), 1)
+    return Table(title, [*header, *(["measured", "measured/time"] if has_measured else [])], rows, (0, 13, 14), 1)
 
 
 def list_tilings() -> str:

@@ -1,6 +1,7 @@
 """bench/kernel_model.py: loops found in machine code, the model's arithmetic, and measurements beside predictions."""
 
 import argparse
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -139,13 +140,19 @@ def test_predictions_are_above_the_floor_and_grow_with_the_work(tables, device, 
     assert all(record["over_floor"] > 1 for record in records)
     assert all(sum(record["terms"].values()) == pytest.approx(record["seconds"]) for record in records)
     layers = {(record["rank"], record["rows"]): record["seconds"] for record in records if record["kind"] == "layer"}
-    for rank in (0, 64, 512):
-        times = [layers[rank, m] for m in ROWS]
-        assert times == sorted(times)
     assert all(layers[0, m] < layers[64, m] < layers[512, m] for m in ROWS)
+    assert all(record["best_seconds"] <= record["seconds"] for record in records if record["kind"] == "linear")
     for kind, count in (("decode", 1), ("decode", 32), ("prefill", 1)):
         times = [r["seconds"] for r in records if r["kind"] == kind and r["count"] == count]
         assert times == sorted(times)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("tiling", [(16, 1), (128, 1), (128, 8)])
+def test_more_rows_take_longer_in_the_same_tiles(tables, device, tiling):
+    for projection in projections(preset("gemma-2b")):
+        times = [kernel_model.predict_linear(device, tables, projection, m, 64, 1, tiling).seconds for m in ROWS]
+        assert all(more > 0.9 * less for less, more in itertools.pairwise(times))
 
 
 def test_faster_memory_is_never_slower(tables):
