@@ -244,7 +244,9 @@ def test_a_negative_budget_is_refused():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rank", [8, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rows_on_a_gpu_are_right_for_any_budget(dtype, rank):
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_on_a_gpu_are_right_for_any_budget(dtype, rank, apart, monkeypatch):
+    monkeypatch.setattr("rrt.decode.merged_weights.is_faster_apart", lambda *_: apart)
     linear, x = make_linear(rank).cuda().to(dtype), torch.randn(9, 24, device="cuda", dtype=dtype)
     exact = copy.deepcopy(linear).double()(x.double(), 1)
     for budget in (0, EVERYTHING):
