@@ -27,10 +27,10 @@ struct Pipeline {
   static constexpr int kLineThreads = kTurnSteps * kStepVectors;  // that copy a row's columns of a turn
   static constexpr int kCopyRows = THREADS / kLineThreads;  // that all threads of the team copy at a time
   static constexpr int kTurnColumns = kTurnSteps * kStepColumns;
+  static constexpr int kBatchTiles = TOKENS <= 32 ? TOKENS / 8 : 4;  // of 8 tokens, whose x is loaded at a time
+  static constexpr int kBatches = TOKENS / 8 / kBatchTiles;
   static constexpr int kRowCopies = kRows / kCopyRows;  // of a thread in a turn
   static constexpr int kCopies = kRowCopies + ceil_div<kCopyRows>(TOKENS);
-  static constexpr int kBatchTiles = TOKENS <= 32 ? TOKENS / 8 : 4;  // of 8 tokens, whose x is in registers at a time
-  static constexpr int kBatches = TOKENS / 8 / kBatchTiles;
 
   // The ring begins at byte `begin` of shared memory; `rows` of the tile exist.
   RRT_DEVICE Pipeline(const Cursor<Storage>& at, int begin, int rows) : cursor(at) {
@@ -95,7 +95,7 @@ struct Pipeline {
       const int whole = count < full ? count : full;
       count -= whole;
       full -= whole;
-#pragma unroll 1
+#pragma unroll(TILES == 1 && THREADS > 32 ? 2 : 1)  // the end of an iteration waits for the last products
       for (int i = 0; i < whole; ++i) turn<true>(sums);
       columns_left -= whole * kTurnColumns;
       if (count > 0) {
@@ -138,7 +138,8 @@ struct Pipeline {
   }
 
   // Multiplies a turn, and fetches the one that takes the place of the turn before. WHOLE: that one is the next of a
-  // run and lies in the matrix wholly. Its copies are then spread among the products, which take longer.
+  // run and lies in the matrix wholly. Its copies then come among the products, in whose time they are issued. Tokens
+  // are loaded a batch ahead of their products.
   template <bool WHOLE>
   RRT_DEVICE void turn(Sums& sums) {
     device::copy_wait<STAGES - 2>();
@@ -147,42 +148,39 @@ struct Pipeline {
     read = next_stage(read);
     if (!WHOLE) fetch();
     const Storage *w_at = w_from, *x_at = x_from;
+    uint32_t w[kTurnSteps][2][TILES][4], x[2][kBatchTiles][4];
+    const auto load = [&](int batch) {
+      const int step = batch / kBatches;
 #pragma unroll
-    for (int step = 0; step < kTurnSteps; ++step) {
-      uint32_t w[2][TILES][4];
+      for (int i = 0; batch % kBatches == 0 && i < 2 * TILES; ++i) {
+        // Vectors 2 and 3 lie where 0 and 1 do, but for one bit.
+        const int half = i / TILES, tile = i % TILES;
+        device::load_matrices(w[step][half][tile], (rows ^ (half * 32)) + step * kStepBytes + tile * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatchTiles; ++i) {
+        const int token_tile = batch % kBatches * kBatchTiles + i;
+        device::load_matrices(x[batch % 2][i], tokens + step * kStepBytes + token_tile * 8 * kRowBytes);
+      }
+    };
+    constexpr int kLast = kTurnSteps * kBatches - 1;
+    load(0);
+#pragma unroll
+    for (int batch = 0; batch <= kLast; ++batch) {
+      if (batch < kLast) load(batch + 1);
+      if (WHOLE && batch == 1) {  // once: the compiler guards each change from loads to copies by three instructions
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) copy<true>(i, i < kRowCopies ? w_at : x_at, write, 0);
+        device::copy_commit();
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-          // Vectors 2 and 3 lie where 0 and 1 do, but for one bit.
-          device::load_matrices(w[half][tile], (rows ^ (half * 32)) + step * kStepBytes + tile * 16 * kRowBytes);
-        }
-      }
-#pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch) {
-        uint32_t x[kBatchTiles][4];
-#pragma unroll
         for (int i = 0; i < kBatchTiles; ++i) {
-          device::load_matrices(x[i], tokens + step * kStepBytes + (batch * kBatchTiles + i) * 8 * kRowBytes);
-        }
-        if (WHOLE) {
-          constexpr int kSlots = kTurnSteps * kBatches;
-          const int slot = step * kBatches + batch;
+          const uint32_t b[2] = {x[batch % 2][i][2 * half], x[batch % 2][i][2 * half + 1]};
 #pragma unroll
-          for (int i = kCopies * slot / kSlots; i < kCopies * (slot + 1) / kSlots; ++i) {
-            copy<true>(i, i < kRowCopies ? w_at : x_at, write, 0);
-          }
-          if (slot == kSlots - 1) device::copy_commit();
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int i = 0; i < kBatchTiles; ++i) {
-            const uint32_t b[2] = {x[i][2 * half], x[i][2 * half + 1]};
-#pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
-              Half::multiply(sums[tile][batch * kBatchTiles + i], w[half][tile], b);
-            }
+          for (int tile = 0; tile < TILES; ++tile) {
+            Half::multiply(sums[tile][batch % kBatches * kBatchTiles + i], w[batch / kBatches][half][tile], b);
           }
         }
       }

@@ -22,7 +22,7 @@ struct RowInstance {
 
 // As many stages as let an A100's multiprocessor hold two thread blocks.
 using RowInstances =
-    TypeList<RowInstance<8, 1, 8>, RowInstance<16, 1, 8>, RowInstance<32, 1, 6>, RowInstance<64, 1, 5>,
+    TypeList<RowInstance<8, 1, 8>, RowInstance<16, 1, 7>, RowInstance<32, 1, 6>, RowInstance<64, 1, 5>,
              RowInstance<8, 2, 4>, RowInstance<16, 2, 4>, RowInstance<32, 2, 4>, RowInstance<64, 2, 3>>;
 
 template <int TOKENS, int WARP_TILES, int STAGES>
