@@ -16,6 +16,7 @@ as the slowest of these takes:
     latency  the bytes of the busiest multiprocessor, which has no more than its rings under way (Little's law)
     memory   bytes that come from memory, at its bandwidth
     cache    bytes that cross the second-level cache, which brings x to every thread block
+    matmul   operations of prefill's products, at the best rate of any (clocks fall with the load)
 
 Shrink runs beside the product, which waits for it where the code does; between launches there are gaps. Constants have
 their source beside them. None has been measured with these kernels.
@@ -196,6 +197,7 @@ class Work:
     """That a block brings into its multiprocessor."""
     memory_bytes: float
     """That the launch reads from memory and writes, each byte once."""
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
         "memory": work.memory_bytes / (MEMORY_SHARE * device.copy),
         "cache": work.blocks * work.block_bytes / device.cache,
+        "matmul": work.flops / device.matmul,
     }
     end = code.sums_cycles if stores_sums else code.exit_cycles
     begin = max(LATENCY, code.entry_cycles / device.hertz)
@@ -367,28 +370,28 @@ def predict_linear(
     work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
     next_gap = device.gap
-    if rank > 0:
-        ranks = sum(projection.ranks(rank))
-        shrink, starts_early = predict_shrink(device, tables, ranks, k, m, loops, device.trigger)
-        if not device.has_dependent_launch:
-            terms["shrink"] = shrink + device.gap
-        elif starts_early:
-            # The ring fills with W while the kernel before ends and shrink runs; then x is there, and the rest streams.
-            next_gap = device.trigger
-            idle = 2 * device.trigger + shrink
-            resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
-            filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
-            others = max(seconds for name, seconds in times.limits.items() if name != "issue")
-            rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
-            x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
-            terms |= {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": shrink + device.trigger}
-        else:
-            # Both read from memory at once; and a block needs T after the first of its parts of W.
-            a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
-            memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
-            stream = replace(times, limits={**times.limits, "memory": memory}).stream
-            needed = times.begin + stream / (PARTS // slices if outputs != COLUMN_OUTPUTS else 1)
-            terms |= {"gap": device.gap + device.trigger, "stream": stream, "shrink": max(0.0, shrink - needed)}
+    ranks = sum(projection.ranks(rank))
+    shrink, starts_early = predict_shrink(device, tables, max(1, ranks), k, m, loops, device.trigger)
+    if device.has_dependent_launch and starts_early:
+        # The ring fills with W while the kernel before ends and shrink runs; then x is there, and the rest streams.
+        next_gap = device.trigger
+        waited = shrink + device.trigger if rank > 0 else 0.0
+        resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
+        filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
+        others = max(seconds for name, seconds in times.limits.items() if name != "issue")
+        idle = device.trigger + waited
+        rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
+        x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
+        terms |= {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
+    elif device.has_dependent_launch and rank > 0:
+        # Both read from memory at once; and a block needs T after the first of its parts of W.
+        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
+        memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
+        stream = replace(times, limits={**times.limits, "memory": memory}).stream
+        needed = times.begin + stream / (PARTS // slices if outputs != COLUMN_OUTPUTS else 1)
+        terms |= {"gap": device.gap + device.trigger, "stream": stream, "shrink": max(0.0, shrink - needed)}
+    elif rank > 0:
+        terms["shrink"] = shrink + device.gap
     terms["add"] = 0.0
     if slices > 1:
         terms["add"] = next_gap + adding_time(device, tables, "loop_lora::add_parts_kernel", m * n)
@@ -419,7 +422,8 @@ def predict_prefill(device: Device, tables: Tables, projection: Projection, m: i
         turns = 2 * tile_m * tile_n * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
         block_bytes = BYTES_PER_ELEMENT * (tile_m + tile_n) * columns
         memory_bytes = BYTES_PER_ELEMENT * (sum(segments) * columns + m * (columns + sum(segments)))
-        return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes))
+        flops = 2 * m * sum(segments) * columns
+        return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes, flops))
 
     product = launch(projection.segments, k + segment_rank)
     floor = floor_of(device, projection.min_bytes(m, rank, 1, BYTES_PER_ELEMENT), projection.flops(m, rank))
