@@ -10,7 +10,18 @@ import pytest
 
 from bench import kernel_instructions, kernel_model, kernel_resources
 from bench.kernel_instructions import analyse, find_disassembler, parse_sass
-from bench.kernel_model import DEVICES, H200, MEMORY_SHARE, PRESETS, ROWS, Compiled, Tables, Work, launch_times
+from bench.kernel_model import PRESETS, ROWS
+from bench.kernel_times import (
+    DEVICES,
+    H200,
+    LATENCY,
+    MEMORY_SHARE,
+    Compiled,
+    Tables,
+    Work,
+    launch_times,
+    predict_linear,
+)
 from bench.linear_variants import projections
 from rrt.checkpoint.presets import preset
 from rrt.errors import UserError
@@ -117,7 +128,7 @@ def test_a_stream_takes_its_slowest_limit(kernel):
     assert launch_times(H200, kernel, Work(4 * 132, 50, 1.0, 1.0)).stream == pytest.approx(2 * issue.stream)
     # By Little's law: 3 of 4 stages of 64 KiB are under way, and each takes a latency.
     latency = launch_times(H200, kernel, Work(1, 1, 480 << 10, 1.0))
-    assert latency.bound == "latency" and latency.stream - turn == pytest.approx(10 * kernel_model.LATENCY)
+    assert latency.bound == "latency" and latency.stream - turn == pytest.approx(10 * LATENCY)
     cache = launch_times(H200, kernel, Work(132, 1, 1e6, 1.0))
     assert cache.limits["cache"] == pytest.approx(132e6 / H200.cache)
 
@@ -151,7 +162,7 @@ def test_predictions_are_above_the_floor_and_grow_with_the_work(tables, device, 
 @pytest.mark.parametrize("tiling", [(16, 1), (128, 1), (128, 8)])
 def test_more_rows_take_longer_in_the_same_tiles(tables, device, tiling):
     for projection in projections(preset("gemma-2b")):
-        times = [kernel_model.predict_linear(device, tables, projection, m, 64, 1, tiling).seconds for m in ROWS]
+        times = [predict_linear(device, tables, projection, m, 64, 1, tiling).seconds for m in ROWS]
         assert all(more > 0.9 * less for less, more in itertools.pairwise(times))
 
 
