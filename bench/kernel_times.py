@@ -32,6 +32,8 @@ PARTS = 8
 """Of the columns of W (csrc/loop_lora/cuda_decode.h)."""
 COLUMN_OUTPUTS = 16
 """Of a tile of the column kernel; the row kernel's have more."""
+SHORT_PIECE, LONG_PIECE, MAX_SHORT_CONTEXT = 128, 256, 2048
+"""Slots of decode attention's pieces (csrc/kv_cache/cuda_decode_attention.h)."""
 STEP_COLUMNS = 32
 """Columns of W, or ranks of B_l, of which a part has whole numbers."""
 
@@ -119,17 +121,14 @@ class Tables:
 
 
 ARGUMENTS = {
-    "loop_lora::row_kernel": ["tokens stages", "tokens warp_tiles stages"],
-    "loop_lora::column_kernel": ["tokens stages shrink", "tokens parts stages shrink"],
-    "loop_lora::prefill_kernel": [
-        "token_tiles out_groups stages",
-        "token_warps out_warps token_tiles out_groups stages",
-    ],
-    "kv_cache::decode_kernel": ["head_dim stages"],
-    "kv_cache::prefill_kernel": ["head_dim stages", "head_dim warps row_tiles slots stages"],
-    "kv_cache::combine_kernel": ["head_dim"],
+    "loop_lora::row_kernel": "tokens warp_tiles stages",
+    "loop_lora::column_kernel": "tokens parts stages shrink",
+    "loop_lora::prefill_kernel": "token_warps out_warps token_tiles out_groups stages",
+    "kv_cache::decode_kernel": "head_dim stages",
+    "kv_cache::prefill_kernel": "head_dim warps row_tiles slots stages",
+    "kv_cache::combine_kernel": "head_dim",
 }
-"""Names of the template arguments after the dtype, by their number."""
+"""Names of the template arguments after the dtype."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Compiled:
     def arguments(self) -> dict[str, int]:
         kernel, _, *values = re.split(r"[<>,] *", self.code.name.removesuffix(">"))
         numbers = [{"false": 0, "true": 1}.get(value, value) for value in values]
-        names = next((each.split() for each in ARGUMENTS.get(kernel, []) if len(each.split()) == len(numbers)), [])
+        names = ARGUMENTS.get(kernel, "").split()
         return {name: int(number) for name, number in zip(names, numbers, strict=True)}
 
     @property
@@ -255,7 +254,7 @@ def decode_launch(
 ) -> tuple[Work, Times]:
     """Predict a launch of a decode kernel on [n, k], which goes on over the B_l of so many loops."""
     tokens, by_rows = kernel.arguments["tokens"], "::row_kernel" in kernel.code.name
-    warp_outputs = 16 * (kernel.arguments.get("warp_tiles", 2) if by_rows else 1)
+    warp_outputs = 16 * (kernel.arguments["warp_tiles"] if by_rows else 1)
     outputs = warp_outputs * (kernel.warps if by_rows else 1)
     parts = PARTS // slices if by_rows else 1  # of a warp
     # An mma takes 16 outputs x 16 columns for 8 tokens.
@@ -306,7 +305,7 @@ def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled
     """Map a tile's outputs to the instances of the decode product that have it."""
     found: dict[int, list[Compiled]] = {}
     for each in tables.instances(device, "loop_lora::row_kernel"):
-        found.setdefault(16 * each.arguments.get("warp_tiles", 2) * each.warps, []).append(each)
+        found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
     columns = tables.instances(device, "loop_lora::column_kernel")
     return {COLUMN_OUTPUTS: [each for each in columns if not each.arguments["shrink"]], **found}
 
@@ -375,16 +374,12 @@ def predict_prefill(device: Device, tables: Tables, projection: Projection, m: i
 
     def launch(segments: Sequence[int], columns: int) -> Times:
         def tiling(kernel: Compiled) -> tuple[int, int, int]:
-            tile_m = 16 * kernel.arguments.get("token_warps", 2) * kernel.arguments["token_tiles"]
-            tile_n = 32 * kernel.arguments.get("out_warps", 2) * kernel.arguments["out_groups"]
+            tile_m = 16 * kernel.arguments["token_warps"] * kernel.arguments["token_tiles"]
+            tile_n = 32 * kernel.arguments["out_warps"] * kernel.arguments["out_groups"]
             return tile_m, tile_n, math.ceil(m / tile_m) * sum(math.ceil(outputs / tile_n) for outputs in segments)
 
         def cost(kernel: Compiled) -> tuple[int, int]:
             tile_m, tile_n, blocks = tiling(kernel)
-            if "token_warps" not in kernel.arguments:  # the largest that fills the GPU, else the smallest
-                return (0 if blocks >= device.multiprocessors else 1), -tile_m * tile_n * (
-                    blocks >= device.multiprocessors
-                ) + tile_m
             return math.ceil(blocks / device.multiprocessors) * (tile_m + tile_n), tile_m * tile_n
 
         kernel = min(tables.instances(device, "loop_lora::prefill_kernel"), key=cost)
@@ -421,9 +416,7 @@ def predict_attention(
     slots = 16 * kernel.code.hmma / (dim / 4) / row_tiles
     slot_bytes = 2 * dim * BYTES_PER_ELEMENT
     memory_bytes = spec.min_bytes(count, context, queries)
-    combine = tables.instances(device, "kv_cache::combine_kernel")[0]
-    by_four_warps = "head_dim" in combine.arguments
-    piece_slots = 128 if by_four_warps and context <= 2048 else 256
+    piece_slots = SHORT_PIECE if context <= MAX_SHORT_CONTEXT else LONG_PIECE
     pieces = math.ceil(context / piece_slots) if kind == "decode" else 1
     if kind == "decode":
         blocks = count * spec.num_kv_heads * math.ceil(group / 16) * pieces
@@ -432,13 +425,12 @@ def predict_attention(
     else:
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
         seen = context - queries // 2
-        readers = 1 if "warps" in kernel.arguments else kernel.warps  # of all keys and values, in a block
-        work = Work(blocks, math.ceil(seen / slots), readers * seen * slot_bytes, memory_bytes)
+        work = Work(blocks, math.ceil(seen / slots), seen * slot_bytes, memory_bytes)
     times = launch_times(device, kernel, work, pieces > 1)
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
     if pieces > 1:
-        # Three loads a piece, which wait for those of the turn before; or the largest first, then four pieces a warp.
-        turns = 1 + math.ceil(pieces / 16) if by_four_warps else 3 * pieces / max(1, combine.code.ldg)
+        combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
+        turns = 1 + math.ceil(pieces / 16)  # the largest scores first; then four pieces of each of four warps
         combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
         terms["combine"] = device.trigger + launch_times(device, combine, combined).total
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)
