@@ -50,7 +50,8 @@ struct Cursor {
     for (;;) {
       if (in_weight) {
         in_weight = false;
-        if (rank() > 0 && num_loops == 0) {
+        if (rank_turns(part) == 0) continue;
+        if (num_loops == 0) {
           loop_mask = find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops);
           for (uint32_t bits = loop_mask; bits != 0; bits &= bits - 1) ++num_loops;
         }
@@ -68,21 +69,27 @@ struct Cursor {
       while ((loops_left >> loop & 1) == 0) ++loop;
       loops_left &= loops_left - 1;
       run = rank_run(loop);
-      if (run.turns > 0) return true;
+      return true;
     }
   }
 
-  RRT_DEVICE Run<Storage> weight_run() const {
+  // W in this part and in those that follow at once: with no B_l between them, and whole turns up to their begin. The
+  // cursor is then in the last of them. To begin a run takes much longer than to go on in one.
+  RRT_DEVICE Run<Storage> weight_run() {
     const int column_steps = ceil_div<kStepColumns>(args.k);
-    const int begin = first_step_of(part, column_steps) * kStepColumns;
-    const int end = first_step_of(part + 1, column_steps) * kStepColumns;
+    const int first_step = first_step_of(part, column_steps);
+    while (part + 1 < last_part && rank_turns(part) == 0 &&
+           (first_step_of(part + 1, column_steps) - first_step) % kTurnSteps == 0) {
+      ++part;
+    }
+    const int begin = first_step * kStepColumns, end = first_step_of(part + 1, column_steps) * kStepColumns;
     return {matrix + static_cast<int64_t>(tile.row_begin) * args.k + begin,
             static_cast<const Storage*>(args.x) + tile.token_begin * args.x_stride + begin,
             args.k,
             args.x_stride,
             (end < args.k ? end : args.k) - begin,
             kStepColumns,
-            weight_turns(part)};
+            ceil_div<kTurnSteps>(end / kStepColumns - first_step)};
   }
 
   RRT_DEVICE Run<Storage> rank_run(int loop) const {

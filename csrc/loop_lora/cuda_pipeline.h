@@ -27,7 +27,7 @@ struct Pipeline {
   static constexpr int kLineThreads = kTurnSteps * kStepVectors;  // that copy a row's columns of a turn
   static constexpr int kCopyRows = THREADS / kLineThreads;  // that all threads of the team copy at a time
   static constexpr int kTurnColumns = kTurnSteps * kStepColumns;
-  static constexpr int kBatchTiles = TOKENS <= 32 ? TOKENS / 8 : 4;  // of 8 tokens, whose x is loaded at a time
+  static constexpr int kBatchTiles = TOKENS <= 32 ? TOKENS / 8 : 4 / TILES;  // of 8 tokens, whose x is loaded at a time
   static constexpr int kBatches = TOKENS / 8 / kBatchTiles;
   static constexpr int kRowCopies = kRows / kCopyRows;  // of a thread in a turn
   static constexpr int kCopies = kRowCopies + ceil_div<kCopyRows>(TOKENS);
