@@ -39,7 +39,7 @@ class BuildInfo:
     rebuild: str
     """The command, from a checkout of the repository, that builds the library for this environment."""
     stale: bool
-    """The checkout's native sources have changed since the library was built."""
+    """The checkout's native sources have changed since the library, or the loaded `rrt._plan`, was built."""
     torch: str
     """Version of torch in this process."""
     torch_at_build: str | None
@@ -177,7 +177,11 @@ def build_info() -> BuildInfo:
         library=str(_LIBRARY) if native.handle is not None else None,
         reason=native.reason,
         rebuild=REBUILD,
-        stale=native.handle is not None and _is_stale(facts["source_digest"]),
+        stale=any(
+            _is_stale(digest)
+            for digest in (facts.get("source_digest"), getattr(plan.module, "source_digest", None))
+            if digest is not None
+        ),
         torch=str(torch.__version__),
         torch_at_build=facts.get("torch"),
         rrt_at_build=facts.get("version"),
@@ -220,15 +224,15 @@ def cuda_image(device: int) -> int | None:
     return int(handle.rrt_cuda_image(device))
 
 
-def force_tiling(by_rows: bool, slices: int) -> None:
-    """Make loop_lora_linear on CUDA run its row or column kernel, with tiles cut in 1, 2, 4 or 8 slices; to measure.
+def force_tiling(tile_rows: int, slices: int) -> None:
+    """Make loop_lora_linear on CUDA run its row kernel, with tiles of 64 or 128 outputs in 1, 2, 4 or 8 slices.
 
-    0 slices restore the operator's own choice. Changes no result. Not safe while another thread runs the operator; a
-    library without CUDA ignores it.
+    0 for `tile_rows` means the column kernel, which has one slice. 0 slices restore the operator's own choice. For
+    measurements: changes no result. Not safe while another thread runs the operator; a library without CUDA ignores it.
     """
     handle = load_native().handle
     if handle is not None and build_info().cuda:
-        handle.rrt_loop_lora_force_tiling(int(by_rows), slices)
+        handle.rrt_loop_lora_force_tiling(tile_rows, slices)
 
 
 def _warn_reference_runs(op: str, device: str) -> None:

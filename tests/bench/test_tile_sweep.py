@@ -23,7 +23,7 @@ def test_lines_come_back_sorted_as_they_were_written():
 
 
 def test_new_lines_replace_those_of_the_same_shape_and_gpu_only():
-    faster = replace(A, kernel="kRows", slices=4)
+    faster = replace(A, kernel="kRows64", slices=4)
     lines = read_lines(replace_lines(replace_lines(COMMITTED, [A, B, OTHER_GPU]), [faster]))
     assert faster in lines and A not in lines and B in lines and OTHER_GPU in lines
 

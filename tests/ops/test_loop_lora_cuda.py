@@ -81,13 +81,14 @@ def test_strides_and_address_of_x_change_no_bit(dtype: torch.dtype) -> None:
 def test_every_tiling_gives_the_same_bits(dtype: torch.dtype, m: int) -> None:
     inputs = on_gpu(make_inputs(Case(m, 2056, 2560, 0, 2, True, (2048, 256, 256), (64, 72, 8)), dtype))
     try:
-        force_tiling(False, 1)
+        force_tiling(0, 1)
         expected = loop_lora_linear(**inputs)
-        for slices in (1, 2, 4, 8):
-            force_tiling(True, slices)
-            assert torch.equal(loop_lora_linear(**inputs), expected), slices
+        for tile_rows in (64, 128):
+            for slices in (1, 2, 4, 8):
+                force_tiling(tile_rows, slices)
+                assert torch.equal(loop_lora_linear(**inputs), expected), (tile_rows, slices)
     finally:
-        force_tiling(False, 0)
+        force_tiling(0, 0)
     assert torch.equal(loop_lora_linear(**inputs), expected)
 
 

@@ -333,7 +333,7 @@ void warp_barrier() {
   m.await(warp.phase, phase);
 }
 
-void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
+void load_matrices(uint32_t (&to)[4], const void* shared_row, bool transposed) {
   Machine& m = *machine;
   const int lane = m.current % kLanes;
   Warp& warp = m.warps[m.current / kLanes];
@@ -344,11 +344,12 @@ void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
   if (++warp.arrived == kLanes) {
     for (int l = 0; l < kLanes; ++l) {
       for (int matrix = 0; matrix < 4; ++matrix) {
+        const bool wrong = m.launch->sabotage == Sabotage::kWrongRows;
         uint16_t pair[2];
         for (int i = 0; i < 2; ++i) {
-          const int swapped = m.launch->sabotage == Sabotage::kWrongRows ? 1 - i : i;
-          const char* row = static_cast<const char*>(warp.rows[8 * matrix + l % 4 * 2 + swapped]);
-          std::memcpy(&pair[i], row + l / 4 * 2, 2);
+          const int row = (transposed ? l % 4 * 2 + i : l / 4) ^ (wrong ? 1 : 0);
+          const int column = transposed ? l / 4 : l % 4 * 2 + i;
+          std::memcpy(&pair[i], static_cast<const char*>(warp.rows[8 * matrix + row]) + column * 2, 2);
         }
         warp.words[l][matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
       }

@@ -89,7 +89,7 @@ void copy_wait(int groups);
 void block_barrier();
 double shuffle_from(double value, int source);
 void warp_barrier();
-void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row);
+void load_matrices(uint32_t (&to)[4], const void* shared_row, bool transposed);
 void launch_dependents();
 void dependency_wait();
 void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
@@ -138,8 +138,11 @@ void copy_wait() {
 }
 inline void block_barrier() { emulation::block_barrier(); }
 inline void warp_barrier() { emulation::warp_barrier(); }
+inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  emulation::load_matrices(to, shared_row, false);
+}
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
-  emulation::load_matrices_transposed(to, shared_row);
+  emulation::load_matrices(to, shared_row, true);
 }
 inline float exp2(float value) { return std::exp2(value); }
 inline double exp2(double value) { return std::exp2(value); }
@@ -150,6 +153,11 @@ T shuffle_from(T value, int source) {
 template <class T>
 T shuffle_xor(T value, int mask) {
   return shuffle_from(value, thread_index() % 32 ^ mask);
+}
+inline bool any_lane(bool condition) {
+  double any = condition;
+  for (int mask = 1; mask < 32; mask *= 2) any += shuffle_xor(any, mask);
+  return any > 0;
 }
 inline void dependency_wait() { emulation::dependency_wait(); }
 inline void launch_dependents() { emulation::launch_dependents(); }
