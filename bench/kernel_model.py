@@ -221,12 +221,11 @@ def parse_arguments() -> argparse.Namespace:
     check_json_flag(arguments.json)
     if unknown := set(arguments.rows) - set(ROWS):
         raise UserError(f"--rows: found {min(unknown)}; expected some of {' '.join(map(str, ROWS))}")
-    for name in ("ranks", "prefill_rows", "attention_rows", "contexts"):
-        least = 0 if name == "ranks" else 1
-        if min(getattr(arguments, name)) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')}: found {min(getattr(arguments, name))}; expected {least} or more"
-            )
+    for name, least in (("ranks", 0), ("prefill_rows", 1), ("attention_rows", 1), ("contexts", 1), ("loops", 1)):
+        value = getattr(arguments, name)
+        smallest = value if isinstance(value, int) else min(value)
+        if smallest < least:
+            raise UserError(f"--{name.replace('_', '-')}: found {smallest}; expected {least} or more")
     if arguments.measured and (len(arguments.device) > 1 or len(arguments.preset) > 1):
         raise UserError("--measured: found with several devices or presets; expected one --device and one --preset")
     return arguments

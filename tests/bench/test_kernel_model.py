@@ -194,3 +194,19 @@ def test_measurements_stand_beside_their_predictions(tmp_path, monkeypatch, caps
     measured.write_text(json.dumps({**result, "device": "cuda: NVIDIA A100"}))
     with pytest.raises(UserError, match="found device cuda: NVIDIA A100"):
         kernel_model.main()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows", "7"], "--rows: found 7; expected some of 1 8 16 32 64"),
+        (["--loops", "0"], "--loops: found 0; expected 1 or more"),
+        (["--contexts", "0"], "--contexts: found 0; expected 1 or more"),
+        (["--measured", "x.json"], "--measured: found with several devices or presets"),
+        (["--write", "nowhere"], "--write: found no .*cu.o below nowhere"),
+    ],
+)
+def test_bad_flags_are_named(monkeypatch, flags, message):
+    monkeypatch.setattr("sys.argv", ["kernel_model.py", *flags])
+    with pytest.raises(UserError, match=message):
+        kernel_model.main()
