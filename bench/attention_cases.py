@@ -4,20 +4,24 @@ Dimensions: M rows (S sequences of prefill), H query heads, H_kv key/value heads
 """
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from bench.linear_variants import check_agreement, normal
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
 from rrt import ops
 
 BASELINES = {
-    "sdpa": "scaled_dot_product_attention on keys and values that lie gathered, contiguous per head (not timed)",
+    "sdpa": "scaled_dot_product_attention on keys and values that lie gathered, contiguous per head (not timed); on "
+    "CUDA by the first of the backends flash, cuDNN, memory-efficient and math that takes the case, which records name",
     "sdpa grouped": "the same, the query heads of a key/value head as its queries; decode with H > H_kv only",
 }
 
@@ -66,6 +70,37 @@ class AttentionSpec:
         return 4 * count * self.num_heads * self.head_dim * seen
 
 
+SDPA_BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""Fastest first."""
+
+
+def by_fastest_backend(call: Callable[[int], Tensor], device: torch.device) -> tuple[Variant, str]:
+    """Run `call` by the first of SDPA's backends that takes it, and return that backend's name; on a CPU by its choice.
+
+    Left to itself, SDPA falls back to a slow backend without a word.
+    """
+    if device.type == "cpu":
+        return Variant(call), "default"
+    for backend in SDPA_BACKENDS:
+
+        def run(i: int, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return call(i)
+
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of the reasons against a backend
+                run(0)
+        except RuntimeError:  # no kernel of this backend for the case
+            continue
+        return Variant(run), backend.name.removesuffix("_ATTENTION").lower()
+    raise RuntimeError("no backend of scaled_dot_product_attention takes the case")
+
+
 def run_attention(spec: AttentionSpec, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
     """Measure every case and yield its record, without floors."""
     for index, (kind, count, context) in enumerate(spec.cases()[0]):
@@ -78,7 +113,7 @@ def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context:
     queries = 1 if kind == "decode" else min(spec.chunk, context)
     kv_bytes = spec.kv_bytes(count, context)
     copies = copies_beyond_cache(kv_bytes, 2 * kv_bytes, spec.cache_bytes, spec.budget_bytes)
-    variants = make_variants(spec, kind, count, context, queries, copies)
+    variants, backends = make_variants(spec, kind, count, context, queries, copies)
     check_agreement({name: v.call(0) for name, v in variants.items()}, "sdpa", f"{kind} of {count} at {context}")
     samples = timer.measure(variants, copies)
     return {
@@ -87,6 +122,7 @@ def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context:
         "context": context,
         "queries": queries,
         "page_size": spec.page_size,
+        "sdpa_backends": backends,
         "bytes": spec.min_bytes(count, context, queries),
         "flops": spec.flops(count, context, queries),
         "copies": copies,
@@ -98,8 +134,11 @@ def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context:
 
 def make_variants(
     spec: AttentionSpec, kind: str, count: int, context: int, queries: int, copies: int
-) -> dict[str, Variant]:
-    """Make `ours` on pages in random order, and SDPA on the same keys and values; results [count * queries, H, D_h]."""
+) -> tuple[dict[str, Variant], dict[str, str]]:
+    """Make `ours` on pages in random order, and SDPA on the same keys and values; results [count * queries, H, D_h].
+
+    Beside them, the backend of each variant of SDPA.
+    """
     heads, kv_heads, dim, device = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.device
     pages_per_row = -(-context // spec.page_size)
     num_pages = copies * count * pages_per_row
@@ -119,32 +158,27 @@ def make_variants(
     gqa = heads != kv_heads
     q_heads = q.view(count, queries, heads, dim).transpose(1, 2)
 
+    baselines: dict[str, Callable[[int], Tensor]] = {}
     if kind == "decode":
-        variants = {
-            "ours": Variant(lambda i: ops.loop_kv_attention(q, k_cache, v_cache, tables[i], context_lens, scale)),
-            "sdpa": Variant(
-                lambda i: F.scaled_dot_product_attention(q_heads, k[i], v[i], scale=scale, enable_gqa=gqa).reshape_as(q)
-            ),
-        }
+        ours = Variant(lambda i: ops.loop_kv_attention(q, k_cache, v_cache, tables[i], context_lens, scale))
+        baselines["sdpa"] = lambda i: F.scaled_dot_product_attention(
+            q_heads, k[i], v[i], scale=scale, enable_gqa=gqa
+        ).reshape_as(q)
         if gqa:
             grouped = q.view(count, kv_heads, heads // kv_heads, dim)
-            variants["sdpa grouped"] = Variant(
-                lambda i: F.scaled_dot_product_attention(grouped, k[i], v[i], scale=scale).reshape_as(q)
-            )
-        return variants
-
-    starts = torch.arange(count + 1, dtype=torch.int32, device=device) * queries
-    positions = torch.arange(context - queries, context, device=device)
-    # A chunk that is the whole context is plain causal, which SDPA runs without a mask.
-    mask = torch.arange(context, device=device) <= positions[:, None] if queries < context else None
-
-    def sdpa(i: int) -> Tensor:
-        y = F.scaled_dot_product_attention(
-            q_heads, k[i], v[i], mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            baselines["sdpa grouped"] = lambda i: F.scaled_dot_product_attention(
+                grouped, k[i], v[i], scale=scale
+            ).reshape_as(q)
+    else:
+        starts = torch.arange(count + 1, dtype=torch.int32, device=device) * queries
+        ours = Variant(lambda i: ops.loop_kv_prefill(q, k_cache, v_cache, tables[i], starts, context_lens, scale))
+        # A mask that is a tensor would keep the flash backend out; this one only says that it is causal.
+        mask = causal_lower_right(queries, context)
+        baselines["sdpa"] = lambda i: (
+            F.scaled_dot_product_attention(q_heads, k[i], v[i], mask, scale=scale, enable_gqa=gqa)
+            .transpose(1, 2)
+            .reshape_as(q)
         )
-        return y.transpose(1, 2).reshape_as(q)
-
-    return {
-        "ours": Variant(lambda i: ops.loop_kv_prefill(q, k_cache, v_cache, tables[i], starts, context_lens, scale)),
-        "sdpa": Variant(sdpa),
-    }
+    found = {name: by_fastest_backend(call, device) for name, call in baselines.items()}
+    variants = {"ours": ours, **{name: variant for name, (variant, _) in found.items()}}
+    return variants, {name: backend for name, (_, backend) in found.items()}

@@ -26,7 +26,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
-from bench.output import add_json_flag, check_json_flag, save_result
+from bench.output import add_device_flag, add_json_flag, check_device_flag, check_json_flag, save_result
 from bench.timing import RATIOS_NOTE, Rates, Timer, Variant, speedup, spread
 from eval.tables import Table, format_seconds, format_spread, print_tables
 from rrt.checkpoint.source import HFSource, load_model, open_source
@@ -85,12 +85,12 @@ def weight_bytes(model: RecursiveTransformer) -> int:
 class Ours:
     """Generation through the paged decoder, with a cache for as many sequences as any case has."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, sequences: int, length: int) -> None:
-        self.model = load_model(checkpoint, dtype, torch.device("cpu"))
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, sequences: int, length: int, device: torch.device) -> None:
+        self.model = load_model(checkpoint, dtype, device)
         config, recursion = self.model.config, self.model.recursion
         pages = -(-(length + recursion.prefix_length) // _PAGE_SIZE)
         num_pages = recursion.num_loops * pages * (sequences + 1)
-        self.decoder = Decoder(self.model, PagedCache(config, recursion, num_pages, _PAGE_SIZE, dtype))
+        self.decoder = Decoder(self.model, PagedCache(config, recursion, num_pages, _PAGE_SIZE, dtype, device))
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
         return generate(self.decoder, prompts, new_tokens)
@@ -99,18 +99,20 @@ class Ours:
 class Transformers:
     """transformers' generation, without an end token."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        self.device = device
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     @torch.inference_mode()
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
         # Padded on the left, as its batches of other lengths are.
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        ones = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask = torch.tensor(ones, device=self.device)
         out = self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens)
         tokens: Tokens = out[:, ids.shape[1] :].tolist()
         return tokens
@@ -118,7 +120,7 @@ class Transformers:
     @torch.inference_mode()
     def margin(self, prompt: list[int], own: int, other: int) -> float:
         """Return by how much the logit of `own` exceeds that of `other` after the prompt."""
-        logits = self.model(torch.tensor([prompt])).logits[0, -1].float()
+        logits = self.model(torch.tensor([prompt], device=self.device)).logits[0, -1].float()
         return float(logits[own] - logits[other])
 
 
@@ -164,15 +166,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all cases and return the result."""
     prompts = make_prompts(arguments.checkpoint, max(arguments.prompts), arguments.prompt_tokens)
     length = arguments.prompt_tokens + arguments.new_tokens
-    cases: list[dict[str, Any]] = []
+    device, cases = torch.device(arguments.device), list[dict[str, Any]]()
     with hf_directory(arguments.checkpoint) as directory:
         for name in arguments.dtype:
             dtype = parse_dtype(name)
-            ours, hf = Ours(arguments.checkpoint, dtype, len(prompts), length), Transformers(directory, dtype)
+            ours = Ours(arguments.checkpoint, dtype, len(prompts), length, device)
+            hf = Transformers(directory, dtype, device)
             keep_freed_memory()
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
-                rates, made = Rates(Timer(torch.device("cpu"), 1.0), dtype, 2**28), []
+                rates, made = Rates(Timer(device, 1.0), dtype, 2**28), []
                 for count in arguments.prompts:
                     case = measure_case(ours, hf, prompts[:count], rates, arguments)
                     made.append({"dtype": name, "threads": threads, **case})
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="HF directory, or one of our checkpoints"
     )
+    add_device_flag(parser)
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"], help="default both"
     )
@@ -268,9 +272,10 @@ def main() -> None:
             raise UserError(f"--{flag.replace('_', '-')}: found {getattr(arguments, flag)}; expected 1 or more")
     if min(*arguments.prompts, *arguments.threads) < 1:
         raise UserError("--prompts and --threads: expected numbers of 1 or more")
+    check_device_flag(arguments.device)
     check_json_flag(arguments.json)
     result = run(arguments)
-    save_result(arguments.json, KIND, result)
+    save_result(arguments.json, KIND, result, arguments.device)
     print_tables(tables(result)[:1])
 
 

@@ -1,14 +1,16 @@
 """Run every CUDA kernel instance once on small shapes, against the references: python bench/gpu_cases.py
 
 For compute-sanitizer (bench/gpu.sh sanitize): few launches, and memory straight from the driver, so that an access out
-of a tensor's bounds is out of an allocation's. --device cpu runs the same cases on the CPU's kernels.
+of a tensor's bounds is out of an allocation's. Each case is named before it runs, so that the last line tells where a
+process ended. --device cpu runs the same cases on the CPU's kernels.
 """
 
 import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.linear_variants import AGREEMENT, mixed_loops, normal
+from bench.output import check_device_flag
 from rrt import ops
 from rrt.common.cli import CommandParser, run_command
-from rrt.errors import UserError
 from rrt.native import force_tiling
 
 CPU = torch.device("cpu")
@@ -29,6 +31,10 @@ ALL_DTYPES = (torch.float32, torch.float64, *HALVES)
 
 TILINGS: tuple[tuple[int, int], ...] = ((0, 1), *((rows, slices) for rows in (64, 128) for slices in (1, 2, 4, 8)))
 """Arguments of `force_tiling`: tile_rows, slices."""
+
+
+Case = tuple[str, Callable[[], Tensor], Tensor]
+"""Its name, the call, and what it should return."""
 
 
 def linear(
@@ -52,7 +58,7 @@ def to_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
-def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+def linear_cases(device: torch.device) -> Iterator[Case]:
     # One tile of tokens of each size, and then two; the last tile of outputs is not full.
     for dtype, rows in itertools.product(HALVES, (7, 16, 31, 64, 70)):
         arguments = linear(rows, 264, (128, 40), (40, 8), dtype)
@@ -61,7 +67,7 @@ def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
             force_tiling(tile_rows, slices)
             yield (
                 f"linear {dtype}, {rows} rows, tile rows {tile_rows}, {slices} slices",
-                ops.loop_lora_linear(**to_device(arguments, device)),
+                partial(ops.loop_lora_linear, **to_device(arguments, device)),
                 expected,
             )
     force_tiling(0, 0)
@@ -69,20 +75,20 @@ def linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
         arguments = linear(11, 45, (30, 7), ranks, dtype)
         yield (
             f"linear {dtype}, unaligned, ranks {ranks}",
-            ops.loop_lora_linear(**to_device(arguments, device)),
+            partial(ops.loop_lora_linear, **to_device(arguments, device)),
             ops.loop_lora_linear_reference(**arguments),
         )
 
 
-def prefill_linear_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
-    # The small tile, unless there are tiles for a whole GPU; the last ones of tokens and outputs are not full.
-    shapes = [(70, (128, 40), (40, 8)), (1300, (2560, 77), (40, 0))]
+def prefill_linear_cases(device: torch.device) -> Iterator[Case]:
+    # The three tiles, on 132 multiprocessors; the last ones of tokens and outputs are not full.
+    shapes = [(70, (128, 40), (40, 8)), (700, (2560, 77), (40, 0)), (1300, (2560, 77), (40, 0))]
     for dtype, (rows, segments, ranks) in itertools.product(HALVES, shapes):
         arguments = linear(rows, 264, segments, ranks, dtype)
         arguments["loop"] = int(arguments.pop("loops")[0])
         yield (
             f"prefill linear {dtype}, {rows} rows",
-            ops.loop_lora_prefill(**to_device(arguments, device)),
+            partial(ops.loop_lora_prefill, **to_device(arguments, device)),
             ops.loop_lora_prefill_reference(**arguments),
         )
 
@@ -113,13 +119,13 @@ def cache_arguments(heads: int, dim: int, contexts: list[int], chunks: list[int]
     }
 
 
-def attention_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+def attention_cases(device: torch.device) -> Iterator[Case]:
     shapes = [(dim, dtype) for dim, dtype in itertools.product((64, 80, 128, 256), HALVES)]
     for dim, dtype in [*shapes, *((20, dtype) for dtype in ALL_DTYPES)]:
         arguments = cache_arguments(8, dim, [300, 5], [21, 5], dtype)
         yield (
             f"prefill {dtype}, head dim {dim}",
-            ops.loop_kv_prefill(**to_device(arguments, device)),
+            partial(ops.loop_kv_prefill, **to_device(arguments, device)),
             ops.loop_kv_prefill_reference(**arguments),
         )
         # The contexts of the first fill several pieces, which are then combined.
@@ -127,12 +133,12 @@ def attention_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]
         del arguments["query_start"]
         yield (
             f"decode {dtype}, head dim {dim}",
-            ops.loop_kv_attention(**to_device(arguments, device)),
+            partial(ops.loop_kv_attention, **to_device(arguments, device)),
             ops.loop_kv_attention_reference(**arguments),
         )
 
 
-def write_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+def write_cases(device: torch.device) -> Iterator[Case]:
     for dtype in ALL_DTYPES:
         prefill = cache_arguments(8, 80, [40], [5], dtype)
         arguments = {
@@ -142,19 +148,30 @@ def write_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
             "slot_mapping": torch.tensor([3, -1, 0, 47, 20]),
         }
         ours = to_device({name: value.clone() for name, value in arguments.items()}, device)
-        ops.loop_kv_write(**ours)
         ops.loop_kv_write_reference(**arguments)
-        for cache in ("k_cache", "v_cache"):
-            yield f"write {dtype}, {cache}", ours[cache], arguments[cache]
+
+        def write(ours: dict[str, Any] = ours) -> Tensor:
+            ops.loop_kv_write(**ours)
+            return torch.stack([ours["k_cache"], ours["v_cache"]])
+
+        yield f"write {dtype}", write, torch.stack([arguments["k_cache"], arguments["v_cache"]])
 
 
-def run(device: torch.device) -> int:
+FAMILIES = {
+    "linear": linear_cases,
+    "prefill-linear": prefill_linear_cases,
+    "attention": attention_cases,
+    "write": write_cases,
+}
+
+
+def run(device: torch.device, families: Iterable[str] = FAMILIES) -> int:
     """Run all cases and return how many; raise RuntimeError for the first that disagrees with its reference."""
     torch.manual_seed(0)
     count = 0
-    families = (linear_cases, prefill_linear_cases, attention_cases, write_cases)
-    for name, ours, expected in itertools.chain.from_iterable(cases(device) for cases in families):
-        wanted = expected.double()
+    for name, call, expected in itertools.chain.from_iterable(FAMILIES[family](device) for family in families):
+        print(f"running: {name}", flush=True)
+        ours, wanted = call(), expected.double()
         difference = float((ours.cpu().double() - wanted).norm() / wanted.norm())
         if not difference <= AGREEMENT[ours.dtype]:
             raise RuntimeError(f"{name}: differs by {difference:.2g} of the norm; expected {AGREEMENT[ours.dtype]:.0e}")
@@ -165,11 +182,15 @@ def run(device: torch.device) -> int:
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
+    parser.add_argument(
+        "--only", choices=tuple(FAMILIES), nargs="+", default=tuple(FAMILIES), help="cases of these operators"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
-    print(f"{run(torch.device(arguments.device))} cases agree with their references on {arguments.device}")
+    check_device_flag(arguments.device)
+    print(
+        f"{run(torch.device(arguments.device), arguments.only)} cases agree with their references on {arguments.device}"
+    )
 
 
 if __name__ == "__main__":

@@ -225,10 +225,11 @@ def attention_table(records: list[Record]) -> Table:
             str(record["context"]),
             *_time_cells(record),
             *_speedup_cells(record, baselines),
+            record.get("sdpa_backends", {}).get("sdpa", ""),
         ]
         for record in records
     ]
-    header = ["attention", "count", "context", *_TIME_HEADER, *(f"over {name}" for name in baselines)]
+    header = ["attention", "count", "context", *_TIME_HEADER, *(f"over {name}" for name in baselines), "sdpa by"]
     return Table("Attention over pages (rows of decode, chunks of prefill): time of ours", header, rows, gap_after=1)
 
 
@@ -238,8 +239,17 @@ def overhead_table(overhead: Record) -> Table:
     planner = "rrt._plan" if plan["native"] else "in Python"
     times = {f"call of {name}": values for name, values in call["seconds"].items()}
     times |= {f"planning {plan['rows']} rows, {name} ({planner})": values for name, values in plan["seconds"].items()}
+    for record in overhead.get("gaps", []):
+        case = f"{record['projection']}, {record['rows']} rows"
+        times |= {f"graph of {calls} call, {case}": record[calls] for calls in ("one", "two")}
     rows = [[name, format_seconds(values["median"]), format_spread(values)] for name, values in times.items()]
-    return Table("Overhead", ["", "time", "+-"], rows)
+    gaps = [
+        f"{record['projection']} of {record['rows']} rows{'' if record['chained'] else ' (not chained)'} "
+        f"{record['gap'] * 1e6:+.1f} us"
+        for record in overhead.get("gaps", [])
+    ]
+    notes = [f"Two calls in a graph less twice one: {', '.join(gaps)}."] if gaps else []
+    return Table("Overhead", ["", "time", "+-"], rows, notes=notes)
 
 
 def goals_table(result: Record) -> Table:
@@ -260,6 +270,8 @@ def goals_table(result: Record) -> Table:
             f"Best read bandwidth {read['bytes_per_second'] / 1e9:.1f} GB/s ({read['way']}), best matmul rate "
             f"{matmul['flops_per_second'] / 1e12:.3f} TFLOP/s ({matmul['way']}); time by {result['timing']}."
         ]
+        if not result.get("host_time_hidden", True):
+            notes.append("Some launches took longer than the GPU can be made to wait: times have the host's in them.")
     if not rows:
         notes.append("No goals are set for these cases.")
     return Table("Goals", ["goal", "", "cases", "worst", "worst case"], rows, (0, 1, 4), notes=notes)

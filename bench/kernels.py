@@ -18,6 +18,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import attention_cases, linear_variants
 from bench.attention_cases import AttentionSpec, run_attention
-from bench.kernel_report import cpu_goals, cuda_goals, tables
+from bench.kernel_report import Record, cpu_goals, cuda_goals, tables
 from bench.linear_cases import LinearSpec, add_floors, layer_records, run_layers, run_linear
-from bench.linear_variants import projections
-from bench.output import add_json_flag, check_json_flag, save_result
-from bench.overhead_cases import measure_call, measure_planning
+from bench.linear_variants import Tiles, projections
+from bench.output import ResultFile, add_json_flag, check_device_flag, check_json_flag
+from bench.overhead_cases import measure_call, measure_gaps, measure_planning
 from bench.timing import Rates, Timer, last_level_cache_bytes
 from eval.flags import check_output_file
 from eval.tables import print_tables
@@ -86,6 +87,12 @@ def parse_arguments() -> argparse.Namespace:
     numbers("--sequences", f"sequences of a prefill, each with a chunk of {CHUNK} tokens at the end of its context")
     parser.add_argument("--page-size", type=int, default=32, metavar="N", help="positions per page (default 32)")
     parser.add_argument("--only", choices=SECTIONS, help="only this section (default: all)")
+    parser.add_argument(
+        "--tiles",
+        type=Path,
+        metavar="FILE",
+        help="result of bench/tile_sweep.py: time loop_lora_linear with the tilings that it found fastest too (cuda)",
+    )
     parser.add_argument("--quick", action="store_true", help="few cases, briefly: shows that it runs, not how fast")
     parser.add_argument(
         "--seconds-per-case",
@@ -142,8 +149,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    check_device_flag(arguments.device)
+    if arguments.tiles is not None and (arguments.device != "cuda" or not arguments.tiles.is_file()):
+        raise UserError(
+            f"--tiles: found {arguments.tiles} with --device {arguments.device}; expected a file, and --device cuda"
+        )
     check_json_flag(arguments.json)
     check_output_file("--plot", arguments.plot)
     if arguments.plot is not None:
@@ -171,8 +181,8 @@ def native_facts() -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
-    """Measure, and return the result and the device it ran on."""
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and return the result, which is written after each record too."""
     name, config, dtype = read_shapes(arguments)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -191,6 +201,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         should_pack=device.type == "cpu" and not arguments.unpacked,
         cache_bytes=cache_bytes,
         budget_bytes=budget,
+        tiles=Tiles.read(arguments.tiles) if arguments.tiles is not None else None,
     )
     attention = AttentionSpec(
         num_heads=config.num_heads,
@@ -250,57 +261,65 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], torch.device]:
         "native": native,
         "seconds_per_case": seconds,
     }
+    file = ResultFile(arguments.json, "kernels", device)
+
+    def records(section: str, measured: Iterator[Record]) -> Iterator[Record]:
+        """Keep, and write, every record of a section as soon as it is measured."""
+        result[section] = []
+        for record in measured:
+            result[section].append(record)
+            summarise(result, linear, rates, timer)
+            result["elapsed_seconds"] = time.perf_counter() - began
+            file.update(result)
+            yield record
+        rates.probe()
+
     with tqdm(total=num_cases, unit="case", desc="kernels", disable=None, smoothing=0.05) as bar:
         if "linear" in sections:
-            records = []
-            for record in run_linear(linear, timer, rates):
-                records.append(record)
-                bar.set_postfix_str(
-                    f"{record['projection']} M={record['rows']} r={record['rank']} loops={record['loops']}"
-                )
+            result |= {"linear_variants": linear_variants.BASELINES, "layer": []}
+            for record in records("linear", run_linear(linear, timer, rates)):
+                case = f"M={record['rows']} r={record['rank']} loops={record['loops']}"
+                bar.set_postfix_str(f"{record['projection']} {case}")
                 bar.update()
-            rates.probe()
-            result |= {"linear_variants": linear_variants.BASELINES, "linear": records}
-            if layer_cases:
-                result["layer"] = []
-                for record in run_layers(linear, timer):
-                    result["layer"].append(record)
-                    bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
-                    bar.update()
+            for record in records("layer", run_layers(linear, timer)) if layer_cases else ():
+                bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
+                bar.update()
         if "attention" in sections:
-            records = []
-            for record in run_attention(attention, timer, rates):
-                records.append(record)
+            result |= {"attention_variants": attention_cases.BASELINES, "attention_left_out": left_out}
+            for record in records("attention", run_attention(attention, timer, rates)):
                 bar.set_postfix_str(f"{record['kind']} of {record['count']} at {record['context']}")
                 bar.update()
-            rates.probe()
-            result |= {
-                "attention_variants": attention_cases.BASELINES,
-                "attention": records,
-                "attention_left_out": left_out,
-            }
     if "overhead" in sections:
         samples = 10 if arguments.quick else 200
         result["overhead"] = {
             "call": measure_call(device, linear.should_pack, samples),
             "plan": measure_planning(samples),
         }
-
-    add_floors([record for kind in ("linear", "layer", "attention") for record in result.get(kind, [])], rates)
-    if num_cases:
-        result |= {"rates": rates.summary(), "timing": timer.method}
-    if "linear" in result and "layer" not in result:
-        result["layer"] = layer_records(result["linear"], len(linear.projections))
-    result["goals"] = cpu_goals(result) if device.type == "cpu" else cuda_goals(result)
+        if device.type == "cuda":
+            result["overhead"]["gaps"] = measure_gaps(device, dtype, linear.projections, samples)
+    summarise(result, linear, rates, timer)
     result["elapsed_seconds"] = time.perf_counter() - began
-    return result, device
+    # Written before anything is printed: a closed pipe must not cost the run.
+    file.finish(result)
+    return result
+
+
+def summarise(result: dict[str, Any], linear: LinearSpec, rates: Rates, timer: Timer) -> None:
+    """Bring floors, rates and goals of the records so far up to date, in place."""
+    is_cpu = linear.device.type == "cpu"
+    # On a CPU the layer is not measured, but made of the others.
+    kinds = ("linear", "attention") if is_cpu else ("linear", "layer", "attention")
+    if measured := [record for kind in kinds for record in result.get(kind, [])]:
+        add_floors(measured, rates)
+        result |= {"rates": rates.summary(), "timing": timer.method, "host_time_hidden": timer.hidden}
+        if is_cpu and "linear" in result:
+            result["layer"] = layer_records(result["linear"], len(linear.projections))
+    result["goals"] = cpu_goals(result) if is_cpu else cuda_goals(result)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    result, device = run(arguments)
-    # Written before anything is printed: a closed pipe must not cost the run.
-    save_result(arguments.json, "kernels", result, device)
+    result = run(arguments)
     if arguments.plot is not None:
         from bench.plot_kernels import plot
 

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.linear_variants import Adapters, Projection, Weights, check_agreement, make_variants, mixed_loops, normal
+from bench.linear_variants import (
+    Adapters,
+    Projection,
+    Tiles,
+    Weights,
+    check_agreement,
+    make_variants,
+    mixed_loops,
+    normal,
+)
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
 from rrt.errors import UserError
 
@@ -25,6 +34,7 @@ class LinearSpec:
         should_pack: time ours on packed weights.
         cache_bytes: size of the last-level cache, beyond which copies of the weights are rotated.
         budget_bytes: memory for those copies.
+        tiles: fastest tilings of loop_lora_linear on this GPU, which are timed beside its own choice.
     """
 
     projections: list[Projection]
@@ -36,6 +46,7 @@ class LinearSpec:
     should_pack: bool
     cache_bytes: int
     budget_bytes: int
+    tiles: Tiles | None = None
 
     def groups(self) -> list[tuple[int, int, list[int]]]:
         """List rank, number of loops, and the numbers of rows that can hold as many loops, for every projection."""
@@ -79,18 +90,18 @@ def run_linear(spec: LinearSpec, timer: Timer, rates: Rates) -> Iterator[dict[st
         rates.probe()
         weights = Weights.make(projection, spec.copies(projection), spec.dtype, spec.device, spec.should_pack)
         for rank, loops, all_rows in spec.groups():
-            yield from _run_group(weights, rank, loops, all_rows, spec.should_pack, timer)
+            yield from _run_group(weights, rank, loops, all_rows, spec, timer)
         del weights  # before the next ones are made
 
 
 def _run_group(
-    weights: Weights, rank: int, loops: int, all_rows: list[int], should_pack: bool, timer: Timer
+    weights: Weights, rank: int, loops: int, all_rows: list[int], spec: LinearSpec, timer: Timer
 ) -> Iterator[dict[str, Any]]:
     projection, like = weights.projection, weights.plain[0]
-    adapters = Adapters.make(weights, rank, loops, should_pack)
+    adapters = Adapters.make(weights, rank, loops, spec.should_pack)
     for rows in all_rows:
         x = normal((rows, projection.inputs), 1, like.dtype, like.device)
-        variants = make_variants(weights, adapters, x, mixed_loops(rows, loops).to(like.device))
+        variants = make_variants(weights, adapters, x, mixed_loops(rows, loops).to(like.device), spec.tiles)
         warm_up = {name: variant.call(0) for name, variant in variants.items()}
         # With a LoRA, base computes something else, and merged reads copies of the base weight.
         same = [name for name in warm_up if rank == 0 or name not in ("base", "merged")]
@@ -140,7 +151,9 @@ def run_layers(spec: LinearSpec, timer: Timer) -> Iterator[dict[str, Any]]:
         for rows in all_rows:
             loop_of_row = mixed_loops(rows, loops).to(spec.device)
             inputs = [normal((rows, p.inputs), 1, spec.dtype, spec.device) for p in spec.projections]
-            parts = [make_variants(*each, loop_of_row) for each in zip(weights, adapters, inputs, strict=True)]
+            parts = [
+                make_variants(*each, loop_of_row, spec.tiles) for each in zip(weights, adapters, inputs, strict=True)
+            ]
             variants = {name: _in_sequence([part[name] for part in parts]) for name in parts[0]}
             for variant in variants.values():
                 variant.call(0)

@@ -6,6 +6,7 @@ Dimensions: M rows, K in, N out, R rank, S segments (q, k, v or gate, up) with a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from bench.timing import Variant
 from rrt import ops
+from rrt.common.files import read_json
+from rrt.errors import UserError
 from rrt.model.config import ModelConfig
+from rrt.native import force_tiling
 
 BASELINES = {
     "base": "F.linear on the plain weight, no LoRA at all",
@@ -21,6 +25,7 @@ BASELINES = {
     "concatenated": "F.linear, two GEMMs of all loops' LoRAs concatenated along the rank, other loops masked to 0",
     "merged": "per loop group index_select, one GEMM with a dense weight of its own, index_copy",
     "prefill": "rrt.ops.loop_lora_prefill; on CUDA, with one loop",
+    "tuned": "ours with the tiling that bench/tile_sweep.py found fastest; on CUDA, with --tiles",
 }
 """Baselines of `ours`, which is rrt.ops.loop_lora_linear. At rank 0 they are all `base` and only it is run.
 
@@ -243,7 +248,52 @@ def mixed_loops(rows: int, loops: int) -> Tensor:
     return (torch.arange(rows, dtype=torch.int32) % loops)[torch.randperm(rows)]
 
 
-def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor) -> dict[str, Variant]:
+TILE_ROWS = {"kColumns": 0, "kRows64": 64, "kRows": 128}
+"""What `force_tiling` takes for each kernel of csrc/loop_lora/cuda_tiles.h."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Fastest tilings of loop_lora_linear, by outputs and inputs: (most rows, kernel, slices), by rows."""
+
+    lines: dict[tuple[int, int], list[tuple[int, str, int]]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Tiles":
+        """Read a result of bench/tile_sweep.py; raise `UserError` if it is another file."""
+        lines: dict[tuple[int, int], list[tuple[int, str, int]]] = {}
+        try:
+            for record in read_json(path)["tilings"]:
+                kernel, slices = min(record["seconds"], key=record["seconds"].get).split()
+                line = (record["rows"], kernel, int(slices))
+                lines.setdefault((record["outputs"], record["inputs"]), []).append(line)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"--tiles: found {path}; expected a result of bench/tile_sweep.py --json") from None
+        return cls({shape: sorted(found) for shape, found in lines.items()})
+
+    def apply(self, call: Variant, projection: Projection, rows: int) -> Variant:
+        """Run `call` with the tiling for so many rows; for shapes that were not measured, as the operator chooses."""
+        for most, kernel, slices in self.lines.get((projection.outputs, projection.inputs), []):
+            if most >= rows:
+                return with_tiling(call, kernel, slices)
+        return call
+
+
+def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
+    """Run `call` with a tiling of loop_lora_linear: a kernel of TILE_ROWS, and slices. Restore its own choice."""
+
+    def run(i: int) -> Tensor:
+        force_tiling(TILE_ROWS[kernel], slices)
+        result = call.call(i)
+        force_tiling(0, 0)
+        return result
+
+    return Variant(run)
+
+
+def make_variants(
+    weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor, tiles: Tiles | None = None
+) -> dict[str, Variant]:
     """Make `ours` and its baselines on one input, at rank 0 only `base`. Every loop of the adapters is present."""
     projection, bias, ranks = weights.projection, weights.bias, adapters.ranks
     segments, slices, copies = projection.segments, projection.slices(), len(weights.plain)
@@ -265,7 +315,10 @@ def make_variants(weights: Weights, adapters: Adapters, x: Tensor, loops: Tensor
         # Copies of W stand for W + B A: the values do not change the time, and the memory is there.
         return merged(x, [weights.plain[(i + loop) % copies] for loop in range(num_loops)], bias, groups)
 
-    variants = {"ours": Variant(run_ours), "base": Variant(lambda i: base(x, weights.plain[i], bias))}
+    variants = {"ours": Variant(run_ours)}
+    if tiles is not None:
+        variants["tuned"] = tiles.apply(variants["ours"], projection, x.shape[0])
+    variants["base"] = Variant(lambda i: base(x, weights.plain[i], bias))
     if any(ranks):
         variants["unfused"] = Variant(
             lambda i: unfused(x, weights.plain[i], bias, adapters.a[i], adapters.b[i], groups, slices)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from eval.flags import check_output_file
-from rrt.common.results import write_result
+from rrt.common.files import write_json
+from rrt.common.results import result_header, write_result
+from rrt.errors import UserError
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -36,8 +38,39 @@ def check_json_flag(path: Path | None) -> None:
     check_output_file("--json", path)
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+
+
+def check_device_flag(device: str) -> None:
+    """Refuse a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+
+
 def save_result(path: Path | None, kind: str, values: dict[str, Any], device: torch.device | str = "cpu") -> None:
     """Write a result of this kind, if a path is given, and say where."""
     if path is not None:
         write_result(path, {"kind": kind, **values}, device)
         print(f"wrote {path}", flush=True)
+
+
+class ResultFile:
+    """A result that is written again, atomically, after each of its records, so that a run cut off loses none.
+
+    Field `complete` is False until `finish`. Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None, kind: str, device: torch.device | str = "cpu") -> None:
+        self._path, self._kind = path, kind
+        self._header = None if path is None else result_header(device)
+
+    def update(self, values: dict[str, Any], complete: bool = False) -> None:
+        if self._path is not None and self._header is not None:
+            write_json(self._path, {"kind": self._kind, **self._header, **values, "complete": complete})
+
+    def finish(self, values: dict[str, Any]) -> None:
+        """Write the whole result, and say where."""
+        self.update(values, complete=True)
+        if self._path is not None:
+            print(f"wrote {self._path}", flush=True)

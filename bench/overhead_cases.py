@@ -1,15 +1,17 @@
-"""Costs beside the arithmetic: one call of the linear op on a tiny input, and host planning of a decode pass."""
+"""Costs beside the arithmetic: one call of the linear op on a tiny input, host planning of a decode pass, and on CUDA
+the gap between two calls in a graph."""
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench.linear_variants import Adapters, Projection, Weights, mixed_loops, normal
 from bench.timing import spread
 from rrt import ops
 from rrt.decode.page_table import PageTable, make_page_table
@@ -76,3 +78,61 @@ def measure_planning(samples: int) -> dict[str, Any]:
         "native": not isinstance(table, PageTable),
         "seconds": {name: spread(values) for name, values in seconds.items()},
     }
+
+
+_FLUSH_BYTES = 2**28
+"""Beyond any GPU's second-level cache."""
+_GAP_ROWS, _GAP_LOOPS, _GAP_RANK = (1, 8, 64), 2, 64
+
+
+def measure_gaps(
+    device: torch.device, dtype: torch.dtype, projections: Sequence[Projection], samples: int
+) -> list[dict[str, Any]]:
+    """Time CUDA graphs of one call of the linear op and of two, the second on weights of its own and after the first.
+
+    `gap` is the time of two less twice that of one: below zero where the second call's beginning hides under the
+    first. Of each projection whose outputs can be the next one's inputs the second call reads what the first wrote;
+    of the others both read x, and only the order of the stream chains them.
+    """
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    found = []
+    for projection, rows in itertools.product(projections, _GAP_ROWS):
+        loops = min(rows, _GAP_LOOPS)
+        weights = Weights.make(projection, 2, dtype, device, should_pack=False)
+        adapters = Adapters.make(weights, _GAP_RANK, loops, should_pack=False)
+        x, loop_of_row = normal((rows, projection.inputs), 1, dtype, device), mixed_loops(rows, loops).to(device)
+        chained = projection.inputs == projection.outputs
+        operands = [(weights.plain[i], weights.bias, adapters.lora_a[i], adapters.lora_b[i]) for i in range(2)]
+        rest = (loop_of_row, projection.segments, adapters.ranks)
+        y = ops.loop_lora_linear(x, *operands[0], *rest)  # warm-up
+        graphs = {}
+        for calls in (1, 2):
+            graphs[calls] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[calls]):
+                y = ops.loop_lora_linear(x, *operands[0], *rest)
+                if calls == 2:
+                    ops.loop_lora_linear(y if chained else x, *operands[1], *rest)
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for sample in range(min(samples, 50) + 1):
+            for calls, graph in graphs.items():
+                flush.zero_()
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(2**19)  # the launch of so small a graph takes less
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if sample > 0:
+                    seconds[calls].append(begin.elapsed_time(end) / 1e3)
+        gap = statistics.median(two - 2 * one for one, two in zip(seconds[1], seconds[2], strict=True))
+        found.append(
+            {
+                "projection": projection.name,
+                "rows": rows,
+                "chained": chained,
+                "one": spread(seconds[1]),
+                "two": spread(seconds[2]),
+                "gap": gap,
+            }
+        )
+    return found

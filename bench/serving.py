@@ -42,7 +42,7 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 
 from bench import serving_http, serving_online
 from bench.generate import Transformers, hf_directory
-from bench.output import add_json_flag, check_json_flag, save_result
+from bench.output import ResultFile, add_device_flag, add_json_flag, check_device_flag, check_json_flag
 from bench.serving_rivals import (
     ContinuesBatch,
     LlamaCpp,
@@ -154,8 +154,9 @@ def _variant(work: Callable[[], object]) -> Variant:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all cases and return the result."""
+    """Measure all cases and return the result, which is written after each case."""
     torch.set_num_threads(arguments.threads)
+    file = ResultFile(arguments.json, KIND, arguments.device)
     subjects = make_subjects(arguments)
     length = arguments.prompt_tokens[1] + arguments.new_tokens[1]
     most, waves = max(arguments.in_flight), WAVES if arguments.mixed else 1
@@ -171,7 +172,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 dtype = parse_dtype(name)
                 decoder = make_decoder(subject, dtype, length, most)
                 if directory is not None:
-                    rivals["transformers"] = transformers_generation(Transformers(directory, dtype))
+                    rivals["transformers"] = transformers_generation(
+                        Transformers(directory, dtype, torch.device(arguments.device))
+                    )
                 keep_freed_memory()
                 for count in arguments.in_flight:
                     kinds = {"equal": Requests(prompts[:count], [arguments.new_tokens[1]] * count)}
@@ -181,8 +184,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     for lengths, requests in kinds.items():
                         case = {"model": subject.name, "dtype": name, "lengths": lengths}
                         cases.append(case | measure_case(decoder, requests, lengths, count, rivals, arguments))
+                        file.update({**settings(arguments), "cases": cases})
                         print(f"\n{rates_table(cases[-1:]).text()}", flush=True)
-    return {**settings(arguments), "cases": cases}
+    result = {**settings(arguments), "cases": cases}
+    file.finish(result)
+    return result
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -253,6 +259,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--preset", choices=tuple(PRESETS), help="shapes of a base model, with random weights")
     parser.add_argument("--num-loops", type=int, nargs="+", metavar="B", help="of --preset (default 2)")
     parser.add_argument("--lora-rank", type=int, nargs="+", metavar="R", help="of --preset (default 64)")
+    add_device_flag(parser)
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="default float32"
     )
@@ -314,6 +321,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(
             "transformers is not installed; expected it: pip install 'relaxed-recursive-transformers[test]'"
         )
+    check_device_flag(arguments.device)
     check_llama_cpp(arguments.llama_cpp)
     serving_online.check_flags(arguments)
     serving_http.check_flags(arguments)
@@ -327,7 +335,6 @@ def main() -> None:
         (serving_online if arguments.online else serving_http).run(arguments)
         return
     result = run(arguments)
-    save_result(arguments.json, KIND, result)
     print_tables(tables(result))
 
 

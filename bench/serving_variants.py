@@ -18,8 +18,9 @@ from eval.pass_times import dummy_model
 from rrt.checkpoint.presets import preset
 from rrt.checkpoint.source import load_model, open_source
 from rrt.decode.decoder import Decoder
+from rrt.decode.graphed_block import GraphedBlock
 from rrt.decode.kv_cache import PagedCache
-from rrt.decode.passes import PassRows
+from rrt.decode.passes import PassPlan, PassRows
 from rrt.errors import UserError
 from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import RecursiveTransformer
@@ -75,7 +76,7 @@ def make_subjects(arguments: argparse.Namespace) -> list[Subject]:
     """
     if arguments.checkpoint is not None:
         source = open_source(arguments.checkpoint)
-        load = partial(load_model, arguments.checkpoint, device=_CPU)
+        load = partial(load_model, arguments.checkpoint, device=torch.device(arguments.device))
         subjects = [Subject(arguments.checkpoint.name, source.model, source.recursion, load)]
     else:
         config, subjects = preset(arguments.preset), []
@@ -84,7 +85,7 @@ def make_subjects(arguments: argparse.Namespace) -> list[Subject]:
                 recursion = RecursiveConfig(num_loops=loops, lora_rank=LoraRanks.uniform(rank))
                 recursion.check_fits(config)
                 name = f"{arguments.preset}, {loops} loops, rank {rank}" if loops > 1 else f"{arguments.preset}, 1 loop"
-                load = partial(dummy_model, config, recursion, device=_CPU)
+                load = partial(dummy_model, config, recursion, device=torch.device(arguments.device))
                 subjects.append(Subject(name, config, recursion, load))
     for subject in subjects:
         for text in arguments.policies:
@@ -117,7 +118,8 @@ def make_decoder(subject: Subject, dtype: torch.dtype, length: int, sequences: i
     model = subject.load(dtype)
     config, recursion = model.config, model.recursion
     pages = recursion.num_loops * -(-(length + recursion.prefix_length) // _PAGE_SIZE) * (sequences + 1)
-    return Decoder(model, PagedCache(config, recursion, pages, _PAGE_SIZE, dtype))
+    device = model.head_weight.device
+    return Decoder(model, PagedCache(config, recursion, pages, _PAGE_SIZE, dtype, device))
 
 
 class CountingEngine(Engine):
@@ -215,7 +217,7 @@ def make_engines(
     named = {text: named_policy(text, arguments) for text in arguments.policies}
     if arguments.agreement or Auto() in named.values():
         # Measured once, and not while the clock runs.
-        auto = Auto(measure_pass_curve(decoder, decoder.block, max_running * decoder.cache.num_loops))
+        auto = Auto(measure_pass_curve(decoder, engine_block(decoder), max_running * decoder.cache.num_loops))
         named = {text: auto if policy == Auto() else policy for text, policy in named.items()}
     for agreement in arguments.agreement:
         agrees = drawn_agreement(len(expected), max(map(len, expected)), agreement)
@@ -285,6 +287,11 @@ class PassSeconds:
         return plain / (loops_per_token * (self.mixed + self.head))
 
 
+def engine_block(decoder: Decoder) -> Callable[[Tensor, PassPlan], Tensor]:
+    """Return the block as the engine runs it: on CUDA as graphs."""
+    return GraphedBlock(decoder) if decoder.cache.k.is_cuda else decoder.block
+
+
 def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSeconds:
     """Time the parts of a pass in the middle of the texts."""
     cache = decoder.cache
@@ -296,13 +303,24 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSecon
         mixes = decoder.model.recursion.sharing == "cycle"
         positions = [middle - 1 for middle in middles]
         loops = [i % cache.num_loops if mixes else 0 for i in range(len(middles))]
-        x = decoder.embed(torch.tensor([prompt[-1] for prompt in requests.prompts]))
+        device, block = cache.k.device, engine_block(decoder)
+        x = decoder.embed(torch.tensor([prompt[-1] for prompt in requests.prompts], device=device))
         one_loop = PassRows(sequences, [0] * len(loops), positions)
         mixed = PassRows(sequences, loops, positions)
+
+        def until_done(call: Callable[[], Tensor]) -> Variant:
+            def run(_: int) -> Tensor:
+                result = call()
+                if result.is_cuda:
+                    torch.cuda.synchronize(device)
+                return result
+
+            return Variant(run)
+
         variants = {
-            "block": Variant(lambda _: decoder.block(x, cache.plan(one_loop))),
-            "mixed": Variant(lambda _: decoder.block(x, cache.plan(mixed))),
-            "head": Variant(lambda _: decoder.logits(x)),
+            "block": until_done(lambda: block(x, cache.plan(one_loop))),
+            "mixed": until_done(lambda: block(x, cache.plan(mixed))),
+            "head": until_done(lambda: decoder.logits(x)),
         }
         for variant in variants.values():
             variant.call(0)

@@ -1,9 +1,10 @@
 """Find the fastest tiling of each linear on this GPU, for the build to use: python bench/tile_sweep.py
 
 Times every tiling of loop_lora_linear's decode kernels (csrc/loop_lora/cuda_tiles.h) on the linears of the presets, two
-loops mixed, weights not in the cache, in alternating order under CUDA graphs; prints the best of each shape, and writes
-them into the table that the library is compiled with. Lines of GPUs with another number of multiprocessors stay.
-The operator's results do not depend on the tiling. Rebuild afterwards: pip install -e .
+loops mixed (one row: one), weights not in the cache, in alternating order under CUDA graphs; prints the best of each
+shape, and writes them into the table that the library is compiled with, one by one as they are measured. Lines of GPUs
+with another number of multiprocessors stay. The operator's results do not depend on the tiling. Rebuild afterwards: pip
+install -e . Without a rebuild, python bench/kernels.py --tiles FILE takes the --json result of this.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,27 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.linear_variants import Adapters, Projection, Weights, make_variants, mixed_loops, normal, projections
-from bench.output import add_json_flag, check_json_flag, save_result
-from bench.timing import Timer, Variant, copies_beyond_cache, last_level_cache_bytes
+from bench.linear_variants import (
+    Adapters,
+    Projection,
+    Weights,
+    make_variants,
+    mixed_loops,
+    normal,
+    projections,
+    with_tiling,
+)
+from bench.output import ResultFile, add_json_flag, check_json_flag
+from bench.timing import Timer, copies_beyond_cache, last_level_cache_bytes
 from eval.tables import Table, format_seconds, print_tables
 from rrt.checkpoint.presets import PRESETS, preset
 from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write
 from rrt.errors import UserError
-from rrt.native import force_tiling
 from rrt.ops import build_info
 
 TABLE = ROOT / "csrc" / "loop_lora" / "cuda_tiles_measured.h"
-ROWS = (8, 16, 32, 64)
+ROWS = (1, 8, 16, 32, 64)
 LOOPS = 2
 TILE_OUTPUTS = 128
 """Outputs of a thread block of the row kernel: segments must begin at multiples."""
@@ -56,8 +66,6 @@ class Line:
         return f"    {{{shape}, {{DecodeKernel::{self.kernel}, {self.slices}}}}},"
 
 
-TILE_ROWS = {"kColumns": 0, "kRows64": 64, "kRows": 128}
-"""What `force_tiling` takes for each kernel."""
 TILINGS: tuple[tuple[str, int], ...] = (
     ("kColumns", 1),
     *((kernel, slices) for kernel in ("kRows", "kRows64") for slices in (1, 2, 4, 8)),
@@ -86,23 +94,15 @@ def replace_lines(table: str, measured: list[Line]) -> str:
     return head.rstrip("\n") + "\n" + lines + end + tail
 
 
-def shapes() -> list[Projection]:
+def shapes(presets: Iterable[str] = PRESETS) -> list[Projection]:
     """List the linears of the presets that the row kernel can run, each shape once."""
-    every = [projection for name in PRESETS for projection in projections(preset(name))]
+    every = [projection for name in presets for projection in projections(preset(name))]
     fitting = {
         (projection.outputs, projection.inputs): projection
         for projection in every
         if all(part.start % TILE_OUTPUTS == 0 for part in projection.slices())
     }
     return list(fitting.values())
-
-
-def with_tiling(call: Variant, kernel: str, slices: int) -> Variant:
-    def run(i: int) -> torch.Tensor:
-        force_tiling(TILE_ROWS[kernel], slices)
-        return call.call(i)
-
-    return Variant(run)
 
 
 @torch.inference_mode()
@@ -114,9 +114,10 @@ def measure(projection: Projection, rows: int, rank: int, dtype: torch.dtype, ti
     budget = torch.cuda.mem_get_info(device)[0] // 2
     copies = copies_beyond_cache(weight_bytes, held, last_level_cache_bytes(device)[0], budget)
     weights = Weights.make(projection, copies, dtype, device, should_pack=False)
-    adapters = Adapters.make(weights, rank, LOOPS, should_pack=False)
+    loops = min(rows, LOOPS)
+    adapters = Adapters.make(weights, rank, loops, should_pack=False)
     x = normal((rows, projection.inputs), 1, dtype, device)
-    ours = make_variants(weights, adapters, x, mixed_loops(rows, LOOPS).to(device))["ours"]
+    ours = make_variants(weights, adapters, x, mixed_loops(rows, loops).to(device))["ours"]
     variants = {f"{kernel} {slices}": with_tiling(ours, kernel, slices) for kernel, slices in TILINGS}
     expected = variants["kColumns 1"].call(0)
     for name, variant in variants.items():
@@ -141,9 +142,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), nargs="+", default=tuple(PRESETS), help="whose shapes (default: all)"
+    )
     parser.add_argument("--rank", type=int, default=128, metavar="R", help="LoRA rank (default 128)")
     parser.add_argument("--seconds-per-case", type=float, default=0.3, metavar="S", help="default 0.3")
-    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="default: that of this checkout")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=TABLE,
+        metavar="FILE",
+        help="default: that of this checkout; a new one begins as its copy",
+    )
     add_json_flag(parser, "tile-sweep")
     arguments = parser.parse_args()
     check_json_flag(arguments.json)
@@ -153,7 +163,7 @@ def main() -> None:
         raise UserError(
             "tile_sweep: the native library was built without CUDA; expected RRT_WITH_CUDA=1 pip install -e ."
         )
-    table = arguments.table.read_text()
+    table = (arguments.table if arguments.table.exists() else TABLE).read_text()
     if _END not in table:
         raise UserError(f"--table: found no end of the table in {arguments.table}; expected the line {_END.strip()!r}")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -161,17 +171,19 @@ def main() -> None:
     timer = Timer(device, arguments.seconds_per_case)
     lines: list[Line] = []
     records: list[dict[str, Any]] = []
-    cases = list(itertools.product(shapes(), ROWS))
+    result: dict[str, Any] = {"rank": arguments.rank, "timing": timer.method, "tilings": records}
+    file = ResultFile(arguments.json, "tile-sweep", device)
+    cases = list(itertools.product(shapes(arguments.preset), ROWS))
     for projection, rows in tqdm(cases, unit="case", desc="tile sweep", disable=None):
         seconds = measure(projection, rows, arguments.rank, torch.bfloat16, timer)
         best = min(seconds, key=lambda name: seconds[name])
         kernel, slices = best.split()
         lines.append(Line(multiprocessors, projection.outputs, projection.inputs, rows, kernel, int(slices)))
         records.append({"outputs": projection.outputs, "inputs": projection.inputs, "rows": rows, "seconds": seconds})
-    force_tiling(0, 0)
-    atomic_write(arguments.table, replace_lines(table, lines))
-    result = {"rank": arguments.rank, "timing": timer.method, "tilings": records}
-    save_result(arguments.json, "tile-sweep", result, device)
+        result["timing"] = timer.method
+        atomic_write(arguments.table, replace_lines(table, lines))
+        file.update(result)
+    file.finish(result)
     print_tables(tables(result))
     print(f"{len(lines)} lines of {multiprocessors} multiprocessors in {arguments.table}; rebuild: pip install -e .")
 

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROUNDS = 200
+GRAPH_CALLS = 30
+"""Least calls of a CUDA graph, so that its own begin and end hardly count."""
+MAX_SLEEP_CYCLES = 2**27
+"""About 70 ms of a GPU's clock."""
 ASSUMED_CACHE_BYTES = 64 * 2**20
 """Used where the system does not tell the size of its last-level cache."""
 
@@ -48,11 +52,14 @@ def copies_beyond_cache(read_bytes: int, held_bytes: int, cache_bytes: int, budg
 class Timer:
     """Timer of the variants of one case: every round runs each once, every other round in the opposite order.
 
-    On a CPU a sample is one call. On CUDA it is a CUDA graph with one call per copy, divided by the number of calls;
-    if any variant cannot be captured, all later ones are launched one by one between two events instead.
+    On a CPU a sample is one call. On CUDA it is a CUDA graph that goes through all copies until it has at least 30
+    calls, divided by their number; if any variant cannot be captured, all later ones are launched one by one between
+    two events instead. The GPU sleeps before the first event until everything is launched, so that no sample has time
+    of the host in it.
 
     Attributes:
         method: how time was taken: "clock", "CUDA graphs" or "CUDA events".
+        hidden: on CUDA, False if some launches took longer than the longest sleep: samples then have the host's time.
     """
 
     def __init__(self, device: torch.device, seconds: float, min_rounds: int = 3) -> None:
@@ -60,6 +67,8 @@ class Timer:
         self.seconds = seconds
         self.min_rounds = min_rounds
         self.method = "clock" if device.type == "cpu" else "CUDA graphs"
+        self.hidden = True
+        self._sleep_cycles = 2**18
 
     def measure(self, variants: dict[str, Variant], copies: int) -> Samples:
         """Run rounds until `seconds` are spent, at least `min_rounds`. Call each variant once before, as warm-up."""
@@ -88,18 +97,11 @@ class Timer:
         return {name: partial(run, variant) for name, variant in variants.items()}
 
     def _cuda_runs(self, variants: dict[str, Variant], copies: int) -> dict[str, Callable[[], float]]:
-        def chain(variant: Variant) -> None:
-            for turn in range(copies):
-                variant.call(turn * variant.copies_read % copies)
+        calls = copies * math.ceil(GRAPH_CALLS / copies)
 
-        def timed(launch: Callable[[], object]) -> float:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            launch()
-            end.record()
-            end.synchronize()
-            milliseconds: float = begin.elapsed_time(end)
-            return milliseconds / 1e3 / copies
+        def chain(variant: Variant) -> None:
+            for turn in range(calls):
+                variant.call(turn * variant.copies_read % copies)
 
         launches: dict[str, Callable[[], object]] = {}
         torch.cuda.synchronize(self.device)
@@ -117,7 +119,23 @@ class Timer:
             launches = {name: partial(chain, variant) for name, variant in variants.items()}
         for launch in launches.values():
             launch()
-        return {name: partial(timed, launch) for name, launch in launches.items()}
+        return {name: partial(self._time_launch, launch, calls) for name, launch in launches.items()}
+
+    def _time_launch(self, launch: Callable[[], object], calls: int) -> float:
+        """Return the GPU's seconds per call. Sleep longer from now on if it woke before the host had launched all."""
+        while True:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self._sleep_cycles)
+            begin.record()
+            launch()
+            end.record()
+            slept = not begin.query()
+            end.synchronize()
+            if slept or self._sleep_cycles >= MAX_SLEEP_CYCLES:
+                self.hidden &= slept
+                milliseconds: float = begin.elapsed_time(end)
+                return milliseconds / 1e3 / calls
+            self._sleep_cycles *= 2
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 Sections (--only takes some of them):
 
-- step: an optimizer step of a Llama of 26 M parameters over 4 x 512 tokens, against transformers' model in the same
-  loop, with fused AdamW, and against itself with compiled layers
+- step: an optimizer step of a Llama of 26 M parameters (or of --preset) over 4 x 512 tokens, against transformers'
+  model in the same loop, with fused AdamW, and against itself with compiled layers; with --device cuda also
+  transformers' compiled, with peak memory and MFU
 - attention: forward and backward of a layer's causal attention, with heads as three models have them, against PyTorch's
 - elementwise: forward and backward of rotary embedding, RMSNorm and gated SiLU over 2048 tokens of TinyLlama's widths,
   against PyTorch's functions
@@ -15,6 +16,7 @@ Sections (--only takes some of them):
 
     python bench/training.py --only relaxation --rows 8192 --dtype bf16 --json out.json
     python bench/training.py --only traffic trainer
+    python bench/training.py --device cuda --only step --preset smollm2-135m --tokens 8 1024 --dtype bf16
 
 Variants alternate; figures are medians of the rounds, ratios are taken within rounds. About 15 minutes on 2 cores with
 the defaults, 10 more where the CPU has no bf16 (transformers' products are emulated there).
@@ -22,6 +24,7 @@ the defaults, 10 more where the CPU has no bf16 (transformers' products are emul
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from bench.timing import RATIOS_NOTE, Timer
 from bench.traffic import compare_traffic
 from bench.trainer_cases import measure_trainer
 from bench.training_cases import (
+    SMALL_LLAMA,
+    STEP_VARIANTS,
     measure_attention,
     measure_checkpointing,
     measure_elementwise,
@@ -42,12 +47,19 @@ from bench.training_cases import (
     measure_step,
 )
 from eval.tables import Table, format_seconds, format_spread, print_tables
+from rrt.checkpoint.presets import PRESETS, preset
 from rrt.common.cli import CommandParser, human_bytes, run_command
 from rrt.common.dtypes import parse_dtype
 from rrt.common.results import write_result
 from rrt.errors import UserError
 
 KIND = "training"
+STEP_CASES = {
+    "cpu": (STEP_VARIANTS,),
+    # One by one: to compile transformers' whole model may take minutes, and then the others are measured.
+    "cuda": (("ours", "transformers"), ("ours", "ours, compiled"), ("ours", "transformers, compiled")),
+}
+"""Variants that alternate, by device."""
 SECTIONS = ("step", "attention", "elementwise", "relaxation", "checkpointing", "trainer", "traffic")
 
 
@@ -61,13 +73,28 @@ def parse_arguments() -> argparse.Namespace:
         default=["fp32", "bf16"],
         help="of step, attention, elementwise and relaxation",
     )
-    parser.add_argument("--vocab", type=int, nargs="+", default=[16000], help="of step (default 16000)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of step (default cpu)")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), help="shapes of step's model (a Llama's) instead of its own"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=[4, 512], metavar="N", help="of step: batch and length (default 4 512)"
+    )
+    parser.add_argument("--vocab", type=int, nargs="+", help="of step (default 16000, with --preset as it has)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="tokens of relaxation (default 2048)")
     parser.add_argument("--rank", type=int, default=256, help="of relaxation (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default 5)")
     add_json_flag(parser, "training")
     arguments = parser.parse_args()
-    for name in ("vocab", "rows", "rank", "rounds"):
+    if arguments.device == "cuda" and (set(arguments.only) != {"step"} or not torch.cuda.is_available()):
+        found = "no GPU is visible to torch" if set(arguments.only) == {"step"} else "other sections than step"
+        raise UserError(f"--device: found cuda, and {found}; expected a GPU, and --only step")
+    model = SMALL_LLAMA if arguments.preset is None else preset(arguments.preset)
+    if model.family != "llama":
+        raise UserError(f"--preset: found {arguments.preset}, of family {model.family}; expected one of family llama")
+    arguments.vocab = arguments.vocab or [model.vocab_size]
+    arguments.model = model
+    for name in ("vocab", "rows", "rank", "rounds", "tokens"):
         values = getattr(arguments, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise UserError(f"--{name}: found {values}; expected positive numbers")
@@ -81,10 +108,16 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write case by case."""
     timer = Timer(torch.device("cpu"), 0.0, arguments.rounds)
+    device, tokens = torch.device(arguments.device), tuple(arguments.tokens)
     cases: list[tuple[str, Any]] = []
     for name in arguments.dtype:
         dtype = parse_dtype(name)
-        cases += [("step", lambda v=vocab, d=dtype: measure_step(timer, v, d)) for vocab in arguments.vocab]
+        models = [replace(arguments.model, vocab_size=vocab) for vocab in arguments.vocab]
+        cases += [
+            ("step", lambda m=model, d=dtype, v=variants: measure_step(timer, m, d, tokens, device, v))
+            for model in models
+            for variants in STEP_CASES[arguments.device]
+        ]
         cases += [
             ("attention", lambda n=name, t=length, d=dtype: measure_attention(timer, n, t, d))
             for name, length in (("pythia-160m", 512), ("tinyllama-1.1b", 2048), ("gemma-2b", 512))
@@ -107,11 +140,11 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         result.setdefault(section, []).append(record)
         if arguments.json is not None:  # kept should a later case fail
-            write_result(arguments.json, {"kind": KIND, **result})
+            write_result(arguments.json, {"kind": KIND, **result}, device)
     if "traffic" in arguments.only:
         result["traffic"] = compare_traffic("gemma-2b", num_loops=2, ranks=[0, 512])
         print_tables([traffic_table(result["traffic"])])
-    save_result(arguments.json, KIND, result)
+    save_result(arguments.json, KIND, result, device)
 
 
 def case_table(section: str, records: list[dict[str, Any]]) -> Table:

@@ -1,5 +1,6 @@
 """Benchmark cases of bench/training.py on one process: steps, relaxation, operators and activation checkpointing."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from rrt.model.config import LoraRanks, ModelConfig, RecursiveConfig
 from rrt.model.transformer import ForwardContext, LoopedStack, RecursiveTransformer, rope_cos_sin
 from train.compile import compile_layers
 from train.estimate import LiveMemory
+from train.flops import peak_flops, training_flops_per_token
 from train.objective import NEXT_TOKEN
 from train.optimizer import make_optimizer
 from train.recipe import OptimConfig
@@ -45,6 +47,8 @@ SMALL_LLAMA = ModelConfig(
 )
 """26.4 M parameters."""
 Losses = Callable[[Tensor, Tensor], Tensor]
+CPU = torch.device("cpu")
+STEP_VARIANTS = ("ours", "transformers", "ours, compiled")
 
 
 @dataclass
@@ -71,15 +75,19 @@ def make_batch(vocab_size: int, batch: int, length: int) -> tuple[Tensor, Tensor
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def our_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[RecursiveTransformer, Losses]:
+def our_losses(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[RecursiveTransformer, Losses]:
     """Make our model with initial weights, and its next-token loss."""
     model = RecursiveTransformer(config)
     model.init_weights()
-    losses = NEXT_TOKEN.bind(model.to(dtype))
+    losses = NEXT_TOKEN.bind(model.to(device, dtype))
     return model, lambda inputs, targets: losses(inputs, targets)[0]
 
 
-def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Losses]:
+def transformers_losses(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[nn.Module, Losses]:
     """Make transformers' Llama of the same shape, and its own loss."""
     import transformers
 
@@ -94,7 +102,7 @@ def transformers_losses(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Mod
             max_position_embeddings=config.max_position_embeddings,
             tie_word_embeddings=config.tie_embeddings,
         )
-    ).to(dtype)
+    ).to(device, dtype)
 
     def losses(inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = hf(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
@@ -121,19 +129,67 @@ def optimizer_step(
     return step
 
 
-def measure_step(timer: Timer, vocab_size: int, dtype: torch.dtype) -> Measured:
-    """Measure an optimizer step over 4 x 512 tokens: ours, transformers', and ours with compiled layers."""
-    config = replace(SMALL_LLAMA, vocab_size=vocab_size)
-    batch = make_batch(vocab_size, 4, 512)
-    steps = {"ours": optimizer_step(*our_losses(config, dtype), batch)}
-    steps["transformers"] = optimizer_step(*transformers_losses(config, dtype), batch)
-    compiled, losses = our_losses(config, dtype)
-    compile_layers(compiled.stack, torch.device("cpu"))
-    steps["ours, compiled"] = optimizer_step(compiled, losses, batch)
+def measure_step(
+    timer: Timer,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tokens: tuple[int, int] = (4, 512),
+    device: torch.device = CPU,
+    variants: tuple[str, ...] = STEP_VARIANTS,
+) -> Measured:
+    """Measure an optimizer step over `tokens`, batch and length.
+
+    On a GPU also the peak memory of each variant and, where the GPU's peak rate is known, its MFU: a step is timed with
+    the host's clock until the GPU is done.
+
+    Args:
+        variants: "ours" and "transformers", each also ", compiled": ours layer by layer, theirs as a whole.
+    """
+    inputs, targets = make_batch(config.vocab_size, *tokens)
+    batch = inputs.to(device), targets.to(device)
+    made: dict[str, tuple[nn.Module, Losses]] = {}
+    for name in variants:
+        if name.startswith("ours"):
+            ours, losses = our_losses(config, dtype, device)
+            if name.endswith("compiled"):
+                compile_layers(ours.stack, device)
+            made[name] = ours, losses
+        else:
+            theirs, losses = transformers_losses(config, dtype, device)
+            if name.endswith("compiled"):
+                theirs.compile()
+            made[name] = theirs, losses
+    steps = {name: optimizer_step(*model_and_losses, batch) for name, model_and_losses in made.items()}
+    case: dict[str, Any] = {"vocab_size": config.vocab_size, "dtype": dtype_name(dtype), "tokens": inputs.numel()}
     for step in steps.values():
         step(0)
-    samples = timer.measure({name: Variant(step) for name, step in steps.items()}, copies=1)
-    return Measured({"vocab_size": vocab_size, "dtype": dtype_name(dtype), "tokens": batch[0].numel()}, samples)
+    if device.type == "cuda":
+        case["peak_bytes"] = {name: _peak_bytes(made[name][0], step) for name, step in steps.items()}
+    samples = timer.measure({name: Variant(_until_done(step, device)) for name, step in steps.items()}, copies=1)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is not None:
+        flops = inputs.numel() * training_flops_per_token(config, RecursiveConfig(), tokens[1])
+        case["mfu"] = {name: flops / statistics.median(times) / peak for name, times in samples.items()}
+    return Measured(case, samples)
+
+
+def _until_done(step: Callable[[int], Tensor], device: torch.device) -> Callable[[int], Tensor]:
+    def run(i: int) -> Tensor:
+        loss = step(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return loss
+
+    return run
+
+
+def _peak_bytes(model: nn.Module, step: Callable[[int], Tensor]) -> int:
+    """Return a step's peak memory on its GPU: weights and both moments of AdamW, and what the step adds to them."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    added = torch.cuda.max_memory_allocated() - before
+    return 3 * sum(parameter.nbytes for parameter in model.parameters()) + added
 
 
 def measure_relaxation(

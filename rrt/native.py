@@ -39,7 +39,7 @@ class BuildInfo:
     rebuild: str
     """The command, from a checkout of the repository, that builds the library for this environment."""
     stale: bool
-    """The checkout's native sources have changed since the library was built."""
+    """The checkout's native sources have changed since the library, or the loaded `rrt._plan`, was built."""
     torch: str
     """Version of torch in this process."""
     torch_at_build: str | None
@@ -177,7 +177,11 @@ def build_info() -> BuildInfo:
         library=str(_LIBRARY) if native.handle is not None else None,
         reason=native.reason,
         rebuild=REBUILD,
-        stale=native.handle is not None and _is_stale(facts["source_digest"]),
+        stale=any(
+            _is_stale(digest)
+            for digest in (facts.get("source_digest"), getattr(plan.module, "source_digest", None))
+            if digest is not None
+        ),
         torch=str(torch.__version__),
         torch_at_build=facts.get("torch"),
         rrt_at_build=facts.get("version"),

@@ -2,8 +2,10 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
+#include "kv_cache/cuda_decode_attention.h"
 #include "kv_cache/cuda_launch.h"
 #include "kv_cache/cuda_plain.h"
+#include "kv_cache/cuda_prefill_attention.h"
 
 namespace rrt::kv_cache {
 namespace {
@@ -22,14 +24,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   decode_attention_body<Half, HEAD_DIM, STAGES>(args);
 }
 
-template <class Half, int HEAD_DIM, int STAGES>
-__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ CudaAttentionArgs args) {
-  prefill_attention_body<Half, HEAD_DIM, STAGES>(args);
+template <class Half, int HEAD_DIM, int WARPS, int ROW_TILES, int SLOTS, int STAGES>
+__global__ void __launch_bounds__(32 * WARPS, 1) prefill_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  prefill_attention_body<Half, HEAD_DIM, WARPS, ROW_TILES, SLOTS, STAGES>(args);
 }
 
-template <class Number>
-__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
-  combine_body<Number>(args);
+template <class Half, int HEAD_DIM>
+__global__ void __launch_bounds__(kThreads, 8) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
+  combine_body<Half, HEAD_DIM>(args);
 }
 
 template <class Number>
@@ -37,23 +39,26 @@ __global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constan
   plain_attention_body<Number>(args);
 }
 
-template <class Half, int HEAD_DIM, int STAGES>
-cudaError_t launch_attention(const CudaAttentionArgs& args, cudaStream_t stream) {
-  using Shared = AttentionShared<HEAD_DIM, STAGES>;
-  static_assert(Shared::template bytes<true>() <= kMaxSharedBytes, "an A100 has no more");
-  const int group = args.num_heads / args.num_kv_heads;
-  if (args.query_start != nullptr) {
-    const unsigned tiles = args.num_queries * group / kMmaRows + args.num_sequences;
-    const dim3 grid(cuda::num_tiles(tiles, kWarps), args.num_kv_heads);
-    return launch(prefill_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads, Shared::template bytes<true>(), false,
-                  stream);
-  }
-  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::num_tiles(group, kMmaRows), args.pieces);
-  const cudaError_t error = launch(decode_kernel<Half, HEAD_DIM, STAGES>, args, grid, kThreads,
-                                   Shared::template bytes<false>(), cuda::has_dependent_launch(), stream);
+template <class Half, class Shared>
+cudaError_t launch_decode(const CudaAttentionArgs& args, cudaStream_t stream) {
+  static_assert(Shared::kBytes <= kMaxSharedBytes, "an A100 has no more");
+  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::num_tiles(args.group.value, kMmaRows), args.pieces);
+  const cudaError_t error = launch(decode_kernel<Half, Shared::kHeadDim, Shared::kStages>, args, grid, kThreads,
+                                   Shared::kBytes, cuda::has_dependent_launch(), stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
-  return launch(combine_kernel<Half>, args, dim3(args.num_queries, args.num_heads), kThreads, 0,
-                cuda::has_dependent_launch(), stream);
+  return launch(combine_kernel<Half, Shared::kHeadDim>, args, dim3(args.num_queries, args.num_heads), kThreads,
+                kCombineBytes<Shared::kHeadDim>, cuda::has_dependent_launch(), stream);
+}
+
+template <class Half, class Shared>
+cudaError_t launch_prefill(const CudaAttentionArgs& attention, cudaStream_t stream) {
+  static_assert(Shared::kBytes <= kMaxSharedBytes, "an A100 has no more");
+  CudaAttentionArgs args = attention;
+  args.tiles = Shared::tiles(args);
+  const dim3 grid(args.tiles, args.num_kv_heads);
+  return launch(prefill_kernel<Half, Shared::kHeadDim, Shared::kPrefillWarps, Shared::kRowTiles, Shared::kSlots,
+                               Shared::kStages>,
+                args, grid, Shared::kPrefillThreads, Shared::kBytes, false, stream);
 }
 
 template <class Number>
@@ -64,15 +69,23 @@ cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The instances want keys and values at 16-byte addresses: only these are copied 16 bytes at a time.
+// The instances want keys, values and results at 16-byte addresses, numbers of slots in 32 bits, and a scale under
+// which the largest product is the largest score.
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
   cudaError_t (*launcher)(const CudaAttentionArgs&, cudaStream_t) = launch_plain<Half>;
-  if (aligned(args.k_cache) && aligned(args.v_cache)) {
-    for_each_type(AttentionInstances{}, [&](auto candidate) {
-      using Shared = decltype(candidate);
-      if (args.head_dim == Shared::kHeadDim) launcher = launch_attention<Half, Shared::kHeadDim, Shared::kStages>;
-    });
+  const bool fits = args.scale > 0 && static_cast<int64_t>(args.num_pages) * args.page_size.value <= INT32_MAX;
+  if (fits && aligned(args.k_cache) && aligned(args.v_cache) && aligned(args.out)) {
+    const auto choose = [&](auto instances, auto launch_of) {
+      for_each_type(instances, [&](auto candidate) {
+        if (args.head_dim == decltype(candidate)::kHeadDim) launcher = launch_of(candidate);
+      });
+    };
+    if (args.query_start == nullptr) {
+      choose(DecodeInstances{}, [](auto candidate) { return launch_decode<Half, decltype(candidate)>; });
+    } else {
+      choose(PrefillInstances{}, [](auto candidate) { return launch_prefill<Half, decltype(candidate)>; });
+    }
   }
   return launcher(args, stream);
 }
@@ -82,7 +95,7 @@ CudaRope device_rope(const Rope& rope, int64_t max_positions) {
 }
 
 int64_t pieces_of(const CudaAttentionParams& p) {
-  return std::max(1u, cuda::num_tiles(p.max_pages * p.params->page_size, kCudaSplitSlots));
+  return most_pieces(p.max_pages * p.params->page_size);
 }
 
 }  // namespace
@@ -149,10 +162,12 @@ const char* attention_cuda(const CudaAttentionParams& call, int device, void* ra
   args.num_heads = static_cast<int>(p.num_heads);
   args.num_kv_heads = static_cast<int>(p.num_kv_heads);
   args.head_dim = static_cast<int>(p.head_dim);
+  args.group = make_divisor(p.num_heads / p.num_kv_heads);
+  args.page_size = make_divisor(std::max<int64_t>(1, p.page_size));
   args.num_pages = static_cast<int>(call.num_pages);
-  args.page_size = static_cast<int>(p.page_size);
-  args.max_pages = static_cast<int>(call.max_pages);
+  args.max_pages = p.page_size == 0 ? 0 : static_cast<int>(call.max_pages);
   args.pieces = static_cast<int>(pieces_of(call));
+  args.vector_queries = has_vector_queries(args);
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {

@@ -1,19 +1,15 @@
-// Bodies of the CUDA kernels of loop_kv_attention and loop_kv_prefill for bfloat16 and float16.
+// What the CUDA kernels of loop_kv_attention and loop_kv_prefill for bfloat16 and float16 share: where queries, keys
+// and values lie, and a warp's work on them. cuda_decode_attention.h and cuda_prefill_attention.h have the kernels.
 //
-// Up to 16 query rows that share a key/value head are the mma's M: in decode the query heads of one row, in prefill
-// also those of neighbouring tokens. A warp goes through the slots 16 at a time, which is a tile. Keys are multiplied
-// as they lie: a lane loads 16 adjacent bytes of a slot, which are its fragments of two mmas if queries are taken in
-// the same order. Values are brought to shared memory and read transposed. Keys and values alternate in a warp's ring
-// of stages, which leaves a multiprocessor room for two thread blocks: one streams while the other begins or ends.
-//
-// decode: as in FlashDecoding, a context is split into pieces of kCudaSplitSlots slots, one for each thread block. Its
-// 4 warps share the slots, and their results are merged in order; then combine_body merges the pieces. Both splits are
-// at fixed slots, so a row has the same bits in any batch. prefill: every warp has 16 query rows of its own and goes
-// through all the slots that the last of them sees.
+// 16 query rows that share a key/value head are the mma's M: in decode the query heads of one row, in prefill also
+// those of neighbouring tokens. Queries, keys and values lie in shared memory as in the cache, a slot a row, and come
+// from there as fragments by ldmatrix; values transposed. Rows are 16 bytes longer than a head: head dims are multiples
+// of 16 elements, so eight rows' vectors at one column, which ldmatrix reads at once, lie in different banks.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "device/primitives.h"
 #include "rounding.h"
@@ -27,9 +23,32 @@ struct CudaRope {
   int max_positions, rotary_dim;
 };
 
+// Division of numbers below 2^31 by a number that the host knows, in three instructions.
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+  int value;
+
+  RRT_DEVICE int divide(int number) const {
+    const auto n = static_cast<uint32_t>(number);
+    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier) * n >> 32);
+    return static_cast<int>((high + n) >> shift);
+  }
+  RRT_DEVICE int remainder(int number) const { return number - divide(number) * value; }
+};
+
+// With s the least exponent for which 2^s >= value, n / value is n (1 + multiplier / 2^32) / 2^s, rounded down.
+inline Divisor make_divisor(int64_t value) {
+  int shift = 0;
+  while (int64_t{1} << shift < value) ++shift;
+  const uint64_t excess = (uint64_t{1} << shift) - value;
+  return {static_cast<uint32_t>((excess << 32) / value + 1), shift, static_cast<int>(value)};
+}
+
 struct CudaAttentionArgs {
   const void* q;  // [queries, num_heads, head_dim]; a head's elements are adjacent
   int64_t q_row_stride, q_head_stride;
+  bool vector_queries;  // heads are at 16-byte addresses, and so are the cosines and sines of each 8 elements
   const void* k_cache;  // [num_pages, page_size, num_kv_heads, head_dim]
   const void* v_cache;
   const int32_t* block_tables;  // [sequences, max_pages] at table_stride
@@ -41,95 +60,65 @@ struct CudaAttentionArgs {
   void* out;       // [queries, num_heads, head_dim]
   float* partial;  // decode, if a context may have several pieces: [queries, num_heads, pieces, head_dim + 2]
   int num_queries, num_sequences, num_heads, num_kv_heads, head_dim;
-  int num_pages, page_size, max_pages;
-  int pieces;  // that the block tables have room for
+  Divisor group;  // query heads per key/value head
+  Divisor page_size;
+  int num_pages, max_pages;
+  int pieces;  // decode: that the block tables have room for
+  int tiles;   // prefill: of query rows, at least as many as there are
 };
 
-constexpr int kCudaSplitSlots = 256;
-constexpr int kMmaRows = 16, kMmaSlots = 16;
+// Whether load_queries may load 16 bytes at once: for `vector_queries`.
+inline bool has_vector_queries(const CudaAttentionArgs& args) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  if (!aligned(args.q) || args.q_row_stride % 8 != 0 || args.q_head_stride % 8 != 0) return false;
+  const CudaRope& rope = args.rope;
+  return rope.positions == nullptr ||
+         (aligned(rope.cos_sin) && rope.rotary_dim % 16 == 0 && rope.rotary_dim > 0 && rope.max_positions > 0);
+}
+
+constexpr int kMmaRows = 16, kMmaSlots = 16, kMmaColumns = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// How a thread block uses shared memory. A stage is the keys or the values of a tile.
-template <int HEAD_DIM, int STAGES>
-struct AttentionShared {
-  static constexpr int kHeadDim = HEAD_DIM;
-  static constexpr int kStages = STAGES;
-  static constexpr int kBlocks = ceil_div<32>(HEAD_DIM);    // of 32 elements: two mmas of keys
-  static constexpr int kKeyVectors = 2 * kBlocks;           // a lane's, per tile: slots g and g + 8
-  static constexpr int kQueryStride = 32 * kBlocks + 8;     // elements; the rest spreads lanes over the banks
-  static constexpr int kValueStride = HEAD_DIM + 8;         // likewise
-  static constexpr int kQueryBytes = kMmaRows * kQueryStride * 2;
-  static constexpr int kKeyBytes = kKeyVectors * 32 * 16;
-  static constexpr int kValueBytes = kMmaSlots * kValueStride * 2;
-  static constexpr int kStageBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
-  static constexpr int kWarpBytes = STAGES * kStageBytes;
-  static constexpr int kMergeBytes = kWarps * kMmaRows * (HEAD_DIM + 2) * 4;
-  // Decode has one set of queries, prefill one per warp.
-  template <bool PREFILL>
-  static constexpr int bytes() {
-    const int work = (PREFILL ? kWarps : 1) * kQueryBytes + kWarps * kWarpBytes;
-    return work > kMergeBytes ? work : kMergeBytes;
-  }
+// Elements between rows of queries, keys and values in shared memory.
+template <int HEAD_DIM>
+constexpr int kRowStride = HEAD_DIM + 8;
+
+struct alignas(8) FloatPair {
+  float low, high;
 };
 
-// As many stages as let two thread blocks of decode share a multiprocessor: an A100's, but for head dim 256 an H100's.
-using AttentionInstances =
-    TypeList<AttentionShared<64, 7>, AttentionShared<80, 6>, AttentionShared<128, 4>, AttentionShared<256, 3>>;
-
-// The query rows of a warp. Rows of a sequence's queries are numbered query by query, head by head of the group.
+// Consecutive query rows of a thread block. Rows of a sequence's queries are numbered query by query, head by head of
+// the group.
 struct QueryTile {
   int sequence;
   int token_begin;  // the sequence's first query
-  int first;        // number of the warp's first row
+  int first;        // number of the tile's first row
   int rows;
-  int group;        // query heads per key/value head
   int kv_head;
-  int seen;         // slots that the sequence's first query sees
+  int seen;  // slots that the sequence's first query sees
+  Divisor group;
 
-  RRT_DEVICE int token(int row) const { return token_begin + (first + row) / group; }
-  RRT_DEVICE int head(int row) const { return kv_head * group + (first + row) % group; }
-  RRT_DEVICE int limit(int row) const { return seen + (first + row) / group; }
+  RRT_DEVICE int token(int row) const { return token_begin + group.divide(first + row); }
+  RRT_DEVICE int head(int row) const { return kv_head * group.value + group.remainder(first + row); }
+  RRT_DEVICE int limit(int row) const { return seen + group.divide(first + row); }
 };
 
-// Prefill tile number `tile`, counted sequence by sequence; with 0 rows if there is none.
-RRT_DEVICE QueryTile find_prefill_tile(const CudaAttentionArgs& args, int tile, int kv_head) {
-  const int group = args.num_heads / args.num_kv_heads;
-  int begin = device::load_global(args.query_start);
-  for (int s = 0; s < args.num_sequences; ++s) {
-    const int end = device::load_global(args.query_start + s + 1);
-    const int rows = (end - begin) * group, tiles = ceil_div<kMmaRows>(rows);
-    if (tile < tiles) {
-      const int first = tile * kMmaRows;
-      const int here = rows - first < kMmaRows ? rows - first : kMmaRows;
-      return {s, begin, first, here, group, kv_head, device::load_global(args.context_lens + s) - (end - begin) + 1};
-    }
-    tile -= tiles;
-    begin = end;
-  }
-  return {0, 0, 0, 0, 1, kv_head, 0};
+RRT_DEVICE const int32_t* block_table(const CudaAttentionArgs& args, int sequence) {
+  return args.block_tables + sequence * args.table_stride;
 }
 
-// The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
-// pieces.
-RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
-  const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size;
-  return context < room ? context : room;
+// The page that a sequence's block table has for a slot; -1 if the table is shorter.
+RRT_DEVICE int load_page(const CudaAttentionArgs& args, const int32_t* table, int slot) {
+  const int column = args.page_size.divide(slot);
+  return column < args.max_pages ? device::load_global(table + column) : -1;
 }
 
-// The number of a slot in the cache; -1 if the block table has no valid page for it.
-RRT_DEVICE int64_t find_slot(const CudaAttentionArgs& args, int sequence, int slot) {
-  const int column = slot / args.page_size;
-  if (column >= args.max_pages) return -1;
-  const int page = device::load_global(args.block_tables + sequence * args.table_stride + column);
+// The number in the cache of a slot on this page; -1 if there is no such page.
+template <class Int>
+RRT_DEVICE Int slot_on(const CudaAttentionArgs& args, int page, int slot) {
   if (page < 0 || page >= args.num_pages) return -1;
-  return static_cast<int64_t>(page) * args.page_size + slot % args.page_size;
-}
-
-// The keys or values of slot number `row`.
-template <class Storage>
-RRT_DEVICE const Storage* at_slot(const CudaAttentionArgs& args, const void* cache, int kv_head, int64_t row) {
-  return static_cast<const Storage*>(cache) + (row * args.num_kv_heads + kv_head) * args.head_dim;
+  return static_cast<Int>(page) * args.page_size.value + args.page_size.remainder(slot);
 }
 
 // Element `i` of a head, rotated by its row's angles. `element(j)` is the head's element j.
@@ -144,374 +133,314 @@ RRT_DEVICE Acc rotated(const CudaRope& rope, int row, int i, Element element) {
   return i < half ? element(i) * cosine - element(i + half) * sine : element(i) * cosine + element(i - half) * sine;
 }
 
-template <class Half, int HEAD_DIM, int STAGES>
+// Number `i` of the values of this type that a vector holds.
+template <class T>
+RRT_DEVICE T value_of(const device::Vector& vector, int i) {
+  T values[sizeof(device::Vector) / sizeof(T)];
+  memcpy(values, vector.word, sizeof(values));
+  return values[i];
+}
+
+// Fills `to` [ROWS, kRowStride] with a tile's queries, rotated, and zeros beyond its rows; a barrier must follow.
+template <class Half, int HEAD_DIM, int ROWS, int THREADS>
+RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to) {
+  using Storage = typename Half::Storage;
+  const int thread = device::thread_index();
+  const CudaRope& rope = args.rope;
+  const auto head_of = [&](int row) {
+    return static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
+           tile.head(row) * args.q_head_stride;
+  };
+  if (!args.vector_queries) {
+    for (int i = thread; i < ROWS * HEAD_DIM; i += THREADS) {
+      const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+      float value = 0;
+      if (row < tile.rows) {
+        const Storage* head = head_of(row);
+        value = rotated<float>(rope, tile.token(row), column,
+                               [&](int k) { return Half::widen(device::load_global(head + k)); });
+      }
+      device::store_shared(to + row * kRowStride<HEAD_DIM> + column, Half::narrow(value));
+    }
+    return;
+  }
+  // Up to four vectors at a time, whose loads all go out before the first is waited for.
+  constexpr int kVectors = HEAD_DIM / 8, kOfThread = ceil_div<THREADS>(ROWS * kVectors);
+  constexpr int kBatch = kOfThread < 4 ? kOfThread : 4;
+  const auto load = [](const auto* from) { return device::load_global(reinterpret_cast<const device::Vector*>(from)); };
+  const bool rotates = rope.positions != nullptr;
+  const int half = rope.rotary_dim / 2;
+  for (int first = thread; first < ROWS * kVectors; first += kBatch * THREADS) {
+    device::Vector own[kBatch], other[kBatch], cosines[kBatch][2], sines[kBatch][2];
+    int row[kBatch], column[kBatch], position[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * THREADS;
+      row[j] = i / kVectors;
+      column[j] = i % kVectors * 8;
+      const int read_row = row[j] < tile.rows ? row[j] : 0;
+      const Storage* head = head_of(read_row);
+      own[j] = load(head + column[j]);
+      if (rotates) {
+        const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
+        other[j] = load(head + (!is_rotated ? 0 : is_low ? column[j] + half : column[j] - half));
+        position[j] = device::load_global(rope.positions + tile.token(read_row));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!rotates) continue;
+      const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
+      const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
+      const float* angles = static_cast<const float*>(rope.cos_sin) +
+                            static_cast<int64_t>(is_valid ? position[j] : 0) * rope.rotary_dim +
+                            (!is_rotated ? 0 : is_low ? column[j] : column[j] - half);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        cosines[j][k] = load(angles + 4 * k);
+        sines[j][k] = load(angles + half + 4 * k);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (row[j] >= ROWS) continue;
+      device::Vector vector = own[j];
+      if (rotates && column[j] < rope.rotary_dim) {
+        const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
+        const float sign = column[j] < half ? -1.0f : 1.0f;
+        float values[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float cosine = value_of<float>(cosines[j][k / 4], k % 4);
+          const float sine = value_of<float>(sines[j][k / 4], k % 4);
+          values[k] = Half::widen(value_of<Storage>(own[j], k)) * cosine +
+                      sign * Half::widen(value_of<Storage>(other[j], k)) * sine;
+          if (!is_valid) values[k] = NAN;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) vector.word[k] = Half::pair(values[2 * k], values[2 * k + 1]);
+      }
+      if (row[j] >= tile.rows) vector = {};
+      device::store_shared(reinterpret_cast<device::Vector*>(to + row[j] * kRowStride<HEAD_DIM> + column[j]), vector);
+    }
+  }
+}
+
+// Copies of the keys or values of SLOTS slots by a warp. Eight lanes copy 128 adjacent bytes: lane l those of slots
+// l / 8, l / 8 + 4, ... Of head dim 80, lane l also copies one of the two vectors that are left of slot l / 2.
+template <class Storage, int HEAD_DIM, int SLOTS>
+struct SlotCopies {
+  static constexpr int kLines = HEAD_DIM / 64, kGroups = SLOTS / 4;
+  static constexpr bool kHasRest = HEAD_DIM % 64 != 0;
+  static_assert(SLOTS % 4 == 0 && (!kHasRest || (HEAD_DIM % 64 == 16 && SLOTS == 16)), "a warp copies all vectors");
+
+  int slots[kGroups + kHasRest];  // numbers in the cache; negative: zeros are copied
+
+  // `mine`: of slot lane % SLOTS.
+  RRT_DEVICE void share(int mine) {
+    const int lane = device::thread_index() % 32;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) slots[i] = device::shuffle_from(mine, lane / 8 + 4 * i);
+    if (kHasRest) slots[kGroups] = device::shuffle_from(mine, lane / 2);
+  }
+
+  // `from`: the cache at the key/value head, its slots at `stride`.
+  RRT_DEVICE void copy(Storage* to, const Storage* from, int stride) const {
+    const int lane = device::thread_index() % 32;
+    const auto copy_lines = [&](int slot, int number, int column, int lines) {
+      const bool valid = number >= 0;
+      const Storage* line = from + static_cast<int64_t>(valid ? number : 0) * stride + column;
+#pragma unroll
+      for (int i = 0; i < lines; ++i) {
+        device::copy_async(reinterpret_cast<device::Vector*>(to + slot * kRowStride<HEAD_DIM> + column + 64 * i),
+                           line + 64 * i, valid);
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) copy_lines(lane / 8 + 4 * i, slots[i], lane % 8 * 8, kLines);
+    if (kHasRest) copy_lines(lane / 2, slots[kGroups], 64 * kLines + lane % 2 * 8, 1);
+  }
+};
+
+// A warp's 16 * ROW_TILES query rows, which take SLOTS slots a turn: first their scores, which become weights, then the
+// weighted values. Lane l has rows l / 4 and l / 4 + 8 of each 16.
+template <class Half, int HEAD_DIM, int ROW_TILES, int SLOTS>
 struct AttentionWarp {
   using Storage = typename Half::Storage;
-  using Shared = AttentionShared<HEAD_DIM, STAGES>;
-  static constexpr int kColumnTiles = HEAD_DIM / 8;
+  static constexpr int kStride = kRowStride<HEAD_DIM>;
+  static constexpr int kColumnTiles = HEAD_DIM / 8, kSlotTiles = SLOTS / 8, kSteps = HEAD_DIM / kMmaColumns;
+  // A sum over the head's columns in two halves, where too few mmas are independent to hide their latency.
+  static constexpr int kChains = ROW_TILES * kSlotTiles < 4 ? 2 : 1;
+  // Whether queries stay in registers, which the sums and scores must leave room for.
+  static constexpr bool kHoldsQueries = ROW_TILES * 4 * (kSteps + kColumnTiles + kSlotTiles) <= 208;
 
-  const CudaAttentionArgs& args;
-  const QueryTile& tile;
-  Storage* queries;  // [kMmaRows, kQueryStride]
-  char* stages;
-  int lane;
+  const Storage* shared_queries;
+  uint32_t queries[kHoldsQueries ? ROW_TILES : 1][kHoldsQueries ? kSteps : 1][4];
+  float sums[ROW_TILES][kColumnTiles][4];     // of weighted values
+  float largest[ROW_TILES][2];                // the largest score so far, not scaled
+  float weights[ROW_TILES][2];                // the lane's part of the sum of weights, relative to it
+  uint32_t turn[ROW_TILES][SLOTS / 16][4];    // the turn's weights, as left operands over 16 slots
 
-  float sums[kColumnTiles][4];   // of weighted values, rows lane / 4 and that + 8
-  float largest[2], weights[2];  // per row: the largest score so far, the sum of weights relative to it
-
-  // Fills `queries` by `threads` threads, of which this is number `thread`; a barrier must follow.
-  RRT_DEVICE void load_queries(int thread, int threads) const {
-    constexpr int kSize = kMmaRows * Shared::kQueryStride, kBatch = 8;
-    for (int first = thread; first < kSize; first += kBatch * threads) {
-      float values[kBatch];  // loaded all at once: between the stores, each load would be waited for
+  // Before the first turn. `of_warp`: the warp's queries.
+  RRT_DEVICE void begin(const Storage* of_warp) {
+    const int lane = device::thread_index() % 32;
+    shared_queries = of_warp + lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int i = first + j * threads, row = i / Shared::kQueryStride, column = i % Shared::kQueryStride;
-        values[j] = 0;
-        if (row < tile.rows && column < HEAD_DIM) {
-          const Storage* head = static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
-                                tile.head(row) * args.q_head_stride;
-          values[j] = rotated<float>(args.rope, tile.token(row), column,
-                                     [&](int c) { return Half::widen(device::load_global(head + c)); });
-        }
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int step = 0; kHoldsQueries && step < kSteps; ++step) load_query(queries[r][step], r, step);
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[r][i][j] = 0;
       }
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j * threads < kSize) device::store_shared(queries + first + j * threads, Half::narrow(values[j]));
-      }
-    }
-  }
-
-  RRT_DEVICE device::Vector* keys(int stage, int vector) const {
-    return reinterpret_cast<device::Vector*>(stages + stage * Shared::kStageBytes) + vector * 32 + lane;
-  }
-  RRT_DEVICE Storage* values(int stage, int slot) const {
-    return reinterpret_cast<Storage*>(stages + stage * Shared::kStageBytes) + slot * Shared::kValueStride;
-  }
-
-  // find_slot of slot first + lane % 16, -1 from `end` on; the other lanes' come by shuffle_from.
-  RRT_DEVICE int64_t find_slots(int first, int end) const {
-    const int slot = first + lane % kMmaSlots;
-    return slot < end ? find_slot(args, tile.sequence, slot) : -1;
-  }
-
-  // Slots [first, first + kMmaSlots), zeros from `end` on.
-  RRT_DEVICE void fetch_keys(int stage, int first, int end) const {
-    const int64_t mine = find_slots(first, end);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = device::shuffle_from(mine, 8 * i + lane / 4);
-      const Storage* k = at_slot<Storage>(args, args.k_cache, tile.kv_head, row);
-#pragma unroll
-      for (int block = 0; block < Shared::kBlocks; ++block) {
-        const int column = 32 * block + lane % 4 * 8;
-        const bool valid = row >= 0 && column < HEAD_DIM;
-        device::copy_async(keys(stage, i * Shared::kBlocks + block), valid ? k + column : args.k_cache, valid);
+      for (int half = 0; half < 2; ++half) {
+        largest[r][half] = -1e30f;  // finite, or a row that has seen nothing yet would become NaN
+        weights[r][half] = 0;
       }
     }
   }
 
-  RRT_DEVICE void fetch_values(int stage, int first, int end) const {
-    const int64_t mine = find_slots(first, end);
-#pragma unroll
-    for (int j = 0; j < kMmaSlots * kColumnTiles / 32; ++j) {
-      const int i = lane + 32 * j, slot = i / kColumnTiles, column = i % kColumnTiles * 8;
-      const int64_t row = device::shuffle_from(mine, slot);
-      const Storage* v = at_slot<Storage>(args, args.v_cache, tile.kv_head, row);
-      device::copy_async(reinterpret_cast<device::Vector*>(values(stage, slot) + column),
-                         row >= 0 ? v + column : args.v_cache, row >= 0);
-    }
+  // Columns 16 `step` and on of 16 rows, as a left operand.
+  RRT_DEVICE void load_query(uint32_t (&to)[4], int row_tile, int step) const {
+    device::load_matrices(to, shared_queries + row_tile * kMmaRows * kStride + step * kMmaColumns);
   }
 
-  // Scores of the slots from `first` on, whose keys are in `stage`, in units of log 2: scores[i] has slots
-  // 8 i + lane % 4 * 2 and the next, and rows as in `sums`.
-  RRT_DEVICE void score(float (&scores)[2][4], int stage, int first, int end) const {
+  // Takes the scores of slots [first, first + SLOTS), whose keys are at `keys`, into the weights. A row sees the
+  // slots below its limit; `masks`: some row not all of these. The weight of a score is 2^(scale * score), and the
+  // scale positive.
+  RRT_DEVICE void score(const Storage* keys, float scale, bool masks, int first, const int (&limits)[ROW_TILES][2]) {
+    const int lane = device::thread_index() % 32;
+    const Storage* k = keys + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
+    float scores[kChains][ROW_TILES][kSlotTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t loaded[ROW_TILES][4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) scores[i][j] = 0;
-    }
+      for (int r = 0; !kHoldsQueries && r < ROW_TILES; ++r) load_query(loaded[r], r, step);
 #pragma unroll
-    for (int block = 0; block < Shared::kBlocks; ++block) {
-      const int column = 32 * block + lane % 4 * 8;
-      const auto row = [&](int r) {
-        return device::load_shared(
-            reinterpret_cast<const device::Vector*>(queries + (lane / 4 + r) * Shared::kQueryStride + column));
-      };
-      const device::Vector top = row(0), bottom = row(8);
+      for (int i = 0; i < kSlotTiles; i += 2) {
+        uint32_t b[4];  // of slots 8 i to 8 i + 7 and the next 8
+        device::load_matrices(b, k + 8 * i * kStride + step * kMmaColumns);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const device::Vector k = device::load_shared(keys(stage, i * Shared::kBlocks + block));
+        for (int next = 0; next < 2; ++next) {
+          const uint32_t pair[2] = {b[2 * next], b[2 * next + 1]};
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t a[4] = {top.word[2 * step], bottom.word[2 * step], top.word[2 * step + 1],
-                                 bottom.word[2 * step + 1]};
-          const uint32_t b[2] = {k.word[2 * step], k.word[2 * step + 1]};
-          Half::multiply(scores[i], a, b);
-        }
-      }
-    }
-
-    const int missing = find_slots(first, end) < 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int slot = 8 * i + lane % 4 * 2 + j;
-        const bool is_missing = device::shuffle_from(missing, slot) != 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = lane / 4 + 8 * half;
-          float& score = scores[i][2 * half + j];
-          score *= static_cast<float>(args.scale) * kLog2E;
-          if (row >= tile.rows || first + slot >= tile.limit(row)) {
-            score = -INFINITY;
-          } else if (is_missing) {
-            score = NAN;
+          for (int r = 0; r < ROW_TILES; ++r) {
+            const uint32_t(&a)[4] = kHoldsQueries ? queries[r][step] : loaded[r];
+            Half::multiply(scores[step % kChains][r][i + next], a, pair);
           }
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSlotTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (kChains == 2) scores[0][r][i][j] += scores[kChains - 1][r][i][j];
+        }
+      }
+    }
+    if (masks) {
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < kSlotTiles; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (first + 8 * i + lane % 4 * 2 + j % 2 >= limits[r][j / 2]) scores[0][r][i][j] = -INFINITY;
+          }
+        }
+      }
+    }
+    weigh(scores[0], scale);
   }
 
-  // Turns the scores into weights and adds the values in `stage` with them.
-  RRT_DEVICE void add_values(const float (&scores)[2][4], int stage) {
-    float new_largest[2] = {largest[0], largest[1]};
+  // The scores of a lane's rows, of slots 8 i + lane % 4 * 2 and the next.
+  RRT_DEVICE void weigh(const float (&scores)[ROW_TILES][kSlotTiles][4], float scale) {
+    float shrink[ROW_TILES][2];
+    bool changes = false;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) new_largest[j / 2] = fmaxf(new_largest[j / 2], scores[i][j]);
-    }
-    float shrink[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int mask = 1; mask < 4; mask *= 2) {
-        new_largest[half] = fmaxf(new_largest[half], device::shuffle_xor(new_largest[half], mask));
-      }
-      shrink[half] = device::exp2(largest[half] - new_largest[half]);
-      largest[half] = new_largest[half];
-      weights[half] *= shrink[half];
-    }
-    uint32_t a[4];  // the weights, as the left operand over 16 slots
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int r = 0; r < ROW_TILES; ++r) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float low = device::exp2(scores[i][2 * half] - largest[half]);
-        const float high = device::exp2(scores[i][2 * half + 1] - largest[half]);
-        weights[half] += low + high;
-        a[2 * i + half] = Half::pair(low, high);
+        float next = largest[r][half];
+#pragma unroll
+        for (int i = 0; i < kSlotTiles; ++i) {
+          next = fmaxf(next, fmaxf(scores[r][i][2 * half], scores[r][i][2 * half + 1]));
+        }
+#pragma unroll
+        for (int mask = 1; mask < 4; mask *= 2) next = fmaxf(next, device::shuffle_xor(next, mask));
+        shrink[r][half] = device::exp2(scale * (largest[r][half] - next));
+        changes |= shrink[r][half] != 1;
+        largest[r][half] = next;
+      }
+    }
+    // Rarely, after the first turns; and multiplying by 1 would change no bit.
+    if (device::any_lane(changes)) {
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[r][i][j] *= shrink[r][j / 2];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) weights[r][half] *= shrink[r][half];
       }
     }
 #pragma unroll
-    for (int column = 0; column < kColumnTiles; column += 2) {
-      // Matrices of 8 slots x 8 columns: slots 0 and 8, then the same of the next 8 columns.
-      uint32_t b[4];
-      device::load_matrices_transposed(b, values(stage, lane % 16) + 8 * (column + lane / 16));
+    for (int r = 0; r < ROW_TILES; ++r) {
 #pragma unroll
-      for (int next = 0; next < 2; ++next) {
-        float(&sum)[4] = sums[column + next];
+      for (int i = 0; i < kSlotTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] *= shrink[j / 2];
-        const uint32_t pair[2] = {b[2 * next], b[2 * next + 1]};
-        Half::multiply(sum, a, pair);
+        for (int half = 0; half < 2; ++half) {
+          const float offset = -scale * largest[r][half];
+          const float low = device::exp2(fmaf(scale, scores[r][i][2 * half], offset));
+          const float high = device::exp2(fmaf(scale, scores[r][i][2 * half + 1], offset));
+          weights[r][half] += low + high;
+          turn[r][i / 2][i % 2 * 2 + half] = Half::pair(low, high);
+        }
       }
     }
   }
 
-  // Attends to tiles first_tile, first_tile + stride, ... of the slots [begin, end). `wait_for_queries` is called while
-  // the first keys and values are on their way.
-  template <class WaitForQueries>
-  RRT_DEVICE void attend(int begin, int end, int first_tile, int stride, WaitForQueries wait_for_queries) {
-    const auto slot_of = [&](int index) { return begin + (first_tile + index * stride) * kMmaSlots; };
-    // Step 2 i copies the keys of the warp's tile number i, step 2 i + 1 its values.
-    const auto fetch = [&](int step) {
-      const int first = slot_of(step / 2);
-      if (first < end && step % 2 == 0) fetch_keys(step % STAGES, first, end);
-      if (first < end && step % 2 == 1) fetch_values(step % STAGES, first, end);
-      device::copy_commit();
-    };
-    // After this, every lane's copies of the step are there, and the stage that the fetch fills has been read.
-    const auto next = [&](int step) {
-      device::copy_wait<STAGES - 2>();
-      device::warp_barrier();
-      fetch(step + STAGES - 1);
-    };
+  // Adds the turn's values with its weights.
+  RRT_DEVICE void add_values(const Storage* values) {
+    const int lane = device::thread_index() % 32;
+    const Storage* v = values + lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    wait_for_queries();
+    for (int i = 0; i < SLOTS / kMmaSlots; ++i) {
 #pragma unroll
-    for (int i = 0; i < kColumnTiles; ++i) {
+      for (int column = 0; column < kColumnTiles; column += 2) {
+        // Matrices of 8 slots x 8 columns: slots 0 and 8, then the same of the next 8 columns.
+        uint32_t b[4];
+        device::load_matrices_transposed(b, v + i * kMmaSlots * kStride + 8 * column);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[i][j] = 0;
+        for (int next = 0; next < 2; ++next) {
+          const uint32_t pair[2] = {b[2 * next], b[2 * next + 1]};
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; ++r) Half::multiply(sums[r][column + next], turn[r][i], pair);
+        }
+      }
     }
-    largest[0] = largest[1] = -1e30f;  // finite, or a row that has seen nothing yet would become NaN
-    weights[0] = weights[1] = 0;
-    for (int index = 0; slot_of(index) < end; ++index) {
-      float scores[2][4];
-      next(2 * index);
-      score(scores, 2 * index % STAGES, slot_of(index), end);
-      next(2 * index + 1);
-      add_values(scores, (2 * index + 1) % STAGES);
-    }
-    device::copy_wait<0>();
+  }
+
+  // After the last turn: makes every lane's weights its rows' sums, and scales the largest scores.
+  RRT_DEVICE void finish(float scale) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int r = 0; r < ROW_TILES; ++r) {
 #pragma unroll
-      for (int mask = 1; mask < 4; mask *= 2) weights[half] += device::shuffle_xor(weights[half], mask);
+      for (int half = 0; half < 2; ++half) {
+        largest[r][half] *= scale;
+#pragma unroll
+        for (int mask = 1; mask < 4; mask *= 2) weights[r][half] += device::shuffle_xor(weights[r][half], mask);
+      }
     }
   }
 };
-
-// Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
-template <class Half, int HEAD_DIM, int STAGES>
-RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
-  using Storage = typename Half::Storage;
-  using Shared = AttentionShared<HEAD_DIM, STAGES>;
-  const device::Index block = device::block_index();
-  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
-  const int group = args.num_heads / args.num_kv_heads, tiles = ceil_div<kMmaRows>(group);
-  const int first = block.y % tiles * kMmaRows;
-  device::dependency_wait();
-  device::launch_dependents();
-  const int context = decode_context(args, block.x);
-  const int begin = block.z * kCudaSplitSlots;
-  if (begin >= context && !(context <= 0 && block.z == 0)) return;
-  const int end = context < begin + kCudaSplitSlots ? context : begin + kCudaSplitSlots;
-  const QueryTile tile{block.x, block.x, first, group - first < kMmaRows ? group - first : kMmaRows,
-                       group,   block.y / tiles, context};
-
-  char* shared = device::shared_memory();
-  AttentionWarp<Half, HEAD_DIM, STAGES> attention{args,
-                                                  tile,
-                                                  reinterpret_cast<Storage*>(shared),
-                                                  shared + Shared::kQueryBytes + warp * Shared::kWarpBytes,
-                                                  lane,
-                                                  {},
-                                                  {},
-                                                  {}};
-  attention.attend(begin, end, warp, kWarps, [&] {
-    if (context > 0) attention.load_queries(thread, kThreads);
-    device::block_barrier();
-  });
-
-  // [warp, row, HEAD_DIM + 2]: sums, the largest score, the weights.
-  device::block_barrier();
-  float* merged = reinterpret_cast<float*>(shared);
-  constexpr int kStride = HEAD_DIM + 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float* row = merged + (warp * kMmaRows + lane / 4 + 8 * half) * kStride;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) device::store_shared(row + 8 * i + lane % 4 * 2 + j, attention.sums[i][2 * half + j]);
-    }
-    if (lane % 4 == 0) {
-      device::store_shared(row + HEAD_DIM, attention.largest[half]);
-      device::store_shared(row + HEAD_DIM + 1, attention.weights[half]);
-    }
-  }
-  device::block_barrier();
-  const bool whole = context <= kCudaSplitSlots;
-  const bool too_long = device::load_global(args.context_lens + block.x) > context;
-  for (int i = thread; i < tile.rows * HEAD_DIM; i += kThreads) {
-    const int row = i / HEAD_DIM, column = i % HEAD_DIM;
-    const auto of = [&](int w, int c) { return device::load_shared(merged + (w * kMmaRows + row) * kStride + c); };
-    float largest = of(0, HEAD_DIM);
-    for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, of(w, HEAD_DIM));
-    float sum = too_long ? NAN : 0.0f, weights = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      const float factor = device::exp2(of(w, HEAD_DIM) - largest);
-      sum += factor * of(w, column);
-      weights += factor * of(w, HEAD_DIM + 1);
-    }
-    const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
-    if (whole) {
-      const float value = context > 0 ? sum / weights : sum;
-      device::store_global(static_cast<Storage*>(args.out) + head * HEAD_DIM + column, Half::narrow(value));
-    } else {
-      float* to = args.partial + (head * args.pieces + block.z) * kStride;
-      device::store_global(to + column, sum);
-      if (column == 0) {
-        device::store_global(to + HEAD_DIM, largest);
-        device::store_global(to + HEAD_DIM + 1, weights);
-      }
-    }
-  }
-}
-
-// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a short one is final
-// already.
-template <class Number>
-RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
-  using Acc = typename Number::Acc;
-  const device::Index block = device::block_index();
-  device::dependency_wait();
-  const int context = decode_context(args, block.x);
-  if (context <= kCudaSplitSlots) return;
-  const int pieces = ceil_div<kCudaSplitSlots>(context);
-  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
-  const Acc* partial = reinterpret_cast<const Acc*>(args.partial) + head * args.pieces * (args.head_dim + 2);
-  const auto of = [&](int piece, int column) {
-    return device::load_global(partial + static_cast<int64_t>(piece) * (args.head_dim + 2) + column);
-  };
-  for (int column = device::thread_index(); column < args.head_dim; column += kThreads) {
-    Acc largest = of(0, args.head_dim);
-    for (int piece = 1; piece < pieces; ++piece) {
-      const Acc other = of(piece, args.head_dim);
-      largest = other > largest ? other : largest;
-    }
-    Acc sum = 0, weights = 0;
-    for (int piece = 0; piece < pieces; ++piece) {
-      const Acc factor = device::exp2(of(piece, args.head_dim) - largest);
-      sum += factor * of(piece, column);
-      weights += factor * of(piece, args.head_dim + 1);
-    }
-    device::store_global(static_cast<typename Number::Storage*>(args.out) + head * args.head_dim + column,
-                         Number::narrow(sum / weights));
-  }
-}
-
-// Thread block (x: 4 tiles, one per warp; y: key/value head).
-template <class Half, int HEAD_DIM, int STAGES>
-RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
-  using Storage = typename Half::Storage;
-  using Shared = AttentionShared<HEAD_DIM, STAGES>;
-  const device::Index block = device::block_index();
-  const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
-  const QueryTile tile = find_prefill_tile(args, block.x * kWarps + warp, block.y);
-  if (tile.rows == 0) return;
-  char* shared = device::shared_memory();
-  AttentionWarp<Half, HEAD_DIM, STAGES> attention{
-      args,
-      tile,
-      reinterpret_cast<Storage*>(shared + warp * Shared::kQueryBytes),
-      shared + kWarps * Shared::kQueryBytes + warp * Shared::kWarpBytes,
-      lane,
-      {},
-      {},
-      {}};
-  attention.attend(0, tile.limit(tile.rows - 1), 0, 1, [&] {
-    attention.load_queries(lane, 32);
-    device::warp_barrier();
-  });
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    if (row >= tile.rows) continue;
-    Storage* to = static_cast<Storage*>(args.out) +
-                  (static_cast<int64_t>(tile.token(row)) * args.num_heads + tile.head(row)) * HEAD_DIM;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        device::store_global(to + 8 * i + lane % 4 * 2 + j,
-                             Half::narrow(attention.sums[i][2 * half + j] / attention.weights[half]));
-      }
-    }
-  }
-}
 
 }  // namespace rrt::kv_cache

@@ -1,4 +1,4 @@
-// Bodies of the CUDA kernels of loop_kv_write, and of attention for what cuda_attention.h does not take: fp32 and
+// Bodies of the CUDA kernels of loop_kv_write, and of attention for what the other kernels do not take: fp32 and
 // fp64, other head dims. There a warp has one query head and goes through its slots one by one.
 #pragma once
 
@@ -60,7 +60,11 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
     limit = device::load_global(args.context_lens + sequence) -
             (device::load_global(args.query_start + sequence + 1) - query) + 1;
   }
-  const int kv_head = head / (args.num_heads / args.num_kv_heads);
+  const int kv_head = args.group.divide(head);
+  // Of a slot: its keys or values.
+  const auto at_slot = [&](const void* cache, int64_t slot) {
+    return static_cast<const Storage*>(cache) + (slot * args.num_kv_heads + kv_head) * args.head_dim;
+  };
   const Storage* from = static_cast<const Storage*>(args.q) + query * args.q_row_stride + head * args.q_head_stride;
   Acc q[kMaxLaneColumns], sums[kMaxLaneColumns];
 #pragma unroll
@@ -73,11 +77,12 @@ RRT_DEVICE void plain_attention_body(const CudaAttentionArgs& args) {
     }
     sums[i] = 0;
   }
+  const int32_t* table = block_table(args, sequence);
   Acc largest = static_cast<Acc>(-1e30), weights = 0;
   for (int slot = 0; slot < limit; ++slot) {
-    const int64_t at = find_slot(args, sequence, slot);
-    const Storage* k = at_slot<Storage>(args, args.k_cache, kv_head, at);
-    const Storage* v = at_slot<Storage>(args, args.v_cache, kv_head, at);
+    const int64_t at = slot_on<int64_t>(args, load_page(args, table, slot), slot);
+    const Storage* k = at_slot(args.k_cache, at);
+    const Storage* v = at_slot(args.v_cache, at);
     Acc score = 0;
 #pragma unroll
     for (int i = 0; i < kMaxLaneColumns; ++i) {

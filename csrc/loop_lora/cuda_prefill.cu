@@ -7,28 +7,28 @@
 namespace rrt::loop_lora {
 namespace {
 
-template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
-__global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(const __grid_constant__ PrefillArgs args) {
-  prefill_body<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(args);
+// Registers leave a multiprocessor room for 8 warps.
+template <class Half, int TOKEN_WARPS, int OUT_WARPS, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+__global__ void __launch_bounds__(32 * TOKEN_WARPS * OUT_WARPS, 8 / (TOKEN_WARPS * OUT_WARPS))
+    prefill_kernel(const __grid_constant__ PrefillArgs args) {
+  prefill_body<PrefillTile<Half, TOKEN_WARPS, OUT_WARPS, TOKEN_TILES, OUT_GROUPS, STAGES>>(args);
 }
 
-// With the largest tile of which there are enough for all multiprocessors, or else the smallest.
 template <class Half>
 cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool dependent, cudaStream_t stream) {
-  void (*kernel)(PrefillArgs) = nullptr;
-  dim3 grid;
-  int shared = 0;
+  const int chosen = choose_prefill_tile(PrefillTiles<Half>{}, args, multiprocessors);
+  int index = 0;
+  cudaError_t error = cudaSuccess;
   for_each_type(PrefillTiles<Half>{}, [&](auto candidate) {
     using Tile = decltype(candidate);
-    static_assert(2 * (Tile::kSharedBytes + 1024) <= 164 << 10, "two thread blocks, and an A100 has no more");
-    const dim3 tiles(cuda::num_tiles(args.m, Tile::kTokens), Tile::out_tiles(args));
-    if (kernel == nullptr || tiles.x * static_cast<int64_t>(tiles.y) >= multiprocessors) {
-      kernel = prefill_kernel<Half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages>;
-      grid = tiles;
-      shared = Tile::kSharedBytes;
-    }
+    static_assert(Tile::kSharedBytes <= 163 << 10, "an A100 has no more");
+    if (index++ != chosen) return;
+    const dim3 grid(cuda::num_tiles(args.m, Tile::kTokens), Tile::out_tiles(args));
+    error = cuda::launch(prefill_kernel<Half, Tile::kTokenWarps, Tile::kOutWarps, Tile::kTokenTiles, Tile::kOutGroups,
+                                        Tile::kStages>,
+                         args, grid, Tile::kThreads, Tile::kSharedBytes, dependent, stream);
   });
-  return cuda::launch(kernel, args, grid, kPrefillThreads, shared, dependent, stream);
+  return error;
 }
 
 template <class Half>

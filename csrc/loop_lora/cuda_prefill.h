@@ -1,17 +1,19 @@
 // The prefill kernel's body: Y = [X | T] [W | B_l]^T + b for rows that are all of loop l, one matrix product whose
 // columns run over W and then over B_l. The same kernel, launched before it with A_l for W, computes T = A_l X.
 //
-// Rows of x are the mma's M, weight rows its N. A thread block of 2 x 2 warps has a tile of both and goes through the
-// columns in k-steps of 32, which all threads copy to a ring in shared memory. A sum always runs over the k-steps in
-// order: a row has the same bits in any tile and beside any neighbours.
+// Rows of x are the mma's M, weight rows its N. A thread block has a tile of both and goes through the columns in
+// k-steps of 64, which all threads copy to a ring in shared memory and each warp takes from there as fragments, four
+// registers at a time (ldmatrix). A sum always runs over the columns in order, 16 at a time: a row has the same bits in
+// any tile and beside any neighbours.
 //
-// Columns may be taken in any order as long as both operands agree, and so may outputs as long as they are stored where
-// they belong. So a lane's 16 adjacent bytes of a row are its fragments of two mmas, as in the decode kernel: eight
-// lanes read 128 adjacent bytes, without a swizzle; and eight adjacent outputs of four mmas are one lane's, 16 bytes
-// again.
+// A row of a k-step is 128 bytes, all of the banks, and its 8 vectors lie in an order of their own (slot()), so that
+// the same vector of 8 rows is in 8 different places. Outputs may come in any order as long as they are stored where
+// they belong: so eight adjacent outputs of four mmas are one lane's, 16 bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "device/primitives.h"
 #include "loop_lora/launch.h"
@@ -53,23 +55,27 @@ inline PrefillArgs shrink_args(const PrefillArgs& args, const void* lora_a, void
   return shrink;
 }
 
-constexpr int kPrefillThreads = 128;
-constexpr int kPrefillStepColumns = 32;  // of a k-step
-constexpr int kRowVectors = 4;           // of 16 bytes, in a row of a k-step
-constexpr int kRowsPerCopy = kPrefillThreads / kRowVectors;
+constexpr int kPrefillStepColumns = 64;  // of a k-step
+constexpr int kRowVectors = 8;           // of 16 bytes, in a row of a k-step
+constexpr int kMmaColumns = 16;
 
 // A group of 32 outputs takes 4 mmas, of 8 each: column c of mma j is this output of the group.
 RRT_DEVICE int output_of(int j, int c) { return c / 2 * 8 + 2 * j + c % 2; }
 
-// A warp has 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
-template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+// TOKEN_WARPS x OUT_WARPS warps, each with 16 * TOKEN_TILES tokens and 32 * OUT_GROUPS outputs.
+template <class Half, int TOKEN_WARPS, int OUT_WARPS, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
 struct PrefillTile {
+  using HalfType = Half;
   using Storage = typename Half::Storage;
+  static constexpr int kTokenWarps = TOKEN_WARPS, kOutWarps = OUT_WARPS;
   static constexpr int kTokenTiles = TOKEN_TILES, kOutGroups = OUT_GROUPS, kStages = STAGES;
+  static constexpr int kThreads = 32 * TOKEN_WARPS * OUT_WARPS;
   static constexpr int kWarpTokens = 16 * TOKEN_TILES, kWarpOuts = 32 * OUT_GROUPS;
-  static constexpr int kTokens = 2 * kWarpTokens, kOuts = 2 * kWarpOuts;
+  static constexpr int kTokens = TOKEN_WARPS * kWarpTokens, kOuts = OUT_WARPS * kWarpOuts;
   static constexpr int kStageRows = kTokens + kOuts;
   static constexpr int kSharedBytes = STAGES * kStageRows * kRowVectors * 16;
+  static constexpr int kRowsPerCopy = kThreads / kRowVectors;
+  static_assert(kTokens % kRowsPerCopy == 0 && kOuts % 32 == 0 && kRowsPerCopy % 16 == 0, "whole copies");
 
   // Output tiles of a launch: each segment begins with one of its own.
   static int out_tiles(const PrefillArgs& args) {
@@ -80,61 +86,102 @@ struct PrefillTile {
     return tiles;
   }
 
+  // Rows of x and of the weight that the busiest multiprocessor goes through: what its second-level cache traffic, and
+  // so its time, is in proportion to, since all tiles do more operations per byte than the smallest, which is for
+  // launches that larger ones would leave multiprocessors idle in.
+  static int64_t cost(const PrefillArgs& args, int multiprocessors) {
+    const int64_t tiles = static_cast<int64_t>(ceil_div(args.m, kTokens)) * out_tiles(args);
+    return ceil_div(tiles, multiprocessors) * kStageRows;
+  }
+
+  // Vector `vector` of row `row`: rows of x, then of the weight as the mmas take them.
   static RRT_DEVICE device::Vector* slot(int stage, int row, int vector) {
     auto* vectors = reinterpret_cast<device::Vector*>(device::shared_memory());
-    return vectors + (stage * kStageRows + row) * kRowVectors + vector;
+    return vectors + (stage * kStageRows + row) * kRowVectors + (vector ^ row % kRowVectors);
   }
 
-  // Rows [0, tokens) of x and [0, outs) of the weight, columns [0, columns) of both; the pointers are at the tile.
-  static RRT_DEVICE void fetch(int stage, const Storage* x, int64_t x_stride, int tokens, const Storage* weight,
-                               int64_t weight_stride, int outs, int columns) {
-    const int first = device::thread_index() / kRowVectors, vector = device::thread_index() % kRowVectors;
-    const int column = vector * 8;
+  // What a thread copies of each k-step: one vector of every kRowsPerCopy-th row, of x and of the weight.
+  struct Source {
+    const Storage* x;
+    const Storage* weight;
+    int64_t x_stride, weight_stride;
+    int columns;  // from the vector's on
+  };
+  static RRT_DEVICE int copied_token() { return device::thread_index() / kRowVectors; }
+  static RRT_DEVICE int copied_out() {
+    const int row = device::thread_index() / kRowVectors;
+    return output_of(row / 8, row % 8);
+  }
+  static RRT_DEVICE int copied_column() { return device::thread_index() % kRowVectors * 8; }
+  // The output that the thread's copy number i is of, relative to its first.
+  static RRT_DEVICE constexpr int out_offset(int i) {
+    const int row = i * kRowsPerCopy;
+    return row / 32 * 32 + row % 32 / 8 * 2;
+  }
+
+  // Rows [0, tokens) of x and [0, outs) of the weight, zeros beyond; both are counted from the thread's first one.
+  static RRT_DEVICE void fetch(int stage, const Source& source, int tokens, int outs) {
+    const int row = copied_token(), vector = device::thread_index() % kRowVectors;
+    device::Vector* to = slot(stage, row, vector);
+    const bool has_column = source.columns > 0;
 #pragma unroll
-    for (int i = 0; i < kStageRows / kRowsPerCopy; ++i) {
-      const bool of_x = i < kTokens / kRowsPerCopy;
-      const int row = first + i * kRowsPerCopy - (of_x ? 0 : kTokens);
-      const Storage* from = of_x ? x : weight;
-      const bool valid = column < columns && row < (of_x ? tokens : outs);
-      device::copy_async(slot(stage, first + i * kRowsPerCopy, vector),
-                         valid ? from + row * (of_x ? x_stride : weight_stride) + column : from, valid);
+    for (int i = 0; i < kTokens / kRowsPerCopy; ++i) {
+      const bool valid = has_column && i * kRowsPerCopy < tokens;
+      device::copy_async(to + i * kRowsPerCopy * kRowVectors, source.x + i * kRowsPerCopy * source.x_stride, valid);
+    }
+#pragma unroll
+    for (int i = 0; i < kOuts / kRowsPerCopy; ++i) {
+      const bool valid = has_column && out_offset(i) < outs;
+      device::copy_async(to + (kTokens + i * kRowsPerCopy) * kRowVectors,
+                         source.weight + out_offset(i) * source.weight_stride, valid);
     }
   }
 
-  // The warp's tokens and outputs begin at these rows of the tile.
-  static RRT_DEVICE void multiply(int stage, int token, int out, float (&sums)[TOKEN_TILES][4 * OUT_GROUPS][4]) {
-    const int g = device::thread_index() % 32 / 4, t = device::thread_index() % 4;
-    device::Vector x[2 * TOKEN_TILES];
+  // A warp's operands of 16 columns.
+  struct Fragments {
+    uint32_t x[TOKEN_TILES][4], weight[2 * OUT_GROUPS][4];  // weight: of two mmas each
+
+    // Columns 16 `step` and on of a k-step; the warp's tokens and outputs begin at these rows of the tile.
+    RRT_DEVICE void load(int stage, int step, int token, int out) {
+      const int lane = device::thread_index() % 32;
+      const device::Vector* of_x = slot(stage, token + lane % 16, 2 * step + lane / 16);
+      const device::Vector* of_weight =
+          slot(stage, kTokens + out + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
 #pragma unroll
-    for (int i = 0; i < 2 * TOKEN_TILES; ++i) x[i] = device::load_shared(slot(stage, token + 8 * i + g, t));
+      for (int i = 0; i < TOKEN_TILES; ++i) device::load_matrices(x[i], of_x + i * 16 * kRowVectors);
 #pragma unroll
-    for (int j = 0; j < 4 * OUT_GROUPS; ++j) {
-      const int row = kTokens + out + j / 4 * 32 + output_of(j % 4, g);
-      const device::Vector w = device::load_shared(slot(stage, row, t));
+      for (int i = 0; i < 2 * OUT_GROUPS; ++i) device::load_matrices(weight[i], of_weight + i * 16 * kRowVectors);
+    }
+
+    RRT_DEVICE void multiply(float (&sums)[TOKEN_TILES][4 * OUT_GROUPS][4]) const {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t b[2] = {w.word[2 * step], w.word[2 * step + 1]};
+      for (int j = 0; j < 4 * OUT_GROUPS; ++j) {
+        const uint32_t b[2] = {weight[j / 2][j % 2 * 2], weight[j / 2][j % 2 * 2 + 1]};
 #pragma unroll
-        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-          const device::Vector &top = x[2 * tile], &bottom = x[2 * tile + 1];
-          const uint32_t a[4] = {top.word[2 * step], bottom.word[2 * step], top.word[2 * step + 1],
-                                 bottom.word[2 * step + 1]};
-          Half::multiply(sums[tile][j], a, b);
-        }
+        for (int tile = 0; tile < TOKEN_TILES; ++tile) Half::multiply(sums[tile][j], x[tile], b);
       }
     }
-  }
+  };
 };
 
 // From the smallest tile to the largest.
 template <class Half>
-using PrefillTiles = TypeList<PrefillTile<Half, 2, 1, 4>, PrefillTile<Half, 4, 2, 4>>;
+using PrefillTiles =
+    TypeList<PrefillTile<Half, 2, 2, 2, 1, 4>, PrefillTile<Half, 2, 2, 4, 2, 3>, PrefillTile<Half, 2, 4, 4, 2, 3>>;
+
+// The number in the list of the tile that costs least; of equals the smallest, whose blocks are the most.
+template <class... Tiles>
+int choose_prefill_tile(TypeList<Tiles...>, const PrefillArgs& args, int multiprocessors) {
+  const int64_t costs[] = {Tiles::cost(args, multiprocessors)...};
+  return static_cast<int>(std::min_element(std::begin(costs), std::end(costs)) - costs);
+}
 
 // Thread block (x: token tile, y: output tile): neighbours share a tile of the weight, the larger operand.
-template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+template <class Tile>
 RRT_DEVICE void prefill_body(const PrefillArgs& args) {
+  using Half = typename Tile::HalfType;
   using Storage = typename Half::Storage;
-  using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;
+  constexpr int kStages = Tile::kStages;
   device::launch_dependents();
   const device::Index block = device::block_index();
   const int token_begin = block.x * Tile::kTokens;
@@ -147,36 +194,54 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const int tokens = args.m - token_begin, outs = args.segment_out[segment + 1] - out_begin;
   const int rank = args.segment_size[segment];
 
-  const Storage* x = static_cast<const Storage*>(args.x) + token_begin * args.x_stride;
-  const Storage* weight = static_cast<const Storage*>(args.weight) + static_cast<int64_t>(out_begin) * args.k;
-  const Storage* t = static_cast<const Storage*>(args.shrunk) + static_cast<int64_t>(token_begin) * args.total_rank +
-                     args.segment_rank[segment];
-  const Storage* b = static_cast<const Storage*>(args.lora_b) + static_cast<int64_t>(out_begin) * args.b_stride;
+  const int token = token_begin + Tile::copied_token(), out = out_begin + Tile::copied_out();
+  const int column = Tile::copied_column();
+  typename Tile::Source source{static_cast<const Storage*>(args.x) + token * args.x_stride + column,
+                               static_cast<const Storage*>(args.weight) + static_cast<int64_t>(out) * args.k + column,
+                               args.x_stride, args.k, args.k - column};
   const int column_steps = ceil_div<kPrefillStepColumns>(args.k);
   const int k_steps = column_steps + ceil_div<kPrefillStepColumns>(rank);
-  const auto fetch = [&](int k_step) {
-    if (k_step < column_steps) {
-      const int column = k_step * kPrefillStepColumns;
-      Tile::fetch(k_step % STAGES, x + column, args.x_stride, tokens, weight + column, args.k, outs, args.k - column);
-    } else if (k_step < k_steps) {
-      if (k_step == column_steps) device::dependency_wait();
-      const int column = (k_step - column_steps) * kPrefillStepColumns;
-      Tile::fetch(k_step % STAGES, t + column, args.total_rank, tokens, b + column, args.b_stride, outs, rank - column);
+  int fetched = 0, fetch_stage = 0;
+  const auto fetch = [&] {
+    if (fetched < k_steps) {
+      if (fetched == column_steps) {
+        device::dependency_wait();
+        source = {static_cast<const Storage*>(args.shrunk) + static_cast<int64_t>(token) * args.total_rank +
+                      args.segment_rank[segment] + column,
+                  static_cast<const Storage*>(args.lora_b) + static_cast<int64_t>(out) * args.b_stride + column,
+                  args.total_rank, args.b_stride, rank - column};
+      }
+      Tile::fetch(fetch_stage, source, tokens - Tile::copied_token(), outs - Tile::copied_out());
+      source.x += kPrefillStepColumns;
+      source.weight += kPrefillStepColumns;
+      source.columns -= kPrefillStepColumns;
+      ++fetched;
+      fetch_stage = fetch_stage + 1 == kStages ? 0 : fetch_stage + 1;
     }
     device::copy_commit();
   };
 
-  float sums[TOKEN_TILES][4 * OUT_GROUPS][4] = {};
+  float sums[Tile::kTokenTiles][4 * Tile::kOutGroups][4] = {};
   const int warp = device::thread_index() / 32;
-  const int warp_token = warp / 2 * Tile::kWarpTokens, warp_out = warp % 2 * Tile::kWarpOuts;
-#pragma unroll
-  for (int k_step = 0; k_step < STAGES - 1; ++k_step) fetch(k_step);
+  const int warp_token = warp / Tile::kOutWarps * Tile::kWarpTokens;
+  const int warp_out = warp % Tile::kOutWarps * Tile::kWarpOuts;
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+  int stage = 0;
   for (int k_step = 0; k_step < k_steps; ++k_step) {
-    device::copy_wait<STAGES - 2>();
+    device::copy_wait<kStages - 2>();
     // After this, every thread's copies of the k-step are there, and the stage that the next fetch fills has been read.
     device::block_barrier();
-    fetch(k_step + STAGES - 1);
-    Tile::multiply(k_step % STAGES, warp_token, warp_out, sums);
+    typename Tile::Fragments fragments[2];  // one is loaded while the other is multiplied
+    fragments[0].load(stage, 0, warp_token, warp_out);
+    fetch();
+#pragma unroll
+    for (int step = 0; step < kPrefillStepColumns / kMmaColumns; ++step) {
+      if ((step + 1) * kMmaColumns < kPrefillStepColumns) {
+        fragments[(step + 1) % 2].load(stage, step + 1, warp_token, warp_out);
+      }
+      fragments[step % 2].multiply(sums);
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   device::copy_wait<0>();
   // A kernel that waits for this one relies on the one before this having ended too.
@@ -185,23 +250,23 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   const int g = device::thread_index() % 32 / 4, lane_out = device::thread_index() % 4 * 8;
   const bool whole_vectors = args.n % 8 == 0 && out_begin % 8 == 0;
 #pragma unroll
-  for (int group = 0; group < OUT_GROUPS; ++group) {
-    const int out = warp_out + 32 * group + lane_out;
+  for (int group = 0; group < Tile::kOutGroups; ++group) {
+    const int first = warp_out + 32 * group + lane_out;
     float bias[8] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (args.bias == nullptr || out + i >= outs) continue;
-      bias[i] = Half::widen(device::load_global(static_cast<const Storage*>(args.bias) + out_begin + out + i));
+      if (args.bias == nullptr || first + i >= outs) continue;
+      bias[i] = Half::widen(device::load_global(static_cast<const Storage*>(args.bias) + out_begin + first + i));
     }
 #pragma unroll
-    for (int i = 0; i < 2 * TOKEN_TILES; ++i) {
-      const int token = warp_token + 8 * i + g;
-      if (token >= tokens || out >= outs) continue;
-      Storage* y = static_cast<Storage*>(args.y) + static_cast<int64_t>(token_begin + token) * args.n + out_begin + out;
+    for (int i = 0; i < 2 * Tile::kTokenTiles; ++i) {
+      const int row = warp_token + 8 * i + g;
+      if (row >= tokens || first >= outs) continue;
+      Storage* y = static_cast<Storage*>(args.y) + static_cast<int64_t>(token_begin + row) * args.n + out_begin + first;
       float values[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] = sums[i / 2][4 * group + j / 2][i % 2 * 2 + j % 2] + bias[j];
-      if (whole_vectors && out + 8 <= outs) {
+      if (whole_vectors && first + 8 <= outs) {
         device::Vector vector;
 #pragma unroll
         for (int j = 0; j < 4; ++j) vector.word[j] = Half::pair(values[2 * j], values[2 * j + 1]);
@@ -209,7 +274,7 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
       } else {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          if (out + j < outs) device::store_global(y + j, Half::narrow(values[j]));
+          if (first + j < outs) device::store_global(y + j, Half::narrow(values[j]));
         }
       }
     }

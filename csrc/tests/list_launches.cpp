@@ -3,7 +3,9 @@
 #include <cstdio>
 #include <string>
 
+#include "kv_cache/cuda_decode_attention.h"
 #include "kv_cache/cuda_plain.h"
+#include "kv_cache/cuda_prefill_attention.h"
 #include "loop_lora/cuda_column_kernel.h"
 #include "loop_lora/cuda_plain.h"
 #include "loop_lora/cuda_prefill.h"
@@ -47,8 +49,9 @@ void print_loop_lora() {
     print("loop_lora::add_parts_kernel", half, kAddThreads, 0);
     for_each_type(PrefillTiles<device::BFloat16>{}, [&](auto tile) {
       using Tile = decltype(tile);
-      print("loop_lora::prefill_kernel", join(half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages),
-            kPrefillThreads, Tile::kSharedBytes);
+      print("loop_lora::prefill_kernel",
+            join(half, Tile::kTokenWarps, Tile::kOutWarps, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages),
+            Tile::kThreads, Tile::kSharedBytes);
     });
   }
   for (const char* number : kNumbers) {
@@ -62,13 +65,17 @@ void print_kv_cache() {
   using namespace rrt;
   using namespace rrt::kv_cache;
   for (const char* half : kHalves) {
-    for_each_type(AttentionInstances{}, [&](auto instance) {
+    for_each_type(DecodeInstances{}, [&](auto instance) {
       using Shared = decltype(instance);
-      const std::string arguments = join(half, Shared::kHeadDim, Shared::kStages);
-      print("kv_cache::decode_kernel", arguments, kThreads, Shared::template bytes<false>());
-      print("kv_cache::prefill_kernel", arguments, kThreads, Shared::template bytes<true>());
+      print("kv_cache::decode_kernel", join(half, Shared::kHeadDim, Shared::kStages), kThreads, Shared::kBytes);
+      print("kv_cache::combine_kernel", join(half, Shared::kHeadDim), kThreads, kCombineBytes<Shared::kHeadDim>);
     });
-    print("kv_cache::combine_kernel", half, kThreads, 0);
+    for_each_type(PrefillInstances{}, [&](auto instance) {
+      using Shared = decltype(instance);
+      print("kv_cache::prefill_kernel",
+            join(half, Shared::kHeadDim, Shared::kPrefillWarps, Shared::kRowTiles, Shared::kSlots, Shared::kStages),
+            Shared::kPrefillThreads, Shared::kBytes);
+    });
   }
   for (const char* number : kNumbers) {
     print("kv_cache::write_kernel", number, kThreads, 0);

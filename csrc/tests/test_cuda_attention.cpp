@@ -5,10 +5,13 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "kv_cache/cuda_decode_attention.h"
 #include "kv_cache/cuda_plain.h"
+#include "kv_cache/cuda_prefill_attention.h"
 
 using namespace rrt;
 using namespace rrt::kv_cache;
@@ -39,6 +42,7 @@ struct Problem {
   using Acc = typename Number::Acc;
   Shape shape;
   bool decode;
+  bool scalar_queries = false;  // loaded element by element, as if they were not aligned
   int num_queries = 0, num_pages = 1, max_pages = 1, pieces = 1;  // page 0 belongs to nobody
   std::vector<int32_t> query_start{0}, tables, positions;
   std::vector<Storage> q, k_cache, v_cache, out;
@@ -55,7 +59,7 @@ struct Problem {
     for (int context : s.contexts) {
       for (int page = 0; page < max_pages; ++page) tables.push_back(page * s.page_size < context ? num_pages++ : -7);
     }
-    pieces = ceil_div(max_pages * s.page_size, kCudaSplitSlots);
+    pieces = static_cast<int>(most_pieces(max_pages * s.page_size));
     // Slots that no context reaches hold NaN.
     k_cache.assign(int64_t{num_pages} * s.page_size * s.num_kv_heads * s.head_dim, Number::narrow(NAN));
     v_cache = k_cache;
@@ -108,10 +112,12 @@ struct Problem {
     a.num_heads = shape.num_heads;
     a.num_kv_heads = shape.num_kv_heads;
     a.head_dim = shape.head_dim;
+    a.group = make_divisor(shape.num_heads / shape.num_kv_heads);
+    a.page_size = make_divisor(shape.page_size);
     a.num_pages = num_pages;
-    a.page_size = shape.page_size;
     a.max_pages = max_pages;
     a.pieces = pieces;
+    a.vector_queries = !scalar_queries && has_vector_queries(a);
     return a;
   }
 
@@ -190,11 +196,12 @@ struct Problem {
   }
 };
 
-template <class Half>
+template <int HEAD_DIM, class Half>
 emulation::Report combine(Problem<Half>& problem, uint64_t seed, emulation::Sabotage sabotage) {
   const CudaAttentionArgs args = problem.args();
-  return emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, 0, seed, problem.regions(true), sabotage},
-                        [&] { combine_body<Half>(args); });
+  return emulation::run({{args.num_queries, args.num_heads, 1}, kThreads, kCombineBytes<HEAD_DIM>, seed,
+                         problem.regions(true), sabotage},
+                        [&] { combine_body<Half, HEAD_DIM>(args); });
 }
 
 template <class Number>
@@ -205,71 +212,96 @@ emulation::Report attend_plainly(Problem<Number>& problem, emulation::Sabotage s
       [&] { plain_attention_body<Number>(args); });
 }
 
-template <class Half, int HEAD_DIM, int STAGES>
+template <class Half, class Decode>
 emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
                          emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
   const CudaAttentionArgs args = problem.args();
-  using Shared = AttentionShared<HEAD_DIM, STAGES>;
-  const int group = args.num_heads / args.num_kv_heads;
-  if (!problem.decode) {
-    const int tiles = args.num_queries * group / kMmaRows + args.num_sequences;
-    return emulation::run({{ceil_div(tiles, kWarps), args.num_kv_heads, 1}, kThreads,
-                           Shared::template bytes<true>(), seed, problem.regions(), sabotage},
-                          [&] { prefill_attention_body<Half, HEAD_DIM, STAGES>(args); });
-  }
-  const int heads = args.num_kv_heads * ceil_div(group, kMmaRows);
-  const emulation::Report report =
-      emulation::run({{args.num_queries, heads, args.pieces}, kThreads, Shared::template bytes<false>(), seed,
-                      problem.regions(), sabotage},
-                     [&] { decode_attention_body<Half, HEAD_DIM, STAGES>(args); });
+  const int heads = args.num_kv_heads * ceil_div(args.group.value, kMmaRows);
+  const emulation::Report report = emulation::run(
+      {{args.num_queries, heads, args.pieces}, kThreads, Decode::kBytes, seed, problem.regions(), sabotage},
+      [&] { decode_attention_body<Half, Decode::kHeadDim, Decode::kStages>(args); });
   if (!report.violation.empty() || args.pieces == 1) return report;
-  emulation::Report merged = combine(problem, seed, sabotage);
+  emulation::Report merged = combine<Decode::kHeadDim>(problem, seed, sabotage);
   merged.regions = report.regions;
   return merged;
 }
 
-template <class Half, int HEAD_DIM, int STAGES>
-void test_instance(const std::string& label, double tolerance) {
+template <class Half, class Prefill>
+emulation::Report prefill(Problem<Half>& problem, uint64_t seed = 1,
+                          emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
+  CudaAttentionArgs args = problem.args();
+  args.tiles = Prefill::tiles(args);
+  return emulation::run(
+      {{args.tiles, args.num_kv_heads, 1}, Prefill::kPrefillThreads, Prefill::kBytes, seed, problem.regions(),
+       sabotage},
+      [&] {
+        prefill_attention_body<Half, Prefill::kHeadDim, Prefill::kPrefillWarps, Prefill::kRowTiles, Prefill::kSlots,
+                               Prefill::kStages>(args);
+      });
+}
+
+template <class Half, class Decode>
+void test_decode(const std::string& label, double tolerance) {
   const char* name = label.c_str();
-  const std::vector<Shape> decodes = {
-      {{1}, {1}, 8, 1, HEAD_DIM, 16, 0},
-      {{1, 1, 1}, {33, 0, 17}, 8, 2, HEAD_DIM, 16, HEAD_DIM},
-      {{1, 1}, {300, 64}, 4, 4, HEAD_DIM, 32, HEAD_DIM / 4 / 2 * 2},
-      {{1}, {70}, 20, 1, HEAD_DIM, 7, 0},
+  constexpr int kHeadDim = Decode::kHeadDim;
+  const std::vector<Shape> shapes = {
+      {{1}, {1}, 8, 1, kHeadDim, 16, 0},
+      {{1, 1, 1}, {33, 0, 17}, 8, 2, kHeadDim, 16, kHeadDim},
+      {{1, 1}, {300, 64}, 4, 4, kHeadDim, 32, kHeadDim / 4 / 2 * 2},
+      {{1}, {70}, 20, 1, kHeadDim, 7, 0},             // two tiles of query heads, pages of any size
+      {{1, 1}, {255, 257}, 9, 3, kHeadDim, 48, 16},   // contexts that end before and after a piece does
+      {{1, 1}, {2048, 2081}, 2, 2, kHeadDim, 64, 0},  // the longest of short pieces, and one of long ones
   };
-  for (const Shape& shape : decodes) {
-    Problem<Half> problem(shape, true, 5);
-    const emulation::Report report = attend<Half, HEAD_DIM, STAGES>(problem);
-    EXPECT(report.violation.empty(), "%s decode: %s", name, report.violation.c_str());
-    if (!report.violation.empty()) continue;
-    EXPECT(problem.error() < tolerance, "%s decode, context %d: relative error %g", name, shape.contexts[0], problem.error());
-    // Each key and value once per 16 query heads: the floor's accounting.
-    int64_t slots = 0;
-    for (int context : shape.contexts) slots += context;
-    const int group = shape.num_heads / shape.num_kv_heads;
-    const int64_t bytes = slots * shape.num_kv_heads * HEAD_DIM * 2 * ceil_div(group, 16);
-    EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s", name);
+  for (const bool scalar_queries : {false, true}) {
+    for (const Shape& shape : shapes) {
+      if (scalar_queries && shape.rotary_dim == 0) continue;
+      Problem<Half> problem(shape, true, 5);
+      problem.scalar_queries = scalar_queries;
+      const emulation::Report report = attend<Half, Decode>(problem);
+      EXPECT(report.violation.empty(), "%s decode: %s", name, report.violation.c_str());
+      if (!report.violation.empty()) continue;
+      EXPECT(problem.error() < tolerance, "%s decode, context %d: relative error %g", name, shape.contexts[0],
+             problem.error());
+      // Each key and value once per 16 query heads: the floor's accounting.
+      int64_t slots = 0;
+      for (int context : shape.contexts) slots += context;
+      const int group = shape.num_heads / shape.num_kv_heads;
+      const int64_t bytes = slots * shape.num_kv_heads * kHeadDim * 2 * ceil_div(group, 16);
+      EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s", name);
+    }
   }
-  const std::vector<Shape> prefills = {
-      {{5}, {5}, 8, 1, HEAD_DIM, 16, 0},
-      {{3, 0, 20}, {40, 9, 20}, 4, 2, HEAD_DIM, 16, HEAD_DIM},
-      {{17, 1}, {17, 30}, 2, 2, HEAD_DIM, 64, HEAD_DIM / 4 / 2 * 2},
+}
+
+// The bytes of keys, and so of values, that a prefill reads if each tile of `tile_rows` query rows of a key/value head
+// reads once what the last of them sees.
+int64_t prefill_bytes(const Shape& shape, int tile_rows) {
+  const int group = shape.num_heads / shape.num_kv_heads;
+  int64_t slots = 0;
+  for (size_t s = 0; s < shape.chunks.size(); ++s) {
+    for (int end = tile_rows, rows = shape.chunks[s] * group; end < rows + tile_rows; end += tile_rows) {
+      slots += shape.contexts[s] - shape.chunks[s] + 1 + (std::min(end, rows) - 1) / group;
+    }
+  }
+  return slots * shape.num_kv_heads * shape.head_dim * 2;
+}
+
+template <class Half, class Prefill>
+void test_prefill(const std::string& label, double tolerance) {
+  const char* name = label.c_str();
+  constexpr int kHeadDim = Prefill::kHeadDim;
+  const std::vector<Shape> shapes = {
+      {{5}, {5}, 8, 1, kHeadDim, 16, 0},
+      {{3, 0, 20}, {40, 9, 20}, 4, 2, kHeadDim, 16, kHeadDim},
+      {{17, 1}, {17, 30}, 2, 2, kHeadDim, 64, kHeadDim / 4 / 2 * 2},
+      {{50}, {131}, 9, 3, kHeadDim, 7, 16},  // tiles that end within a token's heads, an odd number of pages and turns
   };
-  for (const Shape& shape : prefills) {
+  for (const Shape& shape : shapes) {
     Problem<Half> problem(shape, false, 6);
-    const emulation::Report report = attend<Half, HEAD_DIM, STAGES>(problem);
+    const emulation::Report report = prefill<Half, Prefill>(problem);
     EXPECT(report.violation.empty(), "%s prefill: %s", name, report.violation.c_str());
     if (!report.violation.empty()) continue;
     EXPECT(problem.error() < tolerance, "%s prefill: relative error %g", name, problem.error());
-    // Each tile of 16 query rows of a key/value head reads what the last of them sees, once.
-    const int group = shape.num_heads / shape.num_kv_heads;
-    int64_t slots = 0;
-    for (size_t s = 0; s < shape.chunks.size(); ++s) {
-      for (int end = 16, rows = shape.chunks[s] * group; end < rows + 16; end += 16) {
-        slots += shape.contexts[s] - shape.chunks[s] + 1 + (std::min(end, rows) - 1) / group;
-      }
-    }
-    const int64_t bytes = slots * shape.num_kv_heads * HEAD_DIM * 2;
+    const int64_t bytes = prefill_bytes(shape, Prefill::kRows);
     EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s prefill", name);
     EXPECT(report.bytes_written("out") == static_cast<int64_t>(problem.out.size()) * 2, "%s prefill", name);
   }
@@ -340,27 +372,91 @@ void test_write(const char* name) {
   }
 }
 
+using device::BFloat16;
+using SmallDecode = DecodeShared<64, 4>;
+using SmallPrefill = PrefillShared<64, 4, 2, 64, 4>;
+
 // A row's bits are its own: alone, and beside others with longer contexts (hence other tables).
-void test_row_independence() {
-  const Shape shape{{1, 1, 1}, {530, 31, 300}, 8, 2, 64, 16, 64};
-  Problem<device::BFloat16> whole(shape, true, 4);
-  attend<device::BFloat16, 64, 4>(whole);
+void test_decode_rows_are_independent() {
+  const Shape shape{{1, 1, 1}, {2100, 31, 300}, 8, 2, 64, 16, 64};
+  Problem<BFloat16> whole(shape, true, 4);
+  attend<BFloat16, SmallDecode>(whole);
   const int width = shape.num_heads * shape.head_dim;
   for (int row = 0; row < 3; ++row) {
-    Problem<device::BFloat16> alone = whole;
+    Problem<BFloat16> alone = whole;
     alone.shape.chunks = {1};
     alone.shape.contexts = {shape.contexts[row]};
     alone.num_queries = 1;
     alone.max_pages = ceil_div(shape.contexts[row], 16);
-    alone.pieces = ceil_div(alone.max_pages * 16, kCudaSplitSlots);
+    alone.pieces = static_cast<int>(most_pieces(alone.max_pages * 16));
     const auto first = whole.tables.begin() + row * whole.max_pages;
     alone.tables.assign(first, first + alone.max_pages);
     alone.positions = {whole.positions[row]};
     alone.q.assign(whole.q.begin() + row * width, whole.q.begin() + (row + 1) * width);
     alone.out.resize(width);
-    attend<device::BFloat16, 64, 4>(alone, 77);
+    attend<BFloat16, SmallDecode>(alone, 77);
     EXPECT(std::memcmp(alone.out.data(), whole.out.data() + row * width, width * 2) == 0, "row %d", row);
   }
+}
+
+// A prompt's rows have the same bits however it is cut into chunks, whose tiles begin at other rows.
+void test_prefill_rows_are_independent() {
+  const Shape shape{{90}, {200}, 6, 2, 64, 16, 64};
+  Problem<BFloat16> whole(shape, false, 4);
+  prefill<BFloat16, SmallPrefill>(whole);
+  const int width = shape.num_heads * shape.head_dim;
+  for (const auto& [begin, end] : {std::pair{0, 1}, {1, 60}, {60, 90}}) {
+    Problem<BFloat16> chunk = whole;
+    chunk.shape.chunks = {end - begin};
+    chunk.shape.contexts = {200 - 90 + end};
+    chunk.num_queries = end - begin;
+    chunk.query_start = {0, end - begin};
+    chunk.positions.assign(whole.positions.begin() + begin, whole.positions.begin() + end);
+    chunk.q.assign(whole.q.begin() + begin * width, whole.q.begin() + end * width);
+    chunk.out.resize((end - begin) * width);
+    prefill<BFloat16, SmallPrefill>(chunk, 77);
+    EXPECT(std::memcmp(chunk.out.data(), whole.out.data() + begin * width, (end - begin) * width * 2) == 0,
+           "chunk [%d, %d)", begin, end);
+  }
+}
+
+// For every context that fits, there are as many pieces as it has.
+void test_pieces_cover_every_context() {
+  for (int room = 0; room < 6000; ++room) {
+    int64_t most = 1;
+    for (int context : {room, std::min(room, kMaxShortContext)}) {
+      most = std::max<int64_t>(most, ceil_div(context, piece_slots(context)));
+    }
+    EXPECT(most_pieces(room) == most, "room %d", room);
+  }
+}
+
+// All quotients are those of an integer division, up to the largest number.
+void test_divisors() {
+  std::mt19937_64 random(1);
+  for (int64_t value : {1, 2, 3, 5, 7, 16, 20, 48, 64, 640, 1000, 65536, 999999937, INT32_MAX}) {
+    const Divisor divisor = make_divisor(value);
+    std::vector<int64_t> numbers = {0, 1, value - 1, value, 2 * value - 1, 2 * value, INT32_MAX / value * value - 1,
+                                    INT32_MAX / value * value, INT32_MAX};
+    for (int i = 0; i < 1000; ++i) numbers.push_back(static_cast<int64_t>(random() >> 33));
+    for (int64_t number : numbers) {
+      if (number < 0 || number > INT32_MAX) continue;
+      const int n = static_cast<int>(number);
+      EXPECT(divisor.divide(n) == number / value && divisor.remainder(n) == number % value, "%d / %d", n,
+             divisor.value);
+    }
+  }
+}
+
+// ldmatrix reads eight rows' vectors at once, the merge of decode stores pairs of four rows and four columns.
+template <int HEAD_DIM>
+void test_rows_lie_in_different_banks() {
+  std::set<int> vectors, pairs;
+  for (int row = 0; row < 8; ++row) vectors.insert(row * kRowStride<HEAD_DIM> * 2 / 16 % 8);
+  for (int lane = 0; lane < 16; ++lane) {
+    pairs.insert((lane / 4 * DecodeShared<HEAD_DIM, 3>::kMergeStride + lane % 4 * 2) / 2 % 16);
+  }
+  EXPECT(kRowStride<HEAD_DIM> % 8 == 0 && vectors.size() == 8 && pairs.size() == 16, "head dim %d", HEAD_DIM);
 }
 
 void test_faults_are_noticed() {
@@ -370,29 +466,32 @@ void test_faults_are_noticed() {
     Sabotage sabotage;
     const char* report;  // empty: only the numbers tell
   } faults[] = {{true, Sabotage::kSkipBarrier, "race"},
-                {true, Sabotage::kSkipWarpBarrier, "race"},
+                {true, Sabotage::kSkipWarpBarrier, "shared byte"},  // a race, or a copy of another thread
                 {true, Sabotage::kSkipCopyWait, "before the copy"},
                 {true, Sabotage::kSkipDependencyWait, "before dependency_wait"},
                 {true, Sabotage::kWrongLaneMap, ""},
                 {true, Sabotage::kWrongRows, ""},
+                {false, Sabotage::kSkipBarrier, "shared byte"},
                 {false, Sabotage::kSkipWarpBarrier, "race"},
                 {false, Sabotage::kSkipCopyWait, "before the copy"},
                 {false, Sabotage::kWrongLaneMap, ""},
                 {false, Sabotage::kWrongRows, ""}};
   for (const auto& fault : faults) {
-    const Shape decode{{1}, {520}, 8, 1, 64, 16, 0}, prefill{{5}, {130}, 8, 1, 64, 16, 0};
-    Problem<device::BFloat16> problem(fault.decode ? decode : prefill, fault.decode, 3);
-    const std::string violation = attend<device::BFloat16, 64, 3>(problem, 1, fault.sabotage).violation;
+    const Shape decode{{1}, {520}, 8, 1, 64, 16, 0}, chunk{{5}, {330}, 8, 1, 64, 16, 0};
+    Problem<BFloat16> problem(fault.decode ? decode : chunk, fault.decode, 3);
+    const std::string violation = (fault.decode ? attend<BFloat16, SmallDecode> : prefill<BFloat16, SmallPrefill>)(
+                                      problem, 1, fault.sabotage).violation;
     if (*fault.report) {
       EXPECT(violation.find(fault.report) != std::string::npos, "expected '%s', found '%s'", fault.report, violation.c_str());
     } else {
       EXPECT(violation.empty() && problem.error() > 0.1, "found '%s'", violation.c_str());
     }
   }
-  // Combine and the plain kernel have nothing but their dependence to get wrong.
-  Problem<device::BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
-  attend<device::BFloat16, 64, 3>(problem);
-  for (const std::string& violation : {combine(problem, 1, Sabotage::kSkipDependencyWait).violation,
+  Problem<BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
+  attend<BFloat16, SmallDecode>(problem);
+  const std::string race = combine<64>(problem, 1, Sabotage::kSkipBarrier).violation;
+  EXPECT(race.find("race") != std::string::npos, "found '%s'", race.c_str());
+  for (const std::string& violation : {combine<64>(problem, 1, Sabotage::kSkipDependencyWait).violation,
                                        attend_plainly(problem, Sabotage::kSkipDependencyWait).violation}) {
     EXPECT(violation.find("before dependency_wait") != std::string::npos, "found '%s'", violation.c_str());
   }
@@ -401,46 +500,68 @@ void test_faults_are_noticed() {
 // Of one piece, of several, and of none.
 void test_a_context_longer_than_its_table_makes_nan() {
   for (int max_pages : {3, 20, 0}) {
-    Problem<device::BFloat16> problem({{1, 1}, {16 * max_pages, 0}, 8, 1, 64, 16, 0}, true, 3);
+    Problem<BFloat16> problem({{1, 1}, {16 * max_pages, 0}, 8, 1, 64, 16, 0}, true, 3);
     problem.max_pages = max_pages;
     problem.shape.contexts[0] = 5000;
-    const emulation::Report report = attend<device::BFloat16, 64, 3>(problem);
+    const emulation::Report report = attend<BFloat16, SmallDecode>(problem);
     EXPECT(report.violation.empty(), "%s", report.violation.c_str());
     for (int i = 0; i < 2 * 8 * 64; ++i) {
-      const float value = device::BFloat16::widen(problem.out[i]);
+      const float value = BFloat16::widen(problem.out[i]);
       EXPECT(i < 8 * 64 ? std::isnan(value) : value == 0, "%d pages, element %d", max_pages, i);
     }
   }
 }
 
 void test_a_page_that_is_not_there_makes_nan() {
-  Problem<device::BFloat16> problem({{1, 1}, {40, 40}, 8, 1, 64, 16, 0}, true, 3);
+  Problem<BFloat16> problem({{1, 1}, {40, 40}, 8, 1, 64, 16, 0}, true, 3);
   problem.tables[1] = problem.num_pages;
-  const emulation::Report report = attend<device::BFloat16, 64, 3>(problem);
+  const emulation::Report report = attend<BFloat16, SmallDecode>(problem);
   EXPECT(report.violation.empty(), "%s", report.violation.c_str());
   for (int i = 0; i < 2 * 8 * 64; ++i) {
-    EXPECT(std::isnan(device::BFloat16::widen(problem.out[i])) == (i < 8 * 64), "element %d", i);
+    EXPECT(std::isnan(BFloat16::widen(problem.out[i])) == (i < 8 * 64), "element %d", i);
+  }
+}
+
+// Only the rows that see one of its slots: here those of the last two tokens.
+void test_a_page_that_is_not_there_makes_later_rows_nan() {
+  Problem<BFloat16> problem({{10}, {58}, 8, 1, 64, 8, 0}, false, 3);
+  problem.tables[7] = -1;
+  const emulation::Report report = prefill<BFloat16, SmallPrefill>(problem);
+  EXPECT(report.violation.empty(), "%s", report.violation.c_str());
+  for (int i = 0; i < 10 * 8 * 64; ++i) {
+    EXPECT(std::isnan(BFloat16::widen(problem.out[i])) == (i >= 8 * 8 * 64), "element %d", i);
   }
 }
 
 }  // namespace
 
 int main() {
-  for_each_type(AttentionInstances{}, [](auto instance) {
-    using Shared = decltype(instance);
-    const std::string head_dim = std::to_string(Shared::kHeadDim);
-    test_instance<device::BFloat16, Shared::kHeadDim, Shared::kStages>("bf16 " + head_dim, 6e-3);
-    test_instance<device::Float16, Shared::kHeadDim, Shared::kStages>("fp16 " + head_dim, 1e-3);
+  for_each_type(DecodeInstances{}, [](auto decode) {
+    using Decode = decltype(decode);
+    const std::string head_dim = std::to_string(Decode::kHeadDim);
+    test_decode<BFloat16, Decode>("bf16 " + head_dim, 6e-3);
+    test_decode<device::Float16, Decode>("fp16 " + head_dim, 1e-3);
+    test_rows_lie_in_different_banks<Decode::kHeadDim>();
   });
+  for_each_type(PrefillInstances{}, [](auto prefill) {
+    using Prefill = decltype(prefill);
+    const std::string head_dim = std::to_string(Prefill::kHeadDim);
+    test_prefill<BFloat16, Prefill>("bf16 " + head_dim, 6e-3);
+    test_prefill<device::Float16, Prefill>("fp16 " + head_dim, 1e-3);
+  });
+  test_divisors();
+  test_pieces_cover_every_context();
   test_plain<device::Float32>("fp32 plain", 1e-5);
   test_plain<device::Float64>("fp64 plain", 1e-12);
-  test_plain<device::BFloat16>("bf16 plain", 6e-3);
+  test_plain<BFloat16>("bf16 plain", 6e-3);
   test_plain<device::Float16>("fp16 plain", 1e-3);
   test_write<device::Float32>("fp32 write");
-  test_write<device::BFloat16>("bf16 write");
-  test_row_independence();
+  test_write<BFloat16>("bf16 write");
+  test_decode_rows_are_independent();
+  test_prefill_rows_are_independent();
   test_faults_are_noticed();
   test_a_page_that_is_not_there_makes_nan();
+  test_a_page_that_is_not_there_makes_later_rows_nan();
   test_a_context_longer_than_its_table_makes_nan();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "loop_lora/cuda_prefill.h"
@@ -151,13 +152,12 @@ struct Outcome {
   std::string violation() const { return shrink.violation.empty() ? product.violation : shrink.violation; }
 };
 
-template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+template <class Tile, class Half>
 Outcome launch(Problem<Half>& problem, uint64_t seed = 1, emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
-  using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;
   const auto run = [&](const PrefillArgs& args, bool shrink) {
     const device::Index grid{ceil_div(args.m, Tile::kTokens), Tile::out_tiles(args), 1};
-    return emulation::run({grid, kPrefillThreads, Tile::kSharedBytes, seed, problem.regions(shrink), sabotage},
-                          [&] { prefill_body<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(args); });
+    return emulation::run({grid, Tile::kThreads, Tile::kSharedBytes, seed, problem.regions(shrink), sabotage},
+                          [&] { prefill_body<Tile>(args); });
   };
   const PrefillArgs args = problem.args();
   Outcome outcome;
@@ -178,12 +178,11 @@ const std::vector<Shape> kShapes = {
     {9, 264, {200}, {0}, false},
 };
 
-template <class Half, int TOKEN_TILES, int OUT_GROUPS, int STAGES>
+template <class Half, class Tile>
 void test_instance(const std::string& name, double tolerance) {
-  using Tile = PrefillTile<Half, TOKEN_TILES, OUT_GROUPS, STAGES>;
   for (const Shape& shape : kShapes) {
     Problem<Half> problem(shape, 7);
-    const Outcome outcome = launch<Half, TOKEN_TILES, OUT_GROUPS, STAGES>(problem);
+    const Outcome outcome = launch<Tile>(problem);
     expect(outcome.violation().empty(), name + shape.text() + ": " + outcome.violation());
     if (!outcome.violation().empty()) continue;
     const double error = problem.relative_error();
@@ -209,36 +208,66 @@ void test_instance(const std::string& name, double tolerance) {
   }
 }
 
-// A row has the same bits alone as in any tile, at any place.
-void test_tiles_and_neighbours_change_no_bit() {
+// From the smallest to the largest.
+template <class... Tiles>
+void compare_tiles(TypeList<Tiles...>) {
+  using Small = std::tuple_element_t<0, std::tuple<Tiles...>>;
   const Shape shape{71, 136, {72, 64}, {40, 16}, true};
-  Problem<device::BFloat16> small(shape, 11), large(shape, 11);
-  launch<device::BFloat16, 2, 1, 4>(small);
-  launch<device::BFloat16, 4, 2, 4>(large, 5);
-  CHECK(std::memcmp(small.y.data(), large.y.data(), small.y.size() * 2) == 0);
+  Problem<device::BFloat16> small(shape, 11);
+  launch<Small>(small);
+  for_each_type(TypeList<Tiles...>{}, [&](auto tile) {
+    Problem<device::BFloat16> other(shape, 11);
+    launch<decltype(tile)>(other, 5);
+    CHECK(std::memcmp(small.y.data(), other.y.data(), small.y.size() * 2) == 0);
+  });
   for (int row : {0, 13, 70}) {
     Problem<device::BFloat16> alone = small;
     alone.shape.m = 1;
     alone.x.assign(small.x.begin() + row * small.x_stride, small.x.begin() + (row + 1) * small.x_stride);
-    launch<device::BFloat16, 2, 1, 4>(alone);
+    launch<Small>(alone);
     CHECK(std::memcmp(alone.y.data(), small.y.data() + row * shape.n(), shape.n() * 2) == 0);
   }
 }
 
-// Shared memory serves eight lanes' vectors at once if they lie in different banks.
-void test_lanes_that_load_together_use_all_banks() {
-  for (int j = 0; j < 4; ++j) {
-    for (int first = 0; first < 32; first += 8) {
-      std::set<int> of_x, of_weight;
-      for (int lane = first; lane < first + 8; ++lane) {
-        of_x.insert((lane / 4 * kRowVectors + lane % 4) % 8);
-        of_weight.insert((output_of(j, lane / 4) * kRowVectors + lane % 4) % 8);
+// A row has the same bits alone as in any tile, at any place.
+void test_tiles_and_neighbours_change_no_bit() { compare_tiles(PrefillTiles<device::BFloat16>{}); }
+
+// ldmatrix reads the vectors of eight rows at once.
+void test_eight_rows_of_a_column_lie_in_different_banks() {
+  using Tile = PrefillTile<device::BFloat16, 2, 2, 2, 1, 4>;
+  emulation::run({{1, 1, 1}, 1, Tile::kSharedBytes, 1, {}}, [] {
+    const auto* begin = reinterpret_cast<const device::Vector*>(device::shared_memory());
+    for (int vector = 0; vector < kRowVectors; ++vector) {
+      for (int first = 0; first < Tile::kStageRows; first += 8) {
+        std::set<int64_t> places;
+        for (int row = first; row < first + 8; ++row) places.insert((Tile::slot(1, row, vector) - begin) % 8);
+        CHECK_EQ(places.size(), 8u);
       }
-      CHECK_EQ(of_x.size(), 8u);
-      CHECK_EQ(of_weight.size(), 8u);
     }
+  });
+}
+
+// On 132 multiprocessors.
+template <class... Tiles>
+void choose_tiles(TypeList<Tiles...> tiles) {
+  const struct {
+    int m, n, tokens, outs;
+  } cases[] = {{10, 2048, 64, 64},     {128, 2048, 64, 64},     {1024, 2048, 128, 128}, {4096, 2048, 128, 256},
+               {128, 32768, 128, 256}, {2048, 16384, 128, 256}, {4096, 64, 64, 64}};
+  const int tokens[] = {Tiles::kTokens...}, outs[] = {Tiles::kOuts...};
+  for (const auto& expected : cases) {
+    PrefillArgs args{};
+    args.m = expected.m;
+    args.n = args.segment_out[1] = expected.n;
+    args.num_segments = 1;
+    const int chosen = choose_prefill_tile(tiles, args, 132);
+    expect(tokens[chosen] == expected.tokens && outs[chosen] == expected.outs,
+           "m=" + std::to_string(expected.m) + " n=" + std::to_string(expected.n) + ": found " +
+               std::to_string(tokens[chosen]) + " x " + std::to_string(outs[chosen]));
   }
 }
+
+void test_choice_of_tile() { choose_tiles(PrefillTiles<device::BFloat16>{}); }
 
 void test_outputs_of_a_group_are_a_permutation() {
   std::set<int> outputs;
@@ -258,10 +287,11 @@ void test_faults_are_noticed() {
   } faults[] = {{Sabotage::kSkipBarrier, "race"},
                 {Sabotage::kSkipCopyWait, "before the copy"},
                 {Sabotage::kSkipDependencyWait, "before dependency_wait"},
-                {Sabotage::kWrongLaneMap, ""}};
+                {Sabotage::kWrongLaneMap, ""},
+                {Sabotage::kWrongRows, ""}};
   for (const auto& fault : faults) {
     Problem<device::BFloat16> problem(shape, 3);
-    const std::string violation = launch<device::BFloat16, 2, 1, 4>(problem, 1, fault.sabotage).violation();
+    const std::string violation = launch<PrefillTile<device::BFloat16, 2, 2, 2, 1, 4>>(problem, 1, fault.sabotage).violation();
     if (*fault.report) {
       expect(violation.find(fault.report) != std::string::npos,
              std::string("expected '") + fault.report + "', found '" + violation + "'");
@@ -275,8 +305,8 @@ template <class Half>
 void test_all_instances(const std::string& half, double tolerance) {
   for_each_type(PrefillTiles<Half>{}, [&](auto tile) {
     using Tile = decltype(tile);
-    const std::string name = half + " " + std::to_string(Tile::kTokenTiles) + " x " + std::to_string(Tile::kOutGroups);
-    test_instance<Half, Tile::kTokenTiles, Tile::kOutGroups, Tile::kStages>(name, tolerance);
+    const std::string name = half + " " + std::to_string(Tile::kTokens) + " x " + std::to_string(Tile::kOuts);
+    test_instance<Half, Tile>(name, tolerance);
   });
 }
 
@@ -289,6 +319,6 @@ void test_instances() {
 
 int main() {
   return tests::run(test_instances, test_tiles_and_neighbours_change_no_bit,
-                    test_lanes_that_load_together_use_all_banks, test_outputs_of_a_group_are_a_permutation,
-                    test_faults_are_noticed);
+                    test_eight_rows_of_a_column_lie_in_different_banks, test_outputs_of_a_group_are_a_permutation,
+                    test_choice_of_tile, test_faults_are_noticed);
 }

@@ -1,6 +1,7 @@
 """Provenance of a checkpoint: its parent and hash, the command and the code version that made it."""
 
 import hashlib
+import os
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,12 @@ def fingerprint(directory: Path) -> str:
 
 
 def code_version() -> str:
-    """Return the package's version, with the git commit if it runs from a checkout."""
+    """Return the package's version, with the git commit if it runs from a checkout.
+
+    RRT_COMMIT takes the commit's place, for files that were copied from a checkout without their history.
+    """
+    if commit := os.environ.get("RRT_COMMIT", "").strip():
+        return f"{__version__}+{commit}"
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:

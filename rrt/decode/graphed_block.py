@@ -55,12 +55,14 @@ class GraphedBlock:
     Args:
         decoder: on a GPU, or on the CPU for tests.
         max_rows: of a pass that is recorded; larger ones, and those with prefill chunks, go through the decoder.
+        max_recordings: that are kept; then the one that was not used for longest goes.
     """
 
-    def __init__(self, decoder: Decoder, max_rows: int = 256) -> None:
-        self._decoder, self._max_rows = decoder, max_rows
+    def __init__(self, decoder: Decoder, max_rows: int = 256, max_recordings: int = 128) -> None:
+        self._decoder, self._max_rows, self._max_recordings = decoder, max_rows, max_recordings
         self._mixes_loops = decoder.model.recursion.sharing == "cycle"
         self._recordings: dict[Bucket, _Recording] = {}
+        """In the order in which they were last used."""
         self._pool: Any = None
 
     @property
@@ -80,9 +82,12 @@ class GraphedBlock:
             max(_LEAST_PAGES, _round_up(rows.block_tables.shape[1], 2)),
             None if self._mixes_loops else rows.loop,
         )
-        recording = self._recordings.get(bucket)
+        recording = self._recordings.pop(bucket, None)
         if recording is None:
-            recording = self._recordings[bucket] = self._record(bucket)
+            if len(self._recordings) == self._max_recordings:
+                del self._recordings[next(iter(self._recordings))]
+            recording = self._record(bucket)
+        self._recordings[bucket] = recording
         places = torch.arange(len(x), device=x.device)
         places[kept:] += bucket.num_kv_only - kept
         _fill(recording, x, rows, places)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -21,7 +23,8 @@ class PrefillLinears:
 
     With a merged weight W + B_l A_l a chunk costs what it does without LoRA, so merged weights are kept, in at most
     `merged_bytes` bytes. A linear beyond that takes the cheaper of two ways: separate products with W, A_l and B_l,
-    2 M R (K + N) FLOPs more than without LoRA; or a weight merged for this chunk alone, 2 N K R more.
+    2 M R (K + N) FLOPs more than without LoRA; or a weight merged for this chunk alone, 2 N K R more. On CUDA the
+    separate products are one operator's, or the library's where `is_faster_apart` says so.
     """
 
     def __init__(self, merged_bytes: int) -> None:
@@ -37,6 +40,9 @@ class PrefillLinears:
         if weight is not None:
             return precision.upcasting_linear(x, weight, linear.loop_bias(loop))
         if x.is_cuda and x.element_size() == 2:
+            is_hopper = torch.cuda.get_device_capability(x.device) >= (9, 0)
+            if is_hopper and is_faster_apart(len(x), linear.out_features, linear.in_features, linear.rank):
+                return multiply_apart(linear, x, loop)
             return ops.loop_lora_prefill(x, linear.weight, linear.bias, linear.lora_a, linear.lora_b, loop)
         return linear(x, loop)
 
@@ -45,6 +51,28 @@ class PrefillLinears:
         inner = self(mlp.up, x, loop)
         inner = mlp.activate(inner) if mlp.gate is None else mlp.gated(self(mlp.gate, x, loop), inner)
         return self(mlp.down, inner, loop)
+
+
+def is_faster_apart(m: int, n: int, k: int, rank: int) -> bool:
+    """Decide by arithmetic if three products of the library take less time than `ops.loop_lora_prefill` on an H200.
+
+    Only Hopper's asynchronous instructions, which the library has and the operator has not, reach its full rate: 770
+    TFLOP/s, assumed, of which `mma` gets 450. Apart, [M, N] is read and written once more, at 4.3 TB/s, and one more
+    kernel is launched, for 3 us. Both read W, which takes longer than multiplying few rows. None of it is measured.
+    On other GPUs the library has the operator's instructions.
+    """
+    weight_seconds = 2 * n * k / 4.3e12
+    products, low_rank = 2 * m * n * k, 2 * m * rank * (k + n)
+    fused = max(weight_seconds, (products + low_rank) / 450e12)
+    apart = max(weight_seconds, products / 770e12) + low_rank / 770e12 + 4 * m * n / 4.3e12 + 3e-6
+    return apart < fused
+
+
+def multiply_apart(linear: LoopLinear, x: Tensor, loop: int) -> Tensor:
+    """Apply a linear with W and LoRA as three products: x [M, K] -> [M, N]."""
+    assert linear.weight is not None and linear.lora_a is not None and linear.lora_b is not None
+    y = F.linear(x, linear.weight, linear.loop_bias(loop))
+    return y.addmm_(F.linear(x, linear.lora_a[loop]), linear.lora_b[loop].T)
 
 
 class MergedWeights:

@@ -10,6 +10,7 @@ A pass costs one reading of the block's weights whatever the loops of its rows (
 leaves before it is final: a draft that is being verified is not.
 """
 
+import time
 from collections.abc import Sequence
 from math import isfinite
 from typing import get_args
@@ -72,10 +73,10 @@ class Engine:
             raise UserError(f"skipped_kv: found '{skipped_kv}'; expected {', '.join(get_args(SkippedKV))}")
         self.policy.check(recursion)
         self._block = GraphedBlock(decoder) if graphs and decoder.cache.k.is_cuda else decoder.block
-        gate = None
+        self._gate: Gate | None = None
         if isinstance(self.policy, Auto) and num_loops > 1:
             most_rows = min(max_running * num_loops, _MOST_MEASURED_ROWS)
-            gate = Gate(self.policy.curve or measure_pass_curve(decoder, self._block, most_rows), num_loops)
+            self._gate = Gate(self.policy.curve or measure_pass_curve(decoder, self._block, most_rows), num_loops)
         early = frozenset(loop for loop in range(num_loops - 1) if self.policy.looks_after(loop))
         self._scheduler = Scheduler(
             decoder.cache,
@@ -84,7 +85,7 @@ class Engine:
             early_loops=early,
             verifies=self.policy.is_exact,
             skipped_kv=skipped_kv,
-            gate=gate,
+            gate=self._gate,
             prefixes=PrefixCache(decoder.cache) if keeps_prefixes else None,
         )
         self._states = decoder.embed(torch.zeros(0, dtype=torch.int64, device=decoder.cache.k.device))
@@ -133,6 +134,7 @@ class Engine:
                 interrupted pass may then not have been returned.
         """
         try:
+            began = time.perf_counter()
             work = self._scheduler.schedule()
             if work is None:
                 return []
@@ -141,7 +143,10 @@ class Engine:
                 self.decoder.cache.copy_rows(copies.sequences, copies.positions, copies.from_loops, copies.to_loops)
             x = self._gather(work.sources)
             self._states = self._block(x, self.decoder.cache.plan(work.rows))
-            return self._scheduler.advance(work, self._choose(work))
+            new = self._scheduler.advance(work, self._choose(work))
+            if self._gate is not None and not work.rows.chunks:
+                self._gate.learn_seconds(len(work.sources), len(work.heads), time.perf_counter() - began)
+            return new
         except BaseException as error:
             self._scheduler.restart()
             for request_id in error.request_ids if isinstance(error, RequestError) else ():

@@ -15,6 +15,9 @@ seconds are needed. The gate lets those drafts begin whose chance of being right
 this time shortest, and none if the first one is not longer by some percent. With few texts, whose passes take as long
 as reading the weights, rows are nearly free; with many each has its price. Where no draft begins, rows are looked at
 every now and then, from which the gate learns that drafts have become better.
+
+The curve is of short contexts, and of passes alone. How much longer those of the engine take, with drafts and without,
+is learned from them.
 """
 
 import math
@@ -30,6 +33,12 @@ _PLAN_EVERY = 16
 _LOOK_EVERY = 32
 _MARGIN = 0.95
 """Where no drafts begin, they do only if the predicted time is shorter than this part of the time without."""
+_PASSES_REMEMBERED = 256
+"""Passes after which the seconds of an older one count 1 / e."""
+_PRIOR_PASSES = 8
+"""Passes as long as the curve says, where there is no experience of a kind."""
+_SLOWEST = 4.0
+"""Times the predicted seconds: what is beyond is not the pass's."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,29 @@ class Acceptance:
         return sum(seen for _, seen in begun) / total, sum(right for right, _ in begun) / total
 
 
+class Slowness:
+    """How much longer passes take than the curve says, with drafts and without.
+
+    Older ones fade, also while passes are of the other kind: then these are thought to be as the curve says, and will
+    be tried again if that would be better.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = [0.0, 0.0]
+        self._predicted = [0.0, 0.0]
+
+    def learn(self, drafts: bool, predicted: float, seconds: float) -> None:
+        for sums in (self._seconds, self._predicted):
+            sums[:] = [each * (1 - 1 / _PASSES_REMEMBERED) for each in sums]
+        self._seconds[drafts] += min(max(seconds, predicted), _SLOWEST * predicted)
+        self._predicted[drafts] += predicted
+
+    def of(self, drafts: bool) -> float:
+        """Return the factor of passes with drafts, or of those without."""
+        prior = _PRIOR_PASSES / _PASSES_REMEMBERED * sum(self._predicted)
+        return (self._seconds[drafts] + prior) / (self._predicted[drafts] + prior) if prior else 1.0
+
+
 class Gate:
     """Decides which rows are looked at for drafts, and which drafts begin.
 
@@ -99,6 +131,7 @@ class Gate:
     def __init__(self, curve: PassCurve, num_loops: int) -> None:
         self._curve, self._num_loops = curve, num_loops
         self._loops = [Acceptance() for _ in range(num_loops - 1)]
+        self._slowness = Slowness()
         self._least, self._sequences = math.inf, 0.0
         self._num_passes = 0
 
@@ -131,9 +164,17 @@ class Gate:
         """Take note of a draft that has been verified."""
         self._loops[loop].learn(confidence, is_right)
 
+    def learn_seconds(self, rows: int, heads: int, seconds: float) -> None:
+        """Take note of how long the pass has taken that was begun last, if it had no prompts."""
+        curve = self._curve
+        predicted = curve.at(curve.mixed if self.drafts else curve.block, rows)
+        predicted += curve.at(curve.head, heads) if heads else 0.0
+        self._slowness.learn(self.drafts, predicted, seconds)
+
     def _best_least(self, sequences: float) -> float:
         curve, best = self._curve, math.inf
         plain = self._num_loops * curve.at(curve.block, sequences) + curve.at(curve.head, sequences)
+        plain *= self._slowness.of(drafts=False)
         shortest = plain if self.drafts else _MARGIN * plain
         for least in sorted({chance for acceptance in self._loops for chance in acceptance.chances()}, reverse=True):
             seconds = self._seconds(sequences, least)
@@ -149,7 +190,8 @@ class Gate:
             passes -= right
             rows += (begun - right) * (self._num_loops - 1 - loop)
         rows_of_pass, curve = sequences * rows / passes, self._curve
-        return passes * (curve.at(curve.mixed, rows_of_pass) + curve.at(curve.head, rows_of_pass))
+        seconds = passes * (curve.at(curve.mixed, rows_of_pass) + curve.at(curve.head, rows_of_pass))
+        return seconds * self._slowness.of(drafts=True)
 
 
 def _bin(confidence: float) -> int:

@@ -1,24 +1,29 @@
 """bench/kernels.py: floors by hand, variants that agree, cold copies, goals, and the command end to end."""
 
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from bench import kernels, plot_kernels
+from bench import attention_cases, kernels, linear_variants, overhead_cases, plot_kernels
 from bench.attention_cases import AttentionSpec
 from bench.attention_cases import make_variants as make_attention_variants
-from bench.kernel_report import cpu_goals, cuda_goals, summary_tables
+from bench.kernel_report import cpu_goals, cuda_goals, overhead_table, summary_tables
 from bench.kernels import parse_arguments
 from bench.linear_cases import LinearSpec, _over_reading, add_floors, layer_records, run_layers
 from bench.linear_variants import (
     Adapters,
     Projection,
+    Tiles,
     Weights,
     check_agreement,
     make_variants,
@@ -26,7 +31,9 @@ from bench.linear_variants import (
     mixed_loops,
     projections,
 )
+from bench.overhead_cases import measure_call, measure_planning
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
+from rrt import ops
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS
 from rrt.errors import UserError
@@ -218,7 +225,8 @@ def attention_spec(**changes: Any) -> AttentionSpec:
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_attention_variants_compute_the_same(kind, count, context, queries, kv_heads):
     spec = attention_spec(num_kv_heads=kv_heads)
-    variants = make_attention_variants(spec, kind, count, context, queries, copies=2)
+    variants, backends = make_attention_variants(spec, kind, count, context, queries, copies=2)
+    assert set(backends) == set(variants) - {"ours"} and set(backends.values()) == {"default"}
     assert ("sdpa grouped" in variants) == (kind == "decode" and kv_heads < 6)
     for copy in range(2):
         expected = variants["sdpa"].call(copy)
@@ -226,6 +234,27 @@ def test_attention_variants_compute_the_same(kind, count, context, queries, kv_h
         for variant in variants.values():
             torch.testing.assert_close(variant.call(copy), expected, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(variants["ours"].call(0), variants["ours"].call(1))  # other keys and values
+
+
+def test_sdpa_runs_by_the_first_backend_that_takes_the_case(monkeypatch):
+    enabled = []
+
+    @contextlib.contextmanager
+    def sdpa_kernel(backend):
+        enabled.append(backend)
+        try:
+            yield
+        finally:
+            enabled.pop()
+
+    def call(_: int) -> Tensor:
+        if enabled[-1] in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            raise RuntimeError("No available kernel")
+        return torch.ones(1)
+
+    monkeypatch.setattr(attention_cases, "sdpa_kernel", sdpa_kernel)
+    variant, name = attention_cases.by_fastest_backend(call, torch.device("cuda"))
+    assert name == "efficient" and variant.call(0) == 1 and not enabled
 
 
 def test_attention_bytes_and_flops_by_hand():
@@ -277,6 +306,168 @@ def test_rounds_alternate_and_no_copy_is_read_again_before_all_others():
     reads = [(copy + i) % copies for name, copy in calls for i in range(sizes[name])]
     assert reads == [i % copies for i in range(len(reads))]
     assert all(len(values) == 4 and min(values) > 0 for values in samples.values())
+
+
+class FakeGpu:
+    """CUDA's calls as bench/timing.py makes them, on a clock of its own: launches take `host` seconds."""
+
+    def __init__(self, monkeypatch, host: float) -> None:
+        self.host, self.now, self.slept_until, self.busy_until = host, 0.0, 0.0, 0.0
+        self.sleeps: list[int] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(gpu.now, gpu.busy_until)
+
+            def query(self) -> bool:
+                return gpu.now >= self.at
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end: "Event") -> float:
+                return (end.at - self.at) * 1e3
+
+        def sleep(cycles: int) -> None:
+            self.sleeps.append(cycles)
+            self.busy_until = self.now + cycles / 1e9
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+
+    def launch(self) -> None:
+        """Launch work of 3 ms."""
+        self.now += self.host
+        self.busy_until = max(self.now, self.busy_until) + 3e-3
+
+
+def test_a_sample_on_a_gpu_has_no_time_of_the_host_in_it(monkeypatch):
+    gpu, timer = FakeGpu(monkeypatch, host=1e-3), Timer(torch.device("cuda"), 0.0)
+    assert [timer._time_launch(gpu.launch, 30) for _ in range(2)] == pytest.approx([1e-4, 1e-4])
+    # It slept longer until the launch fitted in, and then as long at once.
+    assert gpu.sleeps == [2**18, 2**19, 2**20, 2**20] and timer.hidden
+
+    slow = FakeGpu(monkeypatch, host=10.0)
+    timer = Timer(torch.device("cuda"), 0.0)
+    timer._time_launch(slow.launch, 30)
+    assert not timer.hidden  # and the result says so
+
+
+def test_graphs_have_at_least_30_calls_and_whole_rounds_of_the_copies(monkeypatch):
+    calls: list[int] = []
+
+    def call(copy: int) -> Tensor:
+        calls.append(copy)
+        return torch.empty(0)
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    divided: list[int] = []
+    monkeypatch.setattr(Timer, "_time_launch", lambda _, __, number: divided.append(number) or 1.0)
+    for copies, expected in ((1, 30), (4, 32), (31, 31), (64, 64)):
+        calls.clear()
+        Timer(torch.device("cuda"), 0.0, 1).measure({"one": Variant(call)}, copies)
+        assert calls == [i % copies for i in range(expected)] and divided.pop() == expected
+
+
+def test_the_gap_of_two_calls_in_a_graph_is_beyond_twice_one(monkeypatch):
+    replayed: list[int] = []
+
+    class Graph:
+        calls = 0
+
+        def replay(self) -> None:
+            replayed.append(self.calls)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: "Event") -> float:
+            return {1: 0.010, 2: 0.017}[replayed[-1]]
+
+    captured: list[Graph] = []
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        captured.append(graph)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "nonzero", None)  # it waits for the GPU, which a capture forbids
+            yield
+        captured.pop()
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        for graph in captured:
+            graph.calls += 1
+        return linear(*arguments, **options)
+
+    linear = ops.loop_lora_linear
+    monkeypatch.setattr(ops, "loop_lora_linear", counted)
+    for name, fake in (("Event", Event), ("CUDAGraph", Graph), ("graph", capture), ("_sleep", lambda _: None)):
+        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+    monkeypatch.setattr(overhead_cases, "_FLUSH_BYTES", 8)
+    shapes = [Projection("out", 16, (16,)), Projection("down", 32, (16,))]
+    found = overhead_cases.measure_gaps(CPU, torch.float32, shapes, samples=3)
+    assert [(record["projection"], record["rows"], record["chained"]) for record in found] == [
+        (name, rows, name == "out") for name in ("out", "down") for rows in (1, 8, 64)
+    ]
+    for record in found:
+        assert record["one"]["median"] == pytest.approx(1e-5) and record["gap"] == pytest.approx(-3e-6)
+    overhead = {"call": measure_call(CPU, False, 1), "plan": measure_planning(1), "gaps": found}
+    assert "out of 8 rows -3.0 us" in overhead_table(overhead).text()
+    assert "down of 8 rows (not chained) -3.0 us" in overhead_table(overhead).text()
+
+
+def test_a_record_is_on_the_disk_before_the_next_is_measured(tmp_path, monkeypatch):
+    """A run that is cut off leaves the records it has, with floors and goals."""
+    seen = []
+
+    def interrupted(spec, timer, rates):
+        yield from itertools.islice(run_attention(spec, timer, rates), 1)
+        seen.append(json.loads((tmp_path / "result.json").read_text()))
+        raise KeyboardInterrupt
+
+    run_attention = kernels.run_attention
+    monkeypatch.setattr(kernels, "run_attention", interrupted)
+    flags = flags_of(tmp_path, "--only", "attention", "--contexts", 8, 16)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main()
+    (found,) = seen
+    assert found["complete"] is False and len(found["attention"]) == 1
+    assert found["attention"][0]["over_floor"]["ours"] > 0 and "rates" in found and "goals" in found
+
+
+def test_tiles_of_a_sweep_are_forced_for_their_shape_and_rows_only(tmp_path, monkeypatch):
+    forced: list[tuple[int, int]] = []
+    monkeypatch.setattr(linear_variants, "force_tiling", lambda tile_rows, slices: forced.append((tile_rows, slices)))
+    seconds = [{"kColumns 1": 1.0, "kRows 4": 2.0}, {"kColumns 1": 3.0, "kRows 4": 2.0}]
+    tilings = [
+        {"outputs": 12, "inputs": 16, "rows": rows, "seconds": s} for rows, s in zip((8, 64), seconds, strict=True)
+    ]
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"tilings": tilings}))
+    tiles = Tiles.read(path)
+    weights = Weights.make(Projection("out", inputs=16, segments=(12,)), 1, torch.float64, CPU, should_pack=False)
+    adapters = Adapters.make(weights, 4, 2, should_pack=False)
+    for rows, expected in ((8, (0, 1)), (9, (128, 4)), (65, None)):
+        forced.clear()
+        x = torch.randn(rows, 16, dtype=torch.float64)
+        variants = make_variants(weights, adapters, x, mixed_loops(rows, 2), tiles)
+        torch.testing.assert_close(variants["tuned"].call(0), variants["ours"].call(0))
+        assert forced == ([] if expected is None else [expected, (0, 0)])
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"--tiles: found .*tiles\.json; expected a result of bench/tile_sweep"):
+        Tiles.read(path)
 
 
 def test_speedup_is_the_median_of_the_rounds():

@@ -1,9 +1,17 @@
-"""bench/training.py's section of the trainer, on a model small enough for a test."""
+"""bench/training.py: the trainer and a step on models small enough for a test, and its flags."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+import torch
+
+from bench import training, training_cases
+from bench.timing import Timer
+from rrt.errors import UserError
 
 TINY_RUN = """
 import dataclasses, itertools, json
@@ -31,3 +39,38 @@ def test_the_trainer_is_timed_against_a_bare_loop_of_as_many_micro_batches():
     assert record["bare_losses"] == 4 * 2
     assert record["rounds"] == 2  # the first step warms up, and the last one's time is never taken
     assert record["speedup"].keys() == {"bare loop"}
+
+
+def test_a_step_is_timed_on_the_model_and_the_tokens_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(training_cases, "compile_layers", lambda *_: None)  # takes seconds
+    sizes = dict(vocab_size=50, num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16)
+    config = replace(training_cases.SMALL_LLAMA, intermediate_size=48, **sizes)
+    shapes = []
+    make_batch = training_cases.make_batch
+    monkeypatch.setattr(training_cases, "make_batch", lambda *shape: shapes.append(shape) or make_batch(*shape))
+    timer = Timer(torch.device("cpu"), 0.0, 2)
+    record = training_cases.measure_step(timer, config, torch.float32, (3, 8)).record()
+    assert shapes == [(50, 3, 8)]
+    assert record["tokens"] == 24 and set(record["seconds"]) == {"ours", "transformers", "ours, compiled"}
+    assert record["rounds"] == 2 and "mfu" not in record
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--device cuda --only step trainer", "--device: found cuda, and other sections than step; expected a GPU"),
+        ("--preset gemma-2b", "--preset: found gemma-2b, of family gemma; expected one of family llama"),
+        ("--tokens 0 8", r"--tokens: found \[0, 8\]; expected positive numbers"),
+    ],
+)
+def test_bad_flags_are_named(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["training.py", *flags.split()])
+    with pytest.raises(UserError, match=message):
+        training.parse_arguments()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_without_a_gpu_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["training.py", "--device", "cuda", "--only", "step"])
+    with pytest.raises(UserError, match="--device: found cuda, and no GPU is visible to torch"):
+        training.parse_arguments()

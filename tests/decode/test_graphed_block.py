@@ -74,3 +74,21 @@ def test_more_rows_than_are_recorded_go_through_the_decoder():
         rows = PassRows(list(range(count)), [0] * count, [0] * count)
         assert len(graphed(x[:count], decoder.cache.plan(rows))) == count
         assert graphed.num_recordings == recordings
+
+
+def test_the_recording_that_was_not_used_for_longest_goes():
+    decoder = make_decoder(make_model("llama", "relaxed-2"))
+    graphed = GraphedBlock(decoder, max_recordings=2)
+    for _ in range(8):
+        decoder.cache.append(decoder.cache.allocate(), 1)
+    x = torch.randn(8, decoder.model.config.hidden_size, dtype=torch.float64)
+    recorded = []
+    record = graphed._record
+    graphed._record = lambda bucket: recorded.append(bucket.num_decoding) or record(bucket)
+    for count in (1, 2, 1, 4, 1, 2):
+        rows = PassRows(list(range(count)), [0] * count, [0] * count)
+        assert torch.equal(
+            graphed(x[:count], decoder.cache.plan(rows)), decoder.block(x[:count], decoder.cache.plan(rows))
+        )
+        assert graphed.num_recordings <= 2
+    assert recorded == [1, 2, 4, 2]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rrt.decode.merged_weights import MergedWeights, PrefillLinears
+from rrt.decode.merged_weights import MergedWeights, PrefillLinears, is_faster_apart, multiply_apart
 from rrt.errors import UserError
 from rrt.model.loop_linear import LoopLinear
 from tests.util.decoding import FAMILIES, LOOPED, assert_close, make_decoder, make_model, prefill, random_tokens
@@ -213,6 +213,21 @@ def test_beyond_the_budget_few_rows_are_multiplied_apart_and_many_by_a_weight_me
 
 
 @torch.inference_mode()
+def test_many_rows_of_a_wide_weight_are_faster_apart_on_a_gpu():
+    """Few rows take as long as reading W, and of few columns [M, N] is read and written once more for too little."""
+    fewest = {
+        (n, k): next((m for m in range(8, 4096, 8) if is_faster_apart(m, n, k, 64)), None)
+        for n, k in ((2048, 2048), (16384, 2048), (2048, 16384), (2048, 256))
+    }
+    assert fewest == {(2048, 2048): 480, (16384, 2048): 144, (2048, 16384): 128, (2048, 256): None}
+
+
+def test_products_apart_are_the_linear():
+    linear, x = make_linear(4, torch.float64), torch.randn(9, 24, dtype=torch.float64)
+    for loop in range(3):
+        torch.testing.assert_close(multiply_apart(linear, x, loop), linear(x, loop))
+
+
 def test_a_linear_without_lora_needs_no_memory():
     linear, linears = make_linear(0), PrefillLinears(EVERYTHING)
     x = torch.randn(50, 24)
@@ -229,7 +244,9 @@ def test_a_negative_budget_is_refused():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rank", [8, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rows_on_a_gpu_are_right_for_any_budget(dtype, rank):
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_on_a_gpu_are_right_for_any_budget(dtype, rank, apart, monkeypatch):
+    monkeypatch.setattr("rrt.decode.merged_weights.is_faster_apart", lambda *_: apart)
     linear, x = make_linear(rank).cuda().to(dtype), torch.randn(9, 24, device="cuda", dtype=dtype)
     exact = copy.deepcopy(linear).double()(x.double(), 1)
     for budget in (0, EVERYTHING):

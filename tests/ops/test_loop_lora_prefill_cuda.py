@@ -13,7 +13,7 @@ from tests.util.rounding import unit_roundoff
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
-# Shapes that the matrix kernel takes: both tiles, with rows, outputs and ranks that end within one.
+# Shapes that the matrix kernel takes: all tiles, with rows, outputs and ranks that end within one.
 MATRIX_CASES = [
     Case(m, k, n, 0, loops, bias, outs, ranks)
     for m in (1, 65, 300, 2050)

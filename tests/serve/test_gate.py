@@ -111,6 +111,35 @@ def test_a_gate_does_not_waver():
     assert 0 < begins < ends
 
 
+@pytest.mark.parametrize("slow_drafts", [1.0, 1.6])
+def test_a_gate_goes_by_the_passes_that_it_sees(slow_drafts):
+    """Where passes with drafts are slower than the curve says, they end, and are tried again much later."""
+    curve = PassCurve((0, 1), (1.0, 1.05), (1.0, 1.05), (0.1, 0.1))
+    gate = taught(curve, 2, 0.7, 4)
+    states = []
+    for _ in range(4000):
+        slowness = 1.5 * (slow_drafts if gate.drafts else 1.0)  # what all passes have in common decides nothing
+        rows = 6 if gate.drafts else 4
+        gate.learn_seconds(rows, rows, slowness * (1 + 0.05 * rows + 0.1))
+        gate.begin_pass(4)
+        states.append(gate.drafts)
+    assert states[0]
+    if slow_drafts == 1:
+        # Those without are tried, too.
+        assert 0.9 * len(states) < sum(states) < len(states)
+    else:
+        assert sum(states) < 0.1 * len(states) and any(states[1000:])
+
+
+def test_one_pass_that_hangs_decides_nothing():
+    curve = PassCurve((0, 1), (1.0, 1.05), (1.0, 1.05), (0.1, 0.1))
+    gate = taught(curve, 2, 0.7, 4)
+    for i in range(100):
+        gate.learn_seconds(6, 6, 1000.0 if i == 50 else 1.4)
+        gate.begin_pass(4)
+        assert gate.drafts
+
+
 def test_a_measured_curve_rises_and_gives_its_pages_back():
     decoder = make_decoder(make_model("llama", "relaxed-2"), num_pages=60)
     curve = measure_pass_curve(decoder, decoder.block, 20)

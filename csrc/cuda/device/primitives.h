@@ -90,7 +90,15 @@ RRT_DEVICE T shuffle_from(T value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
 
-RRT_DEVICE float exp2(float value) { return exp2f(value); }
+// Whether any lane's `condition` is true; every lane of the warp takes part.
+RRT_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+// One instruction, within 2 units in the last place: results below 2^-126 become 0.
+RRT_DEVICE float exp2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 RRT_DEVICE double exp2(double value) { return ::exp2(value); }
 
 // Four matrices of 8 x 8 16-bit values; lane l points at row l % 8 of matrix l / 8. Of each matrix the lane gets the
@@ -101,7 +109,9 @@ RRT_DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "r"(row)
                : "memory");
 }
-RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) { load_matrices(to, shared_address(shared_row)); }
+RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  load_matrices(to, shared_address(shared_row));
+}
 
 // Likewise, but the values of rows lane % 4 * 2 (low) and the next (high) in column lane / 4.
 RRT_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {

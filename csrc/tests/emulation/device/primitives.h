@@ -163,6 +163,11 @@ template <class T>
 T shuffle_xor(T value, int mask) {
   return shuffle_from(value, thread_index() % 32 ^ mask);
 }
+inline bool any_lane(bool condition) {
+  double any = condition;
+  for (int mask = 1; mask < 32; mask *= 2) any += shuffle_xor(any, mask);
+  return any > 0;
+}
 inline void dependency_wait() { emulation::dependency_wait(); }
 inline void launch_dependents() { emulation::launch_dependents(); }
 

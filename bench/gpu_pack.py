@@ -1,0 +1,233 @@
+"""Gather what bench/gpu.sh needs on a machine that starts bare and gets only some files: bench/gpu.sh pack
+
+Writes folders under bench/out (git ignores them) to be brought along with the working tree:
+
+- bench/out/carry: rrt/_native.so and rrt/_plan as they are here, or for --python's version, so that nothing is built
+  there; the commit, since git's history may stay behind; with --data DIR files of tasks (eval/tasks/README.md), with
+  --wheels DIR wheels of pure-Python packages that the machine lacks, unpacked
+- bench/out/model-pieces/00, 01, ...: with --model DIR an HF directory, its weights in bf16, cut to fit one call each
+
+    bench/gpu.sh pack --python python3.12 --model models/smollm2-135m --data data/tasks
+
+Where only --limit-mib travel in one call, bring bench/out/carry with every call and one piece with each: the machine
+keeps them, and joins the model when the last has come. Results that came back (gpu.tar.gz) can be unpacked as
+bench/out/gpu and brought along too, to go on with what is not done. bench/gpu.sh puts everything into its place.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.gpu_steps import CARRY, MODEL, OUT
+
+PIECES = OUT / "model-pieces"
+MIB = 2**20
+
+
+def unpack() -> list[str]:
+    """Copy the binaries that were brought along into rrt/; return what was done, in lines.
+
+    A newer one, built since they were packed, stays.
+    """
+    lines = []
+    for source in sorted((CARRY / "native").glob("*.so")):
+        target = ROOT / "rrt" / source.name
+        if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
+            beside = target.with_name(target.name + ".tmp")
+            shutil.copyfile(source, beside)
+            beside.replace(target)  # a process may have the old one open
+            lines.append(f"unpacked rrt/{source.name}")
+    return lines
+
+
+def join_model() -> list[str]:
+    """Join the pieces of the model if all are here and it is not; return what was done, in lines."""
+    pieces = sorted(PIECES.glob("[0-9]*/piece"))
+    if not pieces or (MODEL / "config.json").is_file():
+        return []
+    about = json.loads(pieces[0].with_name("about.json").read_text(encoding="utf-8"))
+    if len(pieces) < about["pieces"]:
+        return [f"model: {len(pieces)} of {about['pieces']} pieces are here"]
+    whole, partial = OUT / "model.tar.gz", OUT / "model.partial"
+    digest = hashlib.sha256()
+    with whole.open("wb") as file:
+        for piece in pieces:
+            content = piece.read_bytes()
+            digest.update(content)
+            file.write(content)
+    if digest.hexdigest() != about["sha256"]:
+        whole.unlink()
+        return ["model: the pieces are not of one model: left out"]
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(whole) as tar:
+        tar.extractall(partial, filter="data")
+    whole.unlink()
+    partial.rename(MODEL)
+    return [f"model: joined from {len(pieces)} pieces"]
+
+
+def split_model(archive: Path, piece_bytes: int) -> list[Path]:
+    """Cut a file into pieces in folders of their own, replacing earlier ones."""
+    content = archive.read_bytes()
+    shutil.rmtree(PIECES, ignore_errors=True)
+    parts = [content[start : start + piece_bytes] for start in range(0, len(content), piece_bytes)]
+    about = json.dumps({"pieces": len(parts), "sha256": hashlib.sha256(content).hexdigest()})
+    folders = [PIECES / f"{index:02d}" for index in range(len(parts))]
+    for folder, part in zip(folders, parts, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "piece").write_bytes(part)
+        (folder / "about.json").write_text(about, encoding="utf-8")
+    return folders
+
+
+def write_model(source: Path, target: Path) -> None:
+    """Copy an HF directory with its floating-point weights in bf16 as .tar.gz."""
+    import tempfile
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from rrt.errors import UserError
+
+    weights = sorted(source.glob("*.safetensors"))
+    if not (source / "config.json").is_file() or len(weights) != 1:
+        raise UserError(f"--model: found {source}; expected an HF directory with config.json and one .safetensors file")
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        for path in source.iterdir():
+            if path.is_file() and path not in weights and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copy(path, folder)
+        tensors = {
+            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(weights[0]).items()
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        (folder / "config.json").write_text(json.dumps({**config, key: "bfloat16"}, indent=2), encoding="utf-8")
+        with tarfile.open(target, "w:gz", compresslevel=6) as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+
+
+def build_plan(python: str) -> Path:
+    """Build rrt._plan alone for an interpreter, in build/plan-VERSION; return the module."""
+    from rrt.errors import UserError
+
+    program = "import sysconfig, sys; print(sysconfig.get_config_var('EXT_SUFFIX'), sys.executable)"
+    try:
+        found = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+        import pybind11
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--python: found {python}, which does not run ({error}); expected an interpreter") from None
+    except ImportError:
+        raise UserError("--python: pybind11 is not installed; expected it: pip install pybind11") from None
+    suffix, executable = found
+    build = ROOT / "build" / f"plan{suffix.removesuffix('.so')}"
+    switches = {"RRT_WITH_TORCH": 0, "RRT_WITH_CUDA": 0, "RRT_WITH_TESTS": 0, "RRT_WITH_PYTHON": 1}
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "--log-level=WARNING"]
+    configure += [f"-D{name}={value}" for name, value in switches.items()]
+    configure += [f"-DPython3_EXECUTABLE={executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, ["cmake", "--build", str(build), "--target", "rrt_plan"]):
+        if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+            raise UserError(f"--python: rrt._plan does not build for {executable}; see above")
+    (module,) = build.glob(f"**/_plan{suffix}")
+    return module
+
+
+def tracked_bytes() -> int:
+    """Count the bytes of the working tree that travels: tracked files, and those that git does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+    return sum((ROOT / name).stat().st_size for name in set(names) if name and (ROOT / name).is_file())
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    from bench.gpu_session import read_commit
+    from rrt.errors import UserError
+    from rrt.ops import build_info
+
+    info = build_info()
+    remedy = "build it first: RRT_WITH_CUDA=1 RRT_WITH_NATIVE=1 pip install --no-build-isolation --no-deps -e ."
+    if info.library is None or not info.cuda or info.stale:
+        found = "none" if info.library is None else "a stale one" if info.stale else "one without CUDA"
+        raise UserError(f"rrt/_native.so: found {found}; expected one of these sources with CUDA: {remedy}")
+    if arguments.python is not None:
+        plan = build_plan(arguments.python)
+    elif info.plan is not None:
+        plan = Path(info.plan)
+    else:
+        raise UserError(f"rrt._plan: found none ({info.plan_reason}); expected --python, or {remedy}")
+    shutil.rmtree(CARRY, ignore_errors=True)
+    (CARRY / "native").mkdir(parents=True)
+    for path in (Path(info.library), plan):
+        shutil.copy(path, CARRY / "native")
+    commit = read_commit({})
+    if commit is not None:
+        (CARRY / "commit").write_text(commit + "\n", encoding="utf-8")
+    if arguments.data is not None:
+        (CARRY / "data").mkdir()
+        for path in filter(Path.is_file, arguments.data.iterdir()):
+            shutil.copyfile(path, CARRY / "data" / path.name)
+    for wheel in sorted(arguments.wheels.glob("*.whl")) if arguments.wheels is not None else []:
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(CARRY / "site")
+    limit, tree, carried = arguments.limit_mib * MIB, tracked_bytes(), folder_bytes(CARRY)
+    print(f"working tree {tree / MIB:.1f} MiB, {CARRY.relative_to(ROOT)} {carried / MIB:.1f} MiB (commit {commit})")
+    room = int(limit - tree - carried - MIB)
+    if room < 0:
+        raise UserError(
+            f"--limit-mib: found {arguments.limit_mib:g}; expected {(tree + carried) / MIB + 1:.0f} or more"
+        )
+    if arguments.model is not None:
+        archive = OUT / "model.tar.gz"
+        write_model(arguments.model, archive)
+        folders = split_model(archive, room)
+        archive.unlink()
+        print(f"model: {len(folders)} pieces of {room / MIB:.0f} MiB, one more with each call, in any order:")
+        print(*(f"  {folder.relative_to(ROOT)}" for folder in folders), sep="\n")
+
+
+def main() -> None:
+    from rrt.common.cli import CommandParser
+    from rrt.errors import UserError
+
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--python", metavar="EXE", help="build rrt._plan for this interpreter's version (default: as here)"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="HF directory of a small model")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="files of few-shot tasks")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to unpack")
+    parser.add_argument(
+        "--limit-mib", type=float, default=64, metavar="MIB", help="what travels in a call (default 64)"
+    )
+    parser.add_argument("--plan-only", action="store_true", help="only build rrt._plan for this interpreter, into rrt/")
+    arguments = parser.parse_args()
+    for flag in ("model", "data", "wheels"):
+        path = getattr(arguments, flag)
+        if path is not None and not path.is_dir():
+            raise UserError(f"--{flag}: found {path}; expected a directory")
+    if arguments.plan_only:
+        shutil.copy(build_plan(sys.executable), ROOT / "rrt")
+    else:
+        pack(arguments)
+
+
+if __name__ == "__main__":
+    from rrt.common.cli import run_command
+
+    run_command(main)
