@@ -109,7 +109,9 @@ RRT_DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
                : "r"(row)
                : "memory");
 }
-RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) { load_matrices(to, shared_address(shared_row)); }
+RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  load_matrices(to, shared_address(shared_row));
+}
 
 // Likewise, but the values of rows lane % 4 * 2 (low) and the next (high) in column lane / 4.
 RRT_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
