@@ -18,12 +18,16 @@ namespace rrt::cuda {
 struct DeviceGuard {
   explicit DeviceGuard(int device) {
     error = cudaGetDevice(&previous);
-    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+    changed = error == cudaSuccess && previous != device;
+    if (changed) error = cudaSetDevice(device);
   }
-  ~DeviceGuard() { cudaSetDevice(previous); }
+  ~DeviceGuard() {
+    if (changed) cudaSetDevice(previous);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
 
   int previous = 0;
+  bool changed = false;
   cudaError_t error;
 };
 
@@ -61,38 +65,53 @@ inline bool has_dependent_launch() { return device_facts().dependent_launch; }
 
 constexpr int kSharedWithoutAsking = 48 << 10;  // dynamic shared memory that any kernel may have
 
-// Lets `kernel` have so much dynamic shared memory on the current device, and asks that of the memory that shared memory
-// and the first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor
-// runs no kernels side by side that want it divided differently, as those chained by dependent launch should run. The
-// driver is told once.
-inline cudaError_t prepare(const void* kernel, int shared_bytes) {
+// What the driver was told of a kernel on a device, and says of it.
+struct KernelFacts {
+  int shared_bytes = kSharedWithoutAsking;  // most dynamic shared memory that it may have
+  bool waits = false;                       // has dependency_wait in it, which is empty in code for less than sm_90
+};
+
+// Lets `kernel` have so much dynamic shared memory on the current device, and asks that of the memory that it and the
+// first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor runs no
+// kernels side by side that want it divided differently, as those chained by dependent launch should run.
+inline cudaError_t prepare(const void* kernel, int shared_bytes, KernelFacts& facts) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> prepared;  // most dynamic bytes so far
+  static std::map<std::pair<const void*, int>, KernelFacts> prepared;
   static const bool with_carveout = is_switched_on("RRT_CARVEOUT");
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = prepared.find({kernel, device});
-  int most = found == prepared.end() ? kSharedWithoutAsking : found->second;
-  if (found != prepared.end() && shared_bytes <= most) return cudaSuccess;
-  if (found == prepared.end() && with_carveout) {
-    constexpr auto kCarveout = cudaFuncAttributePreferredSharedMemoryCarveout;
-    error = cudaFuncSetAttribute(kernel, kCarveout, cudaSharedmemCarveoutMaxShared);
+  if (found != prepared.end()) {
+    facts = found->second;
+  } else {
+    // Of the virtual architecture that it was compiled for: a driver also translates code for sm_80 to sm_90.
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    facts.waits = attributes.ptxVersion >= 90;
+    if (with_carveout) {
+      constexpr auto kCarveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+      error = cudaFuncSetAttribute(kernel, kCarveout, cudaSharedmemCarveoutMaxShared);
+      if (error != cudaSuccess) return error;
+    }
   }
-  if (error == cudaSuccess && shared_bytes > most) {
+  if (shared_bytes > facts.shared_bytes) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    most = shared_bytes;
+    if (error != cudaSuccess) return error;
+    facts.shared_bytes = shared_bytes;
   }
-  if (error == cudaSuccess) prepared[{kernel, device}] = most;
-  return error;
+  prepared[{kernel, device}] = facts;
+  return cudaSuccess;
 }
 
 // `dependent`: may start before the kernel before it has ended, which its dependency_wait makes up for.
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
                    cudaStream_t stream) {
-  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared_bytes);
+  KernelFacts facts;
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared_bytes, facts);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -103,7 +122,7 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int thread
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = dependent && facts.waits ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
