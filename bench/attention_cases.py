@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from bench.linear_variants import check_agreement, normal
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
@@ -172,6 +171,9 @@ def make_variants(
     else:
         starts = torch.arange(count + 1, dtype=torch.int32, device=device) * queries
         ours = Variant(lambda i: ops.loop_kv_prefill(q, k_cache, v_cache, tables[i], starts, context_lens, scale))
+        # Not above, since it loads torch's compiler, which takes bench/tabulate.py for a package when Python ends.
+        from torch.nn.attention.bias import causal_lower_right
+
         # A mask that is a tensor would keep the flash backend out; this one only says that it is causal.
         mask = causal_lower_right(queries, context)
         baselines["sdpa"] = lambda i: (

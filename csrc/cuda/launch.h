@@ -18,14 +18,24 @@ namespace rrt::cuda {
 struct DeviceGuard {
   explicit DeviceGuard(int device) {
     error = cudaGetDevice(&previous);
-    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+    changed = error == cudaSuccess && previous != device;
+    if (changed) error = cudaSetDevice(device);
   }
-  ~DeviceGuard() { cudaSetDevice(previous); }
+  ~DeviceGuard() {
+    if (changed) cudaSetDevice(previous);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
 
   int previous = 0;
+  bool changed = false;
   cudaError_t error;
 };
+
+// Whether the environment variable is unset or anything but 0.
+inline bool is_switched_on(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
 
 // Properties of the current device, for which the driver is asked once.
 struct DeviceFacts {
@@ -47,36 +57,62 @@ inline DeviceFacts device_facts() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return {};
   }
-  const char* requested = std::getenv("RRT_PDL");
-  facts.dependent_launch = major >= 9 && (requested == nullptr || std::strcmp(requested, "0") != 0);
+  facts.dependent_launch = major >= 9 && is_switched_on("RRT_PDL");
   return known[device] = facts;
 }
 
 inline bool has_dependent_launch() { return device_facts().dependent_launch; }
 
-// Lets `kernel` have so much dynamic shared memory on the current device; the driver is told once.
-inline cudaError_t allow_shared(const void* kernel, int bytes) {
+constexpr int kSharedWithoutAsking = 48 << 10;  // dynamic shared memory that any kernel may have
+
+// What the driver was told of a kernel on a device, and says of it.
+struct KernelFacts {
+  int shared_bytes = kSharedWithoutAsking;  // most dynamic shared memory that it may have
+  bool waits = false;                       // has dependency_wait in it, which is empty in code for less than sm_90
+};
+
+// Lets `kernel` have so much dynamic shared memory on the current device, and asks that of the memory that it and the
+// first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor runs no
+// kernels side by side that want it divided differently, as those chained by dependent launch should run.
+inline cudaError_t prepare(const void* kernel, int shared_bytes, KernelFacts& facts) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
+  static std::map<std::pair<const void*, int>, KernelFacts> prepared;
+  static const bool with_carveout = is_switched_on("RRT_CARVEOUT");
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
-  return error;
+  const auto found = prepared.find({kernel, device});
+  if (found != prepared.end()) {
+    facts = found->second;
+  } else {
+    // Of the virtual architecture that it was compiled for: a driver also translates code for sm_80 to sm_90.
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    facts.waits = attributes.ptxVersion >= 90;
+    if (with_carveout) {
+      constexpr auto kCarveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+      error = cudaFuncSetAttribute(kernel, kCarveout, cudaSharedmemCarveoutMaxShared);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  if (shared_bytes > facts.shared_bytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    facts.shared_bytes = shared_bytes;
+  }
+  prepared[{kernel, device}] = facts;
+  return cudaSuccess;
 }
 
 // `dependent`: may start before the kernel before it has ended, which its dependency_wait makes up for.
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
                    cudaStream_t stream) {
-  if (shared_bytes > 48 << 10) {
-    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  KernelFacts facts;
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared_bytes, facts);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -86,7 +122,7 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int thread
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = dependent && facts.waits ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

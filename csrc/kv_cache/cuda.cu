@@ -67,6 +67,8 @@ cudaError_t launch_plain(const CudaAttentionArgs& args, cudaStream_t stream) {
   return launch(plain_kernel<Number>, args, grid, kThreads, 0, cuda::has_dependent_launch(), stream);
 }
 
+constexpr int kMaxGridDepth = 65535;
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // The instances want keys, values and results at 16-byte addresses, numbers of slots in 32 bits, and a scale under
@@ -74,7 +76,8 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 template <class Half>
 cudaError_t launch_half(const CudaAttentionArgs& args, cudaStream_t stream) {
   cudaError_t (*launcher)(const CudaAttentionArgs&, cudaStream_t) = launch_plain<Half>;
-  const bool fits = args.scale > 0 && static_cast<int64_t>(args.num_pages) * args.page_size.value <= INT32_MAX;
+  const bool fits = static_cast<float>(args.scale) > 0 && args.pieces <= kMaxGridDepth &&
+                    static_cast<int64_t>(args.num_pages) * args.page_size.value <= INT32_MAX;
   if (fits && aligned(args.k_cache) && aligned(args.v_cache) && aligned(args.out)) {
     const auto choose = [&](auto instances, auto launch_of) {
       for_each_type(instances, [&](auto candidate) {

@@ -3,7 +3,7 @@
 // A thread block has up to 128 query rows of one key/value head and goes through all the slots that the last of them
 // sees, SLOTS in turn. All warps copy a turn's keys and values, which alternate in a ring of stages with one barrier
 // each, and all use them: they come from memory once per tile of rows. Turns begin at the same slots for every row, and
-// slots that a row does not see change none of its bits, so a row has the same in any tile.
+// slots that a row does not see change none of its bits while they are finite, so a row has the same in any tile.
 #pragma once
 
 #include "kv_cache/cuda_attention.h"
@@ -64,7 +64,9 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   char* stages = shared + Shared::kQueryBytes;
   const auto cache = [&](const void* of) { return static_cast<const Storage*>(of) + tile.kv_head * HEAD_DIM; };
   const int slot_stride = args.num_kv_heads * HEAD_DIM;
-  const int end = tile.limit(tile.rows - 1);
+  // A context that is longer than its table has NaN for a result, without a walk through all of it.
+  const int limit = tile.limit(tile.rows - 1), room = args.max_pages * args.page_size.value;
+  const int end = limit < room ? limit : room;
   const int turns = ceil_div<SLOTS>(end);
 
   // The slot that this lane looks up for a turn.

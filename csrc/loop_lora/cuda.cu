@@ -1,5 +1,6 @@
-// Launches of rrt::loop_lora_linear on CUDA: shrink, then the product, chained by programmatic dependent launch. The
-// choice of kernel and tile (cuda_tiles.h) depends on the number of rows, which changes no bit.
+// Launches of rrt::loop_lora_linear on CUDA: shrink, then the product, each perhaps with a kernel that adds its parts,
+// all chained by programmatic dependent launch. The choice of kernels and tiles (cuda_tiles.h) depends on the number of
+// rows, which changes no bit.
 #include <algorithm>
 
 #include "cuda/launch.h"
@@ -15,14 +16,19 @@ namespace {
 constexpr int kSharedOfMultiprocessor = 164 << 10;  // an A100's
 constexpr int kReservedShared = 1 << 10;            // taken by every thread block beside what it asks for
 
-template <class Half, int TOKENS, int STAGES, bool SHRINK>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_kernel(const __grid_constant__ DecodeArgs args) {
-  column_body<Half, TOKENS, STAGES, SHRINK>(args);
+template <class Half, int TOKENS, int PARTS, int STAGES, bool SHRINK>
+__global__ void __launch_bounds__(32 * PARTS, 2) column_kernel(const __grid_constant__ DecodeArgs args) {
+  column_body<Half, TOKENS, PARTS, STAGES, SHRINK>(args);
 }
 
-template <class Half, int TOKENS, int STAGES>
+template <class Half, int TOKENS, int WARP_TILES, int STAGES>
 __global__ void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ DecodeArgs args) {
-  row_body<Half, TOKENS, STAGES>(args);
+  row_body<Half, TOKENS, WARP_TILES, STAGES>(args);
+}
+
+template <class Half>
+__global__ void __launch_bounds__(kAddThreads) add_shrunk_kernel(const __grid_constant__ DecodeArgs args) {
+  add_shrunk_body<Half>(args);
 }
 
 template <class Half>
@@ -41,59 +47,40 @@ struct Instance {
   int threads = 0, rows = 0, tokens = 0, shared_bytes = 0;
 };
 
-template <class Half, int TOKENS, int STAGES, bool SHRINK>
-Instance column_instance() {
-  Instance instance;
-  instance.kernel = column_kernel<Half, TOKENS, STAGES, SHRINK>;
-  instance.threads = kColumnThreads;
-  instance.rows = kColumnTileRows;
-  instance.tokens = TOKENS;
-  constexpr int kSharedBytes = column_shared_bytes<TOKENS, STAGES>();
-  static_assert(kSharedBytes + kReservedShared <= kSharedOfMultiprocessor, "no thread block fits");
-  instance.shared_bytes = kSharedBytes;
-  return instance;
-}
-
-template <class Half, int TOKENS, int STAGES>
-Instance row_instance() {
-  Instance instance;
-  instance.kernel = row_kernel<Half, TOKENS, STAGES>;
-  instance.threads = kRowThreads;
-  instance.rows = kRowTileRows;
-  instance.tokens = TOKENS;
-  constexpr int kSharedBytes = row_shared_bytes<TOKENS, STAGES>();
-  static_assert(2 * (kSharedBytes + kReservedShared) <= kSharedOfMultiprocessor, "two thread blocks must fit");
-  instance.shared_bytes = kSharedBytes;
-  return instance;
-}
-
-// The instance with the smallest tile that holds m tokens, or with the largest.
-template <class Half, bool SHRINK>
-Instance choose_column_instance(int64_t m) {
+// The one of `Instances` with so many tokens, of the column kernel.
+template <class Half, bool SHRINK, class Instances>
+Instance choose_column_instance(Instances instances, int tokens) {
   Instance chosen;
-  for_each_type(ColumnInstances{}, [&](auto candidate) {
+  for_each_type(instances, [&](auto candidate) {
     using C = decltype(candidate);
-    if (C::kTokens == tile_tokens(m)) chosen = column_instance<Half, C::kTokens, C::kStages, SHRINK>();
+    if (C::kTokens != tokens) return;
+    constexpr int kSharedBytes = column_shared_bytes<C::kTokens, C::kBlockParts, C::kStages>();
+    static_assert(kSharedBytes + kReservedShared <= kSharedOfMultiprocessor, "no thread block fits");
+    chosen.kernel = column_kernel<Half, C::kTokens, C::kBlockParts, C::kStages, SHRINK>;
+    chosen.threads = 32 * C::kBlockParts;
+    chosen.rows = kColumnTileRows;
+    chosen.tokens = C::kTokens;
+    chosen.shared_bytes = kSharedBytes;
   });
   return chosen;
 }
 
+// The instance of the row kernel with so many outputs and tokens.
 template <class Half>
-Instance choose_row_instance(int64_t m) {
+Instance choose_row_instance(int64_t rows, int tokens) {
   Instance chosen;
   for_each_type(RowInstances{}, [&](auto candidate) {
     using C = decltype(candidate);
-    if (C::kTokens == tile_tokens(m)) chosen = row_instance<Half, C::kTokens, C::kStages>();
+    if (C::kRows != rows || C::kTokens != tokens) return;
+    constexpr int kSharedBytes = row_shared_bytes<C::kTokens, C::kWarpTiles, C::kStages>();
+    static_assert(2 * (kSharedBytes + kReservedShared) <= kSharedOfMultiprocessor, "two thread blocks must fit");
+    chosen.kernel = row_kernel<Half, C::kTokens, C::kWarpTiles, C::kStages>;
+    chosen.threads = kRowThreads;
+    chosen.rows = C::kRows;
+    chosen.tokens = C::kTokens;
+    chosen.shared_bytes = kSharedBytes;
   });
   return chosen;
-}
-
-template <class Half>
-Instance add_instance() {
-  Instance instance;
-  instance.kernel = add_parts_kernel<Half>;
-  instance.threads = kAddThreads;
-  return instance;
 }
 
 template <class Number, bool SHRINK>
@@ -106,38 +93,59 @@ Instance plain_instance() {
   return instance;
 }
 
-cudaError_t launch(const Instance& instance, const DecodeArgs& args, int rows, int grid_y, bool dependent,
+// Thread block x: tile; y and z as the kernel has them.
+cudaError_t launch(const Instance& instance, const DecodeArgs& args, int rows, int grid_y, int grid_z, bool dependent,
                    cudaStream_t stream) {
-  const dim3 grid(cuda::num_tiles(rows, instance.rows) * cuda::num_tiles(args.m, instance.tokens), grid_y);
+  const dim3 grid(cuda::num_tiles(rows, instance.rows) * cuda::num_tiles(args.m, instance.tokens), grid_y, grid_z);
   return cuda::launch(instance.kernel, args, grid, instance.threads, instance.shared_bytes, dependent, stream);
 }
 
-// `add` comes last if there are several slices. A kernel that waits for the one before it may be launched dependent: so
-// may shrink, whatever came before the operator. A product without shrink may not, since it reads x at once.
-cudaError_t launch_all(const Instance& shrink, const Instance& product, int slices, const Instance& add,
-                       const DecodeArgs& args, cudaStream_t stream) {
-  const bool dependent = cuda::has_dependent_launch(), has_rank = args.total_rank > 0 && args.num_loops > 0;
+// Of a kernel with a thread for each of `size` elements.
+cudaError_t launch_add(void (*kernel)(DecodeArgs), const DecodeArgs& args, int64_t size, bool dependent,
+                       cudaStream_t stream) {
+  return cuda::launch(kernel, args, dim3(cuda::num_tiles(size, kAddThreads)), kAddThreads, 0, dependent, stream);
+}
+
+// Whether a layer has LoRA, which shrink begins.
+bool has_shrink(const DecodeArgs& args) { return args.total_rank > 0 && args.num_loops > 0; }
+
+// Each kernel is launched dependent, whatever came before the operator: all wait for what they read.
+template <class Half>
+cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, bool split_shrink, cudaStream_t stream) {
+  DecodeArgs args = decode_args;
+  args.chained = cuda::has_dependent_launch();
   cudaError_t error = cudaSuccess;
-  if (has_rank) error = launch(shrink, args, args.total_rank, args.num_loops, dependent, stream);
-  if (error == cudaSuccess) error = launch(product, args, args.n, slices, dependent && has_rank, stream);
-  if (error == cudaSuccess && slices > 1) {
-    const dim3 grid(cuda::num_tiles(static_cast<int64_t>(args.m) * args.n, add.threads));
-    error = cuda::launch(add.kernel, args, grid, add.threads, 0, dependent, stream);
+  if (has_shrink(args)) {
+    const int tokens = tile_tokens(args.m, kMaxShrinkTokens);
+    const Instance shrink = split_shrink ? choose_column_instance<Half, true>(SplitShrinkInstances{}, tokens)
+                                         : choose_column_instance<Half, true>(ShrinkInstances{}, tokens);
+    const int groups = 32 * kParts / shrink.threads;  // of parts, a thread block each
+    error = launch(shrink, args, args.total_rank, args.num_loops, groups, args.chained, stream);
+    if (error == cudaSuccess && split_shrink) {
+      error = launch_add(add_shrunk_kernel<Half>, args, static_cast<int64_t>(args.m) * args.total_rank, args.chained,
+                         stream);
+    }
+  }
+  const bool columns = tiling.kernel == DecodeKernel::kColumns;
+  const Instance product =
+      columns ? choose_column_instance<Half, false>(ColumnInstances{}, tile_tokens(args.m, kMaxColumnTokens))
+              : choose_row_instance<Half>(tile_rows(tiling.kernel), tile_tokens(args.m));
+  if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, args.chained, stream);
+  if (error == cudaSuccess && tiling.slices > 1) {
+    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, args.chained, stream);
   }
   return error;
 }
 
-template <class Half>
-cudaError_t launch_decode(const DecodeArgs& args, const Tiling& tiling, cudaStream_t stream) {
-  const Instance product = tiling.kernel == DecodeKernel::kRows ? choose_row_instance<Half>(args.m)
-                                                                : choose_column_instance<Half, false>(args.m);
-  return launch_all(choose_column_instance<Half, true>(args.m), product, tiling.slices, add_instance<Half>(), args,
-                    stream);
-}
-
 template <class Number>
 cudaError_t launch_plain(const DecodeArgs& args, cudaStream_t stream) {
-  return launch_all(plain_instance<Number, true>(), plain_instance<Number, false>(), 1, Instance{}, args, stream);
+  const bool dependent = cuda::has_dependent_launch();
+  cudaError_t error = cudaSuccess;
+  if (has_shrink(args)) {
+    error = launch(plain_instance<Number, true>(), args, args.total_rank, args.num_loops, 1, dependent, stream);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(plain_instance<Number, false>(), args, args.n, 1, 1, dependent, stream);
 }
 
 bool segments_begin_at(const Params& p, int64_t multiple) {
@@ -145,26 +153,34 @@ bool segments_begin_at(const Params& p, int64_t multiple) {
                      [&](const Segment& segment) { return segment.out_begin % multiple == 0; });
 }
 
+// The decode kernels step from row to row by 32 bits.
 bool fits_decode(const Params& p) {
-  return rows_are_vectors(p) && segments_begin_at(p, kColumnTileRows) && p.num_loops <= kMaxLoops;
+  constexpr int64_t kMaxStride = int64_t{1} << 26;
+  return rows_are_vectors(p) && segments_begin_at(p, kColumnTileRows) && p.num_loops <= kMaxLoops &&
+         p.k < kMaxStride && p.x_row_stride < kMaxStride && p.x_row_stride >= 0;
 }
 
 Tiling forced_tiling{DecodeKernel::kColumns, 0};  // with 0 slices, no tiling is forced
 
 Tiling tiling_of(const Params& p) {
-  const bool rows_fit = segments_begin_at(p, kRowTileRows);
   const bool sums_fit = forced_tiling.slices == 1 || sum_bytes(p.m, p.n) <= kMaxSumBytes;
-  if (forced_tiling.slices > 0 && sums_fit && (rows_fit || forced_tiling.kernel == DecodeKernel::kColumns)) {
-    return forced_tiling;
-  }
-  return choose_tiling(kMeasuredTilings, cuda::device_facts().multiprocessors, p.n, p.k, p.m, rows_fit);
+  const auto fits = [&](DecodeKernel kernel) { return segments_begin_at(p, tile_rows(kernel)); };
+  if (forced_tiling.slices > 0 && sums_fit && fits(forced_tiling.kernel)) return forced_tiling;
+  return choose_tiling(kMeasuredTilings, cuda::device_facts().multiprocessors, p.n, p.k, p.m,
+                       fits(DecodeKernel::kRows), fits(DecodeKernel::kRows64));
+}
+
+bool splits_shrink(const Params& p) {
+  return p.total_rank > 0 && p.num_loops > 0 &&
+         should_split_shrink(cuda::device_facts().multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
 }
 
 int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
 
 int64_t align(int64_t bytes) { return round_up(bytes, 16); }
 
-// Bytes of T, behind which the parts' sums lie.
+// Bytes of T, behind which the parts' sums lie: those of shrink, then those of the product, which writes them once
+// shrink's have been added.
 int64_t shrunk_bytes(const Params& p) {
   const int64_t value_bytes = fits_decode(p) ? 2 : p.dtype == Dtype::kFloat64 ? 8 : 4;
   return align(p.num_loops * padded_rows(p) * p.total_rank * value_bytes);
@@ -183,8 +199,10 @@ bool rows_are_vectors(const Params& p) {
 
 int64_t cuda_scratch_bytes(const Params& p, int device) {
   const cuda::DeviceGuard guard(device);
-  const bool sums = fits_decode(p) && tiling_of(p).slices > 1;
-  return shrunk_bytes(p) + (sums ? sum_bytes(p.m, p.n) : 0);
+  if (!fits_decode(p)) return shrunk_bytes(p);
+  const int64_t of_shrink = splits_shrink(p) ? sum_bytes(p.m, p.total_rank) : 0;
+  const int64_t of_product = tiling_of(p).slices > 1 ? sum_bytes(p.m, p.n) : 0;
+  return shrunk_bytes(p) + std::max(of_shrink, of_product);
 }
 
 const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
@@ -195,6 +213,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
   const bool decode = fits_decode(p);
   const Tiling tiling = decode ? tiling_of(p) : Tiling{};
+  const bool split = decode && splits_shrink(p);
   DecodeArgs args{};
   args.x = p.x;
   args.x_stride = p.x_row_stride;
@@ -205,7 +224,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.lora_a = p.lora_a;
   args.lora_b = p.lora_b;
   args.shrunk = call.scratch;
-  args.part_sums = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + shrunk_bytes(p));
+  args.shrink_sums = args.part_sums = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + shrunk_bytes(p));
   args.y = p.y;
   args.m = static_cast<int>(p.m);
   args.n = static_cast<int>(p.n);
@@ -225,11 +244,11 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   switch (p.dtype) {
     case Dtype::kFloat32: error = launch_plain<device::Float32>(args, stream); break;
     case Dtype::kBFloat16:
-      error = decode ? launch_decode<device::BFloat16>(args, tiling, stream)
+      error = decode ? launch_decode<device::BFloat16>(args, tiling, split, stream)
                      : launch_plain<device::BFloat16>(args, stream);
       break;
     case Dtype::kFloat16:
-      error = decode ? launch_decode<device::Float16>(args, tiling, stream)
+      error = decode ? launch_decode<device::Float16>(args, tiling, split, stream)
                      : launch_plain<device::Float16>(args, stream);
       break;
     case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
@@ -240,8 +259,10 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
 }  // namespace rrt::loop_lora
 
 // For measurements: from now on every product that the tiling fits is tiled so; with 0 slices, tilings are chosen
-// again. Not for use while another thread runs the operator.
+// again. `rows`: 64 or 128 of a tile of the row kernel (1 is 128, too), or 0 for the column kernel. Not for use while
+// another thread runs the operator.
 extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_tiling(int rows, int slices) {
   using namespace rrt::loop_lora;
-  forced_tiling = {rows != 0 ? DecodeKernel::kRows : DecodeKernel::kColumns, slices};
+  const DecodeKernel by_rows = rows == 64 ? DecodeKernel::kRows64 : DecodeKernel::kRows;
+  forced_tiling = {rows == 0 ? DecodeKernel::kColumns : by_rows, slices};
 }

@@ -1,117 +1,148 @@
-// Body of the column kernel, which computes both shrink and the product; cuda_decode.h explains the terms.
+// Bodies of the column kernel, which computes both shrink and the product, and of the kernel that adds the parts of a
+// split shrink; cuda_decode.h explains the terms.
 //
-// A tile has 16 outputs, and each of the 8 warps sums one part of it. Few bytes have to arrive before a thread block is
-// done, which suits small layers; but x is brought once for every 16 outputs.
+// A tile has 16 outputs, and each warp sums one part of it. Few bytes have to arrive before a thread block is done,
+// which suits small layers; but x is brought once for every 16 outputs.
 #pragma once
 
-#include "loop_lora/cuda_cursor.h"
+#include "loop_lora/cuda_pipeline.h"
 
 namespace rrt::loop_lora {
 
 constexpr int kColumnTileRows = 16;
-constexpr int kColumnThreads = 32 * kParts;
 
-// As many stages as let an H100's multiprocessor hold two thread blocks.
+// The tokens of a tile, the parts (warps) of a thread block, the stages of each warp's ring.
+template <int TOKENS, int PARTS, int STAGES>
+struct ColumnInstance {
+  static constexpr int kTokens = TOKENS;
+  static constexpr int kBlockParts = PARTS;
+  static constexpr int kStages = STAGES;
+};
+
+// As many stages as let an H100's multiprocessor hold two thread blocks, one with 32 tokens.
 using ColumnInstances =
-    TypeList<DecodeInstance<8, 8>, DecodeInstance<16, 6>, DecodeInstance<32, 4>, DecodeInstance<64, 4>>;
+    TypeList<ColumnInstance<8, kParts, 4>, ColumnInstance<16, kParts, 3>, ColumnInstance<32, kParts, 3>>;
+
+// Shrink has few outputs, so its tiles have few tokens. Split, a thread block is one warp, with a longer ring.
+using ShrinkInstances = TypeList<ColumnInstance<8, kParts, 4>, ColumnInstance<16, kParts, 3>>;
+using SplitShrinkInstances = TypeList<ColumnInstance<8, 1, 16>, ColumnInstance<16, 1, 16>>;
 
 constexpr int kSumStride = kColumnTileRows + 4;  // of a token's sums: spreads tokens over the banks
 
-// The ring, whose memory the sums of the parts reuse.
-template <int TOKENS, int STAGES>
+template <class Half, int TOKENS, int STAGES>
+using ColumnPipeline = Pipeline<Half, 32, 1, TOKENS, STAGES>;
+
+// The rings of the warps, whose memory the sums of the parts reuse.
+template <int TOKENS, int PARTS, int STAGES>
 constexpr int column_shared_bytes() {
-  const int ring = STAGES * (2 + TOKENS / 8) * kColumnThreads * 16, sums = kParts * TOKENS * kSumStride * 4;
+  const int ring = PARTS * ColumnPipeline<device::BFloat16, TOKENS, STAGES>::kBytes;
+  const int sums = PARTS * TOKENS * kSumStride * 4;
   return ring > sums ? ring : sums;
 }
 
-// Thread block (x: tile; y: loop, for shrink).
-template <class Half, int TOKENS, int STAGES, bool SHRINK>
+// T of a token and loop: zero if the token is of another loop. Tokens of loops that don't exist have none.
+template <class Half>
+RRT_DEVICE void store_shrunk(const DecodeArgs& args, int loop, int token, int rank, float value) {
+  device::store_global(static_cast<typename Half::Storage*>(args.shrunk) +
+                           (static_cast<int64_t>(loop) * args.padded_m + token) * args.total_rank + rank,
+                       Half::narrow(value));
+}
+
+// Thread block (x: tile; y: loop, for shrink; z: group of PARTS parts, of which only shrink has several).
+template <class Half, int TOKENS, int PARTS, int STAGES, bool SHRINK>
 RRT_DEVICE void column_body(const DecodeArgs& args) {
   using Storage = typename Half::Storage;
-  constexpr int kTokenTiles = TOKENS / 8, kVectors = 2 + kTokenTiles;
+  using Turns = ColumnPipeline<Half, TOKENS, STAGES>;
+  static_assert(SHRINK || PARTS == kParts, "only shrink is split");
+  constexpr int kThreads = 32 * PARTS, kTokenTiles = TOKENS / 8;
+  device::launch_dependents();
   const device::Index block = device::block_index();
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
-  const int lane_row = lane / 4, lane_column = lane % 4 * kVectorElements;
+  const int part = block.z * PARTS + warp;
   const DecodeTile tile = find_tile<kColumnTileRows, TOKENS>(args, block.x);
-  if constexpr (SHRINK) {
-    // The product reads x at once. So it may not start before the kernel that may have written x has ended.
-    device::dependency_wait();
-    device::launch_dependents();
-    if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) return;
-  }
   const int total_rows = SHRINK ? args.total_rank : args.n;
   const int rows = total_rows - tile.row_begin < kColumnTileRows ? total_rows - tile.row_begin : kColumnTileRows;
-  const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
-  if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
-  auto cursor = make_cursor<Storage>(args, matrix, tile, warp, warp + 1, !SHRINK);
-
-  const auto slot = [&](int stage, int vector) {
-    return reinterpret_cast<device::Vector*>(device::shared_memory()) +
-           (stage * kVectors + vector) * kColumnThreads + device::thread_index();
-  };
-  const auto fetch = [&](int k_step) {
-    if (cursor.next()) {
-      const bool in_columns = lane_column < cursor.columns;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int row = (i < 2 ? 8 * i : 8 * (i - 2)) + lane_row;
-        const Storage* from = i < 2 ? cursor.w_from : cursor.x_from;
-        const bool valid = in_columns && row < (i < 2 ? rows : tile.tokens);
-        const int64_t stride = i < 2 ? cursor.w_stride : cursor.x_stride;
-        device::copy_async(slot(k_step % STAGES, i), valid ? from + row * stride + lane_column : from, valid);
+  if constexpr (SHRINK) {
+    device::dependency_wait();
+    if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) {
+      // The product may have these tokens in a tile with some of this loop.
+      for (int i = device::thread_index(); PARTS == kParts && i < tile.tokens * rows; i += kThreads) {
+        store_shrunk<Half>(args, block.y, tile.token_begin + i / rows, tile.row_begin + i % rows, 0.0f);
       }
-    }
-    device::copy_commit();
-  };
-
-  float sums[1][kTokenTiles][4] = {};
-  int k_step = 0;
-  const auto multiply_next = [&] {
-    device::copy_wait<STAGES - 2>();
-    const int stage = k_step % STAGES;
-    const device::Vector w[2] = {device::load_shared(slot(stage, 0)), device::load_shared(slot(stage, 1))};
-    multiply_k_step<Half, 1, kTokenTiles>(w, [&](int i) { return device::load_shared(slot(stage, 2 + i)); }, sums);
-    fetch(k_step + STAGES - 1);
-    ++k_step;
-  };
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) fetch(i);
-  const int column_steps = num_column_steps(warp, cursor.column_steps);
-  while (k_step < column_steps) multiply_next();
-  const int k_steps = cursor.k_steps(warp);
-  while (k_step < k_steps) multiply_next();
-  device::copy_wait<0>();
-  // A kernel that waits for this one relies on the one before this having ended too.
-  if (!SHRINK && !cursor.waited) device::dependency_wait();
-
-  // The sums [part, token, row] go where the ring was.
-  device::block_barrier();
-  float* partial = reinterpret_cast<float*>(device::shared_memory());
-#pragma unroll
-  for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, token = 8 * token_tile + lane % 4 * 2 + i % 2;
-      device::store_shared(partial + (warp * TOKENS + token) * kSumStride + row, sums[0][token_tile][i]);
+      return;
     }
   }
+  const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
+  if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
+  const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
+  Turns turns({args, tile, matrix, segment, part, part + 1}, warp * Turns::kBytes, rows);
+  turns.start(args.chained && !SHRINK);
+  typename Turns::Sums sums = {};
+#pragma unroll 1
+  for (int half = 0; half < (SHRINK ? 1 : 2); ++half) {
+    turns.multiply(half == 0 ? turns.cursor.weight_turns(part)
+                             : turns.cursor.num_loops * turns.cursor.rank_turns(part),
+                   sums);
+  }
+  device::copy_wait<0>();
+
+  // Calls f(row, token, sum) for each of the lane's sums, counted in the tile.
+  const auto for_each = [&](auto f) {
+#pragma unroll
+    for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        f(lane / 4 + i / 2 * 8, 8 * token_tile + lane % 4 * 2 + i % 2, sums[0][token_tile][i]);
+      }
+    }
+  };
+  if constexpr (PARTS < kParts) {
+    for_each([&](int row, int token, float sum) {
+      if (row >= rows || token >= tile.tokens) return;
+      const int of_all = tile.token_begin + token;
+      if (device::load_global(args.loops + of_all) != block.y) return;
+      float* to = args.shrink_sums + (static_cast<int64_t>(part) * args.m + of_all) * args.total_rank;
+      device::store_global(to + tile.row_begin + row, sum);
+    });
+    return;
+  }
+
+  // The sums [part, token, row] go where the rings were.
   device::block_barrier();
-  for (int i = device::thread_index(); i < tile.tokens * kColumnTileRows; i += kColumnThreads) {
+  float* partial = reinterpret_cast<float*>(device::shared_memory());
+  for_each([&](int row, int token, float sum) {
+    device::store_shared(partial + (warp * TOKENS + token) * kSumStride + row, sum);
+  });
+  device::block_barrier();
+  for (int i = device::thread_index(); i < tile.tokens * kColumnTileRows; i += kThreads) {
     const int token = i / kColumnTileRows, row = i % kColumnTileRows;
     if (row >= rows) continue;
     float sum = 0;
-    for (int part = 0; part < kParts; ++part) {
-      sum += device::load_shared(partial + (part * TOKENS + token) * kSumStride + row);
+    for (int summand = 0; summand < PARTS; ++summand) {
+      sum += device::load_shared(partial + (summand * TOKENS + token) * kSumStride + row);
     }
     const int loop = device::load_global(args.loops + tile.token_begin + token);
     if constexpr (SHRINK) {
-      Storage* t = static_cast<Storage*>(args.shrunk) +
-                   (static_cast<int64_t>(block.y) * args.padded_m + tile.token_begin + token) * args.total_rank;
-      device::store_global(t + tile.row_begin + row, Half::narrow(loop == block.y ? sum : 0.0f));
+      store_shrunk<Half>(args, block.y, tile.token_begin + token, tile.row_begin + row, loop == block.y ? sum : 0.0f);
     } else {
       store_result<Half>(args, tile.token_begin + token, loop, tile.row_begin + row, sum);
     }
   }
+}
+
+// Adds the sums that a split shrink left. Thread block (x): kAddThreads elements of [m, total_rank].
+template <class Half>
+RRT_DEVICE void add_shrunk_body(const DecodeArgs& args) {
+  device::launch_dependents();
+  device::dependency_wait();
+  const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
+  const int64_t i = static_cast<int64_t>(device::block_index().x) * kAddThreads + device::thread_index();
+  if (i >= size) return;
+  const int token = static_cast<int>(i / args.total_rank), rank = static_cast<int>(i % args.total_rank);
+  const int loop = device::load_global(args.loops + token);
+  float sum = 0;
+  if (0 <= loop && loop < args.num_loops) sum = add_parts(args.shrink_sums, size, i);
+  for (int l = 0; l < args.num_loops; ++l) store_shrunk<Half>(args, l, token, rank, l == loop ? sum : 0.0f);
 }
 
 }  // namespace rrt::loop_lora

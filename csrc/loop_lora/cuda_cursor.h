@@ -1,4 +1,4 @@
-// The order in which a decode kernel goes through its k-steps; cuda_decode.h explains the terms.
+// Where the k-steps of a decode kernel lie, and in which order they come; cuda_decode.h explains the terms.
 #pragma once
 
 #include "loop_lora/cuda_decode.h"
@@ -14,111 +14,112 @@ RRT_DEVICE int num_rank_steps(int part, int rank_steps) {
   return rank_steps > part ? ceil_div<kParts>(rank_steps - part) : 0;
 }
 
-// Goes through the parts [part, last_part): in each through the k-steps of W, then through those of B_l for every loop
-// of the tile. Before the first of B_l it waits for the kernel before this one, which writes T.
+// k-steps that lie at even distances: those of a part in W, or in one B_l.
+template <class Storage>
+struct Run {
+  const Storage *w, *x;  // the first column, in the first row of the tile and in its first token
+  int64_t w_stride, x_stride;
+  int columns;  // from the first one to the end of the matrix, or of the part
+  int spacing;  // columns from a k-step to the next
+  int turns;
+};
+
+// Goes through the runs of parts [part, last_part) of a tile: in each part W, then B_l for every loop of the tile. What
+// comes after the first run needs T and the loops, so the kernel before this one must have been waited for. For shrink,
+// W is A_l, and there is no B_l. Holds what it cannot compute again: the loop of turns needs the registers.
 template <class Storage>
 struct Cursor {
   const DecodeArgs& args;
-  DecodeTile tile;
-  const Storage* weight;  // the tile's first row
-  const Storage* x;       // the tile's first token
-  int part, last_part;
-  int column_steps;  // k-steps of W
-  int rank_steps;    // k-steps of a B_l
-  int rank_begin, rank;  // of the tile's segment
+  const DecodeTile tile;
+  const Storage* const matrix;  // W or A_l
+  const int segment;            // of the tile; kNoSegment for shrink
+  int part;
+  const int last_part;
 
-  uint32_t loop_mask = 0;  // once `waited`
-  bool waited = false;
-
-  // The position: k-steps [step, end) of W (loop -1) or of B_l are still to come, then those of `loops_left`.
-  int step = 0, end = 0, loop = -1;
+  // Of the part, these are still to come.
+  bool in_weight = true;
   uint32_t loops_left = 0;
 
-  // The k-step that next() found: its first column in the tile's first row and first token, and how many columns from
-  // there on exist, which may be more than a k-step has.
-  const Storage *w_from = nullptr, *x_from = nullptr;
-  int64_t w_stride = 0, x_stride = 0;
-  int columns = 0;
+  uint32_t loop_mask = 0;  // once W of the first part has been left behind
+  int num_loops = 0;       // the bits of the mask
 
-  RRT_DEVICE explicit Cursor(const DecodeArgs& decode_args) : args(decode_args) {}
+  static constexpr int kNoSegment = -1;
 
-  RRT_DEVICE void begin_part() {
-    loop = -1;
-    step = first_step_of(part, column_steps);
-    end = first_step_of(part + 1, column_steps);
-  }
-
-  // Goes to the next k-step; false if there is none.
-  RRT_DEVICE bool next() {
-    while (step >= end) {
-      if (loop < 0) {
-        if (!waited && rank_steps > 0) {
-          device::dependency_wait();
+  // Finds the next run that is not empty; false if there is none.
+  RRT_DEVICE bool next(Run<Storage>& run) {
+    for (;;) {
+      if (in_weight) {
+        in_weight = false;
+        if (rank_turns(part) == 0) continue;
+        if (num_loops == 0) {
           loop_mask = find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops);
-          waited = true;
+          for (uint32_t bits = loop_mask; bits != 0; bits &= bits - 1) ++num_loops;
         }
         loops_left = loop_mask;
-      }
-      if (loops_left == 0) {
+      } else if (loops_left == 0) {
         if (part + 1 >= last_part) return false;
         ++part;
-        begin_part();
+        in_weight = true;
+        run = weight_run();
+        if (run.turns > 0) return true;
         continue;
       }
-      loop = 0;
+      if (loops_left == 0) continue;
+      int loop = 0;
       while ((loops_left >> loop & 1) == 0) ++loop;
       loops_left &= loops_left - 1;
-      step = part;
-      end = rank_steps;
+      run = rank_run(loop);
+      return true;
     }
-    const int column = step * kStepColumns;
-    if (loop < 0) {
-      w_from = weight + column;
-      w_stride = args.k;
-      x_from = x + column;
-      x_stride = args.x_stride;
-      columns = args.k - column;
-      ++step;
-    } else {
-      w_from = static_cast<const Storage*>(args.lora_b) +
-               (static_cast<int64_t>(loop) * args.n + tile.row_begin) * args.b_stride + column;
-      w_stride = args.b_stride;
-      x_from = static_cast<const Storage*>(args.shrunk) +
-               (static_cast<int64_t>(loop) * args.padded_m + tile.token_begin) * args.total_rank + rank_begin + column;
-      x_stride = args.total_rank;
-      columns = rank - column;
-      step += kParts;
-    }
-    return true;
   }
 
-  // All k-steps of a part. Only right once the cursor is past W in that part, when it knows the loop mask.
-  RRT_DEVICE int k_steps(int of_part) const {
-    int num_loops = 0;
-    for (uint32_t bits = loop_mask; bits != 0; bits &= bits - 1) ++num_loops;
-    return num_column_steps(of_part, column_steps) + num_loops * num_rank_steps(of_part, rank_steps);
+  // W in this part and in those that follow at once: with no B_l between them, and whole turns up to their begin. The
+  // cursor is then in the last of them. To begin a run takes much longer than to go on in one.
+  RRT_DEVICE Run<Storage> weight_run() {
+    const int column_steps = ceil_div<kStepColumns>(args.k);
+    const int first_step = first_step_of(part, column_steps);
+    while (part + 1 < last_part && rank_turns(part) == 0 &&
+           (first_step_of(part + 1, column_steps) - first_step) % kTurnSteps == 0) {
+      ++part;
+    }
+    const int begin = first_step * kStepColumns, end = first_step_of(part + 1, column_steps) * kStepColumns;
+    return {matrix + static_cast<int64_t>(tile.row_begin) * args.k + begin,
+            static_cast<const Storage*>(args.x) + tile.token_begin * args.x_stride + begin,
+            args.k,
+            args.x_stride,
+            (end < args.k ? end : args.k) - begin,
+            kStepColumns,
+            ceil_div<kTurnSteps>(end / kStepColumns - first_step)};
+  }
+
+  RRT_DEVICE Run<Storage> rank_run(int loop) const {
+    const int begin = part * kStepColumns;
+    return {static_cast<const Storage*>(args.lora_b) +
+                (static_cast<int64_t>(loop) * args.n + tile.row_begin) * args.b_stride + begin,
+            static_cast<const Storage*>(args.shrunk) +
+                (static_cast<int64_t>(loop) * args.padded_m + tile.token_begin) * args.total_rank +
+                args.segment_rank[segment] + begin,
+            args.b_stride,
+            args.total_rank,
+            rank() - begin,
+            kParts * kStepColumns,
+            rank_turns(part)};
+  }
+
+  RRT_DEVICE int rank() const { return segment == kNoSegment ? 0 : args.segment_size[segment]; }
+  RRT_DEVICE int weight_turns(int of_part) const {
+    return ceil_div<kTurnSteps>(num_column_steps(of_part, ceil_div<kStepColumns>(args.k)));
+  }
+  RRT_DEVICE int rank_turns(int of_part) const {
+    return ceil_div<kTurnSteps>(num_rank_steps(of_part, ceil_div<kStepColumns>(rank())));
   }
 };
 
-// Before the first k-step of parts [part, last_part) of a tile; `matrix` is W or, for shrink, A_l, which has no B_l.
-template <class Storage>
-RRT_DEVICE Cursor<Storage> make_cursor(const DecodeArgs& args, const Storage* matrix, const DecodeTile& tile, int part,
-                                       int last_part, bool has_rank) {
+// The last segment that begins at or before a row.
+RRT_DEVICE int find_segment(const DecodeArgs& args, int row) {
   int segment = 0;
-  while (has_rank && segment + 1 < args.num_segments && args.segment_out[segment + 1] <= tile.row_begin) ++segment;
-  Cursor<Storage> cursor(args);
-  cursor.tile = tile;
-  cursor.weight = matrix + static_cast<int64_t>(tile.row_begin) * args.k;
-  cursor.x = static_cast<const Storage*>(args.x) + tile.token_begin * args.x_stride;
-  cursor.part = part;
-  cursor.last_part = last_part;
-  cursor.column_steps = ceil_div<kStepColumns>(args.k);
-  const int rank = has_rank ? args.segment_size[segment] : 0;
-  cursor.rank_steps = ceil_div<kStepColumns>(rank);
-  cursor.rank_begin = args.segment_rank[segment];
-  cursor.rank = rank;
-  cursor.begin_part();
-  return cursor;
+  while (segment + 1 < args.num_segments && args.segment_out[segment + 1] <= row) ++segment;
+  return segment;
 }
 
 }  // namespace rrt::loop_lora

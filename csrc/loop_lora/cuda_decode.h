@@ -9,17 +9,20 @@
 //              over W, then over the B_l of each loop in the tile, with zeros for the T of tokens of other loops; then
 //              the parts' sums are added in order.
 //   slice      Some of the parts of a tile, as the work of one thread block of the row kernel: split-K. With several
-//              slices, the parts' sums go to memory and a third kernel adds them.
-//   k-step     32 columns of W and x, or 32 ranks of B_l and T: one stage of the pipeline.
-//   stage      A place for one k-step in the ring of asynchronous copies in shared memory.
+//              slices, the parts' sums go to memory and a third kernel adds them. Shrink may be split likewise.
+//   k-step     32 columns of W and x, or 32 ranks of B_l and T.
+//   turn       Two k-steps: what a stage of the pipeline holds, and a warp multiplies at a time. In W they are
+//              adjacent, so that a turn has whole lines of memory; the last turn of a part may have one k-step only.
+//   stage      A place for one turn in the ring of asynchronous copies in shared memory.
 //   loop mask  Bit l: some token of the tile is of loop l.
 //   segment    Consecutive outputs with a LoRA of their own (launch.h).
 //
 // The order of every sum depends on the layer's shape alone: not on the other tokens of the batch, nor on how they are
 // tiled and sliced, nor on which of the two kernels runs. So a token's result has the same bits in any batch.
 //
-// Columns may be taken in any order as long as W and x agree. So a lane copies 16 adjacent bytes of a row to a place in
-// shared memory that is its own, and they are its fragments of two mmas: there is no swizzle and no ldmatrix.
+// Kernels are chained by programmatic dependent launch: each lets the next one start at once, and before it reads what
+// the kernels before it wrote (anything but W, A_l and B_l), or writes anything, it waits for them to end. Every thread
+// block waits, since the kernel after the next relies on it. The product fetches W before it waits.
 #pragma once
 
 #include <cmath>
@@ -43,6 +46,7 @@ struct DecodeArgs {
   const void* lora_a;      // [num_loops, total_rank, k]
   const void* lora_b;      // [num_loops, n, b_stride]
   void* shrunk;            // T [num_loops, padded_m, total_rank], written by shrink
+  float* shrink_sums;      // [kParts, m, total_rank], written by shrink if it is split
   float* part_sums;        // [kParts, m, n], written by the row kernel if there are several slices
   void* y;                 // [m, n]
   int m, n, k;
@@ -51,6 +55,7 @@ struct DecodeArgs {
   int b_stride;
   int padded_m;
   int parts_per_block;  // of the row kernel: kParts / slices
+  bool chained;         // the kernels before this one may not have ended, until it waits for them
   int num_segments;
   int segment_out[kMaxSegments];   // first output row of each; a multiple of a tile's rows
   int segment_rank[kMaxSegments];  // first rank of each, a multiple of 8
@@ -59,15 +64,10 @@ struct DecodeArgs {
 
 constexpr int kParts = 8;
 constexpr int kStepColumns = 32;    // of a k-step
+constexpr int kTurnSteps = 2;       // k-steps of a turn
 constexpr int kVectorElements = 8;  // of 16 bits each, in 16 bytes
 constexpr int kMaxLoops = 32;       // bits of a loop mask
-
-// A pair of template arguments: the tokens of a tile, the stages of the ring.
-template <int TOKENS, int STAGES>
-struct DecodeInstance {
-  static constexpr int kTokens = TOKENS;
-  static constexpr int kStages = STAGES;
-};
+constexpr int kAddThreads = 256;    // of the kernels that add parts' sums
 
 // Where the tile of a thread block lies.
 struct DecodeTile {
@@ -95,25 +95,12 @@ RRT_DEVICE uint32_t find_loop_mask(const int32_t* loops, int begin, int count, i
   return mask;
 }
 
-// d += w x over a k-step: TILES times 16 outputs, TOKEN_TILES times 8 tokens. Of every 8 rows a lane has row lane / 4,
-// in it the vector of 8 columns from lane % 4 * 8 on, which is its fragments of two mmas.
-template <class Half, int TILES, int TOKEN_TILES, class LoadX>
-RRT_DEVICE void multiply_k_step(const device::Vector (&w)[2 * TILES], LoadX load_x, float (&d)[TILES][TOKEN_TILES][4]) {
+// The parts' sums of element i of `size`, added in order.
+RRT_DEVICE float add_parts(const float* sums, int64_t size, int64_t i) {
+  float sum = 0;
 #pragma unroll
-  for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
-    const device::Vector x = load_x(token_tile);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const uint32_t b[2] = {x.word[2 * step], x.word[2 * step + 1]};
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        const device::Vector &top = w[2 * tile], &bottom = w[2 * tile + 1];
-        const uint32_t a[4] = {top.word[2 * step], bottom.word[2 * step], top.word[2 * step + 1],
-                               bottom.word[2 * step + 1]};
-        Half::multiply(d[tile][token_tile], a, b);
-      }
-    }
-  }
+  for (int part = 0; part < kParts; ++part) sum += device::load_global(sums + part * size + i);
+  return sum;
 }
 
 // y[token, row] from its sum; NaN if the token's loop lies outside [0, num_loops).

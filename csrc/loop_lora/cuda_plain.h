@@ -30,8 +30,8 @@ RRT_DEVICE void plain_body(const DecodeArgs& args) {
   const int row = block.x / token_tiles * kPlainRows + device::thread_index() / 32;
   const int token_begin = block.x % token_tiles * kPlainTokens;
   const int tokens = args.m - token_begin < kPlainTokens ? args.m - token_begin : kPlainTokens;
+  device::dependency_wait();
   if (SHRINK) {
-    device::dependency_wait();
     device::launch_dependents();
     bool has_loop = false;
     for (int i = 0; i < tokens; ++i) has_loop |= device::load_global(args.loops + token_begin + i) == block.y;
@@ -51,7 +51,6 @@ RRT_DEVICE void plain_body(const DecodeArgs& args) {
       if (token < tokens) sums[token] += w * Number::widen(device::load_global(x + token * args.x_stride + column));
     }
   }
-  if (!SHRINK) device::dependency_wait();
 
   int segment = 0;
   while (!SHRINK && segment + 1 < args.num_segments && args.segment_out[segment + 1] <= row) ++segment;

@@ -182,6 +182,8 @@ RRT_DEVICE void prefill_body(const PrefillArgs& args) {
   using Half = typename Tile::HalfType;
   using Storage = typename Half::Storage;
   constexpr int kStages = Tile::kStages;
+  // At once, which is right because shrink itself is not launched dependent: what the product reads early was whole
+  // before shrink began.
   device::launch_dependents();
   const device::Index block = device::block_index();
   const int token_begin = block.x * Tile::kTokens;

@@ -1,20 +1,26 @@
-// Chooses the decode kernel of a product, and the number of slices: by measurements where there are any, else by an
-// estimate of the bytes that each choice moves. The choice changes no bit of a result. Host only.
+// Chooses the decode kernel of a product, its tile and the number of slices, and whether shrink is split: by
+// measurements where there are any, else by an estimate of the time. The choice changes no bit of a result. Host only.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "rounding.h"
 
 namespace rrt::loop_lora {
 
-enum class DecodeKernel { kColumns, kRows };
+// The column kernel, and the row kernel with tiles of 128 or of 64 outputs.
+enum class DecodeKernel { kColumns, kRows, kRows64 };
 
 struct Tiling {
   DecodeKernel kernel;
   int slices;  // thread blocks that share a tile's 8 parts; always 1 for the column kernel
 };
+
+inline int64_t tile_rows(DecodeKernel kernel) {
+  return kernel == DecodeKernel::kColumns ? 16 : kernel == DecodeKernel::kRows64 ? 64 : 128;
+}
 
 // A line of cuda_tiles_measured.h: the fastest for [n, k] and up to `m` tokens, on a GPU of so many multiprocessors.
 struct MeasuredTiling {
@@ -23,7 +29,8 @@ struct MeasuredTiling {
   Tiling tiling;
 };
 
-constexpr int kMaxTokens = 64;  // of a tile
+constexpr int kMaxTokens = 64;  // of a tile of the row kernel
+constexpr int kMaxColumnTokens = 32, kMaxShrinkTokens = 16;
 constexpr int kSlices[] = {1, 2, 4, 8};
 constexpr int64_t kMaxSumBytes = 64 << 20;
 
@@ -31,42 +38,77 @@ constexpr int64_t kMaxSumBytes = 64 << 20;
 inline int64_t sum_bytes(int64_t m, int64_t n) { return 8 * m * n * static_cast<int64_t>(sizeof(float)); }
 
 // Tokens of the tile for m rows: the smallest that holds them, or the largest.
-inline int tile_tokens(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : kMaxTokens; }
-
-// The time at an H200's rates per multiprocessor: 32 kB a microsecond from memory, 42 from the second-level cache.
-// Every thread block reads its weights and its x; several slices leave sums, which take one more kernel to add.
-inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
-  constexpr double kMemory = 32e3, kCache = 42e3, kLaunch = 1.0;
-  const int64_t rows = tiling.kernel == DecodeKernel::kRows ? 128 : 16, tokens = tile_tokens(m);
-  const int64_t tiles = ceil_div(n, rows) * ceil_div(m, tokens);
-  const double blocks = static_cast<double>(tiles * tiling.slices);
-  const double weights = 2.0 * static_cast<double>(rows * k) / tiling.slices;
-  const double x = 2.0 * static_cast<double>(tokens * k) / tiling.slices;
-  const double sums =
-      tiling.slices > 1 ? 2.0 * 4 * 8 * static_cast<double>(rows * std::min(m, tokens)) / tiling.slices : 0;
-  const double waves = std::max(1.0, blocks / multiprocessors);
-  return waves * std::max(weights / kMemory, (weights + x + sums) / kCache) + (tiling.slices > 1 ? kLaunch : 0);
+inline int tile_tokens(int64_t m, int largest = kMaxTokens) {
+  return std::min(m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : kMaxTokens, largest);
 }
 
-// `rows_fit` says whether the row kernel takes the layer.
+// Assumptions, none of them measured. An H200's rates, in bytes a microsecond: each multiprocessor's share of those of
+// memory and of the second-level cache, and what one may have while others are idle. Times in microseconds: one more
+// kernel costs its launch, its wait for the last block of the one before it, and a trip to memory and back; a block
+// begins with the trip that brings its first bytes; a turn takes as long as its copies, loads and products wait for
+// each other at least.
+constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
+constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2;
+constexpr int kBlocksSideBySide = 2;
+constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
+
+// Every thread block reads its weights from memory, and its x from the second-level cache; several slices leave sums,
+// which take one more kernel to add. Only tokens that exist are read, however many the tile would hold.
+inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
+  const bool columns = tiling.kernel == DecodeKernel::kColumns, sliced = tiling.slices > 1;
+  const int64_t rows = tile_rows(tiling.kernel), largest = tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens);
+  const int64_t tokens = std::min(m, largest);
+  const auto blocks = static_cast<double>(ceil_div(n, rows) * ceil_div(m, largest) * tiling.slices);
+  const double evenly = blocks / multiprocessors, on_busiest = std::ceil(evenly);
+  const double side_by_side = std::min<double>(on_busiest, kBlocksSideBySide);
+  const auto columns_of_block = static_cast<double>(k) / tiling.slices;
+  const double weights = 2.0 * static_cast<double>(rows) * columns_of_block;
+  const double sums = sliced ? 2.0 * 4 * 8 * static_cast<double>(rows * tokens) / tiling.slices : 0;
+  const double bytes = weights + 2.0 * static_cast<double>(tokens) * columns_of_block + sums;
+  const double parts_in_turn = columns ? 1 : 8.0 / tiling.slices;
+  const double turns = std::ceil(static_cast<double>(k) / 8 / 64) * parts_in_turn;
+  const double stream = std::max({evenly * weights / kMemoryRate, evenly * bytes / kCacheRate,
+                                  on_busiest * bytes / kBusiestRate, on_busiest / side_by_side * turns * kTurnTime});
+  const double begin = kFirstBytes * std::max(1.0, on_busiest / kBlocksSideBySide);
+  return stream * (!columns && side_by_side < 2 ? kGapsAlone : 1) + begin + (sliced ? kOneMoreKernel : 0);
+}
+
+// Whether the parts of shrink are worth thread blocks of their own, which takes one more kernel to add them: they are
+// where the blocks are few and the columns many.
+inline bool should_split_shrink(int multiprocessors, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
+  const int64_t tokens = tile_tokens(m, kMaxShrinkTokens);
+  const int64_t blocks = ceil_div(total_rank, int64_t{16}) * ceil_div(m, tokens) * num_loops;
+  const double bytes = 2.0 * static_cast<double>((16 + std::min(m, tokens)) * k);
+  const auto time = [&](int64_t parts) {
+    const auto on_busiest = static_cast<double>(ceil_div(blocks * parts, static_cast<int64_t>(multiprocessors)));
+    return on_busiest * bytes / static_cast<double>(parts) / kCacheRate;
+  };
+  return sum_bytes(m, total_rank) <= kMaxSumBytes && time(8) + kOneMoreKernel < time(1);
+}
+
+// `rows_fit` and `rows64_fit` say whether the row kernel takes the layer with tiles of 128 and 64 outputs.
 inline Tiling choose_tiling(const MeasuredTiling* measured, int multiprocessors, int64_t n, int64_t k, int64_t m,
-                            bool rows_fit) {
-  Tiling best{DecodeKernel::kColumns, 1};
-  if (!rows_fit) return best;
+                            bool rows_fit, bool rows64_fit = true) {
+  const auto fits = [&](DecodeKernel kernel) {
+    return kernel == DecodeKernel::kColumns || (kernel == DecodeKernel::kRows64 ? rows64_fit : rows_fit);
+  };
   const MeasuredTiling* found = nullptr;
   for (const MeasuredTiling* line = measured; line->multiprocessors != 0; ++line) {
-    const bool fits = line->multiprocessors == multiprocessors && line->n == n && line->k == k && line->m >= m;
-    if (fits && (found == nullptr || line->m < found->m)) found = line;
+    const bool matches = line->multiprocessors == multiprocessors && line->n == n && line->k == k && line->m >= m;
+    if (matches && fits(line->tiling.kernel) && (found == nullptr || line->m < found->m)) found = line;
   }
   if (found != nullptr) return found->tiling;
+  Tiling best{DecodeKernel::kColumns, 1};
   double fastest = estimated_microseconds(best, multiprocessors, n, k, m);
-  for (int slices : kSlices) {
-    if (slices > 1 && sum_bytes(m, n) > kMaxSumBytes) break;
-    const Tiling tiling{DecodeKernel::kRows, slices};
-    const double time = estimated_microseconds(tiling, multiprocessors, n, k, m);
-    if (time < fastest) {
-      fastest = time;
-      best = tiling;
+  for (DecodeKernel kernel : {DecodeKernel::kRows, DecodeKernel::kRows64}) {
+    for (int slices : kSlices) {
+      if (!fits(kernel) || (slices > 1 && sum_bytes(m, n) > kMaxSumBytes)) break;
+      const Tiling tiling{kernel, slices};
+      const double time = estimated_microseconds(tiling, multiprocessors, n, k, m);
+      if (time < fastest) {
+        fastest = time;
+        best = tiling;
+      }
     }
   }
   return best;

@@ -30,18 +30,22 @@ void print_loop_lora() {
   using namespace rrt;
   using namespace rrt::loop_lora;
   for (const char* half : kHalves) {
-    for_each_type(ColumnInstances{}, [&](auto instance) {
-      using I = decltype(instance);
-      for (const char* shrink : {", true", ", false"}) {
-        print("loop_lora::column_kernel", join(half, I::kTokens, I::kStages) + shrink, kColumnThreads,
-              column_shared_bytes<I::kTokens, I::kStages>());
-      }
-    });
+    const auto print_columns = [&](auto instances, const char* shrink) {
+      for_each_type(instances, [&](auto instance) {
+        using I = decltype(instance);
+        print("loop_lora::column_kernel", join(half, I::kTokens, I::kBlockParts, I::kStages) + shrink,
+              32 * I::kBlockParts, column_shared_bytes<I::kTokens, I::kBlockParts, I::kStages>());
+      });
+    };
+    print_columns(ColumnInstances{}, ", false");
+    print_columns(ShrinkInstances{}, ", true");
+    print_columns(SplitShrinkInstances{}, ", true");
     for_each_type(RowInstances{}, [&](auto instance) {
       using I = decltype(instance);
-      print("loop_lora::row_kernel", join(half, I::kTokens, I::kStages), kRowThreads,
-            row_shared_bytes<I::kTokens, I::kStages>());
+      print("loop_lora::row_kernel", join(half, I::kTokens, I::kWarpTiles, I::kStages), kRowThreads,
+            row_shared_bytes<I::kTokens, I::kWarpTiles, I::kStages>());
     });
+    print("loop_lora::add_shrunk_kernel", half, kAddThreads, 0);
     print("loop_lora::add_parts_kernel", half, kAddThreads, 0);
     for_each_type(PrefillTiles<device::BFloat16>{}, [&](auto tile) {
       using Tile = decltype(tile);

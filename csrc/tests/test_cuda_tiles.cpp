@@ -15,7 +15,7 @@ bool is(const Tiling& tiling, DecodeKernel kernel, int slices) {
 constexpr MeasuredTiling kNone{};
 
 Tiling estimated(int multiprocessors, int64_t n, int64_t k, int64_t m) {
-  return choose_tiling(&kNone, multiprocessors, n, k, m, true);
+  return choose_tiling(&kNone, multiprocessors, n, k, m, true, true);
 }
 
 void test_measurements_go_before_estimates() {
@@ -24,7 +24,7 @@ void test_measurements_go_before_estimates() {
                                   {kA100, 2048, 2048, 16, {DecodeKernel::kRows, 1}},
                                   {}};
   const auto chosen = [&](int multiprocessors, int64_t n, int64_t m, bool rows_fit = true) {
-    return choose_tiling(lines, multiprocessors, n, 2048, m, rows_fit);
+    return choose_tiling(lines, multiprocessors, n, 2048, m, rows_fit, rows_fit);
   };
   CHECK(is(chosen(kH100, 2048, 1), DecodeKernel::kRows, 2));
   CHECK(is(chosen(kH100, 2048, 16), DecodeKernel::kRows, 2));
@@ -39,21 +39,54 @@ void test_measurements_go_before_estimates() {
   CHECK(is(chosen(kH100, 2048, 16, false), DecodeKernel::kColumns, 1));
 }
 
-void test_a_small_layer_goes_by_columns_until_x_outweighs_it() {
+void test_segments_that_fit_narrow_tiles_alone_get_these() {
+  const MeasuredTiling lines[] = {{kH100, 2048, 2048, 64, {DecodeKernel::kRows, 4}}, {}};
+  CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, true, true), DecodeKernel::kRows, 4));
+  CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, false, true), DecodeKernel::kRows64, 8));
+  CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, false, false), DecodeKernel::kColumns, 1));
+}
+
+void test_few_tokens_go_by_columns_where_outputs_are_few() {
   for (int multiprocessors : {kH100, kA100}) {
-    CHECK(is(estimated(multiprocessors, 2048, 2048, 1), DecodeKernel::kColumns, 1));
-    CHECK(is(estimated(multiprocessors, 2048, 2048, 8), DecodeKernel::kColumns, 1));
-    CHECK(is(estimated(multiprocessors, 2048, 2048, 64), DecodeKernel::kRows, 8));
+    for (int64_t m : {1, 2, 4, 8}) {
+      CHECK(is(estimated(multiprocessors, 2048, 2048, m), DecodeKernel::kColumns, 1));
+      CHECK(is(estimated(multiprocessors, 2560, 2048, m), DecodeKernel::kColumns, 1));
+    }
+  }
+  CHECK(is(estimated(kH100, 2048, 2048, 64), DecodeKernel::kRows64, 8));
+  for (int64_t m : {1, 2, 4, 8}) CHECK(is(estimated(kH100, 2048, 16384, m), DecodeKernel::kColumns, 1));
+}
+
+// The tile of 8 tokens is as large for one, but only what exists is read.
+void test_tokens_that_do_not_exist_cost_nothing() {
+  const Tiling columns{DecodeKernel::kColumns, 1};
+  const auto time = [&](int64_t m) { return estimated_microseconds(columns, kH100, 2048, 16384, m); };
+  CHECK(time(1) < time(8));
+  CHECK(time(9) < time(16));
+}
+
+void test_many_outputs_go_by_wide_tiles_undivided() {
+  for (int64_t m : {1, 8, 16, 32, 64}) {
+    CHECK(is(estimated(kH100, 32768, 2048, m), DecodeKernel::kRows, 1));
+    CHECK(is(estimated(kH100, 256000, 2048, m), DecodeKernel::kRows, 1));
   }
 }
 
-void test_a_layer_of_many_outputs_goes_by_rows_undivided_and_one_of_few_divided() {
-  for (int64_t m : {8, 16, 32, 64}) {
-    CHECK(is(estimated(kH100, 32768, 2048, m), DecodeKernel::kRows, 1));
-    CHECK(is(estimated(kH100, 256000, 2048, m), DecodeKernel::kRows, 1));
+void test_few_outputs_of_many_columns_fill_every_multiprocessor_twice() {
+  for (int64_t m : {16, 32, 64}) {
     const Tiling down = estimated(kH100, 2048, 16384, m);
-    CHECK(down.kernel == DecodeKernel::kRows && down.slices == 8);
+    CHECK(down.kernel == DecodeKernel::kRows64);
+    CHECK(2048 / tile_rows(down.kernel) * down.slices >= 3 * kH100 / 2);
   }
+}
+
+void test_shrink_is_split_where_its_blocks_are_few_and_long() {
+  for (int64_t m : {1, 8, 64}) {
+    CHECK(should_split_shrink(kH100, 64, 2, 16384, m));
+    CHECK(!should_split_shrink(kH100, 64, 2, 2048, m));
+  }
+  CHECK(!should_split_shrink(kH100, 2048, 2, 16384, 1));      // enough blocks as it is
+  CHECK(!should_split_shrink(kH100, 64, 2, 16384, 1000000));  // the sums would take too much memory
 }
 
 void test_sums_of_parts_stay_small() {
@@ -67,7 +100,9 @@ void test_sums_of_parts_stay_small() {
 }  // namespace
 
 int main() {
-  return rrt::tests::run(test_measurements_go_before_estimates, test_a_small_layer_goes_by_columns_until_x_outweighs_it,
-                         test_a_layer_of_many_outputs_goes_by_rows_undivided_and_one_of_few_divided,
-                         test_sums_of_parts_stay_small);
+  return rrt::tests::run(test_measurements_go_before_estimates, test_segments_that_fit_narrow_tiles_alone_get_these,
+                         test_few_tokens_go_by_columns_where_outputs_are_few,
+                         test_tokens_that_do_not_exist_cost_nothing, test_many_outputs_go_by_wide_tiles_undivided,
+                         test_few_outputs_of_many_columns_fill_every_multiprocessor_twice,
+                         test_shrink_is_split_where_its_blocks_are_few_and_long, test_sums_of_parts_stay_small);
 }

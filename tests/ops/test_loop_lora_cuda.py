@@ -26,6 +26,7 @@ DECODE_CASES = [
         (264, 8192, 3, True, (8192,), (40,)),
         (1024, 2048, 1, False, (2048,), (0,)),
         (512, 96, 4, "loops", (96,), (512,)),
+        (16384, 192, 2, False, (192,), (64,)),  # shrink is split over its parts
     )
 ]
 
@@ -52,7 +53,7 @@ def test_the_tensor_core_kernel_matches_the_definition(case: Case, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [DECODE_CASES[20], CASES[5], CASES[11]], ids=str)
+@pytest.mark.parametrize("case", [DECODE_CASES[25], DECODE_CASES[29], CASES[5], CASES[11]], ids=str)
 def test_a_row_is_bitwise_the_same_in_any_batch(case: Case, dtype: torch.dtype) -> None:
     inputs = on_gpu(make_inputs(case, dtype))
     whole = loop_lora_linear(**inputs)

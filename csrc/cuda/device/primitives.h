@@ -51,12 +51,20 @@ RRT_DEVICE void store_global(T* global, T value) {
   *global = value;
 }
 
+// An address in shared memory in 32 bits, which kernels may reckon with: making one from a pointer takes instructions.
+using SharedAddress = uint32_t;
+RRT_DEVICE SharedAddress shared_address(const void* shared) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes from global to shared memory, or zeros if not `valid`; there once copy_wait says so, for this thread.
-RRT_DEVICE void copy_async(Vector* shared, const void* global, bool valid) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+RRT_DEVICE void copy_async(SharedAddress address, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
                : "memory");
+}
+RRT_DEVICE void copy_async(Vector* shared, const void* global, bool valid) {
+  copy_async(shared_address(shared), global, valid);
 }
 RRT_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All but the newest `GROUPS` groups of this thread have arrived.
@@ -95,12 +103,14 @@ RRT_DEVICE double exp2(double value) { return ::exp2(value); }
 
 // Four matrices of 8 x 8 16-bit values; lane l points at row l % 8 of matrix l / 8. Of each matrix the lane gets the
 // values of row lane / 4 in columns lane % 4 * 2 (low) and the next (high).
-RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+RRT_DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address)
+               : "r"(row)
                : "memory");
+}
+RRT_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  load_matrices(to, shared_address(shared_row));
 }
 
 // Likewise, but the values of rows lane % 4 * 2 (low) and the next (high) in column lane / 4.

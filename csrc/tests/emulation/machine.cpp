@@ -263,6 +263,13 @@ void touch_shared(const void* address, int64_t size, bool write) {
   }
 }
 
+// Whether the running thread writes while the kernel before, which wrote a region here, may still use what it writes.
+static bool writes_early() {
+  const Machine& m = *machine;
+  return !m.threads[m.current].dependency_met &&
+         std::any_of(m.regions.begin(), m.regions.end(), [](const Region& region) { return region.dependent; });
+}
+
 void touch_global(const void* address, int64_t size, bool write) {
   const char* at = static_cast<const char*>(address);
   if (reinterpret_cast<uintptr_t>(at) % size != 0) violate("global memory is touched at an address not aligned to ", size);
@@ -271,6 +278,7 @@ void touch_global(const void* address, int64_t size, bool write) {
     if (!write && region.dependent && !machine->thread().dependency_met) {
       violate("region '", region.name, "' is read before dependency_wait");
     }
+    if (write && writes_early()) violate("region '", region.name, "' is written before dependency_wait");
     if (write && !region.writable) violate("region '", region.name, "' is written at byte ", at - region.begin);
     (write ? region.bytes_written : region.bytes_read) += size;
     return;

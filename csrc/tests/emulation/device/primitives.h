@@ -5,7 +5,8 @@
 //   races       two threads touch a byte of shared memory, one of them writing, without a barrier of the block,
 //               or of the warp that both are in, between
 //   async copies  a byte is read before the copy that brings it was waited for, or by another thread before a barrier
-//   dependence  global memory that the kernel before writes is read before dependency_wait, or no thread comes to it
+//   dependence  global memory that the kernel before writes is read before dependency_wait, or anything is written before
+//               it, or no thread comes to it
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //
@@ -128,6 +129,13 @@ void store_global(T* global, T value) {
   *global = value;
 }
 
+using SharedAddress = uint32_t;
+inline SharedAddress shared_address(const void* shared) {
+  return static_cast<SharedAddress>(static_cast<const char*>(shared) - shared_memory());
+}
+inline void copy_async(SharedAddress address, const void* global, bool valid) {
+  emulation::copy_async(shared_memory() + address, global, sizeof(Vector), valid);
+}
 inline void copy_async(Vector* shared, const void* global, bool valid) {
   emulation::copy_async(shared, global, sizeof(Vector), valid);
 }
@@ -141,6 +149,7 @@ inline void warp_barrier() { emulation::warp_barrier(); }
 inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
   emulation::load_matrices(to, shared_row, false);
 }
+inline void load_matrices(uint32_t (&to)[4], SharedAddress row) { load_matrices(to, shared_memory() + row); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* shared_row) {
   emulation::load_matrices(to, shared_row, true);
 }

@@ -1,0 +1,436 @@
+"""Model of the CUDA kernels' times, from what the compiler made of them; bench/kernel_model.py prints its predictions.
+
+A launch begins (entry instructions, while the first bytes are on their way), streams and ends. It streams for as long
+as the slowest of these takes:
+
+    issue    the turns of a warp: each its stall counts and waits or, where warps share a scheduler, what they issue,
+             multiply and load from shared memory together; times the waves of thread blocks
+    latency  the bytes of the busiest multiprocessor, which has no more than its rings under way (Little's law)
+    memory   bytes that come from memory, at its bandwidth
+    cache    bytes that cross the second-level cache, which brings x to every thread block
+    matmul   operations of prefill's products, at the best rate of any (clocks fall with the load)
+
+Shrink runs beside the product, which waits for it where the code does; between launches there are gaps. Constants have
+their source beside them. None has been measured with these kernels.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from bench import kernel_instructions, kernel_resources
+from bench.attention_cases import AttentionSpec
+from bench.kernel_instructions import KernelCode
+from bench.linear_variants import Projection
+from rrt.errors import UserError
+
+TILINGS = kernel_resources.ROOT / "csrc" / "cuda" / "tilings.txt"
+BYTES_PER_ELEMENT = 2
+PARTS = 8
+"""Of the columns of W (csrc/loop_lora/cuda_decode.h)."""
+COLUMN_OUTPUTS = 16
+"""Of a tile of the column kernel; the row kernel's have more."""
+SHORT_PIECE, LONG_PIECE, MAX_SHORT_CONTEXT = 128, 256, 2048
+"""Slots of decode attention's pieces (csrc/kv_cache/cuda_decode_attention.h)."""
+STEP_COLUMNS = 32
+"""Columns of W, or ranks of B_l, of which a part has whole numbers."""
+
+MEMORY_SHARE = 0.92
+"""Of a copy's bandwidth, for reading by many blocks. Assumed."""
+LATENCY = 0.7e-6
+"""Seconds from a request to its bytes while memory is busy. Assumed: 500 idle cycles, and queues."""
+WARP_CYCLES_OF_SHARED = 4
+"""Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
+HMMA_FLOPS = 2 * 16 * 8 * 16
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU; rates are per second, times in seconds.
+
+    Attributes:
+        hertz: boost clock for which the datasheet counts the tensor cores' FLOP/s.
+        copy: bandwidth of a copy. H200: measured; others: 85% and 90% of the datasheet's.
+        cache: bandwidth of the second-level cache. Assumed.
+        matmul: best rate of a product in 16 bits. H200: measured; H100: the same chip; A100: 80% of the datasheet's.
+        hmma_cycles: of a scheduler for one m16n8k16. A100: 1024 multiply-adds a cycle and multiprocessor (datasheet);
+            H100: twice that, of which mma.sync reaches 63% (arXiv 2402.13499).
+        gap: from the end of a kernel until the next one works. Assumed.
+        trigger: the same, for one that was launched early and only waits. Assumed.
+    """
+
+    name: str
+    arch: str
+    multiprocessors: int
+    hertz: float
+    copy: float
+    cache: float
+    matmul: float
+    hmma_cycles: float
+    gap: float
+    trigger: float
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        return self.arch != "sm_80"
+
+
+H200 = Device("h200", "sm_90a", 132, 1.83e9, 4.3e12, 5.5e12, 790e12, 6.4, gap=1e-6, trigger=0.5e-6)
+DEVICES = {
+    "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 3.9e12, 250e12, 8.0, gap=2e-6, trigger=2e-6),
+    "h100": replace(H200, name="h100", copy=3.0e12),
+    "h200": H200,
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the compiler's tables say, by architecture and kernel."""
+
+    code: dict[tuple[str, str], KernelCode]
+    resources: dict[tuple[str, str], kernel_resources.Kernel]
+    tilings: dict[tuple[int, ...], tuple[int, int]]
+    """(multiprocessors, n, k, m) to a tile's outputs and its slices."""
+
+    @classmethod
+    def read(cls) -> "Tables":
+        code = kernel_instructions.parse_table(kernel_instructions.EXPECTED.read_text())
+        resources = kernel_resources.parse_table(kernel_resources.EXPECTED.read_text())[1]
+        lines = [line.split() for line in TILINGS.read_text().splitlines()[1:]]
+        tilings = {tuple(map(int, line[:4])): (int(line[4]), int(line[5])) for line in lines}
+        by_name = {(kernel.arch, kernel.name): kernel for kernel in code}
+        return cls(by_name, {(kernel.arch, kernel.name): kernel for kernel in resources}, tilings)
+
+    def instances(self, device: Device, kernel: str) -> list["Compiled"]:
+        """List the kernel's instances for bfloat16."""
+        names = [name for arch, name in self.code if arch == device.arch and name.startswith(f"{kernel}<BFloat16")]
+        if not names:
+            raise UserError(f"{kernel_instructions.EXPECTED.name}: found no {kernel}; expected it: see --write")
+        return [Compiled(self.code[device.arch, name], self.resources[device.arch, name]) for name in names]
+
+    def find(self, device: Device, kernel: str, **arguments: int) -> "Compiled":
+        """Return the instance with these template arguments; the first one, if it has others too."""
+        for instance in self.instances(device, kernel):
+            if arguments.items() <= instance.arguments.items():
+                return instance
+        raise UserError(
+            f"{kernel_instructions.EXPECTED.name}: found no {kernel} of {arguments}; expected it: see --write"
+        )
+
+
+ARGUMENTS = {
+    "loop_lora::row_kernel": "tokens warp_tiles stages",
+    "loop_lora::column_kernel": "tokens parts stages shrink",
+    "loop_lora::prefill_kernel": "token_warps out_warps token_tiles out_groups stages",
+    "kv_cache::decode_kernel": "head_dim stages",
+    "kv_cache::prefill_kernel": "head_dim warps row_tiles slots stages",
+    "kv_cache::combine_kernel": "head_dim",
+}
+"""Names of the template arguments after the dtype."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An instance of a kernel."""
+
+    code: KernelCode
+    resources: kernel_resources.Kernel
+
+    @cached_property
+    def arguments(self) -> dict[str, int]:
+        kernel, _, *values = re.split(r"[<>,] *", self.code.name.removesuffix(">"))
+        numbers = [{"false": 0, "true": 1}.get(value, value) for value in values]
+        names = ARGUMENTS.get(kernel, "").split()
+        return {name: int(number) for name, number in zip(names, numbers, strict=True)}
+
+    @property
+    def warps(self) -> int:
+        return self.resources.threads // 32
+
+    @property
+    def bytes_under_way(self) -> float:
+        """How many bytes a thread block may have asked for: all stages of its ring but the one that it works on."""
+        stages = self.arguments.get("stages", 1)
+        return self.resources.shared_bytes * (stages - 1) / stages
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch has to do: equal thread blocks, each of whose warps takes so many turns."""
+
+    blocks: int
+    turns: float
+    block_bytes: float
+    """That a block brings into its multiprocessor."""
+    memory_bytes: float
+    """That the launch reads from memory and writes, each byte once."""
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a launch: before and after its stream, of the stream by each limit, and of a turn."""
+
+    begin: float
+    end: float
+    limits: dict[str, float]
+    turn: float
+
+    @property
+    def stream(self) -> float:
+        """The slowest limit; the last bytes take a turn more."""
+        return max(seconds + (0 if name == "issue" else self.turn) for name, seconds in self.limits.items())
+
+    @property
+    def bound(self) -> str:
+        return max(self.limits, key=lambda name: self.limits[name])
+
+    @property
+    def total(self) -> float:
+        return self.begin + self.stream + self.end
+
+
+def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool = False) -> Times:
+    """Predict a launch; `stores_sums`: it leaves sums for a kernel that adds them."""
+    code = kernel.code
+    busiest = math.ceil(work.blocks / device.multiprocessors)
+    resident = min(kernel.resources.blocks, busiest)
+    warps_per_scheduler = max(1.0, resident * kernel.warps / 4)
+    turn = max(
+        code.cycles,
+        warps_per_scheduler * code.instructions,
+        warps_per_scheduler * code.hmma * device.hmma_cycles,
+        resident * kernel.warps * (code.lds + code.ldgsts) * WARP_CYCLES_OF_SHARED,
+    )
+    waves = math.ceil(busiest / resident)
+    under_way = resident * kernel.bytes_under_way
+    limits = {
+        "issue": waves * work.turns * turn / device.hertz,
+        "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
+        "memory": work.memory_bytes / (MEMORY_SHARE * device.copy),
+        "cache": work.blocks * work.block_bytes / device.cache,
+        "matmul": work.flops / device.matmul,
+    }
+    end = code.sums_cycles if stores_sums else code.exit_cycles
+    begin = max(LATENCY, code.entry_cycles / device.hertz)
+    return Times(begin, end / device.hertz, limits, turn / device.hertz if work.turns else 0.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of an operator, from the end of the one before it to its own, in seconds.
+
+    Attributes:
+        terms: what its time is made of: gap, begin, stream, shrink (waiting for it), end, and a kernel that follows.
+        bound: what limits the stream.
+    """
+
+    terms: dict[str, float]
+    floor: float
+    bound: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def over_floor(self) -> float:
+        return self.seconds / self.floor
+
+
+def floor_of(device: Device, num_bytes: float, flops: float) -> float:
+    return max(num_bytes / device.copy, flops / device.matmul)
+
+
+def choose_tokens(instances: Iterable[Compiled], m: int) -> Compiled:
+    """Return the instance with the smallest tile that holds m tokens, or with the largest."""
+    return min(instances, key=lambda each: (each.arguments["tokens"] < m, abs(each.arguments["tokens"] - m)))
+
+
+def decode_launch(
+    device: Device, kernel: Compiled, slices: int, n: int, k: int, m: int, loops: int, rank: int
+) -> tuple[Work, Times]:
+    """Predict a launch of a decode kernel on [n, k], which goes on over the B_l of so many loops."""
+    tokens, by_rows = kernel.arguments["tokens"], "::row_kernel" in kernel.code.name
+    warp_outputs = 16 * (kernel.arguments["warp_tiles"] if by_rows else 1)
+    outputs = warp_outputs * (kernel.warps if by_rows else 1)
+    parts = PARTS // slices if by_rows else 1  # of a warp
+    # An mma takes 16 outputs x 16 columns for 8 tokens.
+    turn_steps = kernel.code.hmma * 256 / (tokens / 8) / warp_outputs / STEP_COLUMNS
+    turns = parts * math.ceil(k / STEP_COLUMNS / PARTS / turn_steps)
+    for part in range(parts):
+        # Every eighth step of B_l is of the part.
+        steps = max(0, math.ceil((math.ceil(rank / STEP_COLUMNS) - part) / PARTS))
+        turns += loops * math.ceil(steps / turn_steps)
+    rows, ranks = min(m, tokens), loops * rank
+    block_bytes = BYTES_PER_ELEMENT * (outputs + rows) * (k + ranks) / slices
+    if slices > 1:
+        block_bytes += 4 * parts * outputs * rows
+    memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * k)
+    work = Work(math.ceil(n / outputs) * math.ceil(m / tokens) * slices, turns, block_bytes, memory_bytes)
+    return work, launch_times(device, kernel, work, slices > 1)
+
+
+def adding_time(device: Device, tables: Tables, kernel: str, elements: int) -> float:
+    """Predict a launch that adds parts' sums, which are still in the cache."""
+    add = tables.find(device, kernel)
+    threads = add.resources.threads
+    return launch_times(
+        device, add, Work(math.ceil(elements / threads), 0, threads * (4 * PARTS + BYTES_PER_ELEMENT), 0)
+    ).total
+
+
+def predict_shrink(
+    device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float
+) -> tuple[float, bool]:
+    """Predict T = A_l x, with its parts in thread blocks of their own where that is faster; and say whether it lets
+    the product start before it waits itself."""
+    by_warps: dict[int, list[Compiled]] = {}
+    for instance in tables.instances(device, "loop_lora::column_kernel"):
+        if instance.arguments["shrink"]:
+            by_warps.setdefault(instance.warps, []).append(instance)
+    ways = []
+    for warps, instances in by_warps.items():
+        kernel = choose_tokens(instances, m)
+        seconds = decode_launch(device, kernel, PARTS // warps, loops * ranks, k, m, 0, 0)[1].total
+        if warps < PARTS:
+            seconds += gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
+        ways.append((seconds, bool(kernel.code.triggers_early)))
+    return min(ways)
+
+
+def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled]]:
+    """Map a tile's outputs to the instances of the decode product that have it."""
+    found: dict[int, list[Compiled]] = {}
+    for each in tables.instances(device, "loop_lora::row_kernel"):
+        found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
+    columns = tables.instances(device, "loop_lora::column_kernel")
+    return {COLUMN_OUTPUTS: [each for each in columns if not each.arguments["shrink"]], **found}
+
+
+def find_faster_tiling(
+    device: Device, tables: Tables, projection: Projection, m: int, rank: int, loops: int
+) -> tuple[Prediction, str]:
+    """Return the best prediction, over all tilings, and its tile's outputs / slices."""
+    ways = []
+    for outputs in product_instances(device, tables):
+        if all(part.start % outputs == 0 for part in projection.slices()):
+            for slices in (1,) if outputs == COLUMN_OUTPUTS else (1, 2, 4, 8):
+                found = predict_linear(device, tables, projection, m, rank, loops, (outputs, slices))
+                ways.append((found, f"{outputs}/{slices}"))
+    return min(ways, key=lambda way: way[0].seconds)
+
+
+def predict_linear(
+    device: Device,
+    tables: Tables,
+    projection: Projection,
+    m: int,
+    rank: int,
+    loops: int,
+    tiling: tuple[int, int] | None = None,
+) -> Prediction:
+    """Predict loop_lora_linear on m rows of so many loops, with the tiling (outputs, slices) that is chosen for it."""
+    n, k = projection.outputs, projection.inputs
+    outputs, slices = tiling or tables.tilings[device.multiprocessors, n, k, m]
+    product = choose_tokens(product_instances(device, tables)[outputs], m)
+    work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
+    terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
+    next_gap = device.gap
+    ranks = sum(projection.ranks(rank))
+    shrink, starts_early = predict_shrink(device, tables, max(1, ranks), k, m, loops, device.trigger)
+    if device.has_dependent_launch and starts_early:
+        # The ring fills with W while the kernel before ends and shrink runs; then x is there, and the rest streams.
+        next_gap = device.trigger
+        waited = shrink + device.trigger if rank > 0 else 0.0
+        resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
+        filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
+        others = max(seconds for name, seconds in times.limits.items() if name != "issue")
+        idle = device.trigger + waited
+        rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
+        x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
+        terms |= {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
+    elif device.has_dependent_launch and rank > 0:
+        # Both read from memory at once; and a block needs T after the first of its parts of W.
+        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
+        memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
+        stream = replace(times, limits={**times.limits, "memory": memory}).stream
+        needed = times.begin + stream / (PARTS // slices if outputs != COLUMN_OUTPUTS else 1)
+        terms |= {"gap": device.gap + device.trigger, "stream": stream, "shrink": max(0.0, shrink - needed)}
+    elif rank > 0:
+        terms["shrink"] = shrink + device.gap
+    terms["add"] = 0.0
+    if slices > 1:
+        terms["add"] = next_gap + adding_time(device, tables, "loop_lora::add_parts_kernel", m * n)
+    floor = floor_of(device, projection.min_bytes(m, rank, loops, BYTES_PER_ELEMENT), projection.flops(m, rank))
+    return Prediction(terms, floor, times.bound)
+
+
+def predict_prefill(device: Device, tables: Tables, projection: Projection, m: int, rank: int) -> Prediction:
+    """Predict loop_lora_prefill: two launches of one kernel, each with the tile that the library would choose."""
+    k, n, segment_rank = projection.inputs, projection.outputs, max(projection.ranks(rank))
+
+    def launch(segments: Sequence[int], columns: int) -> Times:
+        def tiling(kernel: Compiled) -> tuple[int, int, int]:
+            tile_m = 16 * kernel.arguments["token_warps"] * kernel.arguments["token_tiles"]
+            tile_n = 32 * kernel.arguments["out_warps"] * kernel.arguments["out_groups"]
+            return tile_m, tile_n, math.ceil(m / tile_m) * sum(math.ceil(outputs / tile_n) for outputs in segments)
+
+        def cost(kernel: Compiled) -> tuple[int, int]:
+            tile_m, tile_n, blocks = tiling(kernel)
+            return math.ceil(blocks / device.multiprocessors) * (tile_m + tile_n), tile_m * tile_n
+
+        kernel = min(tables.instances(device, "loop_lora::prefill_kernel"), key=cost)
+        tile_m, tile_n, blocks = tiling(kernel)
+        turns = 2 * tile_m * tile_n * columns / kernel.warps / (kernel.code.hmma * HMMA_FLOPS)
+        block_bytes = BYTES_PER_ELEMENT * (tile_m + tile_n) * columns
+        memory_bytes = BYTES_PER_ELEMENT * (sum(segments) * columns + m * (columns + sum(segments)))
+        flops = 2 * m * sum(segments) * columns
+        return launch_times(device, kernel, Work(blocks, turns, block_bytes, memory_bytes, flops))
+
+    product = launch(projection.segments, k + segment_rank)
+    floor = floor_of(device, projection.min_bytes(m, rank, 1, BYTES_PER_ELEMENT), projection.flops(m, rank))
+    terms = {"gap": device.gap, "begin": product.begin, "stream": product.stream, "shrink": 0.0, "end": product.end}
+    if rank > 0:
+        ranks = sum(projection.ranks(rank))
+        shrink = launch([ranks], k)
+        if device.has_dependent_launch:
+            # It takes its share of the GPU meanwhile; T is needed after W.
+            terms["stream"] *= 1 + ranks / n
+            terms["shrink"] = max(0.0, shrink.total - product.begin - terms["stream"] * k / (k + segment_rank))
+        else:
+            terms["shrink"] = shrink.total + device.gap
+    return Prediction(terms, floor, product.bound)
+
+
+def predict_attention(
+    device: Device, tables: Tables, spec: AttentionSpec, kind: str, count: int, context: int, queries: int
+) -> Prediction:
+    """Predict loop_kv_attention of `count` rows, or loop_kv_prefill of as many sequences with a chunk each."""
+    dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
+    kernel = tables.find(device, f"kv_cache::{kind}_kernel", head_dim=dim)
+    row_tiles = kernel.arguments.get("row_tiles", 1)
+    # For 16 slots and 16 rows it takes dim / 8 mmas of q k, and as many of p v.
+    slots = 16 * kernel.code.hmma / (dim / 4) / row_tiles
+    slot_bytes = 2 * dim * BYTES_PER_ELEMENT
+    memory_bytes = spec.min_bytes(count, context, queries)
+    piece_slots = SHORT_PIECE if context <= MAX_SHORT_CONTEXT else LONG_PIECE
+    pieces = math.ceil(context / piece_slots) if kind == "decode" else 1
+    if kind == "decode":
+        blocks = count * spec.num_kv_heads * math.ceil(group / 16) * pieces
+        seen = min(context, piece_slots)
+        work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes)
+    else:
+        blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
+        seen = context - queries // 2
+        work = Work(blocks, math.ceil(seen / slots), seen * slot_bytes, memory_bytes)
+    times = launch_times(device, kernel, work, pieces > 1)
+    terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
+    if pieces > 1:
+        combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
+        turns = 1 + math.ceil(pieces / 16)  # the largest scores first; then four pieces of each of four warps
+        combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
+        terms["combine"] = device.trigger + launch_times(device, combine, combined).total
+    return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)

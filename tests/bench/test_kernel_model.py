@@ -1,0 +1,212 @@
+"""bench/kernel_model.py: loops found in machine code, the model's arithmetic, and measurements beside predictions."""
+
+import argparse
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from bench import kernel_instructions, kernel_model, kernel_resources
+from bench.kernel_instructions import analyse, find_disassembler, parse_sass
+from bench.kernel_model import PRESETS, ROWS
+from bench.kernel_times import (
+    DEVICES,
+    H200,
+    LATENCY,
+    MEMORY_SHARE,
+    Compiled,
+    Tables,
+    Work,
+    launch_times,
+    predict_linear,
+)
+from bench.linear_variants import projections
+from rrt.checkpoint.presets import preset
+from rrt.errors import UserError
+
+NO_SCOREBOARD = 7
+
+
+def sass(*lines: tuple[str, int, int, int]) -> str:
+    """Make cuobjdump's listing of (instruction, stall count, scoreboard that it sets, mask of those it waits for)."""
+    text = "\tcode for sm_90a\n\t\tFunction : _Z5hellov\n"
+    for i, (instruction, stall, sets, waits) in enumerate(lines):
+        control = stall << 41 | sets << 46 | NO_SCOREBOARD << 49 | waits << 52
+        text += f"        /*{16 * i:04x}*/     {instruction} ;   /* 0x{0:016x} */\n       /* 0x{control:016x} */\n"
+    return text
+
+
+def loop_of(*lines: tuple[str, int, int, int]) -> kernel_instructions.KernelCode:
+    ((arch, name), code), *_ = parse_sass(sass(*lines)).items()
+    return analyse(arch, name, code)
+
+
+ENTRY = ("MOV R1, c[0x0][0x28]", 2, 7, 0)
+LOOP = [
+    ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0),
+    ("LDS.128 R8, [R6]", 4, 1, 0),
+    ("HMMA.16816.F32.BF16 R12, R8, R10, R12", 6, 7, 1 << 1),
+]
+EXIT = ("EXIT", 5, 7, 0)
+
+
+def test_a_loop_counts_its_instructions_stalls_and_waits():
+    found = loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), EXIT)
+    assert (found.arch, found.instructions, found.stalls) == ("sm_90a", 4, 18)
+    assert (found.hmma, found.lds, found.ldgsts, found.bar) == (1, 1, 1, 0)
+    # The mma waits for the load, issued 3 cycles into the loop.
+    assert found.cycles == 3 + kernel_instructions.LATENCIES["LDS"] + 6 + 5
+    assert (found.entry_cycles, found.exit_cycles) == (2 + 3, 5)
+
+
+def test_what_lies_in_a_loop_of_its_own_is_no_part_of_a_turn():
+    skip, again, back = ("@P1 BRA 0x70", 5, 7, 0), ("@P2 BRA 0x50", 9, 7, 1 << 2), ("@!P0 BRA 0x10", 5, 7, 0)
+    found = loop_of(ENTRY, *LOOP, skip, ("LDG.E R20, [R22.64]", 4, 2, 0), again, back, EXIT)
+    assert (found.instructions, found.ldg) == (5, 0)
+
+
+def test_a_kernel_that_lets_the_next_one_start_before_it_waits_is_marked():
+    early, late = ("PREEXIT", 1, 7, 0), ("ACQBULK", 1, 7, 0)
+    assert loop_of(early, late, EXIT).triggers_early == 1
+    assert loop_of(late, early, EXIT).triggers_early == 0
+
+
+def test_a_missing_disassembler_is_one_line_that_says_how_to_get_it(tmp_path):
+    with pytest.raises(UserError, match=r"--nvdisasm: found no .*pip install triton") as error:
+        find_disassembler(tmp_path / "nvdisasm")
+    assert "\n" not in str(error.value)
+
+
+def test_the_committed_tables_are_of_the_same_kernels():
+    code = kernel_instructions.parse_table(kernel_instructions.EXPECTED.read_text())
+    _, resources = kernel_resources.parse_table(kernel_resources.EXPECTED.read_text())
+    assert [(kernel.arch, kernel.name) for kernel in code] == [(kernel.arch, kernel.name) for kernel in resources]
+    assert kernel_instructions.format_table(code) == kernel_instructions.EXPECTED.read_text()
+    for kernel in code:
+        assert kernel.stalls >= kernel.instructions * 0.9 and kernel.cycles >= kernel.stalls
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_committed_tilings_cover_every_case_and_are_those_of_today():
+    wanted = {
+        (device.multiprocessors, projection.outputs, projection.inputs, m)
+        for device in DEVICES.values()
+        for name in PRESETS
+        for projection in projections(preset(name))
+        for m in ROWS
+    }
+    assert Tables.read().tilings.keys() == wanted
+    assert kernel_model.TILINGS.read_text().splitlines()[1:] == kernel_model.list_tilings().splitlines()
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return Tables.read()
+
+
+@pytest.fixture
+def kernel():
+    code = kernel_instructions.KernelCode(
+        "sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4>"
+    )
+    return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
+
+
+def test_a_stream_takes_its_slowest_limit(kernel):
+    assert kernel.resources.blocks == 3
+    memory = launch_times(H200, kernel, Work(132, 1, 1.0, 1e9))
+    turn = 500 / H200.hertz  # which the last bytes take
+    assert memory.bound == "memory" and memory.stream - turn == pytest.approx(1e9 / (MEMORY_SHARE * H200.copy))
+    doubled = launch_times(H200, kernel, Work(132, 1, 1.0, 2e9))
+    assert doubled.stream - turn == pytest.approx(2 * (memory.stream - turn))
+    issue = launch_times(H200, kernel, Work(132, 50, 1.0, 1.0))
+    assert issue.bound == "issue" and issue.stream == pytest.approx(50 * turn)
+    # Three blocks share a multiprocessor and run beside each other; a fourth one is a second wave.
+    assert launch_times(H200, kernel, Work(3 * 132, 50, 1.0, 1.0)).stream == pytest.approx(issue.stream)
+    assert launch_times(H200, kernel, Work(4 * 132, 50, 1.0, 1.0)).stream == pytest.approx(2 * issue.stream)
+    # By Little's law: 3 of 4 stages of 64 KiB are under way, and each takes a latency.
+    latency = launch_times(H200, kernel, Work(1, 1, 480 << 10, 1.0))
+    assert latency.bound == "latency" and latency.stream - turn == pytest.approx(10 * LATENCY)
+    cache = launch_times(H200, kernel, Work(132, 1, 1e6, 1.0))
+    assert cache.limits["cache"] == pytest.approx(132e6 / H200.cache)
+
+
+def test_warps_that_share_a_scheduler_take_turns(kernel):
+    busy = replace(kernel, code=replace(kernel.code, instructions=300))
+    one, three = (launch_times(H200, busy, Work(n * 132, 10, 1.0, 1.0)).limits["issue"] for n in (1, 3))
+    assert (one, three) == (pytest.approx(10 * 500 / H200.hertz), pytest.approx(10 * 900 / H200.hertz))
+
+
+def arguments(**changed):
+    values = {"rows": list(ROWS), "ranks": [0, 64, 512], "loops": 2, "prefill_rows": [1024, 8192]}
+    return argparse.Namespace(**{**values, "attention_rows": [1, 32], "contexts": [128, 1024, 16384], **changed})
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("name", PRESETS)
+def test_predictions_are_above_the_floor_and_grow_with_the_work(tables, device, name):
+    records = kernel_model.predict_all(device, tables, name, arguments())
+    assert all(record["over_floor"] > 1 for record in records)
+    assert all(sum(record["terms"].values()) == pytest.approx(record["seconds"]) for record in records)
+    layers = {(record["rank"], record["rows"]): record["seconds"] for record in records if record["kind"] == "layer"}
+    assert all(layers[0, m] < layers[64, m] < layers[512, m] for m in ROWS)
+    assert all(record["best_seconds"] <= record["seconds"] for record in records if record["kind"] == "linear")
+    for kind, count in (("decode", 1), ("decode", 32), ("prefill", 1)):
+        times = [r["seconds"] for r in records if r["kind"] == kind and r["count"] == count]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("tiling", [(16, 1), (128, 1), (128, 8)])
+def test_more_rows_take_longer_in_the_same_tiles(tables, device, tiling):
+    for projection in projections(preset("gemma-2b")):
+        times = [predict_linear(device, tables, projection, m, 64, 1, tiling).seconds for m in ROWS]
+        assert all(more > 0.9 * less for less, more in itertools.pairwise(times))
+
+
+def test_faster_memory_is_never_slower(tables):
+    for h100, h200 in zip(
+        *(kernel_model.predict_all(DEVICES[name], tables, "gemma-2b", arguments()) for name in ("h100", "h200")),
+        strict=True,
+    ):
+        assert h200["seconds"] <= h100["seconds"]
+
+
+def test_measurements_stand_beside_their_predictions(tmp_path, monkeypatch, capsys):
+    record = {"projection": "out", "rank": 64, "loops": 2, "rows": 8, "seconds": {"ours": {"median": 10e-6}}}
+    attention = {"kind": "decode", "count": 32, "context": 1024, "seconds": {"ours": {"median": 20e-6}}}
+    result = {"kind": "kernels", "shapes": "gemma-2b", "device": "cuda: NVIDIA H200", "linear": [record]}
+    measured, out = tmp_path / "measured.json", tmp_path / "out.json"
+    measured.write_text(json.dumps({**result, "attention": [attention]}))
+    command = ["kernel_model.py", "--device", "h200", "--preset", "gemma-2b", "--measured", str(measured)]
+    monkeypatch.setattr("sys.argv", [*command, "--json", str(out)])
+    kernel_model.main()
+    assert "measured/time" in capsys.readouterr().out
+    found = [each for each in json.loads(out.read_text())["predictions"] if "measured_seconds" in each]
+    assert [each["measured_seconds"] for each in found] == [10e-6, 20e-6]
+    assert found[0]["projection"] == "out" and found[1]["kind"] == "decode"
+
+    measured.write_text(json.dumps({**result, "shapes": "pythia-1b"}))
+    with pytest.raises(UserError, match="found shapes of pythia-1b; expected gemma-2b"):
+        kernel_model.main()
+    measured.write_text(json.dumps({**result, "device": "cuda: NVIDIA A100"}))
+    with pytest.raises(UserError, match="found device cuda: NVIDIA A100"):
+        kernel_model.main()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows", "7"], "--rows: found 7; expected some of 1 8 16 32 64"),
+        (["--loops", "0"], "--loops: found 0; expected 1 or more"),
+        (["--contexts", "0"], "--contexts: found 0; expected 1 or more"),
+        (["--measured", "x.json"], "--measured: found with several devices or presets"),
+        (["--write", "nowhere"], "--write: found no .*cu.o below nowhere"),
+    ],
+)
+def test_bad_flags_are_named(monkeypatch, flags, message):
+    monkeypatch.setattr("sys.argv", ["kernel_model.py", *flags])
+    with pytest.raises(UserError, match=message):
+        kernel_model.main()
