@@ -43,7 +43,8 @@ test: lint test-cpp test-ops test-page
 # The operators again: with the kernels of each narrower instruction set that the CPU has, then with references alone.
 test-ops: export OMP_NUM_THREADS = 1
 test-ops: install
-	for isa in baseline avx2 avx512 avx512_bf16; do \
+	widest=$$($(BIN)/python -c 'from rrt.ops import build_info; print(build_info().cpu_isa)'); \
+	for isa in baseline avx2 avx512 avx512_bf16; do [ $$isa != "$$widest" ] || break; \
 	RRT_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m isa -k 'not reference' tests/ops || exit 1; done
 	RRT_NATIVE=0 $(BIN)/python -m pytest -q -m fallback tests/ops tests/decode
 
