@@ -80,8 +80,8 @@ CpuIsaChoice choose_cpu_isa(const CpuFeatures& features, const char* requested, 
   if (have == CpuIsa::kAmxBf16 && !permit_tiles()) have = CpuIsa::kAvx512Bf16;
   if (is_free || std::strcmp(requested, cpu_isa_name(have)) == 0) return {have, ""};
   return {have, "RRT_CPU_ISA: found '" + std::string(requested) +
-                    "'; expected baseline, avx2, avx512, avx512_bf16 or amx_bf16, up to this CPU's " +
-                    cpu_isa_name(have) + ", which is used"};
+                    "'; expected baseline, avx2, avx512, avx512_bf16 or amx_bf16, up to the widest that this CPU and "
+                    "its system allow, " + cpu_isa_name(have) + ", which is used"};
 }
 
 CpuIsa cpu_isa() {

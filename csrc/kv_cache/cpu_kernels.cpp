@@ -73,6 +73,9 @@ void write(const WriteParams& p, int64_t begin, int64_t end) {
 }
 
 static_assert(kPadDim % 32 == 0 && kTileSlots % 32 == 0, "multiply_on_tiles");
+#ifdef RRT_TILES
+static_assert(kReadBehind == tiles::kRows - 1);
+#endif
 
 // For up to so many rows, copying a tile into another layout costs more than it saves.
 constexpr int64_t kMaxDirectRows = 16;

@@ -136,6 +136,12 @@ inline void run_threaded(int64_t begin, int64_t end, int64_t, void (*body)(int64
 constexpr int kSkipped = 77;
 
 inline bool lacks_instruction_set() {
+#ifdef RRT_TILES_BESIDE_AVX512
+  if (!__builtin_cpu_supports("avx512bf16")) {
+    std::cerr << "this CPU lacks AVX512-BF16\n";
+    return true;
+  }
+#endif
   const char* requested = std::getenv("RRT_CPU_ISA");
   if (requested == nullptr || std::strcmp(requested, cpu_isa_name(cpu_isa())) == 0) return false;
   std::cerr << "this CPU has " << cpu_isa_name(cpu_isa()) << ", not " << requested << '\n';

@@ -109,8 +109,8 @@ int main(int argc, char** argv) {
         CHECK_EQ(chosen_with(argv[0], ""), widest);
         CHECK_EQ(chosen_with(argv[0], "AVX2"), widest);
         CHECK_EQ(chosen_with(argv[0], "AVX2", "2>&1 >/dev/null"),
-                 "rrt: RRT_CPU_ISA: found 'AVX2'; expected baseline, avx2, avx512, avx512_bf16 or amx_bf16, up to "
-                 "this CPU's " +
+                 "rrt: RRT_CPU_ISA: found 'AVX2'; expected baseline, avx2, avx512, avx512_bf16 or amx_bf16, up to the "
+                 "widest that this CPU and its system allow, " +
                      widest + ", which is used\n");
         CHECK_EQ(chosen_with(argv[0], "baseline", "2>&1 >/dev/null"), "");
         for (size_t i = 0; i < kNames.size(); ++i) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rrt.errors import UserError
-from rrt.native import build_info, register_op
+from rrt.native import register_op
 from rrt.ops.checks import Checks, accumulation_dtype
 from rrt.ops.elementwise import has_native_kernels
 
@@ -21,7 +21,7 @@ _backward_check = Checks("causal_attention_backward")
 # Read once, so that it cannot change within a training.
 _SETTING = os.environ.get("RRT_ATTENTION") or "auto"
 _SETTINGS = ("auto", "native", "torch")
-_HAS_TILES = build_info().cpu_isa == "amx_bf16"
+_TORCH_HAS_TILES = torch.cpu._is_amx_tile_supported()
 # There, the native attention is chosen up to these sizes.
 _MAX_LENGTH_ON_TILES = 512
 _MAX_HEAD_DIM_ON_TILES = 64
@@ -30,9 +30,10 @@ _MAX_HEAD_DIM_ON_TILES = 64
 def prefers_native_attention(q: Tensor) -> bool:
     """Decide if `causal_attention` attends to plain rows q [B, T, H, D_h], or PyTorch's `scaled_dot_product_attention`.
 
-    RRT_ATTENTION=native or torch decides for all shapes; native only where there are kernels for q's device. Otherwise
-    the native one is taken on CPUs, but with AMX in use only for rows of at most 512 tokens and heads of at most 64
-    elements. On a Xeon with AMX, PyTorch's time over ours was, in `bench/training.py --only attention`:
+    RRT_ATTENTION=native or torch decides for all shapes but packed texts, which always take the native one where it
+    exists; native only where there are kernels for q's device. Otherwise the native one is taken on CPUs, but where
+    PyTorch has AMX only for rows of at most 512 tokens and heads of at most 64 elements. On a Xeon with AMX, PyTorch's
+    time over ours was, in `bench/training.py --only attention`:
 
         heads of        tokens   float32   bfloat16
         pythia-160m     512      1.27      1.16
@@ -50,7 +51,7 @@ def prefers_native_attention(q: Tensor) -> bool:
         raise UserError(f"RRT_ATTENTION: found {_SETTING!r}; expected one of {', '.join(_SETTINGS)}")
     if _SETTING == "torch" or not has_native_kernels(q):
         return False
-    if _SETTING == "native" or not _HAS_TILES:
+    if _SETTING == "native" or not _TORCH_HAS_TILES:
         return True
     return q.shape[1] <= _MAX_LENGTH_ON_TILES and q.shape[3] <= _MAX_HEAD_DIM_ON_TILES
 

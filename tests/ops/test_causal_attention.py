@@ -396,7 +396,7 @@ def test_with_tiles_in_use_pytorchs_attention_is_taken_where_it_was_measured_to_
             return prefers_native_attention(torch.empty(1, length, 1, head_dim))
 
     monkeypatch.setattr("rrt.ops.attention._SETTING", "auto")
-    monkeypatch.setattr("rrt.ops.attention._HAS_TILES", True)
+    monkeypatch.setattr("rrt.ops.attention._TORCH_HAS_TILES", True)
     assert is_native(512, 64)
     assert not is_native(513, 64)
     assert not is_native(512, 65)
@@ -406,7 +406,7 @@ def test_with_tiles_in_use_pytorchs_attention_is_taken_where_it_was_measured_to_
     monkeypatch.setattr("rrt.ops.attention._SETTING", "torch")
     assert not is_native(1, 1)
     monkeypatch.setattr("rrt.ops.attention._SETTING", "auto")
-    monkeypatch.setattr("rrt.ops.attention._HAS_TILES", False)
+    monkeypatch.setattr("rrt.ops.attention._TORCH_HAS_TILES", False)
     assert is_native(4096, 256)
     assert not is_native(1, 1, "cuda")
     monkeypatch.setattr("rrt.ops.attention._SETTING", "ours")
