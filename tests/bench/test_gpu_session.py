@@ -55,6 +55,7 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, root / name)
     (root / "tests" / "model").mkdir(parents=True)
     (root / "tests" / "model" / "test_other.py").write_text("pytestmark = pytest.mark." + "gpu")
+    (root / "bench" / "gpu_uptrain.sh").write_text('"$PYTHON" bench/gpu_uptrain.sh "$@"')
     (tmp_path / "fakes").mkdir()
     for name in ("python", "ncu", "compute-sanitizer"):
         path = tmp_path / "fakes" / name
