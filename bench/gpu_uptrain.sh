@@ -8,6 +8,7 @@ model=$1 out=$2 device=${3:-cuda}
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'cp "$work/run/metrics.jsonl" "$out" || true; rm -rf "$work"' EXIT
+trap 'exit 143' TERM # so that the metrics so far are kept
 mkdir -p "$out"
 "$python" train/prepare_data.py --input python-stdlib --tokenizer "$model" --out "$work/data"
 "$python" -m rrt.convert --base "$model" --out "$work/relaxed" --num-loops 2 --init stepwise \
