@@ -6,7 +6,7 @@ Dimensions: M rows (S sequences of prefill), H query heads, H_kv key/value heads
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.linear_variants import check_agreement, normal
+from bench.linear_variants import DisagreementError, check_agreement, normal
 from bench.timing import Rates, Timer, Variant, copies_beyond_cache, speedup, spread
 from rrt import ops
 
@@ -22,6 +22,7 @@ BASELINES = {
     "sdpa": "scaled_dot_product_attention on keys and values that lie gathered, contiguous per head (not timed); on "
     "CUDA by the first of the backends flash, cuDNN, memory-efficient and math that takes the case, which records name",
     "sdpa grouped": "the same, the query heads of a key/value head as its queries; decode with H > H_kv only",
+    "sdpa NAME, sdpa grouped NAME": "the same by a further backend; decode on CUDA only, by each that takes the case",
 }
 
 
@@ -44,6 +45,8 @@ class AttentionSpec:
     device: torch.device
     cache_bytes: int
     budget_bytes: int
+    wrong: list[str] = field(default_factory=list)
+    """What disagreed, a line each: those cases have no record."""
 
     def cases(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
         """Return the cases to run and those that do not fit in memory, each as kind, rows or sequences, and context."""
@@ -78,14 +81,18 @@ SDPA_BACKENDS = (
 """Fastest first."""
 
 
-def by_fastest_backend(call: Callable[[int], Tensor], device: torch.device) -> tuple[Variant, str]:
-    """Run `call` by the first of SDPA's backends that takes it, and return that backend's name; on a CPU by its choice.
+def by_backends(call: Callable[[int], Tensor], device: torch.device) -> Iterator[tuple[str, Variant]]:
+    """Yield those of SDPA's backends that take `call`, fastest first, and `call` by each; on a CPU its own choice.
 
-    Left to itself, SDPA falls back to a slow backend without a word.
+    Left to itself, SDPA falls back to a slow backend without a word. Math counts only where no other takes the case.
     """
     if device.type == "cpu":
-        return Variant(call), "default"
+        yield "default", Variant(call)
+        return
+    found = False
     for backend in SDPA_BACKENDS:
+        if backend is SDPBackend.MATH and found:
+            return
 
         def run(i: int, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
@@ -96,8 +103,10 @@ def by_fastest_backend(call: Callable[[int], Tensor], device: torch.device) -> t
                 run(0)
         except RuntimeError:  # no kernel of this backend for the case
             continue
-        return Variant(run), backend.name.removesuffix("_ATTENTION").lower()
-    raise RuntimeError("no backend of scaled_dot_product_attention takes the case")
+        yield backend.name.removesuffix("_ATTENTION").lower(), Variant(run)
+        found = True
+    if not found:
+        raise RuntimeError("no backend of scaled_dot_product_attention takes the case")
 
 
 def run_attention(spec: AttentionSpec, timer: Timer, rates: Rates) -> Iterator[dict[str, Any]]:
@@ -105,7 +114,10 @@ def run_attention(spec: AttentionSpec, timer: Timer, rates: Rates) -> Iterator[d
     for index, (kind, count, context) in enumerate(spec.cases()[0]):
         if index % 8 == 0:
             rates.probe()
-        yield _run_case(spec, timer, kind, count, context)
+        try:
+            yield _run_case(spec, timer, kind, count, context)
+        except DisagreementError as error:
+            spec.wrong.append(str(error))
 
 
 def _run_case(spec: AttentionSpec, timer: Timer, kind: str, count: int, context: int) -> dict[str, Any]:
@@ -181,6 +193,11 @@ def make_variants(
             .transpose(1, 2)
             .reshape_as(q)
         )
-    found = {name: by_fastest_backend(call, device) for name, call in baselines.items()}
-    variants = {"ours": ours, **{name: variant for name, (variant, _) in found.items()}}
-    return variants, {name: backend for name, (_, backend) in found.items()}
+    variants, names = {"ours": ours}, dict[str, str]()
+    for name, call in baselines.items():
+        for backend, variant in by_backends(call, device):
+            key = name if name not in variants else f"{name} {backend}"
+            variants[key], names[key] = variant, backend
+            if kind != "decode":
+                break
+    return variants, names

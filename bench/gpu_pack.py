@@ -1,35 +1,29 @@
 """Gather what bench/gpu.sh needs on a machine that starts bare and gets only some files: bench/gpu.sh pack
 
-Writes folders under bench/out (git ignores them) to be brought along with the working tree:
+Writes the folder bench/out/carry (git ignores it) to be brought along with the working tree: rrt/_native.so and
+rrt/_plan as they are here, or for --python's version, so that nothing is built there; the commit, since git's history
+may stay behind; with --model DIR an HF directory's configuration and tokenizer, for which random weights are made there
+(its speed does not depend on them); with --wheels DIR wheels of pure-Python packages that the machine lacks, unpacked.
 
-- bench/out/carry: rrt/_native.so and rrt/_plan as they are here, or for --python's version, so that nothing is built
-  there; the commit, since git's history may stay behind; with --data DIR files of tasks (eval/tasks/README.md), with
-  --wheels DIR wheels of pure-Python packages that the machine lacks, unpacked
-- bench/out/model-pieces/00, 01, ...: with --model DIR an HF directory, its weights in bf16, cut to fit one call each
+    bench/gpu.sh pack --python python3.12 --model models/smollm2-135m
 
-    bench/gpu.sh pack --python python3.12 --model models/smollm2-135m --data data/tasks
-
-Where only --limit-mib travel in one call, bring bench/out/carry with every call and one piece with each: the machine
-keeps them, and joins the model when the last has come. Results that came back (gpu.tar.gz) can be unpacked as
-bench/out/gpu and brought along too, to go on with what is not done. bench/gpu.sh puts everything into its place.
+Results that came back (gpu.tar.gz) can be unpacked as bench/out/gpu and brought along too, to go on with what is not
+done. bench/gpu.sh puts everything into its place.
 """
 
 import argparse
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "bench"))]
 
-from bench.gpu_steps import CARRY, MODEL, OUT
+from bench.gpu_steps import CARRY, MODEL
 
-PIECES = OUT / "model-pieces"
 MIB = 2**20
 
 
@@ -49,74 +43,18 @@ def unpack() -> list[str]:
     return lines
 
 
-def join_model() -> list[str]:
-    """Join the pieces of the model if all are here and it is not; return what was done, in lines."""
-    pieces = sorted(PIECES.glob("[0-9]*/piece"))
-    if not pieces or (MODEL / "config.json").is_file():
-        return []
-    about = json.loads(pieces[0].with_name("about.json").read_text(encoding="utf-8"))
-    if len(pieces) < about["pieces"]:
-        return [f"model: {len(pieces)} of {about['pieces']} pieces are here"]
-    whole, partial = OUT / "model.tar.gz", OUT / "model.partial"
-    digest = hashlib.sha256()
-    with whole.open("wb") as file:
-        for piece in pieces:
-            content = piece.read_bytes()
-            digest.update(content)
-            file.write(content)
-    if digest.hexdigest() != about["sha256"]:
-        whole.unlink()
-        return ["model: the pieces are not of one model: left out"]
-    shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(whole) as tar:
-        tar.extractall(partial, filter="data")
-    whole.unlink()
-    partial.rename(MODEL)
-    return [f"model: joined from {len(pieces)} pieces"]
-
-
-def split_model(archive: Path, piece_bytes: int) -> list[Path]:
-    """Cut a file into pieces in folders of their own, replacing earlier ones."""
-    content = archive.read_bytes()
-    shutil.rmtree(PIECES, ignore_errors=True)
-    parts = [content[start : start + piece_bytes] for start in range(0, len(content), piece_bytes)]
-    about = json.dumps({"pieces": len(parts), "sha256": hashlib.sha256(content).hexdigest()})
-    folders = [PIECES / f"{index:02d}" for index in range(len(parts))]
-    for folder, part in zip(folders, parts, strict=True):
-        folder.mkdir(parents=True)
-        (folder / "piece").write_bytes(part)
-        (folder / "about.json").write_text(about, encoding="utf-8")
-    return folders
-
-
-def write_model(source: Path, target: Path) -> None:
-    """Copy an HF directory with its floating-point weights in bf16 as .tar.gz."""
-    import tempfile
-
+def write_model() -> None:
+    """Make the model that was brought along, with random weights in bf16."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rrt.errors import UserError
-
-    weights = sorted(source.glob("*.safetensors"))
-    if not (source / "config.json").is_file() or len(weights) != 1:
-        raise UserError(f"--model: found {source}; expected an HF directory with config.json and one .safetensors file")
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        for path in source.iterdir():
-            if path.is_file() and path not in weights and path.suffix in (".json", ".txt", ".model", ".jinja"):
-                shutil.copy(path, folder)
-        tensors = {
-            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(weights[0]).items()
-        }
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        (folder / "config.json").write_text(json.dumps({**config, key: "bfloat16"}, indent=2), encoding="utf-8")
-        with tarfile.open(target, "w:gz", compresslevel=6) as tar:
-            for path in sorted(folder.iterdir()):
-                tar.add(path, path.name)
+    torch.manual_seed(0)
+    source, partial = CARRY / "model", MODEL.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    model.to(torch.bfloat16).save_pretrained(partial)
+    partial.rename(MODEL)
 
 
 def build_plan(python: str) -> Path:
@@ -178,27 +116,18 @@ def pack(arguments: argparse.Namespace) -> None:
     commit = read_commit({})
     if commit is not None:
         (CARRY / "commit").write_text(commit + "\n", encoding="utf-8")
-    if arguments.data is not None:
-        (CARRY / "data").mkdir()
-        for path in filter(Path.is_file, arguments.data.iterdir()):
-            shutil.copyfile(path, CARRY / "data" / path.name)
+    if arguments.model is not None:
+        (CARRY / "model").mkdir()
+        for path in arguments.model.iterdir():
+            if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, CARRY / "model" / path.name)
     for wheel in sorted(arguments.wheels.glob("*.whl")) if arguments.wheels is not None else []:
         with zipfile.ZipFile(wheel) as file:
             file.extractall(CARRY / "site")
     limit, tree, carried = arguments.limit_mib * MIB, tracked_bytes(), folder_bytes(CARRY)
     print(f"working tree {tree / MIB:.1f} MiB, {CARRY.relative_to(ROOT)} {carried / MIB:.1f} MiB (commit {commit})")
-    room = int(limit - tree - carried - MIB)
-    if room < 0:
-        raise UserError(
-            f"--limit-mib: found {arguments.limit_mib:g}; expected {(tree + carried) / MIB + 1:.0f} or more"
-        )
-    if arguments.model is not None:
-        archive = OUT / "model.tar.gz"
-        write_model(arguments.model, archive)
-        folders = split_model(archive, room)
-        archive.unlink()
-        print(f"model: {len(folders)} pieces of {room / MIB:.0f} MiB, one more with each call, in any order:")
-        print(*(f"  {folder.relative_to(ROOT)}" for folder in folders), sep="\n")
+    if tree + carried > limit:
+        raise UserError(f"--limit-mib: found {arguments.limit_mib:g}; expected {(tree + carried) / MIB:.1f} or more")
 
 
 def main() -> None:
@@ -209,20 +138,24 @@ def main() -> None:
     parser.add_argument(
         "--python", metavar="EXE", help="build rrt._plan for this interpreter's version (default: as here)"
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="HF directory of a small model")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="files of few-shot tasks")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="HF directory of a small model; weights stay here")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to unpack")
     parser.add_argument(
         "--limit-mib", type=float, default=64, metavar="MIB", help="what travels in a call (default 64)"
     )
     parser.add_argument("--plan-only", action="store_true", help="only build rrt._plan for this interpreter, into rrt/")
+    parser.add_argument("--write-model", action="store_true", help="only make the model that was brought along")
     arguments = parser.parse_args()
-    for flag in ("model", "data", "wheels"):
+    for flag in ("model", "wheels"):
         path = getattr(arguments, flag)
         if path is not None and not path.is_dir():
             raise UserError(f"--{flag}: found {path}; expected a directory")
+    if arguments.model is not None and not (arguments.model / "config.json").is_file():
+        raise UserError(f"--model: found {arguments.model}; expected an HF directory with config.json")
     if arguments.plan_only:
         shutil.copy(build_plan(sys.executable), ROOT / "rrt")
+    elif arguments.write_model:
+        write_model()
     else:
         pack(arguments)
 

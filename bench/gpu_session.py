@@ -4,6 +4,7 @@ bench/gpu.sh explains the arguments, the environment and the exit status.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -18,16 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.gpu_pack import join_model, unpack
+from bench.gpu_pack import unpack
 from bench.gpu_steps import (
     CARRY,
-    DATA,
     MODEL,
     PARTS,
     ROOT,
     Machine,
     Step,
-    find_switches,
     find_test_files,
     find_tools,
     make_steps,
@@ -41,10 +40,13 @@ RESERVE = 8.0
 """Seconds at the end of a call for the report."""
 KILL_AFTER = 5.0
 """Seconds between the signal that asks a step to end and the one that ends it."""
-MAX_FILE_BYTES = 12 << 20
+MAX_FILE_BYTES = 2 << 20
 """Larger files stay out of the archive."""
-DONE = ("passed", "failed", "out of time")
-MODULES = ("transformers", "lm_eval", "datasets")
+MAX_ARCHIVE_BYTES = 15 << 20
+"""A larger archive might not come back: then it has only results, and the ends of logs."""
+MAX_TAIL_BYTES = 20 << 10
+RESULTS = (".json", ".jsonl", ".csv", ".h")
+MODULES = ("transformers",)
 
 
 class Session:
@@ -76,12 +78,13 @@ class Session:
     def is_done(self, step: Step) -> bool:
         """Return True if an earlier call, with the same commit, ran the step to its own end or limit.
 
-        A build is never done: there is such a step only where one is needed.
+        What is missing here is never done: there is such a step only where one is needed. But what Python does
+        instead of rrt._plan is not worth a second try to build it.
         """
         record = read_json(self.results / step.name / "step.json")
-        if record is None or step.group == "build":
+        if record is None or record["commit"] != self.commit or is_left(step, record["outcome"]):
             return False
-        return record["outcome"] in DONE and record["commit"] == self.commit
+        return record["outcome"] != "passed" if step.name == "build-plan" else step.group not in ("build", "model")
 
     def run(self, steps: Sequence[Step], again: bool = False) -> list[Step]:
         """Run what is not done, in order; return what the time was too short for."""
@@ -89,10 +92,12 @@ class Session:
         for step in steps:
             if step.left_out is not None or (self.is_done(step) and not again):
                 continue
-            if self.left() < step.least or self.run_step(step, again) == "cut off":
+            if self.left() < step.least:
                 left.append(step)
-            else:
-                self.report()
+                continue
+            if is_left(step, self.run_step(step, again)):
+                left.append(step)
+            self.report()
         return left
 
     def run_step(self, step: Step, again: bool = False) -> str:
@@ -112,7 +117,8 @@ class Session:
         if status is None:
             outcome = "out of time" if allowed == step.limit else "cut off"
         else:
-            outcome = "passed" if status == 0 else "failed"
+            text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace") if step.expected_text else ""
+            outcome = "passed" if status == 0 and step.expected_text in text else "failed"
         write_json(
             folder / "step.json",
             {
@@ -151,6 +157,11 @@ class Session:
         (self.results / "tables.txt").write_text(text + "\n", encoding="utf-8")
         write_archive(self.results, self._archive)
         return shortened(text)
+
+
+def is_left(step: Step, outcome: str) -> bool:
+    """Return True if the step goes on in the next call: of a file of tests, those that had no time."""
+    return outcome == "cut off" or (outcome == "out of time" and step.group == "tests")
 
 
 def run_limited(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
@@ -200,14 +211,23 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_archive(results: Path, archive: Path) -> None:
-    """Pack all results but files of more than 12 MiB, atomically."""
-
-    def keep(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return None if member.size > MAX_FILE_BYTES or member.name.endswith(".tmp") else member
-
+    """Pack all results but files of more than 2 MiB, atomically; if that is too much, without what can be spared."""
     beside = archive.with_name(archive.name + ".tmp")
-    with tarfile.open(beside, "w:gz", compresslevel=6) as tar:
-        tar.add(results, arcname=results.name, filter=keep)
+    for spares in (False, True):
+        with tarfile.open(beside, "w:gz", compresslevel=6) as tar:
+            for path in sorted(results.rglob("*")):
+                name = f"{results.name}/{path.relative_to(results)}"
+                if not path.is_file() or path.suffix == ".tmp":
+                    continue
+                if spares and path.suffix in (".txt", ".log"):
+                    content = path.read_bytes()[-MAX_TAIL_BYTES:]
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                elif path.stat().st_size <= MAX_FILE_BYTES and (not spares or path.suffix in RESULTS):
+                    tar.add(path, name)
+        if beside.stat().st_size <= MAX_ARCHIVE_BYTES:
+            break
     beside.replace(archive)
 
 
@@ -234,20 +254,30 @@ def ask_git(*words: str) -> str | None:
 
 
 def read_machine(python: str) -> Machine:
-    """Ask the interpreter, in one process, for the library, the GPUs and the packages that some steps need."""
+    """Ask the interpreter, in one process, for the GPUs, the library, and the packages that some steps need."""
     program = (
-        "import json, importlib.util as u, rrt.info\n"
-        f"print(json.dumps([rrt.info.collect_info(), [m for m in {MODULES} if u.find_spec(m)]]))"
+        "import json, importlib.util as u, torch\n"
+        f"print(json.dumps([torch.cuda.device_count(), [m for m in {MODULES} if u.find_spec(m)]]), flush=True)\n"
+        "import rrt.info\n"
+        "print(json.dumps(rrt.info.collect_info()))"
     )
-    info: dict[str, Any] = {}
-    modules: list[str] = []
+    num_gpus, modules, info = 0, list[str](), dict[str, Any]()
     try:
         done = subprocess.run([python, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        info, modules = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        print(f"gpu.sh: python -m rrt.info fails with {python}; try it", file=sys.stderr)
-    has_model, has_data = (MODEL / "config.json").is_file(), DATA.is_dir()
-    return Machine(python, info, find_tools(), frozenset(modules), has_model, has_data, find_switches())
+        lines, errors = [line for line in done.stdout.splitlines() if line[:1] in "[{"], done.stderr
+        num_gpus, modules = json.loads(lines[0])
+        info = json.loads(lines[1])
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"gpu.sh: {python}: {error}", file=sys.stderr)
+    except (ValueError, IndexError):
+        print(
+            f"gpu.sh: {python} does not import torch and rrt.info:",
+            *errors.splitlines()[-15:],
+            sep="\n",
+            file=sys.stderr,
+        )
+    has_model, has_weights = (CARRY / "model" / "config.json").is_file(), (MODEL / "config.json").is_file()
+    return Machine(python, info, num_gpus, find_tools(), frozenset(modules), has_model, has_weights)
 
 
 def choose(steps: Sequence[Step], words: Sequence[str]) -> tuple[list[Step], bool] | None:
@@ -275,7 +305,7 @@ def main() -> int:
     results = Path(environment.get("GPU_RESULTS") or ROOT / "bench" / "out" / "gpu").resolve()
     commit = read_commit(environment)
     # Of a machine with nothing, whose library is built too.
-    every = make_steps(Machine(python, {}, frozenset(), frozenset(), False, False, ()), results, find_test_files())
+    every = make_steps(Machine(python), results, find_test_files())
     if words != ["list"] and choose(every, words) is None:
         print(usage(every), file=sys.stderr)
         return USAGE
@@ -284,13 +314,13 @@ def main() -> int:
     session = Session(results, out / "gpu.tar.gz", float(environment.get("GPU_SECONDS") or 580), commit)
     if commit is not None:
         environment["RRT_COMMIT"] = commit
-    for line in (*unpack(), *join_model()):
+    for line in unpack():
         print(line)
     if (CARRY / "site").is_dir():
         environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', '')}:{CARRY / 'site'}"
     machine = read_machine(python)
     session.facts = {"info": machine.info, "python": python}
-    if not machine.info.get("gpus") and words not in (["list"], ["build"]):
+    if machine.num_gpus == 0 and words not in (["list"], ["build"]):
         print(f"gpu.sh: no GPU is visible to {python}: nothing was run", file=sys.stderr)
         session.report()
         return NO_GPU
@@ -302,12 +332,20 @@ def main() -> int:
         return 0
     selected, again = choose(steps, words) or ([], False)  # a build or a switch that there is not
     # Whatever is asked for needs the library; without rrt._plan, Python plans.
-    session.run([step for step in steps if step.group == "build"])
-    built = read_json(results / "build" / "step.json") if "build" in session.ran else None
-    if built is not None and built["outcome"] != "passed":
-        print(f"\n{session.report()}\nall results: {session._archive}\nthe library was not built: nothing else was run")
-        return FAILED
-    left = session.run([step for step in selected if step.group != "build"], again)
+    left = session.run([step for step in steps if step.group == "build"])
+    if not machine.has_library:
+        machine = read_machine(python)
+        session.facts["info"] = machine.info
+        if not machine.has_library:
+            print(f"\n{session.report()}\nall results: {session._archive}")
+            print("there is no library that is of these sources and has the CUDA kernels: nothing else was run")
+            return STEPS_LEFT if left else FAILED
+    to_run = [step for step in selected if step.group != "build" and (step.group != "model" or again)]
+    for index, step in enumerate(to_run):
+        if str(MODEL) in step.command and step.left_out is None and (again or not session.is_done(step)):
+            to_run[index:index] = [step for step in steps if step.group == "model" and step not in to_run]
+            break
+    left = session.run(to_run, again)
     print(f"\n{session.report()}")
     print(f"all results: {session._archive}")
     if left:

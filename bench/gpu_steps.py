@@ -11,10 +11,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "bench" / "out"
-CARRY, MODEL, DATA = OUT / "carry", OUT / "model", OUT / "carry" / "data"
-"""What bench/gpu_pack.py prepares: binaries and commit; the model, once all its pieces are there; files of tasks."""
+CARRY, MODEL = OUT / "carry", OUT / "model"
+"""What bench/gpu_pack.py gathers, and the model whose weights it makes there."""
 
-PARTS = {1: "correct", 2: "how fast, and why", 3: "against others"}
+PARTS = {1: "correct", 2: "how fast, and why", 3: "all else"}
 CUDA_TESTS = (
     "tests/ops/test_loop_lora_cuda.py",
     "tests/ops/test_loop_lora_prefill_cuda.py",
@@ -29,7 +29,20 @@ NCU_SECTIONS = (
     "Occupancy",
     "MemoryWorkloadAnalysis",
 )
-BANK_CONFLICTS = "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum"
+NCU_COLUMNS = {
+    "us": "gpu__time_duration.sum",
+    "DRAM %": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "L2 %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "issue %": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "instructions": "smsp__inst_executed.sum",
+    "conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "shared kB": "launch__shared_mem_config_size",
+    "blocks/SM": "launch__occupancy_limit_shared_mem",
+    "registers": "launch__registers_per_thread",
+}
+"""Metrics of the profile's table, by its columns."""
+SWITCHES = ("RRT_PDL", "RRT_CARVEOUT")
+"""Environment variables that the launches read (csrc/cuda/): 0 and 1."""
 OUR_KERNELS = "rrt"
 """The namespace of our kernels, a part of their mangled and demangled names and of no other kernel's."""
 
@@ -44,6 +57,7 @@ class Step:
         least: seconds below which it is not worth beginning.
         left_out: why it cannot run here; None if it can.
         optional: a flag and its file, for the command if an earlier step has left the file.
+        expected_text: what the output of a step that passes has in it.
     """
 
     part: int
@@ -55,6 +69,7 @@ class Step:
     least: int = 15
     left_out: str | None = None
     optional: tuple[str, Path] | None = None
+    expected_text: str = ""
 
     def words(self) -> tuple[str, ...]:
         """Return the command as it runs now."""
@@ -65,17 +80,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the steps depend on: the interpreter, `python -m rrt.info --json`, tools, and what was brought along."""
+    """What the steps depend on.
+
+    Attributes:
+        info: of `python -m rrt.info --json`; empty if it failed.
+        num_gpus: that torch sees.
+        modules: importable packages, of those that some steps need.
+        has_model: a model's configuration and tokenizer were brought along.
+        has_weights: its weights have been made here.
+    """
 
     python: str
-    info: Mapping[str, Any]
-    tools: frozenset[str]
-    modules: frozenset[str]
-    """Importable packages, of those that some steps need."""
-    has_model: bool
-    has_data: bool
-    switches: tuple[str, ...]
-    """Environment variables that the CUDA launches read, such as RRT_PDL."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    num_gpus: int = 0
+    tools: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+    has_model: bool = False
+    has_weights: bool = False
 
     @property
     def has_library(self) -> bool:
@@ -97,12 +118,6 @@ def find_tools() -> frozenset[str]:
     return frozenset(name for name in ("ncu", "compute-sanitizer") if shutil.which(name))
 
 
-def find_switches() -> tuple[str, ...]:
-    """List the environment variables that the host side of the CUDA launches reads."""
-    files = (ROOT / "csrc" / "cuda").glob("*.h")
-    return tuple(sorted({name for path in files for name in re.findall(r'"(RRT_\w+)"', path.read_text())}))
-
-
 def find_test_files() -> list[str]:
     """List the files with tests marked gpu: those of the CUDA kernels first."""
     marked = [
@@ -116,15 +131,13 @@ def find_test_files() -> list[str]:
 def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> list[Step]:
     """Make all steps in their order. Each writes into the folder of its name under `results`."""
     python = machine.python
-    no_model = None if machine.has_model else "no model was brought along (bench/gpu.sh pack --model DIR)"
     steps: list[Step] = []
 
     def add(part: int, group: str, name: str, limit: int, *command: str | Path | int, **options: Any) -> None:
         steps.append(Step(part, group, name, limit, tuple(map(str, command)), **options))
 
-    def without(*modules: str) -> str | None:
-        missing = [name for name in modules if name not in machine.modules]
-        return f"{', '.join(missing)} cannot be imported" if missing else None
+    no_transformers = None if "transformers" in machine.modules else "transformers cannot be imported"
+    no_model = None if machine.has_model else "no model was brought along (bench/gpu.sh pack --model DIR)"
 
     def kernels(part: int, name: str, limit: int, preset: str, *flags: str | int, **options: Any) -> None:
         out = results / name / "kernels.json"
@@ -132,90 +145,68 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
         spent = ("--seconds-per-case", "0.15", "--json", out)
         add(part, options.pop("group", "kernels"), name, limit, *command, *flags, *spent, **options)
 
+    def tests(part: int, name: str, *files: str) -> None:
+        command = (python, "bench/gpu_test_file.py", *files, "--log", results / name / "log.jsonl")
+        add(part, "tests", name, 200, *command)
+
     # Part 1
     if not machine.has_library:
         demanded = {"RRT_WITH_CUDA": "1", "RRT_WITH_NATIVE": "1", "CUDAARCHS": machine.cuda_archs}
         add(1, "build", "build", 240, python, "setup.py", "build_ext", "--inplace", environment=demanded, least=60)
     elif not machine.has_plan:
         add(1, "build", "build-plan", 60, python, "bench/gpu_pack.py", "--plan-only")
-    for family in ("linear", "prefill-linear", "attention", "write"):
-        command = (python, "bench/gpu_cases.py", "--only", family)
-        add(1, "smoke", f"smoke-{family}", 40, *command, environment={"CUDA_LAUNCH_BLOCKING": "1"})
-
-    def test_file(file: str, limit: int) -> None:
-        name = "tests-" + re.sub(r"^tests/|test_|\.py$", "", file).replace("/", "-")
-        add(1, "tests", name, limit, python, "bench/gpu_test_file.py", file, "--log", results / name / "log.jsonl")
-
-    for file in test_files:
-        if file in CUDA_TESTS:
-            test_file(file, 100)
-    add(
-        1,
-        "stress",
-        "stress",
-        90,
-        python,
-        "bench/pdl_stress.py",
-        "--rounds",
-        30,
-        "--json",
-        results / "stress" / "stress.json",
-    )
-    for file in test_files:
-        if file not in CUDA_TESTS:
-            test_file(file, 50)
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", 9, "--kernel-name", f"kns={OUR_KERNELS}")
-        missing = None if "compute-sanitizer" in machine.tools else "there is no compute-sanitizer"
-        add(1, "sanitize", f"sanitize-{tool}", 80, *command, python, "bench/gpu_cases.py", left_out=missing)
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that an access out of bounds is out of an allocation
+    add(1, "smoke", "smoke", 60, python, "bench/gpu_cases.py", environment={"CUDA_LAUNCH_BLOCKING": "1", **uncached})
+    for file in CUDA_TESTS:
+        tests(1, "tests-" + re.sub(r"^tests/|test_|\.py$", "", file).replace("/", "-"), file)
+    stress = results / "stress" / "stress.json"
+    add(1, "stress", "stress", 90, python, "bench/pdl_stress.py", "--rounds", 15, "--json", stress)
 
     # Part 2
-    out = results / "ncu"
+    gemma = ("--only", "linear", "layer", "attention", "--rows", 1, 8, 16, 32, 64, "--ranks", 64, 512, "--loops", 1, 2)
+    contexts = ("--contexts", 1024, 16384, "--attention-rows", 8, 32, "--sequences", 1, 4)
+    kernels(2, "kernels-gemma-2b", 240, "gemma-2b", *gemma, *contexts, least=40)
+    out = results / "ncu" / "ncu.csv"
     command = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name-base", "mangled")
-    command += (
-        "--kernel-name",
-        f"regex:.*{OUR_KERNELS}.*",
-        "--page",
-        "raw",
-        "--csv",
-        "--log-file",
-        str(out / "ncu.csv"),
-    )
+    command += ("--kernel-name", f"regex:.*{OUR_KERNELS}.*", "--page", "raw", "--csv", "--log-file", str(out))
     sections = tuple(word for section in NCU_SECTIONS for word in ("--section", section))
+    metrics = ("--metrics", ",".join(NCU_COLUMNS.values()))
     missing = None if "ncu" in machine.tools else "there is no ncu"
-    program = (python, "bench/profiled_launches.py")
-    add(2, "ncu", "ncu", 110, *command, *sections, "--metrics", BANK_CONFLICTS, *program, left_out=missing)
+    add(2, "ncu", "ncu", 110, *command, *sections, *metrics, python, "bench/profiled_launches.py", left_out=missing)
     tiles = results / "tiles" / "tiles.json"
     # Into a copy: the table that the library was compiled with stays, and so does the library.
     table = results / "tiles" / "cuda_tiles_measured.h"
     command = (python, "bench/tile_sweep.py", "--preset", "gemma-2b", "--seconds-per-case", "0.15")
     add(2, "tiles", "tiles", 90, *command, "--table", table, "--json", tiles)
-    gemma = ("--rows", 1, 8, 16, 32, 64, "--ranks", 64, 512, "--loops", 1, 2)
-    kernels(2, "kernels-gemma-2b", 220, "gemma-2b", "--only", "linear", *gemma, least=40, optional=("--tiles", tiles))
-    contexts = ("--contexts", 1024, 16384, "--attention-rows", 8, 32, "--sequences", 1, 4)
-    kernels(2, "kernels-attention", 60, "gemma-2b", "--only", "attention", *contexts)
-    kernels(2, "kernels-gaps", 60, "gemma-2b", "--only", "overhead")
+    layer = ("--only", "layer", "--rows", 1, 8, 16, 32, 64, "--ranks", 64, "--loops", 1, 2)
+    kernels(2, "kernels-tuned", 60, "gemma-2b", *layer, optional=("--tiles", tiles))
 
     # Part 3
-    for switch in machine.switches:
-        for value in ("0", "1"):
-            few = ("--only", "linear", "--rows", 1, 8, 64, "--ranks", 64, "--loops", 1, 2)
-            name = f"switch-{switch.removeprefix('RRT_').lower()}-{value}"
-            kernels(3, name, 40, "gemma-2b", *few, group="switch", environment={switch: value})
-    prefill = ("--only", "linear", "--rows", 256, 1024, 8192, "--ranks", 64, "--loops", 1)
+    tests(3, "tests-others", *(file for file in test_files if file not in CUDA_TESTS))
+    few = ("--only", "layer", "overhead", "--rows", 1, 8, 64, "--ranks", 64, "--loops", 1, 2)
+    for switch in SWITCHES:
+        for turn in (1, 2):  # alternating, since the machine's speed changes
+            for value in ("0", "1"):
+                name = f"switch-{switch.removeprefix('RRT_').lower()}-{value}-{turn}"
+                kernels(3, name, 40, "gemma-2b", *few, group="switch", environment={switch: value})
+    prefill = ("--only", "linear", "layer", "--rows", 256, 1024, 8192, "--ranks", 64, "--loops", 1)
     kernels(3, "kernels-prefill", 60, "gemma-2b", *prefill)
     for preset in ("tinyllama-1.1b", "pythia-1b"):
-        few = ("--only", "linear", "--rows", 1, 8, 32, 64, "--ranks", 64, "--loops", 1, 2)
+        few = ("--only", "linear", "layer", "--rows", 1, 8, 32, 64, "--ranks", 64, "--loops", 1, 2)
         kernels(3, f"kernels-{preset}", 50, preset, *few)
     command = (python, "bench/training.py", "--device", "cuda", "--preset", "smollm2-135m", "--only", "step")
     command += ("--dtype", "bf16", "--tokens", "8", "1024", "--json", str(results / "training" / "training.json"))
-    add(3, "training", "training", 140, *command, left_out=without("transformers"))
+    add(3, "training", "training", 140, *command, left_out=no_transformers)
+    if not machine.has_weights:
+        command = (python, "bench/gpu_pack.py", "--write-model")
+        add(3, "model", "model", 60, *command, left_out=no_model or no_transformers)
+    no_weights = None if machine.has_weights else no_model or no_transformers
     command = ("bash", "bench/gpu_uptrain.sh", str(MODEL), str(results / "uptrain"))
-    add(3, "uptrain", "uptrain", 100, *command, left_out=no_model)
+    add(3, "uptrain", "uptrain", 100, *command, left_out=no_weights)
     speed = ("--device", "cuda", "--dtype", "bfloat16")
     command = (python, "bench/generate.py", "--checkpoint", str(MODEL), *speed, "--prompts", "1", "16", "--rounds", "3")
     command += ("--json", str(results / "generate" / "generate.json"))
-    add(3, "generate", "generate", 80, *command, left_out=no_model or without("transformers"))
+    add(3, "generate", "generate", 80, *command, left_out=no_weights or no_transformers)
     command = (
         python,
         "bench/serving.py",
@@ -229,15 +220,17 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
         "--agreement",
         "0.8",
     )
-    model = ("--checkpoint", str(MODEL)) if machine.has_model else ("--preset", "smollm2-135m", "--num-loops", "1", "2")
-    if machine.has_model and "transformers" in machine.modules:
-        model += ("--transformers",)
+    model = ("--preset", "smollm2-135m", "--num-loops", "1", "2")
+    if no_weights is None and no_transformers is None:
+        model = ("--checkpoint", str(MODEL), "--transformers")
     add(3, "serving", "serving", 90, *command, *model, "--json", results / "serving" / "serving.json")
-    command = (python, "eval/fewshot.py", "--checkpoint", str(MODEL), "--data-dir", str(DATA), "--device", "cuda")
-    command += ("--dtype", "bf16", "--limit", "300", "--json", str(results / "fewshot" / "fewshot.json"))
-    no_data = None if machine.has_data else "no tasks were brought along (bench/gpu.sh pack --data DIR)"
-    reason = no_model or no_data or without("lm_eval", "datasets")
-    add(3, "fewshot", "fewshot", 80, *command, left_out=reason)
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0")
+        command += ("--report-api-errors", "no") if tool == "memcheck" else ()
+        command += ("--kernel-name", f"kns={OUR_KERNELS}", python, "bench/gpu_cases.py")
+        missing = None if "compute-sanitizer" in machine.tools else "there is no compute-sanitizer"
+        name = f"sanitize-{tool}"
+        add(3, "sanitize", name, 80, *command, environment=uncached, left_out=missing, expected_text="SUMMARY")
     return steps
 
 

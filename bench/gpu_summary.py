@@ -4,6 +4,7 @@ import collections
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,22 +13,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.gpu_steps import Step, read_json
+from bench.gpu_steps import NCU_COLUMNS, SWITCHES, Step, read_json
+from bench.gpu_test_file import read_outcomes
 from eval.tables import Table
 
 MAX_CHARACTERS = 11000
 """Of the tables that are printed: of a call's output perhaps only the end is seen."""
-NCU_COLUMNS = {
-    "us": "gpu__time_duration.sum",
-    "DRAM %": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "L2 %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "issue %": "smsp__issue_active.avg.pct_of_peak_sustained_active",
-    "instructions": "smsp__inst_executed.sum",
-    "conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
-    "shared kB": "launch__shared_mem_config_size",
-    "blocks/SM": "launch__occupancy_limit_shared_mem",
-    "registers": "launch__registers_per_thread",
-}
 _STALL_PREFIX, _STALL_SUFFIX = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 _TO_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3, "s": 1e6}
 _TO_KILOBYTES = {"byte": 1e-3, "Kbyte": 1.0, "Mbyte": 1e3}
@@ -39,6 +30,7 @@ def summary(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> str:
     """Make all tables that there are results for."""
     makers: list[Callable[[Path], Iterable[Table]]] = [
         failures_table,
+        wrong_table,
         stress_table,
         sanitizer_table,
         ncu_table,
@@ -53,7 +45,7 @@ def summary(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> str:
     for make in makers:
         try:
             made += [table for table in make(results) if table.rows]
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:  # a result that was cut off
+        except Exception as error:  # of a result that was cut off; the others are worth more than a traceback
             made.append(Table(f"{make.__name__}: not shown, {type(error).__name__}: {error}", [], []))
     return "\n\n".join(table.text() for table in made)
 
@@ -77,29 +69,28 @@ def steps_table(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> Tab
     return Table("Steps (*: of this call)", ["part", "step", "outcome", "s", ""], rows, (1, 2, 4))
 
 
-def test_lines(results: Path) -> Iterable[tuple[str, Record]]:
-    for log in sorted(results.glob("tests-*/log.jsonl")):
-        last: dict[str, Record] = {}
-        for line in log.read_text(encoding="utf-8").splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:  # cut off while it was written
-                continue
-            if last.get(found["test"], {"event": "started"})["event"] in ("started", "passed"):
-                last[found["test"]] = found
-        yield from ((log.parent.name, found) for found in last.values())
-
-
 def failures_table(results: Path) -> Iterable[Table]:
     """Count the tests, and list those that did not pass."""
-    lines = list(test_lines(results))
+    lines = [found for log in sorted(results.glob("tests-*/log.jsonl")) for found in read_outcomes(log).values()]
     if not lines:
         return
-    counts = collections.Counter(found["event"] for _, found in lines)
+    counts = collections.Counter(found["event"] for found in lines)
     title = "Tests: " + ", ".join(f"{count} {event}" for event, count in counts.items())
-    bad = [found for _, found in lines if found["event"] not in ("passed", "skipped")]
+    bad = [found for found in lines if found["event"] not in ("passed", "skipped")]
     rows = [[found["test"].rpartition("/")[2][:70], found["event"], found["message"][:90]] for found in bad[:25]]
     yield Table(title, ["test", "outcome", ""], rows or [["all passed or skipped", "", ""]], (0, 1, 2))
+
+
+def wrong_table(results: Path) -> Iterable[Table]:
+    """List the cases whose numbers are wrong, of whatever was measured or sanitized."""
+    lines = []
+    for log in sorted(results.glob("s*/log.txt")):  # smoke and sanitize-*
+        found = log.read_text(errors="replace").splitlines()
+        lines += [(log.parent.name, line.removeprefix("WRONG: ")) for line in found if line.startswith("WRONG: ")]
+    for path in sorted((*results.glob("*/kernels.json"), *results.glob("*/tiles.json"))):
+        lines += [(path.parent.name, line) for line in (read_json(path) or {}).get("wrong", [])]
+    rows = [[step, line[:110]] for step, line in dict.fromkeys(lines)]
+    yield Table(f"Wrong results: {len(rows)}", ["step", "case"], rows[:25], (0, 1))
 
 
 def stress_table(results: Path) -> Iterable[Table]:
@@ -156,7 +147,7 @@ def ncu_table(results: Path) -> Iterable[Table]:
         }
         largest = sorted(stalls, key=lambda name: -stalls[name])[:3]
         name = kernel.get("Kernel Name", ("", ""))[0]
-        for words in ("void ", "rrt::", "device::", "(anonymous namespace)::"):
+        for words in ("void ", "rrt::", "device::", "(anonymous namespace)::", "<unnamed>::", "(int)"):
             name = name.replace(words, "")
         rows.append([name.partition("(")[0][-44:], *cells, ", ".join(f"{name} {stalls[name]:.1f}" for name in largest)])
     columns = ["kernel", *NCU_COLUMNS, "warps stalled per issue"]
@@ -223,64 +214,69 @@ def _linear_cells(record: Record) -> list[str]:
 
 def attention_table(results: Path) -> Iterable[Table]:
     rows = []
-    for _, result in _kernel_results(results, "kernels-attention"):
-        copy = result["rates"]["read_bandwidth"]["all"]["copy"]
+    for _, result in _kernel_results(results, "kernels-*"):
         for record in result.get("attention", []):
+            copy = result["rates"]["read_bandwidth"]["all"]["copy"]
             seconds = record["seconds"]["ours"]["median"]
+            fastest = min(record["speedup"], key=record["speedup"].get)
             rows.append(
                 [
                     record["kind"],
                     *(str(record[key]) for key in ("count", "context")),
                     _us(seconds),
                     f"{record['bytes'] / seconds / copy:.0%}",
-                    f"{record['speedup']['sdpa']:.2f}x",
-                    record.get("sdpa_backends", {}).get("sdpa", ""),
+                    f"{record['speedup'][fastest]:.2f}x",
+                    f"{fastest} ({record['sdpa_backends'][fastest]})",
                 ]
             )
-    columns = ["attention", "count", "context", "us", "of a copy's rate", "over sdpa", "sdpa by"]
+    columns = ["attention", "count", "context", "us", "of a copy's rate", "over the fastest", "which is"]
     yield Table("Attention", columns, rows, (0, 6))
 
 
+def _by_switch(results: Path, switch: str) -> dict[str, list[Record]]:
+    """Return the results with a switch at 0 and at 1, those of every turn."""
+    return {
+        value: [result for _, result in _kernel_results(results, f"switch-{switch}-{value}-*")] for value in ("0", "1")
+    }
+
+
 def gaps_table(results: Path) -> Iterable[Table]:
-    rows = [
-        [
-            record["projection"],
-            str(record["rows"]),
-            "yes" if record["chained"] else "no",
-            *(_us(record[key]["median"]) for key in ("one", "two")),
-            f"{record['gap'] * 1e6:+.1f}",
-        ]
-        for _, result in _kernel_results(results, "kernels-gaps")
-        for record in result.get("overhead", {}).get("gaps", [])
-    ]
-    columns = ["projection", "M", "chained", "one us", "two us", "two less twice one"]
-    yield Table("Graphs of one and of two calls", columns, rows, (0, 2))
+    """Show what a second call adds, without dependent launch and with it: medians of the turns."""
+    gaps: dict[tuple[str, int, bool], dict[str, list[Record]]] = {}
+    for value, found in _by_switch(results, "pdl").items():
+        for record in (record for result in found for record in result.get("overhead", {}).get("gaps", [])):
+            case = record["projection"], record["rows"], record["chained"]
+            gaps.setdefault(case, {"0": [], "1": []})[value].append(record)
+    rows = []
+    for (projection, num_rows, chained), by_value in gaps.items():
+        ones, both = [], []
+        for records in by_value.values():
+            ones.append(statistics.median([record["one"]["median"] for record in records] or [math.nan]))
+            both.append(statistics.median([record["gap"] for record in records] or [math.nan]))
+        cells = [*map(_us, ones), *(f"{gap * 1e6:+.1f}" for gap in (*both, both[1] - both[0]))]
+        rows.append([projection, str(num_rows), "yes" if chained else "no", *cells])
+    columns = ["projection", "M", "chained", "one, off", "one, on", "gap, off", "gap, on", "on less off"]
+    yield Table("Graphs of two calls less twice those of one (gap), RRT_PDL off and on, us", columns, rows, (0, 2))
 
 
 def switch_table(results: Path) -> Iterable[Table]:
-    """Compare the layers with each switch at 0 and at 1."""
-    found: dict[str, dict[str, Record]] = collections.defaultdict(dict)
-    for name, result in _kernel_results(results, "switch-*"):
-        switch, _, value = name.removeprefix("switch-").rpartition("-")
-        found[switch][value] = result
+    """Compare the layers with each switch at 0 and at 1: medians of the turns."""
     rows = []
-    for switch, by_value in found.items():
-        times = {
-            value: {
-                tuple(record[key] for key in ("rank", "loops", "rows")): record["seconds"]["ours"]["median"]
-                for record in result.get("layer", [])
-            }
-            for value, result in by_value.items()
-        }
-        for case in sorted(times.get("0", {}).keys() & times.get("1", {}).keys()):
-            off, on = times["0"][case], times["1"][case]
+    for switch in (name.removeprefix("RRT_").lower() for name in SWITCHES):
+        times: dict[str, dict[tuple[int, ...], list[float]]] = {"0": {}, "1": {}}
+        for value, found in _by_switch(results, switch).items():
+            for record in (record for result in found for record in result.get("layer", [])):
+                case = tuple(record[key] for key in ("rank", "loops", "rows"))
+                times[value].setdefault(case, []).append(record["seconds"]["ours"]["median"])
+        for case in sorted(times["0"].keys() & times["1"].keys()):
+            off, on = (statistics.median(times[value][case]) for value in "01")
             rows.append([f"RRT_{switch.upper()}", *map(str, case), _us(off), _us(on), f"{off / on:.2f}x"])
     columns = ["switch", "rank", "loops", "M", "off us", "on us", "on is as fast"]
     yield Table("Whole layer with switches off and on", columns, rows, (0,))
 
 
 def speed_tables(results: Path) -> Iterable[Table]:
-    """Show training, uptraining, generation, serving and few-shot."""
+    """Show training, uptraining, generation and serving."""
     rows = []
     training = read_json(results / "training" / "training.json") or {}
     for record in training.get("step", []):
@@ -290,7 +286,7 @@ def speed_tables(results: Path) -> Iterable[Table]:
             peak = record.get("peak_bytes", {}).get(name)
             memory = "" if peak is None else f", {peak / 2**30:.1f} GiB"
             rows.append(["training step", name, f"{tokens:,.0f} tokens/s{mfu}{memory}"])
-    metrics = results / "uptrain" / "run" / "metrics.jsonl"
+    metrics = results / "uptrain" / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     steps = [line for line in lines if "tokens_per_second" in line]
     if steps:
@@ -308,7 +304,4 @@ def speed_tables(results: Path) -> Iterable[Table]:
             rows.append(
                 ["serving", what, f"{found['tokens_per_second']:,.0f} tokens/s, {found['over_never']:.2f}x never"]
             )
-    for task, found in (read_json(results / "fewshot" / "fewshot.json") or {}).get("tasks", {}).items():
-        metrics = (f"{name} {value:.4g}" for name, value in found["metrics"].items())
-        rows.append(["few-shot", f"{task}, {found['documents']} documents", ", ".join(metrics)])
     yield Table("Whole models", ["", "what", "result"], rows, (0, 1, 2))

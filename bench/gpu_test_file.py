@@ -1,4 +1,4 @@
-"""Run the GPU tests of one file, and go on behind a test that ends its process: python bench/gpu_test_file.py FILE
+"""Run the GPU tests of some files, and go on behind a test that ends its process: python bench/gpu_test_file.py FILE...
 
 A sticky CUDA error (an illegal address) or a call that hangs costs the process, not the tests behind it: those run in a
 new one. Every test's outcome is a line of --log, written when it ends; what the log already has is not run again.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_PROCESSES = 6
-"""A file in which more tests than this end their process has a fault that the first ones show."""
+"""Files in which more tests than this end their process have a fault that the first ones show."""
 NO_TESTS = 5
 PYTEST_ENDS = (0, 1, 2, NO_TESTS)
 """Exit statuses with which pytest ends by itself: all passed, some did not, a file does not load, nothing selected."""
@@ -45,8 +45,8 @@ def close_open_tests(log: Path, message: str) -> None:
                 file.write(json.dumps(line) + "\n")
 
 
-def run_file(python: str, file: str, log: Path, timeout: int, extra: list[str]) -> int:
-    """Run all tests of a file, with as many processes as it takes; return the exit status."""
+def run_files(python: str, files: list[str], log: Path, timeout: int, extra: list[str]) -> int:
+    """Run all tests of the files, with as many processes as it takes; return the exit status."""
     # Of an earlier run of this program, which was cut off: that test is run again.
     outcomes = {test: found for test, found in read_outcomes(log).items() if found["event"] != "started"}
     log.write_text("".join(json.dumps(found) + "\n" for found in outcomes.values()), encoding="utf-8")
@@ -55,36 +55,35 @@ def run_file(python: str, file: str, log: Path, timeout: int, extra: list[str]) 
     for _ in range(MAX_PROCESSES):
         before = len(read_outcomes(log))
         command = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "tests.util.progress"]
-        command += ["--timeout", str(timeout), "--timeout-method=thread", file, *extra]
+        command += ["--timeout", str(timeout), "--timeout-method=thread", *files, *extra]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         close_open_tests(log, f"exit status {status}")
         # A process that did not get to a test would not get to one next time.
-        if (status in PYTEST_ENDS and not _just_hung(log)) or len(read_outcomes(log)) == before:
+        # pytest-timeout's thread ends a test that hangs, and with it the process, with status 1, as failures do.
+        hung = next(reversed(read_outcomes(log).values()), {"event": ""})["event"] == "ended its process"
+        if (status in PYTEST_ENDS and not hung) or len(read_outcomes(log)) == before:
             break
     outcomes = read_outcomes(log)
     counts = collections.Counter(found["event"] for found in outcomes.values())
     for test, found in outcomes.items():
         if found["event"] not in ("passed", "skipped"):
             print(f"{found['event']}: {test}: {found['message']}")
-    print(f"{file}: " + (", ".join(f"{count} {event}" for event, count in counts.items()) or "no test ran"), flush=True)
+    print(
+        f"{' '.join(files)}: " + (", ".join(f"{count} {event}" for event, count in counts.items()) or "no test ran"),
+        flush=True,
+    )
     if not counts:
         return 2
     return int(any(event not in ("passed", "skipped") for event in counts) or status not in (0, NO_TESTS))
 
 
-def _just_hung(log: Path) -> bool:
-    """Return True if the last test ended its process: pytest-timeout's thread ends it with status 1, as failures do."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    return bool(lines) and json.loads(lines[-1])["event"] == "ended its process"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="a test file, from the repository's root")
+    parser.add_argument("files", nargs="+", metavar="file", help="a test file, from the repository's root")
     parser.add_argument("--log", type=Path, required=True, metavar="JSONL", help="outcomes, test by test")
     parser.add_argument("--timeout", type=int, default=60, metavar="S", help="of a test (default 60)")
     arguments, extra = parser.parse_known_args()
-    sys.exit(run_file(sys.executable, arguments.file, arguments.log.resolve(), arguments.timeout, extra))
+    sys.exit(run_files(sys.executable, arguments.files, arguments.log.resolve(), arguments.timeout, extra))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def cuda_goals(result: Record) -> list[Record]:
     for name, limit in _LAYER_SPEED.items():
         speeds = [(record["speedup"][name], _name_case(record)) for record in layers]
         made.append(_goal(f"{cases}: over {name} at least {limit}x", limit, speeds))
-    if "attention" in result:
+    if result.get("attention"):
         copy = result["rates"]["read_bandwidth"]["all"]["copy"]
         fractions = [
             (record["bytes"] / record["seconds"]["ours"]["median"] / copy, f"context {record['context']}")
@@ -229,7 +229,7 @@ def linear_summary(records: list[Record]) -> Table:
 
 def attention_table(records: list[Record]) -> Table:
     """Make a table with a row per case; "over" columns compare with SDPA on gathered keys and values."""
-    baselines = [name for name in ("sdpa", "sdpa grouped") if any(name in record["speedup"] for record in records)]
+    baselines = list(dict.fromkeys(name for record in records for name in record["speedup"]))
     rows = [
         [
             record["kind"],
@@ -294,6 +294,7 @@ def tables(result: Record) -> list[Table]:
     made = []
     if "linear" in result:
         made.append(linear_table(result["linear"], "Linears"))
+    if "layer" in result:
         made.append(linear_table(result["layer"], "Whole layer, its projections one after the other"))
     if "head" in result:
         made.append(linear_table(result["head"], "Head"))
@@ -311,19 +312,19 @@ def summary_tables(result: Record) -> list[Table]:
     longest context.
     """
     made = [goals_table(result)]
-    if "linear" in result:
-        layer = result["layer"]
+    if result.get("linear"):
+        made.append(linear_summary(result["linear"]))
+    if layer := result.get("layer"):
         ranks = {pick(record["rank"] for record in layer) for pick in (min, max)}
         rows = sorted({record["rows"] for record in layer})[::2]
         chosen = [r for r in layer if r["rank"] in ranks and r["rows"] in rows and r["loops"] == min(2, r["rows"])]
         shown = chosen or layer  # without a run of two loops, all
         loops = sorted({record["loops"] for record in shown})
         names = ["1 loop" if count == 1 else f"{count} loops mixed" for count in loops]
-        made.append(linear_summary(result["linear"]))
         made.append(linear_table(shown, f"Whole layer, {' or '.join(names)}"))
     if "head" in result:
         made.append(linear_table(result["head"][::2], "Head"))
-    if "attention" in result:
+    if result.get("attention"):
         contexts = {pick(record["context"] for record in result["attention"]) for pick in (min, max)}
         made.append(attention_table([record for record in result["attention"] if record["context"] in contexts]))
     if "overhead" in result:

@@ -49,7 +49,7 @@ from rrt.common.machine import free_memory_bytes
 from rrt.errors import UserError
 from rrt.model.config import ModelConfig
 
-SECTIONS = ("linear", "head", "attention", "overhead")
+SECTIONS = ("linear", "layer", "head", "attention", "overhead")
 MAX_LOOPS = 8
 
 # Defaults of the flags: (full, --quick).
@@ -88,7 +88,13 @@ def parse_arguments() -> argparse.Namespace:
     numbers("--attention-rows", "decode rows of attention")
     numbers("--sequences", f"sequences of a prefill, each with a chunk of {CHUNK} tokens at the end of its context")
     parser.add_argument("--page-size", type=int, default=32, metavar="N", help="positions per page (default 32)")
-    parser.add_argument("--only", choices=SECTIONS, help="only this section (default: all)")
+    parser.add_argument(
+        "--only",
+        choices=SECTIONS,
+        nargs="+",
+        default=SECTIONS,
+        help="only these sections (default: all); layer: the linears as one call, on cuda; on a CPU linear adds up",
+    )
     parser.add_argument(
         "--tiles",
         type=Path,
@@ -152,8 +158,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: found {value}; expected 0 or more")
     check_device_flag(arguments.device)
-    if arguments.only == "head" and arguments.device != "cpu":
-        raise UserError(f"--only: found head with --device {arguments.device}; expected --device cpu")
+    for section, device, instead in (("head", "cpu", ""), ("layer", "cuda", "; linear sums the layer up on a CPU")):
+        if arguments.device != device and set(arguments.only) == {section}:
+            raise UserError(
+                f"--only: found {section} with --device {arguments.device}; expected --device {device}{instead}"
+            )
     if arguments.tiles is not None and (arguments.device != "cuda" or not arguments.tiles.is_file()):
         raise UserError(
             f"--tiles: found {arguments.tiles} with --device {arguments.device}; expected a file, and --device cuda"
@@ -161,8 +170,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_json_flag(arguments.json)
     check_output_file("--plot", arguments.plot)
     if arguments.plot is not None:
-        if arguments.only not in (None, "linear"):
-            raise UserError(f"--plot: found with --only {arguments.only}; expected --only linear or all sections")
+        if "linear" not in arguments.only:
+            found = " ".join(arguments.only)
+            raise UserError(f"--plot: found with --only {found}; expected linear among the sections")
         if importlib.util.find_spec("matplotlib") is None:
             raise UserError(
                 "--plot: matplotlib is not installed; expected it: pip install 'relaxed-recursive-transformers[plot]'"
@@ -195,6 +205,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         cache_bytes, cache_known = int(arguments.cache_mib * 2**20), True
     budget = free_memory_bytes(device) // 2 if arguments.memory_gib is None else int(arguments.memory_gib * 2**30)
 
+    wrong: list[str] = []
     linear = LinearSpec(
         projections=projections(config),
         rows=arguments.rows,
@@ -206,6 +217,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         cache_bytes=cache_bytes,
         budget_bytes=budget,
         tiles=Tiles.read(arguments.tiles) if arguments.tiles is not None else None,
+        wrong=wrong,
     )
     head = replace(
         linear,
@@ -228,17 +240,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         device=device,
         cache_bytes=cache_bytes,
         budget_bytes=budget,
+        wrong=wrong,
     )
-    sections = (arguments.only,) if arguments.only else SECTIONS
-    has_head = arguments.device == "cpu" and head.fits()
-    if arguments.only is None and not has_head:
-        sections = tuple(section for section in sections if section != "head")
+    sections = set(arguments.only)
+    # Of all sections, one that does not fit is left out.
+    if arguments.device != "cpu" or (len(sections) > 1 and not head.fits()):
+        sections.discard("head")
     attention_cases_to_run, left_out = attention.cases()
     # On CUDA the whole layer is one more case; on a CPU, where nothing overlaps, it is the sum of the others.
-    layer_cases = linear.num_cases() // len(linear.projections) if device.type == "cuda" else 0
-    linear_cases_to_run = linear.num_cases() + layer_cases if "linear" in sections else 0
-    linear_cases_to_run += head.num_cases() * ("head" in sections)
-    num_cases = linear_cases_to_run + len(attention_cases_to_run) * ("attention" in sections)
+    measures_layer = "layer" in sections and device.type == "cuda"
+    num_cases = linear.num_cases() * ("linear" in sections) + len(attention_cases_to_run) * ("attention" in sections)
+    num_cases += linear.num_cases() // len(linear.projections) * measures_layer
+    num_cases += head.num_cases() * ("head" in sections)
     native = native_facts()
     # On CUDA a quick run needs as large a buffer: at 64 MiB a launch would count for much.
     probe_bytes = max(4 * cache_bytes, 2**30 if device.type == "cuda" else 2**26)
@@ -252,7 +265,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"NOTE: too little memory to rotate {', '.join(warm)} beyond the cache; see --memory-gib")
     if "head" in sections:
         print(f"the head takes {human_bytes(head.needed_bytes())}; copies rotated: {head.copies(head.projections[0])}")
-    elif arguments.only is None and device.type == "cpu":
+    elif "head" in arguments.only and device.type == "cpu":
         print("the head is left out for want of memory")
     if native["loaded"]:
         print(f"native operators: {native['cpu_isa']}{', STALE: rebuild them' if native['stale'] else ''}")
@@ -280,6 +293,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "cache_known": cache_known,
         "native": native,
         "seconds_per_case": seconds,
+        "wrong": wrong,
     }
     file = ResultFile(arguments.json, "kernels", device)
 
@@ -294,14 +308,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             yield record
         rates.probe()
 
+    if sections & {"linear", "layer"}:
+        result["linear_variants"] = linear_variants.BASELINES
     with tqdm(total=num_cases, unit="case", desc="kernels", disable=None, smoothing=0.05) as bar:
         if "linear" in sections:
-            result |= {"linear_variants": linear_variants.BASELINES, "layer": []}
             for record in records("linear", run_linear(linear, timer, rates)):
                 case = f"M={record['rows']} r={record['rank']} loops={record['loops']}"
                 bar.set_postfix_str(f"{record['projection']} {case}")
                 bar.update()
-            for record in records("layer", run_layers(linear, timer)) if layer_cases else ():
+        if measures_layer:
+            rates.probe()
+            for record in records("layer", run_layers(linear, timer)):
                 bar.set_postfix_str(f"layer M={record['rows']} r={record['rank']} loops={record['loops']}")
                 bar.update()
         if "head" in sections:
@@ -349,6 +366,10 @@ def main() -> None:
 
         plot(result, arguments.plot)
     print_tables(tables(result))
+    for line in result["wrong"]:
+        print(f"WRONG: {line}")
+    if result["wrong"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

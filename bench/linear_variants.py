@@ -334,13 +334,17 @@ def make_variants(
     return variants
 
 
+class DisagreementError(RuntimeError):
+    """A result that is not what it should be; unlike a CUDA error it costs no other case."""
+
+
 def check_agreement(results: dict[str, Tensor], expected: str, where: str) -> None:
-    """Raise RuntimeError unless all results agree with that of `expected` within rounding."""
+    """Raise `DisagreementError` unless all results agree with that of `expected` within rounding."""
     wanted = results[expected].double()
     for name, result in results.items():
         difference = float((result.double() - wanted).norm() / wanted.norm())
         limit = AGREEMENT[result.dtype]
         if not difference <= limit:
-            raise RuntimeError(
+            raise DisagreementError(
                 f"{where}: {name} differs from {expected} by {difference:.2g} of its norm; expected at most {limit:.0e}"
             )

@@ -14,6 +14,7 @@ from eval.flags import check_output_file
 from rrt.common.files import write_json
 from rrt.common.results import result_header, write_result
 from rrt.errors import UserError
+from rrt.ops import build_info
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -43,9 +44,15 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def check_device_flag(device: str) -> None:
-    """Refuse a GPU that is not there."""
+    """Refuse a GPU that is not there, and to take the PyTorch references for our kernels on one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found cuda; no GPU is visible to torch: expected cpu")
+    if device == "cuda" and not build_info().cuda:
+        found = build_info().reason or "it was built without CUDA"
+        raise UserError(
+            f"--device: found cuda without our kernels in the native library ({found}); expected them: "
+            "RRT_WITH_CUDA=1 RRT_WITH_NATIVE=1 pip install --no-build-isolation --no-deps -e ."
+        )
 
 
 def save_result(path: Path | None, kind: str, values: dict[str, Any], device: torch.device | str = "cpu") -> None:

@@ -94,7 +94,7 @@ def measure_gaps(
     first. Of each projection whose outputs can be the next one's inputs the second call reads what the first wrote;
     of the others both read x, and only the order of the stream chains them.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     found = []
     for projection, rows in itertools.product(projections, _GAP_ROWS):
         loops = min(rows, _GAP_LOOPS)
@@ -115,7 +115,7 @@ def measure_gaps(
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for sample in range(min(samples, 50) + 1):
             for calls, graph in graphs.items():
-                flush.zero_()
+                flush.sum()  # read, not written: written lines would still have to leave the cache
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(2**19)  # the launch of so small a graph takes less
                 begin.record()

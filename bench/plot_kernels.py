@@ -23,7 +23,7 @@ STYLES = {"ours": "-o", "base": "--", "unfused": "-", "concatenated": "-", "merg
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Plot time over floor by rows, of every variant: a panel per projection and rank; two loops mixed if measured."""
-    records = [*result["linear"], *result["layer"]]
+    records = [*result["linear"], *result.get("layer", [])]
     measured = sorted({record["loops"] for record in records})
     loops = 2 if 2 in measured else measured[-1]
     records = [record for record in records if record["loops"] == loops]
@@ -73,7 +73,7 @@ def main() -> None:
         )
     source = Path(sys.argv[1])
     result = read_json(source)
-    missing = {"linear", "layer", "shapes", "dtype"} - set(result)
+    missing = {"linear", "shapes", "dtype"} - set(result)
     if missing:
         raise UserError(
             f"{source}: no field {sorted(missing)[0]!r}; expected a result of bench/kernels.py with linears"

@@ -2,7 +2,7 @@
 
 Each case runs once to warm up, then once between cudaProfilerStart and cudaProfilerStop, on Gemma 2B's shapes in bf16:
 the row kernel for 8 and for 64 tokens on gate,up, the column kernel for 8 tokens on down, shrink for 64 tokens on down,
-and decode attention with head dim 256. A case is a range of NVTX of its name.
+and decode attention with head dim 256.
 
     python bench/profiled_launches.py --device cpu   # the same calls, unprofiled
 """
@@ -69,13 +69,11 @@ def run(config: ModelConfig, device: torch.device) -> None:
         call()
         if on_gpu:
             torch.cuda.synchronize()
-            torch.cuda.nvtx.range_push(name)
             torch.cuda.profiler.start()
         call()
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-            torch.cuda.nvtx.range_pop()
         print(f"ran: {name}", flush=True)
 
 

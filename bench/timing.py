@@ -193,16 +193,16 @@ class Rates:
         }
         for width in (2048, 16384):
             rows = max(1, self.buffer_bytes // (width * self.dtype.itemsize))
-            weight = torch.ones(rows, width, device=device, dtype=self.dtype)
-            x = torch.ones(1, width, device=device, dtype=self.dtype)
+            weight = torch.randn(width, device=device, dtype=self.dtype).repeat(rows, 1)
+            x = torch.randn(1, width, device=device, dtype=self.dtype)
             ways[f"F.linear of one row, [{rows}, {width}]"] = (_product(x, weight), weight.nbytes)
         return ways
 
     def _matmuls(self) -> dict[str, tuple[Variant, int]]:
-        """List products of square matrices, each with its FLOPs."""
+        """List products of square matrices, each with its FLOPs. Random numbers: ones would take less power."""
         device, ways = self.timer.device, {}
         for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
-            x = torch.ones(size, size, device=device, dtype=self.dtype)
+            x = torch.randn(size, size, device=device, dtype=self.dtype)
             ways[f"F.linear of {size} rows, [{size}, {size}]"] = (_product(x, x), 2 * size**3)
         return ways
 

@@ -1,4 +1,4 @@
-"""bench/gpu_pack.py: binaries that are whole and not stale, a model in pieces, and what it refuses."""
+"""bench/gpu_pack.py: binaries that are whole and not stale, a model without its weights, and what it refuses."""
 
 import json
 import shutil
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bench import gpu_pack
+from rrt.checkpoint.source import load_model
 from rrt.errors import UserError
 from rrt.native import _source_digest
 from rrt.ops import build_info
@@ -21,9 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_pack, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_pack, "OUT", tmp_path / "out")
     monkeypatch.setattr(gpu_pack, "CARRY", tmp_path / "out" / "carry")
-    monkeypatch.setattr(gpu_pack, "PIECES", tmp_path / "out" / "pieces")
     monkeypatch.setattr(gpu_pack, "MODEL", tmp_path / "out" / "model")
     (tmp_path / "out").mkdir()
     (tmp_path / "rrt").mkdir()
@@ -34,10 +33,12 @@ def folders(tmp_path, monkeypatch):
 def model(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 1, **sizes}
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "notes.bin").write_bytes(b"not of a model")
-    save_file({"w": torch.randn(300, 8), "ids": torch.arange(3)}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"large")
     return folder
 
 
@@ -59,13 +60,9 @@ def fake_build(monkeypatch, folder, **changes):
 def test_what_was_packed_comes_out_as_it_was(folders, model, monkeypatch, capsys):
     fake_build(monkeypatch, folders)
     monkeypatch.setenv("RRT_COMMIT", "not this one")
-    (folders / "tasks").mkdir()
-    (folders / "tasks" / "piqa.jsonl").write_text("{}")
-    run(monkeypatch, "--model", model, "--data", folders / "tasks", "--limit-mib", 2.02)
-    printed = capsys.readouterr().out
-    pieces = sorted((folders / "out" / "pieces").iterdir())
-    assert len(pieces) > 1 and f"model: {len(pieces)} pieces" in printed
-    assert (folders / "out" / "carry" / "data" / "piqa.jsonl").is_file()
+    run(monkeypatch, "--model", model)
+    carry = folders / "out" / "carry"
+    assert sorted(path.name for path in (carry / "model").iterdir()) == ["config.json", "tokenizer.json"]
 
     assert gpu_pack.unpack() == ["unpacked rrt/_native.so", "unpacked rrt/_plan.so"]
     assert (folders / "rrt" / "_native.so").read_bytes() == b"_native.so" * 1000
@@ -73,15 +70,15 @@ def test_what_was_packed_comes_out_as_it_was(folders, model, monkeypatch, capsys
     (folders / "rrt" / "_native.so").write_bytes(b"built again")
     assert gpu_pack.unpack() == [] and (folders / "rrt" / "_native.so").read_bytes() == b"built again"
 
-    late = (pieces[-1] / "piece").rename(folders / "late")
-    assert gpu_pack.join_model() == [f"model: {len(pieces) - 1} of {len(pieces)} pieces are here"]
-    late.rename(pieces[-1] / "piece")
-    assert gpu_pack.join_model() == [f"model: joined from {len(pieces)} pieces"] and gpu_pack.join_model() == []
-    joined = folders / "out" / "model"
-    assert sorted(path.name for path in joined.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert json.loads((joined / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
-    before, after = (load_file(folder / "model.safetensors") for folder in (model, joined))
-    assert torch.equal(after["w"], before["w"].bfloat16()) and torch.equal(after["ids"], before["ids"])
+    run(monkeypatch, "--write-model")
+    made = folders / "out" / "model"
+    names = sorted(path.name for path in made.iterdir() if path.name != "generation_config.json")
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    weights = load_file(made / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert weights["model.layers.1.mlp.up_proj.weight"].std() > 0
+    loaded = load_model(made, torch.bfloat16)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) > 0
 
 
 def test_a_copy_without_history_and_with_other_times_is_not_stale(tmp_path):
@@ -93,15 +90,6 @@ def test_a_copy_without_history_and_with_other_times_is_not_stale(tmp_path):
     assert _source_digest(tmp_path) == _source_digest(ROOT)
     (tmp_path / "csrc" / "dtype.h").write_text("other")
     assert _source_digest(tmp_path) != _source_digest(ROOT)
-
-
-def test_pieces_of_two_models_are_not_joined(folders):
-    (folders / "archive").write_bytes(b"0123456789")
-    pieces = gpu_pack.split_model(folders / "archive", 4)
-    assert [(piece / "piece").read_bytes() for piece in pieces] == [b"0123", b"4567", b"89"]
-    (pieces[1] / "piece").write_bytes(b"4568")
-    assert gpu_pack.join_model() == ["model: the pieces are not of one model: left out"]
-    assert not (folders / "out" / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +113,7 @@ def test_bad_flags_are_named(folders, model, monkeypatch):
     for flags, message in (
         (["--model", folders / "none"], "--model: found .*none; expected a directory"),
         (["--model", folders / "out"], "--model: found .*out; expected an HF directory with config.json"),
-        (["--limit-mib", 1], "--limit-mib: found 1; expected 2 or more"),
+        (["--limit-mib", 1], "--limit-mib: found 1; expected 1.0 or more"),
         (["--python", "no-such-python"], "--python: found no-such-python, which does not run"),
     ):
         with pytest.raises(UserError, match=message):

@@ -14,7 +14,7 @@ NCU = """==PROF== Connected to process 7
 "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"
 "","","","ns","%","inst","byte","","warp","warp"
-"0","7","void rrt::loop_lora::(anonymous namespace)::row_kernel<rrt::device::BFloat16, 8, 8>(DecodeArgs)",\
+"0","7","void rrt::loop_lora::<unnamed>::row_kernel<rrt::device::BFloat16, (int)8, (int)8>(DecodeArgs)",\
 "38,528","81.50","1,234,567","233,472","0","0.9","4.25"
 "1","7","cut off
 """
@@ -45,32 +45,26 @@ def results(tmp_path):
     write(tmp_path / "stress" / "stress.json", {"differences": ["operator 7 differs"]})
     write(tmp_path / "sanitize-racecheck" / "log.txt", "x\n========= RACECHECK SUMMARY: 0 hazards displayed\n")
     tilings = [{"outputs": 12, "inputs": 16, "rows": 1, "seconds": {"kColumns 1": 2e-5, "kRows 8": 1e-5}}]
-    write(tmp_path / "tiles" / "tiles.json", {"tilings": tilings})
+    write(tmp_path / "tiles" / "tiles.json", {"tilings": tilings, "wrong": ["out, 8 rows: kRows 4 gives other bits"]})
+    write(tmp_path / "smoke" / "log.txt", "running: write\nWRONG: write: differs by 1 of the norm\n")
     layer, single = linear("layer", 8, 1e-4), linear("down", 1, 3e-5)
-    write(tmp_path / "kernels-gemma-2b" / "kernels.json", {"layer": [layer], "linear": [single]})
     decode = {"kind": "decode", "count": 32, "context": 1024, "bytes": 3.2e7, "seconds": {"ours": {"median": 1e-5}}}
-    attention = [{**decode, "speedup": {"sdpa": 1.4}, "sdpa_backends": {"sdpa": "flash"}}]
+    speedup, backends = {"sdpa": 1.4, "sdpa cudnn": 1.1}, {"sdpa": "flash", "sdpa cudnn": "cudnn"}
+    attention = [{**decode, "speedup": speedup, "sdpa_backends": backends}]
     rates = {"read_bandwidth": {"all": {"copy": 4.3e12}}}
-    write(tmp_path / "kernels-attention" / "kernels.json", {"attention": attention, "rates": rates})
-    gap = {
-        "projection": "out",
-        "rows": 8,
-        "chained": True,
-        "one": {"median": 6e-6},
-        "two": {"median": 1e-5},
-        "gap": -2e-6,
-    }
-    write(tmp_path / "kernels-gaps" / "kernels.json", {"overhead": {"gaps": [gap]}})
-    for value, seconds in (("0", 1.2e-4), ("1", 1e-4)):
-        write(tmp_path / f"switch-pdl-{value}" / "kernels.json", {"layer": [linear("layer", 8, seconds)]})
+    gemma = {"layer": [layer], "linear": [single], "attention": attention, "rates": rates}
+    write(tmp_path / "kernels-gemma-2b" / "kernels.json", gemma)
+    for value, turn, seconds, gap in (("0", 1, 1.2e-4, 1e-6), ("1", 1, 1e-4, -2e-6), ("0", 2, 1.4e-4, 3e-6)):
+        one = {"one": {"median": 6e-6}, "two": {"median": 1e-5}, "gap": gap}
+        gaps = [{"projection": "out", "rows": 8, "chained": True, **one}]
+        result = {"layer": [linear("layer", 8, seconds)], "overhead": {"gaps": gaps}}
+        write(tmp_path / f"switch-pdl-{value}-{turn}" / "kernels.json", result)
     step = {"tokens": 8192, "seconds": {"ours": {"median": 0.02}}, "mfu": {"ours": 0.4}, "peak_bytes": {"ours": 2**31}}
     write(tmp_path / "training" / "training.json", {"step": [step]})
     record = {"tokens_per_second": 1e5, "mfu": 0.25, "memory_bytes": 2**32, "loss": 3.0}
-    write(tmp_path / "uptrain" / "run" / "metrics.jsonl", json.dumps(record) + "\n")
+    write(tmp_path / "uptrain" / "metrics.jsonl", json.dumps(record) + "\n")
     case = {"model": "m", "in_flight": 16, "variants": {"never": {"tokens_per_second": 9e3, "over_never": 1.0}}}
     write(tmp_path / "serving" / "serving.json", {"cases": [case]})
-    fewshot = {"piqa": {"documents": 300, "metrics": {"acc": 0.6875, "acc_norm": 0.7}}}
-    write(tmp_path / "fewshot" / "fewshot.json", {"tasks": fewshot})
     return tmp_path
 
 
@@ -86,12 +80,13 @@ def test_every_result_has_its_line(results):
         "12x16 1 kRows 8 10.0 20.0",
         "gemma-2b 64 2 8 100.0 1.31 20.0 15.0 2.50x 1.50x 1.25x",
         "gemma-2b down 64 1 1 30.0 1.31 20.0 15.0 2.50x 1.50x 1.25x",
-        "decode 32 1024 10.0 74% 1.40x flash",
-        "out 8 yes 6.0 10.0 -2.0",
-        "RRT_PDL 64 2 8 120.0 100.0 1.20x",
+        "decode 32 1024 10.0 74% 1.10x sdpa cudnn (cudnn)",
+        "out 8 yes 6.0 6.0 +2.0 -2.0 -4.0",
+        "RRT_PDL 64 2 8 130.0 100.0 1.30x",
         "training step ours 409,600 tokens/s, MFU 40.0%, 2.0 GiB",
         "uptraining 1 records 100,000 tokens/s, MFU 25.0%, 4.0 GiB, loss 3.000 to 3.000",
-        "few-shot piqa, 300 documents acc 0.6875, acc_norm 0.7",
+        "smoke write: differs by 1 of the norm",
+        "tiles out, 8 rows: kRows 4 gives other bits",
         "serving m, 16 in flight, never 9,000 tokens/s, 1.00x never",
     ):
         assert expected in rows, f"{expected}\n{text}"
@@ -99,10 +94,10 @@ def test_every_result_has_its_line(results):
 
 def test_a_result_that_was_cut_off_costs_no_other_table(results):
     write(results / "tiles" / "tiles.json", {"tilings": [{"outputs": 12}]})
-    write(results / "kernels-gaps" / "kernels.json", '{"overhead')
+    write(results / "switch-pdl-1-1" / "kernels.json", '{"overhead')
     text = summary(results, [], [])
     assert "tiles_table: not shown, KeyError: 'seconds'" in text
-    assert "Whole layer" in text and "RRT_PDL" in text and "Graphs of one" not in text
+    assert "Whole layer" in text and "Whole layer with switches" not in text
 
 
 def test_no_results_are_no_tables_and_many_are_shortened(tmp_path, results):

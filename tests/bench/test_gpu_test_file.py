@@ -55,10 +55,11 @@ def run(tmp_path):
     (tmp_path / "fakes" / "torch.py").write_text(TORCH)
     log = tmp_path / "log.jsonl"
 
-    def run_tests(text: str) -> tuple[subprocess.CompletedProcess[str], dict[str, tuple[str, str]]]:
+    def run_tests(text: str, *others: str) -> tuple[subprocess.CompletedProcess[str], dict[str, tuple[str, str]]]:
         # Written so that this file is not taken for one that needs a GPU.
         (tmp_path / "test_it.py").write_text(text.replace("mark.GPU", "mark." + "gpu"))
         command = [sys.executable, str(ROOT / "bench" / "gpu_test_file.py"), str(tmp_path / "test_it.py")]
+        command += [str(tmp_path / name) for name in others]
         command += ["--log", str(log), "--timeout", "1", "--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini")]
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fakes'}:{ROOT}"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
@@ -110,6 +111,12 @@ def test_a_file_that_does_not_load_is_a_failure(run):
     done, outcomes = run("import no_such_module\n")
     assert done.returncode == 1 and "No module named" in next(iter(outcomes.values()))[1]
     assert done.stdout.count("1 error in") == 1  # and is not tried again
+
+
+def test_several_files_are_one_run(run, tmp_path):
+    (tmp_path / "test_more.py").write_text(f"import pytest\n@pytest.mark.{'gpu'}\ndef test_more(): pass\n")
+    done, outcomes = run("import pytest\n@pytest.mark.GPU\ndef test_one(): pass\n", "test_more.py")
+    assert done.returncode == 0 and list(outcomes) == ["test_one", "test_more"]
 
 
 def test_a_file_without_gpu_tests_is_told(run):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bench.kernels import parse_arguments
 from bench.linear_cases import LinearSpec, _over_reading, add_floors, layer_records, run_layers
 from bench.linear_variants import (
     Adapters,
+    DisagreementError,
     Projection,
     Tiles,
     Weights,
@@ -145,6 +147,24 @@ def test_unpacked_and_one_section(run_kernels, monkeypatch):
     assert not result["packed"] and "attention" not in result and "overhead" not in result
 
 
+def test_a_wrong_result_costs_no_other_case(run_kernels, monkeypatch, tmp_path, capsys):
+    """Not even if all of a section are wrong; the command fails at the end."""
+    right = ops.loop_kv_attention
+    monkeypatch.setattr(ops, "loop_kv_attention", lambda *arguments: 1.01 * right(*arguments))
+    with pytest.raises(SystemExit, match="1"):
+        run_kernels("--only", "attention", "overhead", "--contexts", 8, 16)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [record["kind"] for record in result["attention"]] == ["prefill", "prefill"] and "overhead" in result
+    assert len(result["wrong"]) == 2 and "WRONG: decode of 8 at 16: ours differs from sdpa" in capsys.readouterr().out
+
+    monkeypatch.setattr(Rates, "_matmuls", lambda _: {"one": (Variant(lambda _: torch.ones(1)), 1)})
+    monkeypatch.setattr(linear_variants, "AGREEMENT", dict.fromkeys(linear_variants.AGREEMENT, -1.0))
+    with pytest.raises(SystemExit, match="1"):
+        run_kernels("--only", "linear", "--rows", 2, "--loops", 2, "--ranks", 8)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["wrong"]) == 4 and result["linear"] == [] and "rates" not in result
+
+
 def test_bytes_and_flops_by_hand():
     projection = Projection("q,k,v", inputs=8, segments=(8, 4, 4), bias=True)
     assert projection.ranks(6) == (6, 4, 4)
@@ -240,8 +260,8 @@ def test_attention_variants_compute_the_same(kind, count, context, queries, kv_h
     assert not torch.allclose(variants["ours"].call(0), variants["ours"].call(1))  # other keys and values
 
 
-def test_sdpa_runs_by_the_first_backend_that_takes_the_case(monkeypatch):
-    enabled = []
+def test_sdpa_runs_by_each_backend_that_takes_the_case_math_only_alone(monkeypatch):
+    enabled, refused = [], []
 
     @contextlib.contextmanager
     def sdpa_kernel(backend):
@@ -252,13 +272,19 @@ def test_sdpa_runs_by_the_first_backend_that_takes_the_case(monkeypatch):
             enabled.pop()
 
     def call(_: int) -> Tensor:
-        if enabled[-1] in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        if enabled[-1] in refused:
             raise RuntimeError("No available kernel")
         return torch.ones(1)
 
     monkeypatch.setattr(attention_cases, "sdpa_kernel", sdpa_kernel)
-    variant, name = attention_cases.by_fastest_backend(call, torch.device("cuda"))
-    assert name == "efficient" and variant.call(0) == 1 and not enabled
+    for not_taken, expected in (
+        ([SDPBackend.FLASH_ATTENTION], ["cudnn", "efficient"]),
+        (list(attention_cases.SDPA_BACKENDS[:3]), ["math"]),
+    ):
+        refused[:] = not_taken
+        found = dict(attention_cases.by_backends(call, torch.device("cuda")))
+        assert list(found) == expected and not enabled
+        assert all(variant.call(0) == 1 for variant in found.values())
 
 
 def test_attention_bytes_and_flops_by_hand():
@@ -280,7 +306,7 @@ def test_a_variant_that_differs_is_not_timed():
     right = torch.ones(4)
     check_agreement({"a": right, "b": right * 1.00001}, "a", "case")
     for wrong in (right * 1.01, right * float("nan")):
-        with pytest.raises(RuntimeError, match="case: b differs from a by"):
+        with pytest.raises(DisagreementError, match="case: b differs from a by"):
             check_agreement({"a": right, "b": wrong}, "a", "case")
 
 
@@ -638,6 +664,7 @@ def test_goals_on_cuda_are_of_the_layer_and_of_decode_attention():
         (["--json", "/no/such/place.json"], "--json: found /no/such/place.json; expected a file in a directory"),
         (["--plot", "/tmp"], "--plot: found /tmp"),
         (["--plot", "x.png", "--only", "attention"], "--plot: found with --only attention"),
+        (["--only", "layer"], "--only: found layer with --device cpu"),
     ],
 )
 def test_bad_flags_are_named(monkeypatch, flags, message):
@@ -651,6 +678,15 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", "x.png"])
     with pytest.raises(UserError, match=r"matplotlib is not installed.*\[plot\]"):
+        parse_arguments()
+
+
+def test_the_reference_on_a_gpu_is_not_taken_for_our_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    info = replace(ops.build_info(), library=None, reason="gone", cuda=False)
+    monkeypatch.setattr("bench.output.build_info", lambda: info)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda"])
+    with pytest.raises(UserError, match=r"--device: found cuda without our kernels in the native library \(gone\)"):
         parse_arguments()
 
 

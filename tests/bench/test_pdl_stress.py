@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small(monkeypatch):
     """Shapes small enough for a CPU."""
-    small = dict(ROWS=(1, 3), PREFILL_ROWS=5, _RANK=8, _CONTEXT=20, _HEADS=2, _HEAD_DIM=16, WIDTH=32, WIDE=64)
+    small = dict(ROWS={1: 2, 3: 2}, PREFILL_ROWS=5, PREFILL_HEADS=2, CONTEXTS=(20, 7, 0), _RANK=8, WIDTH=32, WIDE=64)
     for name, value in small.items():
         monkeypatch.setattr(pdl_stress, name, value)
 
@@ -27,11 +27,22 @@ def test_every_operator_reads_what_the_one_before_wrote_and_its_numbers_stay_in_
     for _, x, operators in chains:
         outputs, _ = run_chain(x, operators, [0] * 40)
         widths = [output.shape[1] for output in outputs]
-        assert widths[:3] == ([32, 32, 64] if len(set(operators)) == 4 else [32, 64, 32])
+        assert widths[:6] == ([64, 64, 32, 32, 64, 32] if len(set(operators)) == 6 else [64, 64, 32, 64, 32, 64])
         for previous, operator, output in zip([x, *outputs], operators, outputs, strict=False):
             assert torch.equal(operator(previous), output)
         size = outputs[-1].float().abs().mean()
         assert 1e-2 < size < 1e2
+
+
+def test_attention_reads_what_the_write_before_it_left(small):
+    """A chain whose writes do nothing has other bits, in the first turn too once the cache holds a later one's."""
+    for name, x, operators in make_chains(12, CPU):
+        expected = [output.clone() for output in run_chain(x, operators, [0] * 12)[0]]
+        again = run_chain(x, operators, [0] * 12)[0]
+        assert compare(again, expected, "again", 0) == []
+        skipping = [operator if i != 1 else (lambda qkv: qkv) for i, operator in enumerate(operators)]
+        found = run_chain(x, skipping, [0] * 12)[0]
+        assert compare(found, expected, "skipped", 0) == [{"way": "skipped", "round": 0, "operator": 2}], name
 
 
 def test_poison_is_nan_in_16_and_32_bits():
@@ -70,12 +81,17 @@ def run_main(monkeypatch, tmp_path, workers):
 
 
 def test_the_command_fails_if_bits_differ_and_writes_what_did(small, monkeypatch, tmp_path, capsys):
-    same = pdl_stress.run_worker(CPU, 5, 1)
-    assert run_main(monkeypatch, tmp_path, {"0": same, "1": same})[0] == 0
-    assert "3 chains of 200 operators, 10 rounds in each way: the same bits" in capsys.readouterr().out
+    pdl_stress.run_worker(CPU, 5, 1, tmp_path / "records.json")
+    same = json.loads((tmp_path / "records.json").read_text())
+    assert run_main(monkeypatch, tmp_path, {"0": (same, 0), "1": (same, 0)})[0] == 0
+    assert "3 chains of 200 operators, 15 rounds in each way: the same bits" in capsys.readouterr().out
     other = [same[0], {**same[1], "digests": ["0"] * 5}, same[2]]
-    code, result = run_main(monkeypatch, tmp_path, {"0": same, "1": other})
-    assert code == 1 and result["differences"] == ["decode, 3 rows: operator 0 differs between RRT_PDL=0 and RRT_PDL=1"]
+    code, result = run_main(monkeypatch, tmp_path, {"0": (same, 0), "1": (other, 0)})
+    line = "decode, 3 rows: operator 0 differs between RRT_PDL=0 and RRT_PDL=1"
+    assert code == 1 and result["differences"] == [line]
+    code, result = run_main(monkeypatch, tmp_path, {"0": (same, 0), "1": (other[:2], 134)})
+    ended = "RRT_PDL=1: the process ended with exit status 134 after 2 chains; see above"
+    assert code == 1 and result["differences"] == [line, ended]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")

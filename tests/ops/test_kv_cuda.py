@@ -10,7 +10,7 @@ from rrt.ops import loop_kv_attention, loop_kv_prefill, loop_kv_write, loop_kv_w
 from tests.util.loop_kv import CASES, Case, assert_close, decode_inputs, oracle_decode, oracle_prefill, prefill_inputs
 from tests.util.native import DTYPES, on_gpu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(20)]
 
 LONG = Case(8, 1, 256, 16, (1, 255, 256, 257, 4096, 9000), rotary_dim=256)
 GROUPED = Case(32, 4, 64, 16, (1500, 31, 700), (1500, 3, 50), rotary_dim=64)

@@ -15,7 +15,7 @@ from rrt.ops import loop_lora_linear, loop_lora_linear_reference
 from tests.util.loop_lora import CASES, Case, assert_matches_oracle, make_inputs
 from tests.util.native import DTYPES, on_gpu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(20)]
 
 # Shapes that the tensor-core kernel takes, narrow and wide tiles, and more rows than a tile has tokens.
 DECODE_CASES = [

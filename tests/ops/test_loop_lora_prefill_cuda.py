@@ -11,7 +11,7 @@ from tests.util.loop_lora import CASES, MISTAKES, Case, assert_matches_oracle, l
 from tests.util.native import DTYPES, on_gpu
 from tests.util.rounding import unit_roundoff
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(20)]
 
 # Shapes that the matrix kernel takes: all tiles, with rows, outputs and ranks that end within one.
 MATRIX_CASES = [
