@@ -113,26 +113,26 @@ bool has_shrink(const DecodeArgs& args) { return args.total_rank > 0 && args.num
 template <class Half>
 cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, bool split_shrink, cudaStream_t stream) {
   DecodeArgs args = decode_args;
-  args.chained = cuda::has_dependent_launch();
+  const bool dependent = cuda::has_dependent_launch();
+  args.starts_early &= dependent;
   cudaError_t error = cudaSuccess;
   if (has_shrink(args)) {
     const int tokens = tile_tokens(args.m, kMaxShrinkTokens);
     const Instance shrink = split_shrink ? choose_column_instance<Half, true>(SplitShrinkInstances{}, tokens)
                                          : choose_column_instance<Half, true>(ShrinkInstances{}, tokens);
     const int groups = 32 * kParts / shrink.threads;  // of parts, a thread block each
-    error = launch(shrink, args, args.total_rank, args.num_loops, groups, args.chained, stream);
+    error = launch(shrink, args, args.total_rank, args.num_loops, groups, dependent, stream);
     if (error == cudaSuccess && split_shrink) {
-      error = launch_add(add_shrunk_kernel<Half>, args, static_cast<int64_t>(args.m) * args.total_rank, args.chained,
-                         stream);
+      error = launch_add(add_shrunk_kernel<Half>, args, static_cast<int64_t>(args.m) * args.total_rank, dependent, stream);
     }
   }
   const bool columns = tiling.kernel == DecodeKernel::kColumns;
   const Instance product =
       columns ? choose_column_instance<Half, false>(ColumnInstances{}, tile_tokens(args.m, kMaxColumnTokens))
               : choose_row_instance<Half>(tile_rows(tiling.kernel), tile_tokens(args.m));
-  if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, args.chained, stream);
+  if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, dependent, stream);
   if (error == cudaSuccess && tiling.slices > 1) {
-    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, args.chained, stream);
+    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, dependent, stream);
   }
   return error;
 }
@@ -173,6 +173,19 @@ Tiling tiling_of(const Params& p) {
 bool splits_shrink(const Params& p) {
   return p.total_rank > 0 && p.num_loops > 0 &&
          should_split_shrink(cuda::device_facts().multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+}
+
+int forced_order = -1;
+
+// Whether the product may start before shrink has waited (cuda_decode.h).
+bool starts_early(const Params& p, const Tiling& tiling, bool split) {
+  if (p.total_rank == 0 || p.num_loops == 0) return true;
+  if (forced_order >= 0) return forced_order == 1;
+  int64_t rank = 0;  // of the segment that has most
+  for (const Segment& segment : p.segments) rank = std::max<int64_t>(rank, segment.rank);
+  const int multiprocessors = cuda::device_facts().multiprocessors;
+  const double shrink = estimated_shrink_microseconds(split, multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+  return should_start_early(shrink, tiling, multiprocessors, p.n, p.k, p.m, rank);
 }
 
 int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
@@ -233,6 +246,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.total_rank = static_cast<int>(p.total_rank);
   args.b_stride = static_cast<int>(p.b_stride);
   args.padded_m = static_cast<int>(padded_rows(p));
+  args.starts_early = decode && starts_early(p, tiling, split);
   args.parts_per_block = decode ? kParts / tiling.slices : 0;
   args.num_segments = static_cast<int>(p.segments.size());
   for (int s = 0; s < args.num_segments; ++s) {
@@ -265,4 +279,9 @@ extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_tilin
   using namespace rrt::loop_lora;
   const DecodeKernel by_rows = rows == 64 ? DecodeKernel::kRows64 : DecodeKernel::kRows;
   forced_tiling = {rows == 0 ? DecodeKernel::kColumns : by_rows, slices};
+}
+
+// For measurements: from now on every product starts early (1) or late (0), or in the order that is chosen (-1).
+extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_order(int order) {
+  rrt::loop_lora::forced_order = order;
 }

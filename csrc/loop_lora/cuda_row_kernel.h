@@ -45,7 +45,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   Turns turns({args, tile, static_cast<const Storage*>(args.weight), find_segment(args, tile.row_begin), first_part,
                first_part + args.parts_per_block},
               0, args.n - tile.row_begin);
-  turns.start(args.chained);
+  turns.start(!args.starts_early);
 
   typename Turns::Sums sums, total = {};
   // Of the lane's sums: the i-th of a mma's four is row i / 2 * 8 and token i % 2 from here on.
@@ -78,6 +78,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
     if (whole) {
       for_each([](float sum, float& sum_of_parts, int, int) { sum_of_parts += sum; });
     } else {
+      device::dependency_wait();  // where T was not read
       float* to = args.part_sums + (static_cast<int64_t>(part) * args.m + first_token) * args.n + first_row;
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
@@ -89,6 +90,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   }
   device::copy_wait<0>();
   if (!whole) return;
+  device::dependency_wait();  // where T was not read
   int loops[kTokenTiles][2];  // loaded all at once: between the stores, each load would be waited for
 #pragma unroll
   for (int i = 0; i < 2 * kTokenTiles; ++i) {

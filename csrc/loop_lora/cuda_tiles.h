@@ -1,5 +1,5 @@
-// Chooses the decode kernel of a product, its tile and the number of slices, and whether shrink is split: by
-// measurements where there are any, else by an estimate of the time. The choice changes no bit of a result. Host only.
+// Chooses the decode kernel of a product, its tile and the number of slices, by measurements where there are any, else by
+// an estimate of the time; and by estimates how shrink is split and whether the product starts early. The choice changes no bit of a result. Host only.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,8 @@ inline int tile_tokens(int64_t m, int largest = kMaxTokens) {
 // begins with the trip that brings its first bytes; a turn takes as long as its copies, loads and products wait for
 // each other at least.
 constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
-constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2;
+constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
+constexpr double kRingBytes = 48e3;  // of W, of a thread block
 constexpr int kBlocksSideBySide = 2;
 constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
 
@@ -73,17 +74,53 @@ inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, 
   return stream * (!columns && side_by_side < 2 ? kGapsAlone : 1) + begin + (sliced ? kOneMoreKernel : 0);
 }
 
+// How long shrink takes, with what it waits for first: its launch, the loops and the first bytes, a trip each, and the
+// end with another.
+inline double estimated_shrink_microseconds(bool split, int multiprocessors, int64_t total_rank, int64_t num_loops,
+                                            int64_t k, int64_t m) {
+  const int64_t tokens = tile_tokens(m, kMaxShrinkTokens), parts = split ? 8 : 1;
+  const int64_t blocks = ceil_div(total_rank, int64_t{16}) * ceil_div(m, tokens) * num_loops * parts;
+  const auto on_busiest = static_cast<double>(ceil_div(blocks, static_cast<int64_t>(multiprocessors)));
+  const double bytes = 2.0 * static_cast<double>((16 + std::min(m, tokens)) * k) / static_cast<double>(parts);
+  return 4 * kFirstBytes + on_busiest * bytes / kCacheRate + (split ? kOneMoreKernel : 0);
+}
+
 // Whether the parts of shrink are worth thread blocks of their own, which takes one more kernel to add them: they are
 // where the blocks are few and the columns many.
 inline bool should_split_shrink(int multiprocessors, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
-  const int64_t tokens = tile_tokens(m, kMaxShrinkTokens);
-  const int64_t blocks = ceil_div(total_rank, int64_t{16}) * ceil_div(m, tokens) * num_loops;
-  const double bytes = 2.0 * static_cast<double>((16 + std::min(m, tokens)) * k);
-  const auto time = [&](int64_t parts) {
-    const auto on_busiest = static_cast<double>(ceil_div(blocks * parts, static_cast<int64_t>(multiprocessors)));
-    return on_busiest * bytes / static_cast<double>(parts) / kCacheRate;
+  const auto time = [&](bool split) {
+    return estimated_shrink_microseconds(split, multiprocessors, total_rank, num_loops, k, m);
   };
-  return sum_bytes(m, total_rank) <= kMaxSumBytes && time(8) + kOneMoreKernel < time(1);
+  return sum_bytes(m, total_rank) <= kMaxSumBytes && time(true) < time(false);
+}
+
+// Of a product's stream, the share that comes before its first turn of B_l, in the thread blocks that need T first. Every
+// warp of the column kernel has one part, W first. In the row kernel the last parts have the ranks, 32 each, and with
+// several slices the first part's sums are not written before T is there.
+inline double share_before_rank(const Tiling& tiling, int64_t rank) {
+  if (tiling.kernel == DecodeKernel::kColumns) return 1;
+  if (tiling.slices > 1) return tiling.slices / 8.0;
+  return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
+}
+
+// Whether the product should start before shrink has waited (cuda_decode.h), which lasts `shrink` microseconds.
+//   early  All of shrink is waited for, but the ring fills meanwhile: its bytes come for nothing.
+//   late   Shrink's wait must end before the product's launch and first bytes; then it streams, and waits for what is
+//          left of shrink when it comes to B_l.
+inline bool should_start_early(double shrink, const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m,
+                               int64_t rank) {
+  const bool columns = tiling.kernel == DecodeKernel::kColumns;
+  const int64_t tiles = ceil_div(n, tile_rows(tiling.kernel)) *
+                        ceil_div(m, static_cast<int64_t>(tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens)));
+  const auto blocks = static_cast<double>(tiles * tiling.slices);
+  const double resident = std::min(blocks, static_cast<double>(kBlocksSideBySide * multiprocessors));
+  const double weights = 2.0 * static_cast<double>(tile_rows(tiling.kernel) * k) / tiling.slices;
+  const double stream = estimated_microseconds({tiling.kernel, tiling.slices}, multiprocessors, n, k, m) - kFirstBytes -
+                        (tiling.slices > 1 ? kOneMoreKernel : 0);
+  const double ring = std::min(1.0, resident * kRingBytes / (blocks * weights)) * stream;
+  const double late = kLateStart + kFirstBytes;
+  const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream;
+  return shrink - ring < late + std::max(0.0, left);
 }
 
 // `rows_fit` and `rows64_fit` say whether the row kernel takes the layer with tiles of 128 and 64 outputs.

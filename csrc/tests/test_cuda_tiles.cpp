@@ -89,6 +89,27 @@ void test_shrink_is_split_where_its_blocks_are_few_and_long() {
   CHECK(!should_split_shrink(kH100, 64, 2, 16384, 1000000));  // the sums would take too much memory
 }
 
+void test_turns_of_b_come_last_where_ranks_are_few() {
+  CHECK(share_before_rank({DecodeKernel::kColumns, 1}, 512) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 8) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 64) == 7.0 / 8);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 512) == 1.0 / 8);
+  CHECK(share_before_rank({DecodeKernel::kRows64, 8}, 512) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows64, 2}, 64) == 1.0 / 4);
+}
+
+void test_the_product_starts_early_where_shrink_is_short_or_it_would_wait_at_once() {
+  const Tiling whole{DecodeKernel::kRows, 1}, sliced{DecodeKernel::kRows64, 8};
+  // Nothing to wait for: what fills the ring is gained.
+  CHECK(should_start_early(0, whole, kH100, 32768, 2048, 8, 64));
+  // T is needed after 7/8 of W, which lasts longer than shrink.
+  CHECK(!should_start_early(5, whole, kH100, 32768, 2048, 8, 64));
+  // Shrink outlasts the eighth of W that comes before B_l, however late the product starts.
+  CHECK(should_start_early(30, whole, kH100, 8192, 2048, 8, 512));
+  // A thread block of one part has all its W first.
+  CHECK(!should_start_early(10, sliced, kH100, 2048, 16384, 64, 512));
+}
+
 void test_sums_of_parts_stay_small() {
   for (int64_t m : {65, 1024, 8192, 100000}) {
     for (int64_t n : {256, 2048, 32768}) {
@@ -104,5 +125,8 @@ int main() {
                          test_few_tokens_go_by_columns_where_outputs_are_few,
                          test_tokens_that_do_not_exist_cost_nothing, test_many_outputs_go_by_wide_tiles_undivided,
                          test_few_outputs_of_many_columns_fill_every_multiprocessor_twice,
-                         test_shrink_is_split_where_its_blocks_are_few_and_long, test_sums_of_parts_stay_small);
+                         test_shrink_is_split_where_its_blocks_are_few_and_long,
+                         test_turns_of_b_come_last_where_ranks_are_few,
+                         test_the_product_starts_early_where_shrink_is_short_or_it_would_wait_at_once,
+                         test_sums_of_parts_stay_small);
 }
