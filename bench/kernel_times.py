@@ -122,7 +122,7 @@ class Tables:
 
 
 ARGUMENTS = {
-    "loop_lora::row_kernel": "tokens warp_tiles stages",
+    "loop_lora::row_kernel": "tokens warp_tiles stages shrink",
     "loop_lora::column_kernel": "tokens parts stages shrink",
     "loop_lora::prefill_kernel": "token_warps out_warps token_tiles out_groups stages",
     "kv_cache::decode_kernel": "head_dim stages",
@@ -284,16 +284,18 @@ def adding_time(device: Device, tables: Tables, kernel: str, elements: int) -> f
 
 
 def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float) -> float:
-    """Predict T = A_l x, with its parts in thread blocks of their own where that is faster."""
+    """Predict T = A_l x, in the fastest way: by columns, with the parts in thread blocks of their own, or by rows."""
     by_warps: dict[int, list[Compiled]] = {}
-    for instance in tables.instances(device, "loop_lora::column_kernel"):
-        if instance.arguments["shrink"]:
-            by_warps.setdefault(instance.warps, []).append(instance)
+    for name in ("loop_lora::column_kernel", "loop_lora::row_kernel"):
+        for instance in tables.instances(device, name):
+            if instance.arguments["shrink"]:
+                by_warps.setdefault(instance.warps, []).append(instance)
     ways = []
     for warps, instances in by_warps.items():
         kernel = choose_tokens(instances, m)
-        seconds = decode_launch(device, kernel, PARTS // warps, loops * ranks, k, m, 0, 0)[1].total
-        if warps < PARTS:
+        slices = 1 if warps == PARTS else PARTS
+        seconds = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)[1].total
+        if slices > 1:
             seconds += gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
         ways.append(seconds)
     return min(ways)
@@ -311,7 +313,8 @@ def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled
     """Map a tile's outputs to the instances of the decode product that have it."""
     found: dict[int, list[Compiled]] = {}
     for each in tables.instances(device, "loop_lora::row_kernel"):
-        found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
+        if not each.arguments["shrink"]:
+            found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
     columns = tables.instances(device, "loop_lora::column_kernel")
     return {COLUMN_OUTPUTS: [each for each in columns if not each.arguments["shrink"]], **found}
 

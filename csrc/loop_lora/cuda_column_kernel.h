@@ -56,7 +56,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   static_assert(SHRINK || PARTS == kParts, "only shrink is split");
   constexpr int kThreads = 32 * PARTS, kTokenTiles = TOKENS / 8;
   if constexpr (SHRINK) {
-    wait_before_product(args);
+    wait_for_inputs(args);
   } else {
     device::launch_dependents();
   }
@@ -137,7 +137,8 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
 // Adds the sums that a split shrink left. Thread block (x): kAddThreads elements of [m, total_rank].
 template <class Half>
 RRT_DEVICE void add_shrunk_body(const DecodeArgs& args) {
-  wait_before_product(args);
+  device::launch_dependents();  // in the late order, too: this kernel starts once shrink has waited
+  device::dependency_wait();
   const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
   const int64_t i = static_cast<int64_t>(device::block_index().x) * kAddThreads + device::thread_index();
   if (i >= size) return;

@@ -27,8 +27,8 @@ struct Run {
 };
 
 // Goes through the runs of parts [part, last_part) of a tile: in each part W, then B_l for every loop of the tile. What
-// comes after the first run may need the loops, which must be ready then, and T, for which it waits. For shrink, W is A_l,
-// and there is no B_l. Holds what it cannot compute again: the loop of turns needs the registers.
+// comes after the first run may need the loops, which must be ready then, and T, for which it waits. For shrink, W is
+// A_l, and there is no B_l. Holds what it cannot compute again: the loop of turns needs the registers.
 template <class Storage>
 struct Cursor {
   const DecodeArgs& args;

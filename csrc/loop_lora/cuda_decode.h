@@ -21,12 +21,12 @@
 // tiled and sliced, nor on which of the two kernels runs. So a token's result has the same bits in any batch.
 //
 // Kernels are chained by programmatic dependent launch: each lets the next one start, and before it reads what the
-// kernels before it wrote, or writes anything, it waits for them to end. Every thread block waits, since the kernel after
-// the next relies on it. The product fetches W before it waits, in one of two orders:
+// kernels before it wrote, or writes anything, it waits for them to end. Every thread block waits, since the kernel
+// after the next relies on it. The product fetches W before it waits, in one of two orders:
 //   early   Shrink lets it start at once. It fills its ring with W, perhaps while the operator before still runs, waits
 //           until T is there, reads x, and streams the rest.
-//   late    Shrink (or the kernel that adds its parts) waits first, and then lets it start. So x and the loops are there,
-//           and it streams W beside shrink; it waits before it reads T or writes. A long shrink is hidden this way.
+//   late    Shrink waits first, and then lets what follows start. So x and the loops are there for the product, which
+//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way.
 #pragma once
 
 #include <cmath>
@@ -99,8 +99,8 @@ RRT_DEVICE uint32_t find_loop_mask(const int32_t* loops, int begin, int count, i
   return mask;
 }
 
-// Waits, and lets the product start, in the order of the two that `args` says. For the kernels that make T.
-RRT_DEVICE void wait_before_product(const DecodeArgs& args) {
+// Of shrink: waits, and lets what follows start, in the order that `args` says.
+RRT_DEVICE void wait_for_inputs(const DecodeArgs& args) {
   if (args.starts_early) device::launch_dependents();
   device::dependency_wait();
   if (!args.starts_early) device::launch_dependents();

@@ -49,8 +49,9 @@ struct Pipeline {
     enter(cursor.weight_run());
   }
 
-  // Fills the ring. W is a parameter, which the kernels before this one don't write; x may be what they write, so unless
-  // it is ready it is read once they have ended. If it is, it comes with W, in the order in which the turns need it.
+  // Fills the ring. W is a parameter, which the kernels before this one don't write; x may be what they write, so
+  // unless it is ready it is read once they have ended. If it is, it comes with W, in the order in which the turns need
+  // it.
   RRT_DEVICE void start(bool x_is_ready) {
     const int turns = full + partial, early = turns < STAGES - 1 ? turns : STAGES - 1;
     const Storage* x_turn = x_from;
