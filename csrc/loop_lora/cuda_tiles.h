@@ -59,7 +59,7 @@ inline int shrink_tokens(ShrinkKernel kernel, int64_t m) {
 // each other at least.
 constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
 constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
-constexpr double kRingBytes = 32e3;  // of W, of a thread block at least
+constexpr double kRingBytes = 40e3, kRingBytesBeside64 = 32e3;  // of W, of a thread block; beside 64 tokens
 constexpr int kBlocksSideBySide = 2;
 constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
 
@@ -122,7 +122,7 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
   return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
 }
 
-// Whether the product should start before shrink has waited (cuda_decode.h), which takes `shrink` microseconds and reads
+// Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and reads
 // `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
 //   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, though what is in it is
 //          still to be multiplied;
@@ -136,7 +136,8 @@ inline bool should_start_early(double shrink, double a_bytes, const Tiling& tili
   const double evenly = static_cast<double>(tiles * tiling.slices) / multiprocessors;
   const double stream = estimated_microseconds(tiling, multiprocessors, n, k, m) - kFirstBytes -
                         (tiling.slices > 1 ? kOneMoreKernel : 0);
-  const double ring = std::min(evenly, 1.0 * kBlocksSideBySide) * kRingBytes / kMemoryRate;
+  const double ring_bytes = m > 32 ? kRingBytesBeside64 : kRingBytes;
+  const double ring = std::min(evenly, 1.0 * kBlocksSideBySide) * ring_bytes / kMemoryRate;
   const double early = shrink + kFirstBytes - std::min(ring, stream / 2);
   const double late = kLateStart + kFirstBytes + a_bytes / multiprocessors / kMemoryRate;
   const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream;
