@@ -77,14 +77,6 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
       }
     }
   };
-  // Of the lane's tokens, all at once: between the stores, each load would be waited for.
-  const auto load_loops = [&](int(&loops)[2 * kTokenTiles]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTokenTiles; ++i) {
-      const int token = first_token + i / 2 * 8 + i % 2;
-      loops[i] = token < args.m ? device::load_global(args.loops + token) : -1;
-    }
-  };
   // Of each part first the turns of W, then those of B: how many, the fetches know that are ahead by now.
 #pragma unroll 1
   for (int half = 0; half < 2 * parts; ++half) {
@@ -103,11 +95,12 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
                   (static_cast<int64_t>(part) * args.m + first_token) * outputs + first_row;
       uint32_t of_loop = ~0u;  // bit: token of the lane
       if constexpr (SHRINK) {
-        int loops[2 * kTokenTiles];
-        load_loops(loops);
         of_loop = 0;
 #pragma unroll
-        for (int i = 0; i < 2 * kTokenTiles; ++i) of_loop |= static_cast<uint32_t>(loops[i] == block.y) << i;
+        for (int i = 0; i < 2 * kTokenTiles; ++i) {
+          const int token = first_token + i / 2 * 8 + i % 2;
+          if (token < args.m && device::load_global(args.loops + token) == block.y) of_loop |= 1u << i;
+        }
       }
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
@@ -121,11 +114,15 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   device::copy_wait<0>();
   if (!whole) return;
   device::dependency_wait();  // where T was not read
-  int loops[2 * kTokenTiles];
-  load_loops(loops);
+  int loops[kTokenTiles][2];  // loaded all at once: between the stores, each load would be waited for
+#pragma unroll
+  for (int i = 0; i < 2 * kTokenTiles; ++i) {
+    const int token = first_token + i / 2 * 8 + i % 2;
+    loops[i / 2][i % 2] = token < args.m ? device::load_global(args.loops + token) : -1;
+  }
   for_each([&](float, float sum_of_parts, int row, int token) {
     if (first_row + row < args.n && first_token + token < args.m) {
-      store_result<Half>(args, first_token + token, loops[token / 8 * 2 + token % 8], first_row + row, sum_of_parts);
+      store_result<Half>(args, first_token + token, loops[token / 8][token % 8], first_row + row, sum_of_parts);
     }
   });
 }

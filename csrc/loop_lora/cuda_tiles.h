@@ -122,8 +122,8 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
   return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
 }
 
-// Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and reads
-// `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
+// Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and
+// reads `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
 //   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, though what is in it is
 //          still to be multiplied;
 //   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
