@@ -10,8 +10,9 @@ as the slowest of these takes:
     cache    bytes that cross the second-level cache, which brings x to every thread block
     matmul   operations of prefill's products, at the best rate of any (clocks fall with the load)
 
-Shrink runs beside the product, which waits for it where the code does; between launches there are gaps. Constants have
-their source beside them. None has been measured with these kernels.
+Shrink runs beside the product, which waits for it where the code does, in the better of its two orders
+(csrc/loop_lora/cuda_decode.h); between launches there are gaps. Constants have their source beside them. None has been
+measured with these kernels.
 """
 
 import math
@@ -121,7 +122,7 @@ class Tables:
 
 
 ARGUMENTS = {
-    "loop_lora::row_kernel": "tokens warp_tiles stages",
+    "loop_lora::row_kernel": "tokens warp_tiles stages shrink",
     "loop_lora::column_kernel": "tokens parts stages shrink",
     "loop_lora::prefill_kernel": "token_warps out_warps token_tiles out_groups stages",
     "kv_cache::decode_kernel": "head_dim stages",
@@ -282,30 +283,38 @@ def adding_time(device: Device, tables: Tables, kernel: str, elements: int) -> f
     ).total
 
 
-def predict_shrink(
-    device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float
-) -> tuple[float, bool]:
-    """Predict T = A_l x, with its parts in thread blocks of their own where that is faster; and say whether it lets
-    the product start before it waits itself."""
+def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float) -> float:
+    """Predict T = A_l x, in the fastest way: by columns, with the parts in thread blocks of their own, or by rows."""
     by_warps: dict[int, list[Compiled]] = {}
-    for instance in tables.instances(device, "loop_lora::column_kernel"):
-        if instance.arguments["shrink"]:
-            by_warps.setdefault(instance.warps, []).append(instance)
+    for name in ("loop_lora::column_kernel", "loop_lora::row_kernel"):
+        for instance in tables.instances(device, name):
+            if instance.arguments["shrink"]:
+                by_warps.setdefault(instance.warps, []).append(instance)
     ways = []
     for warps, instances in by_warps.items():
         kernel = choose_tokens(instances, m)
-        seconds = decode_launch(device, kernel, PARTS // warps, loops * ranks, k, m, 0, 0)[1].total
-        if warps < PARTS:
+        slices = 1 if warps == PARTS else PARTS
+        seconds = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)[1].total
+        if slices > 1:
             seconds += gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
-        ways.append((seconds, bool(kernel.code.triggers_early)))
+        ways.append(seconds)
     return min(ways)
+
+
+def share_before_rank(outputs: int, slices: int, rank: int) -> float:
+    """Return the share of a product's stream before the first turn of B_l, as csrc/loop_lora/cuda_tiles.h has it."""
+    if outputs == COLUMN_OUTPUTS:
+        return 1.0
+    parts_with_rank = min(PARTS, max(1, math.ceil(rank / STEP_COLUMNS)))
+    return slices / PARTS if slices > 1 else (PARTS + 1 - parts_with_rank) / PARTS
 
 
 def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled]]:
     """Map a tile's outputs to the instances of the decode product that have it."""
     found: dict[int, list[Compiled]] = {}
     for each in tables.instances(device, "loop_lora::row_kernel"):
-        found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
+        if not each.arguments["shrink"]:
+            found.setdefault(16 * each.arguments["warp_tiles"] * each.warps, []).append(each)
     columns = tables.instances(device, "loop_lora::column_kernel")
     return {COLUMN_OUTPUTS: [each for each in columns if not each.arguments["shrink"]], **found}
 
@@ -338,12 +347,11 @@ def predict_linear(
     product = choose_tokens(product_instances(device, tables)[outputs], m)
     work, times = decode_launch(device, product, slices, n, k, m, loops, max(projection.ranks(rank)))
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
-    next_gap = device.gap
+    next_gap = device.trigger if device.has_dependent_launch else device.gap
     ranks = sum(projection.ranks(rank))
-    shrink, starts_early = predict_shrink(device, tables, max(1, ranks), k, m, loops, device.trigger)
-    if device.has_dependent_launch and starts_early:
-        # The ring fills with W while the kernel before ends and shrink runs; then x is there, and the rest streams.
-        next_gap = device.trigger
+    shrink = predict_shrink(device, tables, ranks, k, m, loops, next_gap) if rank > 0 else 0.0
+    if device.has_dependent_launch and product.code.triggers_early:
+        # Early: the ring fills with W while the kernel before ends and shrink runs; then x comes, and the rest streams.
         waited = shrink + device.trigger if rank > 0 else 0.0
         resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
         filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
@@ -351,14 +359,15 @@ def predict_linear(
         idle = device.trigger + waited
         rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
         x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
-        terms |= {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
-    elif device.has_dependent_launch and rank > 0:
-        # Both read from memory at once; and a block needs T after the first of its parts of W.
+        early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
+        # Late: both read from memory at once, until a block needs T.
         a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
         memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
         stream = replace(times, limits={**times.limits, "memory": memory}).stream
-        needed = times.begin + stream / (PARTS // slices if outputs != COLUMN_OUTPUTS else 1)
-        terms |= {"gap": device.gap + device.trigger, "stream": stream, "shrink": max(0.0, shrink - needed)}
+        needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
+        late = {"gap": device.gap + device.trigger, "begin": times.begin, "stream": stream}
+        late["shrink"] = max(0.0, shrink - needed)
+        terms |= min((early, late) if rank > 0 else (early,), key=lambda order: sum(order.values()))
     elif rank > 0:
         terms["shrink"] = shrink + device.gap
     terms["add"] = 0.0

@@ -235,6 +235,16 @@ def force_tiling(tile_rows: int, slices: int) -> None:
         handle.rrt_loop_lora_force_tiling(tile_rows, slices)
 
 
+def force_order(order: int) -> None:
+    """Make every product of loop_lora_linear on CUDA start early (1) or late (0); -1 restores its own choice.
+
+    csrc/loop_lora/cuda_decode.h explains the orders. Otherwise as `force_tiling`.
+    """
+    handle = load_native().handle
+    if handle is not None and build_info().cuda:
+        handle.rrt_loop_lora_force_order(order)
+
+
 def _warn_reference_runs(op: str, device: str) -> None:
     _warn_once(load_native().reason or f"{_LIBRARY.name} has no {device} kernel of {op}")
 

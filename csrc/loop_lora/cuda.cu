@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(32 * PARTS, 2) column_kernel(const __grid_cons
   column_body<Half, TOKENS, PARTS, STAGES, SHRINK>(args);
 }
 
-template <class Half, int TOKENS, int WARP_TILES, int STAGES>
+template <class Half, int TOKENS, int WARP_TILES, int STAGES, bool SHRINK>
 __global__ void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ DecodeArgs args) {
-  row_body<Half, TOKENS, WARP_TILES, STAGES>(args);
+  row_body<Half, TOKENS, WARP_TILES, STAGES, SHRINK>(args);
 }
 
 template <class Half>
@@ -65,16 +65,16 @@ Instance choose_column_instance(Instances instances, int tokens) {
   return chosen;
 }
 
-// The instance of the row kernel with so many outputs and tokens.
-template <class Half>
-Instance choose_row_instance(int64_t rows, int tokens) {
+// The one of `Instances` with so many outputs and tokens, of the row kernel.
+template <class Half, bool SHRINK, class Instances>
+Instance choose_row_instance(Instances instances, int64_t rows, int tokens) {
   Instance chosen;
-  for_each_type(RowInstances{}, [&](auto candidate) {
+  for_each_type(instances, [&](auto candidate) {
     using C = decltype(candidate);
     if (C::kRows != rows || C::kTokens != tokens) return;
     constexpr int kSharedBytes = row_shared_bytes<C::kTokens, C::kWarpTiles, C::kStages>();
     static_assert(2 * (kSharedBytes + kReservedShared) <= kSharedOfMultiprocessor, "two thread blocks must fit");
-    chosen.kernel = row_kernel<Half, C::kTokens, C::kWarpTiles, C::kStages>;
+    chosen.kernel = row_kernel<Half, C::kTokens, C::kWarpTiles, C::kStages, SHRINK>;
     chosen.threads = kRowThreads;
     chosen.rows = C::kRows;
     chosen.tokens = C::kTokens;
@@ -109,30 +109,41 @@ cudaError_t launch_add(void (*kernel)(DecodeArgs), const DecodeArgs& args, int64
 // Whether a layer has LoRA, which shrink begins.
 bool has_shrink(const DecodeArgs& args) { return args.total_rank > 0 && args.num_loops > 0; }
 
+template <class Half>
+Instance choose_shrink_instance(ShrinkKernel kernel, int64_t m) {
+  const int tokens = shrink_tokens(kernel, m);
+  switch (kernel) {
+    case ShrinkKernel::kColumns: return choose_column_instance<Half, true>(ShrinkInstances{}, tokens);
+    case ShrinkKernel::kSplitColumns: return choose_column_instance<Half, true>(SplitShrinkInstances{}, tokens);
+    case ShrinkKernel::kRows: return choose_row_instance<Half, true>(RowShrinkInstances{}, kRowShrinkRanks, tokens);
+  }
+  return {};
+}
+
 // Each kernel is launched dependent, whatever came before the operator: all wait for what they read.
 template <class Half>
-cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, bool split_shrink, cudaStream_t stream) {
+cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, ShrinkKernel shrink_kernel,
+                          cudaStream_t stream) {
   DecodeArgs args = decode_args;
-  args.chained = cuda::has_dependent_launch();
+  const bool dependent = cuda::has_dependent_launch();
+  args.starts_early &= dependent;
   cudaError_t error = cudaSuccess;
   if (has_shrink(args)) {
-    const int tokens = tile_tokens(args.m, kMaxShrinkTokens);
-    const Instance shrink = split_shrink ? choose_column_instance<Half, true>(SplitShrinkInstances{}, tokens)
-                                         : choose_column_instance<Half, true>(ShrinkInstances{}, tokens);
-    const int groups = 32 * kParts / shrink.threads;  // of parts, a thread block each
-    error = launch(shrink, args, args.total_rank, args.num_loops, groups, args.chained, stream);
-    if (error == cudaSuccess && split_shrink) {
-      error = launch_add(add_shrunk_kernel<Half>, args, static_cast<int64_t>(args.m) * args.total_rank, args.chained,
-                         stream);
+    const Instance shrink = choose_shrink_instance<Half>(shrink_kernel, args.m);
+    const int groups = shrink_kernel == ShrinkKernel::kColumns ? 1 : kParts;  // of parts, a thread block each
+    error = launch(shrink, args, args.total_rank, args.num_loops, groups, dependent, stream);
+    if (error == cudaSuccess && groups > 1) {
+      const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
+      error = launch_add(add_shrunk_kernel<Half>, args, size, dependent, stream);
     }
   }
   const bool columns = tiling.kernel == DecodeKernel::kColumns;
   const Instance product =
       columns ? choose_column_instance<Half, false>(ColumnInstances{}, tile_tokens(args.m, kMaxColumnTokens))
-              : choose_row_instance<Half>(tile_rows(tiling.kernel), tile_tokens(args.m));
-  if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, args.chained, stream);
+              : choose_row_instance<Half, false>(RowInstances{}, tile_rows(tiling.kernel), tile_tokens(args.m));
+  if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, dependent, stream);
   if (error == cudaSuccess && tiling.slices > 1) {
-    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, args.chained, stream);
+    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, dependent, stream);
   }
   return error;
 }
@@ -170,9 +181,23 @@ Tiling tiling_of(const Params& p) {
                        fits(DecodeKernel::kRows), fits(DecodeKernel::kRows64));
 }
 
-bool splits_shrink(const Params& p) {
-  return p.total_rank > 0 && p.num_loops > 0 &&
-         should_split_shrink(cuda::device_facts().multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+ShrinkKernel shrink_kernel_of(const Params& p) {
+  if (p.total_rank == 0 || p.num_loops == 0) return ShrinkKernel::kColumns;
+  return choose_shrink(cuda::device_facts().multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+}
+
+int forced_order = -1;
+
+// Whether the product may start before shrink has waited (cuda_decode.h).
+bool starts_early(const Params& p, const Tiling& tiling, ShrinkKernel kernel) {
+  if (p.total_rank == 0 || p.num_loops == 0) return true;
+  if (forced_order >= 0) return forced_order == 1;
+  int64_t rank = 0;  // of the segment that has most
+  for (const Segment& segment : p.segments) rank = std::max<int64_t>(rank, segment.rank);
+  const int multiprocessors = cuda::device_facts().multiprocessors;
+  const double shrink = estimated_microseconds(kernel, multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+  const double a_bytes = 2.0 * static_cast<double>(p.num_loops * p.total_rank * p.k);
+  return should_start_early(shrink, a_bytes, tiling, multiprocessors, p.n, p.k, p.m, rank);
 }
 
 int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
@@ -200,7 +225,7 @@ bool rows_are_vectors(const Params& p) {
 int64_t cuda_scratch_bytes(const Params& p, int device) {
   const cuda::DeviceGuard guard(device);
   if (!fits_decode(p)) return shrunk_bytes(p);
-  const int64_t of_shrink = splits_shrink(p) ? sum_bytes(p.m, p.total_rank) : 0;
+  const int64_t of_shrink = shrink_kernel_of(p) != ShrinkKernel::kColumns ? sum_bytes(p.m, p.total_rank) : 0;
   const int64_t of_product = tiling_of(p).slices > 1 ? sum_bytes(p.m, p.n) : 0;
   return shrunk_bytes(p) + std::max(of_shrink, of_product);
 }
@@ -213,7 +238,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   if (guard.error != cudaSuccess) return cuda::error_text(guard.error);
   const bool decode = fits_decode(p);
   const Tiling tiling = decode ? tiling_of(p) : Tiling{};
-  const bool split = decode && splits_shrink(p);
+  const ShrinkKernel shrink = decode ? shrink_kernel_of(p) : ShrinkKernel::kColumns;
   DecodeArgs args{};
   args.x = p.x;
   args.x_stride = p.x_row_stride;
@@ -233,6 +258,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.total_rank = static_cast<int>(p.total_rank);
   args.b_stride = static_cast<int>(p.b_stride);
   args.padded_m = static_cast<int>(padded_rows(p));
+  args.starts_early = decode && starts_early(p, tiling, shrink);
   args.parts_per_block = decode ? kParts / tiling.slices : 0;
   args.num_segments = static_cast<int>(p.segments.size());
   for (int s = 0; s < args.num_segments; ++s) {
@@ -244,11 +270,11 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   switch (p.dtype) {
     case Dtype::kFloat32: error = launch_plain<device::Float32>(args, stream); break;
     case Dtype::kBFloat16:
-      error = decode ? launch_decode<device::BFloat16>(args, tiling, split, stream)
+      error = decode ? launch_decode<device::BFloat16>(args, tiling, shrink, stream)
                      : launch_plain<device::BFloat16>(args, stream);
       break;
     case Dtype::kFloat16:
-      error = decode ? launch_decode<device::Float16>(args, tiling, split, stream)
+      error = decode ? launch_decode<device::Float16>(args, tiling, shrink, stream)
                      : launch_plain<device::Float16>(args, stream);
       break;
     case Dtype::kFloat64: error = launch_plain<device::Float64>(args, stream); break;
@@ -265,4 +291,9 @@ extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_tilin
   using namespace rrt::loop_lora;
   const DecodeKernel by_rows = rows == 64 ? DecodeKernel::kRows64 : DecodeKernel::kRows;
   forced_tiling = {rows == 0 ? DecodeKernel::kColumns : by_rows, slices};
+}
+
+// For measurements: from now on every product starts early (1) or late (0), or in the order that is chosen (-1).
+extern "C" __attribute__((visibility("default"))) void rrt_loop_lora_force_order(int order) {
+  rrt::loop_lora::forced_order = order;
 }

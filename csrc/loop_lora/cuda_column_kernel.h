@@ -55,7 +55,11 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   using Turns = ColumnPipeline<Half, TOKENS, STAGES>;
   static_assert(SHRINK || PARTS == kParts, "only shrink is split");
   constexpr int kThreads = 32 * PARTS, kTokenTiles = TOKENS / 8;
-  device::launch_dependents();
+  if constexpr (SHRINK) {
+    wait_for_inputs(args);
+  } else {
+    device::launch_dependents();
+  }
   const device::Index block = device::block_index();
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   const int part = block.z * PARTS + warp;
@@ -63,7 +67,6 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   const int total_rows = SHRINK ? args.total_rank : args.n;
   const int rows = total_rows - tile.row_begin < kColumnTileRows ? total_rows - tile.row_begin : kColumnTileRows;
   if constexpr (SHRINK) {
-    device::dependency_wait();
     if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) {
       // The product may have these tokens in a tile with some of this loop.
       for (int i = device::thread_index(); PARTS == kParts && i < tile.tokens * rows; i += kThreads) {
@@ -76,7 +79,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
   const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
   Turns turns({args, tile, matrix, segment, part, part + 1}, warp * Turns::kBytes, rows);
-  turns.start(args.chained && !SHRINK);
+  turns.start(SHRINK || !args.starts_early);
   typename Turns::Sums sums = {};
 #pragma unroll 1
   for (int half = 0; half < (SHRINK ? 1 : 2); ++half) {
@@ -85,6 +88,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
                    sums);
   }
   device::copy_wait<0>();
+  if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
 
   // Calls f(row, token, sum) for each of the lane's sums, counted in the tile.
   const auto for_each = [&](auto f) {
@@ -133,7 +137,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
 // Adds the sums that a split shrink left. Thread block (x): kAddThreads elements of [m, total_rank].
 template <class Half>
 RRT_DEVICE void add_shrunk_body(const DecodeArgs& args) {
-  device::launch_dependents();
+  device::launch_dependents();  // in the late order, too: this kernel starts once shrink has waited
   device::dependency_wait();
   const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
   const int64_t i = static_cast<int64_t>(device::block_index().x) * kAddThreads + device::thread_index();

@@ -6,12 +6,14 @@
 namespace rrt::loop_lora {
 
 // A part has consecutive k-steps of W, and every kParts-th one of each B_l: ranks are too few to give each part a run.
+// The last part has the first one: with few ranks, T is then needed late, and W of the parts before is a single run.
+RRT_DEVICE int first_rank_step_of(int part) { return kParts - 1 - part; }
 RRT_DEVICE int first_step_of(int part, int column_steps) { return column_steps * part / kParts; }
 RRT_DEVICE int num_column_steps(int part, int column_steps) {
   return first_step_of(part + 1, column_steps) - first_step_of(part, column_steps);
 }
 RRT_DEVICE int num_rank_steps(int part, int rank_steps) {
-  return rank_steps > part ? ceil_div<kParts>(rank_steps - part) : 0;
+  return ceil_div<kParts>(rank_steps - first_rank_step_of(part));  // 0 from -7 on
 }
 
 // k-steps that lie at even distances: those of a part in W, or in one B_l.
@@ -25,8 +27,8 @@ struct Run {
 };
 
 // Goes through the runs of parts [part, last_part) of a tile: in each part W, then B_l for every loop of the tile. What
-// comes after the first run needs T and the loops, so the kernel before this one must have been waited for. For shrink,
-// W is A_l, and there is no B_l. Holds what it cannot compute again: the loop of turns needs the registers.
+// comes after the first run may need the loops, which must be ready then, and T, for which it waits. For shrink, W is
+// A_l, and there is no B_l. Holds what it cannot compute again: the loop of turns needs the registers.
 template <class Storage>
 struct Cursor {
   const DecodeArgs& args;
@@ -54,6 +56,7 @@ struct Cursor {
         if (num_loops == 0) {
           loop_mask = find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops);
           for (uint32_t bits = loop_mask; bits != 0; bits &= bits - 1) ++num_loops;
+          device::dependency_wait();
         }
         loops_left = loop_mask;
       } else if (loops_left == 0) {
@@ -93,7 +96,7 @@ struct Cursor {
   }
 
   RRT_DEVICE Run<Storage> rank_run(int loop) const {
-    const int begin = part * kStepColumns;
+    const int begin = first_rank_step_of(part) * kStepColumns;
     return {static_cast<const Storage*>(args.lora_b) +
                 (static_cast<int64_t>(loop) * args.n + tile.row_begin) * args.b_stride + begin,
             static_cast<const Storage*>(args.shrunk) +

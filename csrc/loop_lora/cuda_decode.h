@@ -20,9 +20,13 @@
 // The order of every sum depends on the layer's shape alone: not on the other tokens of the batch, nor on how they are
 // tiled and sliced, nor on which of the two kernels runs. So a token's result has the same bits in any batch.
 //
-// Kernels are chained by programmatic dependent launch: each lets the next one start at once, and before it reads what
-// the kernels before it wrote (anything but W, A_l and B_l), or writes anything, it waits for them to end. Every thread
-// block waits, since the kernel after the next relies on it. The product fetches W before it waits.
+// Kernels are chained by programmatic dependent launch: each lets the next one start, and before it reads what the
+// kernels before it wrote, or writes anything, it waits for them to end. Every thread block waits, since the kernel
+// after the next relies on it. The product fetches W before it waits, in one of two orders:
+//   early   Shrink lets it start at once. It fills its ring with W, perhaps while the operator before still runs, waits
+//           until T is there, reads x, and streams the rest.
+//   late    Shrink waits first, and then lets what follows start. So x and the loops are there for the product, which
+//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way.
 #pragma once
 
 #include <cmath>
@@ -55,7 +59,7 @@ struct DecodeArgs {
   int b_stride;
   int padded_m;
   int parts_per_block;  // of the row kernel: kParts / slices
-  bool chained;         // the kernels before this one may not have ended, until it waits for them
+  bool starts_early;    // the product, whose x may still be written when it starts
   int num_segments;
   int segment_out[kMaxSegments];   // first output row of each; a multiple of a tile's rows
   int segment_rank[kMaxSegments];  // first rank of each, a multiple of 8
@@ -93,6 +97,13 @@ RRT_DEVICE uint32_t find_loop_mask(const int32_t* loops, int begin, int count, i
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) mask |= device::shuffle_xor(mask, step);
   return mask;
+}
+
+// Of shrink: waits, and lets what follows start, in the order that `args` says.
+RRT_DEVICE void wait_for_inputs(const DecodeArgs& args) {
+  if (args.starts_early) device::launch_dependents();
+  device::dependency_wait();
+  if (!args.starts_early) device::launch_dependents();
 }
 
 // The parts' sums of element i of `size`, added in order.

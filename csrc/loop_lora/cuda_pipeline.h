@@ -49,10 +49,10 @@ struct Pipeline {
     enter(cursor.weight_run());
   }
 
-  // Fills the ring. W is a parameter, which the kernels before this one don't write; x may be what they write, so it is
-  // read once they have ended. Where they have anyway (not `chained`), x comes with W, in the order in which the turns
-  // need it.
-  RRT_DEVICE void start(bool chained) {
+  // Fills the ring. W is a parameter, which the kernels before this one don't write; x may be what they write, so
+  // unless it is ready it is read once they have ended. If it is, it comes with W, in the order in which the turns need
+  // it.
+  RRT_DEVICE void start(bool x_is_ready) {
     const int turns = full + partial, early = turns < STAGES - 1 ? turns : STAGES - 1;
     const Storage* x_turn = x_from;
     const int columns = columns_left;
@@ -68,11 +68,11 @@ struct Pipeline {
       const Storage* from = w_from + turn * kTurnColumns;
 #pragma unroll
       for (int i = 0; i < kRowCopies; ++i) copy<false>(i, from, turn * kStageBytes, columns - turn * kTurnColumns);
-      if (!chained) copy_x(turn);
+      if (x_is_ready) copy_x(turn);
       device::copy_commit();
     }
-    device::dependency_wait();
-    if (chained) {
+    if (!x_is_ready) {
+      device::dependency_wait();
 #pragma unroll 1
       for (int turn = 0; turn < early; ++turn) {
         copy_x(turn);

@@ -1,5 +1,5 @@
-// Body of the row kernel, which computes the product, and of the kernel that adds its slices; cuda_decode.h explains
-// the terms.
+// Body of the row kernel, which computes the product, or shrink in large tiles with a part per thread block, and of the
+// kernel that adds the product's slices; cuda_decode.h explains the terms.
 //
 // A tile has 128 outputs, 32 for each of the 4 warps, or 64: half as many outputs make twice as many thread blocks, for
 // layers that would not fill the GPU. The warps share x. A thread block sums the parts of its slice one after another.
@@ -25,27 +25,39 @@ using RowInstances =
     TypeList<RowInstance<8, 1, 8>, RowInstance<16, 1, 7>, RowInstance<32, 1, 6>, RowInstance<64, 1, 5>,
              RowInstance<8, 2, 4>, RowInstance<16, 2, 4>, RowInstance<32, 2, 4>, RowInstance<64, 2, 3>>;
 
+// Where tokens are many, shrink would read A_l for every 16 of them, and x for every 16 ranks.
+using RowShrinkInstances = TypeList<RowInstance<32, 1, 6>, RowInstance<64, 1, 5>>;
+
 template <int TOKENS, int WARP_TILES, int STAGES>
 constexpr int row_shared_bytes() {
   return Pipeline<device::BFloat16, kRowThreads, WARP_TILES, TOKENS, STAGES>::kBytes;
 }
 
-// Thread block (x: tile; y: slice).
-template <class Half, int TOKENS, int WARP_TILES, int STAGES>
+// Thread block (x: tile; y: slice; for shrink y: loop, z: part).
+template <class Half, int TOKENS, int WARP_TILES, int STAGES, bool SHRINK>
 RRT_DEVICE void row_body(const DecodeArgs& args) {
   using Storage = typename Half::Storage;
   using Turns = Pipeline<Half, kRowThreads, WARP_TILES, TOKENS, STAGES>;
   constexpr int kTokenTiles = TOKENS / 8;
-  device::launch_dependents();
-  const bool whole = args.parts_per_block == kParts;
+  if constexpr (SHRINK) {
+    wait_for_inputs(args);
+  } else {
+    device::launch_dependents();
+  }
+  const int parts = SHRINK ? 1 : args.parts_per_block;
+  const bool whole = parts == kParts;
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const DecodeTile tile = find_tile<Turns::kRows, TOKENS>(args, block.x);
-  const int first_part = block.y * args.parts_per_block;
-  Turns turns({args, tile, static_cast<const Storage*>(args.weight), find_segment(args, tile.row_begin), first_part,
-               first_part + args.parts_per_block},
-              0, args.n - tile.row_begin);
-  turns.start(args.chained);
+  const int first_part = SHRINK ? block.z : block.y * parts, outputs = SHRINK ? args.total_rank : args.n;
+  const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
+  if constexpr (SHRINK) {
+    if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) return;
+    matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
+  }
+  const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
+  Turns turns({args, tile, matrix, segment, first_part, first_part + parts}, 0, outputs - tile.row_begin);
+  turns.start(SHRINK || !args.starts_early);
 
   typename Turns::Sums sums, total = {};
   // Of the lane's sums: the i-th of a mma's four is row i / 2 * 8 and token i % 2 from here on.
@@ -67,7 +79,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   };
   // Of each part first the turns of W, then those of B: how many, the fetches know that are ahead by now.
 #pragma unroll 1
-  for (int half = 0; half < 2 * args.parts_per_block; ++half) {
+  for (int half = 0; half < 2 * parts; ++half) {
     const int part = first_part + half / 2;
     const bool in_weight = half % 2 == 0;
     if (in_weight) for_each([](float& sum, float&, int, int) { sum = 0; });
@@ -78,17 +90,30 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
     if (whole) {
       for_each([](float sum, float& sum_of_parts, int, int) { sum_of_parts += sum; });
     } else {
-      float* to = args.part_sums + (static_cast<int64_t>(part) * args.m + first_token) * args.n + first_row;
+      if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
+      float* to = (SHRINK ? args.shrink_sums : args.part_sums) +
+                  (static_cast<int64_t>(part) * args.m + first_token) * outputs + first_row;
+      uint32_t of_loop = ~0u;  // bit: token of the lane
+      if constexpr (SHRINK) {
+        of_loop = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * kTokenTiles; ++i) {
+          const int token = first_token + i / 2 * 8 + i % 2;
+          if (token < args.m && device::load_global(args.loops + token) == block.y) of_loop |= 1u << i;
+        }
+      }
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
-        if (first_row + row < args.n && first_token + token < args.m) {
-          device::store_global(to + static_cast<int64_t>(args.n) * token + row, sum);
+        const bool exists = SHRINK ? of_loop >> (token / 8 * 2 + token % 8) & 1 : first_token + token < args.m;
+        if (first_row + row < outputs && exists) {
+          device::store_global(to + static_cast<int64_t>(outputs) * token + row, sum);
         }
       });
     }
   }
   device::copy_wait<0>();
   if (!whole) return;
+  device::dependency_wait();  // where T was not read
   int loops[kTokenTiles][2];  // loaded all at once: between the stores, each load would be waited for
 #pragma unroll
   for (int i = 0; i < 2 * kTokenTiles; ++i) {

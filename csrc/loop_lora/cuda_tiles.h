@@ -1,5 +1,6 @@
-// Chooses the decode kernel of a product, its tile and the number of slices, and whether shrink is split: by
-// measurements where there are any, else by an estimate of the time. The choice changes no bit of a result. Host only.
+// Chooses the decode kernel of a product, its tile and the number of slices, by measurements where there are any, else
+// by an estimate of the time; and by estimates the kernel of shrink and whether the product starts early. The choice
+// changes no bit of a result. Host only.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,10 @@ struct Tiling {
   int slices;  // thread blocks that share a tile's 8 parts; always 1 for the column kernel
 };
 
+// Of shrink: the column kernel, whole or with its parts in thread blocks of their own, or the row kernel with tiles of
+// 64 ranks and 32 or 64 tokens, a part in each thread block. Split parts take one more kernel to add them.
+enum class ShrinkKernel { kColumns, kSplitColumns, kRows };
+
 inline int64_t tile_rows(DecodeKernel kernel) {
   return kernel == DecodeKernel::kColumns ? 16 : kernel == DecodeKernel::kRows64 ? 64 : 128;
 }
@@ -30,7 +35,8 @@ struct MeasuredTiling {
 };
 
 constexpr int kMaxTokens = 64;  // of a tile of the row kernel
-constexpr int kMaxColumnTokens = 32, kMaxShrinkTokens = 16;
+constexpr int kMaxColumnTokens = 32, kMaxShrinkTokens = 16;  // of the column kernel
+constexpr int kRowShrinkRanks = 64;
 constexpr int kSlices[] = {1, 2, 4, 8};
 constexpr int64_t kMaxSumBytes = 64 << 20;
 
@@ -42,13 +48,18 @@ inline int tile_tokens(int64_t m, int largest = kMaxTokens) {
   return std::min(m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : kMaxTokens, largest);
 }
 
+inline int shrink_tokens(ShrinkKernel kernel, int64_t m) {
+  return tile_tokens(m, kernel == ShrinkKernel::kRows ? kMaxTokens : kMaxShrinkTokens);
+}
+
 // Assumptions, none of them measured. An H200's rates, in bytes a microsecond: each multiprocessor's share of those of
 // memory and of the second-level cache, and what one may have while others are idle. Times in microseconds: one more
 // kernel costs its launch, its wait for the last block of the one before it, and a trip to memory and back; a block
 // begins with the trip that brings its first bytes; a turn takes as long as its copies, loads and products wait for
 // each other at least.
 constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
-constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2;
+constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
+constexpr double kRingBytes = 40e3, kRingBytesBeside64 = 32e3;  // of W, of a thread block; beside 64 tokens
 constexpr int kBlocksSideBySide = 2;
 constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
 
@@ -67,23 +78,70 @@ inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, 
   const double bytes = weights + 2.0 * static_cast<double>(tokens) * columns_of_block + sums;
   const double parts_in_turn = columns ? 1 : 8.0 / tiling.slices;
   const double turns = std::ceil(static_cast<double>(k) / 8 / 64) * parts_in_turn;
-  const double stream = std::max({evenly * weights / kMemoryRate, evenly * bytes / kCacheRate,
-                                  on_busiest * bytes / kBusiestRate, on_busiest / side_by_side * turns * kTurnTime});
+  // Gaps cost nothing where the cache, which all share, is what they would wait for.
+  const double gaps = !columns && side_by_side < 2 ? kGapsAlone : 1;
+  const double own = std::max({evenly * weights / kMemoryRate, on_busiest * bytes / kBusiestRate,
+                               on_busiest / side_by_side * turns * kTurnTime});
+  const double stream = std::max(evenly * bytes / kCacheRate, own * gaps);
   const double begin = kFirstBytes * std::max(1.0, on_busiest / kBlocksSideBySide);
-  return stream * (!columns && side_by_side < 2 ? kGapsAlone : 1) + begin + (sliced ? kOneMoreKernel : 0);
+  return stream + begin + (sliced ? kOneMoreKernel : 0);
 }
 
-// Whether the parts of shrink are worth thread blocks of their own, which takes one more kernel to add them: they are
-// where the blocks are few and the columns many.
-inline bool should_split_shrink(int multiprocessors, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
-  const int64_t tokens = tile_tokens(m, kMaxShrinkTokens);
-  const int64_t blocks = ceil_div(total_rank, int64_t{16}) * ceil_div(m, tokens) * num_loops;
-  const double bytes = 2.0 * static_cast<double>((16 + std::min(m, tokens)) * k);
-  const auto time = [&](int64_t parts) {
-    const auto on_busiest = static_cast<double>(ceil_div(blocks * parts, static_cast<int64_t>(multiprocessors)));
-    return on_busiest * bytes / static_cast<double>(parts) / kCacheRate;
+// Of shrink, whose first bytes and last stores are a trip each.
+inline double estimated_microseconds(ShrinkKernel kernel, int multiprocessors, int64_t total_rank, int64_t num_loops,
+                                     int64_t k, int64_t m) {
+  const bool by_rows = kernel == ShrinkKernel::kRows, split = kernel != ShrinkKernel::kColumns;
+  const int64_t ranks = by_rows ? kRowShrinkRanks : 16, tokens = shrink_tokens(kernel, m), parts = split ? 8 : 1;
+  const int64_t blocks = ceil_div(total_rank, ranks) * ceil_div(m, tokens) * num_loops * parts;
+  const double evenly = static_cast<double>(blocks) / multiprocessors, on_busiest = std::ceil(evenly);
+  const int64_t rows = std::min(ranks, total_rank) + std::min(m, tokens);
+  const double bytes = 2.0 * static_cast<double>(rows * k) / static_cast<double>(parts);
+  const double stream = std::max(evenly * bytes / kCacheRate, on_busiest * bytes / kBusiestRate);
+  return 2 * kFirstBytes + stream + (split ? kOneMoreKernel : 0);
+}
+
+// Shrink is split where its blocks are few and the columns many, and goes by rows where tokens and ranks are many: then
+// it does not read A_l for every 16 tokens, and x for every 16 ranks.
+inline ShrinkKernel choose_shrink(int multiprocessors, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
+  if (sum_bytes(m, total_rank) > kMaxSumBytes) return ShrinkKernel::kColumns;
+  const auto time = [&](ShrinkKernel kernel) {
+    return estimated_microseconds(kernel, multiprocessors, total_rank, num_loops, k, m);
   };
-  return sum_bytes(m, total_rank) <= kMaxSumBytes && time(8) + kOneMoreKernel < time(1);
+  ShrinkKernel best = ShrinkKernel::kColumns;
+  if (time(ShrinkKernel::kSplitColumns) < time(best)) best = ShrinkKernel::kSplitColumns;
+  if (m > kMaxShrinkTokens && time(ShrinkKernel::kRows) < time(best)) best = ShrinkKernel::kRows;
+  return best;
+}
+
+// Of a product's stream, the share that comes before its first turn of B_l, in the thread blocks that need T first.
+// Every warp of the column kernel has one part, W first. In the row kernel the last parts have the ranks, 32 each, and
+// with several slices the first part's sums are not written before T is there.
+inline double share_before_rank(const Tiling& tiling, int64_t rank) {
+  if (tiling.kernel == DecodeKernel::kColumns) return 1;
+  if (tiling.slices > 1) return tiling.slices / 8.0;
+  return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
+}
+
+// Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and
+// reads `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
+//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, though what is in it is
+//          still to be multiplied;
+//   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
+//          is left of shrink is waited for at B_l.
+inline bool should_start_early(double shrink, double a_bytes, const Tiling& tiling, int multiprocessors, int64_t n,
+                               int64_t k, int64_t m, int64_t rank) {
+  const bool columns = tiling.kernel == DecodeKernel::kColumns;
+  const int64_t tiles = ceil_div(n, tile_rows(tiling.kernel)) *
+                        ceil_div(m, static_cast<int64_t>(tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens)));
+  const double evenly = static_cast<double>(tiles * tiling.slices) / multiprocessors;
+  const double stream = estimated_microseconds(tiling, multiprocessors, n, k, m) - kFirstBytes -
+                        (tiling.slices > 1 ? kOneMoreKernel : 0);
+  const double ring_bytes = m > 32 ? kRingBytesBeside64 : kRingBytes;
+  const double ring = std::min(evenly, 1.0 * kBlocksSideBySide) * ring_bytes / kMemoryRate;
+  const double early = shrink + kFirstBytes - std::min(ring, stream / 2);
+  const double late = kLateStart + kFirstBytes + a_bytes / multiprocessors / kMemoryRate;
+  const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream;
+  return early < late + std::max(0.0, left);
 }
 
 // `rows_fit` and `rows64_fit` say whether the row kernel takes the layer with tiles of 128 and 64 outputs.

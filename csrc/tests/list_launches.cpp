@@ -40,11 +40,15 @@ void print_loop_lora() {
     print_columns(ColumnInstances{}, ", false");
     print_columns(ShrinkInstances{}, ", true");
     print_columns(SplitShrinkInstances{}, ", true");
-    for_each_type(RowInstances{}, [&](auto instance) {
-      using I = decltype(instance);
-      print("loop_lora::row_kernel", join(half, I::kTokens, I::kWarpTiles, I::kStages), kRowThreads,
-            row_shared_bytes<I::kTokens, I::kWarpTiles, I::kStages>());
-    });
+    const auto print_rows = [&](auto instances, const char* shrink) {
+      for_each_type(instances, [&](auto instance) {
+        using I = decltype(instance);
+        print("loop_lora::row_kernel", join(half, I::kTokens, I::kWarpTiles, I::kStages) + shrink, kRowThreads,
+              row_shared_bytes<I::kTokens, I::kWarpTiles, I::kStages>());
+      });
+    };
+    print_rows(RowInstances{}, ", false");
+    print_rows(RowShrinkInstances{}, ", true");
     print("loop_lora::add_shrunk_kernel", half, kAddThreads, 0);
     print("loop_lora::add_parts_kernel", half, kAddThreads, 0);
     for_each_type(PrefillTiles<device::BFloat16>{}, [&](auto tile) {

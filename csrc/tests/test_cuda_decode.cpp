@@ -110,13 +110,14 @@ struct Problem {
 
   // Which regions a kernel may write, and which it may read only after dependency_wait: every kernel before this one may
   // still run until then, so what it reads but weights, and what it writes. Weights may have been written just before
-  // shrink. A kernel that is not `chained` comes after the others have ended, and may read x at once.
+  // shrink. In the late order the kernels before shrink have ended when the others start, and x and loops are there.
   enum class Stage { kShrink, kAddShrunk, kProduct, kAddParts };
-  std::vector<emulation::Region> regions(Stage stage, bool chained = true) {
+  std::vector<emulation::Region> regions(Stage stage, bool early) {
+    const bool before_shrink = early || stage == Stage::kShrink;
     const bool shrink = stage == Stage::kShrink, product = stage == Stage::kProduct;
     const bool add_shrunk = stage == Stage::kAddShrunk, add_parts = stage == Stage::kAddParts;
-    return {region("x", x, false, chained),
-            region("loops", loops, false, chained),
+    return {region("x", x, false, before_shrink),
+            region("loops", loops, false, before_shrink),
             region("weight", weight, false, shrink),
             region("bias", bias, false, shrink),
             region("lora_a", lora_a, false, shrink),
@@ -189,8 +190,22 @@ struct Shrink {
                             kParts / I::kBlockParts},
                            32 * I::kBlockParts,
                            column_shared_bytes<I::kTokens, I::kBlockParts, I::kStages>(), seed,
-                           problem.regions(Problem<Half>::Stage::kShrink), sabotage},
+                           problem.regions(Problem<Half>::Stage::kShrink, args.starts_early), sabotage},
                           [&] { column_body<Half, I::kTokens, I::kBlockParts, I::kStages, true>(args); });
+  }
+};
+
+// Shrink by instance I of the row kernel.
+template <class I>
+struct RowShrink {
+  static constexpr bool kIsSplit = true;
+  template <class Half>
+  static emulation::Report run(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
+                               emulation::Sabotage sabotage) {
+    return emulation::run({{ceil_div(args.total_rank, I::kRows) * ceil_div(args.m, I::kTokens), args.num_loops, kParts},
+                           kRowThreads, row_shared_bytes<I::kTokens, I::kWarpTiles, I::kStages>(), seed,
+                           problem.regions(Problem<Half>::Stage::kShrink, args.starts_early), sabotage},
+                          [&] { row_body<Half, I::kTokens, I::kWarpTiles, I::kStages, true>(args); });
   }
 };
 
@@ -199,10 +214,10 @@ template <class I>
 struct Columns {
   template <class Half>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
-                                   emulation::Sabotage sabotage, bool chained) {
+                                   emulation::Sabotage sabotage, bool early) {
     return emulation::run({{ceil_div(args.n, kColumnTileRows) * ceil_div(args.m, I::kTokens), 1, 1}, 32 * kParts,
                            column_shared_bytes<I::kTokens, kParts, I::kStages>(), seed,
-                           problem.regions(Problem<Half>::Stage::kProduct, chained), sabotage},
+                           problem.regions(Problem<Half>::Stage::kProduct, early), sabotage},
                           [&] { column_body<Half, I::kTokens, kParts, I::kStages, false>(args); });
   }
   static constexpr int kSlices = 1, kRows = kColumnTileRows, kTokens = I::kTokens;
@@ -213,11 +228,11 @@ template <class I, int SLICES>
 struct Rows {
   template <class Half>
   static emulation::Report product(Problem<Half>& problem, const DecodeArgs& args, uint64_t seed,
-                                   emulation::Sabotage sabotage, bool chained) {
+                                   emulation::Sabotage sabotage, bool early) {
     return emulation::run({{ceil_div(args.n, I::kRows) * ceil_div(args.m, I::kTokens), SLICES, 1}, kRowThreads,
                            row_shared_bytes<I::kTokens, I::kWarpTiles, I::kStages>(), seed,
-                           problem.regions(Problem<Half>::Stage::kProduct, chained), sabotage},
-                          [&] { row_body<Half, I::kTokens, I::kWarpTiles, I::kStages>(args); });
+                           problem.regions(Problem<Half>::Stage::kProduct, early), sabotage},
+                          [&] { row_body<Half, I::kTokens, I::kWarpTiles, I::kStages, false>(args); });
   }
   static constexpr int kSlices = SLICES, kRows = I::kRows, kTokens = I::kTokens;
 };
@@ -226,27 +241,27 @@ using WholeShrink = Shrink<ColumnInstance<8, kParts, 4>>;
 using SplitShrink = Shrink<ColumnInstance<8, 1, 16>>;
 
 template <class Half, class Kernel, class ShrinkKernel = WholeShrink>
-Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool chained = true,
+Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
                emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
   using Stage = typename Problem<Half>::Stage;
   DecodeArgs args = problem.args();
   args.parts_per_block = kParts / Kernel::kSlices;
-  args.chained = chained;
+  args.starts_early = early;
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = ShrinkKernel::run(problem, args, seed, sabotage);
     if (!outcome.shrink.violation.empty()) return outcome;
     if (ShrinkKernel::kIsSplit) {
       outcome.add_shrunk = emulation::run({{ceil_div(args.m * args.total_rank, kAddThreads), 1, 1}, kAddThreads, 0, seed,
-                                           problem.regions(Stage::kAddShrunk), sabotage},
+                                           problem.regions(Stage::kAddShrunk, early), sabotage},
                                           [&] { add_shrunk_body<Half>(args); });
       if (!outcome.add_shrunk.violation.empty()) return outcome;
     }
   }
-  outcome.product = Kernel::product(problem, args, seed, sabotage, chained);
+  outcome.product = Kernel::product(problem, args, seed, sabotage, early);
   if (!outcome.product.violation.empty() || Kernel::kSlices == 1) return outcome;
   outcome.add = emulation::run({{ceil_div(args.m * args.n, kAddThreads), 1, 1}, kAddThreads, 0, seed,
-                                problem.regions(Stage::kAddParts), sabotage},
+                                problem.regions(Stage::kAddParts, early), sabotage},
                                [&] { add_parts_body<Half>(args); });
   return outcome;
 }
@@ -286,7 +301,7 @@ void test_plain(const char* name, double tolerance) {
     args.shrunk = problem.plain_shrunk.data();
     const auto regions = [&](bool shrink) {
       using Stage = typename Problem<Number>::Stage;
-      std::vector<emulation::Region> all = problem.regions(shrink ? Stage::kShrink : Stage::kProduct);
+      std::vector<emulation::Region> all = problem.regions(shrink ? Stage::kShrink : Stage::kProduct, true);
       all[6] = Problem<Number>::region("shrunk", problem.plain_shrunk, shrink, !shrink);
       return all;
     };
@@ -322,19 +337,22 @@ void test_instance(const std::string& label, double tolerance, size_t first, siz
   for (size_t i = first; i < kShapes.size(); i += step) {
     const Shape& shape = kShapes[i];
     Problem<Half> problem(shape, 7);
-    const Outcome outcome = launch<Half, Kernel, ShrinkKernel>(problem, 1, i % 4 < 2);
+    const bool early = i % 4 < 2;
+    const Outcome outcome = launch<Half, Kernel, ShrinkKernel>(problem, 1, early);
     EXPECT(outcome.violation().empty(), "%s m=%d n=%d k=%d: %s", name, shape.m, shape.n, shape.k, outcome.violation().c_str());
     if (!outcome.violation().empty()) continue;
     const double error = relative_error(problem);
     EXPECT(error < tolerance, "%s m=%d n=%d k=%d: relative error %g", name, shape.m, shape.n, shape.k, error);
 
-    // Every kernel lets the next one start at once; what that may then read, `regions` says.
+    // Every kernel lets the next one start at once, but for shrink in the late order; what that may then read, `regions`
+    // says.
     EXPECT(outcome.product.early_dependents, "%s", name);
     // W once per tile of tokens, A and B of each loop in the batch likewise: the floor's accounting.
     const auto bytes = [](int64_t elements) { return 2 * elements; };
     const int64_t loops = problem.num_loops_present();
     if (problem.total_rank > 0) {
-      EXPECT(outcome.shrink.early_dependents, "%s", name);
+      EXPECT(outcome.shrink.early_dependents == early, "%s", name);
+      if (ShrinkKernel::kIsSplit) EXPECT(outcome.add_shrunk.early_dependents, "%s", name);
       if (shape.m <= 8) {
         EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
       }
@@ -381,6 +399,9 @@ void test_kernels() {
   for_each_type(SplitShrinkInstances{}, [&](auto instance) {
     test_kernel<Columns<ColumnInstance<8, kParts, 4>>, Shrink<decltype(instance)>>("split shrink", first++);
   });
+  for_each_type(RowShrinkInstances{}, [&](auto instance) {
+    test_kernel<Columns<ColumnInstance<8, kParts, 4>>, RowShrink<decltype(instance)>>("shrink by rows", first++);
+  });
 }
 
 // A row has the same bits alone, in any order, under any tiling and either kernel, however shrink is split.
@@ -399,19 +420,29 @@ void test_row_independence() {
   };
   for_each_type(ColumnInstances{}, [&](auto instance) {
     using I = decltype(instance);
-    expect_the_same("columns x " + std::to_string(I::kTokens), [](auto& p, uint64_t s) { launch<Half, Columns<I>>(p, s); });
+    for (bool early : {true, false}) {
+      expect_the_same("columns x " + std::to_string(I::kTokens),
+                      [&](auto& p, uint64_t s) { launch<Half, Columns<I>>(p, s, early); });
+    }
   });
   for_each_type(RowInstances{}, [&](auto instance) {
     using I = decltype(instance);
     const std::string tile = std::to_string(I::kRows) + " rows x " + std::to_string(I::kTokens);
-    expect_the_same(tile, [](auto& p, uint64_t s) { launch<Half, Rows<I, 1>>(p, s, false); });
-    expect_the_same("8 slices, " + tile, [](auto& p, uint64_t s) { launch<Half, Rows<I, 8>, SplitShrink>(p, s); });
+    for (bool early : {true, false}) {
+      expect_the_same(tile, [&](auto& p, uint64_t s) { launch<Half, Rows<I, 1>>(p, s, early); });
+      expect_the_same("8 slices, " + tile,
+                      [&](auto& p, uint64_t s) { launch<Half, Rows<I, 8>, SplitShrink>(p, s, early); });
+    }
   });
   for_each_type(ShrinkInstances{}, [&](auto instance) {
     expect_the_same("shrink", [](auto& p, uint64_t s) { launch<Half, Alone, Shrink<decltype(instance)>>(p, s); });
   });
   for_each_type(SplitShrinkInstances{}, [&](auto instance) {
     expect_the_same("split shrink", [](auto& p, uint64_t s) { launch<Half, Alone, Shrink<decltype(instance)>>(p, s); });
+  });
+  for_each_type(RowShrinkInstances{}, [&](auto instance) {
+    expect_the_same("shrink by rows",
+                    [](auto& p, uint64_t s) { launch<Half, Alone, RowShrink<decltype(instance)>>(p, s, false); });
   });
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
@@ -460,14 +491,16 @@ template <class Kernel>
 void test_faults_are_noticed(const std::vector<Fault>& faults) {
   using emulation::Sabotage;
   const Shape shape{8, 64, 2048, 2, {64}, {64}, false, 1};
-  for (const Fault& fault : faults) {
+  for (size_t i = 0; i < 2 * faults.size(); ++i) {
+    const Fault& fault = faults[i / 2];
+    const bool early = i % 2 == 0;
     // Shrink is sound, the product is not.
     Problem<device::BFloat16> problem(shape, 3);
     launch<device::BFloat16, Kernel>(problem);
     DecodeArgs args = problem.args();
     args.parts_per_block = kParts / Kernel::kSlices;
-    args.chained = true;
-    const std::string violation = Kernel::product(problem, args, 1, fault.sabotage, true).violation;
+    args.starts_early = early;
+    const std::string violation = Kernel::product(problem, args, 1, fault.sabotage, early).violation;
     if (*fault.report) {
       EXPECT(violation.find(fault.report) != std::string::npos, "expected '%s', found '%s'", fault.report, violation.c_str());
     } else {
@@ -483,6 +516,12 @@ void test_faults_are_noticed(const std::vector<Fault>& faults) {
   args.parts_per_block = kParts / Kernel::kSlices;
   const std::string x_early = Kernel::product(problem, args, 1, Sabotage::kNone, true).violation;
   EXPECT(x_early.find("region 'x' is read before") != std::string::npos, "found '%s'", x_early.c_str());
+  // The product may not write before it has waited, though it reads no T.
+  const Shape without_rank{8, 64, 2048, 2, {64}, {0}, false, 1};
+  Problem<device::BFloat16> no_rank(without_rank, 3);
+  const std::string written =
+      launch<device::BFloat16, Kernel>(no_rank, 1, false, Sabotage::kSkipDependencyWait).product.violation;
+  EXPECT(written.find("is written before dependency_wait") != std::string::npos, "found '%s'", written.c_str());
 }
 
 }  // namespace
@@ -492,6 +531,7 @@ int main() {
   using Columns8 = Columns<ColumnInstance<8, kParts, 4>>;
   using Rows64 = Rows<RowInstance<8, 1, 8>, 1>;
   using Rows128 = Rows<RowInstance<8, 2, 4>, 1>;
+  using Sliced = Rows<RowInstance<8, 1, 8>, 4>;
   test_kernels();
   test_plain<device::Float32>("fp32 plain", 1e-6);
   test_plain<device::Float64>("fp64 plain", 1e-6);  // the reference here rounds T to float
@@ -500,12 +540,14 @@ int main() {
   test_row_independence<device::BFloat16>();
   test_loops_outside_the_range_and_far_between<Columns<ColumnInstance<32, kParts, 3>>, WholeShrink>("columns");
   test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 1, 6>, 2>, SplitShrink>("rows");
+  test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 1, 6>, 2>, RowShrink<RowInstance<32, 1, 6>>>("shrink by rows");
   const std::vector<Fault> faults = {{Sabotage::kSkipCopyWait, "before the copy"},
                                      {Sabotage::kSkipDependencyWait, "before dependency_wait"},
                                      {Sabotage::kWrongLaneMap, ""},
                                      {Sabotage::kSkipBarrier, "shared byte"}};
   test_faults_are_noticed<Rows64>(faults);
   test_faults_are_noticed<Rows128>(faults);
+  test_faults_are_noticed<Sliced>({{Sabotage::kSkipDependencyWait, "before dependency_wait"}});
   test_faults_are_noticed<Columns8>(faults);
   test_faults_are_noticed<Columns8>({{Sabotage::kSkipWarpBarrier, "race"}});
   std::printf(failures ? "%d failures\n" : "ok\n", failures);

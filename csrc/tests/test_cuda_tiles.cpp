@@ -42,7 +42,7 @@ void test_measurements_go_before_estimates() {
 void test_segments_that_fit_narrow_tiles_alone_get_these() {
   const MeasuredTiling lines[] = {{kH100, 2048, 2048, 64, {DecodeKernel::kRows, 4}}, {}};
   CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, true, true), DecodeKernel::kRows, 4));
-  CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, false, true), DecodeKernel::kRows64, 8));
+  CHECK(choose_tiling(lines, kH100, 2048, 2048, 64, false, true).kernel == DecodeKernel::kRows64);
   CHECK(is(choose_tiling(lines, kH100, 2048, 2048, 64, false, false), DecodeKernel::kColumns, 1));
 }
 
@@ -53,7 +53,7 @@ void test_few_tokens_go_by_columns_where_outputs_are_few() {
       CHECK(is(estimated(multiprocessors, 2560, 2048, m), DecodeKernel::kColumns, 1));
     }
   }
-  CHECK(is(estimated(kH100, 2048, 2048, 64), DecodeKernel::kRows64, 8));
+  CHECK(is(estimated(kH100, 2048, 2048, 64), DecodeKernel::kRows, 8));
   for (int64_t m : {1, 2, 4, 8}) CHECK(is(estimated(kH100, 2048, 16384, m), DecodeKernel::kColumns, 1));
 }
 
@@ -73,20 +73,50 @@ void test_many_outputs_go_by_wide_tiles_undivided() {
 }
 
 void test_few_outputs_of_many_columns_fill_every_multiprocessor_twice() {
-  for (int64_t m : {16, 32, 64}) {
+  for (int64_t m : {16, 32}) {
     const Tiling down = estimated(kH100, 2048, 16384, m);
     CHECK(down.kernel == DecodeKernel::kRows64);
     CHECK(2048 / tile_rows(down.kernel) * down.slices >= 3 * kH100 / 2);
   }
+  // But where the cache is the limit, for which wide tiles are a lighter load, once is enough.
+  CHECK(is(estimated(kH100, 2048, 16384, 64), DecodeKernel::kRows, 8));
 }
 
 void test_shrink_is_split_where_its_blocks_are_few_and_long() {
   for (int64_t m : {1, 8, 64}) {
-    CHECK(should_split_shrink(kH100, 64, 2, 16384, m));
-    CHECK(!should_split_shrink(kH100, 64, 2, 2048, m));
+    CHECK(choose_shrink(kH100, 64, 2, 16384, m) != ShrinkKernel::kColumns);
+    CHECK(choose_shrink(kH100, 64, 2, 2048, m) == ShrinkKernel::kColumns);
   }
-  CHECK(!should_split_shrink(kH100, 2048, 2, 16384, 1));      // enough blocks as it is
-  CHECK(!should_split_shrink(kH100, 64, 2, 16384, 1000000));  // the sums would take too much memory
+  CHECK(choose_shrink(kH100, 2048, 2, 16384, 1) == ShrinkKernel::kColumns);      // enough blocks as it is
+  CHECK(choose_shrink(kH100, 64, 2, 16384, 1000000) == ShrinkKernel::kColumns);  // the sums would take too much memory
+}
+
+void test_shrink_of_many_ranks_and_tokens_goes_by_rows() {
+  for (int64_t k : {2048, 16384}) CHECK(choose_shrink(kH100, 512, 2, k, 64) == ShrinkKernel::kRows);
+  for (int64_t m : {1, 8, 16}) CHECK(choose_shrink(kH100, 512, 2, 16384, m) != ShrinkKernel::kRows);
+  CHECK(shrink_tokens(ShrinkKernel::kRows, 17) == 32 && shrink_tokens(ShrinkKernel::kRows, 1000) == 64);
+  CHECK(shrink_tokens(ShrinkKernel::kColumns, 64) == 16);
+}
+
+void test_turns_of_b_come_last_where_ranks_are_few() {
+  CHECK(share_before_rank({DecodeKernel::kColumns, 1}, 512) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 8) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 64) == 7.0 / 8);
+  CHECK(share_before_rank({DecodeKernel::kRows, 1}, 512) == 1.0 / 8);
+  CHECK(share_before_rank({DecodeKernel::kRows64, 8}, 512) == 1);
+  CHECK(share_before_rank({DecodeKernel::kRows64, 2}, 64) == 1.0 / 4);
+}
+
+void test_the_product_starts_early_where_shrink_is_short_or_it_would_wait_at_once() {
+  const Tiling whole{DecodeKernel::kRows, 1}, sliced{DecodeKernel::kRows64, 8};
+  // Nothing to wait for: what fills the ring is gained.
+  CHECK(should_start_early(0, 1e6, whole, kH100, 32768, 2048, 8, 64));
+  // T is needed after 7/8 of W, which lasts longer than shrink.
+  CHECK(!should_start_early(5, 1e6, whole, kH100, 32768, 2048, 8, 64));
+  // Shrink outlasts the eighth of W that comes before B_l, and A_l would take memory from it.
+  CHECK(should_start_early(30, 8e6, whole, kH100, 8192, 2048, 8, 512));
+  // A thread block of one part has all its W first.
+  CHECK(!should_start_early(10, 1e6, sliced, kH100, 2048, 16384, 64, 512));
 }
 
 void test_sums_of_parts_stay_small() {
@@ -104,5 +134,9 @@ int main() {
                          test_few_tokens_go_by_columns_where_outputs_are_few,
                          test_tokens_that_do_not_exist_cost_nothing, test_many_outputs_go_by_wide_tiles_undivided,
                          test_few_outputs_of_many_columns_fill_every_multiprocessor_twice,
-                         test_shrink_is_split_where_its_blocks_are_few_and_long, test_sums_of_parts_stay_small);
+                         test_shrink_is_split_where_its_blocks_are_few_and_long,
+                         test_shrink_of_many_ranks_and_tokens_goes_by_rows,
+                         test_turns_of_b_come_last_where_ranks_are_few,
+                         test_the_product_starts_early_where_shrink_is_short_or_it_would_wait_at_once,
+                         test_sums_of_parts_stay_small);
 }

@@ -109,7 +109,7 @@ def tables():
 @pytest.fixture
 def kernel():
     code = kernel_instructions.KernelCode(
-        "sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4>"
+        "sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
     )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrt.native import force_tiling
+from rrt.native import force_order, force_tiling
 from rrt.ops import loop_lora_linear, loop_lora_linear_reference
 from tests.util.loop_lora import CASES, Case, assert_matches_oracle, make_inputs
 from tests.util.native import DTYPES, on_gpu
@@ -86,10 +86,13 @@ def test_every_tiling_gives_the_same_bits(dtype: torch.dtype, m: int) -> None:
         expected = loop_lora_linear(**inputs)
         for tile_rows in (64, 128):
             for slices in (1, 2, 4, 8):
-                force_tiling(tile_rows, slices)
-                assert torch.equal(loop_lora_linear(**inputs), expected), (tile_rows, slices)
+                for order in (0, 1):
+                    force_tiling(tile_rows, slices)
+                    force_order(order)
+                    assert torch.equal(loop_lora_linear(**inputs), expected), (tile_rows, slices, order)
     finally:
         force_tiling(0, 0)
+        force_order(-1)
     assert torch.equal(loop_lora_linear(**inputs), expected)
 
 
