@@ -92,7 +92,7 @@ inline double estimated_microseconds(ShrinkKernel kernel, int multiprocessors, i
                                      int64_t k, int64_t m) {
   const bool by_rows = kernel == ShrinkKernel::kRows, split = kernel != ShrinkKernel::kColumns;
   const int64_t ranks = by_rows ? kRowShrinkRanks : 16, tokens = shrink_tokens(kernel, m), parts = split ? 8 : 1;
-  const int64_t blocks = ceil_div(total_rank, ranks) * ceil_div(m, tokens) * num_loops * parts;
+  const int64_t blocks = ceil_div(total_rank, ranks) * ceil_div(m, tokens) * std::min(num_loops, m) * parts;
   const double evenly = static_cast<double>(blocks) / multiprocessors, on_busiest = std::ceil(evenly);
   const int64_t rows = std::min(ranks, total_rank) + std::min(m, tokens);
   const double bytes = 2.0 * static_cast<double>(rows * k) / static_cast<double>(parts);

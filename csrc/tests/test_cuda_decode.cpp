@@ -109,8 +109,8 @@ struct Problem {
   }
 
   // Which regions a kernel may write, and which it may read only after dependency_wait: every kernel before this one may
-  // still run until then, so what it reads but weights, and what it writes. Weights may have been written just before
-  // shrink. In the late order the kernels before shrink have ended when the others start, and x and loops are there.
+  // still run until then, so what it reads but W, and what it writes. A_l may have been written just before shrink. In
+  // the late order the kernels before shrink have ended when the others start, and x and loops are there.
   enum class Stage { kShrink, kAddShrunk, kProduct, kAddParts };
   std::vector<emulation::Region> regions(Stage stage, bool early) {
     const bool before_shrink = early || stage == Stage::kShrink;
@@ -119,9 +119,9 @@ struct Problem {
     return {region("x", x, false, before_shrink),
             region("loops", loops, false, before_shrink),
             region("weight", weight, false, shrink),
-            region("bias", bias, false, shrink),
+            region("bias", bias, false, before_shrink),
             region("lora_a", lora_a, false, shrink),
-            region("lora_b", lora_b, false, shrink),
+            region("lora_b", lora_b, false, before_shrink),
             region("shrunk", shrunk, shrink || add_shrunk, product),
             region("shrink_sums", shrink_sums, shrink, add_shrunk),
             region("part_sums", part_sums, product, add_parts),

@@ -53,7 +53,8 @@ def loop_lora_linear(
         [M, N] of x's dtype. The native kernels accumulate in float32 (float64 for float64) and round once, but for
         A x, which is rounded to x's dtype where matrix instructions multiply it: bfloat16 on CPUs with AVX512-BF16
         (which flush subnormal numbers to zero), bfloat16 and float16 on CUDA. A row's result is bitwise the same
-        whatever other rows are in the batch. The reference promises neither.
+        whatever other rows are in the batch, if lora_b is finite. The reference promises neither.
+        On sm_90 weight may be read while earlier kernels still run: nothing shortly before on the stream may write it.
         Differentiable in x, weight, bias, lora_a and lora_b.
 
     Raises:
