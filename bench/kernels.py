@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from bench import attention_cases, linear_variants
 from bench.attention_cases import AttentionSpec, run_attention

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from bench.output import add_json_flag, check_json_flag, save_result
 from eval.tables import Table, format_seconds, print_tables

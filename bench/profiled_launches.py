@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Without this folder: its tabulate.py would take the place of a library that torch imports.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from bench.linear_variants import Adapters, Weights, make_variants, mixed_loops, normal, projections, with_tiling
 from bench.output import check_device_flag
