@@ -54,6 +54,7 @@ def write_model() -> None:
     shutil.copytree(source, partial)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     model.to(torch.bfloat16).save_pretrained(partial)
+    shutil.rmtree(MODEL, ignore_errors=True)
     partial.rename(MODEL)
 
 

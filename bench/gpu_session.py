@@ -304,6 +304,11 @@ def main() -> int:
     out = Path(environment.get("OUT") or ROOT / "bench" / "out").resolve()
     results = Path(environment.get("GPU_RESULTS") or ROOT / "bench" / "out" / "gpu").resolve()
     commit = read_commit(environment)
+    try:
+        seconds = float(environment.get("GPU_SECONDS") or 580)
+    except ValueError:
+        print(f"GPU_SECONDS: found {environment['GPU_SECONDS']}; expected a number of seconds", file=sys.stderr)
+        return USAGE
     # Of a machine with nothing, whose library is built too.
     every = make_steps(Machine(python), results, find_test_files())
     if words != ["list"] and choose(every, words) is None:
@@ -311,7 +316,7 @@ def main() -> int:
         return USAGE
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    session = Session(results, out / "gpu.tar.gz", float(environment.get("GPU_SECONDS") or 580), commit)
+    session = Session(results, out / "gpu.tar.gz", seconds, commit)
     if commit is not None:
         environment["RRT_COMMIT"] = commit
     for line in unpack():

@@ -41,7 +41,7 @@ def prefers_native_attention(q: Tensor) -> bool:
         gemma-2b        512      0.98      0.50
 
     These are of the AVX-512 kernels. Those for tiles, which bfloat16 has by now, have been timed nowhere, so that what
-    was measured decides. It does by the instruction set and the shape, not by a measurement in the process: that would
+    was measured decides. It does by the CPU and the shape, not by a measurement in the process: that would
     vary with what else the machine does, and with it the bits of a training that is resumed.
 
     Raises:

@@ -181,6 +181,12 @@ def test_other_arguments_get_the_usage(run, arguments):
     assert done.stderr.count("\n") == 1
 
 
+def test_seconds_that_are_no_number_are_refused(run):
+    done, log = run("all", GPU_SECONDS="soon")
+    assert (done.returncode, log) == (2, [])
+    assert done.stderr == "GPU_SECONDS: found soon; expected a number of seconds\n"
+
+
 def test_a_call_too_short_for_a_step_says_what_is_left(run):
     done, log = run("all", "2", GPU_SECONDS="10")
     assert done.returncode == 75 and log == []
