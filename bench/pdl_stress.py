@@ -57,13 +57,16 @@ WIDTH, WIDE = 2048, 16384
 Operator = Callable[[Tensor], Tensor]
 
 
-def make_linear(rows: int, inputs: int, segments: tuple[int, ...], device: torch.device) -> Operator:
-    """Make a decode linear with LoRA, of two loops mixed, whose outputs are about as large as its inputs."""
-    loops, outputs, ranks = min(rows, _LOOPS), sum(segments), (_RANK,) * len(segments)
+def make_linear(
+    rows: int, inputs: int, segments: tuple[int, ...], device: torch.device, *, has_lora: bool = True
+) -> Operator:
+    """Make a decode linear, perhaps with LoRA of two loops mixed, whose outputs are about as large as its inputs."""
+    rank = _RANK if has_lora else 0
+    loops, outputs, ranks = min(rows, _LOOPS), sum(segments), (rank,) * len(segments)
     # W x and B A x have the same variance, and add up to that of x.
-    weight = normal((outputs, inputs), 2 * inputs, torch.bfloat16, device)
+    weight = normal((outputs, inputs), 2 * inputs if rank else inputs, torch.bfloat16, device)
     lora_a = normal((loops, sum(ranks), inputs), inputs, torch.bfloat16, device)
-    lora_b = normal((loops, outputs, _RANK), 2 * _RANK, torch.bfloat16, device)
+    lora_b = normal((loops, outputs, rank), max(1, 2 * rank), torch.bfloat16, device)
     loop_of_row = mixed_loops(rows, loops).to(device)
     return lambda x: ops.loop_lora_linear(x, weight, None, lora_a, lora_b, loop_of_row, segments, ranks)
 
@@ -151,6 +154,11 @@ def make_chains(count: int, device: torch.device) -> Iterator[tuple[str, Tensor,
             make_linear(rows, WIDTH, (WIDTH,), device),
             make_linear(rows, WIDTH, (WIDE // 2, WIDE // 2), device),
             make_linear(rows, WIDE, (WIDTH,), device),
+            # One of the library's kernels, as there is between operators in a model; then products without a shrink
+            # before them, the second of which may fetch W two products ahead.
+            lambda x: x * 1,
+            make_linear(rows, WIDTH, (WIDTH,), device, has_lora=False),
+            make_linear(rows, WIDTH, (WIDTH,), device, has_lora=False),
         ]
         operators = [turn[i % len(turn)] for i in range(count)]
         yield f"decode, {rows} rows", normal((rows, WIDTH), 1, torch.bfloat16, device), operators

@@ -27,7 +27,8 @@ def test_every_operator_reads_what_the_one_before_wrote_and_its_numbers_stay_in_
     for _, x, operators in chains:
         outputs, _ = run_chain(x, operators, [0] * 40)
         widths = [output.shape[1] for output in outputs]
-        assert widths[:6] == ([64, 64, 32, 32, 64, 32] if len(set(operators)) == 6 else [64, 64, 32, 64, 32, 64])
+        decode = [64, 64, 32, 32, 64, 32, 32, 32, 32]
+        assert widths[:9] == (decode if len(set(operators)) == 9 else [64, 64, 32, 64, 32] * 2)[:9]
         for previous, operator, output in zip([x, *outputs], operators, outputs, strict=False):
             assert torch.equal(operator(previous), output)
         size = outputs[-1].float().abs().mean()
