@@ -104,10 +104,10 @@ def named_policy(text: str, arguments: argparse.Namespace) -> ExitPolicy:
 
 
 def cut_prompts(arguments: argparse.Namespace, subject: Subject, count: int) -> Tokens:
-    """Make `count` prompts of the most --prompt-tokens: held-out text, of random weights random tokens."""
+    """Make `count` prompts of the most --prompt-tokens: of --prompts, of random weights random tokens."""
     length = arguments.prompt_tokens[1]
     if arguments.checkpoint is not None:
-        return make_prompts(arguments.checkpoint, count, length)
+        return make_prompts(arguments.checkpoint, count, length, arguments.prompts)
     generator = torch.Generator().manual_seed(0)
     tokens: Tokens = torch.randint(subject.config.vocab_size, (count, length), generator=generator).tolist()
     return tokens

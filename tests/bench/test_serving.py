@@ -32,6 +32,7 @@ from bench.serving_variants import (
     token_ids,
 )
 from rrt.checkpoint.presets import PRESETS
+from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
@@ -200,6 +201,10 @@ def test_prompts_are_distinct_windows_of_more_than_the_documents_beginnings(tmp_
     prompts = make_prompts(tmp_path / "base", 300, 16)
     assert {len(prompt) for prompt in prompts} == {16} and len(set(map(tuple, prompts))) == 300
     assert make_prompts(tmp_path / "base", 5, 16) == prompts[:5]
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p\n" * 30)
+    own = make_prompts(tmp_path / "base", 3, 16, [str(text)])
+    assert len(own) == 3 and own[0] == load_tokenizer(tmp_path / "base").encode(text.read_text())[:16]
     with pytest.raises(UserError, match="prompts: found 0 of 10000000 tokens"):
         make_prompts(tmp_path / "base", 1, 10_000_000)
 
