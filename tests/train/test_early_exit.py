@@ -298,7 +298,7 @@ def test_translators_train_along_and_uptraining_leaves_them_alone(
         uptrained.get_parameter("exit_translator_weight"), before.get_parameter("exit_translator_weight")
     )
     assert not torch.equal(uptrained.embed, before.embed)
-    with pytest.raises(UserError, match="found 2; .* has 3 and exit translators"):
+    with pytest.raises(UserError, match=r"found 2; .* has 3 and exit translators"):
         train(flags(start, tmp_path / "short", checkpoint__num_loops=2), uptrain.COMMAND)
 
 
