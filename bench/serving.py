@@ -19,7 +19,8 @@ rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of
 policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
 the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token needs. Where
 all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of that one alone; the
-bound counts that. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
+bound counts that. With fewer requests than loops, it counts the rows of drafts and of skipped loops that a policy adds.
+Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
 at once. Run nothing else beside it.
 """
 
@@ -124,9 +125,11 @@ def measure_case(
             counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
             counted[name]["steady_over_never"] = speedup(steady, name, "never")
     parts = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
-    for values in counted.values():
+    for name, values in counted.items():
         if "loops_per_token" in values:
-            values["bound"] = parts.bound(num_loops, values["loops_per_token"], in_step=lengths == "equal")
+            counts = values["loops_per_token"], values["rows_per_token"]
+            is_exact = engines[name].policy.is_exact
+            values["bound"] = parts.bound(num_loops, *counts, is_exact=is_exact, in_step=lengths == "equal")
     return {
         "in_flight": in_flight,
         "requests": len(requests.prompts),
