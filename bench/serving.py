@@ -253,7 +253,8 @@ def _format_interval(interval: Sequence[float] | None) -> str:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     (least_prompt, prompt), (least_new, new) = result["prompt_tokens"], result["new_tokens"]
-    note = f"Equal lengths: {prompt} tokens of prompt, {new} new ones, {result['waves']} requests for each in flight"
+    note = f"Equal lengths: {prompt} tokens of prompt, {new} new ones"
+    note += f", {result['waves']} requests for each in flight" if result["waves"] > 1 else ""
     if any(case["lengths"] == "mixed" for case in result["cases"]):
         note += f"; mixed: {least_prompt} to {prompt} and {least_new} to {new}, {WAVES} requests for each in flight"
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
