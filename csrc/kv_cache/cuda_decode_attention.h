@@ -93,9 +93,9 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
       const int slot = slot_of(fetched);
       const int number = slot < end ? slot_on<int>(args, page, slot) : -1;
       is_missing |= slot < end && number < 0;
-      page = load_page(args, table, slot_of(fetched + 1));
       copies.share(number);
       copies.copy(reinterpret_cast<Storage*>(stages + fetch_stage), cache(args.k_cache), slot_stride);
+      page = load_page(args, table, slot_of(fetched + 1));  // behind the copies, which nothing then holds up
     }
     ++fetched;
   };
@@ -139,6 +139,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   // All query heads see all slots.
   const float poison = device::any_lane(is_missing) ? NAN : 0.0f;
 
+  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
+
   // [warp, row, kMergeStride]: sums, the largest score, the weights.
   device::block_barrier();
   float* merged = reinterpret_cast<float*>(shared);
@@ -160,7 +162,6 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
   device::block_barrier();
   const bool is_whole = context <= piece;
-  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
   for (int row = warp; row < tile.rows; row += kWarps) {
     const auto of = [&](int of_warp, int column) {
       return device::load_shared(reinterpret_cast<const FloatPair*>(row_of(of_warp, row) + column));
@@ -181,7 +182,10 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
     const float unit = is_whole && context > 0 ? 1 / weights : 1.0f;
     const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
     float* partial = args.partial + (head * args.pieces + block.z) * (HEAD_DIM + 2);
-    for (int column = 2 * lane; column < HEAD_DIM; column += 64) {
+#pragma unroll
+    for (int first_column = 0; first_column < HEAD_DIM; first_column += 64) {
+      const int column = first_column + 2 * lane;
+      if (first_column + 64 > HEAD_DIM && column >= HEAD_DIM) continue;
       FloatPair sum{none, none};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -214,6 +218,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   constexpr int kStride = HEAD_DIM + 2, kPairs = HEAD_DIM / 2, kLanePairs = ceil_div<32>(kPairs);
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  device::launch_dependents();
   device::dependency_wait();
   const int context = decode_context(args, block.x), piece = piece_slots(context);
   if (context <= piece) return;

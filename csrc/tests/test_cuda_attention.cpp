@@ -222,6 +222,7 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
       [&] { decode_attention_body<Half, Decode::kHeadDim, Decode::kStages>(args); });
   if (!report.violation.empty() || args.pieces == 1) return report;
   emulation::Report merged = combine<Decode::kHeadDim>(problem, seed, sabotage);
+  EXPECT(merged.early_dependents || !merged.violation.empty(), "combine lets the next kernel start late");
   merged.regions = report.regions;
   return merged;
 }
@@ -352,6 +353,7 @@ void test_write(const char* name) {
   };
   const emulation::Report report = write(emulation::Sabotage::kNone);
   EXPECT(report.violation.empty(), "%s: %s", name, report.violation.c_str());
+  EXPECT(report.early_dependents, "%s", name);
   // Two rows of 48, once; an element that is rotated needs another one, which is in the first-level cache.
   const int64_t bytes = 2 * 48 * static_cast<int64_t>(sizeof(Storage));
   EXPECT(report.bytes_read("k") == bytes / 24 * (24 + 16) && report.bytes_read("v") == bytes, "%s", name);
