@@ -163,15 +163,18 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch has to do: equal thread blocks, each of whose warps takes so many turns."""
+    """What a launch has to do in equal thread blocks."""
 
     blocks: int
     turns: float
+    """That the last warp takes to be done."""
     block_bytes: float
     """That a block brings into its multiprocessor."""
     memory_bytes: float
     """That the launch reads from memory and writes, each byte once."""
     flops: float = 0.0
+    mean_turns: float = 0.0
+    """Of all warps, if some have fewer."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +206,18 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     busiest = math.ceil(work.blocks / device.multiprocessors)
     resident = min(kernel.resources.blocks, busiest)
     warps_per_scheduler = max(1.0, resident * kernel.warps / 4)
-    alone = max(code.cycles, warps_per_scheduler * max(code.instructions, code.hmma * device.hmma_cycles))
+    own = code.cycles / device.hertz
 
-    def turn(accesses: int) -> float:
-        return max(alone, resident * kernel.warps * accesses * WARP_CYCLES_OF_SHARED) / device.hertz
+    def beside_others(accesses: int) -> float:
+        """Return what the units that warps share take for a turn of each."""
+        issue = warps_per_scheduler * max(code.instructions, code.hmma * device.hmma_cycles)
+        return max(issue, resident * kernel.warps * accesses * WARP_CYCLES_OF_SHARED) / device.hertz
 
     waves = math.ceil(busiest / resident)
     under_way = resident * kernel.bytes_under_way
     limits = {
-        "issue": waves * work.turns * turn(code.lds + code.ldgsts),
+        "issue": waves
+        * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + code.ldgsts)),
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
         "memory": work.memory_bytes / device.copy,
         "cache": work.blocks * work.block_bytes / device.cache,
@@ -222,7 +228,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     if code.ldgsts:
         begin = max(begin, code.copy_cycles / device.hertz + LATENCY)
     # Nothing is fetched in the last turn.
-    return Times(begin, end / device.hertz, limits, turn(code.lds) if work.turns else 0.0)
+    return Times(begin, end / device.hertz, limits, max(own, beside_others(code.lds)) if work.turns else 0.0)
 
 
 @dataclass(frozen=True)
@@ -266,17 +272,19 @@ def decode_launch(
     parts = PARTS // slices if by_rows else 1  # of a warp
     # An mma takes 16 outputs x 16 columns for 8 tokens.
     turn_steps = kernel.code.hmma * 256 / (tokens / 8) / warp_outputs / STEP_COLUMNS
-    turns = parts * math.ceil(k / STEP_COLUMNS / PARTS / turn_steps)
-    for part in range(parts):
+    turns = []
+    for part in range(PARTS):
         # Every eighth step of B_l is of the part.
         steps = max(0, math.ceil((math.ceil(rank / STEP_COLUMNS) - part) / PARTS))
-        turns += loops * math.ceil(steps / turn_steps)
+        turns.append(math.ceil(k / STEP_COLUMNS / PARTS / turn_steps) + loops * math.ceil(steps / turn_steps))
     rows, ranks = min(m, tokens), loops * rank
     block_bytes = BYTES_PER_ELEMENT * (outputs + rows) * (k + ranks) / slices
     if slices > 1:
         block_bytes += 4 * parts * outputs * rows
     memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * (k + n))
-    work = Work(math.ceil(n / outputs) * math.ceil(m / tokens) * slices, turns, block_bytes, memory_bytes)
+    blocks = math.ceil(n / outputs) * math.ceil(m / tokens) * slices
+    mean_turns = sum(turns) / PARTS * parts
+    work = Work(blocks, sum(turns[:parts]), block_bytes, memory_bytes, mean_turns=mean_turns)
     return work, launch_times(device, kernel, work, slices > 1)
 
 
@@ -357,19 +365,20 @@ def predict_linear(
     ranks = sum(projection.ranks(rank))
     shrink = predict_shrink(device, tables, ranks, k, m, loops, next_gap) if rank > 0 else 0.0
     if device.has_dependent_launch and product.code.triggers_early:
+        # Both read from memory at once.
+        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
+        memory = times.limits["memory"] + a_bytes / device.copy
+        stream = replace(times, limits={**times.limits, "memory": memory}).stream
         # Early: the ring fills with W while the kernel before ends and shrink runs; then x comes, and the rest streams.
         waited = shrink + device.trigger if rank > 0 else 0.0
         resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
         filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
         others = max(seconds for name, seconds in times.limits.items() if name != "issue")
         idle = device.trigger + waited
-        rest = max(times.limits["issue"], others * (1 - filled) + times.last_turn, times.begin + times.stream - idle)
+        rest = max(times.limits["issue"], others * (1 - filled) + times.last_turn, times.begin + stream - idle)
         x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
-        # Late: both read from memory at once, until a block needs T.
-        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
-        memory = times.limits["memory"] + a_bytes / device.copy
-        stream = replace(times, limits={**times.limits, "memory": memory}).stream
+        # Late: they run side by side, until a block needs T.
         needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
         late = {"gap": device.trigger + device.launch, "begin": times.begin, "stream": stream}
         late["shrink"] = max(0.0, shrink - needed)

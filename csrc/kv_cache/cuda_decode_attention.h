@@ -65,14 +65,18 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int first_slot = warp * kMmaSlots + lane % kMmaSlots;
   const int page_of_short = load_page(args, table, block.z * kShortPiece + first_slot);
   const int page_of_long = load_page(args, table, block.z * kLongPiece + first_slot);
+  // Queries and their positions, too.
+  const int heads = args.group.value - first;
+  const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, 0, args.group};
+  QueryVectors<Half, HEAD_DIM, kMmaRows, kThreads> vectors;
+  static_assert(vectors.kBatch == vectors.kOfThread, "all of a thread's queries are on their way at once");
+  if (args.vector_queries) vectors.load(args, tile, thread);
   const int context = decode_context(args, block.x);
   const int piece = piece_slots(context), begin = block.z * piece;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
   const int end = context < begin + piece ? context : begin + piece;
   int page = piece == kShortPiece ? page_of_short : page_of_long;
   const auto slot_of = [&](int turn) { return begin + kWarps * kMmaSlots * turn + first_slot; };
-  const int heads = args.group.value - first;
-  const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, context, args.group};
 
   char* shared = device::shared_memory();
   auto* queries = reinterpret_cast<Storage*>(shared);
@@ -115,7 +119,11 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   };
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step % 2 == 0);
-  if (context > 0) load_queries<Half, HEAD_DIM, kMmaRows, kThreads>(args, tile, queries);
+  if (context > 0 && args.vector_queries) {
+    vectors.rotate(args, tile, thread, queries);
+  } else if (context > 0) {
+    load_query_elements<Half, HEAD_DIM, kMmaRows, kThreads>(args, tile, queries);
+  }
   device::block_barrier();
 
   AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;

@@ -81,14 +81,6 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
       }
     }
   };
-  // Of the lane's tokens, all at once: between the stores, each load would be waited for.
-  const auto load_loops = [&](int(&loops)[2 * kTokenTiles]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTokenTiles; ++i) {
-      const int token = first_token + i / 2 * 8 + i % 2;
-      loops[i] = token < args.m ? device::load_global(args.loops + token) : -1;
-    }
-  };
   // Of each part first the turns of W, then those of B: how many, the fetches know that are ahead by now.
 #pragma unroll 1
   for (int half = 0; half < 2 * parts; ++half) {
@@ -105,18 +97,20 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
       if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
       float* to = (SHRINK ? args.shrink_sums : args.part_sums) +
                   (static_cast<int64_t>(part) * args.m + first_token) * outputs + first_row;
-      uint32_t of_loop = ~0u;  // bit: token of the lane
-      if constexpr (SHRINK) {
-        int loops[2 * kTokenTiles];
-        load_loops(loops);
-        of_loop = 0;
+      // Bit: token of the lane, of shrink's loop. All loops are loaded at once: between the stores, each load would be
+      // waited for.
+      uint32_t stored = 0;
 #pragma unroll
-        for (int i = 0; i < 2 * kTokenTiles; ++i) of_loop |= static_cast<uint32_t>(loops[i] == block.y) << i;
+      for (int i = 0; i < 2 * kTokenTiles; ++i) {
+        const int token = lane % 4 * 2 + i / 2 * 8 + i % 2;  // of the tile
+        const bool exists = token < tile.tokens;
+        const int of_all = tile.token_begin + token;
+        const bool of_loop = !SHRINK || (exists ? device::load_global(args.loops + of_all) : -1) == block.y;
+        stored |= static_cast<uint32_t>(exists && of_loop) << i;
       }
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
-        const bool exists = SHRINK ? of_loop >> (token / 8 * 2 + token % 8) & 1 : first_token + token < args.m;
-        if (first_row + row < outputs && exists) {
+        if (first_row + row < outputs && (stored >> (token / 8 * 2 + token % 8) & 1) != 0) {
           device::store_global(to + static_cast<int64_t>(outputs) * token + row, sum);
         }
       });
