@@ -289,10 +289,14 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         entry, ends = graph.best_path([0], exits.__contains__, {"STG": 1, "STG32": 1}), [[], []]
     waits = [i for i, one in enumerate(entry) if one.name == "ACQBULK"]
     to_copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), 0)
+    if counts["HMMA"]:
+        entry_cycles = cycles_of(entry, MEMORY)
+    else:
+        entry_cycles = cycles_of(entry[max(waits, default=0) :], SECOND_LEVEL)
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
-        entry_cycles=cycles_of(entry, MEMORY) if counts["HMMA"] else cycles_of(entry[max(waits, default=0) :], SECOND_LEVEL),
+        entry_cycles=entry_cycles,
         copy_cycles=cycles_of(entry[:to_copy], MEMORY),
         exit_cycles=cycles_of(ends[0], SECOND_LEVEL),
         sums_cycles=cycles_of(ends[1], SECOND_LEVEL),

@@ -12,8 +12,8 @@ as the slowest of these takes:
 
 Shrink runs beside the product, which waits for it where the code does, in the better of its two orders
 (csrc/loop_lora/cuda_decode.h); between launches there are gaps. Constants have their source beside them: a datasheet,
-public measurements (gpu-benches is https://github.com/te42kyfo/gpu-benches, of which the folder is named), or that they
-are assumed. None has been measured with these kernels.
+public measurements (gpu-benches: https://github.com/te42kyfo/gpu-benches, with the folder's name), or that they are
+assumed. None has been measured with these kernels.
 """
 
 import math
@@ -53,14 +53,15 @@ class Device:
     Attributes:
         hertz: boost clock for which the datasheet counts the tensor cores' FLOP/s.
         copy: bandwidth of a copy. H200: measured; others: 85% and 90% of the datasheet's. What only reads is as fast or
-            faster: 1.00 times on an A100, 1.14 on H100 and H200 (gpu-benches, gpu-stream and gpu-l2-cache); 1 is taken.
-        cache: bandwidth of the second-level cache, of 20 to 30 MB: 5.4 TB/s on an A100, 9.7 on an H200, whose cache an H100
-            has too (gpu-benches, gpu-l2-cache).
+            faster: 1.0 times on an A100, 1.14 times on an H100 and an H200 (gpu-benches: gpu-l2-cache and cuda-stream
+            against gpu-small-kernels); 1 is taken.
+        cache: bandwidth of the second-level cache, of 20 to 30 MB: 5.4 TB/s on an A100, 9.7 on an H200 (gpu-benches:
+            gpu-l2-cache), whose cache an H100 has too.
         matmul: best rate of a product in 16 bits. H200: measured; H100: the same chip; A100: 80% of the datasheet's.
         hmma_cycles: of a scheduler for one m16n8k16. A100: 1024 multiply-adds a cycle and multiprocessor (datasheet);
             H100: twice that, of which mma.sync reaches 63% (arXiv 2402.13499).
         gap: from the end of a kernel until the next one works. In a graph of kernels that only scale 32 KB, one takes
-            1.34 us on an A100 and 2.25 on an H200 (gpu-benches, gpu-small-kernels); a load and a store are taken off.
+            1.34 us on an A100 and 2.25 on an H200 (gpu-benches: gpu-small-kernels); a load and a store are taken off.
         launch: from the begin of a kernel that lets the next one start until that one works. Assumed: half of a gap.
         trigger: from the end of a kernel to the next one, which was launched early and only waits. Assumed.
     """
@@ -84,7 +85,7 @@ class Device:
 
 H200 = Device("h200", "sm_90a", 132, 1.83e9, 4.3e12, 9.7e12, 790e12, 6.4, gap=2e-6, launch=1e-6, trigger=0.5e-6)
 DEVICES = {
-    "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 5.4e12, 250e12, 8.0, gap=1.1e-6, launch=1.1e-6, trigger=1.1e-6),
+    "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 5.4e12, 250e12, 8.0, 1.1e-6, 1.1e-6, 1.1e-6),
     "h100": replace(H200, name="h100", copy=3.0e12),
     "h200": H200,
 }
@@ -216,8 +217,7 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     waves = math.ceil(busiest / resident)
     under_way = resident * kernel.bytes_under_way
     limits = {
-        "issue": waves
-        * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + code.ldgsts)),
+        "issue": waves * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + code.ldgsts)),
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
         "memory": work.memory_bytes / device.copy,
         "cache": work.blocks * work.block_bytes / device.cache,

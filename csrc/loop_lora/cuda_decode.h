@@ -83,8 +83,13 @@ struct DecodeTile {
 template <int ROWS, int TOKENS>
 RRT_DEVICE DecodeTile find_tile(const DecodeArgs& args, int index) {
   const int token_tiles = ceil_div<TOKENS>(args.m);
-  const int row_begin = index / token_tiles * ROWS, token_begin = index % token_tiles * TOKENS;
-  return {row_begin, token_begin, args.m - token_begin < TOKENS ? args.m - token_begin : TOKENS};
+  int row_tile = index, token_tile = 0;
+  if (token_tiles > 1) {  // a division takes as long as half a trip to the cache
+    row_tile = index / token_tiles;
+    token_tile = index % token_tiles;
+  }
+  const int token_begin = token_tile * TOKENS, left = args.m - token_begin;
+  return {row_tile * ROWS, token_begin, left < TOKENS ? left : TOKENS};
 }
 
 // The loop mask of tokens [begin, begin + count). Every lane of the warp takes part.

@@ -52,16 +52,16 @@ inline int shrink_tokens(ShrinkKernel kernel, int64_t m) {
   return tile_tokens(m, kernel == ShrinkKernel::kRows ? kMaxTokens : kMaxShrinkTokens);
 }
 
-// Assumptions, none of them measured. An H200's rates, in bytes a microsecond: each multiprocessor's share of those of
-// memory and of the second-level cache, and what one may have while others are idle. Times in microseconds: one more
-// kernel costs its launch, its wait for the last block of the one before it, and a trip to memory and back; a block
-// begins with the trip that brings its first bytes; a turn takes as long as its copies, loads and products wait for
-// each other at least.
-constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
-constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
+// Assumptions, none of them measured with these kernels; bench/kernel_times.py has their sources. An H200's rates, in
+// bytes a microsecond: each multiprocessor's share of those of memory and of the second-level cache, what one may have
+// while others are idle, and what passes its shared memory. Times in microseconds: one more kernel costs its wait for the
+// last block of the one before it, and a trip to the cache and back; a block begins with the trip that brings its first
+// bytes; a turn takes as long as its copies, loads and products wait for each other at least.
+constexpr double kMemoryRate = 32e3, kCacheRate = 73e3, kBusiestRate = 100e3, kSharedRate = 128 * 1830;
+constexpr double kOneMoreKernel = 1.7, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
 constexpr double kRingBytes = 40e3, kRingBytesBeside64 = 32e3;  // of W, of a thread block; beside 64 tokens
 constexpr int kBlocksSideBySide = 2;
-constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
+constexpr double kGapsAlone = 1.2;  // of the row kernel, which nothing fills while its warps wait for each other
 
 // Every thread block reads its weights from memory, and its x from the second-level cache; several slices leave sums,
 // which take one more kernel to add. Only tokens that exist are read, however many the tile would hold.
@@ -78,9 +78,14 @@ inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, 
   const double bytes = weights + 2.0 * static_cast<double>(tokens) * columns_of_block + sums;
   const double parts_in_turn = columns ? 1 : 8.0 / tiling.slices;
   const double turns = std::ceil(static_cast<double>(k) / 8 / 64) * parts_in_turn;
+  // Rows and tokens come into shared memory once; rows leave it once, tokens once for each warp that shares them.
+  const double row_trips = 2, token_trips = columns ? 2 : 5;
+  const double through_shared = 2.0 * columns_of_block *
+                                (row_trips * static_cast<double>(rows) + token_trips * static_cast<double>(largest));
   // Gaps cost nothing where the cache, which all share, is what they would wait for.
   const double gaps = !columns && side_by_side < 2 ? kGapsAlone : 1;
   const double own = std::max({evenly * weights / kMemoryRate, on_busiest * bytes / kBusiestRate,
+                               on_busiest * through_shared / kSharedRate,
                                on_busiest / side_by_side * turns * kTurnTime});
   const double stream = std::max(evenly * bytes / kCacheRate, own * gaps);
   const double begin = kFirstBytes * std::max(1.0, on_busiest / kBlocksSideBySide);
