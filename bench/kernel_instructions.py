@@ -75,14 +75,15 @@ class KernelCode:
     """What the machine code says of one kernel; counts and cycles are those of an iteration of its hot loop.
 
     Attributes:
-        entry_cycles: from the first instruction to the loop. If no loop has an mma, to the end, from where the kernel
-            has waited for the one before: it adds what that one wrote, and is there by then.
-        copy_cycles: from the first instruction to the first copy.
+        entry_cycles: from the first instruction to the loop, or to the end if no loop has an mma. In a kernel that
+            waits for the one before at its begin, from there: by then it has been launched.
+        copy_cycles: likewise, to the first copy.
         exit_cycles: from the loop to the end, with all stores of a full tile.
         sums_cycles: the same, if it stores sums in float32 for a kernel that adds them.
         stalls: sum of stall counts; `cycles` waits for scoreboards, too.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
+        prefetches: instructions that ask the second-level cache for a line.
     """
 
     arch: str
@@ -99,6 +100,7 @@ class KernelCode:
     ldg: int
     bar: int
     triggers_early: int
+    prefetches: int
     name: str
 
 
@@ -287,17 +289,14 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         ends = [graph.best_path(leaving, exits.__contains__, stores) for stores in wanted]
     else:
         entry, ends = graph.best_path([0], exits.__contains__, {"STG": 1, "STG32": 1}), [[], []]
-    waits = [i for i, one in enumerate(entry) if one.name == "ACQBULK"]
-    to_copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), 0)
-    if counts["HMMA"]:
-        entry_cycles = cycles_of(entry, MEMORY)
-    else:
-        entry_cycles = cycles_of(entry[max(waits, default=0) :], SECOND_LEVEL)
+    copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), None)
+    waited = max((i for i, one in enumerate(entry[:copy]) if one.name == "ACQBULK"), default=0)
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
-        entry_cycles=entry_cycles,
-        copy_cycles=cycles_of(entry[:to_copy], MEMORY),
+        # What adds finds what the kernel before has just written.
+        entry_cycles=cycles_of(entry[waited:], MEMORY if counts["HMMA"] else SECOND_LEVEL),
+        copy_cycles=cycles_of(entry[waited:copy], MEMORY) if copy else 0,
         exit_cycles=cycles_of(ends[0], SECOND_LEVEL),
         sums_cycles=cycles_of(ends[1], SECOND_LEVEL),
         instructions=len(loop),
@@ -309,6 +308,7 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         ldg=counts["LDG"],
         bar=counts["BAR"],
         triggers_early=int(any(one.name == "PREEXIT" for one in code[:wait])),
+        prefetches=sum(one.name == "CCTL" for one in code),
         name=name,
     )
 

@@ -450,14 +450,22 @@ def predict_attention(
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
         seen = context - queries // 2
         work = Work(blocks, math.ceil(seen / slots), seen * slot_bytes, memory_bytes)
-    times = launch_times(device, kernel, work)
-    gap = device.gap
-    if kind == "decode" and tables.find(device, "kv_cache::combine_kernel", head_dim=dim).code.triggers_early:
-        gap = device.trigger  # in a row of decodes; prefill's kernel is launched in the ordinary way
-    terms = {"gap": gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
+    # In a row of decodes, each lets the next one start once it has waited, or its combining does.
+    gap, combine_seconds = device.trigger if kind == "decode" else device.gap, 0.0
     if pieces > 1:
         combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
         turns = 1 + math.ceil(pieces / 16)  # the largest scores first; then four pieces of each of four warps
         combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
-        terms["combine"] = device.trigger + launch_times(device, combine, combined).total
+        combine_seconds = device.trigger + launch_times(device, combine, combined).total
+        if not combine.code.triggers_early:
+            gap = device.gap
+    times = launch_times(device, kernel, work)
+    if kernel.code.prefetches and device.has_dependent_launch:
+        # The keys of every warp's first turn come to the cache meanwhile. Hints find their pages as fast as copies do
+        # after the wait, so memory works for so much longer: from the launch, which combining makes, to the wait's end.
+        blocks = min(work.blocks, device.multiprocessors * kernel.resources.blocks)
+        first_keys = blocks * kernel.warps * 16 * slot_bytes / 2
+        ahead = min(first_keys / device.copy, max(0.0, combine_seconds + gap - device.launch))
+        times = replace(times, limits={**times.limits, "memory": times.limits["memory"] - ahead})
+    terms = {"gap": gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": combine_seconds}
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)

@@ -63,7 +63,8 @@ struct CudaAttentionArgs {
   Divisor group;  // query heads per key/value head
   Divisor page_size;
   int num_pages, max_pages;
-  int pieces;  // decode: that the block tables have room for
+  int pieces;       // decode: that the block tables have room for
+  bool prefetches;  // decode: keys, before the kernels before this one have ended
   int tiles;   // prefill: of query rows, at least as many as there are
 };
 
@@ -109,9 +110,11 @@ RRT_DEVICE const int32_t* block_table(const CudaAttentionArgs& args, int sequenc
 }
 
 // The page that a sequence's block table has for a slot; -1 if the table is shorter.
+template <bool HINT = false>
 RRT_DEVICE int load_page(const CudaAttentionArgs& args, const int32_t* table, int slot) {
   const int column = args.page_size.divide(slot);
-  return column < args.max_pages ? device::load_global(table + column) : -1;
+  if (column >= args.max_pages) return -1;
+  return HINT ? device::load_hint(table + column) : device::load_global(table + column);
 }
 
 // The number in the cache of a slot on this page; -1 if there is no such page.

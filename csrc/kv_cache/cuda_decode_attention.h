@@ -44,9 +44,34 @@ using DecodeInstances = TypeList<DecodeShared<64, 7>, DecodeShared<80, 6>, Decod
 
 // The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
 // pieces.
+template <bool HINT = false>
 RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
-  const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size.value;
+  const int32_t* of_row = args.context_lens + row;
+  const int context = HINT ? device::load_hint(of_row) : device::load_global(of_row);
+  const int room = args.max_pages * args.page_size.value;
   return context < room ? context : room;
+}
+
+// Asks the second-level cache for the keys of a warp's first turn while the kernels before this one may still run. What
+// it finds in the tables may be about to change: all is looked up again after the wait, and no result depends on it.
+template <class Storage, int HEAD_DIM>
+RRT_DEVICE void prefetch_first_keys(const CudaAttentionArgs& args, int row, int piece, int kv_head, int first_slot) {
+  const int32_t* table = block_table(args, row);
+  const int of_short = piece * kShortPiece + first_slot, of_long = piece * kLongPiece + first_slot;
+  const int page_of_short = load_page<true>(args, table, of_short), page_of_long = load_page<true>(args, table, of_long);
+  const int context = decode_context<true>(args, row);
+  const bool is_short = piece_slots(context) == kShortPiece;
+  const int slot = is_short ? of_short : of_long;
+  const auto number = slot_on<int64_t>(args, is_short ? page_of_short : page_of_long, slot);
+  if (slot >= context || number < 0) return;
+  const auto* key = static_cast<const Storage*>(args.k_cache) + (number * args.num_kv_heads + kv_head) * HEAD_DIM;
+  // Two lanes have the slot, and take every other line of it.
+  constexpr int kLineElements = 64;
+#pragma unroll
+  for (int first = 0; first < HEAD_DIM; first += 2 * kLineElements) {
+    const int column = first + device::thread_index() % 32 / kMmaSlots * kLineElements;
+    if (column < HEAD_DIM) device::prefetch_line(key + column);
+  }
 }
 
 // Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
@@ -58,11 +83,12 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const int tiles = ceil_div<kMmaRows>(args.group.value);
   const int kv_head = block.y / tiles, first = block.y % tiles * kMmaRows;
+  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;  // of the piece, that this lane looks up
+  if (args.prefetches) prefetch_first_keys<Storage, HEAD_DIM>(args, block.x, block.z, kv_head, first_slot);
   device::dependency_wait();
   device::launch_dependents();
   const int32_t* table = block_table(args, block.x);
-  // The first slot that this lane looks up, and both pages that it may have while the context's length is on its way.
-  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;
+  // Both pages that the first slot may be on, while the context's length is on its way.
   const int page_of_short = load_page(args, table, block.z * kShortPiece + first_slot);
   const int page_of_long = load_page(args, table, block.z * kLongPiece + first_slot);
   // Queries and their positions, too.

@@ -67,6 +67,16 @@ def test_the_first_copy_waits_for_what_comes_before_it():
     assert found.copy_cycles == kernel_instructions.MEMORY + 5
 
 
+def test_what_comes_before_the_wait_is_hidden():
+    load, used = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
+    hint, wait = ("CCTL.E.PF2 [R4]", 1, 7, 0), ("ACQBULK", 1, 7, 0)
+    found = loop_of(load, used, hint, wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
+    assert (found.copy_cycles, found.entry_cycles, found.prefetches) == (1, 1 + 3, 1)
+    # A kernel that copies first, and waits then, does all of that once it has been launched.
+    copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
+    assert copies_first.copy_cycles == kernel_instructions.MEMORY + 5
+
+
 def test_a_kernel_that_only_adds_begins_where_it_has_waited():
     before, wait = ("IMAD R2, R2, R3, RZ", 13, 7, 0), ("ACQBULK", 1, 7, 0)
     load, add = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("FADD R2, R2, R3", 5, 7, 1 << 0)
@@ -130,7 +140,7 @@ def tables():
 @pytest.fixture
 def kernel():
     code = kernel_instructions.KernelCode(
-        "sm_90a", 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
+        "sm_90a", 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
     )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 
