@@ -287,6 +287,7 @@ const std::vector<Shape> kShapes = {
     {37, 64, 128, 4, {64}, {40}, false, 1},  {64, 16, 64, 2, {16}, {8}, false, 2},
     {6, 203, 584, 2, {128, 75}, {288, 8}, true, 1},  {33, 69, 1096, 3, {69}, {24}, true, 3},
     {2, 16, 9224, 1, {16}, {8}, false, 1},  // a part has more turns than any ring has stages
+    {3, 272, 72, 2, {272}, {8}, true, 2},   // more outputs than a thread block adds
 };
 
 template <class Number>
