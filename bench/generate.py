@@ -15,7 +15,7 @@ import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ _PAGE_SIZE = 16
 Tokens = list[list[int]]
 
 
-def make_prompts(directory: Path, count: int, length: int) -> Tokens:
-    """Cut `count` distinct windows of `length` tokens from held-out text: the first of each document, then others."""
-    encoded = load_tokenizer(directory).encode_batch(list(documents("python-stdlib", split="heldout")))
+def make_prompts(directory: Path, count: int, length: int, texts: Sequence[str] = ("python-stdlib",)) -> Tokens:
+    """Cut `count` distinct windows of `length` tokens from `texts`: the first of each document, then others.
+
+    Of Python's library, only what is held out of training.
+    """
+    encoded = load_tokenizer(directory).encode_batch(list(documents(texts, split="heldout")))
     windows = {
         tuple(ids[start : start + length]): None
         for start in range(0, max(map(len, encoded)), length)
@@ -59,7 +62,7 @@ def make_prompts(directory: Path, count: int, length: int) -> Tokens:
         if len(ids) >= start + length
     }
     if len(windows) < count:
-        raise UserError(f"prompts: found {len(windows)} of {length} tokens in the held-out text; expected {count}")
+        raise UserError(f"prompts: found {len(windows)} of {length} tokens in the text; expected {count}")
     return [list(window) for window in itertools.islice(windows, count)]
 
 

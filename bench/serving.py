@@ -19,7 +19,8 @@ rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of
 policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
 the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token needs. Where
 all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of that one alone; the
-bound counts that. Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
+bound counts that. With fewer requests than loops, it counts the rows of drafts and of skipped loops that a policy adds.
+Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
 at once. Run nothing else beside it.
 """
 
@@ -65,12 +66,13 @@ from bench.serving_variants import (
     share_of_same,
     token_ids,
 )
-from bench.timing import RATIOS_NOTE, Timer, Variant, speedup, spread
+from bench.timing import RATIOS_NOTE, Timer, Variant, median_interval, round_ratios, speedup, spread
 from eval.flags import check_least, check_output_file
 from eval.tables import Table, format_spread, print_tables
 from rrt.checkpoint.presets import PRESETS
 from rrt.common.cli import CommandParser, keep_freed_memory, run_command
 from rrt.common.dtypes import parse_dtype
+from rrt.data.corpus import INPUT_HELP
 from rrt.decode.decoder import Decoder
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
@@ -124,9 +126,11 @@ def measure_case(
             counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
             counted[name]["steady_over_never"] = speedup(steady, name, "never")
     parts = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
-    for values in counted.values():
+    for name, values in counted.items():
         if "loops_per_token" in values:
-            values["bound"] = parts.bound(num_loops, values["loops_per_token"], in_step=lengths == "equal")
+            counts = values["loops_per_token"], values["rows_per_token"]
+            is_exact = engines[name].policy.is_exact
+            values["bound"] = parts.bound(num_loops, *counts, is_exact=is_exact, in_step=lengths == "equal")
     return {
         "in_flight": in_flight,
         "requests": len(requests.prompts),
@@ -138,6 +142,7 @@ def measure_case(
                 "tokens_per_second": requests.num_tokens / statistics.median(seconds),
                 "seconds": spread(seconds),
                 "over_never": speedup(samples, name, "never"),
+                "over_never_interval": median_interval(round_ratios(samples, name, "never")),
                 **counted[name],
             }
             for name, seconds in samples.items()
@@ -159,7 +164,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     file = ResultFile(arguments.json, KIND, arguments.device)
     subjects = make_subjects(arguments)
     length = arguments.prompt_tokens[1] + arguments.new_tokens[1]
-    most, waves = max(arguments.in_flight), WAVES if arguments.mixed else 1
+    most, waves = max(arguments.in_flight), max(arguments.waves, WAVES if arguments.mixed else 1)
     cases: list[dict[str, Any]] = []
     with ExitStack() as stack:
         directory = stack.enter_context(hf_directory(arguments.checkpoint)) if arguments.transformers else None
@@ -177,9 +182,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     )
                 keep_freed_memory()
                 for count in arguments.in_flight:
-                    kinds = {"equal": Requests(prompts[:count], [arguments.new_tokens[1]] * count)}
+                    some = prompts[: arguments.waves * count]
+                    kinds = {"equal": Requests(some, [arguments.new_tokens[1]] * len(some))}
                     if arguments.mixed:
-                        some = prompts[: waves * count]
+                        some = prompts[: WAVES * count]
                         kinds["mixed"] = mixed_lengths(some, arguments.prompt_tokens, arguments.new_tokens)
                     for lengths, requests in kinds.items():
                         case = {"model": subject.name, "dtype": name, "lengths": lengths}
@@ -199,6 +205,8 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "new_tokens": arguments.new_tokens,
         "torch_threads": arguments.threads,
         "skipped_kv": arguments.skipped_kv,
+        "prompts": arguments.prompts,
+        "waves": arguments.waves,
         "gguf": None if gguf is None else gguf.name,
     }
 
@@ -215,6 +223,7 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
             f"{found['tokens_per_second']:.1f}",
             format_spread(found["seconds"]),
             f"{found['over_never']:.2f}x",
+            _format_interval(found["over_never_interval"]),
             *(
                 f"{found[field]:{form}}" if field in found else ""
                 for field, form in (
@@ -232,21 +241,26 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
         for case in cases
         for name, found in case["variants"].items()
     ]
-    header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never"]
+    header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never", "95 %"]
     header += ["steady", "over never", "bound", "passes"]
     header += ["rows/token", "head/token", "agreed", "same"]
     return Table("New tokens per second", header, rows, (0, 1, 2, 4), gap_after=4, notes=notes)
 
 
+def _format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     (least_prompt, prompt), (least_new, new) = result["prompt_tokens"], result["new_tokens"]
-    note = f"Equal lengths: {prompt} tokens of prompt, {new} new ones"
+    note = f"Equal lengths: {prompt} tokens of prompt, {new} new ones, {result['waves']} requests for each in flight"
     if any(case["lengths"] == "mixed" for case in result["cases"]):
         note += f"; mixed: {least_prompt} to {prompt} and {least_new} to {new}, {WAVES} requests for each in flight"
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
-        f"{note}. steady: tokens/s while as many requests as in flight decode, and none is at its prompt; bound: of "
-        "its ratio. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: tokens that are "
+        f"{note}. 95 %: interval of the ratio, by ranks of the rounds, of six at least. steady: tokens/s while as many "
+        "requests as in flight decode, and none is at its prompt; bound: of its ratio. Agreement behind a policy's "
+        "name is forced. agreed: tokens that loop 0 had; same: tokens that are "
         f"those of never at their place.{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]
@@ -279,9 +293,16 @@ def parse_arguments() -> argparse.Namespace:
             flag, type=int, nargs="+", default=[default], metavar="N",
             help=f"of each request (default {default}); mixed and online from a quarter on, or two: from, to",
         )  # fmt: skip
+    parser.add_argument(
+        "--prompts", nargs="+", default=["python-stdlib"], metavar="FILE",
+        help=f"of --checkpoint: {INPUT_HELP} (the default, of which it takes what is held out)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="torch threads (default 2)")
     offline = parser.add_argument_group("offline")
     offline.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="default 1 4 16")
+    offline.add_argument(
+        "--waves", type=int, default=1, metavar="N", help="requests of equal lengths for each in flight (default 1)"
+    )
     offline.add_argument("--mixed", action="store_true", help="requests of mixed lengths too")
     offline.add_argument("--rounds", type=int, default=5, metavar="N", help="of a case (default 5)")
     offline.add_argument("--transformers", action="store_true", help="time transformers' generation too")
@@ -298,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be measured; make ranges of the lengths."""
-    for flag in ("rounds", "threads"):
+    for flag in ("rounds", "threads", "waves"):
         check_least(f"--{flag}", getattr(arguments, flag))
     check_least("--in-flight", min(arguments.in_flight))
     for flag in ("prompt_tokens", "new_tokens"):

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the server
     count = (1 + arguments.rounds) * max(arguments.in_flight)
-    prompts = make_prompts(arguments.checkpoint, count, arguments.prompt_tokens[1])
+    prompts = make_prompts(arguments.checkpoint, count, arguments.prompt_tokens[1], arguments.prompts)
     cases: list[dict[str, Any]] = []
     for name in arguments.dtype:
         llm = LLM(arguments.checkpoint, dtype=parse_dtype(name), device="cpu")

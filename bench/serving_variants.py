@@ -104,10 +104,10 @@ def named_policy(text: str, arguments: argparse.Namespace) -> ExitPolicy:
 
 
 def cut_prompts(arguments: argparse.Namespace, subject: Subject, count: int) -> Tokens:
-    """Make `count` prompts of the most --prompt-tokens: held-out text, of random weights random tokens."""
+    """Make `count` prompts of the most --prompt-tokens: of --prompts, of random weights random tokens."""
     length = arguments.prompt_tokens[1]
     if arguments.checkpoint is not None:
-        return make_prompts(arguments.checkpoint, count, length)
+        return make_prompts(arguments.checkpoint, count, length, arguments.prompts)
     generator = torch.Generator().manual_seed(0)
     tokens: Tokens = torch.randint(subject.config.vocab_size, (count, length), generator=generator).tolist()
     return tokens
@@ -274,17 +274,32 @@ class PassSeconds:
     Attributes:
         block: rows at one loop.
         mixed: rows at all loops in turn, whose LoRAs are all read.
+        drafted: the same with a row at each loop, if there are fewer requests than loops: a draft that is verified.
+        skipped: `mixed` with a kv-only row at each other loop then: a loop that a lossy exit skipped.
         head: final norm and logits.
     """
 
     block: float
     mixed: float
+    drafted: float
+    skipped: float
     head: float
 
-    def bound(self, num_loops: int, loops_per_token: float, in_step: bool) -> float:
-        """Return the most that a policy gains over `never`, whose rows are `in_step` where all requests are alike."""
+    def bound(
+        self, num_loops: int, loops_per_token: float, rows_per_token: float, *, is_exact: bool, in_step: bool
+    ) -> float:
+        """Return the most that a policy gains over `never`, whose rows are `in_step` where all requests are alike.
+
+        Args:
+            loops_per_token: passes that a token takes.
+            rows_per_token: decode and kv-only rows; those beyond one a pass are at the loops of no request's row.
+            is_exact: the policy verifies.
+        """
         plain = num_loops * (self.block if in_step else self.mixed) + self.head
-        return plain / (loops_per_token * (self.mixed + self.head))
+        further = (rows_per_token / loops_per_token - 1) / (num_loops - 1)
+        all_loops = self.drafted if is_exact else self.skipped
+        block = self.mixed + min(max(further, 0.0), 1.0) * (all_loops - self.mixed)
+        return plain / (loops_per_token * (block + self.head))
 
 
 def engine_block(decoder: Decoder) -> Callable[[Tensor, PassPlan], Tensor]:
@@ -307,6 +322,10 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSecon
         x = decoder.embed(torch.tensor([prompt[-1] for prompt in requests.prompts], device=device))
         one_loop = PassRows(sequences, [0] * len(loops), positions)
         mixed = PassRows(sequences, loops, positions)
+        others = list(range(len(loops), cache.num_loops)) if mixes else []
+        count = len(others)
+        further = [sequences[0]] * count + sequences, others + loops, [positions[0]] * count + positions
+        x_further = torch.cat((x[:1].expand(count, -1), x))
 
         def until_done(call: Callable[[], Tensor]) -> Variant:
             def run(_: int) -> Tensor:
@@ -320,6 +339,8 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSecon
         variants = {
             "block": until_done(lambda: block(x, cache.plan(one_loop))),
             "mixed": until_done(lambda: block(x, cache.plan(mixed))),
+            "drafted": until_done(lambda: block(x_further, cache.plan(PassRows(*further)))),
+            "skipped": until_done(lambda: block(x_further, cache.plan(PassRows(*further, num_kv_only=len(others))))),
             "head": until_done(lambda: decoder.logits(x)),
         }
         for variant in variants.values():

@@ -4,7 +4,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,27 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 def speedup(samples: Samples, ours: str, other: str) -> float:
     """Return how many times faster `ours` is than `other`: the median over the rounds, each of which ran both."""
-    return statistics.median(b / a for a, b in zip(samples[ours], samples[other], strict=True))
+    return statistics.median(round_ratios(samples, ours, other))
+
+
+def round_ratios(samples: Samples, ours: str, other: str) -> list[float]:
+    """Return how many times faster `ours` is than `other` in each round."""
+    return [b / a for a, b in zip(samples[ours], samples[other], strict=True)]
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Return the narrowest interval between two of the values that holds their median with this confidence, by ranks.
+
+    Of any distribution: the median lies outside if all values but the k outermost fall on its other side. None if there
+    are too few values, fewer than six for 95 %.
+    """
+    ordered, outside, chosen = sorted(values), 0.0, None
+    for k in range(len(ordered) // 2):
+        outside += 2 * math.comb(len(ordered), k) / 2 ** len(ordered)
+        if outside > 1 - confidence:
+            break
+        chosen = ordered[k], ordered[-1 - k]
+    return chosen
 
 
 RATIOS_NOTE = "Ratios: medians of those within rounds, not of the times shown."

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rrt.common.cli import CommandParser, human_bytes, human_count, run_command
 from rrt.common.dtypes import add_dtype_flag, chosen_dtype, dtype_name
-from rrt.data.corpus import INPUT_HELP
 from rrt.errors import UserError
 from rrt.folding.calibrated import CalibrationReport, LinearReport
 from rrt.folding.calibration import CalibrationMetric
@@ -25,6 +24,7 @@ from rrt.folding.conversion import (
     run_conversion,
     workspace_directory,
 )
+from rrt.folding.flags import add_calibration_text_flags
 from rrt.folding.fold import MatrixReport, VectorReport, folds_norms
 from rrt.model.config import LORA_GROUP_OF_LINEAR, LORA_GROUPS, Init, LoraInit, NormInit, Place, RecursiveConfig
 from rrt.model.flags import (
@@ -262,27 +262,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     default = CalibrationOptions(())
-    parser.add_argument(
-        "--calibration",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help=f"text for --lora-init calibrated, such as the model is for: directories of token shards, or {INPUT_HELP}",
-    )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=int,
-        default=default.num_tokens,
-        metavar="N",
-        help=f"tokens of the text to use (default: {default.num_tokens})",
-    )
-    parser.add_argument(
-        "--calibration-context",
-        type=int,
-        default=default.context,
-        metavar="T",
-        help=f"tokens that are read together (default: {default.context})",
-    )
+    add_calibration_text_flags(parser, "text for --lora-init calibrated, such as the model is for")
     parser.add_argument(
         "--calibration-metric",
         choices=typing.get_args(CalibrationMetric),

@@ -37,7 +37,7 @@ def sizes_table(sizes: Sizes) -> str:
         ),
         ("LoRA rank", str(recursion.lora_rank)),
     ]
-    for kind in ("embedding", "shared", "lora", "prefix", "norm", "non_embedding", "total"):
+    for kind in ("embedding", "shared", "lora", "prefix", "translator", "norm", "non_embedding", "total"):
         count = getattr(sizes, f"{kind}_params")
         rows.append(
             (f"{kind.replace('_', '-').replace('lora', 'LoRA')} parameters", f"{human_count(count):>9}  {count:,}")

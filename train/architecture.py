@@ -24,8 +24,9 @@ from rrt.model.sizes import without_sharing
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 
-ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank")
-"""Fields of a checkpoint's `RecursiveConfig` that early-exit training sets; all others are from rrt.convert."""
+ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank", "exit_translators")
+"""Fields of a checkpoint's `RecursiveConfig` that early-exit training or rrt.fit_exits sets; all others are from
+rrt.convert."""
 
 
 @dataclass(frozen=True)

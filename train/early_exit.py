@@ -12,6 +12,8 @@ Each exit goes through the model's own final norm and head (arXiv 2410.20672, se
 this is post-training; from a converted one it is co-training, uptraining with the exits' losses. The settings of the
 paper: `--exits.weighting weighted`; `aggressive` with a coefficient of 0.3, 0.1, 0.05 or 0.01; `--exits.distill last`;
 `--exits.freeze true --exits.head_lora_rank 128`. The `config.json` of `final/` lists the trained exits as `exit_loops`.
+Exit translators that the checkpoint has from `python -m rrt.fit_exits` are trained along; `--exits.freeze true` trains
+them alone, or them and the LoRA.
 """
 
 import math
@@ -71,10 +73,15 @@ def with_exits(recursion: RecursiveConfig, exits: ExitsConfig) -> RecursiveConfi
 
     Raises:
         UserError: the checkpoint has no state to exit from, or a LoRA on the head of another rank than the recipe asks
-            for.
+            for, or nothing is left to train.
     """
     recursion.require_whole_loops("field 'checkpoint.path': found a model")
     rank = exits.head_lora_rank
+    if exits.freeze and not rank and not recursion.exit_translators:
+        raise UserError(
+            "field 'exits.head_lora_rank': found 0; expected a positive rank with exits.freeze, or a checkpoint with "
+            "exit translators: python -m rrt.fit_exits"
+        )
     if recursion.head_lora_rank and rank != recursion.head_lora_rank:
         raise UserError(
             f"field 'exits.head_lora_rank': found {rank}; expected the checkpoint's, {recursion.head_lora_rank}"

@@ -7,6 +7,7 @@ not count.
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
@@ -52,19 +53,19 @@ def training_flops_per_token(
     """Count the matrix-product FLOPs (2 per multiply-add) of one token's forward and backward pass.
 
     Counted are the shared block at every loop up to the last exit, causal attention to (seq_len + 1) / 2 positions, and
-    the head with its LoRA once per exit; the backward pass counts twice the forward. The embedding's look-up counts
-    nothing.
+    the head with its LoRA and an exit's translator once per exit; the backward pass counts twice the forward. The
+    embedding's look-up counts nothing.
 
     Args:
         merged_over: tokens of the micro-batch for which W + B A is formed once; None for LoRA as products of its own.
         exits: the loops after which the loss needs logits; by default the last.
-        frozen: only the LoRA on the head has a backward pass.
+        frozen: only the LoRA on the head and the translators have a backward pass, which goes through the head.
         teacher: the shape of the teacher, whose forward pass is added.
     """
     context = (seq_len + 1) // 2
     last = recursion.num_loops - 1
     exits = {last} if exits is None else exits
-    run = first_loops(model, recursion, max(exits) + 1, "the model")
+    run = first_loops(model, replace(recursion, exit_translators=False), max(exits) + 1, "the model")
     sizes = model_sizes(*run, torch.float32, context)
     if merged_over is None:
         forward = float(sizes.flops_per_token["plain"])
@@ -72,8 +73,17 @@ def training_flops_per_token(
         forward = sizes.flops_per_token["merged"] + sizes.merge_flops / merged_over
     forward += (len(exits) - 1) * 2 * model.vocab_size * model.hidden_size
     rank = min(recursion.head_lora_rank, model.vocab_size, model.hidden_size)
-    lora = sum(2 * rank * (model.vocab_size + model.hidden_size) for loop in exits if loop != last)
-    trained = forward + lora + 2 * (lora if frozen else forward + lora)
+    early = sum(loop != last for loop in exits)
+    lora = early * 2 * rank * (model.vocab_size + model.hidden_size)
+    translators = early * 2 * model.hidden_size**2 if recursion.exit_translators else 0
+    forward += lora + translators
+    backward = 2 * forward
+    if frozen:
+        backward = 2 * lora
+        if translators:
+            # By the head's inputs and the maps; not by the head, nor by the maps' inputs.
+            backward += early * 2 * model.vocab_size * model.hidden_size + translators
+    trained = forward + backward
     return trained + (model_sizes(*teacher, torch.float32, context).flops_per_token["plain"] if teacher else 0)
 
 

@@ -47,11 +47,11 @@ class Objective:
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
     frozen: bool = False
-    """Train only the LoRA on the head."""
+    """Train only what exits before the last have for themselves: a LoRA on the head, translators."""
 
     def should_train(self, name: str) -> bool:
-        """Decide by its name if a parameter is trained; the LoRA on the head is if exits before the last are."""
-        if name.startswith("head_lora_"):
+        """Decide by its name if a parameter is trained; what exits have for themselves is if they are."""
+        if name.startswith(("head_lora_", "exit_translator_")):
             return len(self.weights) > 1
         return not self.frozen
 
@@ -79,9 +79,9 @@ class Objective:
 
         def losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             lora = (model.head_lora_a, model.head_lora_b) if len(self.weights) > 1 else ()
-            exits = model.hidden_states(inputs, num_loops=run)[-len(weights) :]
+            exits = list(enumerate(model.hidden_states(inputs, num_loops=run)))[-len(weights) :]
             loss, parts = exit_losses(
-                [model.norm(state).flatten(0, 1) for state in exits],
+                [model.head_input(state, loop).flatten(0, 1) for loop, state in exits],
                 targets.flatten(),
                 Head(model.head_weight, *lora),
                 weights,

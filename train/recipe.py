@@ -233,13 +233,11 @@ class ExitsConfig:
         default="none",
     )
     head_lora_rank: int = field_doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
-    freeze: bool = field_doc("train the LoRA on the head only", default=False)
+    freeze: bool = field_doc("train the LoRA on the head only, and exit translators", default=False)
 
     def __post_init__(self) -> None:
         _check(self, "exits", "a positive number", lambda value: 0 < value < math.inf, "coefficient")
         _check(self, "exits", "0 or more", lambda value: value >= 0, "head_lora_rank")
-        if self.freeze and not self.head_lora_rank:
-            raise UserError("field 'exits.head_lora_rank': found 0; expected a positive rank with exits.freeze")
 
 
 class Recipe(Protocol):

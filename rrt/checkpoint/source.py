@@ -241,8 +241,8 @@ def load_model(
         The model in eval mode; `model(input_ids)` ([batch, T] int64) gives logits [batch, T, V].
 
     Raises:
-        UserError: the directory is not a usable checkpoint (see `open_source`), `num_loops` is out of range, or values
-            are not finite or do not fit `dtype`.
+        UserError: the directory is not a usable checkpoint (see `open_source`), `num_loops` is out of range or makes a
+            loop the last that exits through a translator, or values are not finite or do not fit `dtype`.
     """
     source = open_source(directory)
     if num_loops is not None:

@@ -118,8 +118,8 @@ class Decoder:
         """Apply the final norm and head to each row: [M, D] -> [M, V].
 
         Args:
-            loops: int32 [M], the loop after which each row exits; default the last. It matters only where the head
-                has a LoRA.
+            loops: int32 [M], the loop after which each row exits; default the last. It matters only where exits
+                have a LoRA on the head, or translators.
         """
         return self._head(x, loops)
 

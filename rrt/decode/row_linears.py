@@ -22,7 +22,7 @@ def should_pack_for_decode(weight: Tensor) -> bool:
 
 
 class RowHead:
-    """A model's final norm and head for rows at any loops; on the CPU with a packed copy of the head.
+    """A model's final norm, exit translators and head for rows at any loops; on the CPU with packed copies.
 
     Do not change the model while this object lives.
     """
@@ -31,19 +31,30 @@ class RowHead:
     def __init__(self, model: RecursiveTransformer) -> None:
         self._norm = model.norm
         lora_a = lora_b = None
-        rank, self._last = 0, 0
+        rank, self._last = 0, model.recursion.num_loops - 1
         if model.head_lora_a is not None and model.head_lora_b is not None:
             # The last loop's is zero.
             lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
-            rank, self._last = lora_a.shape[1], model.recursion.num_loops - 1
+            rank = lora_a.shape[1]
         self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[rank])
+        self._has_lora = rank > 0
+        self._translators: _RowLinear | None = None
+        if model.exit_translator_weight is not None and model.exit_translator_bias is not None:
+            # One below the other: every row goes through all of them, and keeps its loop's.
+            weight, bias = model.exit_translator_weight, model.exit_translator_bias
+            self._translators = _RowLinear(weight.flatten(0, 1), bias.flatten())
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
         """Compute logits: x [M, D] -> [M, V]. `loops` int32 [M]: after which each row exits; default the last."""
-        if loops is None or self._last == 0:
-            loops = torch.full((len(x),), self._last, dtype=torch.int32, device=x.device)
-        return self._linear(self._norm(x), loops)
+        normed, zeros = self._norm(x), torch.zeros(len(x), dtype=torch.int32, device=x.device)
+        if loops is None:
+            loops = torch.full_like(zeros, self._last)
+        elif self._translators is not None:
+            translated = self._translators(normed, zeros).unflatten(1, (self._last, -1))
+            chosen = loops.clamp(max=self._last - 1).long()[:, None, None].expand(-1, 1, x.shape[1])
+            normed = torch.where((loops < self._last)[:, None], translated.gather(1, chosen).squeeze(1), normed)
+        return self._linear(normed, loops if self._has_lora else zeros)
 
 
 class _RowLinear:

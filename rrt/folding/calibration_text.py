@@ -1,4 +1,4 @@
-"""Text that a conversion is calibrated on: token shards, or text that the base's tokenizer turns into tokens.
+"""Text that a conversion is calibrated on, or exits are fitted on: token shards, or text to be turned into tokens.
 
 Documents follow each other, each with BOS and EOS as in training, and are cut into rows. Where texts begin with BOS, so
 does every row, in place of the token before its first target, as in training and evaluation: heads rest on the first
@@ -6,7 +6,8 @@ token of a text, and a base that has never seen a text without BOS does otherwis
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,43 @@ from rrt.errors import UserError
 _TEXTS_AT_ONCE = 64
 
 
-def calibration_rows(paths: Sequence[str], num_tokens: int, context: int, tokenizer: Tokenizer | None) -> Tensor:
+@dataclass(frozen=True)
+class CalibrationText:
+    """What is read as calibration text.
+
+    Attributes:
+        paths: directories of token shards of the model's tokenizer, or text as :mod:`rrt.data.corpus` reads it.
+        num_tokens: of the text, rounded up to whole rows.
+        context: tokens of a row.
+    """
+
+    paths: tuple[str, ...]
+    num_tokens: int = 32768
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 1), ("context", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"calibration: {name}: found {getattr(self, name)}; expected {least} or more")
+
+
+def calibration_rows(text: CalibrationText, tokenizer: Tokenizer | None, longest: int) -> Tensor:
     """Read int64 [rows, context + 1] of the calibration text: inputs, and their next tokens as labels.
 
     Every path gives an equal share. Of token shards rows are taken at even intervals from their training split; of text
     the first documents.
 
     Args:
-        paths: directories of token shards, or text as :mod:`rrt.data.corpus` reads it.
-        num_tokens: inputs in all rows, rounded up to whole rows.
         tokenizer: the base's.
+        longest: context that the base can read, in tokens.
 
     Raises:
-        UserError: a path that cannot be read, shards of another tokenizer, text without a tokenizer, or too little of
-            it.
+        UserError: a path that cannot be read, shards of another tokenizer, text without a tokenizer, too little of it,
+            or rows that are too long.
     """
+    paths, num_tokens, context = text.paths, text.num_tokens, text.context
+    if context > longest:
+        raise UserError(f"--calibration-context: found {context}; expected at most {longest}, the base's")
     num_rows = -(-num_tokens // context)
     if num_rows < len(paths):
         raise UserError(

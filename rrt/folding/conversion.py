@@ -26,7 +26,7 @@ from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
 from rrt.folding.calibration import CalibrationMetric
-from rrt.folding.calibration_text import calibration_rows
+from rrt.folding.calibration_text import CalibrationText, calibration_rows
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
 from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
@@ -39,13 +39,10 @@ from rrt.model.transformer import Layer
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
+class CalibrationOptions(CalibrationText):
     """What a calibrated conversion is asked for.
 
     Attributes:
-        paths: directories of token shards of the base's tokenizer, or text as :mod:`rrt.data.corpus` reads it.
-        num_tokens: of the text, rounded up to whole rows.
-        context: tokens of a row.
         metric: see :mod:`rrt.folding.calibration`.
         refit: refit the LoRAs depth by depth after the joint fit.
         align: align the feed-forward neurons of depths that share a layer before the joint fit.
@@ -54,19 +51,11 @@ class CalibrationOptions:
         device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
     """
 
-    paths: tuple[str, ...]
-    num_tokens: int = 32768
-    context: int = 512
     metric: CalibrationMetric = "both"
     refit: bool = True
     align: bool = True
     memory: int | None = None
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_tokens", 1), ("context", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"calibration: {name}: found {getattr(self, name)}; expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -312,7 +301,7 @@ def _check_offered(recursion: RecursiveConfig, keep_layers: int | None) -> None:
                 raise UserError(
                     f"field '{field.name}': found {found}; expected {expected} with keep_layers: layers are kept as is"
                 )
-    for name in ("head_lora_rank", "exit_loops"):
+    for name in ("head_lora_rank", "exit_translators", "exit_loops"):
         if getattr(recursion, name) != getattr(default, name):
             raise UserError(
                 f"field '{name}': found {getattr(recursion, name)}; expected {getattr(default, name)}: "
@@ -371,12 +360,8 @@ def _open_calibration(
     options: CalibrationOptions, model: ModelConfig, tokenizer: Tokenizer | None, out: Path
 ) -> Calibration:
     """Read the text, and choose a device and how much memory to take."""
-    if options.context > model.context_length:
-        raise UserError(
-            f"--calibration-context: found {options.context}; expected at most {model.context_length}, the base's"
-        )
     device = pick_device(options.device)
-    rows = calibration_rows(options.paths, options.num_tokens, options.context, tokenizer)
+    rows = calibration_rows(options, tokenizer, model.context_length)
     memory = options.memory
     if memory is None:
         memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2

@@ -1,8 +1,8 @@
 """Unrolling of a checkpoint into an ordinary Hugging Face directory.
 
 Depth l gets the weight W' + B_l A_l and its own copy of the norms and biases, so the exported model is as
-large as the base. A vanilla checkpoint keeps its tensors bit for bit. The LoRA on the head of a model with early
-exits is left out: the last loop, which is what the export computes, does without it.
+large as the base. A vanilla checkpoint keeps its tensors bit for bit. What early exits have for themselves, a LoRA on
+the head or translators, is left out: the last loop, which is what the export computes, does without it.
 """
 
 from collections.abc import Iterator
@@ -57,6 +57,8 @@ def prepare_export(
     notices: tuple[str, ...] = () if tokenizer else (f"{checkpoint} has no tokenizer; the export will have none",)
     if source.recursion.head_lora_rank:
         notices += ("the LoRA on the head is left out: only exits before the last loop use it",)
+    if source.recursion.exit_translators:
+        notices += ("exit translators are left out: only exits before the last loop use them",)
     dtype = dtype or source.dtype
     after = model_sizes(source.model, RecursiveConfig(), dtype)
     return PreparedExport(source, out, dtype, overwrite, after, tokenizer, notices)

@@ -253,8 +253,14 @@ class RecursiveConfig:
     )
     untie_norms: bool = field_doc("norms and biases of the block's layers per depth", default=False)
     prefix_length: int = field_doc("trainable prefix vectors per depth", default=0)
-    exit_loops: tuple[int, ...] = field_doc("loops (from 0) before the last that were trained to exit", default=())
+    exit_loops: tuple[int, ...] = field_doc(
+        "loops (from 0) before the last that were trained, or fitted, to exit", default=()
+    )
     head_lora_rank: int = field_doc("rank of the LoRAs on the head, one for each loop before the last", default=0)
+    exit_translators: bool = field_doc(
+        "each loop before the last exits through an affine map that predicts the last loop's normalised state",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         _require_positive(self, ("num_loops",))
@@ -265,13 +271,15 @@ class RecursiveConfig:
                 )
         if self.head_lora_rank and self.num_loops == 1:
             raise UserError(f"field 'head_lora_rank': found {self.head_lora_rank}; expected 0 for num_loops = 1")
+        if self.exit_translators and self.num_loops == 1:
+            raise UserError("field 'exit_translators': found true; expected false for num_loops = 1")
         for loop in self.exit_loops:
             if not 0 <= loop < self.num_loops - 1:
                 raise UserError(f"field 'exit_loops': found {loop}; expected loops in [0, {self.num_loops - 1})")
         if self.low_rank_only and self.num_loops > 1:
             raise UserError(f"field 'num_loops': found {self.num_loops}; expected 1 with low_rank_only")
         if not self.runs_whole_loops:
-            for name in ("exit_loops", "head_lora_rank"):
+            for name in ("exit_loops", "head_lora_rank", "exit_translators"):
                 if getattr(self, name):
                     self.require_whole_loops(f"field '{name}': found {getattr(self, name)}")
 

@@ -44,7 +44,7 @@ def first_loops(
         where: names the model in errors.
 
     Raises:
-        UserError: it has fewer loops.
+        UserError: it has fewer loops, or the loop that would be the last exits through a translator.
     """
     trained = recursion.num_loops
     if not 1 <= num_loops <= trained:
@@ -53,6 +53,11 @@ def first_loops(
     if num_loops == trained:
         return model, recursion
     recursion.require_whole_loops(f"num_loops: found {num_loops}; {where} has {trained}")
+    if recursion.exit_translators:
+        raise UserError(
+            f"num_loops: found {num_loops}; {where} has {trained} and exit translators, which a last loop cannot have: "
+            f"expected {trained}"
+        )
     exits = tuple(loop for loop in recursion.exit_loops if loop < num_loops - 1)
     model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)
     if not recursion.head_lora_rank:

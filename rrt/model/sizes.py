@@ -38,6 +38,7 @@ class Sizes:
         shared_params: linears of the shared block, each counted once, with their tied biases.
         lora_params: A and B of all loops, those on the head included.
         prefix_params: prefix vectors of all depths.
+        translator_params: maps and their biases that exits before the last loop go through.
         norm_params: all norms, the final one included, and biases of linears where they are kept per depth.
         non_embedding_params: everything but `embedding_params`; the paper's measure.
         bytes: of all parameters in `dtype`.
@@ -55,6 +56,7 @@ class Sizes:
     shared_params: int
     lora_params: int
     prefix_params: int
+    translator_params: int
     norm_params: int
     non_embedding_params: int
     total_params: int
@@ -81,7 +83,7 @@ def model_sizes(
     if context < 1:
         raise UserError(f"context: found {context}; expected a positive number of positions")
     meta = meta_model(model, recursion)
-    counts = dict.fromkeys(("embedding", "shared", "lora", "prefix", "norm"), 0)
+    counts = dict.fromkeys(("embedding", "shared", "lora", "prefix", "translator", "norm"), 0)
     for name, parameter in meta.named_parameters():
         counts[_kind(name, parameter)] += parameter.numel()
     total = sum(counts.values())
@@ -176,6 +178,8 @@ def _kind(name: str, parameter: torch.nn.Parameter) -> str:
         return "lora"
     if leaf == "prefix":
         return "prefix"
+    if leaf.startswith("exit_translator_"):
+        return "translator"
     is_untied_bias = leaf == "bias" and parameter.dim() == 2
     return "norm" if "norm" in name or is_untied_bias else "shared"
 

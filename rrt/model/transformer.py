@@ -315,6 +315,10 @@ class RecursiveTransformer(nn.Module):
         early = recursion.num_loops - 1
         self.head_lora_a = nn.Parameter(torch.empty(early, rank, config.hidden_size)) if rank else None
         self.head_lora_b = nn.Parameter(torch.empty(early, config.vocab_size, rank)) if rank else None
+        # [B-1, D, D] and [B-1, D]
+        width, translates = config.hidden_size, recursion.exit_translators
+        self.exit_translator_weight = nn.Parameter(torch.empty(early, width, width)) if translates else None
+        self.exit_translator_bias = nn.Parameter(torch.empty(early, width)) if translates else None
 
     def forward(
         self,
@@ -331,7 +335,7 @@ class RecursiveTransformer(nn.Module):
             positions, seen_until: int64 and int32 [batch, T], both or neither, for several texts packed into one row;
                 those that begin alike come after what they share. `positions` are those in the unpacked texts, and
                 `seen_until` the index of the first token after each that does not see it.
-            exit_loop: exit after this loop, in [0, B), through the shared norm and head; default the last.
+            exit_loop: exit after this loop, in [0, B), as `logits` says; default the last.
 
         Returns:
             [batch, T, V] in the parameters' dtype.
@@ -384,14 +388,30 @@ class RecursiveTransformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, loop: int | None = None) -> Tensor:
-        """Apply the final norm and the head, with its LoRA for an exit after `loop` (default the last): -> [..., V]."""
-        normed = self.norm(hidden)
+        """Apply the final norm and the head, with what an exit after `loop` (default the last) has: -> [..., V].
+
+        An exit before the last may have a translator, see `head_input`, and a LoRA on the head.
+        """
+        normed = self.head_input(hidden, loop)
         logits = precision.upcasting_linear(normed, self.head_weight)
-        if self.head_lora_a is None or self.head_lora_b is None or loop in (None, self.recursion.num_loops - 1):
+        if self.head_lora_a is None or self.head_lora_b is None or self._is_last(loop):
             return logits
         return logits + precision.upcasting_linear(
             precision.upcasting_linear(normed, self.head_lora_a[loop]), self.head_lora_b[loop]
         )
+
+    def head_input(self, hidden: Tensor, loop: int | None = None) -> Tensor:
+        """Compute what the head reads of the state after `loop` (default the last): [..., D] -> [..., D].
+
+        That is norm(h), or of an exit with a translator T_b norm(h) + c_b, which predicts norm(h) of the last loop.
+        """
+        normed = self.norm(hidden)
+        if self.exit_translator_weight is None or self.exit_translator_bias is None or self._is_last(loop):
+            return normed
+        return precision.upcasting_linear(normed, self.exit_translator_weight[loop], self.exit_translator_bias[loop])
+
+    def _is_last(self, loop: int | None) -> bool:
+        return loop is None or loop == self.recursion.num_loops - 1
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -442,14 +462,17 @@ class RecursiveTransformer(nn.Module):
 
         Linears get a standard deviation of 1/sqrt(D) (0.022 at D = 2048), those that write to the residual stream
         1/sqrt(2 L D), the head 0.02. An embedding that is not the head gets 1, so that a token's own vector is not
-        drowned by the outputs of the first layers (a small model learns several times slower at 0.02).
+        drowned by the outputs of the first layers (a small model learns several times slower at 0.02). Exit translators
+        begin as the identity.
         """
         generator = torch.Generator(device=self.embed.device).manual_seed(seed)
         width, depth = self.config.hidden_size, self.config.num_layers
         for name, parameter in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
-            if leaf in ("bias", "lora_b", "head_lora_b"):
+            if leaf in ("bias", "lora_b", "head_lora_b", "exit_translator_bias"):
                 parameter.zero_()
+            elif leaf == "exit_translator_weight":
+                parameter.copy_(torch.eye(width).expand_as(parameter))
             elif "norm" in name:
                 parameter.fill_(0.0 if self.config.norm_type == "rmsnorm_1p" else 1.0)
             elif leaf in ("embed", "head"):

@@ -169,10 +169,12 @@ class Engine:
         if not heads:
             return []
         device = self._states.device
-        loops = send(torch.tensor([head.loop for head in heads], dtype=torch.int32), device)
         slots = send(torch.tensor([head.slot for head in heads]), device)
+        early, loops = self._early_rows(heads), None
+        if early.stop > early.start:
+            loops = send(torch.tensor([head.loop for head in heads], dtype=torch.int32), device)
         logits = self.decoder.logits(self._states[slots], loops)
-        best, largest, scores = self._reduce(logits, self._early_rows(heads))
+        best, largest, scores = self._reduce(logits, early)
         # A draft that is no number is none; what counts is the last loop.
         last = self.decoder.cache.num_loops - 1
         counts = [head.loop == last or not self.policy.is_exact for head in heads]

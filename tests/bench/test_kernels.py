@@ -34,7 +34,7 @@ from bench.linear_variants import (
     projections,
 )
 from bench.overhead_cases import measure_call, measure_planning
-from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, speedup
+from bench.timing import Rates, Timer, Variant, copies_beyond_cache, last_level_cache_bytes, median_interval, speedup
 from rrt import ops
 from rrt.checkpoint.hf_config import model_config_from_hf
 from rrt.checkpoint.presets import PRESETS, preset
@@ -502,6 +502,14 @@ def test_tiles_of_a_sweep_are_forced_for_their_shape_and_rows_only(tmp_path, mon
 
 def test_speedup_is_the_median_of_the_rounds():
     assert speedup({"ours": [1.0, 2.0, 1.0], "base": [3.0, 2.0, 9.0]}, "ours", "base") == 3.0
+
+
+def test_interval_of_a_median_by_ranks():
+    # Of six values the median lies outside all of them with 2 * (1/2)^6 = 3.1 %; of five with 6.2 %.
+    assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    # Of nine the next to outermost two do: 2 * (1 + 9) / 2^9 = 3.9 %, the next 2 * 46 / 2^9 = 18 %.
+    assert median_interval([float(n) for n in range(9)]) == (1.0, 7.0)
 
 
 def test_rates_are_the_best_of_several_ways():

@@ -4,6 +4,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from bench.serving_variants import (
     token_ids,
 )
 from rrt.checkpoint.presets import PRESETS
+from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.model.config import LoraRanks, RecursiveConfig
@@ -98,12 +100,25 @@ def test_rows_and_head_rows_are_counted_for_each_token_after_the_first():
 
 
 def test_the_bound_counts_passes_of_block_and_head():
-    parts = PassSeconds(block=1.0, mixed=2.0, head=0.0)
-    assert parts.bound(2, 1, in_step=True) == 1.0 and parts.bound(3, 3, in_step=False) == 1.0
-    assert PassSeconds(2.0, 2.0, 1.0).bound(2, 1.2, in_step=True) == pytest.approx(5.0 / (1.2 * 3.0))
+    parts = PassSeconds(block=1.0, mixed=2.0, drafted=2.0, skipped=2.0, head=0.0)
+    lossy = {"is_exact": False}
+    assert parts.bound(2, 1, 1, **lossy, in_step=True) == 1.0 and parts.bound(3, 3, 3, **lossy, in_step=False) == 1.0
+    parts = PassSeconds(2.0, 2.0, 2.0, 2.0, 1.0)
+    assert parts.bound(2, 1.2, 2.0, **lossy, in_step=True) == pytest.approx(5.0 / (1.2 * 3.0))
+
+
+def test_the_bound_of_one_request_counts_the_loops_of_its_drafts_or_of_what_it_skipped():
+    parts = PassSeconds(block=1.0, mixed=1.0, drafted=3.0, skipped=2.0, head=1.0)
+    # Four rows in two passes of three loops: half of the further rows that a pass could have.
+    assert parts.bound(3, 2, 4, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (2.0 + 1.0)))
+    assert parts.bound(3, 2, 4, is_exact=False, in_step=True) == pytest.approx(4.0 / (2 * (1.5 + 1.0)))
+    assert parts.bound(3, 2, 9, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (3.0 + 1.0)))
+
+
+@pytest.mark.parametrize("requests", [MIXED, Requests([[1, 2]], [3])], ids=["five", "one"])
+def test_parts_of_a_pass_are_timed_and_leave_no_pages(requests: Requests):
     decoder = plain_decoder()
-    parts = pass_seconds(decoder, MIXED, 2)
-    assert parts.block > 0 and parts.mixed > 0 and parts.head > 0
+    assert all(seconds > 0 for seconds in asdict(pass_seconds(decoder, requests, 2)).values())
     assert decoder.cache.num_used_pages == 0
 
 
@@ -186,6 +201,10 @@ def test_prompts_are_distinct_windows_of_more_than_the_documents_beginnings(tmp_
     prompts = make_prompts(tmp_path / "base", 300, 16)
     assert {len(prompt) for prompt in prompts} == {16} and len(set(map(tuple, prompts))) == 300
     assert make_prompts(tmp_path / "base", 5, 16) == prompts[:5]
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p\n" * 30)
+    own = make_prompts(tmp_path / "base", 3, 16, [str(text)])
+    assert len(own) == 3 and own[0] == load_tokenizer(tmp_path / "base").encode(text.read_text())[:16]
     with pytest.raises(UserError, match="prompts: found 0 of 10000000 tokens"):
         make_prompts(tmp_path / "base", 1, 10_000_000)
 

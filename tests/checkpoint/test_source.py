@@ -374,6 +374,15 @@ def test_fewer_loops_take_the_lora_of_their_exit_into_the_head(bases, family, tm
     assert torch.equal(plain(input_ids), model(input_ids))
 
 
+def test_fewer_loops_are_refused_where_the_last_of_them_has_a_translator(bases, tmp_path):
+    model = write_native(tmp_path / "checkpoint", bases["llama"], dict(num_loops=4, exit_translators=True))
+    assert_same_parameters(load_model(tmp_path / "checkpoint", num_loops=4), model)
+    assert refusal(tmp_path / "checkpoint", num_loops=2) == (
+        f"num_loops: found 2; {tmp_path / 'checkpoint'} has 4 and exit translators, which a last loop cannot have: "
+        "expected 4"
+    )
+
+
 @pytest.mark.parametrize("num_loops", [0, -1, 5])
 def test_loops_out_of_range_are_refused(bases, num_loops, tmp_path):
     write_native(tmp_path / "checkpoint", bases["llama"], RELAXED["relaxed"])

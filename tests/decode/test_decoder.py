@@ -118,14 +118,32 @@ def test_rows_of_several_loops_are_refused_where_loops_run_different_layers(fami
             assert torch.equal(decoder.block(x, plan), x)
 
 
-def test_each_row_exits_through_the_head_lora_of_its_loop():
-    model = make_model("gemma", "head-lora-3")
+@pytest.mark.parametrize("looped", ["head-lora-3", "translators-2", "translators-head-lora-3"])
+@pytest.mark.parametrize("family", ["gemma", "gpt_neox"])
+def test_each_row_exits_through_the_head_lora_and_the_translator_of_its_loop(family, looped):
+    model = make_model(family, looped)
+    last = model.recursion.num_loops - 1
     x = torch.randn(7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    loops = torch.tensor([0, 2, 1, 1, 0, 2, 2], dtype=torch.int32)
-    found = make_decoder(model).logits(x, loops)
+    loops = torch.tensor([0, 2, 1, 1, 0, 2, 2], dtype=torch.int32).clamp(max=last)
+    decoder = make_decoder(model)
+    found = decoder.logits(x, loops)
     expected = torch.stack([model.logits(row, loop) for row, loop in zip(x, loops.tolist(), strict=True)])
     assert_close(found, expected)
     assert (found[0] - model.logits(x[0])).abs().max() > 0.1
+    assert torch.equal(decoder.logits(x)[loops == last], found[loops == last])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("looped", ["translators-2", "translators-head-lora-3"])
+def test_logits_of_an_exit_are_bitwise_the_same_in_any_batch(native, set_threads, looped, dtype):
+    model = make_model("llama", looped, dtype)
+    set_threads(2)
+    decoder = make_decoder(model)
+    x = torch.randn(37, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
+    loops = (torch.arange(37) % model.recursion.num_loops).int()
+    together = decoder.logits(x, loops)
+    for chosen in ([0], [36], [2, 1], [5, 0, 13, 7], list(range(9, 36))):
+        assert torch.equal(decoder.logits(x[chosen], loops[chosen]), together[chosen])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

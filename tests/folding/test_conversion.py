@@ -608,6 +608,7 @@ def test_prefix_vectors_are_drawn_for_every_depth_and_by_the_seed(bases, tmp_pat
 def test_api_refuses_what_conversion_does_not_make(bases, tmp_path):
     for field, options in {
         "head_lora_rank": dict(head_lora_rank=4),
+        "exit_translators": dict(exit_translators=True, num_loops=2),
         "exit_loops": dict(exit_loops=(0,)),
         "lora_init": dict(lora_init="joint", init="average"),
         "init": dict(lora_init="joint", init="stepwise", rank=4),

@@ -126,6 +126,7 @@ def test_model_sizes_out_of_range_are_refused(change, message):
         ({"prefix_length": -1}, "field 'prefix_length': found -1; expected 0 or more"),
         ({"head_lora_rank": -2}, "field 'head_lora_rank': found -2; expected 0 or more"),
         ({"head_lora_rank": 2}, "field 'head_lora_rank': found 2; expected 0 for num_loops = 1"),
+        ({"exit_translators": True}, "field 'exit_translators': found true; expected false for num_loops = 1"),
         ({"num_loops": 2, "exit_loops": (1,)}, r"field 'exit_loops': found 1; expected loops in \[0, 1\)"),
     ],
 )
@@ -197,7 +198,7 @@ def test_depths_share_layers_in_a_cycle_in_sequence_or_back_and_forth():
     assert [layer for _, layer in three] == [0, 1, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("field", [dict(exit_loops=(0,)), dict(head_lora_rank=3)])
+@pytest.mark.parametrize("field", [dict(exit_loops=(0,)), dict(head_lora_rank=3), dict(exit_translators=True)])
 def test_sharing_in_sequence_is_refused_with_exits(field):
     with pytest.raises(UserError, match=rf"field '{next(iter(field))}': found .* with sharing 'sequence'"):
         RecursiveConfig(num_loops=2, sharing="sequence", **field)

@@ -127,11 +127,12 @@ def test_kinds_add_up_and_untied_norms_are_counted_per_depth():
     config = preset("gemma-2b")
     for untie_norms, norm_vectors in ((False, 2 * 9 + 1), (True, 2 * 18 + 1)):
         recursion = RecursiveConfig(
-            num_loops=2, lora_rank=LoraRanks.uniform(8), prefix_length=4, untie_norms=untie_norms
+            num_loops=2, lora_rank=LoraRanks.uniform(8), prefix_length=4, untie_norms=untie_norms, exit_translators=True
         )
         sizes = model_sizes(config, recursion, torch.float32)
-        kinds = (sizes.embedding_params, sizes.shared_params, sizes.lora_params, sizes.prefix_params, sizes.norm_params)
-        assert sum(kinds) == sizes.total_params == sizes.bytes // 4
+        kinds = ("embedding", "shared", "lora", "prefix", "translator", "norm")
+        assert sum(getattr(sizes, f"{kind}_params") for kind in kinds) == sizes.total_params == sizes.bytes // 4
+        assert sizes.translator_params == 2048 * 2048 + 2048
         assert sizes.norm_params == norm_vectors * 2048
     # 9 layers of q 2048 x 2048, k and v 256 x 2048, out 2048 x 2048, and three of 16384 x 2048.
     assert sizes.shared_params == 9 * 2048 * (2048 + 2 * 256 + 2048 + 3 * 16384)

@@ -267,6 +267,36 @@ def test_the_heads_lora_serves_the_loops_before_the_last():
     assert torch.equal(model(input_ids, exit_loop=1), model.logits(model.hidden_states(input_ids)[1], 1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma-mqa", "llama-gqa", "neox-parallel"])
+def test_an_exit_before_the_last_reads_its_translation_of_the_normed_state(name):
+    model = recursive_model(name, num_loops=4, head_lora_rank=2, exit_translators=True)
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    norm, weight, bias = model.norm, model.exit_translator_weight, model.exit_translator_bias
+    assert len(weight) == len(bias) == 3
+    states = model.hidden_states(input_ids)
+    gain = norm.weight + (model.config.norm_type == "rmsnorm_1p")
+    for loop, state in enumerate(states):
+        centred = state - state.mean(-1, keepdim=True) if norm.bias is not None else state
+        read = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * gain
+        read = read if norm.bias is None else read + norm.bias
+        lora = 0.0
+        if loop < 3:
+            read = torch.einsum("oi,bti->bto", weight[loop], read) + bias[loop]
+            lora = model.head_lora_b[loop] @ model.head_lora_a[loop]
+        torch.testing.assert_close(model(input_ids, exit_loop=loop), read @ (model.head_weight + lora).T)
+
+
+@torch.no_grad()
+def test_initial_translators_change_nothing():
+    plain, translated = (recursive_model(num_loops=4, exit_translators=flag) for flag in (False, True))
+    translated.init_weights(0)
+    plain.init_weights(0)
+    input_ids = torch.randint(0, 151, (2, 6), generator=torch.Generator().manual_seed(9))
+    for loop in range(4):
+        assert torch.equal(translated(input_ids, exit_loop=loop), plain(input_ids, exit_loop=loop))
+
+
 @pairwise(
     name=["gemma-mqa", "llama-gqa", "neox-parallel", "neox-sequential"],
     recursion=RELAXED,

@@ -28,7 +28,7 @@ def make_decoder(model, num_pages=400, page_size=4):
 
 # Rows cost nothing beside the weights, something, and everything.
 FREE, FAIR, DEAR = (PassCurve((1, 2), (1.0, 1.0 + row), (1.0, 1.0 + row), (0.1, 0.1 + row)) for row in (0.0, 0.1, 1.0))
-LOOPED = ["vanilla", "recursive-2", "relaxed-2", "relaxed-3-untied", "prefix-2", "head-lora-3"]
+LOOPED = ["vanilla", "recursive-2", "relaxed-2", "relaxed-3-untied", "prefix-2", "head-lora-3", "translators-2"]
 
 
 def random_prompts(count, seed=0, longest=12):
@@ -253,8 +253,22 @@ def exits_by_reference(model, prompt, exits, count, skipped_kv):
     return tokens
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_static_exit_says_what_its_translator_says(family):
+    model = make_model(family, "translators-head-lora-3")
+    prompt = random_prompts(1, seed=4)[0]
+    # Deferred loops leave all keys and values as they are at full depth.
+    engine = Engine(make_decoder(model), Static(1), skipped_kv="defer")
+    (tokens,), news = serve(engine, [prompt], [SamplingParams(max_new_tokens=8)])
+    assert [new.exit_loop for new in news[1:]] == [1] * 7
+    logits = [model(torch.tensor([prompt + tokens]), exit_loop=loop)[0, len(prompt) : -1] for loop in range(3)]
+    assert tokens[1:] == logits[1].argmax(-1).tolist()
+    assert tokens[1:] != logits[2].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("skipped_kv", ["propagate", "share", "defer"])
-@pytest.mark.parametrize("looped", ["relaxed-2", "relaxed-3-untied", "head-lora-3", "prefix-2"])
+@pytest.mark.parametrize("looped", ["relaxed-2", "relaxed-3-untied", "translators-head-lora-3", "prefix-2"])
 def test_replayed_exits_are_those_of_a_slow_reference(looped, skipped_kv):
     model = make_model("llama", looped)
     prompts = random_prompts(4, seed=5)

@@ -73,6 +73,7 @@ def checkpoints(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     kinds = {
         "two": (LLAMA, RecursiveConfig(num_loops=2, lora_rank=LORA)),
         "three": (LLAMA, RecursiveConfig(num_loops=3, lora_rank=LORA)),
+        "translated": (LLAMA, RecursiveConfig(num_loops=3, lora_rank=LORA, exit_translators=True)),
         "vanilla": (LLAMA, RecursiveConfig()),
         "sequence": (LLAMA, RecursiveConfig(num_loops=2, sharing="sequence")),
         "teacher": (WIDE, RecursiveConfig()),
@@ -278,11 +279,61 @@ def test_exits_with_a_lora_on_the_head_train_further(
     assert losses(tmp_path / "parts") == losses(tmp_path / "up")
 
 
-def test_exits_take_the_final_norm_once() -> None:
-    model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3)).double()
+def test_translators_train_along_and_uptraining_leaves_them_alone(
+    checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path
+) -> None:
+    start = checkpoints["translated"]
+    expected = train_plainly(
+        rrt.load_model(start).train(), data, lambda z, y, _: 0.1 * (ce(z[0], y) + ce(z[1], y)) + ce(z[2], y), None
+    )
+    train(flags(start, tmp_path / "run"))
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-4)
+    before, after = rrt.load_model(start), rrt.load_model(tmp_path / "run" / "final")
+    assert after.recursion.exit_translators and after.recursion.exit_loops == (0, 1)
+    for name in ("exit_translator_weight", "exit_translator_bias"):
+        assert (after.get_parameter(name) - before.get_parameter(name)).abs().amax(-1).min() > 1e-4
+    train(flags(start, tmp_path / "up"), uptrain.COMMAND)
+    uptrained = rrt.load_model(tmp_path / "up" / "final")
+    assert torch.equal(
+        uptrained.get_parameter("exit_translator_weight"), before.get_parameter("exit_translator_weight")
+    )
+    assert not torch.equal(uptrained.embed, before.embed)
+    with pytest.raises(UserError, match=r"found 2; .* has 3 and exit translators"):
+        train(flags(start, tmp_path / "short", checkpoint__num_loops=2), uptrain.COMMAND)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_of_a_frozen_model_translators_learn_alone_or_with_the_lora(
+    rank: int, checkpoints: dict[str, Path], flags: Flags, tmp_path: Path
+) -> None:
+    argv = flags(
+        checkpoints["translated"],
+        tmp_path / "run",
+        steps=12,
+        exits__freeze="true",
+        exits__head_lora_rank=rank,
+        optim__lr=0.02,
+        run__save_every=5,
+    )
+    run_on_two(train, argv)
+    before, after = rrt.load_model(checkpoints["translated"]), rrt.load_model(tmp_path / "run" / "final")
+    changed = {name for name, _ in after.named_parameters() if "exit_translator" in name or "head_lora" in name}
+    assert len(changed) == (4 if rank else 2)
+    for name, parameter in before.named_parameters():
+        assert torch.equal(parameter, after.get_parameter(name)) == (name not in changed), name
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    for loop in (0, 1):
+        assert last[f"cross_entropy_loop_{loop}"] < first[f"cross_entropy_loop_{loop}"] - 0.1
+
+
+@pytest.mark.parametrize("translates", [False, True])
+def test_exits_take_the_final_norm_once(translates: bool) -> None:
+    model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3, exit_translators=translates)).double()
     model.init_weights(0)
     with torch.no_grad():
         model.norm.weight.mul_(torch.linspace(0.5, 3.0, 32))
+        if model.exit_translator_weight is not None:
+            model.exit_translator_weight.add_(0.1 * torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1)))
     tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     objective = early_exit_objective(ExitsConfig(), DistillConfig(), 3)

@@ -69,6 +69,17 @@ def test_of_a_frozen_model_only_the_loras_on_the_head_have_a_backward() -> None:
     assert training_flops_per_token(TINY, lora, 64) == pytest.approx(3 * whole)  # the last loop has none
 
 
+def test_translators_add_a_map_an_exit_and_a_frozen_backward_goes_through_the_head() -> None:
+    plain, recursion = RecursiveConfig(num_loops=2), RecursiveConfig(num_loops=2, exit_translators=True)
+    exit_alone = training_flops_per_token(TINY, plain, 64, exits=(0,)) / 3
+    head, a_map = 2 * TINY.vocab_size * TINY.hidden_size, 2 * TINY.hidden_size**2
+    assert training_flops_per_token(TINY, recursion, 64, exits=(0,)) == pytest.approx(3 * (exit_alone + a_map))
+    frozen = training_flops_per_token(TINY, recursion, 64, exits=(0,), frozen=True)
+    assert frozen == pytest.approx(exit_alone + a_map + head + a_map)
+    last_alone = training_flops_per_token(TINY, plain, 64)
+    assert training_flops_per_token(TINY, recursion, 64) == last_alone
+
+
 def test_gemma_takes_about_six_flops_per_parameter_and_token() -> None:
     flops = training_flops_per_token(preset("gemma-2b"), RecursiveConfig(), 2048)
     assert flops == pytest.approx(6 * 2.506e9, rel=0.06)

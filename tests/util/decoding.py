@@ -32,6 +32,8 @@ LOOPED = {
     "relaxed-mixed-untied-3": RecursiveConfig(num_loops=3, lora_rank=MIXED_RANKS, untie_norms=True),
     "prefix-2": RecursiveConfig(num_loops=2, prefix_length=5),
     "head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5),
+    "translators-2": RecursiveConfig(num_loops=2, lora_rank=RANKS, exit_translators=True),
+    "translators-head-lora-3": RecursiveConfig(num_loops=3, head_lora_rank=5, exit_translators=True),
     "relaxed-prefix-untied-3": RecursiveConfig(num_loops=3, lora_rank=RANKS, untie_norms=True, prefix_length=8),
     "sequence-relaxed-prefix-untied-3": RecursiveConfig(
         num_loops=3, sharing="sequence", lora_rank=RANKS, untie_norms=True, prefix_length=8
