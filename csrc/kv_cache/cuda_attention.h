@@ -163,7 +163,7 @@ struct QueryVectors {
   static constexpr int kBatch = kOfThread < 4 ? kOfThread : 4;
 
   device::Vector own[kBatch], other[kBatch];  // `other`: what `own` is rotated with
-  int position[kBatch];
+  int position[kBatch] = {};
 
   // Of vectors first, first + THREADS, ...
   RRT_DEVICE void load(const CudaAttentionArgs& args, const QueryTile& tile, int first) {

@@ -80,8 +80,8 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
   // A thread's results. The loops of their tokens and the biases are loaded all at once, as early as they may be.
   constexpr int kResults = PARTS == kParts ? ceil_div<kThreads>(TOKENS * kColumnTileRows) : 0;
-  int loops[kResults + 1];
-  float biases[kResults + 1];
+  int loops[kResults + 1] = {};
+  float biases[kResults + 1] = {};
   const auto for_each_result = [&](auto f) {
 #pragma unroll
     for (int result = 0; result < kResults; ++result) {
