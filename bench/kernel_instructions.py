@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from operator import eq
@@ -75,16 +75,20 @@ class KernelCode:
     """What the machine code says of one kernel; counts and cycles are those of an iteration of its hot loop.
 
     Attributes:
-        entry_cycles: from the first instruction to the loop; to the end, if no loop has an mma.
+        entry_cycles: from the first instruction to the loop, or to the end if no loop has an mma. In a kernel that
+            waits for the one before at its begin, from there: by then it has been launched.
+        copy_cycles: likewise, to the first copy.
         exit_cycles: from the loop to the end, with all stores of a full tile.
         sums_cycles: the same, if it stores sums in float32 for a kernel that adds them.
         stalls: sum of stall counts; `cycles` waits for scoreboards, too.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
+        prefetches: instructions that ask the second-level cache for a line.
     """
 
     arch: str
     entry_cycles: int
+    copy_cycles: int
     exit_cycles: int
     sums_cycles: int
     instructions: int
@@ -96,6 +100,7 @@ class KernelCode:
     ldg: int
     bar: int
     triggers_early: int
+    prefetches: int
     name: str
 
 
@@ -222,13 +227,13 @@ class FlowGraph:
         self,
         begins: list[int],
         is_end: Callable[[int], bool],
-        wanted: Iterable[str],
+        wanted: Mapping[str, int],
         inside: Set[int] | None = None,
         rare: Set[int] = frozenset(),
     ) -> list[Instruction]:
         """Return the way with most of the wanted instructions that aren't rare, and of these with the least stalls.
 
-        [] if there is none.
+        `wanted` has how much each counts. [] if there is none.
         """
         best: dict[int, tuple[int, int, int]] = {}  # wanted, -stalls, next
         for node in self.order:
@@ -240,7 +245,7 @@ class FlowGraph:
             if ways:
                 count, stalls, to = max(ways)
                 one = self.code[node]
-                gain = one.weight if one.name in wanted and node not in rare else 0
+                gain = 0 if node in rare else wanted.get(one.name, 0) * one.weight
                 cost = max(1, one.stall) + (SECOND_LEVEL if one.name == "LDG" and not gain else 0)
                 best[node] = (count + gain, stalls - cost, to)
         path = []
@@ -262,7 +267,7 @@ def _hot_path(graph: FlowGraph) -> tuple[set[int], int, list[Instruction]]:
                 continue
             # What is in loops of its own happens between turns.
             rare = set().union(*(other for other, _, _ in loops if other < nodes))
-            path = graph.best_path([head], partial(eq, end), ("HMMA", "LDGSTS", "LDG"), nodes, rare)
+            path = graph.best_path([head], partial(eq, end), {"HMMA": 1, "LDGSTS": 1, "LDG": 1}, nodes, rare)
             if useful := sum(one.name in wanted for one in path):
                 ways.append((cycles_of(path, loads_from, 2) / useful, head, nodes, path))
         if ways:
@@ -277,15 +282,21 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     exits = {i for i, one in enumerate(code) if one.name == "EXIT"}
     counts = Counter(one.name for one in loop if not one.text.startswith("@!PT"))
     if counts["HMMA"]:
-        entry = graph.best_path([0], partial(eq, head), ("LDGSTS", "STS"))
+        entry = graph.best_path([0], partial(eq, head), {"LDGSTS": 1, "STS": 1})
         leaving = sorted({to for i in nodes for to in graph.next[i]} - nodes)
-        ends = [graph.best_path(leaving, exits.__contains__, ("STS", stores)) for stores in ("STG", "STG32")]
+        # Results pass through shared memory, sums of a row kernel do not.
+        wanted = ({"STS": 1, "STG": 1}, {"STG32": 1})
+        ends = [graph.best_path(leaving, exits.__contains__, stores) for stores in wanted]
     else:
-        entry, ends = graph.best_path([0], exits.__contains__, ("STG", "STG32")), [[], []]
+        entry, ends = graph.best_path([0], exits.__contains__, {"STG": 1, "STG32": 1}), [[], []]
+    copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), None)
+    waited = max((i for i, one in enumerate(entry[:copy]) if one.name == "ACQBULK"), default=0)
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
-        entry_cycles=cycles_of(entry, MEMORY),
+        # What adds finds what the kernel before has just written.
+        entry_cycles=cycles_of(entry[waited:], MEMORY if counts["HMMA"] else SECOND_LEVEL),
+        copy_cycles=cycles_of(entry[waited:copy], MEMORY) if copy else 0,
         exit_cycles=cycles_of(ends[0], SECOND_LEVEL),
         sums_cycles=cycles_of(ends[1], SECOND_LEVEL),
         instructions=len(loop),
@@ -297,6 +308,7 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         ldg=counts["LDG"],
         bar=counts["BAR"],
         triggers_early=int(any(one.name == "PREEXIT" for one in code[:wait])),
+        prefetches=sum(one.name == "CCTL" for one in code),
         name=name,
     )
 

@@ -6,13 +6,14 @@ as the slowest of these takes:
     issue    the turns of a warp: each its stall counts and waits or, where warps share a scheduler, what they issue,
              multiply and load from shared memory together; times the waves of thread blocks
     latency  the bytes of the busiest multiprocessor, which has no more than its rings under way (Little's law)
-    memory   bytes that come from memory, at its bandwidth
+    memory   bytes that come from memory or go there, at a copy's bandwidth
     cache    bytes that cross the second-level cache, which brings x to every thread block
     matmul   operations of prefill's products, at the best rate of any (clocks fall with the load)
 
 Shrink runs beside the product, which waits for it where the code does, in the better of its two orders
-(csrc/loop_lora/cuda_decode.h); between launches there are gaps. Constants have their source beside them. None has been
-measured with these kernels.
+(csrc/loop_lora/cuda_decode.h); between launches there are gaps. Constants have their source beside them: a datasheet,
+public measurements (gpu-benches: https://github.com/te42kyfo/gpu-benches, with the folder's name), or that they are
+assumed. None has been measured with these kernels.
 """
 
 import math
@@ -38,10 +39,8 @@ SHORT_PIECE, LONG_PIECE, MAX_SHORT_CONTEXT = 128, 256, 2048
 STEP_COLUMNS = 32
 """Columns of W, or ranks of B_l, of which a part has whole numbers."""
 
-MEMORY_SHARE = 0.92
-"""Of a copy's bandwidth, for reading by many blocks. Assumed."""
 LATENCY = 0.7e-6
-"""Seconds from a request to its bytes while memory is busy. Assumed: 500 idle cycles, and queues."""
+"""Seconds from a request to its bytes while memory is busy. Assumed: 650 idle cycles (gpu-benches), and queues."""
 WARP_CYCLES_OF_SHARED = 4
 """Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
 HMMA_FLOPS = 2 * 16 * 8 * 16
@@ -53,13 +52,18 @@ class Device:
 
     Attributes:
         hertz: boost clock for which the datasheet counts the tensor cores' FLOP/s.
-        copy: bandwidth of a copy. H200: measured; others: 85% and 90% of the datasheet's.
-        cache: bandwidth of the second-level cache. Assumed.
+        copy: bandwidth of a copy. H200: measured; others: 85% and 90% of the datasheet's. What only reads is as fast or
+            faster: 1.0 times on an A100, 1.14 times on an H100 and an H200 (gpu-benches: gpu-l2-cache and cuda-stream
+            against gpu-small-kernels); 1 is taken.
+        cache: bandwidth of the second-level cache, of 20 to 30 MB: 5.4 TB/s on an A100, 9.7 on an H200 (gpu-benches:
+            gpu-l2-cache), whose cache an H100 has too.
         matmul: best rate of a product in 16 bits. H200: measured; H100: the same chip; A100: 80% of the datasheet's.
         hmma_cycles: of a scheduler for one m16n8k16. A100: 1024 multiply-adds a cycle and multiprocessor (datasheet);
             H100: twice that, of which mma.sync reaches 63% (arXiv 2402.13499).
-        gap: from the end of a kernel until the next one works. Assumed.
-        trigger: the same, for one that was launched early and only waits. Assumed.
+        gap: from the end of a kernel until the next one works. In a graph of kernels that only scale 32 KB, one takes
+            1.34 us on an A100 and 2.25 on an H200 (gpu-benches: gpu-small-kernels); a load and a store are taken off.
+        launch: from the begin of a kernel that lets the next one start until that one works. Assumed: half of a gap.
+        trigger: from the end of a kernel to the next one, which was launched early and only waits. Assumed.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Device:
     matmul: float
     hmma_cycles: float
     gap: float
+    launch: float
     trigger: float
 
     @property
@@ -78,9 +83,9 @@ class Device:
         return self.arch != "sm_80"
 
 
-H200 = Device("h200", "sm_90a", 132, 1.83e9, 4.3e12, 5.5e12, 790e12, 6.4, gap=1e-6, trigger=0.5e-6)
+H200 = Device("h200", "sm_90a", 132, 1.83e9, 4.3e12, 9.7e12, 790e12, 6.4, gap=2e-6, launch=1e-6, trigger=0.5e-6)
 DEVICES = {
-    "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 3.9e12, 250e12, 8.0, gap=2e-6, trigger=2e-6),
+    "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 5.4e12, 250e12, 8.0, 1.1e-6, 1.1e-6, 1.1e-6),
     "h100": replace(H200, name="h100", copy=3.0e12),
     "h200": H200,
 }
@@ -159,30 +164,33 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch has to do: equal thread blocks, each of whose warps takes so many turns."""
+    """What a launch has to do in equal thread blocks."""
 
     blocks: int
     turns: float
+    """That the last warp takes to be done."""
     block_bytes: float
     """That a block brings into its multiprocessor."""
     memory_bytes: float
     """That the launch reads from memory and writes, each byte once."""
     flops: float = 0.0
+    mean_turns: float = 0.0
+    """Of all warps, if some have fewer."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a launch: before and after its stream, of the stream by each limit, and of a turn."""
+    """Seconds of a launch: before and after its stream, of the stream by each limit, and of the last turn."""
 
     begin: float
     end: float
     limits: dict[str, float]
-    turn: float
+    last_turn: float
 
     @property
     def stream(self) -> float:
         """The slowest limit; the last bytes take a turn more."""
-        return max(seconds + (0 if name == "issue" else self.turn) for name, seconds in self.limits.items())
+        return max(seconds + (0 if name == "issue" else self.last_turn) for name, seconds in self.limits.items())
 
     @property
     def bound(self) -> str:
@@ -199,24 +207,28 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     busiest = math.ceil(work.blocks / device.multiprocessors)
     resident = min(kernel.resources.blocks, busiest)
     warps_per_scheduler = max(1.0, resident * kernel.warps / 4)
-    turn = max(
-        code.cycles,
-        warps_per_scheduler * code.instructions,
-        warps_per_scheduler * code.hmma * device.hmma_cycles,
-        resident * kernel.warps * (code.lds + code.ldgsts) * WARP_CYCLES_OF_SHARED,
-    )
+    own = code.cycles / device.hertz
+
+    def beside_others(accesses: int) -> float:
+        """Return what the units that warps share take for a turn of each."""
+        issue = warps_per_scheduler * max(code.instructions, code.hmma * device.hmma_cycles)
+        return max(issue, resident * kernel.warps * accesses * WARP_CYCLES_OF_SHARED) / device.hertz
+
     waves = math.ceil(busiest / resident)
     under_way = resident * kernel.bytes_under_way
     limits = {
-        "issue": waves * work.turns * turn / device.hertz,
+        "issue": waves * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + code.ldgsts)),
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
-        "memory": work.memory_bytes / (MEMORY_SHARE * device.copy),
+        "memory": work.memory_bytes / device.copy,
         "cache": work.blocks * work.block_bytes / device.cache,
         "matmul": work.flops / device.matmul,
     }
     end = code.sums_cycles if stores_sums else code.exit_cycles
-    begin = max(LATENCY, code.entry_cycles / device.hertz)
-    return Times(begin, end / device.hertz, limits, turn / device.hertz if work.turns else 0.0)
+    begin = code.entry_cycles / device.hertz
+    if code.ldgsts:
+        begin = max(begin, code.copy_cycles / device.hertz + LATENCY)
+    # Nothing is fetched in the last turn.
+    return Times(begin, end / device.hertz, limits, max(own, beside_others(code.lds)) if work.turns else 0.0)
 
 
 @dataclass(frozen=True)
@@ -260,17 +272,19 @@ def decode_launch(
     parts = PARTS // slices if by_rows else 1  # of a warp
     # An mma takes 16 outputs x 16 columns for 8 tokens.
     turn_steps = kernel.code.hmma * 256 / (tokens / 8) / warp_outputs / STEP_COLUMNS
-    turns = parts * math.ceil(k / STEP_COLUMNS / PARTS / turn_steps)
-    for part in range(parts):
+    turns = []
+    for part in range(PARTS):
         # Every eighth step of B_l is of the part.
         steps = max(0, math.ceil((math.ceil(rank / STEP_COLUMNS) - part) / PARTS))
-        turns += loops * math.ceil(steps / turn_steps)
+        turns.append(math.ceil(k / STEP_COLUMNS / PARTS / turn_steps) + loops * math.ceil(steps / turn_steps))
     rows, ranks = min(m, tokens), loops * rank
     block_bytes = BYTES_PER_ELEMENT * (outputs + rows) * (k + ranks) / slices
     if slices > 1:
         block_bytes += 4 * parts * outputs * rows
-    memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * k)
-    work = Work(math.ceil(n / outputs) * math.ceil(m / tokens) * slices, turns, block_bytes, memory_bytes)
+    memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * (k + n))
+    blocks = math.ceil(n / outputs) * math.ceil(m / tokens) * slices
+    mean_turns = sum(turns) / PARTS * parts
+    work = Work(blocks, sum(turns[:parts]), block_bytes, memory_bytes, mean_turns=mean_turns)
     return work, launch_times(device, kernel, work, slices > 1)
 
 
@@ -351,21 +365,22 @@ def predict_linear(
     ranks = sum(projection.ranks(rank))
     shrink = predict_shrink(device, tables, ranks, k, m, loops, next_gap) if rank > 0 else 0.0
     if device.has_dependent_launch and product.code.triggers_early:
+        # Both read from memory at once.
+        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
+        memory = times.limits["memory"] + a_bytes / device.copy
+        stream = replace(times, limits={**times.limits, "memory": memory}).stream
         # Early: the ring fills with W while the kernel before ends and shrink runs; then x comes, and the rest streams.
         waited = shrink + device.trigger if rank > 0 else 0.0
         resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
         filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
         others = max(seconds for name, seconds in times.limits.items() if name != "issue")
         idle = device.trigger + waited
-        rest = max(times.limits["issue"], others * (1 - filled) + times.turn, times.begin + times.stream - idle)
+        rest = max(times.limits["issue"], others * (1 - filled) + times.last_turn, times.begin + stream - idle)
         x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
-        # Late: both read from memory at once, until a block needs T.
-        a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
-        memory = times.limits["memory"] + a_bytes / (MEMORY_SHARE * device.copy)
-        stream = replace(times, limits={**times.limits, "memory": memory}).stream
+        # Late: they run side by side, until a block needs T.
         needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
-        late = {"gap": device.gap + device.trigger, "begin": times.begin, "stream": stream}
+        late = {"gap": device.trigger + device.launch, "begin": times.begin, "stream": stream}
         late["shrink"] = max(0.0, shrink - needed)
         terms |= min((early, late) if rank > 0 else (early,), key=lambda order: sum(order.values()))
     elif rank > 0:
@@ -435,11 +450,22 @@ def predict_attention(
         blocks = count * spec.num_kv_heads * math.ceil(queries * group / 16 / row_tiles / kernel.warps)
         seen = context - queries // 2
         work = Work(blocks, math.ceil(seen / slots), seen * slot_bytes, memory_bytes)
-    times = launch_times(device, kernel, work, pieces > 1)
-    terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": 0.0}
+    # In a row of decodes, each lets the next one start once it has waited, or its combining does.
+    gap, combine_seconds = device.trigger if kind == "decode" else device.gap, 0.0
     if pieces > 1:
         combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
         turns = 1 + math.ceil(pieces / 16)  # the largest scores first; then four pieces of each of four warps
         combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
-        terms["combine"] = device.trigger + launch_times(device, combine, combined).total
+        combine_seconds = device.trigger + launch_times(device, combine, combined).total
+        if not combine.code.triggers_early:
+            gap = device.gap
+    times = launch_times(device, kernel, work)
+    if kernel.code.prefetches and device.has_dependent_launch:
+        # The keys of every warp's first turn come to the cache meanwhile. Hints find their pages as fast as copies do
+        # after the wait, so memory works for so much longer: from the launch, which combining makes, to the wait's end.
+        blocks = min(work.blocks, device.multiprocessors * kernel.resources.blocks)
+        first_keys = blocks * kernel.warps * 16 * slot_bytes / 2
+        ahead = min(first_keys / device.copy, max(0.0, combine_seconds + gap - device.launch))
+        times = replace(times, limits={**times.limits, "memory": times.limits["memory"] - ahead})
+    terms = {"gap": gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": combine_seconds}
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)

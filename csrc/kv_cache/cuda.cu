@@ -171,6 +171,8 @@ const char* attention_cuda(const CudaAttentionParams& call, int device, void* ra
   args.max_pages = p.page_size == 0 ? 0 : static_cast<int>(call.max_pages);
   args.pieces = static_cast<int>(pieces_of(call));
   args.vector_queries = has_vector_queries(args);
+  static const bool prefetches = cuda::is_switched_on("RRT_PREFETCH");
+  args.prefetches = prefetches && cuda::has_dependent_launch();
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {

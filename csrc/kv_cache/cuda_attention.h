@@ -63,7 +63,8 @@ struct CudaAttentionArgs {
   Divisor group;  // query heads per key/value head
   Divisor page_size;
   int num_pages, max_pages;
-  int pieces;  // decode: that the block tables have room for
+  int pieces;       // decode: that the block tables have room for
+  bool prefetches;  // decode: keys, before the kernels before this one have ended
   int tiles;   // prefill: of query rows, at least as many as there are
 };
 
@@ -109,9 +110,11 @@ RRT_DEVICE const int32_t* block_table(const CudaAttentionArgs& args, int sequenc
 }
 
 // The page that a sequence's block table has for a slot; -1 if the table is shorter.
+template <bool HINT = false>
 RRT_DEVICE int load_page(const CudaAttentionArgs& args, const int32_t* table, int slot) {
   const int column = args.page_size.divide(slot);
-  return column < args.max_pages ? device::load_global(table + column) : -1;
+  if (column >= args.max_pages) return -1;
+  return HINT ? device::load_hint(table + column) : device::load_global(table + column);
 }
 
 // The number in the cache of a slot on this page; -1 if there is no such page.
@@ -141,73 +144,67 @@ RRT_DEVICE T value_of(const device::Vector& vector, int i) {
   return values[i];
 }
 
-// Fills `to` [ROWS, kRowStride] with a tile's queries, rotated, and zeros beyond its rows; a barrier must follow.
+RRT_DEVICE device::Vector load_vector(const void* from) {
+  return device::load_global(static_cast<const device::Vector*>(from));
+}
+
+// A row of a tile's queries.
+template <class Storage>
+RRT_DEVICE const Storage* query_head(const CudaAttentionArgs& args, const QueryTile& tile, int row) {
+  return static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride + tile.head(row) * args.q_head_stride;
+}
+
+// A thread's vectors of a tile's queries, up to four, on their way to `to` [ROWS, kRowStride] in shared memory, where they
+// come rotated, with zeros beyond the tile's rows. load() and rotate() send out all their loads before one is waited for.
 template <class Half, int HEAD_DIM, int ROWS, int THREADS>
-RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to) {
+struct QueryVectors {
   using Storage = typename Half::Storage;
-  const int thread = device::thread_index();
-  const CudaRope& rope = args.rope;
-  const auto head_of = [&](int row) {
-    return static_cast<const Storage*>(args.q) + tile.token(row) * args.q_row_stride +
-           tile.head(row) * args.q_head_stride;
-  };
-  if (!args.vector_queries) {
-    for (int i = thread; i < ROWS * HEAD_DIM; i += THREADS) {
-      const int row = i / HEAD_DIM, column = i % HEAD_DIM;
-      float value = 0;
-      if (row < tile.rows) {
-        const Storage* head = head_of(row);
-        value = rotated<float>(rope, tile.token(row), column,
-                               [&](int k) { return Half::widen(device::load_global(head + k)); });
-      }
-      device::store_shared(to + row * kRowStride<HEAD_DIM> + column, Half::narrow(value));
-    }
-    return;
-  }
-  // Up to four vectors at a time, whose loads all go out before the first is waited for.
-  constexpr int kVectors = HEAD_DIM / 8, kOfThread = ceil_div<THREADS>(ROWS * kVectors);
-  constexpr int kBatch = kOfThread < 4 ? kOfThread : 4;
-  const auto load = [](const auto* from) { return device::load_global(reinterpret_cast<const device::Vector*>(from)); };
-  const bool rotates = rope.positions != nullptr;
-  const int half = rope.rotary_dim / 2;
-  for (int first = thread; first < ROWS * kVectors; first += kBatch * THREADS) {
-    device::Vector own[kBatch], other[kBatch], cosines[kBatch][2], sines[kBatch][2];
-    int row[kBatch], column[kBatch], position[kBatch];
+  static constexpr int kVectors = HEAD_DIM / 8, kOfThread = ceil_div<THREADS>(ROWS * kVectors);
+  static constexpr int kBatch = kOfThread < 4 ? kOfThread : 4;
+
+  device::Vector own[kBatch], other[kBatch];  // `other`: what `own` is rotated with
+  int position[kBatch] = {};
+
+  // Of vectors first, first + THREADS, ...
+  RRT_DEVICE void load(const CudaAttentionArgs& args, const QueryTile& tile, int first) {
+    const int half = args.rope.rotary_dim / 2;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * THREADS;
-      row[j] = i / kVectors;
-      column[j] = i % kVectors * 8;
-      const int read_row = row[j] < tile.rows ? row[j] : 0;
-      const Storage* head = head_of(read_row);
-      own[j] = load(head + column[j]);
-      if (rotates) {
-        const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
-        other[j] = load(head + (!is_rotated ? 0 : is_low ? column[j] + half : column[j] - half));
-        position[j] = device::load_global(rope.positions + tile.token(read_row));
-      }
+      const int row = row_of(first, j), column = column_of(first, j), read_row = row < tile.rows ? row : 0;
+      const Storage* head = query_head<Storage>(args, tile, read_row);
+      own[j] = load_vector(head + column);
+      if (args.rope.positions == nullptr) continue;
+      const bool is_rotated = column < args.rope.rotary_dim;
+      other[j] = load_vector(head + (!is_rotated ? 0 : column < half ? column + half : column - half));
+      position[j] = device::load_global(args.rope.positions + tile.token(read_row));
     }
+  }
+
+  RRT_DEVICE void rotate(const CudaAttentionArgs& args, const QueryTile& tile, int first, Storage* to) const {
+    const CudaRope& rope = args.rope;
+    const bool rotates = rope.positions != nullptr;
+    const int half = rope.rotary_dim / 2;
+    device::Vector cosines[kBatch][2], sines[kBatch][2];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (!rotates) continue;
-      const bool is_rotated = column[j] < rope.rotary_dim, is_low = column[j] < half;
-      const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
+      const int column = column_of(first, j);
       const float* angles = static_cast<const float*>(rope.cos_sin) +
-                            static_cast<int64_t>(is_valid ? position[j] : 0) * rope.rotary_dim +
-                            (!is_rotated ? 0 : is_low ? column[j] : column[j] - half);
+                            static_cast<int64_t>(is_valid(rope, j) ? position[j] : 0) * rope.rotary_dim +
+                            (column >= rope.rotary_dim ? 0 : column < half ? column : column - half);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        cosines[j][k] = load(angles + 4 * k);
-        sines[j][k] = load(angles + half + 4 * k);
+        cosines[j][k] = load_vector(angles + 4 * k);
+        sines[j][k] = load_vector(angles + half + 4 * k);
       }
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (row[j] >= ROWS) continue;
+      const int row = row_of(first, j), column = column_of(first, j);
+      if (row >= ROWS) continue;
       device::Vector vector = own[j];
-      if (rotates && column[j] < rope.rotary_dim) {
-        const bool is_valid = position[j] >= 0 && position[j] < rope.max_positions;
-        const float sign = column[j] < half ? -1.0f : 1.0f;
+      if (rotates && column < rope.rotary_dim) {
+        const float sign = column < half ? -1.0f : 1.0f;
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -215,14 +212,48 @@ RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& til
           const float sine = value_of<float>(sines[j][k / 4], k % 4);
           values[k] = Half::widen(value_of<Storage>(own[j], k)) * cosine +
                       sign * Half::widen(value_of<Storage>(other[j], k)) * sine;
-          if (!is_valid) values[k] = NAN;
+          if (!is_valid(rope, j)) values[k] = NAN;
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) vector.word[k] = Half::pair(values[2 * k], values[2 * k + 1]);
       }
-      if (row[j] >= tile.rows) vector = {};
-      device::store_shared(reinterpret_cast<device::Vector*>(to + row[j] * kRowStride<HEAD_DIM> + column[j]), vector);
+      if (row >= tile.rows) vector = {};
+      device::store_shared(reinterpret_cast<device::Vector*>(to + row * kRowStride<HEAD_DIM> + column), vector);
     }
+  }
+
+ private:
+  RRT_DEVICE static int row_of(int first, int j) { return (first + j * THREADS) / kVectors; }
+  RRT_DEVICE static int column_of(int first, int j) { return (first + j * THREADS) % kVectors * 8; }
+  RRT_DEVICE bool is_valid(const CudaRope& rope, int j) const {
+    return position[j] >= 0 && position[j] < rope.max_positions;
+  }
+};
+
+// The same one element at a time, for queries that lie in no vectors.
+template <class Half, int HEAD_DIM, int ROWS, int THREADS>
+RRT_DEVICE void load_query_elements(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to) {
+  for (int i = device::thread_index(); i < ROWS * HEAD_DIM; i += THREADS) {
+    const int row = i / HEAD_DIM, column = i % HEAD_DIM;
+    float value = 0;
+    if (row < tile.rows) {
+      const auto* head = query_head<typename Half::Storage>(args, tile, row);
+      value = rotated<float>(args.rope, tile.token(row), column,
+                             [&](int k) { return Half::widen(device::load_global(head + k)); });
+    }
+    device::store_shared(to + row * kRowStride<HEAD_DIM> + column, Half::narrow(value));
+  }
+}
+
+// Fills `to` with a tile's queries; a barrier must follow.
+template <class Half, int HEAD_DIM, int ROWS, int THREADS>
+RRT_DEVICE void load_queries(const CudaAttentionArgs& args, const QueryTile& tile, typename Half::Storage* to) {
+  using Vectors = QueryVectors<Half, HEAD_DIM, ROWS, THREADS>;
+  if (!args.vector_queries) return load_query_elements<Half, HEAD_DIM, ROWS, THREADS>(args, tile, to);
+  for (int first = device::thread_index(); first < ROWS * Vectors::kVectors; first += Vectors::kBatch * THREADS) {
+    Vectors vectors;
+    vectors.load(args, tile, first);
+    vectors.rotate(args, tile, first, to);
   }
 }
 

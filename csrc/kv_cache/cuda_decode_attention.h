@@ -44,9 +44,34 @@ using DecodeInstances = TypeList<DecodeShared<64, 7>, DecodeShared<80, 6>, Decod
 
 // The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
 // pieces.
+template <bool HINT = false>
 RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
-  const int context = device::load_global(args.context_lens + row), room = args.max_pages * args.page_size.value;
+  const int32_t* of_row = args.context_lens + row;
+  const int context = HINT ? device::load_hint(of_row) : device::load_global(of_row);
+  const int room = args.max_pages * args.page_size.value;
   return context < room ? context : room;
+}
+
+// Asks the second-level cache for the keys of a warp's first turn while the kernels before this one may still run. What
+// it finds in the tables may be about to change: all is looked up again after the wait, and no result depends on it.
+template <class Storage, int HEAD_DIM>
+RRT_DEVICE void prefetch_first_keys(const CudaAttentionArgs& args, int row, int piece, int kv_head, int first_slot) {
+  const int32_t* table = block_table(args, row);
+  const int of_short = piece * kShortPiece + first_slot, of_long = piece * kLongPiece + first_slot;
+  const int page_of_short = load_page<true>(args, table, of_short), page_of_long = load_page<true>(args, table, of_long);
+  const int context = decode_context<true>(args, row);
+  const bool is_short = piece_slots(context) == kShortPiece;
+  const int slot = is_short ? of_short : of_long;
+  const auto number = slot_on<int64_t>(args, is_short ? page_of_short : page_of_long, slot);
+  if (slot >= context || number < 0) return;
+  const auto* key = static_cast<const Storage*>(args.k_cache) + (number * args.num_kv_heads + kv_head) * HEAD_DIM;
+  // Two lanes have the slot, and take every other line of it.
+  constexpr int kLineElements = 64;
+#pragma unroll
+  for (int first = 0; first < HEAD_DIM; first += 2 * kLineElements) {
+    const int column = first + device::thread_index() % 32 / kMmaSlots * kLineElements;
+    if (column < HEAD_DIM) device::prefetch_line(key + column);
+  }
 }
 
 // Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
@@ -58,21 +83,26 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const int tiles = ceil_div<kMmaRows>(args.group.value);
   const int kv_head = block.y / tiles, first = block.y % tiles * kMmaRows;
+  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;  // of the piece, that this lane looks up
+  if (args.prefetches) prefetch_first_keys<Storage, HEAD_DIM>(args, block.x, block.z, kv_head, first_slot);
   device::dependency_wait();
   device::launch_dependents();
   const int32_t* table = block_table(args, block.x);
-  // The first slot that this lane looks up, and both pages that it may have while the context's length is on its way.
-  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;
+  // Both pages that the first slot may be on, while the context's length is on its way.
   const int page_of_short = load_page(args, table, block.z * kShortPiece + first_slot);
   const int page_of_long = load_page(args, table, block.z * kLongPiece + first_slot);
+  // Queries and their positions, too.
+  const int heads = args.group.value - first;
+  const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, 0, args.group};
+  QueryVectors<Half, HEAD_DIM, kMmaRows, kThreads> vectors;
+  static_assert(vectors.kBatch == vectors.kOfThread, "all of a thread's queries are on their way at once");
+  if (args.vector_queries) vectors.load(args, tile, thread);
   const int context = decode_context(args, block.x);
   const int piece = piece_slots(context), begin = block.z * piece;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
   const int end = context < begin + piece ? context : begin + piece;
   int page = piece == kShortPiece ? page_of_short : page_of_long;
   const auto slot_of = [&](int turn) { return begin + kWarps * kMmaSlots * turn + first_slot; };
-  const int heads = args.group.value - first;
-  const QueryTile tile{block.x, block.x, first, heads < kMmaRows ? heads : kMmaRows, kv_head, context, args.group};
 
   char* shared = device::shared_memory();
   auto* queries = reinterpret_cast<Storage*>(shared);
@@ -93,9 +123,9 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
       const int slot = slot_of(fetched);
       const int number = slot < end ? slot_on<int>(args, page, slot) : -1;
       is_missing |= slot < end && number < 0;
-      page = load_page(args, table, slot_of(fetched + 1));
       copies.share(number);
       copies.copy(reinterpret_cast<Storage*>(stages + fetch_stage), cache(args.k_cache), slot_stride);
+      page = load_page(args, table, slot_of(fetched + 1));  // behind the copies, which nothing then holds up
     }
     ++fetched;
   };
@@ -115,7 +145,11 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   };
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step % 2 == 0);
-  if (context > 0) load_queries<Half, HEAD_DIM, kMmaRows, kThreads>(args, tile, queries);
+  if (context > 0 && args.vector_queries) {
+    vectors.rotate(args, tile, thread, queries);
+  } else if (context > 0) {
+    load_query_elements<Half, HEAD_DIM, kMmaRows, kThreads>(args, tile, queries);
+  }
   device::block_barrier();
 
   AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;
@@ -139,6 +173,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   // All query heads see all slots.
   const float poison = device::any_lane(is_missing) ? NAN : 0.0f;
 
+  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
+
   // [warp, row, kMergeStride]: sums, the largest score, the weights.
   device::block_barrier();
   float* merged = reinterpret_cast<float*>(shared);
@@ -160,7 +196,6 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
   device::block_barrier();
   const bool is_whole = context <= piece;
-  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
   for (int row = warp; row < tile.rows; row += kWarps) {
     const auto of = [&](int of_warp, int column) {
       return device::load_shared(reinterpret_cast<const FloatPair*>(row_of(of_warp, row) + column));
@@ -181,7 +216,10 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
     const float unit = is_whole && context > 0 ? 1 / weights : 1.0f;
     const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
     float* partial = args.partial + (head * args.pieces + block.z) * (HEAD_DIM + 2);
-    for (int column = 2 * lane; column < HEAD_DIM; column += 64) {
+#pragma unroll
+    for (int first_column = 0; first_column < HEAD_DIM; first_column += 64) {
+      const int column = first_column + 2 * lane;
+      if (first_column + 64 > HEAD_DIM && column >= HEAD_DIM) continue;
       FloatPair sum{none, none};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -214,6 +252,7 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   constexpr int kStride = HEAD_DIM + 2, kPairs = HEAD_DIM / 2, kLanePairs = ceil_div<32>(kPairs);
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  device::launch_dependents();
   device::dependency_wait();
   const int context = decode_context(args, block.x), piece = piece_slots(context);
   if (context <= piece) return;

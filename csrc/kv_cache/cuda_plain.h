@@ -25,6 +25,7 @@ template <class Number>
 RRT_DEVICE void write_body(const CudaWriteArgs& args) {
   using Storage = typename Number::Storage;
   using Acc = typename Number::Acc;
+  device::launch_dependents();
   device::dependency_wait();
   const int row = device::block_index().x;
   const int64_t slot = device::load_global(args.slots + row);

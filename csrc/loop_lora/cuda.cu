@@ -100,10 +100,11 @@ cudaError_t launch(const Instance& instance, const DecodeArgs& args, int rows, i
   return cuda::launch(instance.kernel, args, grid, instance.threads, instance.shared_bytes, dependent, stream);
 }
 
-// Of a kernel with a thread for each of `size` elements.
-cudaError_t launch_add(void (*kernel)(DecodeArgs), const DecodeArgs& args, int64_t size, bool dependent,
+// Of a kernel that adds the parts' sums of [m, columns].
+cudaError_t launch_add(void (*kernel)(DecodeArgs), const DecodeArgs& args, int columns, bool dependent,
                        cudaStream_t stream) {
-  return cuda::launch(kernel, args, dim3(cuda::num_tiles(size, kAddThreads)), kAddThreads, 0, dependent, stream);
+  return cuda::launch(kernel, args, dim3(args.m, cuda::num_tiles(columns, kAddThreads)), kAddThreads, 0, dependent,
+                      stream);
 }
 
 // Whether a layer has LoRA, which shrink begins.
@@ -133,8 +134,7 @@ cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, S
     const int groups = shrink_kernel == ShrinkKernel::kColumns ? 1 : kParts;  // of parts, a thread block each
     error = launch(shrink, args, args.total_rank, args.num_loops, groups, dependent, stream);
     if (error == cudaSuccess && groups > 1) {
-      const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
-      error = launch_add(add_shrunk_kernel<Half>, args, size, dependent, stream);
+      error = launch_add(add_shrunk_kernel<Half>, args, args.total_rank, dependent, stream);
     }
   }
   const bool columns = tiling.kernel == DecodeKernel::kColumns;
@@ -143,7 +143,7 @@ cudaError_t launch_decode(const DecodeArgs& decode_args, const Tiling& tiling, S
               : choose_row_instance<Half, false>(RowInstances{}, tile_rows(tiling.kernel), tile_tokens(args.m));
   if (error == cudaSuccess) error = launch(product, args, args.n, tiling.slices, 1, dependent, stream);
   if (error == cudaSuccess && tiling.slices > 1) {
-    error = launch_add(add_parts_kernel<Half>, args, static_cast<int64_t>(args.m) * args.n, dependent, stream);
+    error = launch_add(add_parts_kernel<Half>, args, args.n, dependent, stream);
   }
   return error;
 }

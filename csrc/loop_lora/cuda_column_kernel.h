@@ -78,6 +78,24 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
   if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
   const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
+  // A thread's results. The loops of their tokens and the biases are loaded all at once, as early as they may be.
+  constexpr int kResults = PARTS == kParts ? ceil_div<kThreads>(TOKENS * kColumnTileRows) : 0;
+  int loops[kResults + 1] = {};
+  float biases[kResults + 1] = {};
+  const auto for_each_result = [&](auto f) {
+#pragma unroll
+    for (int result = 0; result < kResults; ++result) {
+      const int i = device::thread_index() + result * kThreads;
+      const int token = i / kColumnTileRows, row = i % kColumnTileRows;
+      if (token < tile.tokens && row < rows) f(loops[result], biases[result], token, row);
+    }
+  };
+  const auto load_loops = [&] {
+    for_each_result([&](int& loop, float&, int token, int) {
+      loop = device::load_global(args.loops + tile.token_begin + token);
+    });
+  };
+  if constexpr (SHRINK) load_loops();
   Turns turns({args, tile, matrix, segment, part, part + 1}, warp * Turns::kBytes, rows);
   turns.start(SHRINK || !args.starts_early);
   typename Turns::Sums sums = {};
@@ -88,7 +106,10 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
                    sums);
   }
   device::copy_wait<0>();
-  if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
+  if constexpr (!SHRINK) {
+    device::dependency_wait();  // where T was not read
+    load_loops();
+  }
 
   // Calls f(row, token, sum) for each of the lane's sums, counted in the tile.
   const auto for_each = [&](auto f) {
@@ -117,35 +138,38 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   for_each([&](int row, int token, float sum) {
     device::store_shared(partial + (warp * TOKENS + token) * kSumStride + row, sum);
   });
+  if constexpr (!SHRINK) {
+    for_each_result([&](int loop, float& bias, int, int row) {
+      bias = load_bias<Half>(args, loop, tile.row_begin + row);
+    });
+  }
   device::block_barrier();
-  for (int i = device::thread_index(); i < tile.tokens * kColumnTileRows; i += kThreads) {
-    const int token = i / kColumnTileRows, row = i % kColumnTileRows;
-    if (row >= rows) continue;
+  for_each_result([&](int loop, float bias, int token, int row) {
+    const int of_all = tile.token_begin + token, output = tile.row_begin + row;
     float sum = 0;
+#pragma unroll
     for (int summand = 0; summand < PARTS; ++summand) {
       sum += device::load_shared(partial + (summand * TOKENS + token) * kSumStride + row);
     }
-    const int loop = device::load_global(args.loops + tile.token_begin + token);
     if constexpr (SHRINK) {
-      store_shrunk<Half>(args, block.y, tile.token_begin + token, tile.row_begin + row, loop == block.y ? sum : 0.0f);
+      store_shrunk<Half>(args, block.y, of_all, output, loop == block.y ? sum : 0.0f);
     } else {
-      store_result<Half>(args, tile.token_begin + token, loop, tile.row_begin + row, sum);
+      store_result<Half>(args, of_all, output, sum + bias);
     }
-  }
+  });
 }
 
-// Adds the sums that a split shrink left. Thread block (x): kAddThreads elements of [m, total_rank].
+// Adds the sums that a split shrink left. Thread block (x: token; y: kAddThreads ranks).
 template <class Half>
 RRT_DEVICE void add_shrunk_body(const DecodeArgs& args) {
   device::launch_dependents();  // in the late order, too: this kernel starts once shrink has waited
   device::dependency_wait();
-  const int64_t size = static_cast<int64_t>(args.m) * args.total_rank;
-  const int64_t i = static_cast<int64_t>(device::block_index().x) * kAddThreads + device::thread_index();
-  if (i >= size) return;
-  const int token = static_cast<int>(i / args.total_rank), rank = static_cast<int>(i % args.total_rank);
+  const device::Index block = device::block_index();
+  const int token = block.x, rank = block.y * kAddThreads + device::thread_index();
+  if (rank >= args.total_rank) return;
   const int loop = device::load_global(args.loops + token);
   float sum = 0;
-  if (0 <= loop && loop < args.num_loops) sum = add_parts(args.shrink_sums, size, i);
+  if (0 <= loop && loop < args.num_loops) sum = add_parts(args.shrink_sums, args.m, args.total_rank, token, rank);
   for (int l = 0; l < args.num_loops; ++l) store_shrunk<Half>(args, l, token, rank, l == loop ? sum : 0.0f);
 }
 

@@ -83,8 +83,13 @@ struct DecodeTile {
 template <int ROWS, int TOKENS>
 RRT_DEVICE DecodeTile find_tile(const DecodeArgs& args, int index) {
   const int token_tiles = ceil_div<TOKENS>(args.m);
-  const int row_begin = index / token_tiles * ROWS, token_begin = index % token_tiles * TOKENS;
-  return {row_begin, token_begin, args.m - token_begin < TOKENS ? args.m - token_begin : TOKENS};
+  int row_tile = index, token_tile = 0;
+  if (token_tiles > 1) {  // a division takes as long as half a trip to the cache
+    row_tile = index / token_tiles;
+    token_tile = index % token_tiles;
+  }
+  const int token_begin = token_tile * TOKENS, left = args.m - token_begin;
+  return {row_tile * ROWS, token_begin, left < TOKENS ? left : TOKENS};
 }
 
 // The loop mask of tokens [begin, begin + count). Every lane of the warp takes part.
@@ -106,25 +111,29 @@ RRT_DEVICE void wait_for_inputs(const DecodeArgs& args) {
   if (!args.starts_early) device::launch_dependents();
 }
 
-// The parts' sums of element i of `size`, added in order.
-RRT_DEVICE float add_parts(const float* sums, int64_t size, int64_t i) {
+// The sums [kParts, m, columns] of a token and column, added in order.
+RRT_DEVICE float add_parts(const float* sums, int m, int columns, int token, int column) {
+  const float* of_part = sums + static_cast<int64_t>(token) * columns + column;
+  const int64_t size = static_cast<int64_t>(m) * columns;
   float sum = 0;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) sum += device::load_global(sums + part * size + i);
+  for (int part = 0; part < kParts; ++part) sum += device::load_global(of_part + part * size);
   return sum;
 }
 
-// y[token, row] from its sum; NaN if the token's loop lies outside [0, num_loops).
+// What the sum of an output gets added for a token of this loop: the bias; NaN if the loop lies outside [0, num_loops).
 template <class Half>
-RRT_DEVICE void store_result(const DecodeArgs& args, int token, int loop, int row, float sum) {
-  using Storage = typename Half::Storage;
-  const bool valid = 0 <= loop && loop < args.num_loops;
-  if (valid && args.bias != nullptr) {
-    const auto* bias = static_cast<const Storage*>(args.bias) + loop * args.bias_loop_stride;
-    sum += Half::widen(device::load_global(bias + row));
-  }
-  device::store_global(static_cast<Storage*>(args.y) + static_cast<int64_t>(token) * args.n + row,
-                       Half::narrow(valid ? sum : NAN));
+RRT_DEVICE float load_bias(const DecodeArgs& args, int loop, int row) {
+  if (loop < 0 || loop >= args.num_loops) return NAN;
+  if (args.bias == nullptr) return 0;
+  const auto* bias = static_cast<const typename Half::Storage*>(args.bias) + loop * args.bias_loop_stride;
+  return Half::widen(device::load_global(bias + row));
+}
+
+template <class Half>
+RRT_DEVICE void store_result(const DecodeArgs& args, int token, int row, float result) {
+  device::store_global(static_cast<typename Half::Storage*>(args.y) + static_cast<int64_t>(token) * args.n + row,
+                       Half::narrow(result));
 }
 
 }  // namespace rrt::loop_lora

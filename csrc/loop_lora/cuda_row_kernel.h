@@ -33,6 +33,10 @@ constexpr int row_shared_bytes() {
   return Pipeline<device::BFloat16, kRowThreads, WARP_TILES, TOKENS, STAGES>::kBytes;
 }
 
+struct alignas(16) Quad {
+  float value[4];
+};
+
 // Thread block (x: tile; y: slice; for shrink y: loop, z: part).
 template <class Half, int TOKENS, int WARP_TILES, int STAGES, bool SHRINK>
 RRT_DEVICE void row_body(const DecodeArgs& args) {
@@ -93,19 +97,20 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
       if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
       float* to = (SHRINK ? args.shrink_sums : args.part_sums) +
                   (static_cast<int64_t>(part) * args.m + first_token) * outputs + first_row;
-      uint32_t of_loop = ~0u;  // bit: token of the lane
-      if constexpr (SHRINK) {
-        of_loop = 0;
+      // Bit: token of the lane, of shrink's loop. All loops are loaded at once: between the stores, each load would be
+      // waited for.
+      uint32_t stored = 0;
 #pragma unroll
-        for (int i = 0; i < 2 * kTokenTiles; ++i) {
-          const int token = first_token + i / 2 * 8 + i % 2;
-          if (token < args.m && device::load_global(args.loops + token) == block.y) of_loop |= 1u << i;
-        }
+      for (int i = 0; i < 2 * kTokenTiles; ++i) {
+        const int token = lane % 4 * 2 + i / 2 * 8 + i % 2;  // of the tile
+        const bool exists = token < tile.tokens;
+        const int of_all = tile.token_begin + token;
+        const bool of_loop = !SHRINK || (exists ? device::load_global(args.loops + of_all) : -1) == block.y;
+        stored |= static_cast<uint32_t>(exists && of_loop) << i;
       }
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
-        const bool exists = SHRINK ? of_loop >> (token / 8 * 2 + token % 8) & 1 : first_token + token < args.m;
-        if (first_row + row < outputs && exists) {
+        if (first_row + row < outputs && (stored >> (token / 8 * 2 + token % 8) & 1) != 0) {
           device::store_global(to + static_cast<int64_t>(outputs) * token + row, sum);
         }
       });
@@ -114,30 +119,76 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   device::copy_wait<0>();
   if (!whole) return;
   device::dependency_wait();  // where T was not read
-  int loops[kTokenTiles][2];  // loaded all at once: between the stores, each load would be waited for
+
+  // The sums [token, row] go where the ring was. Then every thread stores eight adjacent outputs, of one token after the
+  // other: 16 bytes at a time, and a warp whole lines of memory.
+  constexpr int kVectors = Turns::kRows / kVectorElements, kTokensAtOnce = kRowThreads / kVectors;
+  constexpr int kResults = ceil_div<kTokensAtOnce>(TOKENS), kStride = Turns::kRows + 4;
+  static_assert(TOKENS * kStride * 4 <= Turns::kBytes, "the ring has room for the sums");
+  const int row = thread % kVectors * kVectorElements, output = tile.row_begin + row;
+  int loops[kResults];
 #pragma unroll
-  for (int i = 0; i < 2 * kTokenTiles; ++i) {
-    const int token = first_token + i / 2 * 8 + i % 2;
-    loops[i / 2][i % 2] = token < args.m ? device::load_global(args.loops + token) : -1;
+  for (int i = 0; i < kResults; ++i) {
+    const int token = thread / kVectors + i * kTokensAtOnce;
+    loops[i] = token < tile.tokens ? device::load_global(args.loops + tile.token_begin + token) : -1;
   }
-  for_each([&](float, float sum_of_parts, int row, int token) {
-    if (first_row + row < args.n && first_token + token < args.m) {
-      store_result<Half>(args, first_token + token, loops[token / 8][token % 8], first_row + row, sum_of_parts);
-    }
+  float* results = reinterpret_cast<float*>(device::shared_memory());
+  device::block_barrier();
+  for_each([&](float, float sum_of_parts, int of_row, int token) {
+    device::store_shared(results + (lane % 4 * 2 + token) * kStride + 16 * warp * WARP_TILES + lane / 4 + of_row,
+                         sum_of_parts);
   });
+  device::block_barrier();
+  if (output >= args.n) return;
+  const bool is_whole = args.n % kVectorElements == 0;  // all eight exist, and are aligned
+  float bias[kVectorElements] = {};
+  bool has_bias = args.bias == nullptr;  // of every loop
+#pragma unroll
+  for (int i = 0; i < kResults; ++i) {
+    const int token = thread / kVectors + i * kTokensAtOnce, of_all = tile.token_begin + token;
+    if (token >= tile.tokens) break;
+    const bool is_valid = 0 <= loops[i] && loops[i] < args.num_loops;
+    if (is_valid && !has_bias) {
+#pragma unroll
+      for (int j = 0; j < kVectorElements; ++j) {
+        bias[j] = output + j < args.n ? load_bias<Half>(args, loops[i], output + j) : 0.0f;
+      }
+      has_bias = args.bias_loop_stride == 0;
+    }
+    float result[kVectorElements];
+#pragma unroll
+    for (int j = 0; j < kVectorElements; j += 4) {
+      const Quad quad = device::load_shared(reinterpret_cast<const Quad*>(results + token * kStride + row + j));
+#pragma unroll
+      for (int of_quad = 0; of_quad < 4; ++of_quad) {
+        result[j + of_quad] = is_valid ? quad.value[of_quad] + bias[j + of_quad] : NAN;
+      }
+    }
+    if (is_whole) {
+      auto* to = static_cast<Storage*>(args.y) + static_cast<int64_t>(of_all) * args.n + output;
+      device::store_global(reinterpret_cast<device::Vector*>(to),
+                           device::Vector{{Half::pair(result[0], result[1]), Half::pair(result[2], result[3]),
+                                           Half::pair(result[4], result[5]), Half::pair(result[6], result[7])}});
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVectorElements; ++j) {
+        if (output + j < args.n) store_result<Half>(args, of_all, output + j, result[j]);
+      }
+    }
+  }
 }
 
-// Adds the sums that several slices left. Thread block (x): kAddThreads elements of y.
+// Adds the sums that several slices left. Thread block (x: token; y: kAddThreads outputs).
 template <class Half>
 RRT_DEVICE void add_parts_body(const DecodeArgs& args) {
   device::launch_dependents();
   device::dependency_wait();
-  const int64_t size = static_cast<int64_t>(args.m) * args.n;
-  const int64_t i = static_cast<int64_t>(device::block_index().x) * kAddThreads + device::thread_index();
-  if (i >= size) return;
-  const float sum = add_parts(args.part_sums, size, i);
-  const int token = static_cast<int>(i / args.n);
-  store_result<Half>(args, token, device::load_global(args.loops + token), static_cast<int>(i % args.n), sum);
+  const device::Index block = device::block_index();
+  const int token = block.x, row = block.y * kAddThreads + device::thread_index();
+  if (row >= args.n) return;
+  const int loop = device::load_global(args.loops + token);
+  const float sum = add_parts(args.part_sums, args.m, args.n, token, row);
+  store_result<Half>(args, token, row, sum + load_bias<Half>(args, loop, row));
 }
 
 }  // namespace rrt::loop_lora

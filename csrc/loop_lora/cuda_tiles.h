@@ -52,25 +52,36 @@ inline int shrink_tokens(ShrinkKernel kernel, int64_t m) {
   return tile_tokens(m, kernel == ShrinkKernel::kRows ? kMaxTokens : kMaxShrinkTokens);
 }
 
-// Assumptions, none of them measured. An H200's rates, in bytes a microsecond: each multiprocessor's share of those of
-// memory and of the second-level cache, and what one may have while others are idle. Times in microseconds: one more
-// kernel costs its launch, its wait for the last block of the one before it, and a trip to memory and back; a block
-// begins with the trip that brings its first bytes; a turn takes as long as its copies, loads and products wait for
-// each other at least.
-constexpr double kMemoryRate = 32e3, kCacheRate = 42e3, kBusiestRate = 64e3;
-constexpr double kOneMoreKernel = 2.5, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.0;
+// Assumptions, none of them measured with these kernels; bench/kernel_times.py has their sources. An H200's rates, in
+// bytes a microsecond: each multiprocessor's share of those of memory and of the second-level cache, what one may have
+// while others are idle, and what passes its shared memory. Times in microseconds: one more kernel costs its wait for the
+// last block of the one before it, and a trip to the cache and back; a block begins with the trip that brings its first
+// bytes; a turn takes as long as its copies, loads and products wait for each other at least.
+constexpr double kMemoryRate = 32e3, kCacheRate = 73e3, kBusiestRate = 100e3, kSharedRate = 128 * 1830;
+constexpr double kOneMoreKernel = 1.7, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.2, kTrigger = 0.5;
 constexpr double kRingBytes = 40e3, kRingBytesBeside64 = 32e3;  // of W, of a thread block; beside 64 tokens
 constexpr int kBlocksSideBySide = 2;
-constexpr double kGapsAlone = 1.4;  // of the row kernel, which nothing fills while its warps wait for each other
+constexpr double kGapsAlone = 1.2;  // of the row kernel, which nothing fills while its warps wait for each other
 
-// Every thread block reads its weights from memory, and its x from the second-level cache; several slices leave sums,
-// which take one more kernel to add. Only tokens that exist are read, however many the tile would hold.
-inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
+// Thread blocks of a product that a multiprocessor has to compute.
+inline double blocks_evenly(const Tiling& tiling, int multiprocessors, int64_t n, int64_t m) {
+  const int largest = tile_tokens(m, tiling.kernel == DecodeKernel::kColumns ? kMaxColumnTokens : kMaxTokens);
+  const int64_t tiles = ceil_div(n, tile_rows(tiling.kernel)) * ceil_div(m, static_cast<int64_t>(largest));
+  return static_cast<double>(tiles * tiling.slices) / multiprocessors;
+}
+
+struct StreamEstimate {
+  double microseconds;
+  double multiplying;  // what turns and shared memory take of it, wherever the bytes come from
+};
+
+// Of a product. Every thread block reads its weights from memory, and its x from the second-level cache. Only tokens that
+// exist are read, however many the tile would hold.
+inline StreamEstimate estimate_stream(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
   const bool columns = tiling.kernel == DecodeKernel::kColumns, sliced = tiling.slices > 1;
   const int64_t rows = tile_rows(tiling.kernel), largest = tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens);
   const int64_t tokens = std::min(m, largest);
-  const auto blocks = static_cast<double>(ceil_div(n, rows) * ceil_div(m, largest) * tiling.slices);
-  const double evenly = blocks / multiprocessors, on_busiest = std::ceil(evenly);
+  const double evenly = blocks_evenly(tiling, multiprocessors, n, m), on_busiest = std::ceil(evenly);
   const double side_by_side = std::min<double>(on_busiest, kBlocksSideBySide);
   const auto columns_of_block = static_cast<double>(k) / tiling.slices;
   const double weights = 2.0 * static_cast<double>(rows) * columns_of_block;
@@ -78,13 +89,23 @@ inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, 
   const double bytes = weights + 2.0 * static_cast<double>(tokens) * columns_of_block + sums;
   const double parts_in_turn = columns ? 1 : 8.0 / tiling.slices;
   const double turns = std::ceil(static_cast<double>(k) / 8 / 64) * parts_in_turn;
+  // Rows and tokens come into shared memory once; rows leave it once, tokens once for each warp that shares them.
+  const double row_trips = 2, token_trips = columns ? 2 : 5;
+  const double through_shared = 2.0 * columns_of_block *
+                                (row_trips * static_cast<double>(rows) + token_trips * static_cast<double>(largest));
   // Gaps cost nothing where the cache, which all share, is what they would wait for.
   const double gaps = !columns && side_by_side < 2 ? kGapsAlone : 1;
-  const double own = std::max({evenly * weights / kMemoryRate, on_busiest * bytes / kBusiestRate,
-                               on_busiest / side_by_side * turns * kTurnTime});
-  const double stream = std::max(evenly * bytes / kCacheRate, own * gaps);
+  const double multiplying =
+      std::max(on_busiest * through_shared / kSharedRate, on_busiest / side_by_side * turns * kTurnTime);
+  const double own = std::max({evenly * weights / kMemoryRate, on_busiest * bytes / kBusiestRate, multiplying});
+  return {std::max(evenly * bytes / kCacheRate, own * gaps), multiplying};
+}
+
+// Several slices leave sums, which take one more kernel to add.
+inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
+  const double on_busiest = std::ceil(blocks_evenly(tiling, multiprocessors, n, m));
   const double begin = kFirstBytes * std::max(1.0, on_busiest / kBlocksSideBySide);
-  return stream + begin + (sliced ? kOneMoreKernel : 0);
+  return estimate_stream(tiling, multiprocessors, n, k, m).microseconds + begin + (tiling.slices > 1 ? kOneMoreKernel : 0);
 }
 
 // Of shrink, whose first bytes and last stores are a trip each.
@@ -124,23 +145,19 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
 
 // Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and
 // reads `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
-//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, though what is in it is
-//          still to be multiplied;
+//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has only
+//          to be multiplied;
 //   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
 //          is left of shrink is waited for at B_l.
 inline bool should_start_early(double shrink, double a_bytes, const Tiling& tiling, int multiprocessors, int64_t n,
                                int64_t k, int64_t m, int64_t rank) {
-  const bool columns = tiling.kernel == DecodeKernel::kColumns;
-  const int64_t tiles = ceil_div(n, tile_rows(tiling.kernel)) *
-                        ceil_div(m, static_cast<int64_t>(tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens)));
-  const double evenly = static_cast<double>(tiles * tiling.slices) / multiprocessors;
-  const double stream = estimated_microseconds(tiling, multiprocessors, n, k, m) - kFirstBytes -
-                        (tiling.slices > 1 ? kOneMoreKernel : 0);
+  const double evenly = blocks_evenly(tiling, multiprocessors, n, m);
+  const StreamEstimate stream = estimate_stream(tiling, multiprocessors, n, k, m);
   const double ring_bytes = m > 32 ? kRingBytesBeside64 : kRingBytes;
   const double ring = std::min(evenly, 1.0 * kBlocksSideBySide) * ring_bytes / kMemoryRate;
-  const double early = shrink + kFirstBytes - std::min(ring, stream / 2);
-  const double late = kLateStart + kFirstBytes + a_bytes / multiprocessors / kMemoryRate;
-  const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream;
+  const double early = shrink + kTrigger + std::max(stream.multiplying, stream.microseconds - ring);
+  const double late = kLateStart + kFirstBytes + a_bytes / multiprocessors / kMemoryRate + stream.microseconds;
+  const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream.microseconds;
   return early < late + std::max(0.0, left);
 }
 

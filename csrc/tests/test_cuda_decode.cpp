@@ -252,7 +252,7 @@ Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
     outcome.shrink = ShrinkKernel::run(problem, args, seed, sabotage);
     if (!outcome.shrink.violation.empty()) return outcome;
     if (ShrinkKernel::kIsSplit) {
-      outcome.add_shrunk = emulation::run({{ceil_div(args.m * args.total_rank, kAddThreads), 1, 1}, kAddThreads, 0, seed,
+      outcome.add_shrunk = emulation::run({{args.m, ceil_div(args.total_rank, kAddThreads), 1}, kAddThreads, 0, seed,
                                            problem.regions(Stage::kAddShrunk, early), sabotage},
                                           [&] { add_shrunk_body<Half>(args); });
       if (!outcome.add_shrunk.violation.empty()) return outcome;
@@ -260,7 +260,7 @@ Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
   }
   outcome.product = Kernel::product(problem, args, seed, sabotage, early);
   if (!outcome.product.violation.empty() || Kernel::kSlices == 1) return outcome;
-  outcome.add = emulation::run({{ceil_div(args.m * args.n, kAddThreads), 1, 1}, kAddThreads, 0, seed,
+  outcome.add = emulation::run({{args.m, ceil_div(args.n, kAddThreads), 1}, kAddThreads, 0, seed,
                                 problem.regions(Stage::kAddParts, early), sabotage},
                                [&] { add_parts_body<Half>(args); });
   return outcome;
@@ -287,6 +287,7 @@ const std::vector<Shape> kShapes = {
     {37, 64, 128, 4, {64}, {40}, false, 1},  {64, 16, 64, 2, {16}, {8}, false, 2},
     {6, 203, 584, 2, {128, 75}, {288, 8}, true, 1},  {33, 69, 1096, 3, {69}, {24}, true, 3},
     {2, 16, 9224, 1, {16}, {8}, false, 1},  // a part has more turns than any ring has stages
+    {3, 272, 72, 2, {272}, {8}, true, 2},   // more outputs than a thread block adds
 };
 
 template <class Number>
@@ -539,7 +540,8 @@ int main() {
   test_plain<device::Float16>("fp16 plain", 5e-4);
   test_row_independence<device::BFloat16>();
   test_loops_outside_the_range_and_far_between<Columns<ColumnInstance<32, kParts, 3>>, WholeShrink>("columns");
-  test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 1, 6>, 2>, SplitShrink>("rows");
+  test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 1, 6>, 2>, SplitShrink>("rows, 2 slices");
+  test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 2, 4>, 1>, WholeShrink>("rows");
   test_loops_outside_the_range_and_far_between<Rows<RowInstance<32, 1, 6>, 2>, RowShrink<RowInstance<32, 1, 6>>>("shrink by rows");
   const std::vector<Fault> faults = {{Sabotage::kSkipCopyWait, "before the copy"},
                                      {Sabotage::kSkipDependencyWait, "before dependency_wait"},

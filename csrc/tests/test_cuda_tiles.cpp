@@ -61,8 +61,8 @@ void test_few_tokens_go_by_columns_where_outputs_are_few() {
 void test_tokens_that_do_not_exist_cost_nothing() {
   const Tiling columns{DecodeKernel::kColumns, 1};
   const auto time = [&](int64_t m) { return estimated_microseconds(columns, kH100, 2048, 16384, m); };
-  CHECK(time(1) < time(8));
-  CHECK(time(9) < time(16));
+  CHECK(time(1) <= time(8));
+  CHECK(time(17) < time(24));
 }
 
 void test_many_outputs_go_by_wide_tiles_undivided() {
@@ -73,13 +73,13 @@ void test_many_outputs_go_by_wide_tiles_undivided() {
 }
 
 void test_few_outputs_of_many_columns_fill_every_multiprocessor_twice() {
-  for (int64_t m : {16, 32}) {
+  for (int64_t m : {32, 64}) {
     const Tiling down = estimated(kH100, 2048, 16384, m);
     CHECK(down.kernel == DecodeKernel::kRows64);
     CHECK(2048 / tile_rows(down.kernel) * down.slices >= 3 * kH100 / 2);
   }
-  // But where the cache is the limit, for which wide tiles are a lighter load, once is enough.
-  CHECK(is(estimated(kH100, 2048, 16384, 64), DecodeKernel::kRows, 8));
+  // Up to 16 tokens, 128 blocks of 16 outputs have enough under way, and no sums to add.
+  CHECK(is(estimated(kH100, 2048, 16384, 16), DecodeKernel::kColumns, 1));
 }
 
 void test_shrink_is_split_where_its_blocks_are_few_and_long() {

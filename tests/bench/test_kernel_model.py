@@ -15,7 +15,6 @@ from bench.kernel_times import (
     DEVICES,
     H200,
     LATENCY,
-    MEMORY_SHARE,
     Compiled,
     Tables,
     Work,
@@ -59,6 +58,38 @@ def test_a_loop_counts_its_instructions_stalls_and_waits():
     # The mma waits for the load, issued 3 cycles into the loop.
     assert found.cycles == 3 + kernel_instructions.LATENCIES["LDS"] + 6 + 5
     assert (found.entry_cycles, found.exit_cycles) == (2 + 3, 5)
+
+
+def test_the_first_copy_waits_for_what_comes_before_it():
+    load, wait = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
+    begin = ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0)
+    found = loop_of(load, wait, begin, *LOOP, ("@!P0 BRA 0x30", 5, 7, 0), EXIT)
+    assert found.copy_cycles == kernel_instructions.MEMORY + 5
+
+
+def test_what_comes_before_the_wait_is_hidden():
+    load, used = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
+    hint, wait = ("CCTL.E.PF2 [R4]", 1, 7, 0), ("ACQBULK", 1, 7, 0)
+    found = loop_of(load, used, hint, wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
+    assert (found.copy_cycles, found.entry_cycles, found.prefetches) == (1, 1 + 3, 1)
+    # A kernel that copies first, and waits then, does all of that once it has been launched.
+    copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
+    assert copies_first.copy_cycles == kernel_instructions.MEMORY + 5
+
+
+def test_a_kernel_that_only_adds_begins_where_it_has_waited():
+    before, wait = ("IMAD R2, R2, R3, RZ", 13, 7, 0), ("ACQBULK", 1, 7, 0)
+    load, add = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("FADD R2, R2, R3", 5, 7, 1 << 0)
+    found = loop_of(before, wait, load, add, ("STG.E.U16 desc[UR8][R6.64], R2", 2, 7, 0), EXIT)
+    assert (found.entry_cycles, found.copy_cycles) == (1 + kernel_instructions.SECOND_LEVEL + 5 + 2 + 5, 0)
+
+
+def test_sums_of_a_row_kernel_take_no_way_through_shared_memory():
+    skip, of_sum = ("@P1 BRA 0x80", 5, 7, 0), ("STG.E desc[UR8][R6.64], R12", 3, 7, 0)
+    shared, result = ("STS [R6], R12", 6, 7, 0), ("STG.E.128 desc[UR8][R6.64], R12", 9, 7, 0)
+    ends = [skip, of_sum, EXIT, shared, shared, result, EXIT]
+    found = loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), *ends)
+    assert (found.sums_cycles, found.exit_cycles) == (5 + 3 + 5, 5 + 2 * 6 + 9 + 5)
 
 
 def test_what_lies_in_a_loop_of_its_own_is_no_part_of_a_turn():
@@ -109,7 +140,7 @@ def tables():
 @pytest.fixture
 def kernel():
     code = kernel_instructions.KernelCode(
-        "sm_90a", 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
+        "sm_90a", 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
     )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 
@@ -118,7 +149,7 @@ def test_a_stream_takes_its_slowest_limit(kernel):
     assert kernel.resources.blocks == 3
     memory = launch_times(H200, kernel, Work(132, 1, 1.0, 1e9))
     turn = 500 / H200.hertz  # which the last bytes take
-    assert memory.bound == "memory" and memory.stream - turn == pytest.approx(1e9 / (MEMORY_SHARE * H200.copy))
+    assert memory.bound == "memory" and memory.stream - turn == pytest.approx(1e9 / H200.copy)
     doubled = launch_times(H200, kernel, Work(132, 1, 1.0, 2e9))
     assert doubled.stream - turn == pytest.approx(2 * (memory.stream - turn))
     issue = launch_times(H200, kernel, Work(132, 50, 1.0, 1.0))
@@ -129,6 +160,10 @@ def test_a_stream_takes_its_slowest_limit(kernel):
     # By Little's law: 3 of 4 stages of 64 KiB are under way, and each takes a latency.
     latency = launch_times(H200, kernel, Work(1, 1, 480 << 10, 1.0))
     assert latency.bound == "latency" and latency.stream - turn == pytest.approx(10 * LATENCY)
+    # Where few warps have more turns than others, what they share is busy for the mean.
+    shared = replace(kernel, code=replace(kernel.code, instructions=300))
+    uneven = launch_times(H200, shared, Work(3 * 132, 20, 1.0, 1.0, mean_turns=10))
+    assert uneven.limits["issue"] == pytest.approx(max(20 * 500, 10 * 900) / H200.hertz)
     cache = launch_times(H200, kernel, Work(132, 1, 1e6, 1.0))
     assert cache.limits["cache"] == pytest.approx(132e6 / H200.cache)
 

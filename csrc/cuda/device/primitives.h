@@ -51,6 +51,19 @@ RRT_DEVICE void store_global(T* global, T value) {
   *global = value;
 }
 
+// What may be read at any time, since it only says what is worth prefetching: the kernel before may be writing it. Nothing
+// of it stays in the first-level cache, where it would hide what that kernel writes.
+RRT_DEVICE int32_t load_hint(const int32_t* global) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(global) : "memory");
+  return value;
+}
+
+// Asks the second-level cache for a line of memory.
+RRT_DEVICE void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 // An address in shared memory in 32 bits, which kernels may reckon with: making one from a pointer takes instructions.
 using SharedAddress = uint32_t;
 RRT_DEVICE SharedAddress shared_address(const void* shared) {

@@ -300,6 +300,29 @@ void touch_global(const void* address, int64_t size, bool write) {
   violate("global memory outside all regions is ", write ? "written" : "read");
 }
 
+// The region of [address, address + size); a violation if there is none.
+Region& region_of(const void* address, int64_t size) {
+  const char* at = static_cast<const char*>(address);
+  for (Region& region : machine->regions) {
+    if (region.begin <= at && at + size <= region.begin + region.size) return region;
+  }
+  violate("a hint leads outside of all regions");
+}
+
+int32_t load_hint(const int32_t* address) {
+  region_of(address, sizeof(*address));
+  static uint32_t state = 0;
+  state = state * 1664525 + 1013904223;
+  switch (state >> 30) {
+    case 0: return *address;
+    case 1: return *address + 1;
+    case 2: return static_cast<int32_t>(state >> 16 & 63);
+    default: return static_cast<int32_t>(state * 2654435761u);
+  }
+}
+
+void prefetch_line(const void* address) { ++region_of(address, 1).lines_prefetched; }
+
 void copy_async(void* shared, const void* global, int64_t size, bool valid) {
   Machine& m = *machine;
   bounds_of_shared(shared, size);

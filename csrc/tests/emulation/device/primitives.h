@@ -10,6 +10,8 @@
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //
+// load_hint lies most of the time: a result that depends on it is wrong.
+//
 // A violation ends the launch with a report; bytes read from and written to each registered region are counted.
 #pragma once
 
@@ -43,6 +45,7 @@ struct Region {
   bool dependent = false;   // written by the kernel before: not to be read before dependency_wait
   int64_t bytes_read = 0;   // by load_global and copy_async, every time
   int64_t bytes_written = 0;
+  int64_t lines_prefetched = 0;
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
@@ -84,6 +87,8 @@ device::Index block_index();
 char* shared_memory();
 void touch_shared(const void* address, int64_t size, bool write);
 void touch_global(const void* address, int64_t size, bool write);
+int32_t load_hint(const int32_t* address);
+void prefetch_line(const void* address);
 void copy_async(void* shared, const void* global, int64_t size, bool valid);
 void copy_commit();
 void copy_wait(int groups);
@@ -128,6 +133,9 @@ void store_global(T* global, T value) {
   emulation::touch_global(global, sizeof(T), true);
   *global = value;
 }
+
+inline int32_t load_hint(const int32_t* global) { return emulation::load_hint(global); }
+inline void prefetch_line(const void* global) { emulation::prefetch_line(global); }
 
 using SharedAddress = uint32_t;
 inline SharedAddress shared_address(const void* shared) {
