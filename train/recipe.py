@@ -233,7 +233,9 @@ class ExitsConfig:
         default="none",
     )
     head_lora_rank: int = field_doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
-    freeze: bool = field_doc("train the LoRA on the head only, and exit translators", default=False)
+    freeze: bool = field_doc(
+        "train only what exits have of their own: the LoRA on the head, translators", default=False
+    )
 
     def __post_init__(self) -> None:
         _check(self, "exits", "a positive number", lambda value: 0 < value < math.inf, "coefficient")
