@@ -80,7 +80,9 @@ class OptimConfig:
     beta1: float = field_doc("decay of the first moment", default=0.9)
     beta2: float = field_doc("decay of the second moment", default=0.95)
     eps: float = field_doc("added to the root of the second moment", default=1e-8)
-    weight_decay: float = field_doc("decoupled decay of matrices; norms and biases have none", default=0.1)
+    weight_decay: float = field_doc(
+        "decoupled decay of matrices; norms, biases and exit translators have none", default=0.1
+    )
     grad_clip: float = field_doc("largest gradient norm; larger ones are scaled down to it; inf for none", default=1.0)
 
     def __post_init__(self) -> None:
