@@ -134,9 +134,12 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     dtype = chosen_dtype(arguments) or source.dtype
     batch_tokens = arguments.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
 
+    # An exit is the last loop of a shorter model, but for one with a translator, which a last loop cannot have.
+    translates = source.recursion.exit_translators and exit_loop < source.recursion.num_loops - 1
+    num_loops = None if translates else exit_loop + 1
     # Weights are read and hashed, which holds no interpreter lock, while the harness is imported, which does.
     with ThreadPoolExecutor(2) as executor:
-        loading = executor.submit(load_model, arguments.checkpoint, dtype, device, exit_loop + 1)
+        loading = executor.submit(load_model, arguments.checkpoint, dtype, device, num_loops)
         hashing = executor.submit(fingerprint, arguments.checkpoint)
         from eval.harness_lm import HarnessLM
 
@@ -170,7 +173,14 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     if device.type == "cpu":
         keep_freed_memory()
     lm = HarnessLM(
-        model, tokenizer, bos=bos, batch_tokens=batch_tokens, cache=cache, packed_bytes=packed_bytes, progress=True
+        model,
+        tokenizer,
+        bos=bos,
+        batch_tokens=batch_tokens,
+        cache=cache,
+        packed_bytes=packed_bytes,
+        exit_loop=exit_loop if translates else None,
+        progress=True,
     )
     began = time.perf_counter()
     results = run_harness(lm, tasks, arguments.limit)

@@ -41,6 +41,8 @@ class HarnessLM(LM):
         max_length: longest input in tokens (default: the longest that the base was trained on).
         cache: responses of earlier runs; those of this one are added.
         packed_bytes: memory for packed copies of the weights, on a CPU.
+        exit_loop: score the exit after this loop, and generate nothing; default the last. `cache` must be of this exit
+            alone.
         progress: show bars on stderr.
     """
 
@@ -54,6 +56,7 @@ class HarnessLM(LM):
         max_length: int | None = None,
         cache: ResponseCache | None = None,
         packed_bytes: int = PACKED_BYTES,
+        exit_loop: int | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class HarnessLM(LM):
         self.bos = bos
         self.max_length = model.config.context_length if max_length is None else max_length
         self.progress = progress
-        self.scorer = Scorer(model, self.max_length, batch_tokens, cache, packed_bytes)
+        self.scorer = Scorer(model, self.max_length, batch_tokens, cache, packed_bytes, exit_loop)
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         self._device = model.embed.device
 
@@ -97,6 +100,12 @@ class HarnessLM(LM):
         return [sum(next(scores)[0] for _ in document) for document in windows]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
+        if self.scorer.exit_loop is not None:
+            # The engine takes the first token after a prompt from the last loop.
+            raise UserError(
+                f"task {requests[0].task_name}: generates text, which cannot exit early through a translator; expected "
+                f"tasks that score texts with --exit-loop {self.scorer.exit_loop}"
+            )
         arguments = [(request.args[0], _read_greedy_arguments(request), request.task_name) for request in requests]
         encoded = self._encode((context for context, *_ in arguments), self.bos)
         prompts = []

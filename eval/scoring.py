@@ -99,6 +99,7 @@ class Scorer:
         batch_tokens: int,
         cache: ResponseCache | None = None,
         packed_bytes: int = PACKED_BYTES,
+        exit_loop: int | None = None,
     ) -> None:
         """
         Args:
@@ -106,12 +107,14 @@ class Scorer:
             batch_tokens: most tokens in a batch, padding included, unless a single text has more: smaller batches stay
                 in a CPU's caches, larger ones share more and fill a GPU.
             packed_bytes: memory for packed copies of the weights.
+            exit_loop: score the exit after this loop; default the last. `cache` must be of this exit alone.
         """
         self.model = model
         self.packed_bytes = packed_bytes
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.cache = ResponseCache() if cache is None else cache
+        self.exit_loop = exit_loop
 
     def pack(self) -> None:
         """Make the packed copies now instead of with the first batch."""
@@ -119,8 +122,13 @@ class Scorer:
 
     @cached_property
     def _packed_head(self) -> Tensor | None:
-        """The head packed for `logit_statistics`, where that is faster than the model's own (`bench/fewshot.py`)."""
-        weight = self.model.head_weight.detach()
+        """The head packed for `logit_statistics`, where that is faster than the model's own (`bench/fewshot.py`).
+
+        There is none for an exit with a LoRA on the head.
+        """
+        weight, last = self.model.head_weight.detach(), self.model.recursion.num_loops - 1
+        if self.model.head_lora_a is not None and self.exit_loop not in (None, last):
+            return None
         if not should_pack_for_batches(weight) or ops.pack_linear(weight.to("meta")).nbytes > self.packed_bytes:
             return None
         return ops.pack_linear(weight)
@@ -189,7 +197,10 @@ class Scorer:
         selected_tokens = torch.from_numpy(places).to(device)
         with self._packed_layers.in_use():
             input_ids = torch.from_numpy(tokens).to(device)
-            hidden = self.model.hidden_states(input_ids, selected_tokens=selected_tokens, **layout)[-1]
+            num_loops = None if self.exit_loop is None else self.exit_loop + 1
+            hidden = self.model.hidden_states(
+                input_ids, num_loops=num_loops, selected_tokens=selected_tokens, **layout
+            )[-1]
         values, hits = self._token_scores(hidden, sources, targets)
         ends = np.cumsum([len(text.targets) for text in texts])[:-1]
         if not np.isfinite(values).all():
@@ -209,7 +220,7 @@ class Scorer:
         """
         if self._packed_head is None:
             return self._scores_of_logits(hidden, sources, targets)
-        hidden = self.model.norm(hidden)
+        hidden = self.model.head_input(hidden, self.exit_loop)
         log_sum_exp, best = ops.logit_statistics(hidden, self._packed_head, self.model.config.vocab_size)
         states, tokens = torch.from_numpy(sources), torch.from_numpy(targets)
         wide = log_sum_exp.dtype
@@ -230,7 +241,7 @@ class Scorer:
         places, wanted = (torch.from_numpy(numbers[order]).to(device) for numbers in (sources % rows, targets))
         values, hits = [], []
         for h, row, target in zip(hidden.split(rows), places.split(counts), wanted.split(counts), strict=True):
-            logits = self.model.logits(h)
+            logits = self.model.logits(h, self.exit_loop)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # Of equal logits the argmax is the first. It costs more than the maximum, so only rows with hits need it.
             hit = logits[row, target] == logits.amax(1)[row]

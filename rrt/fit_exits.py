@@ -18,8 +18,8 @@ from rrt.folding.flags import add_calibration_text_flags
 
 
 def figures_table(report: ExitFitReport) -> str:
-    """Format agreement with the last loop and perplexity of each exit, before and after the fit."""
-    rows = [("exit", "agrees with last", "after", "perplexity", "after")]
+    """Format agreement with the last loop and perplexity of each exit, before the fit and after it."""
+    rows = [("exit", "agreement before", "agreement after", "perplexity before", "perplexity after")]
     for loop, (before, after) in enumerate(zip(report.before, report.after, strict=True)):
         (old, old_perplexity), (new, new_perplexity) = _cells(before), _cells(after)
         rows.append((f"loop {loop}", old, new, old_perplexity, new_perplexity))

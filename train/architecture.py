@@ -24,7 +24,7 @@ from rrt.model.sizes import without_sharing
 from train.objective import NEXT_TOKEN, Objective
 from train.recipe import ABSENT, DistillConfig, StartConfig
 
-ADDED_BY_TRAINING = ("exit_loops", "head_lora_rank", "exit_translators")
+EXIT_FIELDS = ("exit_loops", "head_lora_rank", "exit_translators")
 """Fields of a checkpoint's `RecursiveConfig` that early-exit training or rrt.fit_exits sets; all others are from
 rrt.convert."""
 
@@ -55,6 +55,8 @@ class InitialModel:
     objective: Objective = NEXT_TOKEN
     teacher: Path | None = None
     """The model that the objective distills from."""
+    notices: tuple[str, ...] = ()
+    """What to tell before training begins."""
 
 
 def describe_model(model: ModelConfig, recursion: RecursiveConfig) -> str:
@@ -144,7 +146,7 @@ def check_conversion(checkpoint: str, model: ModelConfig, recursion: RecursiveCo
             f"start.base = '{start.base}' says"
         )
     recursion, described = (_without_unused(each, model) for each in (recursion, _described_recursion(start, model)))
-    for name in (field.name for field in fields(RecursiveConfig) if field.name not in ADDED_BY_TRAINING):
+    for name in (field.name for field in fields(RecursiveConfig) if field.name not in EXIT_FIELDS):
         found, expected = getattr(recursion, name), getattr(described, name)
         if found != expected:
             raise UserError(

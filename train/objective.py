@@ -47,10 +47,10 @@ class Objective:
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
     frozen: bool = False
-    """Train only what exits before the last have for themselves: a LoRA on the head, translators."""
+    """Train only what exits before the last have of their own: a LoRA on the head, translators."""
 
     def should_train(self, name: str) -> bool:
-        """Decide by its name if a parameter is trained; what exits have for themselves is if they are."""
+        """Decide by its name if a parameter is trained; what exits have of their own is if they are."""
         if name.startswith(("head_lora_", "exit_translator_")):
             return len(self.weights) > 1
         return not self.frozen

@@ -17,12 +17,16 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Make AdamW over the trained parameters; norms and biases are not decayed, whatever their dimensions."""
+    """Make AdamW over the trained parameters; norms, biases and exit translators are not decayed.
+
+    A translator that decays to 0 would ignore the state.
+    """
     plain: list[torch.nn.Parameter] = []
     decayed: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
+            is_plain = "norm" in name or name.endswith("bias") or name.startswith("exit_translator_")
+            (plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

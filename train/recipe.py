@@ -80,7 +80,9 @@ class OptimConfig:
     beta1: float = field_doc("decay of the first moment", default=0.9)
     beta2: float = field_doc("decay of the second moment", default=0.95)
     eps: float = field_doc("added to the root of the second moment", default=1e-8)
-    weight_decay: float = field_doc("decoupled decay of matrices; norms and biases have none", default=0.1)
+    weight_decay: float = field_doc(
+        "decoupled decay of matrices; norms, biases and exit translators have none", default=0.1
+    )
     grad_clip: float = field_doc("largest gradient norm; larger ones are scaled down to it; inf for none", default=1.0)
 
     def __post_init__(self) -> None:
@@ -233,7 +235,9 @@ class ExitsConfig:
         default="none",
     )
     head_lora_rank: int = field_doc("rank of a LoRA on the head for each exit before the last; 0: none", default=0)
-    freeze: bool = field_doc("train the LoRA on the head only, and exit translators", default=False)
+    freeze: bool = field_doc(
+        "train only what exits have of their own: the LoRA on the head, translators", default=False
+    )
 
     def __post_init__(self) -> None:
         _check(self, "exits", "a positive number", lambda value: 0 < value < math.inf, "coefficient")

@@ -317,6 +317,8 @@ class Trainer:
                 f"note: the warm-up of {optim.warmup_steps} steps does not end in {self.steps}; "
                 "set --optim.warmup_steps\n"
             )
+        for notice in initial.notices:
+            self._print(f"notice: {notice}")
         self._print(
             f"{initial.stage}: {describe_model(initial.model, initial.recursion)}\n"
             f"{self.samples.describe(samples)}"

@@ -35,6 +35,11 @@ from train.command import Command
 from train.objective import uptraining_objective
 from train.recipe import DataConfig, DistillConfig, GuardConfig, OptimConfig, RunConfig, StartConfig
 
+STALE_TRANSLATORS = (
+    "the checkpoint's exits were fitted to the model as it was before this training: run python -m rrt.fit_exits again "
+    "afterwards"
+)
+
 
 @dataclass(frozen=True)
 class UptrainCheckpointConfig:
@@ -84,6 +89,7 @@ def open_initial_model(recipe: UptrainRecipe) -> InitialModel:
         source.directory,
         objective=uptraining_objective(recipe.distill),
         teacher=recipe.distill.teacher_path,
+        notices=(STALE_TRANSLATORS,) if source.recursion.exit_translators else (),
     )
 
 

@@ -120,6 +120,9 @@ class Decoder:
         Args:
             loops: int32 [M], the loop after which each row exits; default the last. It matters only where exits
                 have a LoRA on the head, or translators.
+
+        Raises:
+            RuntimeError: a loop that the model has not, where x lies on a CPU; on CUDA that row's logits are NaN.
         """
         return self._head(x, loops)
 

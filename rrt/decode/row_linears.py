@@ -29,32 +29,37 @@ class RowHead:
 
     @torch.no_grad()
     def __init__(self, model: RecursiveTransformer) -> None:
-        self._norm = model.norm
-        lora_a = lora_b = None
-        rank, self._last = 0, model.recursion.num_loops - 1
+        self._norm, weight = model.norm, model.head_weight
+        self._last = model.recursion.num_loops - 1
+        # Without a LoRA one of rank 0 is in its place: the operator looks at every row's loop.
+        num_loops = model.recursion.num_loops
+        lora_a = weight.new_empty(num_loops, 0, weight.shape[1])
+        lora_b = weight.new_empty(num_loops, weight.shape[0], 0)
         if model.head_lora_a is not None and model.head_lora_b is not None:
             # The last loop's is zero.
             lora_a, lora_b = (F.pad(lora, (0, 0, 0, 0, 0, 1)) for lora in (model.head_lora_a, model.head_lora_b))
-            rank = lora_a.shape[1]
-        self._linear = _RowLinear(model.head_weight, None, lora_a, lora_b, segment_rank=[rank])
-        self._has_lora = rank > 0
+        self._linear = _RowLinear(weight, None, lora_a, lora_b, segment_rank=[lora_a.shape[1]])
         self._translators: _RowLinear | None = None
         if model.exit_translator_weight is not None and model.exit_translator_bias is not None:
             # One below the other: every row goes through all of them, and keeps its loop's.
-            weight, bias = model.exit_translator_weight, model.exit_translator_bias
-            self._translators = _RowLinear(weight.flatten(0, 1), bias.flatten())
+            maps, biases = model.exit_translator_weight, model.exit_translator_bias
+            self._translators = _RowLinear(maps.flatten(0, 1), biases.flatten())
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, loops: Tensor | None = None) -> Tensor:
-        """Compute logits: x [M, D] -> [M, V]. `loops` int32 [M]: after which each row exits; default the last."""
-        normed, zeros = self._norm(x), torch.zeros(len(x), dtype=torch.int32, device=x.device)
+        """Compute logits: x [M, D] -> [M, V]. `loops` int32 [M]: after which each row exits; default the last.
+
+        Raises:
+            RuntimeError: a loop that the model has not, where x lies on a CPU; on CUDA that row's logits are NaN.
+        """
+        normed = self._norm(x)
         if loops is None:
-            loops = torch.full_like(zeros, self._last)
+            loops = torch.full((len(x),), self._last, dtype=torch.int32, device=x.device)
         elif self._translators is not None:
-            translated = self._translators(normed, zeros).unflatten(1, (self._last, -1))
-            chosen = loops.clamp(max=self._last - 1).long()[:, None, None].expand(-1, 1, x.shape[1])
+            translated = self._translators(normed, torch.zeros_like(loops)).unflatten(1, (self._last, -1))
+            chosen = loops.clamp(0, self._last - 1).long()[:, None, None].expand(-1, 1, x.shape[1])
             normed = torch.where((loops < self._last)[:, None], translated.gather(1, chosen).squeeze(1), normed)
-        return self._linear(normed, loops if self._has_lora else zeros)
+        return self._linear(normed, loops)
 
 
 class _RowLinear:

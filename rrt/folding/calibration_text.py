@@ -38,9 +38,17 @@ class CalibrationText:
     context: int = 512
 
     def __post_init__(self) -> None:
-        for name, least in (("num_tokens", 1), ("context", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"calibration: {name}: found {getattr(self, name)}; expected {least} or more")
+        for flag, found, least in (
+            ("--calibration-tokens", self.num_tokens, 1),
+            ("--calibration-context", self.context, 2),
+        ):
+            if found < least:
+                raise UserError(f"{flag}: found {found}; expected {least} or more")
+
+    def check_context(self, longest: int) -> None:
+        """Refuse rows longer than `longest`, the context that the model can read, in tokens."""
+        if self.context > longest:
+            raise UserError(f"--calibration-context: found {self.context}; expected at most {longest}, the model's")
 
 
 def calibration_rows(text: CalibrationText, tokenizer: Tokenizer | None, longest: int) -> Tensor:
@@ -50,16 +58,15 @@ def calibration_rows(text: CalibrationText, tokenizer: Tokenizer | None, longest
     the first documents.
 
     Args:
-        tokenizer: the base's.
-        longest: context that the base can read, in tokens.
+        tokenizer: the model's.
+        longest: context that the model can read, in tokens.
 
     Raises:
         UserError: a path that cannot be read, shards of another tokenizer, text without a tokenizer, too little of it,
             or rows that are too long.
     """
     paths, num_tokens, context = text.paths, text.num_tokens, text.context
-    if context > longest:
-        raise UserError(f"--calibration-context: found {context}; expected at most {longest}, the base's")
+    text.check_context(longest)
     num_rows = -(-num_tokens // context)
     if num_rows < len(paths):
         raise UserError(
@@ -77,7 +84,7 @@ def _rows_of(path: str, num_rows: int, context: int, tokenizer: Tokenizer | None
             shards.check_tokenizer(tokenizer)
         return _rows_of_shards(shards, num_rows, context)
     if tokenizer is None:
-        raise UserError(f"--calibration: found text, {path}, but the base has no tokenizer; expected token shards")
+        raise UserError(f"--calibration: found text, {path}, but the model has no tokenizer; expected token shards")
     needed = num_rows * context + 1
     tokens = _first_tokens(_tokenised(path, tokenizer), needed)
     _check_enough(path, len(tokens), needed)

@@ -14,14 +14,14 @@ Shapes: n rows of T tokens, N tokens, D model width, B loops.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from rrt.checkpoint.exit_thresholds import FILE_NAME as THRESHOLDS_FILE
@@ -34,8 +34,9 @@ from rrt.common.provenance import make_provenance
 from rrt.data.tokenizer import tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
-from rrt.model.meta import meta_model
+from rrt.model.meta import parameter_shapes
 from rrt.model.transformer import RecursiveTransformer
+from rrt.ops import precision
 
 RIDGE = 1e-3
 """This share of the inputs' mean variance is added to each one's. From 1e-6 to 1e-2 all do alike on SmolLM2."""
@@ -48,19 +49,27 @@ _LOGITS_AT_ONCE = 2**26
 
 
 class AffineRegression:
-    """Ridge regression of y on x with an intercept, from sums over tokens in fp64."""
+    """Ridge regression of y on x with an intercept, from sums over tokens in fp64.
+
+    Sums are of differences from the first token: a variance is the difference of two of them, and of inputs that hardly
+    change, far from 0, rounding would leave nothing or less.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count = 0
+        self._first_x, self._first_y = zeros(width), zeros(width)
         self._x, self._y = zeros(width), zeros(width)
         self._xx, self._xy = zeros(width, width), zeros(width, width)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add tokens: x and y [N, D]."""
         x, y = x.double(), y.double()
+        if self.count == 0:
+            self._first_x, self._first_y = x[0].clone(), y[0].clone()
+        x, y = x - self._first_x, y - self._first_y
         self.count += len(x)
         self._x += x.sum(0)
         self._y += y.sum(0)
@@ -83,7 +92,7 @@ class AffineRegression:
         # Inputs that never change have no variance; the floor leaves them a weight of 0.
         covariance.diagonal().add_(max(ridge * float(variance), torch.finfo(torch.float64).tiny ** 0.5))
         weight = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance)).T
-        return weight.contiguous(), mean_y - weight @ mean_x
+        return weight.contiguous(), self._first_y + mean_y - weight @ (self._first_x + mean_x)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def fit_exits(
 
     Raises:
         UserError: the checkpoint is unusable, not looped, has no state between loops or a LoRA on the head; the text
-            cannot be used or is too short; `out` exists; or states are not finite.
+            cannot be used or is too short; `out` exists; or states or translators are not finite.
     """
     start = time.monotonic()
     checkpoint, out = Path(checkpoint), Path(out)
@@ -156,14 +165,8 @@ def fit_exits(
     with tqdm(total=rows[:, 1:].numel(), unit="tok", desc="fitting", disable=None if progress else True) as bar:
         regressions = _regress(model, rows[~is_held_out], bar)
         _check_finite(source, model, regressions)
-        solved = [regression.solve() for regression in regressions]
-        # Measured as they are stored.
-        translators = {
-            "exit_translator_weight": torch.stack([weight for weight, _ in solved]).to(source.dtype),
-            "exit_translator_bias": torch.stack([bias for _, bias in solved]).to(source.dtype),
-        }
-        translated = _with_parameters(model, translators)
-        (*before, last), (*after, _) = _measure([model, translated], rows[is_held_out], bar)
+        weight, bias = _solve(source, regressions)
+        before, after, last = _measure(model, weight, bias, rows[is_held_out], bar)
     notices = [] if tokenizer else [f"{checkpoint} has no tokenizer; {out} will have none"]
     if (checkpoint / THRESHOLDS_FILE).exists():
         notices.append(f"{THRESHOLDS_FILE} is left out, as it is of the exits before: run eval/exits.py --calibrate")
@@ -177,9 +180,11 @@ def fit_exits(
         **{name: [asdict(exit) for exit in exits] for name, exits in (("before", before), ("after", after))},
         last=asdict(last),
     )
-    config = CheckpointConfig(source.model, translated.recursion, source.dtype)
+    recursion = replace(source.recursion, exit_translators=True, exit_loops=tuple(range(len(weight))))
+    translators = {"exit_translator_weight": weight, "exit_translator_bias": bias}
+    config = CheckpointConfig(source.model, recursion, source.dtype)
     with write_checkpoint(out, config, provenance, overwrite=overwrite) as writer:
-        for name, _ in translated.named_parameters():
+        for name in parameter_shapes(source.model, recursion):
             writer.add(name, translators[name].cpu() if name in translators else source.get(name))
         if tokenizer is not None:
             tokenizer.save(writer.directory)
@@ -189,6 +194,7 @@ def fit_exits(
 
 def _check_fittable(source: Source, text: CalibrationText) -> None:
     recursion, where = source.recursion, source.directory
+    text.check_context(source.model.context_length)
     if recursion.num_loops == 1:
         raise UserError(f"{where}: has 1 loop and no exit before its end; expected a looped checkpoint")
     recursion.require_whole_loops(f"{where}: found a model")
@@ -231,42 +237,52 @@ def _check_finite(source: Source, model: RecursiveTransformer, regressions: list
             )
 
 
-def _with_parameters(model: RecursiveTransformer, translators: dict[str, Tensor]) -> RecursiveTransformer:
-    """Make the model with these translators in place of its own, if any; all other parameters are shared with it."""
-    recursion = replace(model.recursion, exit_translators=True, exit_loops=tuple(range(model.recursion.num_loops - 1)))
-    translated = meta_model(model.config, recursion)
-    parameters = dict(model.named_parameters())
-    for name, value in translators.items():
-        parameters[name] = nn.Parameter(value.to(model.embed.dtype), requires_grad=False)
-    for name, _ in list(translated.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(translated.get_submodule(owner), leaf, parameters[name])
-    return translated.eval()
+def _solve(source: Source, regressions: list[AffineRegression]) -> tuple[Tensor, Tensor]:
+    """Return all T [B-1, D, D] and c [B-1, D] in the dtype that they are stored in."""
+    solved = [regression.solve() for regression in regressions]
+    weight, bias = (torch.stack(tensors).to(source.dtype) for tensors in zip(*solved, strict=True))
+    for loop, translator in enumerate(zip(weight, bias, strict=True)):
+        if not all(bool(tensor.isfinite().all()) for tensor in translator):
+            raise UserError(
+                f"{source.directory}: the translator of the exit after loop {loop} is not finite in the checkpoint's "
+                f"dtype, {dtype_name(source.dtype)}; expected finite numbers: convert with --dtype float32 or bfloat16"
+            )
+    return weight, bias
 
 
 @torch.inference_mode()
 def _measure(
-    models: Sequence[RecursiveTransformer], rows: Tensor, bar: "tqdm[NoReturn]"
-) -> list[tuple[ExitFigures, ...]]:
-    """Measure the exits after each loop of models that have all but the exits in common."""
-    base, num_loops = models[0], models[0].recursion.num_loops
-    device, wide = base.embed.device, torch.promote_types(base.embed.dtype, torch.float32)
-    at_once = max(1, _LOGITS_AT_ONCE // base.config.vocab_size)
-    agreed = torch.zeros(len(models), num_loops, dtype=torch.int64, device=device)
-    loss = torch.zeros(len(models), num_loops, dtype=torch.float64, device=device)
+    model: RecursiveTransformer, weight: Tensor, bias: Tensor, rows: Tensor, bar: "tqdm[NoReturn]"
+) -> tuple[list[ExitFigures], list[ExitFigures], ExitFigures]:
+    """Measure the exits before the last as they are and with translators [B-1, D, D] and [B-1, D], and the last."""
+    device, wide = model.embed.device, torch.promote_types(model.embed.dtype, torch.float32)
+    weight, bias = (tensor.to(model.embed) for tensor in (weight, bias))
+    at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    agreed = torch.zeros(2 * len(weight) + 1, dtype=torch.int64, device=device)
+    loss = torch.zeros(2 * len(weight) + 1, dtype=torch.float64, device=device)
     for batch in _batches(rows):
         inputs, targets = batch[:, :-1].to(device), batch[:, 1:].flatten().to(device)
-        states = [state.flatten(0, 1).split(at_once) for state in base.hidden_states(inputs)]
+        states = [state.flatten(0, 1).split(at_once) for state in model.hidden_states(inputs)]
         for *parts, wanted in zip(*states, targets.split(at_once), strict=True):
-            best = base.logits(parts[-1]).argmax(-1)
-            for index, model in enumerate(models):
-                for loop, state in enumerate(parts):
-                    logits = model.logits(state, loop).to(wide)
-                    agreed[index, loop] += (logits.argmax(-1) == best).sum()
-                    loss[index, loop] += F.cross_entropy(logits, wanted, reduction="sum")
+            best: list[Tensor] = []
+            for index, logits in enumerate(_logits_of_exits(model, weight, bias, parts)):
+                best.append(logits.argmax(-1))
+                agreed[index] += (best[index] == best[0]).sum()
+                loss[index] += F.cross_entropy(logits.to(wide), wanted, reduction="sum")
         bar.update(len(targets))
     count = rows[:, 1:].numel()
-    return [
-        tuple(ExitFigures(right / count, lost / count) for right, lost in zip(*values, strict=True))
-        for values in zip(agreed.tolist(), loss.tolist(), strict=True)
-    ]
+    figures = zip(agreed.tolist(), loss.tolist(), strict=True)
+    of_last, *exits = (ExitFigures(right / count, lost / count) for right, lost in figures)
+    return exits[: len(weight)], exits[len(weight) :], of_last
+
+
+def _logits_of_exits(
+    model: RecursiveTransformer, weight: Tensor, bias: Tensor, states: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Yield logits [n, V] of the last exit, of those before it in order as they are, and of these with translators."""
+    *early, last = states
+    yield model.logits(last)
+    for loop, state in enumerate(early):
+        yield model.logits(state, loop)
+    for state, *translator in zip(early, weight, bias, strict=True):
+        yield precision.upcasting_linear(precision.upcasting_linear(model.norm(state), *translator), model.head_weight)

@@ -56,7 +56,7 @@ def first_loops(
     if recursion.exit_translators:
         raise UserError(
             f"num_loops: found {num_loops}; {where} has {trained} and exit translators, which a last loop cannot have: "
-            f"expected {trained}"
+            f"expected {trained}, or exit there: exit_loop={num_loops - 1}"
         )
     exits = tuple(loop for loop in recursion.exit_loops if loop < num_loops - 1)
     model = dataclasses.replace(model, num_layers=recursion.layers_per_loop(model) * num_loops)

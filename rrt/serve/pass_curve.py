@@ -21,7 +21,8 @@ _LONGEST = 1.0
 def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Tensor], most_rows: int) -> PassCurve:
     """Time passes of 1, 2, 4, ... rows, each of a sequence of its own, and the head of as many.
 
-    Sequences have one position: what long contexts add to a row is not in the curve.
+    Sequences have one position: what long contexts add to a row is not in the curve. Rows of the head exit after the
+    first loop, through its translator if it has one.
 
     Args:
         block: runs a pass, as the decoder's does.
@@ -45,7 +46,8 @@ def measure_pass_curve(decoder: Decoder, block: Callable[[Tensor, PassPlan], Ten
                 for loops in (1, num_loops)
             ]
             x = decoder.embed(torch.zeros(count, dtype=torch.int64, device=cache.k.device))
-            calls = [*(partial(block, x, plan) for plan in plans), partial(decoder.logits, x)]
+            first = torch.zeros(count, dtype=torch.int32, device=x.device)
+            calls = [*(partial(block, x, plan) for plan in plans), partial(decoder.logits, x, first)]
             for part, median in zip(seconds, _medians(calls), strict=True):
                 # More rows never take less time, but for noise.
                 part.append(max([median, *part[-1:]]))

@@ -379,7 +379,7 @@ def test_fewer_loops_are_refused_where_the_last_of_them_has_a_translator(bases, 
     assert_same_parameters(load_model(tmp_path / "checkpoint", num_loops=4), model)
     assert refusal(tmp_path / "checkpoint", num_loops=2) == (
         f"num_loops: found 2; {tmp_path / 'checkpoint'} has 4 and exit translators, which a last loop cannot have: "
-        "expected 4"
+        "expected 4, or exit there: exit_loop=1"
     )
 
 

@@ -133,6 +133,18 @@ def test_each_row_exits_through_the_head_lora_and_the_translator_of_its_loop(fam
     assert torch.equal(decoder.logits(x)[loops == last], found[loops == last])
 
 
+@pytest.mark.parametrize(
+    "looped", ["vanilla", "recursive-2", "head-lora-3", "translators-2", "translators-head-lora-3"]
+)
+def test_exits_after_loops_that_a_model_has_not_are_refused(looped):
+    model = make_model("llama", looped)
+    decoder, num_loops = make_decoder(model), model.recursion.num_loops
+    for loop in (-1, num_loops, 5):
+        message = rf"loops\[1\]: found {loop}; expected a loop in \[0, {num_loops}\)"
+        with pytest.raises(RuntimeError, match=message):
+            decoder.logits(torch.ones(2, 48, dtype=torch.float64), torch.tensor([0, loop], dtype=torch.int32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("looped", ["translators-2", "translators-head-lora-3"])
 def test_logits_of_an_exit_are_bitwise_the_same_in_any_batch(native, set_threads, looped, dtype):

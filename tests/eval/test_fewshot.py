@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval import fewshot
+from rrt.checkpoint.format import CheckpointConfig, write_checkpoint
+from rrt.checkpoint.source import open_source
 from rrt.common.files import sha256_file
 from rrt.common.provenance import fingerprint
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding.conversion import convert
 from rrt.model.config import RecursiveConfig
+from rrt.model.meta import parameter_shapes
 from tests.util.models import make_hf_model
 from tests.util.tasks import write_task_files
 from tests.util.tokenizers import make_bpe_tokenizer
@@ -122,6 +127,32 @@ def test_exits_bos_and_limit_change_what_is_measured_and_are_told(base, recursio
         assert result["exit_loop"] == {"exit 0": 0, "vanilla": 0}.get(name, 1)
     assert perplexities["last"] == perplexities["exit 1"]
     assert len(set(perplexities.values())) == 4
+
+
+@needs_lm_eval
+def test_an_exit_with_a_translator_is_measured_through_it(recursion, data_dir, run, tmp_path):
+    source = open_source(recursion)
+    width = source.model.hidden_size
+    turned = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
+    for name, weight in (("identity", torch.eye(width)), ("turned", turned)):
+        translators = {"exit_translator_weight": weight[None], "exit_translator_bias": torch.zeros(1, width)}
+        config = CheckpointConfig(source.model, replace(source.recursion, exit_translators=True), source.dtype)
+        with write_checkpoint(tmp_path / name, config, {}) as writer:
+            for parameter in parameter_shapes(config.model, config.recursion):
+                writer.add(parameter, translators[parameter] if parameter in translators else source.get(parameter))
+            load_tokenizer(recursion).save(writer.directory)
+    flags = ["--data-dir", data_dir, "--tasks", "lambada_openai", "--limit", 4]
+    perplexities = {}
+    for checkpoint in (recursion, tmp_path / "identity", tmp_path / "turned"):
+        for loop in (0, 1):
+            result, _ = run("--checkpoint", checkpoint, *flags, "--exit-loop", loop)
+            assert (result["exit_loop"], result["num_loops"]) == (loop, 2)
+            perplexities[checkpoint.name, loop] = result["tasks"]["lambada_openai"]["metrics"]["perplexity"]
+    plain = recursion.name
+    assert perplexities["identity", 0] == pytest.approx(perplexities[plain, 0], rel=1e-5)
+    assert abs(perplexities["turned", 0] / perplexities[plain, 0] - 1) > 0.01
+    for name in ("identity", "turned"):
+        assert perplexities[name, 1] == pytest.approx(perplexities[plain, 1], rel=1e-5)
 
 
 @needs_lm_eval

@@ -282,6 +282,14 @@ def test_generation_that_samples_or_is_too_long_is_refused(checkpoints):
         ours.generate_until(instances("generate_until", ("a", {"max_gen_toks": MAX_LENGTH})))
 
 
+def test_generation_through_a_translator_is_refused(checkpoints):
+    directory, _ = checkpoints["llama"]
+    ours = HarnessLM(load_model(directory), load_tokenizer(directory), bos=True, batch_tokens=300, exit_loop=0)
+    message = "task test: generates text, .*; expected tasks that score texts with --exit-loop 0"
+    with pytest.raises(UserError, match=message):
+        ours.generate_until(instances("generate_until", ("a", {"max_gen_toks": 3})))
+
+
 def test_a_continuation_that_merges_into_the_context_is_scored_from_where_the_tokens_part():
     assert split_tokens([1, 2, 3], [1, 2, 3, 4]) == ([1, 2, 3], [4])
     assert split_tokens([1, 2, 3], [1, 2, 9, 4]) == ([1, 2, 3], [4])  # the harness counts, it does not compare

@@ -20,6 +20,10 @@ KINDS = {
     "prefix": RecursiveConfig(num_loops=3, prefix_length=5),
     "LoRA on the head": RecursiveConfig(num_loops=3, head_lora_rank=2),
 }
+TRANSLATED = {
+    "translators": RecursiveConfig(num_loops=3, exit_translators=True),
+    "translators and LoRA": RecursiveConfig(num_loops=3, head_lora_rank=2, exit_translators=True),
+}
 MAX_LENGTH = 40
 
 
@@ -58,10 +62,10 @@ def request_mix():
 
 
 @torch.no_grad()
-def alone(model, context, continuation):
+def alone(model, context, continuation, exit_loop=None):
     """A request by itself: log-likelihood, and whether greedy decoding would give the continuation."""
     text = (context + continuation)[-(MAX_LENGTH + 1) :]
-    logits = model(torch.tensor([text[:-1]]))[0, -len(continuation) :].log_softmax(-1)
+    logits = model(torch.tensor([text[:-1]]), exit_loop=exit_loop)[0, -len(continuation) :].log_softmax(-1)
     targets = torch.tensor(continuation)
     return logits.gather(1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
 
@@ -84,6 +88,26 @@ def test_scores_equal_each_request_alone_under_any_batch_size(configs, family, r
         assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
         assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected, strict=True)) <= 1e-10
     assert Scorer(model, MAX_LENGTH, 64).score([]) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["prefix", "LoRA on the head", "translators", "translators and LoRA"])
+def test_scores_of_an_exit_are_those_of_its_logits(configs, name, packed, monkeypatch):
+    for module in ("eval.scoring", "rrt.decode.packed_weights"):
+        monkeypatch.setattr(f"{module}.should_pack_for_batches", lambda weight: packed)
+    model = random_model(configs["gemma"], {**KINDS, **TRANSLATED}[name])
+    requests = request_mix()
+    scores = []
+    for loop in range(3):
+        with torch.no_grad():
+            best = model(torch.tensor([requests[0][0]]), exit_loop=loop)[0, -1].argmax().item()
+        expected = [alone(model, *request, loop) for request in [*requests, (requests[0][0], [best])]]
+        found = Scorer(model, MAX_LENGTH, 130, exit_loop=loop).score([*requests, (requests[0][0], [best])])
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and found[-1][1]
+        assert max(abs(a - b) for (a, _), (b, _) in zip(found, expected, strict=True)) <= 1e-10
+        scores.append(found[: len(requests)])
+    assert Scorer(model, MAX_LENGTH, 130).score(requests) == scores[2]
+    assert all(abs(a - b) > 1e-3 for (a, _), (b, _) in zip(scores[0], scores[2], strict=True))
 
 
 def test_single_precision_scores_differ_by_rounding_only_between_batch_sizes(configs):

@@ -101,10 +101,23 @@ def test_shards_of_another_tokenizer_are_refused(tokenizers, tmp_path):
 
 
 def test_text_needs_a_tokenizer(text_file):
-    with pytest.raises(UserError, match="the base has no tokenizer; expected token shards"):
+    with pytest.raises(UserError, match="the model has no tokenizer; expected token shards"):
         rows_of([str(text_file)], 64, 16, None)
 
 
 def test_fewer_rows_than_paths_are_refused(tokenizers, text_file):
     with pytest.raises(UserError, match="--calibration-tokens: found 16; expected at least 16 for each of 2 paths"):
         rows_of([str(text_file)] * 2, 16, 16, tokenizers["gpt_neox"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (dict(num_tokens=0), "--calibration-tokens: found 0; expected 1 or more"),
+        (dict(context=1), "--calibration-context: found 1; expected 2 or more"),
+    ],
+)
+def test_sizes_below_the_least_are_told_by_their_flags(chosen, message):
+    with pytest.raises(UserError) as caught:
+        CalibrationText(("x",), **chosen)
+    assert str(caught.value) == message

@@ -16,7 +16,7 @@ from rrt.fit_exits import main
 from rrt.folding import exit_translators
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
 from rrt.folding.exit_translators import HELD_OUT, RIDGE, AffineRegression, fit_exits
-from rrt.folding.unroll import prepare_export
+from rrt.folding.unroll import prepare_export, run_export
 from rrt.model.config import LoraRanks, RecursiveConfig
 from rrt.model.meta import parameter_shapes
 from rrt.model.transformer import RecursiveTransformer
@@ -94,12 +94,29 @@ def test_the_ridge_shrinks_the_map_but_not_the_mean():
     torch.testing.assert_close(bias, 2 * x.mean(0), rtol=0, atol=1e-4)
 
 
-def test_states_that_never_change_are_predicted_by_their_mean():
-    regression = AffineRegression(3)
-    regression.add(torch.ones(20, 3), torch.arange(60).view(20, 3).float())
+@pytest.mark.parametrize(
+    "constant", [torch.full((5,), 3.3), torch.randn(5, generator=torch.Generator().manual_seed(1))]
+)
+def test_states_that_never_change_are_predicted_by_their_mean(constant):
+    x = constant.double().expand(300, 5)
+    y = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).double()
+    regression = AffineRegression(5)
+    for part_x, part_y in zip(x.split(130), y.split(130), strict=True):
+        regression.add(part_x, part_y)
     weight, bias = regression.solve()
     assert weight.abs().max() == 0
-    torch.testing.assert_close(bias, torch.arange(60).view(20, 3).double().mean(0))
+    torch.testing.assert_close(bias, y.mean(0))
+
+
+def test_small_changes_far_from_zero_are_told_from_rounding():
+    noise = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).double()
+    noise[0] = 0
+    regression = AffineRegression(5)
+    regression.add(10 + 1e-8 * noise, noise)
+    weight, bias = regression.solve(ridge=0.0)
+    torch.testing.assert_close(1e-8 * weight, torch.eye(5).double(), rtol=0, atol=1e-5)
+    # 10 + 1e-8 noise is rounded: to 1.8e-15, a few 1e-7 of the noise.
+    torch.testing.assert_close(weight @ (10 + 1e-8 * noise[1]) + bias, noise[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_loops", [2, 3])
@@ -179,10 +196,18 @@ def test_a_checkpoint_keeps_its_dtype_whatever_is_computed_in(files, tmp_path):
     assert report.after[0].agreement == pytest.approx((exits[0] == exits[1]).double().mean().item())
 
 
-def test_an_export_leaves_translators_out(files, tmp_path):
-    start = make_checkpoint(files, tmp_path / "start", recursion=RecursiveConfig(num_loops=2, exit_translators=True))
+@torch.no_grad()
+def test_an_export_leaves_translators_out_and_computes_the_last_loop(files, tmp_path):
+    recursion = RecursiveConfig(num_loops=2, lora_rank=LoraRanks.uniform(2), exit_translators=True)
+    start = make_checkpoint(files, tmp_path / "start", recursion=recursion)
     prepared = prepare_export(start, tmp_path / "hf")
     assert prepared.notices == ("exit translators are left out: only exits before the last loop use them",)
+    run_export(prepared)
+    rows, model, exported = rows_of(files)[1][:, :-1], load_model(start), load_model(tmp_path / "hf")
+    assert exported.recursion == RecursiveConfig()
+    # The merged weights are rounded from float32 sums.
+    torch.testing.assert_close(exported(rows), model(rows), rtol=0, atol=1e-4)
+    assert (exported(rows) - model(rows, exit_loop=0)).abs().max() > 0.1
 
 
 def test_the_command_prints_the_figures(files, tmp_path, capsys, monkeypatch):
@@ -194,6 +219,7 @@ def test_the_command_prints_the_figures(files, tmp_path, capsys, monkeypatch):
     lines = stdout.splitlines()
     assert lines[0] == "128 tokens that were not fitted, of 1,312"
     assert [line.split()[0] for line in lines[1:-1]] == ["exit", "loop", "loop", "last"]
+    assert lines[1].split("  ")[-4:] == ["agreement before", "agreement after", "perplexity before", "perplexity after"]
     assert lines[2].split()[1] == "0" and lines[2].count("%") == 2
     code, _, stderr = run_main(main, argv, capsys, monkeypatch)
     assert code == 2 and "exists" in stderr and stderr.count("\n") == 1
@@ -212,7 +238,9 @@ LOOPED = RecursiveConfig(num_loops=2)
         (LOOPED, dict(num_tokens=159), "--calibration-tokens: found 159; expected at least 192, for 10 rows of 16"),
         (LOOPED, dict(num_tokens=300, context=32), "--calibration-tokens: found 300; expected at least 320"),
         (LOOPED, dict(num_tokens=10**6), "tokens; expected at least 1,000,001: give more text"),
-        (LOOPED, dict(context=65, num_tokens=700), "--calibration-context: found 65; expected at most 64"),
+        (LOOPED, dict(context=65), "--calibration-context: found 65; expected at most 64, the model's"),
+        # Of both errors the context's is told, as the other one depends on it.
+        (LOOPED, dict(context=2048), "--calibration-context: found 2048; expected at most 64"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(files, recursion, chosen, message, tmp_path):
@@ -225,7 +253,7 @@ def test_what_cannot_be_fitted_is_refused(files, recursion, chosen, message, tmp
 
 def test_text_without_a_tokenizer_is_refused(files, tmp_path):
     start = make_checkpoint(None, tmp_path / "start")
-    with pytest.raises(UserError, match="the base has no tokenizer; expected token shards"):
+    with pytest.raises(UserError, match="the model has no tokenizer; expected token shards"):
         fit_exits(start, tmp_path / "out", text_of(files))
 
 
@@ -237,3 +265,32 @@ def test_states_that_are_not_finite_are_refused(files, tmp_path):
     with pytest.raises(UserError, match=r"start: states after loop 0 or the last are not finite in float32; expected"):
         fit_exits(start, tmp_path / "out", text_of(files))
     assert not (tmp_path / "out").exists()
+
+
+def test_translators_beyond_the_checkpoints_dtype_are_refused(files, tmp_path, monkeypatch):
+    start = make_checkpoint(files, tmp_path / "start", recursion=RecursiveConfig(num_loops=3), dtype=torch.float16)
+    solve, solved = AffineRegression.solve, []
+
+    def enlarged(regression):
+        solved.append(regression)
+        weight, bias = solve(regression)
+        return weight, bias + 1e5 * (len(solved) == 2)
+
+    monkeypatch.setattr(AffineRegression, "solve", enlarged)
+    message = (
+        r"start: the translator of the exit after loop 1 is not finite in the checkpoint's dtype, float16; expected"
+    )
+    with pytest.raises(UserError, match=message):
+        fit_exits(start, tmp_path / "out", text_of(files), dtype=torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_take_the_logits_of_the_last_loop_once(files, tmp_path, monkeypatch):
+    start = make_checkpoint(files, tmp_path / "start", recursion=RecursiveConfig(num_loops=3))
+    exits = []
+    logits = RecursiveTransformer.logits
+    monkeypatch.setattr(
+        RecursiveTransformer, "logits", lambda model, h, loop=None: exits.append(loop) or logits(model, h, loop)
+    )
+    fit_exits(start, tmp_path / "out", text_of(files))
+    assert exits == [None, 0, 1]

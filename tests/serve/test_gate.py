@@ -151,3 +151,16 @@ def test_a_measured_curve_rises_and_gives_its_pages_back():
     small = make_decoder(make_model("llama", "relaxed-2"), num_pages=2)
     assert not taught(measure_pass_curve(small, small.block, 20), 2, 1.0, 1).drafts
     assert isinstance(Auto(curve), Verify)
+
+
+def test_a_measured_curve_has_the_head_with_its_translators(monkeypatch):
+    decoder = make_decoder(make_model("llama", "translators-2"), num_pages=60)
+    logits, exits = decoder.logits, set()
+
+    def counted(x, loops=None):
+        exits.update([None] if loops is None else loops.tolist())
+        return logits(x, loops)
+
+    monkeypatch.setattr(decoder, "logits", counted)
+    measure_pass_curve(decoder, decoder.block, 4)
+    assert exits == {0}

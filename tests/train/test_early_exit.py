@@ -161,6 +161,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], Loss]] = {
         ),
     ),
 }
+SETTINGS |= {
+    f"{name}, translated": ("translated", *SETTINGS[name][1:])
+    for name in ("distilled from the last exit", "distilled from a teacher")
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -280,7 +284,7 @@ def test_exits_with_a_lora_on_the_head_train_further(
 
 
 def test_translators_train_along_and_uptraining_leaves_them_alone(
-    checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path
+    checkpoints: dict[str, Path], flags: Flags, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = checkpoints["translated"]
     expected = train_plainly(
@@ -292,7 +296,10 @@ def test_translators_train_along_and_uptraining_leaves_them_alone(
     assert after.recursion.exit_translators and after.recursion.exit_loops == (0, 1)
     for name in ("exit_translator_weight", "exit_translator_bias"):
         assert (after.get_parameter(name) - before.get_parameter(name)).abs().amax(-1).min() > 1e-4
+    stale = f"notice: {uptrain.STALE_TRANSLATORS}\n"
+    assert stale not in capsys.readouterr().out
     train(flags(start, tmp_path / "up"), uptrain.COMMAND)
+    assert stale in capsys.readouterr().out
     uptrained = rrt.load_model(tmp_path / "up" / "final")
     assert torch.equal(
         uptrained.get_parameter("exit_translator_weight"), before.get_parameter("exit_translator_weight")
@@ -300,6 +307,18 @@ def test_translators_train_along_and_uptraining_leaves_them_alone(
     assert not torch.equal(uptrained.embed, before.embed)
     with pytest.raises(UserError, match=r"found 2; .* has 3 and exit translators"):
         train(flags(start, tmp_path / "short", checkpoint__num_loops=2), uptrain.COMMAND)
+
+
+def test_weight_decay_spares_norms_biases_and_translators() -> None:
+    config = replace(LLAMA, qkv_bias=True)
+    model = RecursiveTransformer(config, RecursiveConfig(num_loops=3, head_lora_rank=2, exit_translators=True))
+    decayed, plain = (
+        {id(parameter) for parameter in group["params"]} for group in make_optimizer(model, OptimConfig()).param_groups
+    )
+    for name, parameter in model.named_parameters():
+        spared = "norm" in name or name.endswith("bias") or name.startswith("exit_translator_")
+        assert (id(parameter) in plain, id(parameter) in decayed) == (spared, not spared), name
+    assert id(model.exit_translator_weight) in plain and id(model.head_lora_a) in decayed
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -343,10 +362,16 @@ def test_exits_take_the_final_norm_once(translates: bool) -> None:
         assert parts[loop, 0].item() == pytest.approx(whole.item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("translates", [False, True])
 @pytest.mark.parametrize(("distill", "loops_run"), [("none", 2), ("last", 3)])
-def test_a_frozen_model_runs_only_the_loops_that_its_loss_needs(distill: Any, loops_run: int) -> None:
-    model = RecursiveTransformer(LLAMA, RecursiveConfig(num_loops=3, head_lora_rank=2)).double()
+def test_a_frozen_model_runs_only_the_loops_that_its_loss_needs(distill: Any, loops_run: int, translates: bool) -> None:
+    recursion = RecursiveConfig(num_loops=3, head_lora_rank=2, exit_translators=translates)
+    model = RecursiveTransformer(LLAMA, recursion).double()
     model.init_weights(0)
+    with torch.no_grad():
+        for parameter in (model.exit_translator_weight, model.exit_translator_bias):
+            if parameter is not None:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     objective = early_exit_objective(ExitsConfig(freeze=True, head_lora_rank=2, distill=distill), DistillConfig(), 3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(objective.should_train(name))
@@ -357,15 +382,19 @@ def test_a_frozen_model_runs_only_the_loops_that_its_loss_needs(distill: Any, lo
     loss, parts = objective.bind(model)(inputs, targets)
     assert run == list(range(loops_run))
     loss.backward()
-    assert model.head_lora_a is not None and model.head_lora_b is not None
-    found = model.head_lora_b.grad
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(trained) == {name for name, _ in model.named_parameters() if name.startswith(("head_lora_", "exit_"))}
+    assert len(trained) == (4 if translates else 2)
     exits = [model(inputs, exit_loop=loop).flatten(0, 1) for loop in range(3)]
     share = 0.5 if distill == "last" else 0.0
     expected = [(1 - share) * ce(z, targets.flatten()) + share * kl(z, exits[2]) for z in exits[:2]]
     last = ce(exits[2], targets.flatten()).item() if distill == "last" else 0.0
     assert parts[:, 0].tolist() == pytest.approx([*(ce(z, targets.flatten()).item() for z in exits[:2]), last])
     assert loss.item() == pytest.approx(0.1 * sum(expected).item(), abs=1e-12)  # type: ignore[union-attr]
-    torch.testing.assert_close(found, torch.autograd.grad(0.1 * sum(expected), model.head_lora_b)[0])  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(0.1 * sum(expected), list(trained.values()))  # type: ignore[arg-type]
+    for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, msg=name)
+        assert gradient.abs().max() > 1e-6 or name == "head_lora_a"  # whose gradient B = 0 leaves none
 
 
 def test_the_two_weightings_are_the_papers() -> None:
