@@ -258,7 +258,7 @@ def test_the_command_prints_and_stores_a_report(bases, text, tmp_path, capsys, m
         (["--lora-init", "calibrated"], "--calibration: missing; expected text or token shards"),
         (["--calibration", "TEXT", "--lora-init", "svd"], "'svd' beside a calibration text; expected 'calibrated'"),
         (["--calibration", "TEXT", "--calibration-tokens", "9999999"], "tokens; expected at least 10,000,385"),
-        (["--calibration", "TEXT", "--calibration-tokens", "0"], "num_tokens: found 0; expected 1 or more"),
+        (["--calibration", "TEXT", "--calibration-tokens", "0"], "--calibration-tokens: found 0; expected 1 or more"),
         (["--calibration", "TEXT", "--calibration-context", "4096"], "found 4096; expected at most 512"),
         (["--calibration", "missing.jsonl"], "missing.jsonl: no file matches"),
         (["--calibration", "TEXT", "--lora-rank", "0"], "'calibrated' without LoRA; expected a rank"),

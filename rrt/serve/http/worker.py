@@ -182,7 +182,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        """True while calls are taken; after that the thread may still be ending."""
+        return self._thread.is_alive() and not self.has_ended
 
     @property
     def num_in_engine(self) -> int:
