@@ -187,7 +187,7 @@ def test_where_one_block_fits_each_wave_ends_before_the_next_begins(kernel):
     )
     alone = replace(alone, resources=replace(alone.resources, shared_bytes=150 << 10))
     assert alone.resources.blocks == 1
-    work = Work(132, 5, 1e5, 1e6)
+    work = Work(132, 5, 1e4, 1e6)
     one, two, four = (launch_times(H200, alone, replace(work, blocks=n * 132, memory_bytes=n * 1e6)) for n in (1, 2, 4))
     boundary, turns = 1500 / H200.hertz, 5 * 500 / H200.hertz
     assert one.stream == pytest.approx(turns)
