@@ -23,8 +23,30 @@ EXPECTED = ROOT / "csrc" / "cuda" / "instructions.txt"
 
 LATENCIES = {"LDS": 30, "LDSM": 33, "SHFL": 24, "S2R": 25, "S2UR": 25, "LDC": 30, "BAR": 30}
 """Cycles until a result is there; as microbenchmarks find them on A100 and H100 (arXiv 2402.13499), rounded."""
-MEMORY, SECOND_LEVEL, FIRST_LEVEL = 500, 270, 40
-"""Those of LDG, by where its data are: from the same source."""
+FIRST_LEVEL = 40
+"""That of LDG, where its data are in the first-level cache: from the same source."""
+
+
+@dataclass(frozen=True)
+class LoadLatency:
+    """Cycles of an LDG whose data are not in the first-level cache.
+
+    Attributes:
+        memory: idle memory.
+        far: the half of the second-level cache that is not the multiprocessor's own. What another one has just written
+            is there for half of all addresses, and a warp waits for the slowest of its loads.
+        near: its own half, where what has been read before is found again.
+    """
+
+    memory: int
+    far: int
+    near: int
+
+
+LOAD_LATENCIES = {"sm_80": LoadLatency(570, 425, 210), "sm_90a": LoadLatency(650, 475, 265)}
+"""By architecture, at 100, 35 and 10 MB (gpu-benches: cuda-latency and gpu-latency, of an A100 and an H100)."""
+UNWANTED_LOAD = 265
+"""Cycles that a way costs more for each load that it is not looked for."""
 OTHER_LATENCY, READ_LATENCY = 20, 12
 """Of any other instruction that sets a scoreboard, and until an operand has been read; assumed."""
 
@@ -246,7 +268,7 @@ class FlowGraph:
                 count, stalls, to = max(ways)
                 one = self.code[node]
                 gain = 0 if node in rare else wanted.get(one.name, 0) * one.weight
-                cost = max(1, one.stall) + (SECOND_LEVEL if one.name == "LDG" and not gain else 0)
+                cost = max(1, one.stall) + (UNWANTED_LOAD if one.name == "LDG" and not gain else 0)
                 best[node] = (count + gain, stalls - cost, to)
         path = []
         node = max((begin for begin in begins if begin in best), key=lambda begin: best[begin][:2], default=-1)
@@ -256,10 +278,10 @@ class FlowGraph:
         return path
 
 
-def _hot_path(graph: FlowGraph) -> tuple[set[int], int, list[Instruction]]:
+def _hot_path(graph: FlowGraph, latency: LoadLatency) -> tuple[set[int], int, list[Instruction]]:
     """Find the innermost loop that both fetches and multiplies, else the one with most loads: nodes, head and way."""
     loops = [(graph.loop(end, head), end, head) for end, head in graph.back_edges]
-    for wanted, loads_from in (({"HMMA", "LDGSTS"}, FIRST_LEVEL), ({"LDG"}, SECOND_LEVEL)):
+    for wanted, loads_from in (({"HMMA", "LDGSTS"}, FIRST_LEVEL), ({"LDG"}, latency.far)):
         found = [loop for loop in loops if wanted <= {graph.code[i].name for i in loop[0]}]
         ways = []
         for nodes, end, head in found:
@@ -277,8 +299,8 @@ def _hot_path(graph: FlowGraph) -> tuple[set[int], int, list[Instruction]]:
 
 
 def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
-    graph = FlowGraph(code)
-    nodes, head, loop = _hot_path(graph)
+    graph, latency = FlowGraph(code), LOAD_LATENCIES[arch]
+    nodes, head, loop = _hot_path(graph, latency)
     exits = {i for i, one in enumerate(code) if one.name == "EXIT"}
     counts = Counter(one.name for one in loop if not one.text.startswith("@!PT"))
     if counts["HMMA"]:
@@ -294,14 +316,14 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
-        # What adds finds what the kernel before has just written.
-        entry_cycles=cycles_of(entry[waited:], MEMORY if counts["HMMA"] else SECOND_LEVEL),
-        copy_cycles=cycles_of(entry[waited:copy], MEMORY) if copy else 0,
-        exit_cycles=cycles_of(ends[0], SECOND_LEVEL),
-        sums_cycles=cycles_of(ends[1], SECOND_LEVEL),
+        # What adds finds what the kernel before has just written; the ends find what others have read.
+        entry_cycles=cycles_of(entry[waited:], latency.memory if counts["HMMA"] else latency.far),
+        copy_cycles=cycles_of(entry[waited:copy], latency.memory) if copy else 0,
+        exit_cycles=cycles_of(ends[0], latency.near),
+        sums_cycles=cycles_of(ends[1], latency.near),
         instructions=len(loop),
         stalls=sum(one.stall for one in loop),
-        cycles=cycles_of(loop, FIRST_LEVEL if counts["HMMA"] else SECOND_LEVEL, 2),
+        cycles=cycles_of(loop, FIRST_LEVEL if counts["HMMA"] else latency.far, 2),
         hmma=counts["HMMA"],
         lds=counts["LDS"] + counts["LDSM"],
         ldgsts=counts["LDGSTS"],

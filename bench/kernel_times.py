@@ -10,8 +10,10 @@ as the slowest of these takes:
     cache    bytes that cross the second-level cache, which brings x to every thread block
     matmul   operations of prefill's products, at the best rate of any (clocks fall with the load)
 
-Shrink runs beside the product, which waits for it where the code does, in the better of its two orders
-(csrc/loop_lora/cuda_decode.h); between launches there are gaps. Constants have their source beside them: a datasheet,
+Where a multiprocessor holds one block of a kernel, nothing streams between the end of one and the first bytes of the
+next. Shrink runs beside the product, which waits for it where the code does, in the better of its two orders
+(csrc/loop_lora/cuda_decode.h); product blocks that find no room beside shrink's start when these end. Between launches
+there are gaps. Constants have their source beside them: a datasheet,
 public measurements (gpu-benches: https://github.com/te42kyfo/gpu-benches, with the folder's name), or that they are
 assumed. None has been measured with these kernels.
 """
@@ -44,6 +46,8 @@ LATENCY = 0.7e-6
 WARP_CYCLES_OF_SHARED = 4
 """Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
 HMMA_FLOPS = 2 * 16 * 8 * 16
+SURELY_PREFETCHED = 32 / 128
+"""Of a line for which a hint asks: one sector. Whether the others come with it is not documented."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ class Device:
         hertz: boost clock for which the datasheet counts the tensor cores' FLOP/s.
         copy: bandwidth of a copy. H200: measured; others: 85% and 90% of the datasheet's. What only reads is as fast or
             faster: 1.0 times on an A100, 1.14 times on an H100 and an H200 (gpu-benches: gpu-l2-cache and cuda-stream
-            against gpu-small-kernels); 1 is taken.
+            against gpu-small-kernels); 1 is taken. The only public rate of reading on an H200 (gpu-l2-cache) is 3.9
+            TB/s, where a copy takes 3.4: that card is slower than ours.
         cache: bandwidth of the second-level cache, of 20 to 30 MB: 5.4 TB/s on an A100, 9.7 on an H200 (gpu-benches:
-            gpu-l2-cache), whose cache an H100 has too.
+            gpu-l2-cache). H100: 6.9 on the PCIe card there, by multiprocessors (132 for 114) and clocks (1.83 for 1.755
+            GHz).
         matmul: best rate of a product in 16 bits. H200: measured; H100: the same chip; A100: 80% of the datasheet's.
         hmma_cycles: of a scheduler for one m16n8k16. A100: 1024 multiply-adds a cycle and multiprocessor (datasheet);
             H100: twice that, of which mma.sync reaches 63% (arXiv 2402.13499).
@@ -86,7 +92,7 @@ class Device:
 H200 = Device("h200", "sm_90a", 132, 1.83e9, 4.3e12, 9.7e12, 790e12, 6.4, gap=2e-6, launch=1e-6, trigger=0.5e-6)
 DEVICES = {
     "a100": Device("a100", "sm_80", 108, 1.41e9, 1.7e12, 5.4e12, 250e12, 8.0, 1.1e-6, 1.1e-6, 1.1e-6),
-    "h100": replace(H200, name="h100", copy=3.0e12),
+    "h100": replace(H200, name="h100", copy=3.0e12, cache=8.3e12),
     "h200": H200,
 }
 
@@ -180,17 +186,37 @@ class Work:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a launch: before and after its stream, of the stream by each limit, and of the last turn."""
+    """Seconds of a launch: before and after its stream, of the stream by each limit, and of the last turn.
+
+    Attributes:
+        between: from one wave of blocks to the next, an end and a begin, where a multiprocessor holds one block.
+        more_waves: of the busiest multiprocessor, after its first.
+    """
 
     begin: float
     end: float
     limits: dict[str, float]
     last_turn: float
+    between: float
+    more_waves: int
 
     @property
     def stream(self) -> float:
         """The slowest limit; the last bytes take a turn more."""
-        return max(seconds + (0 if name == "issue" else self.last_turn) for name, seconds in self.limits.items())
+        return self.stream_with(0.0)
+
+    def stream_with(self, filled: float) -> float:
+        """Return the stream's time if this share of its bytes had been fetched before."""
+        streams = []
+        for name, seconds in self.limits.items():
+            if name == "issue":
+                streams.append(seconds + self.more_waves * self.between)
+            else:
+                # Of what all multiprocessors share, others make use meanwhile, once they are not in step any more:
+                # after their second begin, it is assumed.
+                waves = self.more_waves if name == "latency" else min(1, self.more_waves)
+                streams.append(seconds * (1 - filled) + self.last_turn + waves * self.between)
+        return max(streams)
 
     @property
     def bound(self) -> str:
@@ -223,12 +249,13 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
         "cache": work.blocks * work.block_bytes / device.cache,
         "matmul": work.flops / device.matmul,
     }
-    end = code.sums_cycles if stores_sums else code.exit_cycles
+    end = (code.sums_cycles if stores_sums else code.exit_cycles) / device.hertz
     begin = code.entry_cycles / device.hertz
     if code.ldgsts:
         begin = max(begin, code.copy_cycles / device.hertz + LATENCY)
     # Nothing is fetched in the last turn.
-    return Times(begin, end / device.hertz, limits, max(own, beside_others(code.lds)) if work.turns else 0.0)
+    last_turn = max(own, beside_others(code.lds)) if work.turns else 0.0
+    return Times(begin, end, limits, last_turn, begin + end if resident == 1 else 0.0, waves - 1)
 
 
 @dataclass(frozen=True)
@@ -297,7 +324,30 @@ def adding_time(device: Device, tables: Tables, kernel: str, elements: int) -> f
     ).total
 
 
-def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float) -> float:
+@dataclass(frozen=True)
+class Shrink:
+    """Prediction of T = A_l x: all of it, and of its first launch, which alone takes shared memory."""
+
+    seconds: float = 0.0
+    kernel: Compiled | None = None
+    blocks: int = 0
+    first_seconds: float = 0.0
+
+    def room_beside(self, device: Device, product: Compiled) -> int:
+        """Return for how many blocks of the product there is shared memory while the blocks of shrink run."""
+        everywhere = device.multiprocessors * product.resources.blocks
+        if self.kernel is None:
+            return everywhere
+        own, other = (
+            kernel.resources.shared_bytes + kernel_resources.RESERVED_SHARED_BYTES for kernel in (product, self.kernel)
+        )
+        occupied = min(self.blocks, device.multiprocessors)
+        deep = math.ceil(self.blocks / device.multiprocessors)
+        left = kernel_resources.SHARED_BYTES[device.arch] - min(deep, self.kernel.resources.blocks) * other
+        return everywhere - occupied * (product.resources.blocks - min(product.resources.blocks, max(0, left // own)))
+
+
+def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, loops: int, gap: float) -> Shrink:
     """Predict T = A_l x, in the fastest way: by columns, with the parts in thread blocks of their own, or by rows."""
     by_warps: dict[int, list[Compiled]] = {}
     for name in ("loop_lora::column_kernel", "loop_lora::row_kernel"):
@@ -308,11 +358,12 @@ def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, l
     for warps, instances in by_warps.items():
         kernel = choose_tokens(instances, m)
         slices = 1 if warps == PARTS else PARTS
-        seconds = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)[1].total
+        work, times = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)
+        adding = 0.0
         if slices > 1:
-            seconds += gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
-        ways.append(seconds)
-    return min(ways)
+            adding = gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
+        ways.append(Shrink(times.total + adding, kernel, work.blocks, times.total))
+    return min(ways, key=lambda way: way.seconds)
 
 
 def share_before_rank(outputs: int, slices: int, rank: int) -> float:
@@ -363,28 +414,38 @@ def predict_linear(
     terms = {"gap": device.gap, "begin": times.begin, "stream": times.stream, "shrink": 0.0, "end": times.end}
     next_gap = device.trigger if device.has_dependent_launch else device.gap
     ranks = sum(projection.ranks(rank))
-    shrink = predict_shrink(device, tables, ranks, k, m, loops, next_gap) if rank > 0 else 0.0
+    shrink = predict_shrink(device, tables, ranks, k, m, loops, next_gap) if rank > 0 else Shrink()
     if device.has_dependent_launch and product.code.triggers_early:
         # Both read from memory at once.
         a_bytes = BYTES_PER_ELEMENT * loops * ranks * k
         memory = times.limits["memory"] + a_bytes / device.copy
         stream = replace(times, limits={**times.limits, "memory": memory}).stream
         # Early: the ring fills with W while the kernel before ends and shrink runs; then x comes, and the rest streams.
-        waited = shrink + device.trigger if rank > 0 else 0.0
-        resident = min(work.blocks, device.multiprocessors * product.resources.blocks)
-        filled = min(1.0, resident * product.bytes_under_way / (work.blocks * work.block_bytes))
-        others = max(seconds for name, seconds in times.limits.items() if name != "issue")
+        waited = shrink.seconds + device.trigger if rank > 0 else 0.0
+        room = shrink.room_beside(device, product)
+        first_wave = min(work.blocks, device.multiprocessors * product.resources.blocks)
+        in_rings = min(first_wave, room) * product.bytes_under_way
+        filled = min(1.0, in_rings / (work.blocks * work.block_bytes))
         idle = device.trigger + waited
-        rest = max(times.limits["issue"], others * (1 - filled) + times.last_turn, times.begin + stream - idle)
-        x_seconds = kernel_instructions.SECOND_LEVEL / device.hertz
+        rest = max(times.stream_with(filled), times.begin + stream - idle)
+        # What x the rings have room for comes first; the kernel before has just written it.
+        rows = min(m, product.arguments["tokens"])
+        x_bytes = in_rings * rows / (outputs + product.arguments["tokens"])
+        x_seconds = kernel_instructions.LOAD_LATENCIES[device.arch].far / device.hertz + x_bytes / device.cache
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
-        # Late: they run side by side, until a block needs T.
+        # Late: they run side by side, until a block needs T, or where it finds no room before shrink's blocks end.
         needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
         late = {"gap": device.trigger + device.launch, "begin": times.begin, "stream": stream}
-        late["shrink"] = max(0.0, shrink - needed)
+        late["shrink"] = max(0.0, shrink.seconds - needed)
+        if first_wave > room:
+            alone = max(
+                work.turns * product.code.cycles / device.hertz,
+                work.block_bytes / product.bytes_under_way * LATENCY + times.last_turn,
+            )
+            late["shrink"] = max(late["shrink"], shrink.first_seconds - device.launch + alone - stream)
         terms |= min((early, late) if rank > 0 else (early,), key=lambda order: sum(order.values()))
     elif rank > 0:
-        terms["shrink"] = shrink + device.gap
+        terms["shrink"] = shrink.seconds + device.gap
     terms["add"] = 0.0
     if slices > 1:
         terms["add"] = next_gap + adding_time(device, tables, "loop_lora::add_parts_kernel", m * n)
@@ -461,10 +522,11 @@ def predict_attention(
             gap = device.gap
     times = launch_times(device, kernel, work)
     if kernel.code.prefetches and device.has_dependent_launch:
-        # The keys of every warp's first turn come to the cache meanwhile. Hints find their pages as fast as copies do
-        # after the wait, so memory works for so much longer: from the launch, which combining makes, to the wait's end.
+        # Of the keys of every warp's first turn, what is sure to come to the cache meanwhile. Hints find their pages as
+        # fast as copies do after the wait, so memory works for so much longer: from the launch, which combining makes,
+        # to the wait's end.
         blocks = min(work.blocks, device.multiprocessors * kernel.resources.blocks)
-        first_keys = blocks * kernel.warps * 16 * slot_bytes / 2
+        first_keys = SURELY_PREFETCHED * blocks * kernel.warps * 16 * slot_bytes / 2
         ahead = min(first_keys / device.copy, max(0.0, combine_seconds + gap - device.launch))
         times = replace(times, limits={**times.limits, "memory": times.limits["memory"] - ahead})
     terms = {"gap": gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": combine_seconds}

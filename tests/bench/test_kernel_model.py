@@ -7,8 +7,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import kernel_instructions, kernel_model, kernel_resources
+from bench.attention_cases import AttentionSpec
 from bench.kernel_instructions import analyse, find_disassembler, parse_sass
 from bench.kernel_model import PRESETS, ROWS
 from bench.kernel_times import (
@@ -16,9 +18,11 @@ from bench.kernel_times import (
     H200,
     LATENCY,
     Compiled,
+    Shrink,
     Tables,
     Work,
     launch_times,
+    predict_attention,
     predict_linear,
 )
 from bench.linear_variants import projections
@@ -64,7 +68,7 @@ def test_the_first_copy_waits_for_what_comes_before_it():
     load, wait = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
     begin = ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0)
     found = loop_of(load, wait, begin, *LOOP, ("@!P0 BRA 0x30", 5, 7, 0), EXIT)
-    assert found.copy_cycles == kernel_instructions.MEMORY + 5
+    assert found.copy_cycles == kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
 
 
 def test_what_comes_before_the_wait_is_hidden():
@@ -74,14 +78,17 @@ def test_what_comes_before_the_wait_is_hidden():
     assert (found.copy_cycles, found.entry_cycles, found.prefetches) == (1, 1 + 3, 1)
     # A kernel that copies first, and waits then, does all of that once it has been launched.
     copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
-    assert copies_first.copy_cycles == kernel_instructions.MEMORY + 5
+    assert copies_first.copy_cycles == kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
 
 
 def test_a_kernel_that_only_adds_begins_where_it_has_waited():
     before, wait = ("IMAD R2, R2, R3, RZ", 13, 7, 0), ("ACQBULK", 1, 7, 0)
     load, add = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("FADD R2, R2, R3", 5, 7, 1 << 0)
     found = loop_of(before, wait, load, add, ("STG.E.U16 desc[UR8][R6.64], R2", 2, 7, 0), EXIT)
-    assert (found.entry_cycles, found.copy_cycles) == (1 + kernel_instructions.SECOND_LEVEL + 5 + 2 + 5, 0)
+    assert (found.entry_cycles, found.copy_cycles) == (
+        1 + kernel_instructions.LOAD_LATENCIES["sm_90a"].far + 5 + 2 + 5,
+        0,
+    )
 
 
 def test_sums_of_a_row_kernel_take_no_way_through_shared_memory():
@@ -172,6 +179,73 @@ def test_warps_that_share_a_scheduler_take_turns(kernel):
     busy = replace(kernel, code=replace(kernel.code, instructions=300))
     one, three = (launch_times(H200, busy, Work(n * 132, 10, 1.0, 1.0)).limits["issue"] for n in (1, 3))
     assert (one, three) == (pytest.approx(10 * 500 / H200.hertz), pytest.approx(10 * 900 / H200.hertz))
+
+
+def test_where_one_block_fits_each_wave_ends_before_the_next_begins(kernel):
+    alone = Compiled(
+        replace(kernel.code, entry_cycles=1000, exit_cycles=500, ldgsts=0), replace(kernel.resources, registers=255)
+    )
+    alone = replace(alone, resources=replace(alone.resources, shared_bytes=150 << 10))
+    assert alone.resources.blocks == 1
+    work = Work(132, 5, 1e4, 1e6)
+    one, two, four = (launch_times(H200, alone, replace(work, blocks=n * 132, memory_bytes=n * 1e6)) for n in (1, 2, 4))
+    boundary, turns = 1500 / H200.hertz, 5 * 500 / H200.hertz
+    assert one.stream == pytest.approx(turns)
+    assert two.stream == pytest.approx(2 * turns + boundary)
+    assert four.stream == pytest.approx(4 * turns + 3 * boundary)
+    # Multiprocessors are in step at their second begin only, so that memory idles once.
+    bound_by_memory = launch_times(H200, alone, Work(4 * 132, 1, 1e3, 1e9))
+    assert bound_by_memory.stream == pytest.approx(1e9 / H200.copy + bound_by_memory.last_turn + boundary)
+    # Two that run beside each other fill each other's gaps.
+    assert launch_times(H200, kernel, Work(6 * 132, 1, 1e3, 1e9)).between == 0
+
+
+def shrink_of(shared_bytes, blocks):
+    resources = kernel_resources.Kernel("sm_90a", "loop_lora::column_kernel<>", 64, shared_bytes, 256)
+    return Shrink(1e-6, Compiled(None, resources), blocks, 1e-6)
+
+
+def test_product_blocks_find_less_room_beside_shrink(tables):
+    columns = tables.find(H200, "loop_lora::column_kernel", tokens=32, shrink=0)
+    rows = tables.find(H200, "loop_lora::row_kernel", tokens=32, warp_tiles=2, shrink=0)
+    assert (columns.resources.blocks, rows.resources.blocks) == (1, 2)
+    # 101,376 + 150,528 bytes are more than a multiprocessor has, 101,376 + 82,432 are not.
+    assert shrink_of(101376, 16).room_beside(H200, columns) == 132 - 16
+    assert shrink_of(101376, 16).room_beside(H200, rows) == 2 * 132 - 16
+    assert shrink_of(101376, 2 * 132).room_beside(H200, rows) == 0
+    assert shrink_of(1024, 16).room_beside(H200, columns) == Shrink().room_beside(H200, columns) == 132
+
+
+def test_products_wait_for_room_beside_shrink(tables, monkeypatch):
+    (out,) = (each for each in projections(preset("gemma-2b")) if each.name == "out")
+    without: dict[int, float] = {}
+    with_room: dict[int, float] = {}
+    for seconds in (without, with_room):
+        for m in (8, 32):
+            seconds[m] = predict_linear(H200, tables, out, m, 64, 2, (16, 1)).seconds
+        monkeypatch.setattr(Shrink, "room_beside", lambda _, device, kernel: 132 * kernel.resources.blocks)
+    assert without[8] == with_room[8]  # 102,400 bytes twice
+    assert without[32] > with_room[32]
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_an_early_product_brings_the_x_of_its_rings_first(tables, m):
+    (gate_up,) = (each for each in projections(preset("gemma-2b")) if each.name == "gate,up")
+    kernel = tables.find(H200, "loop_lora::row_kernel", tokens=8 if m == 1 else 64, warp_tiles=2, shrink=0)
+    x_bytes = 256 * kernel.bytes_under_way * m / (128 + kernel.arguments["tokens"])
+    begin = predict_linear(H200, tables, gate_up, m, 0, 1, (128, 1)).terms["begin"]
+    assert begin == pytest.approx(475 / H200.hertz + x_bytes / H200.cache)
+
+
+def test_hints_are_credited_with_a_sector_of_a_line(tables):
+    spec = AttentionSpec(8, 1, 256, [], [], [], 256, 32, torch.bfloat16, torch.device("cpu"), 0, 0)
+    without = {key: replace(each, prefetches=0) for key, each in tables.code.items()}
+    times = [
+        predict_attention(H200, each, spec, "decode", 32, 1024, 1).seconds
+        for each in (replace(tables, code=without), tables)
+    ]
+    keys = 32 * 8 * 4 * 16 * 256 * 2  # of the first turn of four warps of each of 256 blocks
+    assert times[0] - times[1] == pytest.approx(keys / 4 / H200.copy)
 
 
 def arguments(**changed):
