@@ -307,8 +307,8 @@ def engine_block(decoder: Decoder) -> Callable[[Tensor, PassPlan], Tensor]:
     return GraphedBlock(decoder) if decoder.cache.k.is_cuda else decoder.block
 
 
-def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSeconds:
-    """Time the parts of a pass in the middle of the texts."""
+def pass_seconds(decoder: Decoder, requests: Requests, samples: int = 8) -> PassSeconds:
+    """Time the parts of a pass in the middle of the texts, so many times each."""
     cache = decoder.cache
     middles = [len(prompt) + count // 2 for prompt, count in zip(requests.prompts, requests.new_tokens, strict=True)]
     sequences = [cache.allocate() for _ in middles]
@@ -345,8 +345,8 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSecon
         }
         for variant in variants.values():
             variant.call(0)
-        samples = Timer(_CPU, 0.0, max(20, rounds)).measure(variants, copies=1)
+        seconds = Timer(_CPU, 0.0, samples).measure(variants, copies=1)
     finally:
         for sequence in sequences:
             cache.free(sequence)
-    return PassSeconds(*(statistics.median(samples[name]) for name in variants))
+    return PassSeconds(*(statistics.median(seconds[name]) for name in variants))

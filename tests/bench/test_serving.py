@@ -115,6 +115,14 @@ def test_the_bound_of_one_request_counts_the_loops_of_its_drafts_or_of_what_it_s
     assert parts.bound(3, 2, 9, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (3.0 + 1.0)))
 
 
+def test_a_gain_is_compared_with_the_bound_of_its_round():
+    # The machine was half as fast in the second round.
+    steady = {"never": [3.0, 3.0, 6.0], "lossy": [2.0, 4.0, 4.0], "late": [1.0]}
+    compared = serving.compare_with_bound([2.0, 1.0, 2.0], steady, "lossy")
+    assert compared == {"bound": 2.0, "of_bound": 0.75}
+    assert serving.compare_with_bound([2.0, 1.0, 2.0], steady, "late") == {"bound": 2.0}
+
+
 @pytest.mark.parametrize("requests", [MIXED, Requests([[1, 2]], [3])], ids=["five", "one"])
 def test_parts_of_a_pass_are_timed_and_leave_no_pages(requests: Requests):
     decoder = plain_decoder()
