@@ -55,6 +55,7 @@ from bench.serving_rivals import (
     transformers_generation,
 )
 from bench.serving_variants import (
+    FORCED,
     PassSeconds,
     Requests,
     count_work,
@@ -301,6 +302,9 @@ def parse_arguments() -> argparse.Namespace:
         "--agreement", type=float, nargs="+", metavar="P",
         help="parts of tokens that may exit after the first loop (default 0.5 0.8 1, none with --policies)",
     )  # fmt: skip
+    parser.add_argument(
+        "--forced", nargs="+", choices=FORCED, default=list(FORCED), help="policies of --agreement (default all three)"
+    )
     parser.add_argument(
         "--policies", nargs="+", default=[], metavar="NAME", help="policies as rrt.generate's --exit-policy, not forced"
     )

@@ -165,6 +165,8 @@ def test_policies_run_as_they_are_beside_those_of_forced_agreement(monkeypatch):
     assert engines["auto 0.5"]().policy.curve is engines["auto 0.5"]().policy.curve is not None
     assert isinstance(engines["verify"]().policy, Verify) and engines["static:0"]().policy == Static(0)
     assert parse(monkeypatch, "--preset smollm2-135m --policies never").agreement == []
+    some = make_engines(decoder, [[1, 2]], parse(monkeypatch, f"{flags} 1 --forced verify lossy"), 3)
+    assert list(some)[1:5] == ["lossy 0.5", "verify 0.5", "lossy 1", "verify 1"]
     vanilla = make_decoder(make_model("llama", "vanilla", torch.float32))
     assert list(make_engines(vanilla, [[1, 2]], parse(monkeypatch, flags), 3)) == ["never"]
 
