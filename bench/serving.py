@@ -19,8 +19,8 @@ rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of
 policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
 every round, in the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a
 token needs. Where all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of
-that one alone; the bound counts that. With fewer requests than loops, it counts the rows of drafts and of skipped loops
-that a policy adds.
+that one alone; the bound counts that, and with fewer requests than loops the LoRA that a policy's further rows read.
+The second bound, `of rows`, counts what those rows cost, of drafts and of skipped loops, and the head's.
 
 Online, requests arrive as a Poisson process at parts of what `never` completes when all are there at once. Run nothing
 else beside it.
@@ -137,10 +137,10 @@ def measure_case(
             counted[name]["steady_over_never"] = speedup(steady, name, "never")
     for name, values in counted.items():
         if "loops_per_token" in values:
-            counts = values["loops_per_token"], values["rows_per_token"]
-            how = {"is_exact": engines[name].policy.is_exact, "in_step": lengths == "equal"}
-            bounds = [each.bound(num_loops, *counts, **how) for each in parts]
-            values |= compare_with_bound(bounds, steady, name)
+            counts = [values[f"{what}_per_token"] for what in ("loops", "rows", "head_rows")]
+            how = {"in_step": lengths == "equal", "few": in_flight < num_loops}
+            bounds = [each.bounds(num_loops, *counts, is_exact=engines[name].policy.is_exact, **how) for each in parts]
+            values |= compare_with_bounds(bounds, steady, name)
     return {
         "in_flight": in_flight,
         "requests": len(requests.prompts),
@@ -160,12 +160,14 @@ def measure_case(
     }
 
 
-def compare_with_bound(bounds: Sequence[float], steady: Samples, name: str) -> dict[str, float]:
-    """Take the bounds of the rounds, and what part of them the gain is in the steady state, if all rounds had one."""
-    compared = {"bound": statistics.median(bounds)}
-    if len(steady[name]) == len(steady["never"]) == len(bounds):
-        gains = round_ratios(steady, name, "never")
-        compared["of_bound"] = statistics.median(gain / bound for gain, bound in zip(gains, bounds, strict=True))
+def compare_with_bounds(bounds: Sequence[tuple[float, float]], steady: Samples, name: str) -> dict[str, float]:
+    """Take the two bounds of the rounds, and what part of them the gain is in the steady state, if all had one."""
+    compared: dict[str, float] = {}
+    for field, each in zip(("bound", "rows_bound"), zip(*bounds, strict=True), strict=True):
+        compared[field] = statistics.median(each)
+        if len(steady[name]) == len(steady["never"]) == len(bounds):
+            gains = round_ratios(steady, name, "never")
+            compared[f"of_{field}"] = statistics.median(gain / bound for gain, bound in zip(gains, each, strict=True))
     return compared
 
 
@@ -250,6 +252,8 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
                     ("steady_over_never", ".2f"),
                     ("bound", ".2f"),
                     ("of_bound", ".2f"),
+                    ("rows_bound", ".2f"),
+                    ("of_rows_bound", ".2f"),
                     ("passes", "d"),
                     ("rows_per_token", ".2f"),
                     ("head_rows_per_token", ".2f"),
@@ -262,7 +266,7 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
         for name, found in case["variants"].items()
     ]
     header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never", "95 %"]
-    header += ["steady", "over never", "bound", "of it", "passes"]
+    header += ["steady", "over never", "bound", "of it", "of rows", "of it", "passes"]
     header += ["rows/token", "head/token", "agreed", "same"]
     return Table("New tokens per second", header, rows, (0, 1, 2, 4), gap_after=4, notes=notes)
 
@@ -280,9 +284,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
         f"{note}. 95 %: interval of the ratio, by ranks of the rounds, of six at least. steady: tokens/s while as many "
-        "requests as in flight decode, and none is at its prompt; bound: of its ratio; of it: what part is reached, "
-        "the median over rounds. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: "
-        f"tokens that are those of never at their place.{gguf} {RATIOS_NOTE}"
+        "requests as in flight decode, and none is at its prompt; bound: of its ratio, if further rows were free, and "
+        "of rows at their price; of it: the part that is reached, the median over rounds. Agreement behind a policy's "
+        "name is forced. agreed: tokens that loop 0 had; same: tokens that are those of never at their place."
+        f"{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]
 

@@ -274,14 +274,13 @@ def count_work(engine: CountingEngine, served: list[list[NewToken]]) -> dict[str
 
 @dataclass(frozen=True)
 class PassSeconds:
-    """Seconds of the parts of a pass over a row of each request: medians.
+    """Seconds of the parts of a pass: medians. `head` is final norm and logits.
 
     Attributes:
-        block: rows at one loop.
-        mixed: rows at all loops in turn, whose LoRAs are all read.
-        drafted: the same with a row at each loop, if there are fewer requests than loops: a draft that is verified.
-        skipped: `mixed` with a kv-only row at each other loop then: a loop that a lossy exit skipped.
-        head: final norm and logits.
+        block: a row of each request, at one loop.
+        mixed: the same at all loops in turn, whose LoRAs are all read if there are as many requests.
+        drafted, drafted_head: a row of each request at every loop, as drafts that are verified have.
+        skipped: `mixed` with a kv-only row of each request at every other loop, as lossy exits leave.
     """
 
     block: float
@@ -289,22 +288,40 @@ class PassSeconds:
     drafted: float
     skipped: float
     head: float
+    drafted_head: float
 
-    def bound(
-        self, num_loops: int, loops_per_token: float, rows_per_token: float, *, is_exact: bool, in_step: bool
-    ) -> float:
+    def bounds(
+        self,
+        num_loops: int,
+        loops_per_token: float,
+        rows_per_token: float,
+        heads_per_token: float,
+        *,
+        is_exact: bool,
+        in_step: bool,
+        few: bool,
+    ) -> tuple[float, float]:
         """Return the most that a policy gains over `never`, whose rows are `in_step` where all requests are alike.
 
         Args:
             loops_per_token: passes that a token takes.
-            rows_per_token: decode and kv-only rows; those beyond one a pass are at the loops of no request's row.
+            rows_per_token, heads_per_token: decode and kv-only rows, and those of the head.
             is_exact: the policy verifies.
+            few: there are fewer requests than loops.
+
+        Returns:
+            The gain if further rows of a pass cost nothing but the reading of their loops' LoRA, and if they cost what
+            they do in the block and the head alone.
         """
         plain = num_loops * (self.block if in_step else self.mixed) + self.head
-        further = (rows_per_token / loops_per_token - 1) / (num_loops - 1)
-        all_loops = self.drafted if is_exact else self.skipped
-        block = self.mixed + min(max(further, 0.0), 1.0) * (all_loops - self.mixed)
-        return plain / (loops_per_token * (block + self.head))
+
+        def further(count: float) -> float:
+            return min(max((count / loops_per_token - 1) / (num_loops - 1), 0.0), 1.0)
+
+        block = self.mixed + further(rows_per_token) * ((self.drafted if is_exact else self.skipped) - self.mixed)
+        head = self.head + further(heads_per_token) * (self.drafted_head - self.head)
+        free = (block if few else self.mixed) + self.head
+        return plain / (loops_per_token * free), plain / (loops_per_token * (block + head))
 
 
 def engine_block(decoder: Decoder) -> Callable[[Tensor, PassPlan], Tensor]:
@@ -325,12 +342,15 @@ def pass_seconds(decoder: Decoder, requests: Requests, samples: int = 8) -> Pass
         loops = [i % cache.num_loops if mixes else 0 for i in range(len(middles))]
         device, block = cache.k.device, engine_block(decoder)
         x = decoder.embed(torch.tensor([prompt[-1] for prompt in requests.prompts], device=device))
+        rows = list(zip(sequences, loops, positions, strict=True))
+        others = range(1, cache.num_loops if mixes else 1)
+        further = [
+            (sequence, (loop + i) % cache.num_loops, position) for i in others for sequence, loop, position in rows
+        ]
         one_loop = PassRows(sequences, [0] * len(loops), positions)
         mixed = PassRows(sequences, loops, positions)
-        others = list(range(len(loops), cache.num_loops)) if mixes else []
-        count = len(others)
-        further = [sequences[0]] * count + sequences, others + loops, [positions[0]] * count + positions
-        x_further = torch.cat((x[:1].expand(count, -1), x))
+        everywhere = [list(column) for column in zip(*further, *rows, strict=True)]
+        x_everywhere = x.repeat(1 + len(others), 1)
 
         def until_done(call: Callable[[], Tensor]) -> Variant:
             def run(_: int) -> Tensor:
@@ -344,9 +364,12 @@ def pass_seconds(decoder: Decoder, requests: Requests, samples: int = 8) -> Pass
         variants = {
             "block": until_done(lambda: block(x, cache.plan(one_loop))),
             "mixed": until_done(lambda: block(x, cache.plan(mixed))),
-            "drafted": until_done(lambda: block(x_further, cache.plan(PassRows(*further)))),
-            "skipped": until_done(lambda: block(x_further, cache.plan(PassRows(*further, num_kv_only=len(others))))),
+            "drafted": until_done(lambda: block(x_everywhere, cache.plan(PassRows(*everywhere)))),
+            "skipped": until_done(
+                lambda: block(x_everywhere, cache.plan(PassRows(*everywhere, num_kv_only=len(further))))
+            ),
             "head": until_done(lambda: decoder.logits(x)),
+            "drafted_head": until_done(lambda: decoder.logits(x_everywhere)),
         }
         for variant in variants.values():
             variant.call(0)

@@ -4,7 +4,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,28 +99,34 @@ def test_rows_and_head_rows_are_counted_for_each_token_after_the_first():
     assert counted(Static(0), Requests([[1, 2]], [1])) == {"passes": 2}
 
 
-def test_the_bound_counts_passes_of_block_and_head():
-    parts = PassSeconds(block=1.0, mixed=2.0, drafted=2.0, skipped=2.0, head=0.0)
-    lossy = {"is_exact": False}
-    assert parts.bound(2, 1, 1, **lossy, in_step=True) == 1.0 and parts.bound(3, 3, 3, **lossy, in_step=False) == 1.0
-    parts = PassSeconds(2.0, 2.0, 2.0, 2.0, 1.0)
-    assert parts.bound(2, 1.2, 2.0, **lossy, in_step=True) == pytest.approx(5.0 / (1.2 * 3.0))
+LOSSY = {"is_exact": False, "in_step": True, "few": False}
+EXACT = {**LOSSY, "is_exact": True}
+MANY = PassSeconds(block=1.0, mixed=2.0, drafted=2.0, skipped=2.0, head=0.0, drafted_head=0.0)
 
 
-def test_the_bound_of_one_request_counts_the_loops_of_its_drafts_or_of_what_it_skipped():
-    parts = PassSeconds(block=1.0, mixed=1.0, drafted=3.0, skipped=2.0, head=1.0)
-    # Four rows in two passes of three loops: half of the further rows that a pass could have.
-    assert parts.bound(3, 2, 4, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (2.0 + 1.0)))
-    assert parts.bound(3, 2, 4, is_exact=False, in_step=True) == pytest.approx(4.0 / (2 * (1.5 + 1.0)))
-    assert parts.bound(3, 2, 9, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (3.0 + 1.0)))
+def test_the_bounds_count_passes_of_block_and_head():
+    assert MANY.bounds(2, 1, 1, 1, **LOSSY) == (1, 1)
+    assert MANY.bounds(3, 3, 3, 3, **{**LOSSY, "in_step": False}) == (1, 1)
+    parts = replace(MANY, block=2.0, head=1.0, drafted_head=1.0)
+    assert parts.bounds(2, 1.2, 2.0, 2.0, **LOSSY) == pytest.approx([5.0 / (1.2 * 3.0)] * 2)
 
 
-def test_a_gain_is_compared_with_the_bound_of_its_round():
+def test_the_second_bound_counts_further_rows_and_with_few_requests_the_first_does_too():
+    parts = PassSeconds(block=1.0, mixed=1.0, drafted=3.0, skipped=2.0, head=1.0, drafted_head=2.0)
+    # Four rows, or heads, in two passes of three loops: half of the further ones that a pass could have.
+    assert parts.bounds(3, 2, 4, 4, **EXACT) == pytest.approx((4 / (2 * 2.0), 4 / (2 * (2.0 + 1.5))))
+    assert parts.bounds(3, 2, 4, 2, **LOSSY) == pytest.approx((4 / (2 * 2.0), 4 / (2 * (1.5 + 1.0))))
+    assert parts.bounds(3, 2, 9, 9, **EXACT) == pytest.approx((4 / (2 * 2.0), 4 / (2 * (3.0 + 2.0))))
+    assert parts.bounds(3, 2, 4, 4, **{**EXACT, "few": True}) == pytest.approx((4 / (2 * 3.0), 4 / (2 * (2.0 + 1.5))))
+
+
+def test_a_gain_is_compared_with_the_bounds_of_its_round():
     # The machine was half as fast in the second round.
     steady = {"never": [3.0, 3.0, 6.0], "lossy": [2.0, 4.0, 4.0], "late": [1.0]}
-    compared = serving.compare_with_bound([2.0, 1.0, 2.0], steady, "lossy")
-    assert compared == {"bound": 2.0, "of_bound": 0.75}
-    assert serving.compare_with_bound([2.0, 1.0, 2.0], steady, "late") == {"bound": 2.0}
+    bounds = [(2.0, 1.5), (1.0, 0.75), (2.0, 1.5)]
+    compared = serving.compare_with_bounds(bounds, steady, "lossy")
+    assert compared == {"bound": 2.0, "of_bound": 0.75, "rows_bound": 1.5, "of_rows_bound": 1.0}
+    assert serving.compare_with_bounds(bounds, steady, "late") == {"bound": 2.0, "rows_bound": 1.5}
 
 
 @pytest.mark.parametrize("requests", [MIXED, Requests([[1, 2]], [3])], ids=["five", "one"])
