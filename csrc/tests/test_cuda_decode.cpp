@@ -109,8 +109,8 @@ struct Problem {
   }
 
   // Which regions a kernel may write, and which it may read only after dependency_wait: every kernel before this one may
-  // still run until then, so what it reads but W, and what it writes. A_l may have been written just before shrink. In
-  // the late order the kernels before shrink have ended when the others start, and x and loops are there.
+  // still run until then, so what it reads but W and A_l, and what it writes. In the late order the kernels before shrink
+  // have ended when the others start, and x and loops are there.
   enum class Stage { kShrink, kAddShrunk, kProduct, kAddParts };
   std::vector<emulation::Region> regions(Stage stage, bool early) {
     const bool before_shrink = early || stage == Stage::kShrink;
@@ -118,9 +118,9 @@ struct Problem {
     const bool add_shrunk = stage == Stage::kAddShrunk, add_parts = stage == Stage::kAddParts;
     return {region("x", x, false, before_shrink),
             region("loops", loops, false, before_shrink),
-            region("weight", weight, false, shrink),
+            region("weight", weight, false),
             region("bias", bias, false, before_shrink),
-            region("lora_a", lora_a, false, shrink),
+            region("lora_a", lora_a, false),
             region("lora_b", lora_b, false, before_shrink),
             region("shrunk", shrunk, shrink || add_shrunk, product),
             region("shrink_sums", shrink_sums, shrink, add_shrunk),
@@ -242,11 +242,12 @@ using SplitShrink = Shrink<ColumnInstance<8, 1, 16>>;
 
 template <class Half, class Kernel, class ShrinkKernel = WholeShrink>
 Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
-               emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
+               emulation::Sabotage sabotage = emulation::Sabotage::kNone, bool prefetches = false) {
   using Stage = typename Problem<Half>::Stage;
   DecodeArgs args = problem.args();
   args.parts_per_block = kParts / Kernel::kSlices;
   args.starts_early = early;
+  args.prefetches = prefetches;
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = ShrinkKernel::run(problem, args, seed, sabotage);
