@@ -130,64 +130,66 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   });
   device::block_barrier();
   if (output >= args.n) return;
-  const bool is_whole = args.n % kVectorElements == 0;  // all eight exist, and are aligned
-  // Biases are loaded all at once; those that are no vectors, one token's after the other's.
-  const bool has_vectors =
-      args.bias != nullptr && is_whole && reinterpret_cast<uintptr_t>(args.bias) % sizeof(device::Vector) == 0;
-  device::Vector biases[kResults] = {};
-  if (has_vectors) {
+  const auto* bias = static_cast<const Storage*>(args.bias);
+  const bool is_whole = args.n % kVectorElements == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(device::Vector) == 0;
+  if (!is_whole) {  // not all eight exist, or are aligned
+#pragma unroll 1
+    for (int token = thread / kVectors; token < tile.tokens; token += kTokensAtOnce) {
+      const int of_all = tile.token_begin + token, loop = device::load_global(args.loops + of_all);
+#pragma unroll 1
+      for (int j = 0; j < kVectorElements && output + j < args.n; ++j) {
+        const float sum = device::load_shared(results + token * kStride + row + j);
+        store_result<Half>(args, of_all, output + j, sum + load_bias<Half>(args, loop, output + j));
+      }
+    }
+    return;
+  }
+  const auto is_valid = [&](int loop) { return 0 <= loop && loop < args.num_loops; };
+  device::Vector biases[kResults];  // all loaded at once
+  if (bias != nullptr) {
 #pragma unroll
     for (int i = 0; i < kResults; ++i) {
-      if (loops[i] < 0 || loops[i] >= args.num_loops) continue;
-      const Storage* from = static_cast<const Storage*>(args.bias) + loops[i] * args.bias_loop_stride + output;
+      const Storage* from = bias + (is_valid(loops[i]) ? loops[i] : 0) * args.bias_loop_stride + output;
       biases[i] = device::load_global(reinterpret_cast<const device::Vector*>(from));
     }
   }
 #pragma unroll
   for (int i = 0; i < kResults; ++i) {
-    const int token = thread / kVectors + i * kTokensAtOnce, of_all = tile.token_begin + token;
+    const int token = thread / kVectors + i * kTokensAtOnce;
     if (token >= tile.tokens) break;
     float result[kVectorElements];
-#pragma unroll
-    for (int j = 0; j < kVectorElements; j += 2) {
-      Half::widen_pair(biases[i].word[j / 2], result[j], result[j + 1]);
-    }
 #pragma unroll
     for (int j = 0; j < kVectorElements; j += 4) {
       const Quad quad = device::load_shared(reinterpret_cast<const Quad*>(results + token * kStride + row + j));
 #pragma unroll
-      for (int of_quad = 0; of_quad < 4; ++of_quad) result[j + of_quad] += quad.value[of_quad];
+      for (int of_quad = 0; of_quad < 4; ++of_quad) result[j + of_quad] = quad.value[of_quad];
     }
-    const bool is_valid = 0 <= loops[i] && loops[i] < args.num_loops;
-    if (is_valid && args.bias != nullptr && !has_vectors) {
+    if (bias != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kVectorElements; ++j) {
-        result[j] += output + j < args.n ? load_bias<Half>(args, loops[i], output + j) : 0.0f;
+      for (int j = 0; j < kVectorElements; j += 2) {
+        float low, high;
+        Half::widen_pair(biases[i].word[j / 2], low, high);
+        result[j] += low;
+        result[j + 1] += high;
       }
     }
+    device::Vector stored;
 #pragma unroll
-    for (int j = 0; j < kVectorElements; ++j) result[j] = is_valid ? result[j] : NAN;
-    if (is_whole) {
-      auto* to = static_cast<Storage*>(args.y) + static_cast<int64_t>(of_all) * args.n + output;
-      device::store_global(reinterpret_cast<device::Vector*>(to),
-                           device::Vector{{Half::pair(result[0], result[1]), Half::pair(result[2], result[3]),
-                                           Half::pair(result[4], result[5]), Half::pair(result[6], result[7])}});
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVectorElements; ++j) {
-        if (output + j < args.n) store_result<Half>(args, of_all, output + j, result[j]);
-      }
+    for (int j = 0; j < kVectorElements; j += 2) {
+      stored.word[j / 2] = is_valid(loops[i]) ? Half::pair(result[j], result[j + 1]) : Half::pair(NAN, NAN);
     }
+    auto* to = static_cast<Storage*>(args.y) + static_cast<int64_t>(tile.token_begin + token) * args.n + output;
+    device::store_global(reinterpret_cast<device::Vector*>(to), stored);
   }
 }
 
 // Adds the sums that several slices left. Thread block (x: token; y: kAddThreads outputs).
 template <class Half>
 RRT_DEVICE void add_parts_body(const DecodeArgs& args) {
-  device::launch_dependents();
-  device::dependency_wait();
   const device::Index block = device::block_index();
   const int token = block.x, row = block.y * kAddThreads + device::thread_index();
+  device::launch_dependents();
+  device::dependency_wait();
   if (row >= args.n) return;
   const int loop = device::load_global(args.loops + token);
   const float sum = add_parts(args.part_sums, args.m, args.n, token, row);
