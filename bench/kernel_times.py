@@ -370,19 +370,25 @@ def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, l
         kernel = choose_tokens(instances, m)
         slices = 1 if warps == PARTS else PARTS
         work, times = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)
-        # What the rings have room for: of A_l, unless too much might be in vain, before the wait. Then x comes, from the
-        # kernel before, and the loops.
         in_rings = min(work.blocks, device.multiprocessors * kernel.resources.blocks) * min(
             kernel.bytes_under_way, work.block_bytes
         )
-        x_seconds = fresh_seconds(device, work.x_share * in_rings)
-        before_wait = times.begin + (1 - work.x_share) * in_rings / device.copy
-        waited = device.trigger if prefetches_shrink(kernel, ranks, k, loops) else 0.0
-        begin = max(kernel.code.wait_cycles / device.hertz, x_seconds, before_wait - waited)
+        begin = kernel.code.wait_cycles / device.hertz  # the loops' trip, from when it has waited
+        if prefetches_shrink(kernel, ranks, k, loops):
+            # Of A_l the rings have been filled, of which memory has brought what it could since the last kernel's end.
+            # With the loops comes x.
+            x_seconds = fresh_seconds(device, work.x_share * in_rings)
+            first_bytes = times.begin + (1 - work.x_share) * in_rings / device.copy
+            if device.has_dependent_launch:
+                first_bytes -= device.trigger
+            begin = max(begin, x_seconds, first_bytes)
+            stream = times.stream_with(in_rings / (work.blocks * work.block_bytes))
+        else:
+            begin, stream = begin + LATENCY, times.stream
         adding = 0.0
         if slices > 1:
             adding = gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
-        first = begin + times.stream_with(in_rings / (work.blocks * work.block_bytes)) + times.end
+        first = begin + stream + times.end
         ways.append(Shrink(first + adding, kernel, work.blocks, first))
     return min(ways, key=lambda way: way.seconds)
 
