@@ -373,7 +373,8 @@ def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, l
         in_rings = min(work.blocks, device.multiprocessors * kernel.resources.blocks) * min(
             kernel.bytes_under_way, work.block_bytes
         )
-        begin = kernel.code.wait_cycles / device.hertz  # the loops' trip, from when it has waited
+        # The loops' trip, from when it has waited; code for an A100 has no instruction for that.
+        begin = max(kernel.code.wait_cycles, kernel_instructions.LOAD_LATENCIES[device.arch].far) / device.hertz
         if prefetches_shrink(kernel, ranks, k, loops):
             # Of A_l the rings have been filled, of which memory has brought what it could since the last kernel's end.
             # With the loops comes x.
@@ -465,7 +466,8 @@ def predict_linear(
         in_rings = min(first_wave, room) * product.bytes_under_way
         filled = min(1.0, in_rings / (work.blocks * work.block_bytes))
         # What x the rings have room for comes first; the kernel before has just written it.
-        x_seconds = fresh_seconds(device, in_rings * work.x_share)
+        rows = min(m, product.arguments["tokens"])
+        x_seconds = fresh_seconds(device, in_rings * rows / (outputs + product.arguments["tokens"]))
         # Memory works from the first request on, until the rings are full.
         rest = max(times.stream_with(filled), times.begin + stream - device.trigger - waited - x_seconds)
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
