@@ -91,6 +91,10 @@ class Instruction:
     def is_predicated(self) -> bool:
         return self.text.startswith("@")
 
+    @property
+    def is_bias(self) -> bool:
+        return self.name == "LDG" and self.is_predicated and "128" in self.modifiers
+
 
 @dataclass(frozen=True)
 class KernelCode:
@@ -308,10 +312,10 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     if counts["HMMA"]:
         entry = graph.best_path([0], partial(eq, head), {"LDGSTS": 1, "STS": 1})
         leaving = sorted({to for i in nodes for to in graph.next[i]} - nodes)
-        # Results pass through shared memory, sums of a row kernel do not. Biases, in vectors if there are any, there aren't.
+        # Results pass through shared memory, sums of a row kernel do not. There are no biases.
         wanted = ({"STS": 1, "STG": 1}, {"STG32": 1})
         ways = [graph.best_path(leaving, exits.__contains__, stores) for stores in wanted]
-        ends = [[one for one in way if not (one.name == "LDG" and one.is_predicated and one.weight == 8)] for way in ways]
+        ends = [[one for one in way if not one.is_bias] for way in ways]
     else:
         entry, ends = graph.best_path([0], exits.__contains__, {"STG": 1, "STG32": 1}), [[], []]
     copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), None)

@@ -94,7 +94,7 @@ RRT_DEVICE DecodeTile find_tile(const DecodeArgs& args, int index) {
   return {row_tile * ROWS, token_begin, left < TOKENS ? left : TOKENS};
 }
 
-// The loops of two tokens of a tile, spread over the lanes of a warp such that these have all of them; -1 if there is none.
+// The loops of two tokens of a tile, which lanes share such that a warp has all of them; -1 if there is none.
 struct LanesLoops {
   int first, second;
 };

@@ -131,7 +131,8 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   device::block_barrier();
   if (output >= args.n) return;
   const auto* bias = static_cast<const Storage*>(args.bias);
-  const bool is_whole = args.n % kVectorElements == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(device::Vector) == 0;
+  const bool is_whole =
+      args.n % kVectorElements == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(device::Vector) == 0;
   if (!is_whole) {  // not all eight exist, or are aligned
 #pragma unroll 1
     for (int token = thread / kVectors; token < tile.tokens; token += kTokensAtOnce) {

@@ -82,9 +82,10 @@ struct Block {
 
 inline Block block_of(DecodeKernel kernel, int tokens) {
   const int size = tokens == 8 ? 0 : tokens == 16 ? 1 : tokens == 32 ? 2 : 3, stages = ring_stages(kernel, tokens);
-  constexpr double kColumnTurns[] = {170, 185, 195, 195}, kTurns[] = {215, 225, 330, 525}, kTurns64[] = {180, 185, 200, 275};
+  constexpr double kColumnTurns[] = {175, 175, 195};
+  constexpr double kTurns[] = {215, 225, 330, 525}, kTurns64[] = {180, 185, 200, 275};
   switch (kernel) {
-    case DecodeKernel::kColumns: return {8, 16, tokens, stages, 8, 2, kColumnTurns[size]};
+    case DecodeKernel::kColumns: return {8, 16, tokens, stages, 8, 2, kColumnTurns[std::min(size, 2)]};
     case DecodeKernel::kRows: return {4, 128, tokens, stages, 1, tokens >= 32 ? 2 : 3, kTurns[size]};
     case DecodeKernel::kRows64: break;
   }
@@ -122,7 +123,7 @@ inline Rates rates_of(const Gpu& gpu) {
 }
 constexpr double kLatency = 0.7, kFarTrip = 0.26;  // of memory under load, and of the cache's far half
 constexpr double kBegin = 0.9, kEnd = 0.3;         // of a launch: until its first bytes, and after its last turn
-constexpr double kTrigger = 0.5, kLaunch = 1.0;    // from an end to what waits for it; from launch_dependents to the next
+constexpr double kTrigger = 0.5, kLaunch = 1.0;    // from an end to what waits; from launch_dependents to the next
 constexpr double kShrinkBegin = 0.65;              // from the wait's end to the first turn, if A_l has been fetched
 constexpr double kShrinkLoops = 0.45;              // the loops' trip, if A_l is fetched only then
 constexpr int64_t kMaxBytesInVain = 2 << 20;       // which memory brings in the time between two kernels
@@ -149,18 +150,20 @@ inline StreamEstimate estimate_stream(const Gpu& gpu, const Block& block, int64_
   const double loads = block.warp_rows() / 4.0 + block.tokens / 4.0;
   const double copies = (block.rows + block.tokens) / 4.0 * block.rings / block.warps;
   const double mmas = block.warp_rows() / 4.0 * block.tokens / 8.0 * rates.mma;
+  const double turn = block.turn * (is_hopper(gpu) || block.tokens < 32 ? 1 : 1.15);  // an A100's mmas take longer
   const auto multiply = [&](double copied) {
     const double shared = resident * block.warps * (loads + copied) * 4;
-    return waves * turns * std::max({block.turn, resident * block.warps / 4.0 * mmas, shared}) / rates.cycles;
+    return waves * turns * std::max({turn, resident * block.warps / 4.0 * mmas, shared}) / rates.cycles;
   };
-  const double last_turn = block.turn / rates.cycles, gap = fit == 1 ? kBegin + kEnd : 0;  // between waves
+  const double last_turn = turn / rates.cycles, gap = fit == 1 ? kBegin + kEnd : 0;  // between waves
   const double latency = busiest * bytes / (resident * in_ring) * kLatency;
   const double common = std::max(memory_bytes / rates.memory, static_cast<double>(blocks) * bytes / rates.cache) / all;
   const auto stream = [&](double filled, double copied) {
     return std::max({multiply(copied) + (waves - 1) * gap, latency * (1 - filled) + last_turn + (waves - 1) * gap,
                      common * (1 - filled) + last_turn + std::min(1.0, waves - 1) * gap});
   };
-  return {stream(0, copies), stream(share, copies * (1 - share * (1 - x_share))), kFarTrip + in_rings * x_share / rates.cache / all};
+  return {stream(0, copies), stream(share, copies * (1 - share * (1 - x_share))),
+          kFarTrip + in_rings * x_share / rates.cache / all};
 }
 
 // Of the kernel that adds the parts' sums.
@@ -183,7 +186,8 @@ inline double estimated_microseconds(ShrinkKernel kernel, const Gpu& gpu, int64_
   const double columns = static_cast<double>(k) / static_cast<double>(parts);
   const double turns = std::ceil(static_cast<double>(k) / 8 / 64);
   const double bytes = 2.0 * static_cast<double>(loops * total_rank * k);
-  const StreamEstimate stream = estimate_stream(gpu, block, blocks, columns, turns, std::min<int64_t>(m, block.tokens), bytes);
+  const int64_t tokens = std::min<int64_t>(m, block.tokens);
+  const StreamEstimate stream = estimate_stream(gpu, block, blocks, columns, turns, tokens, bytes);
   const bool prefetches = should_prefetch(kernel, total_rank, num_loops, k, m);
   const double streams = prefetches ? kShrinkBegin + stream.filled : kShrinkLoops + kLatency + stream.whole;
   return streams + kEnd / 2 + (parts > 1 ? estimate_adding(gpu, m, total_rank) : 0);
@@ -211,7 +215,7 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
   return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
 }
 
-// What a product waits for: `shrink` takes so many microseconds, after it has waited itself, and reads `a_bytes`; `rank`
+// What a product waits for: shrink takes so many microseconds, after it has waited itself, and reads `a_bytes`; `rank`
 // is the largest of a segment.
 struct ShrinkEstimate {
   double microseconds, a_bytes;
@@ -223,8 +227,8 @@ struct OrderEstimates {
 };
 
 // Microseconds of a product in the two orders (cuda_decode.h), from the end of the kernel before shrink on.
-//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has only
-//          to be multiplied;
+//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has
+//          only to be multiplied;
 //   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
 //          is left of shrink is waited for at B_l.
 inline OrderEstimates estimate_orders(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
@@ -237,14 +241,16 @@ inline OrderEstimates estimate_orders(const Tiling& tiling, const Gpu& gpu, int6
   const double sums = tiling.slices > 1 ? 4 * parts * static_cast<double>(block.rows * tokens) : 0;
   const double weight_bytes = 2.0 * static_cast<double>(n * k);
   const auto stream = [&](double memory_bytes) {
-    return estimate_stream(gpu, block, blocks, static_cast<double>(k) / tiling.slices, turns, tokens, memory_bytes, sums);
+    const double columns_of_block = static_cast<double>(k) / tiling.slices;
+    return estimate_stream(gpu, block, blocks, columns_of_block, turns, tokens, memory_bytes, sums);
   };
   const StreamEstimate alone = stream(weight_bytes), beside = stream(weight_bytes + shrink.a_bytes);
   const double end = kEnd + (tiling.slices > 1 ? estimate_adding(gpu, m, n) : 0);
   const double waited = shrink.microseconds > 0 ? shrink.microseconds + kTrigger : 0;
   const double rest = std::max(alone.filled, kBegin + beside.whole - kTrigger - waited - alone.x);
   const double left = shrink.microseconds - kBegin - share_before_rank(tiling, shrink.rank) * beside.whole;
-  return {kTrigger + waited + alone.x + rest + end, kTrigger + kLaunch + kBegin + beside.whole + std::max(0.0, left) + end};
+  return {kTrigger + waited + alone.x + rest + end,
+          kTrigger + kLaunch + kBegin + beside.whole + std::max(0.0, left) + end};
 }
 
 // Whether the product should start before shrink has waited.
