@@ -31,7 +31,8 @@ void test_measurements_go_before_estimates() {
   CHECK(is(chosen(kH100, 2048, 17), DecodeKernel::kRows, 4));
   CHECK(is(chosen(kA100, 2048, 16), DecodeKernel::kRows, 1));
   // Of another device, another layer, more tokens than were measured; and where the row kernel does not fit.
-  const Tiling other_device = estimated({80, 164 << 10}, 2048, 2048, 16), other_layer = estimated(kH100, 2560, 2048, 16);
+  const Tiling other_device = estimated({80, 164 << 10}, 2048, 2048, 16);
+  const Tiling other_layer = estimated(kH100, 2560, 2048, 16);
   CHECK(is(chosen({80, 164 << 10}, 2048, 16), other_device.kernel, other_device.slices));
   CHECK(is(chosen(kH100, 2560, 16), other_layer.kernel, other_layer.slices));
   const Tiling more_tokens = estimated(kH100, 2048, 2048, 65);
@@ -167,7 +168,8 @@ void test_sums_of_parts_stay_small() {
 int main() {
   return rrt::tests::run(test_measurements_go_before_estimates, test_segments_that_fit_narrow_tiles_alone_get_these,
                          test_few_tokens_go_by_columns_where_outputs_are_few,
-                         test_tokens_that_do_not_exist_cost_nothing, test_many_outputs_go_undivided_and_for_many_tokens_by_wide_tiles,
+                         test_tokens_that_do_not_exist_cost_nothing,
+                         test_many_outputs_go_undivided_and_for_many_tokens_by_wide_tiles,
                          test_few_outputs_of_many_columns_fill_the_gpu,
                          test_shrink_is_split_where_its_blocks_are_few_and_long,
                          test_shrink_of_many_ranks_and_tokens_goes_by_rows,
