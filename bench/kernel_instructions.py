@@ -91,6 +91,10 @@ class Instruction:
     def is_predicated(self) -> bool:
         return self.text.startswith("@")
 
+    @property
+    def is_bias(self) -> bool:
+        return self.name == "LDG" and self.is_predicated and "128" in self.modifiers
+
 
 @dataclass(frozen=True)
 class KernelCode:
@@ -100,6 +104,7 @@ class KernelCode:
         entry_cycles: from the first instruction to the loop, or to the end if no loop has an mma. In a kernel that
             waits for the one before at its begin, from there: by then it has been launched.
         copy_cycles: likewise, to the first copy.
+        wait_cycles: in a kernel that copies before it waits, from there to the loop, with all loads.
         exit_cycles: from the loop to the end, with all stores of a full tile.
         sums_cycles: the same, if it stores sums in float32 for a kernel that adds them.
         stalls: sum of stall counts; `cycles` waits for scoreboards, too.
@@ -111,6 +116,7 @@ class KernelCode:
     arch: str
     entry_cycles: int
     copy_cycles: int
+    wait_cycles: int
     exit_cycles: int
     sums_cycles: int
     instructions: int
@@ -306,19 +312,24 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     if counts["HMMA"]:
         entry = graph.best_path([0], partial(eq, head), {"LDGSTS": 1, "STS": 1})
         leaving = sorted({to for i in nodes for to in graph.next[i]} - nodes)
-        # Results pass through shared memory, sums of a row kernel do not.
+        # Results pass through shared memory, sums of a row kernel do not. There are no biases.
         wanted = ({"STS": 1, "STG": 1}, {"STG32": 1})
-        ends = [graph.best_path(leaving, exits.__contains__, stores) for stores in wanted]
+        ways = [graph.best_path(leaving, exits.__contains__, stores) for stores in wanted]
+        ends = [[one for one in way if not one.is_bias] for way in ways]
     else:
         entry, ends = graph.best_path([0], exits.__contains__, {"STG": 1, "STG32": 1}), [[], []]
     copy = next((i for i, one in enumerate(entry) if one.name == "LDGSTS"), None)
     waited = max((i for i, one in enumerate(entry[:copy]) if one.name == "ACQBULK"), default=0)
+    # Of a kernel that copies before it waits; the loads are those of the loops.
+    waits = {one.address for one in entry[copy:] if one.name == "ACQBULK"} if copy else set()
+    behind = graph.best_path([i for i, one in enumerate(code) if one.address in waits], partial(eq, head), {"LDG": 1})
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
     return KernelCode(
         arch=arch,
         # What adds finds what the kernel before has just written; the ends find what others have read.
         entry_cycles=cycles_of(entry[waited:], latency.memory if counts["HMMA"] else latency.far),
         copy_cycles=cycles_of(entry[waited:copy], latency.memory) if copy else 0,
+        wait_cycles=cycles_of(behind, latency.far),
         exit_cycles=cycles_of(ends[0], latency.near),
         sums_cycles=cycles_of(ends[1], latency.near),
         instructions=len(loop),

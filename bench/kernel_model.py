@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from bench import kernel_instructions
+from bench import kernel_instructions, kernel_resources
 from bench.attention_cases import AttentionSpec
 from bench.kernel_times import (
     DEVICES,
@@ -164,10 +164,11 @@ def make_table(records: list[dict[str, Any]]) -> Table:
 def list_tilings() -> str:
     """Compile csrc/tests/list_tilings.cpp and return the tilings of all presets' decode products, one a line."""
     cases = []
-    for multiprocessors in sorted({device.multiprocessors for device in DEVICES.values()}):
+    gpus = {(each.multiprocessors, kernel_resources.SHARED_BYTES[each.arch]) for each in DEVICES.values()}
+    for gpu in sorted(gpus):
         for projection in {p for name in PRESETS for p in projections(preset(name))}:
             fits = all(part.start % 128 == 0 for part in projection.slices())
-            cases += [(multiprocessors, projection.outputs, projection.inputs, m, int(fits)) for m in ROWS]
+            cases += [(*gpu, projection.outputs, projection.inputs, m, int(fits)) for m in ROWS]
     text = "\n".join(" ".join(map(str, case)) for case in sorted(set(cases)))
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "list_tilings"

@@ -38,8 +38,10 @@ COLUMN_OUTPUTS = 16
 """Of a tile of the column kernel; the row kernel's have more."""
 SHORT_PIECE, LONG_PIECE, MAX_SHORT_CONTEXT = 128, 256, 2048
 """Slots of decode attention's pieces (csrc/kv_cache/cuda_decode_attention.h)."""
-STEP_COLUMNS = 32
-"""Columns of W, or ranks of B_l, of which a part has whole numbers."""
+STEP_COLUMNS, TURN_COLUMNS = 32, 64
+"""Columns of W, or ranks of B_l, of which a part has whole numbers, and a turn at most."""
+MAX_BYTES_IN_VAIN = 2 << 20
+"""Of A_l, by shrink (csrc/loop_lora/cuda_tiles.h)."""
 
 LATENCY = 0.7e-6
 """Seconds from a request to its bytes while memory is busy. Assumed: 650 idle cycles (gpu-benches), and queues."""
@@ -182,6 +184,8 @@ class Work:
     flops: float = 0.0
     mean_turns: float = 0.0
     """Of all warps, if some have fewer."""
+    x_share: float = 0.0
+    """Of what is copied to shared memory."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ class Times:
     Attributes:
         between: from one wave of blocks to the next, an end and a begin, where a multiprocessor holds one block.
         more_waves: of the busiest multiprocessor, after its first.
+        copied: limit by issue, if all of W had been copied before.
     """
 
     begin: float
@@ -199,6 +204,7 @@ class Times:
     last_turn: float
     between: float
     more_waves: int
+    copied: float
 
     @property
     def stream(self) -> float:
@@ -210,7 +216,7 @@ class Times:
         streams = []
         for name, seconds in self.limits.items():
             if name == "issue":
-                streams.append(seconds + self.more_waves * self.between)
+                streams.append(seconds + filled * (self.copied - seconds) + self.more_waves * self.between)
             else:
                 # Of what all multiprocessors share, others make use meanwhile, once they are not in step any more:
                 # after their second begin, it is assumed.
@@ -235,15 +241,18 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
     warps_per_scheduler = max(1.0, resident * kernel.warps / 4)
     own = code.cycles / device.hertz
 
-    def beside_others(accesses: int) -> float:
+    def beside_others(accesses: float) -> float:
         """Return what the units that warps share take for a turn of each."""
         issue = warps_per_scheduler * max(code.instructions, code.hmma * device.hmma_cycles)
         return max(issue, resident * kernel.warps * accesses * WARP_CYCLES_OF_SHARED) / device.hertz
 
+    def issue(copies: float) -> float:
+        return waves * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + copies))
+
     waves = math.ceil(busiest / resident)
     under_way = resident * kernel.bytes_under_way
     limits = {
-        "issue": waves * max(work.turns * own, (work.mean_turns or work.turns) * beside_others(code.lds + code.ldgsts)),
+        "issue": issue(code.ldgsts),
         "latency": busiest * work.block_bytes / under_way * LATENCY if under_way else 0.0,
         "memory": work.memory_bytes / device.copy,
         "cache": work.blocks * work.block_bytes / device.cache,
@@ -255,7 +264,8 @@ def launch_times(device: Device, kernel: Compiled, work: Work, stores_sums: bool
         begin = max(begin, code.copy_cycles / device.hertz + LATENCY)
     # Nothing is fetched in the last turn.
     last_turn = max(own, beside_others(code.lds)) if work.turns else 0.0
-    return Times(begin, end, limits, last_turn, begin + end if resident == 1 else 0.0, waves - 1)
+    between = begin + end if resident == 1 else 0.0
+    return Times(begin, end, limits, last_turn, between, waves - 1, issue(code.ldgsts * work.x_share))
 
 
 @dataclass(frozen=True)
@@ -311,7 +321,8 @@ def decode_launch(
     memory_bytes = BYTES_PER_ELEMENT * (n * (k + ranks) + m * (k + n))
     blocks = math.ceil(n / outputs) * math.ceil(m / tokens) * slices
     mean_turns = sum(turns) / PARTS * parts
-    work = Work(blocks, sum(turns[:parts]), block_bytes, memory_bytes, mean_turns=mean_turns)
+    x_share = rows / (outputs + rows)
+    work = Work(blocks, sum(turns[:parts]), block_bytes, memory_bytes, mean_turns=mean_turns, x_share=x_share)
     return work, launch_times(device, kernel, work, slices > 1)
 
 
@@ -359,11 +370,39 @@ def predict_shrink(device: Device, tables: Tables, ranks: int, k: int, m: int, l
         kernel = choose_tokens(instances, m)
         slices = 1 if warps == PARTS else PARTS
         work, times = decode_launch(device, kernel, slices, loops * ranks, k, m, 0, 0)
+        in_rings = min(work.blocks, device.multiprocessors * kernel.resources.blocks) * min(
+            kernel.bytes_under_way, work.block_bytes
+        )
+        # The loops' trip, from when it has waited; code for an A100 has no instruction for that.
+        begin = max(kernel.code.wait_cycles, kernel_instructions.LOAD_LATENCIES[device.arch].far) / device.hertz
+        if prefetches_shrink(kernel, ranks, k, loops):
+            # Of A_l the rings have been filled, of which memory has brought what it could since the last kernel's end.
+            # With the loops comes x.
+            x_seconds = fresh_seconds(device, work.x_share * in_rings)
+            first_bytes = times.begin + (1 - work.x_share) * in_rings / device.copy
+            if device.has_dependent_launch:
+                first_bytes -= device.trigger
+            begin = max(begin, x_seconds, first_bytes)
+            stream = times.stream_with(in_rings / (work.blocks * work.block_bytes))
+        else:
+            begin, stream = begin + LATENCY, times.stream
         adding = 0.0
         if slices > 1:
             adding = gap + adding_time(device, tables, "loop_lora::add_shrunk_kernel", m * ranks)
-        ways.append(Shrink(times.total + adding, kernel, work.blocks, times.total))
+        first = begin + stream + times.end
+        ways.append(Shrink(first + adding, kernel, work.blocks, first))
     return min(ways, key=lambda way: way.seconds)
+
+
+def fresh_seconds(device: Device, num_bytes: float) -> float:
+    """Predict how long bytes take to come, of which the last kernel has written some."""
+    return kernel_instructions.LOAD_LATENCIES[device.arch].far / device.hertz + num_bytes / device.cache
+
+
+def prefetches_shrink(kernel: Compiled, ranks: int, k: int, loops: int) -> bool:
+    """Return whether shrink fetches A_l before it knows the loops, as csrc/loop_lora/cuda_tiles.h has it."""
+    ring_columns = PARTS * (kernel.arguments["stages"] - 1) * TURN_COLUMNS  # of all parts
+    return (loops - 1) * ranks * BYTES_PER_ELEMENT * min(k, ring_columns) <= MAX_BYTES_IN_VAIN
 
 
 def share_before_rank(outputs: int, slices: int, rank: int) -> float:
@@ -426,12 +465,11 @@ def predict_linear(
         first_wave = min(work.blocks, device.multiprocessors * product.resources.blocks)
         in_rings = min(first_wave, room) * product.bytes_under_way
         filled = min(1.0, in_rings / (work.blocks * work.block_bytes))
-        idle = device.trigger + waited
-        rest = max(times.stream_with(filled), times.begin + stream - idle)
         # What x the rings have room for comes first; the kernel before has just written it.
         rows = min(m, product.arguments["tokens"])
-        x_bytes = in_rings * rows / (outputs + product.arguments["tokens"])
-        x_seconds = kernel_instructions.LOAD_LATENCIES[device.arch].far / device.hertz + x_bytes / device.cache
+        x_seconds = fresh_seconds(device, in_rings * rows / (outputs + product.arguments["tokens"]))
+        # Memory works from the first request on, until the rings are full.
+        rest = max(times.stream_with(filled), times.begin + stream - device.trigger - waited - x_seconds)
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
         # Late: they run side by side, until a block needs T, or where it finds no room before shrink's blocks end.
         needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))

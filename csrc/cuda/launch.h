@@ -40,6 +40,7 @@ inline bool is_switched_on(const char* variable) {
 // Properties of the current device, for which the driver is asked once.
 struct DeviceFacts {
   int multiprocessors = 1;
+  int shared_bytes = 0;           // of a multiprocessor
   bool dependent_launch = false;  // sm_90 on, unless RRT_PDL=0
 };
 
@@ -54,6 +55,8 @@ inline DeviceFacts device_facts() {
   DeviceFacts facts;
   int major = 0;
   if (cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&facts.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) !=
+          cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return {};
   }

@@ -55,6 +55,8 @@ Instance choose_column_instance(Instances instances, int tokens) {
     using C = decltype(candidate);
     if (C::kTokens != tokens) return;
     constexpr int kSharedBytes = column_shared_bytes<C::kTokens, C::kBlockParts, C::kStages>();
+    static_assert(C::kBlockParts < kParts || C::kStages == ring_stages(DecodeKernel::kColumns, C::kTokens),
+                  "the choice is made for these stages");
     static_assert(kSharedBytes + kReservedShared <= kSharedOfMultiprocessor, "no thread block fits");
     chosen.kernel = column_kernel<Half, C::kTokens, C::kBlockParts, C::kStages, SHRINK>;
     chosen.threads = 32 * C::kBlockParts;
@@ -73,6 +75,8 @@ Instance choose_row_instance(Instances instances, int64_t rows, int tokens) {
     using C = decltype(candidate);
     if (C::kRows != rows || C::kTokens != tokens) return;
     constexpr int kSharedBytes = row_shared_bytes<C::kTokens, C::kWarpTiles, C::kStages>();
+    constexpr DecodeKernel kKernel = C::kRows == 64 ? DecodeKernel::kRows64 : DecodeKernel::kRows;
+    static_assert(C::kStages == ring_stages(kKernel, C::kTokens), "the choice is made for these stages");
     static_assert(2 * (kSharedBytes + kReservedShared) <= kSharedOfMultiprocessor, "two thread blocks must fit");
     chosen.kernel = row_kernel<Half, C::kTokens, C::kWarpTiles, C::kStages, SHRINK>;
     chosen.threads = kRowThreads;
@@ -173,17 +177,22 @@ bool fits_decode(const Params& p) {
 
 Tiling forced_tiling{DecodeKernel::kColumns, 0};  // with 0 slices, no tiling is forced
 
+Gpu current_gpu() {
+  const cuda::DeviceFacts facts = cuda::device_facts();
+  return {facts.multiprocessors, facts.shared_bytes};
+}
+
 Tiling tiling_of(const Params& p) {
   const bool sums_fit = forced_tiling.slices == 1 || sum_bytes(p.m, p.n) <= kMaxSumBytes;
   const auto fits = [&](DecodeKernel kernel) { return segments_begin_at(p, tile_rows(kernel)); };
   if (forced_tiling.slices > 0 && sums_fit && fits(forced_tiling.kernel)) return forced_tiling;
-  return choose_tiling(kMeasuredTilings, cuda::device_facts().multiprocessors, p.n, p.k, p.m,
-                       fits(DecodeKernel::kRows), fits(DecodeKernel::kRows64));
+  return choose_tiling(kMeasuredTilings, current_gpu(), p.n, p.k, p.m, fits(DecodeKernel::kRows),
+                       fits(DecodeKernel::kRows64));
 }
 
 ShrinkKernel shrink_kernel_of(const Params& p) {
   if (p.total_rank == 0 || p.num_loops == 0) return ShrinkKernel::kColumns;
-  return choose_shrink(cuda::device_facts().multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
+  return choose_shrink(current_gpu(), p.total_rank, p.num_loops, p.k, p.m);
 }
 
 int forced_order = -1;
@@ -192,12 +201,12 @@ int forced_order = -1;
 bool starts_early(const Params& p, const Tiling& tiling, ShrinkKernel kernel) {
   if (p.total_rank == 0 || p.num_loops == 0) return true;
   if (forced_order >= 0) return forced_order == 1;
-  int64_t rank = 0;  // of the segment that has most
-  for (const Segment& segment : p.segments) rank = std::max<int64_t>(rank, segment.rank);
-  const int multiprocessors = cuda::device_facts().multiprocessors;
-  const double shrink = estimated_microseconds(kernel, multiprocessors, p.total_rank, p.num_loops, p.k, p.m);
-  const double a_bytes = 2.0 * static_cast<double>(p.num_loops * p.total_rank * p.k);
-  return should_start_early(shrink, a_bytes, tiling, multiprocessors, p.n, p.k, p.m, rank);
+  const Gpu gpu = current_gpu();
+  ShrinkEstimate shrink{};
+  shrink.microseconds = estimated_microseconds(kernel, gpu, p.total_rank, p.num_loops, p.k, p.m);
+  shrink.a_bytes = 2.0 * static_cast<double>(p.num_loops * p.total_rank * p.k);
+  for (const Segment& segment : p.segments) shrink.rank = std::max<int64_t>(shrink.rank, segment.rank);
+  return should_start_early(shrink, tiling, gpu, p.n, p.k, p.m);
 }
 
 int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
@@ -259,6 +268,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.b_stride = static_cast<int>(p.b_stride);
   args.padded_m = static_cast<int>(padded_rows(p));
   args.starts_early = decode && starts_early(p, tiling, shrink);
+  args.prefetches = decode && should_prefetch(shrink, p.total_rank, p.num_loops, p.k, p.m);
   args.parts_per_block = decode ? kParts / tiling.slices : 0;
   args.num_segments = static_cast<int>(p.segments.size());
   for (int s = 0; s < args.num_segments; ++s) {

@@ -55,26 +55,13 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   using Turns = ColumnPipeline<Half, TOKENS, STAGES>;
   static_assert(SHRINK || PARTS == kParts, "only shrink is split");
   constexpr int kThreads = 32 * PARTS, kTokenTiles = TOKENS / 8;
-  if constexpr (SHRINK) {
-    wait_for_inputs(args);
-  } else {
-    device::launch_dependents();
-  }
+  if (!SHRINK || args.starts_early) device::launch_dependents();
   const device::Index block = device::block_index();
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   const int part = block.z * PARTS + warp;
   const DecodeTile tile = find_tile<kColumnTileRows, TOKENS>(args, block.x);
   const int total_rows = SHRINK ? args.total_rank : args.n;
   const int rows = total_rows - tile.row_begin < kColumnTileRows ? total_rows - tile.row_begin : kColumnTileRows;
-  if constexpr (SHRINK) {
-    if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) {
-      // The product may have these tokens in a tile with some of this loop.
-      for (int i = device::thread_index(); PARTS == kParts && i < tile.tokens * rows; i += kThreads) {
-        store_shrunk<Half>(args, block.y, tile.token_begin + i / rows, tile.row_begin + i % rows, 0.0f);
-      }
-      return;
-    }
-  }
   const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
   if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
   const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
@@ -95,9 +82,23 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
       loop = device::load_global(args.loops + tile.token_begin + token);
     });
   };
-  if constexpr (SHRINK) load_loops();
   Turns turns({args, tile, matrix, segment, part, part + 1}, warp * Turns::kBytes, rows);
-  turns.start(SHRINK || !args.starts_early);
+  uint32_t of_loop = 0;  // bit: of the lane's tokens, it is of shrink's loop
+  if constexpr (SHRINK) {
+    const auto load_all_loops = [&] {
+      load_loops();
+      if constexpr (PARTS < kParts) of_loop = find_tokens_of_loop<kTokenTiles>(args, tile, block.y);
+    };
+    if (!start_shrink(turns, args, tile, block.y, load_all_loops)) {
+      // The product may have these tokens in a tile with some of this loop.
+      for (int i = device::thread_index(); PARTS == kParts && i < tile.tokens * rows; i += kThreads) {
+        store_shrunk<Half>(args, block.y, tile.token_begin + i / rows, tile.row_begin + i % rows, 0.0f);
+      }
+      return;
+    }
+  } else {
+    turns.start(!args.starts_early);
+  }
   typename Turns::Sums sums = {};
 #pragma unroll 1
   for (int half = 0; half < (SHRINK ? 1 : 2); ++half) {
@@ -111,23 +112,22 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
     load_loops();
   }
 
-  // Calls f(row, token, sum) for each of the lane's sums, counted in the tile.
+  // Calls f(row, token, sum) for each of the lane's sums, counted from its first.
+  const int first_row = lane / 4, first_token = lane % 4 * 2;
   const auto for_each = [&](auto f) {
 #pragma unroll
     for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        f(lane / 4 + i / 2 * 8, 8 * token_tile + lane % 4 * 2 + i % 2, sums[0][token_tile][i]);
-      }
+      for (int i = 0; i < 4; ++i) f(i / 2 * 8, 8 * token_tile + i % 2, sums[0][token_tile][i]);
     }
   };
   if constexpr (PARTS < kParts) {
+    float* to = args.shrink_sums + tile.row_begin + first_row +
+                (static_cast<int64_t>(part) * args.m + tile.token_begin + first_token) * args.total_rank;
     for_each([&](int row, int token, float sum) {
-      if (row >= rows || token >= tile.tokens) return;
-      const int of_all = tile.token_begin + token;
-      if (device::load_global(args.loops + of_all) != block.y) return;
-      float* to = args.shrink_sums + (static_cast<int64_t>(part) * args.m + of_all) * args.total_rank;
-      device::store_global(to + tile.row_begin + row, sum);
+      if (first_row + row < rows && (of_loop >> (token / 8 * 2 + token % 8) & 1) != 0) {
+        device::store_global(to + static_cast<int64_t>(args.total_rank) * token + row, sum);
+      }
     });
     return;
   }
@@ -136,7 +136,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
   device::block_barrier();
   float* partial = reinterpret_cast<float*>(device::shared_memory());
   for_each([&](int row, int token, float sum) {
-    device::store_shared(partial + (warp * TOKENS + token) * kSumStride + row, sum);
+    device::store_shared(partial + (warp * TOKENS + first_token + token) * kSumStride + first_row + row, sum);
   });
   if constexpr (!SHRINK) {
     for_each_result([&](int loop, float& bias, int, int row) {

@@ -54,7 +54,7 @@ struct Cursor {
         in_weight = false;
         if (rank_turns(part) == 0) continue;
         if (num_loops == 0) {
-          loop_mask = find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops);
+          loop_mask = find_loop_mask(args, tile);
           for (uint32_t bits = loop_mask; bits != 0; bits &= bits - 1) ++num_loops;
           device::dependency_wait();
         }
@@ -109,11 +109,12 @@ struct Cursor {
             rank_turns(part)};
   }
 
-  RRT_DEVICE int rank() const { return segment == kNoSegment ? 0 : args.segment_size[segment]; }
+  RRT_DEVICE int rank() const { return args.segment_size[segment]; }
   RRT_DEVICE int weight_turns(int of_part) const {
     return ceil_div<kTurnSteps>(num_column_steps(of_part, ceil_div<kStepColumns>(args.k)));
   }
   RRT_DEVICE int rank_turns(int of_part) const {
+    if (segment == kNoSegment) return 0;
     return ceil_div<kTurnSteps>(num_rank_steps(of_part, ceil_div<kStepColumns>(rank())));
   }
 };

@@ -22,7 +22,8 @@
 //
 // Kernels are chained by programmatic dependent launch: each lets the next one start, and before it reads what the
 // kernels before it wrote, or writes anything, it waits for them to end. Every thread block waits, since the kernel
-// after the next relies on it. The product fetches W before it waits, in one of two orders:
+// after the next relies on it. Shrink fills its ring with A_l before it waits, unless too much of that might be of loops
+// that no token has (`prefetches`). The product fetches W before it waits, in one of two orders:
 //   early   Shrink lets it start at once. It fills its ring with W, perhaps while the operator before still runs, waits
 //           until T is there, reads x, and streams the rest.
 //   late    Shrink waits first, and then lets what follows start. So x and the loops are there for the product, which
@@ -60,6 +61,7 @@ struct DecodeArgs {
   int padded_m;
   int parts_per_block;  // of the row kernel: kParts / slices
   bool starts_early;    // the product, whose x may still be written when it starts
+  bool prefetches;      // shrink, of A_l for every loop, before it knows which of them there are
   int num_segments;
   int segment_out[kMaxSegments];   // first output row of each; a multiple of a tile's rows
   int segment_rank[kMaxSegments];  // first rank of each, a multiple of 8
@@ -92,23 +94,26 @@ RRT_DEVICE DecodeTile find_tile(const DecodeArgs& args, int index) {
   return {row_tile * ROWS, token_begin, left < TOKENS ? left : TOKENS};
 }
 
-// The loop mask of tokens [begin, begin + count). Every lane of the warp takes part.
-RRT_DEVICE uint32_t find_loop_mask(const int32_t* loops, int begin, int count, int num_loops) {
+// The loops of two tokens of a tile, which lanes share such that a warp has all of them; -1 if there is none.
+struct LanesLoops {
+  int first, second;
+};
+RRT_DEVICE LanesLoops load_lanes_loops(const DecodeArgs& args, const DecodeTile& tile) {
+  const int lane = device::thread_index() % 32;
+  const int32_t* loops = args.loops + tile.token_begin + lane;
+  return {lane < tile.tokens ? device::load_global(loops) : -1,
+          lane + 32 < tile.tokens ? device::load_global(loops + 32) : -1};
+}
+
+// The loop mask of a tile. Every lane of the warp takes part.
+RRT_DEVICE uint32_t find_loop_mask(const DecodeArgs& args, const DecodeTile& tile) {
+  const LanesLoops loops = load_lanes_loops(args, tile);
   uint32_t mask = 0;
-  for (int i = device::thread_index() % 32; i < count; i += 32) {
-    const int loop = device::load_global(loops + begin + i);
-    if (0 <= loop && loop < num_loops) mask |= 1u << loop;
-  }
+  if (0 <= loops.first && loops.first < args.num_loops) mask |= 1u << loops.first;
+  if (0 <= loops.second && loops.second < args.num_loops) mask |= 1u << loops.second;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) mask |= device::shuffle_xor(mask, step);
   return mask;
-}
-
-// Of shrink: waits, and lets what follows start, in the order that `args` says.
-RRT_DEVICE void wait_for_inputs(const DecodeArgs& args) {
-  if (args.starts_early) device::launch_dependents();
-  device::dependency_wait();
-  if (!args.starts_early) device::launch_dependents();
 }
 
 // The sums [kParts, m, columns] of a token and column, added in order.

@@ -247,4 +247,39 @@ struct Pipeline {
   int write = 0, read = 0;  // the stages that are written and read next, in bytes from the first one
 };
 
+// Of shrink: the bits of the lane's tokens, two of every 8 of the tile, that are of `loop`.
+template <int TOKEN_TILES>
+RRT_DEVICE uint32_t find_tokens_of_loop(const DecodeArgs& args, const DecodeTile& tile, int loop) {
+  int loops[2 * TOKEN_TILES];
+#pragma unroll
+  for (int i = 0; i < 2 * TOKEN_TILES; ++i) {
+    const int token = device::thread_index() % 4 * 2 + i / 2 * 8 + i % 2;
+    loops[i] = token < tile.tokens ? device::load_global(args.loops + tile.token_begin + token) : -1;
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * TOKEN_TILES; ++i) bits |= static_cast<uint32_t>(loops[i] == loop) << i;
+  return bits;
+}
+
+// Of shrink: fills the ring, waits, and lets what follows start if it has not; false if no token of the tile is of
+// `loop`. Where nothing is fetched before the wait, that is known before A_l is asked for. `load_loops` loads what else
+// is needed of the loops, in the same trip to memory.
+template <class Turns, class LoadLoops>
+RRT_DEVICE bool start_shrink(Turns& turns, const DecodeArgs& args, const DecodeTile& tile, int loop,
+                             LoadLoops load_loops) {
+  const auto has_loop = [&] {
+    device::dependency_wait();
+    if (!args.starts_early) device::launch_dependents();
+    load_loops();
+    const LanesLoops loops = load_lanes_loops(args, tile);
+    return device::any_lane(loops.first == loop || loops.second == loop);
+  };
+  if (!args.prefetches && !has_loop()) return false;
+  turns.start(false);
+  if (!args.prefetches || has_loop()) return true;
+  device::copy_wait<0>();
+  return false;
+}
+
 }  // namespace rrt::loop_lora

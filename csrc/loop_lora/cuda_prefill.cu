@@ -33,14 +33,14 @@ cudaError_t launch_prefill(const PrefillArgs& args, int multiprocessors, bool de
 
 template <class Half>
 cudaError_t launch_both(const PrefillArgs& args, const void* lora_a, void* shrunk, cudaStream_t stream) {
-  const auto [multiprocessors, dependent] = cuda::device_facts();
+  const cuda::DeviceFacts facts = cuda::device_facts();
   if (args.total_rank > 0) {
     // Not dependent: the product may start as soon as shrink has, and reads x before it waits.
     const cudaError_t error =
-        launch_prefill<Half>(shrink_args(args, lora_a, shrunk), multiprocessors, false, stream);
+        launch_prefill<Half>(shrink_args(args, lora_a, shrunk), facts.multiprocessors, false, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_prefill<Half>(args, multiprocessors, args.total_rank > 0 && dependent, stream);
+  return launch_prefill<Half>(args, facts.multiprocessors, args.total_rank > 0 && facts.dependent_launch, stream);
 }
 
 }  // namespace

@@ -43,11 +43,7 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   using Storage = typename Half::Storage;
   using Turns = Pipeline<Half, kRowThreads, WARP_TILES, TOKENS, STAGES>;
   constexpr int kTokenTiles = TOKENS / 8;
-  if constexpr (SHRINK) {
-    wait_for_inputs(args);
-  } else {
-    device::launch_dependents();
-  }
+  if (!SHRINK || args.starts_early) device::launch_dependents();
   const int parts = SHRINK ? 1 : args.parts_per_block;
   const bool whole = parts == kParts;
   const device::Index block = device::block_index();
@@ -55,13 +51,16 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   const DecodeTile tile = find_tile<Turns::kRows, TOKENS>(args, block.x);
   const int first_part = SHRINK ? block.z : block.y * parts, outputs = SHRINK ? args.total_rank : args.n;
   const auto* matrix = static_cast<const Storage*>(SHRINK ? args.lora_a : args.weight);
-  if constexpr (SHRINK) {
-    if ((find_loop_mask(args.loops, tile.token_begin, tile.tokens, args.num_loops) >> block.y & 1) == 0) return;
-    matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
-  }
+  if (SHRINK) matrix += static_cast<int64_t>(block.y) * args.total_rank * args.k;
   const int segment = SHRINK ? Cursor<Storage>::kNoSegment : find_segment(args, tile.row_begin);
   Turns turns({args, tile, matrix, segment, first_part, first_part + parts}, 0, outputs - tile.row_begin);
-  turns.start(SHRINK || !args.starts_early);
+  uint32_t of_loop = 0;  // bit: of the lane's tokens, it is of shrink's loop
+  if constexpr (SHRINK) {
+    const auto load_loops = [&] { of_loop = find_tokens_of_loop<kTokenTiles>(args, tile, block.y); };
+    if (!start_shrink(turns, args, tile, block.y, load_loops)) return;
+  } else {
+    turns.start(!args.starts_early);
+  }
 
   typename Turns::Sums sums, total = {};
   // Of the lane's sums: the i-th of a mma's four is row i / 2 * 8 and token i % 2 from here on.
@@ -97,20 +96,11 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
       if constexpr (!SHRINK) device::dependency_wait();  // where T was not read
       float* to = (SHRINK ? args.shrink_sums : args.part_sums) +
                   (static_cast<int64_t>(part) * args.m + first_token) * outputs + first_row;
-      // Bit: token of the lane, of shrink's loop. All loops are loaded at once: between the stores, each load would be
-      // waited for.
-      uint32_t stored = 0;
-#pragma unroll
-      for (int i = 0; i < 2 * kTokenTiles; ++i) {
-        const int token = lane % 4 * 2 + i / 2 * 8 + i % 2;  // of the tile
-        const bool exists = token < tile.tokens;
-        const int of_all = tile.token_begin + token;
-        const bool of_loop = !SHRINK || (exists ? device::load_global(args.loops + of_all) : -1) == block.y;
-        stored |= static_cast<uint32_t>(exists && of_loop) << i;
-      }
       for_each([&](float sum, float& sum_of_parts, int row, int token) {
         sum_of_parts = 0;  // as it is anyway; but said here, it takes no register meanwhile
-        if (first_row + row < outputs && (stored >> (token / 8 * 2 + token % 8) & 1) != 0) {
+        const bool exists = SHRINK ? (of_loop >> (token / 8 * 2 + token % 8) & 1) != 0
+                                   : lane % 4 * 2 + token < tile.tokens;
+        if (first_row + row < outputs && exists) {
           device::store_global(to + static_cast<int64_t>(outputs) * token + row, sum);
         }
       });
@@ -140,51 +130,67 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   });
   device::block_barrier();
   if (output >= args.n) return;
-  const bool is_whole = args.n % kVectorElements == 0;  // all eight exist, and are aligned
-  float bias[kVectorElements] = {};
-  bool has_bias = args.bias == nullptr;  // of every loop
+  const auto* bias = static_cast<const Storage*>(args.bias);
+  const bool is_whole =
+      args.n % kVectorElements == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(device::Vector) == 0;
+  if (!is_whole) {  // not all eight exist, or are aligned
+#pragma unroll 1
+    for (int token = thread / kVectors; token < tile.tokens; token += kTokensAtOnce) {
+      const int of_all = tile.token_begin + token, loop = device::load_global(args.loops + of_all);
+#pragma unroll 1
+      for (int j = 0; j < kVectorElements && output + j < args.n; ++j) {
+        const float sum = device::load_shared(results + token * kStride + row + j);
+        store_result<Half>(args, of_all, output + j, sum + load_bias<Half>(args, loop, output + j));
+      }
+    }
+    return;
+  }
+  const auto is_valid = [&](int loop) { return 0 <= loop && loop < args.num_loops; };
+  device::Vector biases[kResults];  // all loaded at once
+  if (bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const Storage* from = bias + (is_valid(loops[i]) ? loops[i] : 0) * args.bias_loop_stride + output;
+      biases[i] = device::load_global(reinterpret_cast<const device::Vector*>(from));
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kResults; ++i) {
-    const int token = thread / kVectors + i * kTokensAtOnce, of_all = tile.token_begin + token;
+    const int token = thread / kVectors + i * kTokensAtOnce;
     if (token >= tile.tokens) break;
-    const bool is_valid = 0 <= loops[i] && loops[i] < args.num_loops;
-    if (is_valid && !has_bias) {
-#pragma unroll
-      for (int j = 0; j < kVectorElements; ++j) {
-        bias[j] = output + j < args.n ? load_bias<Half>(args, loops[i], output + j) : 0.0f;
-      }
-      has_bias = args.bias_loop_stride == 0;
-    }
     float result[kVectorElements];
 #pragma unroll
     for (int j = 0; j < kVectorElements; j += 4) {
       const Quad quad = device::load_shared(reinterpret_cast<const Quad*>(results + token * kStride + row + j));
 #pragma unroll
-      for (int of_quad = 0; of_quad < 4; ++of_quad) {
-        result[j + of_quad] = is_valid ? quad.value[of_quad] + bias[j + of_quad] : NAN;
-      }
+      for (int of_quad = 0; of_quad < 4; ++of_quad) result[j + of_quad] = quad.value[of_quad];
     }
-    if (is_whole) {
-      auto* to = static_cast<Storage*>(args.y) + static_cast<int64_t>(of_all) * args.n + output;
-      device::store_global(reinterpret_cast<device::Vector*>(to),
-                           device::Vector{{Half::pair(result[0], result[1]), Half::pair(result[2], result[3]),
-                                           Half::pair(result[4], result[5]), Half::pair(result[6], result[7])}});
-    } else {
+    if (bias != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kVectorElements; ++j) {
-        if (output + j < args.n) store_result<Half>(args, of_all, output + j, result[j]);
+      for (int j = 0; j < kVectorElements; j += 2) {
+        float low, high;
+        Half::widen_pair(biases[i].word[j / 2], low, high);
+        result[j] += low;
+        result[j + 1] += high;
       }
     }
+    device::Vector stored;
+#pragma unroll
+    for (int j = 0; j < kVectorElements; j += 2) {
+      stored.word[j / 2] = is_valid(loops[i]) ? Half::pair(result[j], result[j + 1]) : Half::pair(NAN, NAN);
+    }
+    auto* to = static_cast<Storage*>(args.y) + static_cast<int64_t>(tile.token_begin + token) * args.n + output;
+    device::store_global(reinterpret_cast<device::Vector*>(to), stored);
   }
 }
 
 // Adds the sums that several slices left. Thread block (x: token; y: kAddThreads outputs).
 template <class Half>
 RRT_DEVICE void add_parts_body(const DecodeArgs& args) {
-  device::launch_dependents();
-  device::dependency_wait();
   const device::Index block = device::block_index();
   const int token = block.x, row = block.y * kAddThreads + device::thread_index();
+  device::launch_dependents();
+  device::dependency_wait();
   if (row >= args.n) return;
   const int loop = device::load_global(args.loops + token);
   const float sum = add_parts(args.part_sums, args.m, args.n, token, row);

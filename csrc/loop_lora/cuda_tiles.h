@@ -40,6 +40,12 @@ constexpr int kRowShrinkRanks = 64;
 constexpr int kSlices[] = {1, 2, 4, 8};
 constexpr int64_t kMaxSumBytes = 64 << 20;
 
+// Of a GPU, what the choice depends on; bytes of shared memory are those of a multiprocessor.
+struct Gpu {
+  int multiprocessors;
+  int64_t shared_bytes;
+};
+
 // Bytes of the sums that several slices leave in memory.
 inline int64_t sum_bytes(int64_t m, int64_t n) { return 8 * m * n * static_cast<int64_t>(sizeof(float)); }
 
@@ -52,81 +58,147 @@ inline int shrink_tokens(ShrinkKernel kernel, int64_t m) {
   return tile_tokens(m, kernel == ShrinkKernel::kRows ? kMaxTokens : kMaxShrinkTokens);
 }
 
-// Assumptions, none of them measured with these kernels; bench/kernel_times.py has their sources. An H200's rates, in
-// bytes a microsecond: each multiprocessor's share of those of memory and of the second-level cache, what one may have
-// while others are idle, and what passes its shared memory. Times in microseconds: one more kernel costs its wait for the
-// last block of the one before it, and a trip to the cache and back; a block begins with the trip that brings its first
-// bytes; a turn takes as long as its copies, loads and products wait for each other at least.
-constexpr double kMemoryRate = 32e3, kCacheRate = 73e3, kBusiestRate = 100e3, kSharedRate = 128 * 1830;
-constexpr double kOneMoreKernel = 1.7, kFirstBytes = 0.7, kTurnTime = 0.2, kLateStart = 1.2, kTrigger = 0.5;
-constexpr double kRingBytes = 40e3, kRingBytesBeside64 = 32e3;  // of W, of a thread block; beside 64 tokens
-constexpr int kBlocksSideBySide = 2;
-constexpr double kGapsAlone = 1.2;  // of the row kernel, which nothing fills while its warps wait for each other
-
-// Thread blocks of a product that a multiprocessor has to compute.
-inline double blocks_evenly(const Tiling& tiling, int multiprocessors, int64_t n, int64_t m) {
-  const int largest = tile_tokens(m, tiling.kernel == DecodeKernel::kColumns ? kMaxColumnTokens : kMaxTokens);
-  const int64_t tiles = ceil_div(n, tile_rows(tiling.kernel)) * ceil_div(m, static_cast<int64_t>(largest));
-  return static_cast<double>(tiles * tiling.slices) / multiprocessors;
+// Stages of the rings: as many as let an H100's multiprocessor hold two thread blocks of the column kernel (one with 32
+// tokens), and an A100's two of the row kernel. Those of a warp that has a thread block of its own may be more.
+constexpr int kSplitShrinkStages = 16;
+constexpr int ring_stages(DecodeKernel kernel, int tokens) {
+  switch (kernel) {
+    case DecodeKernel::kColumns: return tokens == 8 ? 4 : 3;
+    case DecodeKernel::kRows: return tokens == 64 ? 3 : 4;
+    case DecodeKernel::kRows64: return tokens == 8 ? 8 : tokens == 16 ? 7 : tokens == 32 ? 6 : 5;
+  }
+  return 0;
 }
 
-struct StreamEstimate {
-  double microseconds;
-  double multiplying;  // what turns and shared memory take of it, wherever the bytes come from
+// What a thread block is made of.
+struct Block {
+  int warps, rows, tokens, stages;
+  int rings;         // one of each warp, or one of all
+  int most;          // of them on a multiprocessor, by registers
+  double turn;       // cycles that a lone warp takes for 64 columns (csrc/cuda/instructions.txt)
+  int warp_rows() const { return rows * rings / warps; }
+  int64_t shared_bytes() const { return int64_t{128} * rings * stages * (rows + tokens + 1); }
 };
 
-// Of a product. Every thread block reads its weights from memory, and its x from the second-level cache. Only tokens that
-// exist are read, however many the tile would hold.
-inline StreamEstimate estimate_stream(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
-  const bool columns = tiling.kernel == DecodeKernel::kColumns, sliced = tiling.slices > 1;
-  const int64_t rows = tile_rows(tiling.kernel), largest = tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens);
-  const int64_t tokens = std::min(m, largest);
-  const double evenly = blocks_evenly(tiling, multiprocessors, n, m), on_busiest = std::ceil(evenly);
-  const double side_by_side = std::min<double>(on_busiest, kBlocksSideBySide);
-  const auto columns_of_block = static_cast<double>(k) / tiling.slices;
-  const double weights = 2.0 * static_cast<double>(rows) * columns_of_block;
-  const double sums = sliced ? 2.0 * 4 * 8 * static_cast<double>(rows * tokens) / tiling.slices : 0;
-  const double bytes = weights + 2.0 * static_cast<double>(tokens) * columns_of_block + sums;
-  const double parts_in_turn = columns ? 1 : 8.0 / tiling.slices;
-  const double turns = std::ceil(static_cast<double>(k) / 8 / 64) * parts_in_turn;
-  // Rows and tokens come into shared memory once; rows leave it once, tokens once for each warp that shares them.
-  const double row_trips = 2, token_trips = columns ? 2 : 5;
-  const double through_shared = 2.0 * columns_of_block *
-                                (row_trips * static_cast<double>(rows) + token_trips * static_cast<double>(largest));
-  // Gaps cost nothing where the cache, which all share, is what they would wait for.
-  const double gaps = !columns && side_by_side < 2 ? kGapsAlone : 1;
-  const double multiplying =
-      std::max(on_busiest * through_shared / kSharedRate, on_busiest / side_by_side * turns * kTurnTime);
-  const double own = std::max({evenly * weights / kMemoryRate, on_busiest * bytes / kBusiestRate, multiplying});
-  return {std::max(evenly * bytes / kCacheRate, own * gaps), multiplying};
+inline Block block_of(DecodeKernel kernel, int tokens) {
+  const int size = tokens == 8 ? 0 : tokens == 16 ? 1 : tokens == 32 ? 2 : 3, stages = ring_stages(kernel, tokens);
+  constexpr double kColumnTurns[] = {175, 175, 195};
+  constexpr double kTurns[] = {215, 225, 330, 525}, kTurns64[] = {180, 185, 200, 275};
+  switch (kernel) {
+    case DecodeKernel::kColumns: return {8, 16, tokens, stages, 8, 2, kColumnTurns[std::min(size, 2)]};
+    case DecodeKernel::kRows: return {4, 128, tokens, stages, 1, tokens >= 32 ? 2 : 3, kTurns[size]};
+    case DecodeKernel::kRows64: break;
+  }
+  return {4, 64, tokens, stages, 1, tokens >= 64 ? 2 : 3, kTurns64[size]};
 }
 
-// Several slices leave sums, which take one more kernel to add.
-inline double estimated_microseconds(const Tiling& tiling, int multiprocessors, int64_t n, int64_t k, int64_t m) {
-  const double on_busiest = std::ceil(blocks_evenly(tiling, multiprocessors, n, m));
-  const double begin = kFirstBytes * std::max(1.0, on_busiest / kBlocksSideBySide);
-  return estimate_stream(tiling, multiprocessors, n, k, m).microseconds + begin + (tiling.slices > 1 ? kOneMoreKernel : 0);
+inline Block block_of(ShrinkKernel kernel, int64_t m) {
+  const int tokens = shrink_tokens(kernel, m);
+  if (kernel == ShrinkKernel::kRows) return block_of(DecodeKernel::kRows64, tokens);
+  Block block = block_of(DecodeKernel::kColumns, tokens);
+  if (kernel == ShrinkKernel::kSplitColumns) {
+    block.warps = block.rings = 1;
+    block.stages = kSplitShrinkStages;
+    block.most = 16;
+  }
+  return block;
 }
 
-// Of shrink, whose first bytes and last stores are a trip each.
-inline double estimated_microseconds(ShrinkKernel kernel, int multiprocessors, int64_t total_rank, int64_t num_loops,
+// How many thread blocks a multiprocessor holds at a time; 1 KiB is taken by each beside what it asks for.
+inline int blocks_side_by_side(const Gpu& gpu, const Block& block) {
+  return static_cast<int>(std::min<int64_t>(block.most, gpu.shared_bytes / (block.shared_bytes() + 1024)));
+}
+
+// The estimates are bench/kernel_times.py's model, simplified: its docstrings have the sources of these rates, in bytes
+// a microsecond and multiprocessor, and of the times, in microseconds. None has been measured with these kernels.
+struct Rates {
+  double memory, cache, cycles;  // cycles: of a microsecond
+  double mma;                    // cycles of a scheduler for one
+};
+// Whether it is an H100 or H200, which alone have dependent launch; their multiprocessors have 228 KiB, an A100's 164.
+inline bool is_hopper(const Gpu& gpu) { return gpu.shared_bytes > 200 << 10; }
+inline Rates rates_of(const Gpu& gpu) {
+  constexpr Rates kA100{15.7e3, 50e3, 1410, 8}, kH200{32.6e3, 73.5e3, 1830, 6.4};
+  return is_hopper(gpu) ? kH200 : kA100;
+}
+constexpr double kLatency = 0.7, kFarTrip = 0.26;  // of memory under load, and of the cache's far half
+constexpr double kBegin = 0.9, kEnd = 0.3;         // of a launch: until its first bytes, and after its last turn
+constexpr double kTrigger = 0.5, kLaunch = 1.0;    // from an end to what waits; from launch_dependents to the next
+constexpr double kShrinkBegin = 0.65;              // from the wait's end to the first turn, if A_l has been fetched
+constexpr double kShrinkLoops = 0.45;              // the loops' trip, if A_l is fetched only then
+constexpr int64_t kMaxBytesInVain = 2 << 20;       // which memory brings in the time between two kernels
+
+// Of a launch whose rings may have been filled with W before x is there.
+struct StreamEstimate {
+  double whole, filled;  // from the first bytes to the last turn
+  double x;              // what brings the x of the rings
+};
+
+// `columns`: of each of the blocks; `turns`: that each warp goes through; `tokens` that a tile has.
+inline StreamEstimate estimate_stream(const Gpu& gpu, const Block& block, int64_t blocks, double columns, double turns,
+                                      int64_t tokens, double memory_bytes, double sums = 0) {
+  const Rates rates = rates_of(gpu);
+  const double all = gpu.multiprocessors;
+  const double busiest = std::ceil(static_cast<double>(blocks) / all), fit = blocks_side_by_side(gpu, block);
+  const double resident = std::min(busiest, fit), waves = std::ceil(busiest / resident);
+  const double bytes = 2.0 * static_cast<double>(block.rows + tokens) * columns + sums;
+  const double x_share = static_cast<double>(tokens) / static_cast<double>(block.rows + tokens);
+  const double in_ring = std::min(bytes, static_cast<double>(block.shared_bytes()) * (block.stages - 1) / block.stages);
+  const double in_rings = std::min(static_cast<double>(blocks), all * fit) * in_ring;
+  const double share = in_rings / (static_cast<double>(blocks) * bytes);
+  // In a turn a warp loads 64 columns of its rows and the tokens, by 16 bytes a lane; all of them are copied once.
+  const double loads = block.warp_rows() / 4.0 + block.tokens / 4.0;
+  const double copies = (block.rows + block.tokens) / 4.0 * block.rings / block.warps;
+  const double mmas = block.warp_rows() / 4.0 * block.tokens / 8.0 * rates.mma;
+  const double turn = block.turn * (is_hopper(gpu) || block.tokens < 32 ? 1 : 1.15);  // an A100's mmas take longer
+  const auto multiply = [&](double copied) {
+    const double shared = resident * block.warps * (loads + copied) * 4;
+    return waves * turns * std::max({turn, resident * block.warps / 4.0 * mmas, shared}) / rates.cycles;
+  };
+  const double last_turn = turn / rates.cycles, gap = fit == 1 ? kBegin + kEnd : 0;  // between waves
+  const double latency = busiest * bytes / (resident * in_ring) * kLatency;
+  const double common = std::max(memory_bytes / rates.memory, static_cast<double>(blocks) * bytes / rates.cache) / all;
+  const auto stream = [&](double filled, double copied) {
+    return std::max({multiply(copied) + (waves - 1) * gap, latency * (1 - filled) + last_turn + (waves - 1) * gap,
+                     common * (1 - filled) + last_turn + std::min(1.0, waves - 1) * gap});
+  };
+  return {stream(0, copies), stream(share, copies * (1 - share * (1 - x_share))),
+          kFarTrip + in_rings * x_share / rates.cache / all};
+}
+
+// Of the kernel that adds the parts' sums.
+inline double estimate_adding(const Gpu& gpu, int64_t m, int64_t n) {
+  return kTrigger + 0.35 + 34.0 * static_cast<double>(m * n) / rates_of(gpu).cache / gpu.multiprocessors;
+}
+
+// Whether shrink fetches A_l before it knows which loops there are: if so, what it may have fetched in vain is little.
+inline bool should_prefetch(ShrinkKernel kernel, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
+  const int64_t ring_columns = int64_t{8} * 64 * (block_of(kernel, m).stages - 1);  // of all parts
+  return (num_loops - 1) * total_rank * 2 * std::min(k, ring_columns) <= kMaxBytesInVain;
+}
+
+// Microseconds of shrink, from when it has waited.
+inline double estimated_microseconds(ShrinkKernel kernel, const Gpu& gpu, int64_t total_rank, int64_t num_loops,
                                      int64_t k, int64_t m) {
-  const bool by_rows = kernel == ShrinkKernel::kRows, split = kernel != ShrinkKernel::kColumns;
-  const int64_t ranks = by_rows ? kRowShrinkRanks : 16, tokens = shrink_tokens(kernel, m), parts = split ? 8 : 1;
-  const int64_t blocks = ceil_div(total_rank, ranks) * ceil_div(m, tokens) * std::min(num_loops, m) * parts;
-  const double evenly = static_cast<double>(blocks) / multiprocessors, on_busiest = std::ceil(evenly);
-  const int64_t rows = std::min(ranks, total_rank) + std::min(m, tokens);
-  const double bytes = 2.0 * static_cast<double>(rows * k) / static_cast<double>(parts);
-  const double stream = std::max(evenly * bytes / kCacheRate, on_busiest * bytes / kBusiestRate);
-  return 2 * kFirstBytes + stream + (split ? kOneMoreKernel : 0);
+  const Block block = block_of(kernel, m);
+  const int64_t parts = kernel == ShrinkKernel::kColumns ? 1 : 8, loops = std::min(num_loops, m);
+  const int64_t blocks = ceil_div(loops * total_rank, block.rows) * ceil_div(m, block.tokens) * parts;
+  const double columns = static_cast<double>(k) / static_cast<double>(parts);
+  const double turns = std::ceil(static_cast<double>(k) / 8 / 64);
+  const double bytes = 2.0 * static_cast<double>(loops * total_rank * k);
+  const int64_t tokens = std::min<int64_t>(m, block.tokens);
+  const StreamEstimate stream = estimate_stream(gpu, block, blocks, columns, turns, tokens, bytes);
+  const bool prefetches = should_prefetch(kernel, total_rank, num_loops, k, m);
+  const double streams = prefetches ? kShrinkBegin + stream.filled : kShrinkLoops + kLatency + stream.whole;
+  return streams + kEnd / 2 + (parts > 1 ? estimate_adding(gpu, m, total_rank) : 0);
 }
 
 // Shrink is split where its blocks are few and the columns many, and goes by rows where tokens and ranks are many: then
 // it does not read A_l for every 16 tokens, and x for every 16 ranks.
-inline ShrinkKernel choose_shrink(int multiprocessors, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
+inline ShrinkKernel choose_shrink(const Gpu& gpu, int64_t total_rank, int64_t num_loops, int64_t k, int64_t m) {
   if (sum_bytes(m, total_rank) > kMaxSumBytes) return ShrinkKernel::kColumns;
   const auto time = [&](ShrinkKernel kernel) {
-    return estimated_microseconds(kernel, multiprocessors, total_rank, num_loops, k, m);
+    return estimated_microseconds(kernel, gpu, total_rank, num_loops, k, m);
   };
   ShrinkKernel best = ShrinkKernel::kColumns;
   if (time(ShrinkKernel::kSplitColumns) < time(best)) best = ShrinkKernel::kSplitColumns;
@@ -143,43 +215,80 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
   return static_cast<double>(9 - std::max<int64_t>(1, std::min<int64_t>(8, ceil_div(rank, int64_t{32})))) / 8;
 }
 
-// Whether the product should start before shrink has waited (cuda_decode.h). Shrink takes `shrink` microseconds and
-// reads `a_bytes`; `rank` is the largest of a segment. Beside the product's stream,
-//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has only
-//          to be multiplied;
+// What a product waits for: shrink takes so many microseconds, after it has waited itself, and reads `a_bytes`; `rank`
+// is the largest of a segment.
+struct ShrinkEstimate {
+  double microseconds, a_bytes;
+  int64_t rank;
+};
+
+struct OrderEstimates {
+  double early, late;
+};
+
+// Microseconds of a product in the two orders (cuda_decode.h), from the end of the kernel before shrink on.
+//   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has
+//          only to be multiplied;
 //   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
 //          is left of shrink is waited for at B_l.
-inline bool should_start_early(double shrink, double a_bytes, const Tiling& tiling, int multiprocessors, int64_t n,
-                               int64_t k, int64_t m, int64_t rank) {
-  const double evenly = blocks_evenly(tiling, multiprocessors, n, m);
-  const StreamEstimate stream = estimate_stream(tiling, multiprocessors, n, k, m);
-  const double ring_bytes = m > 32 ? kRingBytesBeside64 : kRingBytes;
-  const double ring = std::min(evenly, 1.0 * kBlocksSideBySide) * ring_bytes / kMemoryRate;
-  const double early = shrink + kTrigger + std::max(stream.multiplying, stream.microseconds - ring);
-  const double late = kLateStart + kFirstBytes + a_bytes / multiprocessors / kMemoryRate + stream.microseconds;
-  const double left = shrink - kFirstBytes - share_before_rank(tiling, rank) * stream.microseconds;
-  return early < late + std::max(0.0, left);
+inline OrderEstimates estimate_orders(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
+                                      const ShrinkEstimate& shrink) {
+  const bool columns = tiling.kernel == DecodeKernel::kColumns;
+  const Block block = block_of(tiling.kernel, tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens));
+  const int64_t tokens = std::min<int64_t>(m, block.tokens), token_tiles = ceil_div(m, block.tokens);
+  const int64_t blocks = ceil_div(n, block.rows) * token_tiles * tiling.slices;
+  const double parts = 8.0 / tiling.slices, turns = std::ceil(static_cast<double>(k) / 8 / 64) * (columns ? 1 : parts);
+  const double sums = tiling.slices > 1 ? 4 * parts * static_cast<double>(block.rows * tokens) : 0;
+  const double weight_bytes = 2.0 * static_cast<double>(n * k);
+  const auto stream = [&](double memory_bytes) {
+    const double columns_of_block = static_cast<double>(k) / tiling.slices;
+    return estimate_stream(gpu, block, blocks, columns_of_block, turns, tokens, memory_bytes, sums);
+  };
+  const StreamEstimate alone = stream(weight_bytes), beside = stream(weight_bytes + shrink.a_bytes);
+  const double end = kEnd + (tiling.slices > 1 ? estimate_adding(gpu, m, n) : 0);
+  const double waited = shrink.microseconds > 0 ? shrink.microseconds + kTrigger : 0;
+  const double rest = std::max(alone.filled, kBegin + beside.whole - kTrigger - waited - alone.x);
+  const double left = shrink.microseconds - kBegin - share_before_rank(tiling, shrink.rank) * beside.whole;
+  return {kTrigger + waited + alone.x + rest + end,
+          kTrigger + kLaunch + kBegin + beside.whole + std::max(0.0, left) + end};
+}
+
+// Whether the product should start before shrink has waited.
+inline bool should_start_early(const ShrinkEstimate& shrink, const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k,
+                               int64_t m) {
+  const OrderEstimates orders = estimate_orders(tiling, gpu, n, k, m, shrink);
+  return orders.early < orders.late;
+}
+
+// Of a product with a LoRA of rank 64 for two loops: measured tilings don't depend on the LoRA either.
+inline double estimated_microseconds(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m) {
+  constexpr int64_t kRank = 64, kLoops = 2;
+  const ShrinkKernel kernel = choose_shrink(gpu, kRank, kLoops, k, m);
+  const double a_bytes = 2.0 * kLoops * kRank * static_cast<double>(k);
+  const ShrinkEstimate shrink{estimated_microseconds(kernel, gpu, kRank, kLoops, k, m), a_bytes, kRank};
+  const OrderEstimates orders = estimate_orders(tiling, gpu, n, k, m, shrink);
+  return is_hopper(gpu) ? std::min(orders.early, orders.late) : orders.late;
 }
 
 // `rows_fit` and `rows64_fit` say whether the row kernel takes the layer with tiles of 128 and 64 outputs.
-inline Tiling choose_tiling(const MeasuredTiling* measured, int multiprocessors, int64_t n, int64_t k, int64_t m,
+inline Tiling choose_tiling(const MeasuredTiling* measured, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
                             bool rows_fit, bool rows64_fit = true) {
   const auto fits = [&](DecodeKernel kernel) {
     return kernel == DecodeKernel::kColumns || (kernel == DecodeKernel::kRows64 ? rows64_fit : rows_fit);
   };
   const MeasuredTiling* found = nullptr;
   for (const MeasuredTiling* line = measured; line->multiprocessors != 0; ++line) {
-    const bool matches = line->multiprocessors == multiprocessors && line->n == n && line->k == k && line->m >= m;
+    const bool matches = line->multiprocessors == gpu.multiprocessors && line->n == n && line->k == k && line->m >= m;
     if (matches && fits(line->tiling.kernel) && (found == nullptr || line->m < found->m)) found = line;
   }
   if (found != nullptr) return found->tiling;
   Tiling best{DecodeKernel::kColumns, 1};
-  double fastest = estimated_microseconds(best, multiprocessors, n, k, m);
+  double fastest = estimated_microseconds(best, gpu, n, k, m);
   for (DecodeKernel kernel : {DecodeKernel::kRows, DecodeKernel::kRows64}) {
     for (int slices : kSlices) {
       if (!fits(kernel) || (slices > 1 && sum_bytes(m, n) > kMaxSumBytes)) break;
       const Tiling tiling{kernel, slices};
-      const double time = estimated_microseconds(tiling, multiprocessors, n, k, m);
+      const double time = estimated_microseconds(tiling, gpu, n, k, m);
       if (time < fastest) {
         fastest = time;
         best = tiling;

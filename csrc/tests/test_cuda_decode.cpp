@@ -109,8 +109,8 @@ struct Problem {
   }
 
   // Which regions a kernel may write, and which it may read only after dependency_wait: every kernel before this one may
-  // still run until then, so what it reads but W, and what it writes. A_l may have been written just before shrink. In
-  // the late order the kernels before shrink have ended when the others start, and x and loops are there.
+  // still run until then, so what it reads but W and A_l, and what it writes. In the late order the kernels before shrink
+  // have ended when the others start, and x and loops are there.
   enum class Stage { kShrink, kAddShrunk, kProduct, kAddParts };
   std::vector<emulation::Region> regions(Stage stage, bool early) {
     const bool before_shrink = early || stage == Stage::kShrink;
@@ -118,9 +118,9 @@ struct Problem {
     const bool add_shrunk = stage == Stage::kAddShrunk, add_parts = stage == Stage::kAddParts;
     return {region("x", x, false, before_shrink),
             region("loops", loops, false, before_shrink),
-            region("weight", weight, false, shrink),
+            region("weight", weight, false),
             region("bias", bias, false, before_shrink),
-            region("lora_a", lora_a, false, shrink),
+            region("lora_a", lora_a, false),
             region("lora_b", lora_b, false, before_shrink),
             region("shrunk", shrunk, shrink || add_shrunk, product),
             region("shrink_sums", shrink_sums, shrink, add_shrunk),
@@ -242,11 +242,12 @@ using SplitShrink = Shrink<ColumnInstance<8, 1, 16>>;
 
 template <class Half, class Kernel, class ShrinkKernel = WholeShrink>
 Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
-               emulation::Sabotage sabotage = emulation::Sabotage::kNone) {
+               emulation::Sabotage sabotage = emulation::Sabotage::kNone, bool prefetches = false) {
   using Stage = typename Problem<Half>::Stage;
   DecodeArgs args = problem.args();
   args.parts_per_block = kParts / Kernel::kSlices;
   args.starts_early = early;
+  args.prefetches = prefetches;
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = ShrinkKernel::run(problem, args, seed, sabotage);
@@ -338,8 +339,9 @@ void test_instance(const std::string& label, double tolerance, size_t first, siz
   for (size_t i = first; i < kShapes.size(); i += step) {
     const Shape& shape = kShapes[i];
     Problem<Half> problem(shape, 7);
-    const bool early = i % 4 < 2;
-    const Outcome outcome = launch<Half, Kernel, ShrinkKernel>(problem, 1, early);
+    const bool early = i % 4 < 2, prefetches = i % 2 == 0;
+    const Outcome outcome =
+        launch<Half, Kernel, ShrinkKernel>(problem, 1, early, emulation::Sabotage::kNone, prefetches);
     EXPECT(outcome.violation().empty(), "%s m=%d n=%d k=%d: %s", name, shape.m, shape.n, shape.k, outcome.violation().c_str());
     if (!outcome.violation().empty()) continue;
     const double error = relative_error(problem);
@@ -355,7 +357,9 @@ void test_instance(const std::string& label, double tolerance, size_t first, siz
       EXPECT(outcome.shrink.early_dependents == early, "%s", name);
       if (ShrinkKernel::kIsSplit) EXPECT(outcome.add_shrunk.early_dependents, "%s", name);
       if (shape.m <= 8) {
-        EXPECT(outcome.shrink.bytes_read("lora_a") == bytes(loops * problem.total_rank * shape.k), "%s", name);
+        // What is fetched before the loops are known may be of others, too.
+        const int64_t of_loop = bytes(problem.total_rank * shape.k), read = outcome.shrink.bytes_read("lora_a");
+        EXPECT(read >= loops * of_loop && read <= (prefetches ? shape.num_loops : loops) * of_loop, "%s", name);
       }
       if (ShrinkKernel::kIsSplit) {
         EXPECT(outcome.add_shrunk.bytes_read("shrink_sums") == int64_t{4} * kParts * shape.m * problem.total_rank, "%s", name);
@@ -435,16 +439,17 @@ void test_row_independence() {
                       [&](auto& p, uint64_t s) { launch<Half, Rows<I, 8>, SplitShrink>(p, s, early); });
     }
   });
-  for_each_type(ShrinkInstances{}, [&](auto instance) {
-    expect_the_same("shrink", [](auto& p, uint64_t s) { launch<Half, Alone, Shrink<decltype(instance)>>(p, s); });
-  });
-  for_each_type(SplitShrinkInstances{}, [&](auto instance) {
-    expect_the_same("split shrink", [](auto& p, uint64_t s) { launch<Half, Alone, Shrink<decltype(instance)>>(p, s); });
-  });
-  for_each_type(RowShrinkInstances{}, [&](auto instance) {
-    expect_the_same("shrink by rows",
-                    [](auto& p, uint64_t s) { launch<Half, Alone, RowShrink<decltype(instance)>>(p, s, false); });
-  });
+  const auto expect_the_same_of_shrink = [&](const char* name, auto shrink) {
+    using ShrinkKernel = decltype(shrink);
+    for (bool prefetches : {true, false}) {
+      expect_the_same(name, [&](auto& p, uint64_t s) {
+        launch<Half, Alone, ShrinkKernel>(p, s, s % 2 == 0, emulation::Sabotage::kNone, prefetches);
+      });
+    }
+  };
+  for_each_type(ShrinkInstances{}, [&](auto i) { expect_the_same_of_shrink("shrink", Shrink<decltype(i)>{}); });
+  for_each_type(SplitShrinkInstances{}, [&](auto i) { expect_the_same_of_shrink("split shrink", Shrink<decltype(i)>{}); });
+  for_each_type(RowShrinkInstances{}, [&](auto i) { expect_the_same_of_shrink("shrink by rows", RowShrink<decltype(i)>{}); });
   for (int row = 0; row < shape.m; row += 4) {
     Shape one = shape;
     one.m = 1;
@@ -472,7 +477,8 @@ void test_loops_outside_the_range_and_far_between(const char* name) {
   spoiled.loops[3] = -1;
   spoiled.loops[20] = 3;
   launch<device::BFloat16, Kernel, ShrinkKernel>(sound);
-  const Outcome outcome = launch<device::BFloat16, Kernel, ShrinkKernel>(spoiled);
+  // Of a tile without a loop, what has been fetched is left.
+  const Outcome outcome = launch<device::BFloat16, Kernel, ShrinkKernel>(spoiled, 1, true, emulation::Sabotage::kNone, true);
   EXPECT(outcome.violation().empty(), "%s: %s", name, outcome.violation().c_str());
   EXPECT(relative_error(sound) < 4e-3, "%s", name);
   for (int i = 0; i < shape.m * shape.n; ++i) {
@@ -509,9 +515,11 @@ void test_faults_are_noticed(const std::vector<Fault>& faults) {
     }
   }
   Problem<device::BFloat16> problem(shape, 3);
-  const std::string early =
-      launch<device::BFloat16, Kernel>(problem, 1, true, Sabotage::kSkipDependencyWait).shrink.violation;
-  EXPECT(early.find("before dependency_wait") != std::string::npos, "found '%s'", early.c_str());
+  for (bool prefetches : {true, false}) {
+    const std::string early =
+        launch<device::BFloat16, Kernel>(problem, 1, true, Sabotage::kSkipDependencyWait, prefetches).shrink.violation;
+    EXPECT(early.find("before dependency_wait") != std::string::npos, "found '%s'", early.c_str());
+  }
   // x that comes with W at once, where the kernel that writes it may still run.
   DecodeArgs args = problem.args();
   args.parts_per_block = kParts / Kernel::kSlices;

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import kernel_instructions, kernel_model, kernel_resources
+from bench import kernel_instructions, kernel_model, kernel_resources, kernel_times
 from bench.attention_cases import AttentionSpec
 from bench.kernel_instructions import analyse, find_disassembler, parse_sass
 from bench.kernel_model import PRESETS, ROWS
@@ -24,6 +24,7 @@ from bench.kernel_times import (
     launch_times,
     predict_attention,
     predict_linear,
+    predict_shrink,
 )
 from bench.linear_variants import projections
 from rrt.checkpoint.presets import preset
@@ -79,6 +80,19 @@ def test_what_comes_before_the_wait_is_hidden():
     # A kernel that copies first, and waits then, does all of that once it has been launched.
     copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
     assert copies_first.copy_cycles == kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
+
+
+def test_what_follows_the_wait_behind_the_first_copies_is_timed_with_its_loads():
+    load, used = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
+    wait = ("ACQBULK", 1, 7, 0)
+    found = loop_of(ENTRY, LOOP[0], wait, load, used, *LOOP, ("@!P0 BRA 0x50", 5, 7, 0), EXIT)
+    assert found.wait_cycles == 1 + kernel_instructions.LOAD_LATENCIES["sm_90a"].far + 5 + 3
+    assert loop_of(ENTRY, wait, LOOP[0], *LOOP, ("@!P0 BRA 0x30", 5, 7, 0), EXIT).wait_cycles == 0
+
+
+def test_vectors_of_biases_are_not_waited_for_where_there_are_none():
+    bias, used = ("@P1 LDG.E.128 R4, desc[UR8][R6.64]", 4, 0, 0), ("STG.E.128 desc[UR8][R6.64], R4", 9, 7, 1 << 0)
+    assert loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), bias, used, EXIT).exit_cycles == 9 + 5
 
 
 def test_a_kernel_that_only_adds_begins_where_it_has_waited():
@@ -147,7 +161,7 @@ def tables():
 @pytest.fixture
 def kernel():
     code = kernel_instructions.KernelCode(
-        "sm_90a", 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
+        "sm_90a", 0, 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
     )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 
@@ -220,12 +234,26 @@ def test_products_wait_for_room_beside_shrink(tables, monkeypatch):
     (out,) = (each for each in projections(preset("gemma-2b")) if each.name == "out")
     without: dict[int, float] = {}
     with_room: dict[int, float] = {}
+    long_shrink = replace(shrink_of(101376, 16), seconds=4e-6, first_seconds=4e-6)
+    monkeypatch.setattr(kernel_times, "predict_shrink", lambda *_: long_shrink)
     for seconds in (without, with_room):
         for m in (8, 32):
             seconds[m] = predict_linear(H200, tables, out, m, 64, 2, (16, 1)).seconds
         monkeypatch.setattr(Shrink, "room_beside", lambda _, device, kernel: 132 * kernel.resources.blocks)
     assert without[8] == with_room[8]  # 102,400 bytes twice
     assert without[32] > with_room[32]
+
+
+@pytest.mark.parametrize("device", [DEVICES["h100"], H200], ids=lambda device: device.name)
+@pytest.mark.parametrize("m", ROWS)
+def test_shrink_is_shorter_where_it_fetches_before_it_waits(tables, monkeypatch, device, m):
+    def seconds(ranks: int, loops: int) -> float:
+        return predict_shrink(device, tables, ranks, 2048, m, loops, device.trigger).seconds
+
+    before = seconds(192, 2), seconds(1536, 2)
+    monkeypatch.setattr(kernel_times, "MAX_BYTES_IN_VAIN", -1)
+    assert before[0] < seconds(192, 2) - 0.2e-6
+    assert before[1] == seconds(1536, 2)  # too much might be of a loop that no row is of
 
 
 @pytest.mark.parametrize("m", [1, 64])

@@ -170,6 +170,11 @@ struct BFloat16 {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
   }
+  static RRT_DEVICE void widen_pair(uint32_t pair, float& low, float& high) {
+    const float2 both = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+    low = both.x;
+    high = both.y;
+  }
   // d += a b, a [16, 16] and b [16, 8] spread over the lanes of a warp as PTX's m16n8k16 has them.
   static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -186,6 +191,11 @@ struct Float16 {
   static RRT_DEVICE uint32_t pair(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
+  }
+  static RRT_DEVICE void widen_pair(uint32_t pair, float& low, float& high) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    low = both.x;
+    high = both.y;
   }
   static RRT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -203,6 +203,10 @@ struct BFloat16 {
   static uint32_t pair(float low, float high) {
     return emulation::narrow_bfloat16(low) | static_cast<uint32_t>(emulation::narrow_bfloat16(high)) << 16;
   }
+  static void widen_pair(uint32_t pair, float& low, float& high) {
+    low = emulation::widen_bfloat16(static_cast<uint16_t>(pair));
+    high = emulation::widen_bfloat16(static_cast<uint16_t>(pair >> 16));
+  }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::matrix_multiply(d, a, b, emulation::widen_bfloat16);
   }
@@ -217,6 +221,10 @@ struct Float16 {
   static Storage narrow(float value) { return {emulation::narrow_float16(value)}; }
   static uint32_t pair(float low, float high) {
     return emulation::narrow_float16(low) | static_cast<uint32_t>(emulation::narrow_float16(high)) << 16;
+  }
+  static void widen_pair(uint32_t pair, float& low, float& high) {
+    low = emulation::widen_float16(static_cast<uint16_t>(pair));
+    high = emulation::widen_float16(static_cast<uint16_t>(pair >> 16));
   }
   static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::matrix_multiply(d, a, b, emulation::widen_float16);
