@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) prefill_kernel(const __grid_con
 }
 
 template <class Half, int HEAD_DIM>
-__global__ void __launch_bounds__(kCombineThreads<HEAD_DIM>) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
+__global__ void __launch_bounds__(kCombineThreads<HEAD_DIM>)
+    combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
   combine_body<Half, HEAD_DIM>(args);
 }
 

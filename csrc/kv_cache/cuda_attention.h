@@ -58,7 +58,7 @@ struct CudaAttentionArgs {
   double scale;
   CudaRope rope;
   void* out;       // [queries, num_heads, head_dim]
-  float* partial;  // decode, if a context may have several pieces: [queries, num_heads, pieces, head_dim + kPartialEnds]
+  float* partial;  // decode, of contexts of several pieces: [queries, num_heads, pieces, head_dim + kPartialEnds]
   int num_queries, num_sequences, num_heads, num_kv_heads, head_dim;
   Divisor group;       // query heads per key/value head
   Divisor head_tiles;  // decode: of kMmaRows query heads, per key/value head
@@ -83,7 +83,7 @@ constexpr int kMmaRows = 16, kMmaSlots = 16, kMmaColumns = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Floats of a piece's results beside a head's sums: their largest score, the sum of their weights, and two for alignment.
+// Floats of a piece's results beside a head's sums: the largest score, the sum of weights, and two for alignment.
 constexpr int kPartialEnds = 4;
 
 // Elements between rows of queries, keys and values in shared memory.

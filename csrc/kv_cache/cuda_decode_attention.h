@@ -28,8 +28,8 @@ constexpr int64_t most_pieces(int64_t room) {
 constexpr int kTurnSlots = kWarps * kMmaSlots;  // of a thread block
 static_assert(kShortPiece == 2 * kTurnSlots, "one look-up is of a short piece's turns");
 
-// So that a multiprocessor of an H100 holds as many blocks as of its shared memory, three (head dim 256: two, and two of
-// combine_body, which can then be launched and wait there); and those of queries, sums and scores.
+// So that a multiprocessor of an H100 holds as many blocks as its shared memory allows, three (head dim 256: two, and
+// beside them two of combine_body, which can be launched early then); and of these, those of queries, sums and scores.
 template <int HEAD_DIM>
 constexpr int kDecodeRegisters = HEAD_DIM <= 128 ? 168 : 200;
 constexpr int kOperandRegisters = 192;
@@ -63,14 +63,15 @@ RRT_DEVICE int num_pieces(int context) {
   return piece_slots(context) == kShortPiece ? ceil_div<kShortPiece>(context) : ceil_div<kLongPiece>(context);
 }
 
-// Asks the second-level cache for the keys and values of a warp's first turn while the kernels before this one may still
-// run. What it finds in the tables may be about to change: all is looked up again after the wait, and no result depends
-// on it. Slots lie side by side on their page with those of all heads, of which each head's thread block asks for a share.
+// Asks the second-level cache for the keys and values of a warp's first turn while the kernels before this one may
+// still run. What it finds in the tables may be about to change: all is looked up again after the wait, and no result
+// depends on it. On a page, slots with all their heads lie side by side: each head's thread block asks for a share.
 template <class Storage, int HEAD_DIM>
 RRT_DEVICE void prefetch_first_turn(const CudaAttentionArgs& args, int row, int piece, int kv_head, int first_slot) {
   const int32_t* table = block_table(args, row);
   const int of_short = piece * kShortPiece + first_slot, of_long = piece * kLongPiece + first_slot;
-  const int page_of_short = load_page<true>(args, table, of_short), page_of_long = load_page<true>(args, table, of_long);
+  const int page_of_short = load_page<true>(args, table, of_short);
+  const int page_of_long = load_page<true>(args, table, of_long);
   const int context = clamp_context(args, device::load_hint(args.context_lens + row));
   const bool is_short = piece_slots(context) == kShortPiece;
   const int slot = is_short ? of_short : of_long;
@@ -264,8 +265,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
 template <int HEAD_DIM>
 constexpr int kCombineThreads = round_up<32>(HEAD_DIM / 2);
 
-// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a context that is one piece
-// is final already. The first pieces come together with the context's length, whether it has so many or not.
+// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a context that is one
+// piece is final already. The first pieces come together with the context's length, whether it has so many or not.
 template <class Half, int HEAD_DIM>
 RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   using Storage = typename Half::Storage;

@@ -66,8 +66,8 @@ RRT_DEVICE int32_t load_hint(const int32_t* global) {
   return value;
 }
 
-// Asks the second-level cache for so many bytes; address and size are multiples of 16. Nothing on an A100, where no kernel
-// starts before the one before has ended, so that there would be nothing to be ahead of.
+// Asks the second-level cache for so many bytes; address and size are multiples of 16. On an A100 it does nothing: no
+// kernel starts there before the one before has ended, so that there is nothing to be ahead of.
 RRT_DEVICE void prefetch(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
