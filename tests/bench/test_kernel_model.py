@@ -271,7 +271,9 @@ def test_hints_keep_memory_busy_from_the_end_of_the_decode_before(tables):
 def test_combining_that_finds_no_room_beside_the_decode_starts_the_next_one_later(tables):
     combine, decode = (tables.find(H200, f"kv_cache::{name}_kernel", head_dim=256) for name in ("combine", "decode"))
     assert combine.resources.blocks_beside(decode.resources) * 132 >= 32 * 8  # of 32 rows, eight heads
-    large = {key: replace(each, registers=64) if "combine" in key[1] else each for key, each in tables.resources.items()}
+    large = {
+        key: replace(each, registers=64) if "combine" in key[1] else each for key, each in tables.resources.items()
+    }
     spec = (GEMMA_HEADS, "decode", 32, 1024, 1)
     late = predict_attention(H200, replace(tables, resources=large), *spec).seconds
     assert late - predict_attention(H200, tables, *spec).seconds == pytest.approx(H200.launch)

@@ -65,7 +65,7 @@ def test_a_multiprocessor_holds_what_its_limits_allow(arch, registers, shared, t
         (56, 0, 128, 2),  # of 16384 - 2 * 200 * 32 registers of a scheduler
         (64, 0, 128, 1),
         (58, 0, 32, 4),  # a warp on each scheduler
-        (32, 4 << 10, 128, 1),  # of 228 - 2 * 109 KiB of shared memory
+        (32, 8 << 10, 128, 1),  # of 228 - 2 * 109 KiB of shared memory
     ],
 )
 def test_beside_the_blocks_of_a_kernel_others_find_what_these_leave(registers, shared, threads, blocks):
