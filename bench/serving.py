@@ -17,11 +17,13 @@ rrt.decode.generation, `transformers` has the same weights, `llama.cpp` those of
 
 `steady` leaves out passes with prompts, and those in which fewer requests than in flight are left. The bound of a
 policy is what it would gain there if a pass cost what one costs here, the block and the head timed by themselves in
-the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a token needs. Where
-all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of that one alone; the
-bound counts that. With fewer requests than loops, it counts the rows of drafts and of skipped loops that a policy adds.
-Online, requests arrive as a Poisson process at parts of what `never` completes when all are there
-at once. Run nothing else beside it.
+every round, in the middle of the texts: (B block + head) over passes (block + head), passes being the loops that a
+token needs. Where all requests are alike, those of `never` are at one loop in every pass, and a pass reads the LoRA of
+that one alone; the bound counts that. With fewer requests than loops, it counts the rows of drafts and of skipped loops
+that a policy adds.
+
+Online, requests arrive as a Poisson process at parts of what `never` completes when all are there at once. Run nothing
+else beside it.
 """
 
 import argparse
@@ -53,6 +55,8 @@ from bench.serving_rivals import (
     transformers_generation,
 )
 from bench.serving_variants import (
+    FORCED,
+    PassSeconds,
     Requests,
     count_work,
     cut_prompts,
@@ -66,7 +70,7 @@ from bench.serving_variants import (
     share_of_same,
     token_ids,
 )
-from bench.timing import RATIOS_NOTE, Timer, Variant, median_interval, round_ratios, speedup, spread
+from bench.timing import RATIOS_NOTE, Samples, Timer, Variant, median_interval, round_ratios, speedup, spread
 from eval.flags import check_least, check_output_file
 from eval.tables import Table, format_spread, print_tables
 from rrt.checkpoint.presets import PRESETS
@@ -83,6 +87,7 @@ KIND = "serving-speed"
 WAVES = 3
 """Requests of mixed lengths for each in flight."""
 _CPU = torch.device("cpu")
+_PARTS = "parts of a pass"
 
 
 def measure_case(
@@ -98,7 +103,7 @@ def measure_case(
     expected = token_ids(serve(Engine(decoder, max_running=in_flight), requests))
     engines = {name: make() for name, make in make_engines(decoder, expected, arguments, in_flight).items()}
     served: dict[str, list[list[NewToken]]] = {}
-    steady: dict[str, list[float]] = {name: [] for name in engines}
+    steady: Samples = {name: [] for name in engines}
     """Seconds a token in the steady state, round by round, but for rounds that had none."""
 
     def serve_again(name: str) -> None:
@@ -118,25 +123,30 @@ def measure_case(
     for name, rival in {"generate": plain_generation(decoder), **rivals}.items():
         counted[name] = {"same": share_of_same(in_batches(rival, requests, in_flight), expected)}
         variants[name] = _variant(partial(in_batches, rival, requests, in_flight))
+    # In every round, so that a machine that slows down slows the bound too.
+    parts: list[PassSeconds] = []
+    batch = requests.batches(in_flight)[0]
+    variants[_PARTS] = _variant(lambda: parts.append(pass_seconds(decoder, batch)))
     samples = Timer(_CPU, 0.0, arguments.rounds).measure(variants, copies=1)
+    del samples[_PARTS]
     for name, engine in engines.items():
         same = share_of_same(token_ids(served[name]), expected)
         counted[name] = {**count_work(engine, served[name]), "same": same}
         if len(steady[name]) == len(steady["never"]) > 0:
             counted[name]["steady_tokens_per_second"] = 1 / statistics.median(steady[name])
             counted[name]["steady_over_never"] = speedup(steady, name, "never")
-    parts = pass_seconds(decoder, requests.batches(in_flight)[0], arguments.rounds)
     for name, values in counted.items():
         if "loops_per_token" in values:
             counts = values["loops_per_token"], values["rows_per_token"]
-            is_exact = engines[name].policy.is_exact
-            values["bound"] = parts.bound(num_loops, *counts, is_exact=is_exact, in_step=lengths == "equal")
+            how = {"is_exact": engines[name].policy.is_exact, "in_step": lengths == "equal"}
+            bounds = [each.bound(num_loops, *counts, **how) for each in parts]
+            values |= compare_with_bound(bounds, steady, name)
     return {
         "in_flight": in_flight,
         "requests": len(requests.prompts),
         "tokens": requests.num_tokens,
         "rounds": arguments.rounds,
-        "pass_seconds": asdict(parts),
+        "pass_seconds": {part: statistics.median(getattr(each, part) for each in parts) for part in asdict(parts[0])},
         "variants": {
             name: {
                 "tokens_per_second": requests.num_tokens / statistics.median(seconds),
@@ -148,6 +158,15 @@ def measure_case(
             for name, seconds in samples.items()
         },
     }
+
+
+def compare_with_bound(bounds: Sequence[float], steady: Samples, name: str) -> dict[str, float]:
+    """Take the bounds of the rounds, and what part of them the gain is in the steady state, if all rounds had one."""
+    compared = {"bound": statistics.median(bounds)}
+    if len(steady[name]) == len(steady["never"]) == len(bounds):
+        gains = round_ratios(steady, name, "never")
+        compared["of_bound"] = statistics.median(gain / bound for gain, bound in zip(gains, bounds, strict=True))
+    return compared
 
 
 def _variant(work: Callable[[], object]) -> Variant:
@@ -230,6 +249,7 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
                     ("steady_tokens_per_second", ".1f"),
                     ("steady_over_never", ".2f"),
                     ("bound", ".2f"),
+                    ("of_bound", ".2f"),
                     ("passes", "d"),
                     ("rows_per_token", ".2f"),
                     ("head_rows_per_token", ".2f"),
@@ -242,7 +262,7 @@ def rates_table(cases: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> T
         for name, found in case["variants"].items()
     ]
     header = ["model", "dtype", "lengths", "in flight", "variant", "tokens/s", "+-", "over never", "95 %"]
-    header += ["steady", "over never", "bound", "passes"]
+    header += ["steady", "over never", "bound", "of it", "passes"]
     header += ["rows/token", "head/token", "agreed", "same"]
     return Table("New tokens per second", header, rows, (0, 1, 2, 4), gap_after=4, notes=notes)
 
@@ -260,9 +280,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     gguf = "" if result["gguf"] is None else f" llama.cpp: {result['gguf']}."
     notes = [
         f"{note}. 95 %: interval of the ratio, by ranks of the rounds, of six at least. steady: tokens/s while as many "
-        "requests as in flight decode, and none is at its prompt; bound: of its ratio. Agreement behind a policy's "
-        "name is forced. agreed: tokens that loop 0 had; same: tokens that are "
-        f"those of never at their place.{gguf} {RATIOS_NOTE}"
+        "requests as in flight decode, and none is at its prompt; bound: of its ratio; of it: what part is reached, "
+        "the median over rounds. Agreement behind a policy's name is forced. agreed: tokens that loop 0 had; same: "
+        f"tokens that are those of never at their place.{gguf} {RATIOS_NOTE}"
     ]
     return [rates_table(result["cases"], notes)]
 
@@ -282,6 +302,9 @@ def parse_arguments() -> argparse.Namespace:
         "--agreement", type=float, nargs="+", metavar="P",
         help="parts of tokens that may exit after the first loop (default 0.5 0.8 1, none with --policies)",
     )  # fmt: skip
+    parser.add_argument(
+        "--forced", nargs="+", choices=FORCED, default=list(FORCED), help="policies of --agreement (default all three)"
+    )
     parser.add_argument(
         "--policies", nargs="+", default=[], metavar="NAME", help="policies as rrt.generate's --exit-policy, not forced"
     )

@@ -30,6 +30,8 @@ from rrt.serve.pass_curve import measure_pass_curve
 from rrt.serve.requests import NewToken, SamplingParams
 from rrt.serve.sequences import Choice, Pass
 
+FORCED = ("lossy", "verify", "auto")
+"""Policies whose exits can be forced."""
 _PAGE_SIZE = 16
 _CPU = torch.device("cpu")
 
@@ -214,16 +216,19 @@ def make_engines(
     engines: dict[str, Callable[[], CountingEngine]] = {"never": partial(CountingEngine, decoder, Never(), **options)}
     if decoder.cache.num_loops == 1:
         return engines
-    named = {text: named_policy(text, arguments) for text in arguments.policies}
-    if arguments.agreement or Auto() in named.values():
+    named, auto = {text: named_policy(text, arguments) for text in arguments.policies}, Auto()
+    if (arguments.agreement and "auto" in arguments.forced) or Auto() in named.values():
         # Measured once, and not while the clock runs.
         auto = Auto(measure_pass_curve(decoder, engine_block(decoder), max_running * decoder.cache.num_loops))
         named = {text: auto if policy == Auto() else policy for text, policy in named.items()}
     for agreement in arguments.agreement:
         agrees = drawn_agreement(len(expected), max(map(len, expected)), agreement)
-        engines[f"lossy {agreement:g}"] = partial(CountingEngine, decoder, lossy_policy(agrees), **options)
-        for name, exact in (("verify", Verify()), ("auto", auto)):
-            engines[f"{name} {agreement:g}"] = partial(ForcedDrafts, decoder, exact, expected, agrees, **options)
+        forced: dict[str, Callable[[], CountingEngine]] = {
+            "lossy": partial(CountingEngine, decoder, lossy_policy(agrees), **options),
+            "verify": partial(ForcedDrafts, decoder, Verify(), expected, agrees, **options),
+            "auto": partial(ForcedDrafts, decoder, auto, expected, agrees, **options),
+        }
+        engines |= {f"{name} {agreement:g}": forced[name] for name in FORCED if name in arguments.forced}
     for text, policy in named.items():
         engines.setdefault(text, partial(CountingEngine, decoder, policy, **options))
     return engines
@@ -307,8 +312,8 @@ def engine_block(decoder: Decoder) -> Callable[[Tensor, PassPlan], Tensor]:
     return GraphedBlock(decoder) if decoder.cache.k.is_cuda else decoder.block
 
 
-def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSeconds:
-    """Time the parts of a pass in the middle of the texts."""
+def pass_seconds(decoder: Decoder, requests: Requests, samples: int = 8) -> PassSeconds:
+    """Time the parts of a pass in the middle of the texts, so many times each."""
     cache = decoder.cache
     middles = [len(prompt) + count // 2 for prompt, count in zip(requests.prompts, requests.new_tokens, strict=True)]
     sequences = [cache.allocate() for _ in middles]
@@ -345,8 +350,8 @@ def pass_seconds(decoder: Decoder, requests: Requests, rounds: int) -> PassSecon
         }
         for variant in variants.values():
             variant.call(0)
-        samples = Timer(_CPU, 0.0, max(20, rounds)).measure(variants, copies=1)
+        seconds = Timer(_CPU, 0.0, samples).measure(variants, copies=1)
     finally:
         for sequence in sequences:
             cache.free(sequence)
-    return PassSeconds(*(statistics.median(samples[name]) for name in variants))
+    return PassSeconds(*(statistics.median(seconds[name]) for name in variants))

@@ -15,7 +15,6 @@ from torch import Tensor
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 
-_CHUNK = 128
 _FIRST_CANDIDATES = 256
 TopTokens = tuple[tuple[int, float], ...]
 """The most probable tokens with their log-probabilities, the most probable first."""
@@ -85,8 +84,8 @@ def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence
     greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0]
     if greedy:
         rows = logits if len(greedy) == len(samplings) else logits[greedy]
-        best = most_probable(rows)
-        check_finite(rows.gather(1, best[:, None]).flatten().tolist(), logits.dtype)
+        best, largest = most_probable(rows)
+        check_finite(largest.tolist(), logits.dtype)
         for i, token in zip(greedy, best.tolist(), strict=True):
             tokens[i] = token
     for i, (sampling, step) in enumerate(zip(samplings, steps, strict=True)):
@@ -95,18 +94,18 @@ def choose_tokens(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence
     return tokens
 
 
-def most_probable(logits: Tensor) -> Tensor:
-    """Return the index of the largest logit of each row, the first of equals: [M, V] -> int64 [M].
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the largest logit of each row, the first of equals: logits [M, V] -> its index int64 [M], and itself [M].
 
-    In two steps, of which PyTorch vectorises the first on CPUs; of 16-bit numbers its argmax is ten times slower.
+    NaN counts as the largest.
     """
-    if logits.device.type != "cpu" or logits.shape[1] % _CHUNK:
-        return logits.argmax(-1)
-    chunks = logits.unflatten(1, (-1, _CHUNK))
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    best = chunks.amax(-1).to(wide).argmax(-1)
-    within = chunks[torch.arange(len(logits)), best].to(wide).argmax(-1)
-    return best * _CHUNK + within
+    if logits.device.type != "cpu":
+        best = logits.argmax(-1)
+        return best, logits.gather(1, best[:, None]).flatten()
+    # In NumPy: PyTorch does not vectorise argmax on CPUs, and what calls cost counts where rows are few.
+    values = (logits if logits.dtype == torch.float64 else logits.float()).numpy()
+    indices = values.argmax(1)
+    return torch.from_numpy(indices), torch.from_numpy(values[np.arange(len(values)), indices])
 
 
 def top_tokens(logprobs: Tensor, count: int) -> list[TopTokens]:

@@ -12,6 +12,7 @@ leaves before it is final: a draft that is being verified is not.
 
 import time
 from collections.abc import Sequence
+from itertools import count
 from math import isfinite
 from typing import get_args
 
@@ -155,13 +156,16 @@ class Engine:
 
     def _gather(self, sources: list[int]) -> Tensor:
         """Collect the rows [M, D] of a pass: embedded tokens, and states ~slot of the last pass."""
-        tokens = [source for source in sources if source >= 0]
-        places = iter(range(len(self._states), len(self._states) + len(tokens)))
+        tokens, rows = [source for source in sources if source >= 0], self._states
+        places = count(len(rows))
         indices = [next(places) if source >= 0 else ~source for source in sources]
-        device = self._states.device
-        embedded = self.decoder.embed(send(torch.tensor(tokens, dtype=torch.int64), device))
         with torch.inference_mode():
-            return torch.cat((self._states, embedded))[send(torch.tensor(indices, dtype=torch.int64), device)]
+            if tokens:
+                embedded = self.decoder.embed(send(torch.tensor(tokens, dtype=torch.int64), rows.device))
+                if len(tokens) == len(sources):
+                    return embedded
+                rows = torch.cat((rows, embedded))
+            return rows[send(torch.tensor(indices, dtype=torch.int64), rows.device)]
 
     def _choose(self, work: Pass) -> list[Choice]:
         """Take the logits of rows that want them, and choose their tokens."""
@@ -199,13 +203,14 @@ class Engine:
 
         A device is waited for once.
         """
-        best = most_probable(logits)
-        found = [best.double(), logits.gather(1, best[:, None]).flatten().double()]
+        found = list(most_probable(logits))
         scores = self.policy.scores(logits[early]) if early.stop > early.start else None
         if scores is not None:
-            found.append(torch.zeros_like(found[0]))
+            found.append(torch.zeros(len(logits), dtype=torch.float64, device=logits.device))
             found[2][early] = scores.double()
-        tokens, largest, *rest = torch.stack(found).tolist()
+        if logits.is_cuda:
+            found = list(torch.stack([each.double() for each in found]).cpu())
+        tokens, largest, *rest = (each.tolist() for each in found)
         return [int(token) for token in tokens], largest, rest[0] if rest else [0.0] * len(tokens)
 
     def _choice(self, logits: Tensor, row: int, head: Head, best: int, score: float) -> Choice:

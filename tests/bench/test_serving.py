@@ -115,6 +115,14 @@ def test_the_bound_of_one_request_counts_the_loops_of_its_drafts_or_of_what_it_s
     assert parts.bound(3, 2, 9, is_exact=True, in_step=True) == pytest.approx(4.0 / (2 * (3.0 + 1.0)))
 
 
+def test_a_gain_is_compared_with_the_bound_of_its_round():
+    # The machine was half as fast in the second round.
+    steady = {"never": [3.0, 3.0, 6.0], "lossy": [2.0, 4.0, 4.0], "late": [1.0]}
+    compared = serving.compare_with_bound([2.0, 1.0, 2.0], steady, "lossy")
+    assert compared == {"bound": 2.0, "of_bound": 0.75}
+    assert serving.compare_with_bound([2.0, 1.0, 2.0], steady, "late") == {"bound": 2.0}
+
+
 @pytest.mark.parametrize("requests", [MIXED, Requests([[1, 2]], [3])], ids=["five", "one"])
 def test_parts_of_a_pass_are_timed_and_leave_no_pages(requests: Requests):
     decoder = plain_decoder()
@@ -157,6 +165,8 @@ def test_policies_run_as_they_are_beside_those_of_forced_agreement(monkeypatch):
     assert engines["auto 0.5"]().policy.curve is engines["auto 0.5"]().policy.curve is not None
     assert isinstance(engines["verify"]().policy, Verify) and engines["static:0"]().policy == Static(0)
     assert parse(monkeypatch, "--preset smollm2-135m --policies never").agreement == []
+    some = make_engines(decoder, [[1, 2]], parse(monkeypatch, f"{flags} 1 --forced verify lossy"), 3)
+    assert list(some)[1:5] == ["lossy 0.5", "verify 0.5", "lossy 1", "verify 1"]
     vanilla = make_decoder(make_model("llama", "vanilla", torch.float32))
     assert list(make_engines(vanilla, [[1, 2]], parse(monkeypatch, flags), 3)) == ["never"]
 

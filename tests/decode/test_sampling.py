@@ -100,10 +100,14 @@ def test_impossible_tokens_are_never_drawn():
 def test_the_most_probable_token_is_the_first_of_the_largest(dtype, size):
     # Few values, so that the largest come repeatedly.
     logits = torch.randint(-3, 4, (9, size), generator=torch.Generator().manual_seed(size)).to(dtype)
-    assert most_probable(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+    best, largest = most_probable(logits)
+    assert best.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    assert largest.tolist() == [max(row) for row in logits.tolist()]
     if dtype == torch.float64:
         logits[:, size // 2] = logits.amax(1) + 1e-10
-        assert most_probable(logits).tolist() == [size // 2] * len(logits)
+        assert most_probable(logits)[0].tolist() == [size // 2] * len(logits)
+    logits[3, size // 3] = torch.nan
+    assert most_probable(logits)[1].isnan().tolist() == [row == 3 for row in range(9)]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_logits_that_are_not_finite_end_their_request_alone(server):
             with held_engine(server) as gate:
                 futures = []
                 for index in range(3):
-                    futures.append(pool.submit(server.complete, prompt=[5 + index], stream=index == 1, **body))
+                    # Not the one that fails: if it began before the others, its stream would have begun with 200.
+                    futures.append(pool.submit(server.complete, prompt=[5 + index], stream=index == 0, **body))
                     wait_until(lambda index=index: server.service.worker.num_open == index + 1)
                 decoder.logits = broken
                 gate.set()
