@@ -41,8 +41,10 @@ NCU_COLUMNS = {
     "registers": "launch__registers_per_thread",
 }
 """Metrics of the profile's table, by its columns."""
-SWITCHES = ("RRT_PDL", "RRT_CARVEOUT")
-"""Environment variables that the launches read (csrc/cuda/): 0 and 1."""
+FEW_LAYERS = ("--only", "layer", "overhead", "--rows", 1, 8, 64, "--ranks", 64, "--loops", 1, 2)
+FEW_DECODES = ("--only", "attention", "--contexts", 1024, 4096, "--attention-rows", 8, 32, "--sequences", 1)
+SWITCHES = {"RRT_PDL": FEW_LAYERS, "RRT_CARVEOUT": FEW_LAYERS, "RRT_PREFETCH": FEW_DECODES}
+"""Environment variables that the launches read (csrc/cuda/, csrc/kv_cache/): 0 and 1, and what shows their effect."""
 OUR_KERNELS = "rrt"
 """The namespace of our kernels, a part of their mangled and demangled names and of no other kernel's."""
 
@@ -183,12 +185,11 @@ def make_steps(machine: Machine, results: Path, test_files: Sequence[str]) -> li
 
     # Part 3
     tests(3, "tests-others", *(file for file in test_files if file not in CUDA_TESTS))
-    few = ("--only", "layer", "overhead", "--rows", 1, 8, 64, "--ranks", 64, "--loops", 1, 2)
-    for switch in SWITCHES:
+    for switch, flags in SWITCHES.items():
         for turn in (1, 2):  # alternating, since the machine's speed changes
             for value in ("0", "1"):
                 name = f"switch-{switch.removeprefix('RRT_').lower()}-{value}-{turn}"
-                kernels(3, name, 40, "gemma-2b", *few, group="switch", environment={switch: value})
+                kernels(3, name, 40, "gemma-2b", *flags, group="switch", environment={switch: value})
     prefill = ("--only", "linear", "layer", "--rows", 256, 1024, 8192, "--ranks", 64, "--loops", 1)
     kernels(3, "kernels-prefill", 60, "gemma-2b", *prefill)
     for preset in ("tinyllama-1.1b", "pythia-1b"):

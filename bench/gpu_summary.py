@@ -38,7 +38,7 @@ def summary(results: Path, steps: Sequence[Step], ran: Sequence[str]) -> str:
         kernel_tables,
         attention_table,
         gaps_table,
-        switch_table,
+        switch_tables,
         speed_tables,
     ]
     made = [steps_table(results, steps, ran)]
@@ -259,20 +259,28 @@ def gaps_table(results: Path) -> Iterable[Table]:
     yield Table("Graphs of two calls less twice those of one (gap), RRT_PDL off and on, us", columns, rows, (0, 2))
 
 
-def switch_table(results: Path) -> Iterable[Table]:
-    """Compare the layers with each switch at 0 and at 1: medians of the turns."""
+def switch_tables(results: Path) -> Iterable[Table]:
+    """Compare layers and attention with each switch at 0 and at 1: medians of the turns."""
+    times = ["off us", "on us", "on is as fast"]
+    layers = _switch_rows(results, "layer", ("rank", "loops", "rows"))
+    yield Table("Whole layer with switches off and on", ["switch", "rank", "loops", "M", *times], layers, (0,))
+    attention = _switch_rows(results, "attention", ("kind", "count", "context"))
+    yield Table("Attention with switches off and on", ["switch", "kind", "count", "context", *times], attention, (0, 1))
+
+
+def _switch_rows(results: Path, section: str, keys: Sequence[str]) -> list[list[str]]:
+    """Return the rows of the cases, told apart by these keys, that a switch's results have at both values."""
     rows = []
     for switch in (name.removeprefix("RRT_").lower() for name in SWITCHES):
-        times: dict[str, dict[tuple[int, ...], list[float]]] = {"0": {}, "1": {}}
+        times: dict[str, dict[tuple[Any, ...], list[float]]] = {"0": {}, "1": {}}
         for value, found in _by_switch(results, switch).items():
-            for record in (record for result in found for record in result.get("layer", [])):
-                case = tuple(record[key] for key in ("rank", "loops", "rows"))
+            for record in (record for result in found for record in result.get(section, [])):
+                case = tuple(record[key] for key in keys)
                 times[value].setdefault(case, []).append(record["seconds"]["ours"]["median"])
         for case in sorted(times["0"].keys() & times["1"].keys()):
             off, on = (statistics.median(times[value][case]) for value in "01")
             rows.append([f"RRT_{switch.upper()}", *map(str, case), _us(off), _us(on), f"{off / on:.2f}x"])
-    columns = ["switch", "rank", "loops", "M", "off us", "on us", "on is as fast"]
-    yield Table("Whole layer with switches off and on", columns, rows, (0,))
+    return rows
 
 
 def speed_tables(results: Path) -> Iterable[Table]:

@@ -108,9 +108,10 @@ class KernelCode:
         exit_cycles: from the loop to the end, with all stores of a full tile.
         sums_cycles: the same, if it stores sums in float32 for a kernel that adds them.
         stalls: sum of stall counts; `cycles` waits for scoreboards, too.
+        last_cycles: of `cycles`, those after the iteration's last wait for copies; 0 if it has none.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
-        prefetches: instructions that ask the second-level cache for a line.
+        hint_cycles: from the first instruction to the first that asks the second-level cache for bytes; 0 if none does.
     """
 
     arch: str
@@ -122,13 +123,14 @@ class KernelCode:
     instructions: int
     stalls: int
     cycles: int
+    last_cycles: int
     hmma: int
     lds: int
     ldgsts: int
     ldg: int
     bar: int
     triggers_early: int
-    prefetches: int
+    hint_cycles: int
     name: str
 
 
@@ -324,6 +326,8 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
     waits = {one.address for one in entry[copy:] if one.name == "ACQBULK"} if copy else set()
     behind = graph.best_path([i for i, one in enumerate(code) if one.address in waits], partial(eq, head), {"LDG": 1})
     wait = next((i for i, one in enumerate(code) if one.name == "ACQBULK"), len(code))
+    hints = {i for i, one in enumerate(code) if one.name == "UBLKPF"}
+    arrived = max((i for i, one in enumerate(loop) if one.name == "DEPBAR"), default=len(loop))
     return KernelCode(
         arch=arch,
         # What adds finds what the kernel before has just written; the ends find what others have read.
@@ -335,13 +339,15 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         instructions=len(loop),
         stalls=sum(one.stall for one in loop),
         cycles=cycles_of(loop, FIRST_LEVEL if counts["HMMA"] else latency.far, 2),
+        last_cycles=cycles_of(loop[arrived:], FIRST_LEVEL),
         hmma=counts["HMMA"],
         lds=counts["LDS"] + counts["LDSM"],
         ldgsts=counts["LDGSTS"],
         ldg=counts["LDG"],
         bar=counts["BAR"],
         triggers_early=int(any(one.name == "PREEXIT" for one in code[:wait])),
-        prefetches=sum(one.name == "CCTL" for one in code),
+        # The table's entries that it looks for are loads.
+        hint_cycles=cycles_of(graph.best_path([0], hints.__contains__, {"LDG": 1}), latency.memory),
         name=name,
     )
 

@@ -27,7 +27,7 @@ HEADER = "arch registers shared_bytes threads blocks warps kernel".split()
 
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90a": 228 << 10}
 """Shared memory of a multiprocessor; its other limits are the same for both architectures."""
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+REGISTERS, WARPS, BLOCKS, SCHEDULERS = 65536, 64, 32, 4
 RESERVED_SHARED_BYTES = 1024
 """Reserved for the system in every thread block."""
 
@@ -46,16 +46,34 @@ class Kernel:
     @property
     def blocks(self) -> int:
         """Thread blocks that a multiprocessor holds at once."""
-        warps = -(-self.threads // 32)
-        # Registers are given to warps in units of 256, and to the warps of each of 4 schedulers alike.
-        registers_per_warp = -(-self.registers * 32 // 256) * 256
-        warps_by_registers = REGISTERS // registers_per_warp // 4 * 4
-        shared = -(-self.shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES
-        return min(BLOCKS, WARPS // warps, warps_by_registers // warps, SHARED_BYTES[self.arch] // shared)
+        return self._blocks_in(BLOCKS, WARPS, REGISTERS // SCHEDULERS, SHARED_BYTES[self.arch])
 
     @property
     def warps(self) -> int:
-        return self.blocks * -(-self.threads // 32)
+        return self.blocks * self._block_warps
+
+    def blocks_beside(self, other: "Kernel") -> int:
+        """Return how many thread blocks a multiprocessor holds beside as many of the other kernel's as it holds."""
+        registers = REGISTERS // SCHEDULERS - -(-other.warps // SCHEDULERS) * other._warp_registers
+        shared = SHARED_BYTES[self.arch] - other.blocks * other._block_shared
+        return self._blocks_in(BLOCKS - other.blocks, WARPS - other.warps, registers, shared)
+
+    def _blocks_in(self, blocks: int, warps: int, registers: int, shared: int) -> int:
+        """Return how many thread blocks there is room for; `registers`: of each scheduler, which has as many warps."""
+        by_registers = registers // self._warp_registers * SCHEDULERS // self._block_warps
+        return min(blocks, warps // self._block_warps, by_registers, shared // self._block_shared)
+
+    @property
+    def _block_warps(self) -> int:
+        return -(-self.threads // 32)
+
+    @property
+    def _warp_registers(self) -> int:
+        return -(-self.registers * 32 // 256) * 256  # given in units of 256
+
+    @property
+    def _block_shared(self) -> int:
+        return -(-self.shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES
 
     def row(self) -> list[str]:
         numbers = (self.registers, self.shared_bytes, self.threads, self.blocks, self.warps)

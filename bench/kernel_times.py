@@ -38,6 +38,8 @@ COLUMN_OUTPUTS = 16
 """Of a tile of the column kernel; the row kernel's have more."""
 SHORT_PIECE, LONG_PIECE, MAX_SHORT_CONTEXT = 128, 256, 2048
 """Slots of decode attention's pieces (csrc/kv_cache/cuda_decode_attention.h)."""
+PARTIAL_ENDS = 4
+"""Floats of a piece's results beside a head's sums (csrc/kv_cache/cuda_attention.h)."""
 STEP_COLUMNS, TURN_COLUMNS = 32, 64
 """Columns of W, or ranks of B_l, of which a part has whole numbers, and a turn at most."""
 MAX_BYTES_IN_VAIN = 2 << 20
@@ -48,8 +50,8 @@ LATENCY = 0.7e-6
 WARP_CYCLES_OF_SHARED = 4
 """Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
 HMMA_FLOPS = 2 * 16 * 8 * 16
-SURELY_PREFETCHED = 32 / 128
-"""Of a line for which a hint asks: one sector. Whether the others come with it is not documented."""
+TURN_SLOTS, COMBINED_AT_ONCE = 16, 8
+"""Slots of a turn of a warp of decode attention, and pieces that its combining loads in one trip (likewise)."""
 
 
 @dataclass(frozen=True)
@@ -551,21 +553,32 @@ def predict_attention(
         work = Work(blocks, math.ceil(seen / slots), seen * slot_bytes, memory_bytes)
     # In a row of decodes, each lets the next one start once it has waited, or its combining does.
     gap, combine_seconds = device.trigger if kind == "decode" else device.gap, 0.0
+    early = gap  # from the end of the decode before to the end of this one's wait, while its blocks are there
     if pieces > 1:
         combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
-        turns = 1 + math.ceil(pieces / 16)  # the largest scores first; then four pieces of each of four warps
-        combined = Work(count * spec.num_heads, turns, pieces * 4 * (dim + 2), 0)
+        combined = Work(
+            count * spec.num_heads, math.ceil(pieces / COMBINED_AT_ONCE) - 1, pieces * 4 * (dim + PARTIAL_ENDS), 0
+        )
         combine_seconds = device.trigger + launch_times(device, combine, combined).total
         if not combine.code.triggers_early:
             gap = device.gap
+        early = combine_seconds + gap
+        # If all its blocks wait beside the decode's, the next decode is launched by then, and its blocks find room as
+        # soon as those before end. Else combining begins then, and the next decode is launched a while later.
+        room = combine.resources.blocks_beside(kernel.resources) * device.multiprocessors
+        if combined.blocks > room:
+            early -= device.launch
     times = launch_times(device, kernel, work)
-    if kernel.code.prefetches and device.has_dependent_launch:
-        # Of the keys of every warp's first turn, what is sure to come to the cache meanwhile. Hints find their pages as
-        # fast as copies do after the wait, so memory works for so much longer: from the launch, which combining makes,
-        # to the wait's end.
+    if kind == "decode":
+        # The last bytes are values: the turn's scores have been weighed while they came.
+        times = replace(times, last_turn=times.last_turn * kernel.code.last_cycles / kernel.code.cycles)
+    if kernel.code.hint_cycles and device.has_dependent_launch:
+        # Memory works from the hints of the first wave's blocks on; copies would come so much later, after the wait.
         blocks = min(work.blocks, device.multiprocessors * kernel.resources.blocks)
-        first_keys = SURELY_PREFETCHED * blocks * kernel.warps * 16 * slot_bytes / 2
-        ahead = min(first_keys / device.copy, max(0.0, combine_seconds + gap - device.launch))
-        times = replace(times, limits={**times.limits, "memory": times.limits["memory"] - ahead})
+        first_turns = blocks * kernel.warps * TURN_SLOTS * slot_bytes
+        hint = kernel.code.hint_cycles / device.hertz
+        ahead = min(first_turns / device.copy, max(0.0, early - hint + kernel.code.copy_cycles / device.hertz))
+        limits = {**times.limits, "memory": max(0.0, times.limits["memory"] - ahead)}
+        times = replace(times, limits=limits, begin=times.begin + max(0.0, hint - early))
     terms = {"gap": gap, "begin": times.begin, "stream": times.stream, "end": times.end, "combine": combine_seconds}
     return Prediction(terms, floor_of(device, memory_bytes, spec.flops(count, context, queries)), times.bound)

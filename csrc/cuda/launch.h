@@ -72,12 +72,14 @@ constexpr int kSharedWithoutAsking = 48 << 10;  // dynamic shared memory that an
 struct KernelFacts {
   int shared_bytes = kSharedWithoutAsking;  // most dynamic shared memory that it may have
   bool waits = false;                       // has dependency_wait in it, which is empty in code for less than sm_90
+  int resident_blocks = 0;                  // thread blocks that the device holds at once: of a launch, the first wave
 };
 
-// Lets `kernel` have so much dynamic shared memory on the current device, and asks that of the memory that it and the
+// Lets `kernel`, all of whose launches have so many threads and so much dynamic shared memory, have that on the current
+// device, and asks that of the memory that it and the
 // first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor runs no
 // kernels side by side that want it divided differently, as those chained by dependent launch should run.
-inline cudaError_t prepare(const void* kernel, int shared_bytes, KernelFacts& facts) {
+inline cudaError_t prepare(const void* kernel, int threads, int shared_bytes, KernelFacts& facts) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, KernelFacts> prepared;
   static const bool with_carveout = is_switched_on("RRT_CARVEOUT");
@@ -105,6 +107,12 @@ inline cudaError_t prepare(const void* kernel, int shared_bytes, KernelFacts& fa
     if (error != cudaSuccess) return error;
     facts.shared_bytes = shared_bytes;
   }
+  if (facts.resident_blocks == 0) {
+    int blocks = 0;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+    if (error != cudaSuccess) return error;
+    facts.resident_blocks = blocks * device_facts().multiprocessors;
+  }
   prepared[{kernel, device}] = facts;
   return cudaSuccess;
 }
@@ -114,7 +122,7 @@ template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
                    cudaStream_t stream) {
   KernelFacts facts;
-  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared_bytes, facts);
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), threads, shared_bytes, facts);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

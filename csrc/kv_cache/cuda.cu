@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
 }
 
 template <class Half, int HEAD_DIM, int STAGES>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ CudaAttentionArgs args) {
+__global__ void __maxnreg__(kDecodeRegisters<HEAD_DIM>)
+    decode_kernel(const __grid_constant__ CudaAttentionArgs args) {
   decode_attention_body<Half, HEAD_DIM, STAGES>(args);
 }
 
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) prefill_kernel(const __grid_con
 }
 
 template <class Half, int HEAD_DIM>
-__global__ void __launch_bounds__(kThreads, 8) combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
+__global__ void __launch_bounds__(kCombineThreads<HEAD_DIM>)
+    combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
   combine_body<Half, HEAD_DIM>(args);
 }
 
@@ -40,14 +42,23 @@ __global__ void __launch_bounds__(kThreads, 1) plain_kernel(const __grid_constan
 }
 
 template <class Half, class Shared>
-cudaError_t launch_decode(const CudaAttentionArgs& args, cudaStream_t stream) {
+cudaError_t launch_decode(const CudaAttentionArgs& attention, cudaStream_t stream) {
   static_assert(Shared::kBytes <= kMaxSharedBytes, "an A100 has no more");
-  const dim3 grid(args.num_queries, args.num_kv_heads * cuda::num_tiles(args.group.value, kMmaRows), args.pieces);
-  const cudaError_t error = launch(decode_kernel<Half, Shared::kHeadDim, Shared::kStages>, args, grid, kThreads,
-                                   Shared::kBytes, cuda::has_dependent_launch(), stream);
+  const auto kernel = decode_kernel<Half, Shared::kHeadDim, Shared::kStages>;
+  CudaAttentionArgs args = attention;
+  static const bool prefetches = cuda::is_switched_on("RRT_PREFETCH");
+  if (prefetches && cuda::has_dependent_launch()) {
+    cuda::KernelFacts facts;
+    const cudaError_t error = cuda::prepare(reinterpret_cast<const void*>(kernel), kThreads, Shared::kBytes, facts);
+    if (error != cudaSuccess) return error;
+    args.first_wave = facts.resident_blocks;
+  }
+  const dim3 grid(args.num_queries, args.num_kv_heads * args.head_tiles.value, args.pieces);
+  const cudaError_t error =
+      launch(kernel, args, grid, kThreads, Shared::kBytes, cuda::has_dependent_launch(), stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
-  return launch(combine_kernel<Half, Shared::kHeadDim>, args, dim3(args.num_queries, args.num_heads), kThreads,
-                kCombineBytes<Shared::kHeadDim>, cuda::has_dependent_launch(), stream);
+  return launch(combine_kernel<Half, Shared::kHeadDim>, args, dim3(args.num_queries, args.num_heads),
+                kCombineThreads<Shared::kHeadDim>, 0, cuda::has_dependent_launch(), stream);
 }
 
 template <class Half, class Shared>
@@ -107,7 +118,7 @@ int64_t cuda_scratch_bytes(const CudaAttentionParams& call) {
   const AttentionParams& p = *call.params;
   const int64_t pieces = pieces_of(call);
   if (call.query_start != nullptr || pieces <= 1) return 0;
-  return p.num_queries * p.num_heads * pieces * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+  return p.num_queries * p.num_heads * pieces * (p.head_dim + kPartialEnds) * static_cast<int64_t>(sizeof(float));
 }
 
 const char* write_cuda(const CudaWriteParams& call, int device, void* raw_stream) {
@@ -166,13 +177,12 @@ const char* attention_cuda(const CudaAttentionParams& call, int device, void* ra
   args.num_kv_heads = static_cast<int>(p.num_kv_heads);
   args.head_dim = static_cast<int>(p.head_dim);
   args.group = make_divisor(p.num_heads / p.num_kv_heads);
+  args.head_tiles = make_divisor(cuda::num_tiles(args.group.value, kMmaRows));
   args.page_size = make_divisor(std::max<int64_t>(1, p.page_size));
   args.num_pages = static_cast<int>(call.num_pages);
   args.max_pages = p.page_size == 0 ? 0 : static_cast<int>(call.max_pages);
   args.pieces = static_cast<int>(pieces_of(call));
   args.vector_queries = has_vector_queries(args);
-  static const bool prefetches = cuda::is_switched_on("RRT_PREFETCH");
-  args.prefetches = prefetches && cuda::has_dependent_launch();
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {

@@ -58,14 +58,16 @@ struct CudaAttentionArgs {
   double scale;
   CudaRope rope;
   void* out;       // [queries, num_heads, head_dim]
-  float* partial;  // decode, if a context may have several pieces: [queries, num_heads, pieces, head_dim + 2]
+  float* partial;  // decode, of contexts of several pieces: [queries, num_heads, pieces, head_dim + kPartialEnds]
   int num_queries, num_sequences, num_heads, num_kv_heads, head_dim;
-  Divisor group;  // query heads per key/value head
+  Divisor group;       // query heads per key/value head
+  Divisor head_tiles;  // decode: of kMmaRows query heads, per key/value head
   Divisor page_size;
   int num_pages, max_pages;
-  int pieces;       // decode: that the block tables have room for
-  bool prefetches;  // decode: keys, before the kernels before this one have ended
-  int tiles;   // prefill: of query rows, at least as many as there are
+  int pieces;      // decode: that the block tables have room for
+  int first_wave;  // decode: thread blocks that prefetch before they wait for the kernels before this one; later ones
+                   // find that wait over
+  int tiles;       // prefill: of query rows, at least as many as there are
 };
 
 // Whether load_queries may load 16 bytes at once: for `vector_queries`.
@@ -81,12 +83,21 @@ constexpr int kMmaRows = 16, kMmaSlots = 16, kMmaColumns = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2E = 1.44269504088896341f;
 
+// Floats of a piece's results beside a head's sums: the largest score, the sum of weights, and two for alignment.
+constexpr int kPartialEnds = 4;
+
 // Elements between rows of queries, keys and values in shared memory.
 template <int HEAD_DIM>
 constexpr int kRowStride = HEAD_DIM + 8;
 
 struct alignas(8) FloatPair {
   float low, high;
+};
+struct alignas(16) FloatVector {
+  float value[4];
+};
+struct alignas(8) HalfPairs {  // four numbers in 16 bits
+  uint32_t word[2];
 };
 
 // Consecutive query rows of a thread block. Rows of a sequence's queries are numbered query by query, head by head of
@@ -265,14 +276,14 @@ struct SlotCopies {
   static constexpr bool kHasRest = HEAD_DIM % 64 != 0;
   static_assert(SLOTS % 4 == 0 && (!kHasRest || (HEAD_DIM % 64 == 16 && SLOTS == 16)), "a warp copies all vectors");
 
-  int slots[kGroups + kHasRest];  // numbers in the cache; negative: zeros are copied
+  int slots[kGroups + kHasRest] = {};  // numbers in the cache; negative: zeros are copied
 
-  // `mine`: of slot lane % SLOTS.
-  RRT_DEVICE void share(int mine) {
+  // `mine`: the number that this lane knows; lane `first` knows that of the first slot, and so on.
+  RRT_DEVICE void share(int mine, int first = 0) {
     const int lane = device::thread_index() % 32;
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) slots[i] = device::shuffle_from(mine, lane / 8 + 4 * i);
-    if (kHasRest) slots[kGroups] = device::shuffle_from(mine, lane / 2);
+    for (int i = 0; i < kGroups; ++i) slots[i] = device::shuffle_from(mine, first + lane / 8 + 4 * i);
+    if (kHasRest) slots[kGroups] = device::shuffle_from(mine, first + lane / 2);
   }
 
   // `from`: the cache at the key/value head, its slots at `stride`.
@@ -294,16 +305,16 @@ struct SlotCopies {
 };
 
 // A warp's 16 * ROW_TILES query rows, which take SLOTS slots a turn: first their scores, which become weights, then the
-// weighted values. Lane l has rows l / 4 and l / 4 + 8 of each 16.
-template <class Half, int HEAD_DIM, int ROW_TILES, int SLOTS>
+// weighted values. Lane l has rows l / 4 and l / 4 + 8 of each 16. Queries stay in registers if together with the sums
+// and scores they take no more than REGISTERS.
+template <class Half, int HEAD_DIM, int ROW_TILES, int SLOTS, int REGISTERS>
 struct AttentionWarp {
   using Storage = typename Half::Storage;
   static constexpr int kStride = kRowStride<HEAD_DIM>;
   static constexpr int kColumnTiles = HEAD_DIM / 8, kSlotTiles = SLOTS / 8, kSteps = HEAD_DIM / kMmaColumns;
   // A sum over the head's columns in two halves, where too few mmas are independent to hide their latency.
   static constexpr int kChains = ROW_TILES * kSlotTiles < 4 ? 2 : 1;
-  // Whether queries stay in registers, which the sums and scores must leave room for.
-  static constexpr bool kHoldsQueries = ROW_TILES * 4 * (kSteps + kColumnTiles + kSlotTiles) <= 208;
+  static constexpr bool kHoldsQueries = ROW_TILES * 4 * (kSteps + kColumnTiles + kSlotTiles) <= REGISTERS;
 
   const Storage* shared_queries;
   uint32_t queries[kHoldsQueries ? ROW_TILES : 1][kHoldsQueries ? kSteps : 1][4];

@@ -5,7 +5,7 @@
 // depend on the context alone, so a row has the same bits in any batch.
 //
 // Keys and values alternate in a warp's ring of stages, which leaves a multiprocessor room for two thread blocks: one
-// streams while the other begins or ends. A turn's pages are looked up once, by one lane per slot, a turn ahead.
+// streams while the other begins or ends. The pages of two turns are looked up at once, by a lane per slot, and ahead.
 #pragma once
 
 #include "kv_cache/cuda_attention.h"
@@ -24,6 +24,15 @@ constexpr int64_t most_pieces(int64_t room) {
   const int64_t most = of_short > of_long ? of_short : of_long;
   return most > 1 ? most : 1;
 }
+
+constexpr int kTurnSlots = kWarps * kMmaSlots;  // of a thread block
+static_assert(kShortPiece == 2 * kTurnSlots, "one look-up is of a short piece's turns");
+
+// So that a multiprocessor of an H100 holds as many blocks as its shared memory allows, three (head dim 256: two, and
+// beside them two of combine_body, which can be launched early then); and of these, those of queries, sums and scores.
+template <int HEAD_DIM>
+constexpr int kDecodeRegisters = HEAD_DIM <= 128 ? 168 : 200;
+constexpr int kOperandRegisters = 192;
 
 // How a thread block uses shared memory. A stage is the keys or the values of a turn.
 template <int HEAD_DIM, int STAGES>
@@ -44,34 +53,36 @@ using DecodeInstances = TypeList<DecodeShared<64, 7>, DecodeShared<80, 6>, Decod
 
 // The number of slots that a decode row sees: at most as many as its block table has, since only for these are there
 // pieces.
-template <bool HINT = false>
-RRT_DEVICE int decode_context(const CudaAttentionArgs& args, int row) {
-  const int32_t* of_row = args.context_lens + row;
-  const int context = HINT ? device::load_hint(of_row) : device::load_global(of_row);
+RRT_DEVICE int clamp_context(const CudaAttentionArgs& args, int context) {
   const int room = args.max_pages * args.page_size.value;
   return context < room ? context : room;
 }
 
-// Asks the second-level cache for the keys of a warp's first turn while the kernels before this one may still run. What
-// it finds in the tables may be about to change: all is looked up again after the wait, and no result depends on it.
+// The number of pieces of a context; at most that of its length for which the caller has room.
+RRT_DEVICE int num_pieces(int context) {
+  return piece_slots(context) == kShortPiece ? ceil_div<kShortPiece>(context) : ceil_div<kLongPiece>(context);
+}
+
+// Asks the second-level cache for the keys and values of a warp's first turn while the kernels before this one may
+// still run. What it finds in the tables may be about to change: all is looked up again after the wait, and no result
+// depends on it. On a page, slots with all their heads lie side by side: each head's thread block asks for a share.
 template <class Storage, int HEAD_DIM>
-RRT_DEVICE void prefetch_first_keys(const CudaAttentionArgs& args, int row, int piece, int kv_head, int first_slot) {
+RRT_DEVICE void prefetch_first_turn(const CudaAttentionArgs& args, int row, int piece, int kv_head, int first_slot) {
   const int32_t* table = block_table(args, row);
   const int of_short = piece * kShortPiece + first_slot, of_long = piece * kLongPiece + first_slot;
-  const int page_of_short = load_page<true>(args, table, of_short), page_of_long = load_page<true>(args, table, of_long);
-  const int context = decode_context<true>(args, row);
+  const int page_of_short = load_page<true>(args, table, of_short);
+  const int page_of_long = load_page<true>(args, table, of_long);
+  const int context = clamp_context(args, device::load_hint(args.context_lens + row));
   const bool is_short = piece_slots(context) == kShortPiece;
   const int slot = is_short ? of_short : of_long;
   const auto number = slot_on<int64_t>(args, is_short ? page_of_short : page_of_long, slot);
   if (slot >= context || number < 0) return;
-  const auto* key = static_cast<const Storage*>(args.k_cache) + (number * args.num_kv_heads + kv_head) * HEAD_DIM;
-  // Two lanes have the slot, and take every other line of it.
-  constexpr int kLineElements = 64;
-#pragma unroll
-  for (int first = 0; first < HEAD_DIM; first += 2 * kLineElements) {
-    const int column = first + device::thread_index() % 32 / kMmaSlots * kLineElements;
-    if (column < HEAD_DIM) device::prefetch_line(key + column);
-  }
+  const int on_page = args.page_size.value - args.page_size.remainder(slot), seen = context - slot;
+  const int others = on_page < seen ? on_page : seen, slots = others < kMmaSlots ? others : kMmaSlots;
+  const int64_t share = (number * args.num_kv_heads + kv_head * slots) * HEAD_DIM;
+  const int lane = device::thread_index() % 32;
+  const void* cache = lane == 0 ? args.k_cache : args.v_cache;
+  if (lane < 2) device::prefetch(static_cast<const Storage*>(cache) + share, slots * HEAD_DIM * 2);
 }
 
 // Thread block (x: row; y: key/value head and tile of its query heads; z: piece).
@@ -81,10 +92,13 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   using Shared = DecodeShared<HEAD_DIM, STAGES>;
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
-  const int tiles = ceil_div<kMmaRows>(args.group.value);
-  const int kv_head = block.y / tiles, first = block.y % tiles * kMmaRows;
-  const int first_slot = warp * kMmaSlots + lane % kMmaSlots;  // of the piece, that this lane looks up
-  if (args.prefetches) prefetch_first_keys<Storage, HEAD_DIM>(args, block.x, block.z, kv_head, first_slot);
+  const int kv_head = args.head_tiles.divide(block.y), first = args.head_tiles.remainder(block.y) * kMmaRows;
+  const int in_layer = block.x + args.num_queries * block.y;
+  if (in_layer + args.num_queries * args.num_kv_heads * args.head_tiles.value * block.z < args.first_wave) {
+    prefetch_first_turn<Storage, HEAD_DIM>(args, block.x, block.z, kv_head, warp * kMmaSlots);
+  }
+  // Of the piece, that this lane looks up: of the warp's first turn or its second.
+  const int first_slot = lane / kMmaSlots * kTurnSlots + warp * kMmaSlots + lane % kMmaSlots;
   device::dependency_wait();
   device::launch_dependents();
   const int32_t* table = block_table(args, block.x);
@@ -97,12 +111,12 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   QueryVectors<Half, HEAD_DIM, kMmaRows, kThreads> vectors;
   static_assert(vectors.kBatch == vectors.kOfThread, "all of a thread's queries are on their way at once");
   if (args.vector_queries) vectors.load(args, tile, thread);
-  const int context = decode_context(args, block.x);
+  const int length = device::load_global(args.context_lens + block.x), context = clamp_context(args, length);
   const int piece = piece_slots(context), begin = block.z * piece;
   if (begin >= context && !(context <= 0 && block.z == 0)) return;
   const int end = context < begin + piece ? context : begin + piece;
   int page = piece == kShortPiece ? page_of_short : page_of_long;
-  const auto slot_of = [&](int turn) { return begin + kWarps * kMmaSlots * turn + first_slot; };
+  const auto slot_of = [&](int even_turn) { return begin + kTurnSlots * even_turn + first_slot; };
 
   char* shared = device::shared_memory();
   auto* queries = reinterpret_cast<Storage*>(shared);
@@ -113,6 +127,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   // Turns of the warp; steps 2 i and 2 i + 1 copy the keys and the values of turn i.
   const int turns = (ceil_div<kMmaSlots>(end - begin) - warp + kWarps - 1) / kWarps;
   int fetched = 0, fetch_stage = 0, stage = 0;  // turns whose keys have been fetched; byte offsets
+  int number = -1;                              // of the lane's slot in the cache
   bool is_missing = false;                      // a page of the lane's slots
   SlotCopies<Storage, HEAD_DIM, kMmaSlots> copies;
   const auto advance = [](int& of) {
@@ -120,12 +135,15 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   };
   const auto fetch_keys = [&] {
     if (fetched < turns) {
-      const int slot = slot_of(fetched);
-      const int number = slot < end ? slot_on<int>(args, page, slot) : -1;
-      is_missing |= slot < end && number < 0;
-      copies.share(number);
+      const bool is_even = fetched % 2 == 0;
+      if (is_even) {
+        const int slot = slot_of(fetched);
+        number = slot < end ? slot_on<int>(args, page, slot) : -1;
+        is_missing |= slot < end && number < 0;
+      }
+      copies.share(number, is_even ? 0 : kMmaSlots);
       copies.copy(reinterpret_cast<Storage*>(stages + fetch_stage), cache(args.k_cache), slot_stride);
-      page = load_page(args, table, slot_of(fetched + 1));  // behind the copies, which nothing then holds up
+      if (!is_even && fetched + 1 < turns) page = load_page(args, table, slot_of(fetched + 1));
     }
     ++fetched;
   };
@@ -152,7 +170,7 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
   device::block_barrier();
 
-  AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots> attention;
+  AttentionWarp<Half, HEAD_DIM, 1, kMmaSlots, kOperandRegisters> attention;
   attention.begin(queries);
   const float scale = static_cast<float>(args.scale) * kLog2E;
   const int limits[1][2] = {{end, end}};
@@ -172,8 +190,6 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   attention.finish(scale);
   // All query heads see all slots.
   const float poison = device::any_lane(is_missing) ? NAN : 0.0f;
-
-  const bool is_too_long = device::load_global(args.context_lens + block.x) > context;
 
   // [warp, row, kMergeStride]: sums, the largest score, the weights.
   device::block_barrier();
@@ -196,116 +212,112 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   }
   device::block_barrier();
   const bool is_whole = context <= piece;
-  for (int row = warp; row < tile.rows; row += kWarps) {
-    const auto of = [&](int of_warp, int column) {
-      return device::load_shared(reinterpret_cast<const FloatPair*>(row_of(of_warp, row) + column));
-    };
-    FloatPair ends[kWarps];
-    float largest = -INFINITY, weights = 0, factors[kWarps];
+  const float none = length > context ? NAN : 0.0f;
+  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(0);
+  auto* out = static_cast<Storage*>(args.out) + head * HEAD_DIM;
+  float* partial = args.partial + (head * args.pieces + block.z) * (HEAD_DIM + kPartialEnds);
+  constexpr int kVectors = HEAD_DIM / 4, kBatch = HEAD_DIM / 64;  // a thread's, which are merged side by side
+  for (int first_vector = thread; first_vector < tile.rows * kVectors; first_vector += kBatch * kThreads) {
+    FloatVector sums[kBatch];
+    FloatPair ends[kBatch];
+    const auto row_at = [&](int j) { return (first_vector + j * kThreads) / kVectors; };
+    const auto column_at = [&](int j) { return (first_vector + j * kThreads) % kVectors * 4; };
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      ends[w] = of(w, HEAD_DIM);
-      largest = fmaxf(largest, ends[w].low);
-    }
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      factors[w] = device::exp2(ends[w].low - largest);
-      weights += factors[w] * ends[w].high;
-    }
-    const float none = is_too_long ? NAN : 0.0f;
-    const float unit = is_whole && context > 0 ? 1 / weights : 1.0f;
-    const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + tile.head(row);
-    float* partial = args.partial + (head * args.pieces + block.z) * (HEAD_DIM + 2);
-#pragma unroll
-    for (int first_column = 0; first_column < HEAD_DIM; first_column += 64) {
-      const int column = first_column + 2 * lane;
-      if (first_column + 64 > HEAD_DIM && column >= HEAD_DIM) continue;
-      FloatPair sum{none, none};
+    for (int j = 0; j < kBatch; ++j) {
+      const int row = row_at(j) < tile.rows ? row_at(j) : 0;
+      FloatPair of_warp[kWarps];
+      float largest = -INFINITY, weights = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const FloatPair part = of(w, column);
-        sum.low += factors[w] * part.low;
-        sum.high += factors[w] * part.high;
+        of_warp[w] = device::load_shared(reinterpret_cast<const FloatPair*>(row_of(w, row) + HEAD_DIM));
+        largest = fmaxf(largest, of_warp[w].low);
       }
-      if (is_whole) {
-        device::store_global(reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + column),
-                             Half::pair(sum.low * unit, sum.high * unit));
-      } else {
-        device::store_global(reinterpret_cast<FloatPair*>(partial + column), sum);
+#pragma unroll
+      for (float& sum : sums[j].value) sum = none;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const auto part = device::load_shared(reinterpret_cast<const FloatVector*>(row_of(w, row) + column_at(j)));
+        const float factor = device::exp2(of_warp[w].low - largest);
+        weights += factor * of_warp[w].high;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[j].value[k] += factor * part.value[k];
       }
+      ends[j] = {largest, weights};
     }
-    if (!is_whole && lane == 0) {
-      device::store_global(reinterpret_cast<FloatPair*>(partial + HEAD_DIM), FloatPair{largest, weights});
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (row_at(j) >= tile.rows) continue;
+      if (is_whole) {
+        const float unit = context > 0 ? 1 / ends[j].high : 1.0f;
+        const auto pair = [&](int k) { return Half::pair(sums[j].value[k] * unit, sums[j].value[k + 1] * unit); };
+        auto* to = out + row_at(j) * HEAD_DIM + column_at(j);
+        device::store_global(reinterpret_cast<HalfPairs*>(to), HalfPairs{{pair(0), pair(2)}});
+      } else {
+        float* to = partial + row_at(j) * (args.pieces * (HEAD_DIM + kPartialEnds));
+        device::store_floats(to + column_at(j), sums[j].value);
+        if (column_at(j) == 0) device::store_global(reinterpret_cast<FloatPair*>(to + HEAD_DIM), ends[j]);
+      }
     }
   }
 }
 
-// Shared memory of combine_body.
+// Of combine_body: each thread has two columns.
 template <int HEAD_DIM>
-constexpr int kCombineBytes = kWarps * (HEAD_DIM + 2) * 4;
+constexpr int kCombineThreads = round_up<32>(HEAD_DIM / 2);
 
-// Thread block (x: row; y: head). Merges the pieces of a long context, every fourth in order by each warp and then
-// these; the result of a context that is one piece is final already.
+// Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a context that is one
+// piece is final already. The first pieces come together with the context's length, whether it has so many or not.
 template <class Half, int HEAD_DIM>
 RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   using Storage = typename Half::Storage;
-  constexpr int kStride = HEAD_DIM + 2, kPairs = HEAD_DIM / 2, kLanePairs = ceil_div<32>(kPairs);
+  constexpr int kBatch = 8;  // pieces that are on their way at once
   const device::Index block = device::block_index();
-  const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
+  const int thread = device::thread_index(), column = 2 * thread < HEAD_DIM ? 2 * thread : 0;
+  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
+  const float* partial = args.partial + head * args.pieces * (HEAD_DIM + kPartialEnds);
   device::launch_dependents();
   device::dependency_wait();
-  const int context = decode_context(args, block.x), piece = piece_slots(context);
-  if (context <= piece) return;
-  const int pieces = piece == kShortPiece ? ceil_div<kShortPiece>(context) : ceil_div<kLongPiece>(context);
-  const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
-  const float* partial = args.partial + head * args.pieces * kStride;
-  const auto of = [&](int index, int column) {
-    const float* from = partial + static_cast<int64_t>(index) * kStride + column;
-    return device::load_global(reinterpret_cast<const FloatPair*>(from));
-  };
-
-  float largest = -INFINITY;
-  for (int i = lane; i < pieces; i += 32) largest = fmaxf(largest, of(i, HEAD_DIM).low);
+  const int length = device::load_global(args.context_lens + block.x);
+  FloatPair sums[kBatch], ends[kBatch];
+  const auto load = [&](int first) {
 #pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) largest = fmaxf(largest, device::shuffle_xor(largest, mask));
-  FloatPair sums[kLanePairs] = {};
-  float weights = 0;
-#pragma unroll 4
-  for (int i = warp; i < pieces; i += kWarps) {
-    const FloatPair ends = of(i, HEAD_DIM);
-    const float factor = device::exp2(ends.low - largest);
-    weights += factor * ends.high;
-#pragma unroll
-    for (int j = 0; j < kLanePairs; ++j) {
-      if (lane + 32 * j >= kPairs) continue;
-      const FloatPair pair = of(i, 2 * (lane + 32 * j));
-      sums[j].low += factor * pair.low;
-      sums[j].high += factor * pair.high;
+    for (int j = 0; j < kBatch; ++j) {
+      const int piece = first + j < args.pieces ? first + j : first;
+      const float* from = partial + piece * (HEAD_DIM + kPartialEnds);
+      sums[j] = device::load_global(reinterpret_cast<const FloatPair*>(from + column));
+      ends[j] = device::load_global(reinterpret_cast<const FloatPair*>(from + HEAD_DIM));
     }
-  }
-
-  auto* merged = reinterpret_cast<float*>(device::shared_memory());
-  const auto at = [&](int of_warp, int column) {
-    return reinterpret_cast<FloatPair*>(merged + of_warp * kStride + column);
   };
-#pragma unroll
-  for (int j = 0; j < kLanePairs; ++j) {
-    if (lane + 32 * j < kPairs) device::store_shared(at(warp, 2 * (lane + 32 * j)), sums[j]);
-  }
-  if (lane == 0) device::store_shared(at(warp, HEAD_DIM), FloatPair{weights, 0});
-  device::block_barrier();
-  if (thread >= kPairs) return;
+  load(0);
+  const int pieces = num_pieces(clamp_context(args, length));
+
   FloatPair sum{0, 0};
-  weights = 0;
+  float largest = -INFINITY, weights = 0;
+  // Whatever the number of pieces, the first are taken, lest the compiler put their loads behind that of the length.
+  int first = 0;
+  do {
+    if (first > 0) load(first);
+    float next = largest;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const FloatPair part = device::load_shared(at(w, 2 * thread));
-    sum.low += part.low;
-    sum.high += part.high;
-    weights += device::load_shared(at(w, HEAD_DIM)).low;
-  }
-  device::store_global(reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + 2 * thread),
-                       Half::pair(sum.low / weights, sum.high / weights));
+    for (int j = 0; j < kBatch; ++j) next = first + j < pieces ? fmaxf(next, ends[j].low) : next;
+    const float shrink = device::exp2(largest - next);
+    largest = next;
+    weights *= shrink;
+    sum = {sum.low * shrink, sum.high * shrink};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j >= pieces) continue;
+      const float factor = device::exp2(ends[j].low - largest);
+      weights += factor * ends[j].high;
+      sum.low += factor * sums[j].low;
+      sum.high += factor * sums[j].high;
+    }
+    first += kBatch;
+  } while (first < pieces);
+  if (pieces <= 1 || 2 * thread >= HEAD_DIM) return;
+  const float unit = 1 / weights;
+  device::store_global(reinterpret_cast<uint32_t*>(static_cast<Storage*>(args.out) + head * HEAD_DIM + column),
+                       Half::pair(sum.low * unit, sum.high * unit));
 }
 
 }  // namespace rrt::kv_cache

@@ -121,7 +121,7 @@ RRT_DEVICE void prefill_attention_body(const CudaAttentionArgs& args) {
   const int last_row = rows < Shared::kWarpRows ? rows - 1 : Shared::kWarpRows - 1;
   const int least_limit = tile.limit(first_row), warp_end = rows <= 0 ? 0 : tile.limit(first_row + last_row);
 
-  AttentionWarp<Half, HEAD_DIM, ROW_TILES, SLOTS> attention;
+  AttentionWarp<Half, HEAD_DIM, ROW_TILES, SLOTS, 208> attention;
   device::block_barrier();
   attention.begin(queries);
   const float scale = static_cast<float>(args.scale) * kLog2E;

@@ -26,6 +26,7 @@ FAKE = """#!/bin/bash
 case "$1" in bench/gpu_session.py) exec {python} "$@" ;; esac
 [ "$1" != -c ] || {{ [ -e "$FAKE_LOG.built" ] && echo "$FAKE_BUILT" || echo "$FAKE_INFO"; exit; }}
 variables="[commit ${{RRT_COMMIT:-}}] [blocking ${{CUDA_LAUNCH_BLOCKING:-}}] [pdl ${{RRT_PDL:-}}]"
+variables="$variables [prefetch ${{RRT_PREFETCH:-}}]"
 variables+=" [uncached ${{PYTORCH_NO_CUDA_MEMORY_CACHING:-}}]"
 echo "$(basename "$0") $* $variables" >> "$FAKE_LOG"
 [ "$1" != setup.py ] || [ "${{FAKE_FAIL:-}}" = setup.py ] || touch "$FAKE_LOG.built"
@@ -113,7 +114,10 @@ def test_all_runs_the_parts_in_order_reports_last_and_does_nothing_twice(run, tm
     ]
     tests = [line.split()[2] for line in log if "gpu_test_file" in line]
     assert tests == [*CUDA_TESTS, "tests/model/test_other.py"]
-    assert [line[line.index("[pdl ") + 5] for line in log if "switch-pdl" in line] == ["0", "1", "0", "1"]
+    for switch, measured in (("pdl", "--only layer"), ("prefetch", "--only attention")):
+        lines = [line for line in log if f"switch-{switch}" in line]
+        assert [line.partition(f"[{switch} ")[2][:1] for line in lines] == ["0", "1", "0", "1"]
+        assert all(measured in line for line in lines)
 
     lines = done.stdout.splitlines()
     table = lines.index("Steps (*: of this call)")
@@ -301,7 +305,7 @@ def test_files_with_gpu_tests_are_found_those_of_the_kernels_first():
     found = find_test_files()
     assert tuple(found[:3]) == CUDA_TESTS and all((ROOT / path).is_file() for path in found)
     assert "tests/train/test_trainer.py" in found and not any("test_gpu" in path for path in found)
-    read = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.h"))
+    read = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
     assert all(f'"{name}"' in read for name in SWITCHES)
 
 

@@ -59,6 +59,9 @@ def results(tmp_path):
         gaps = [{"projection": "out", "rows": 8, "chained": True, **one}]
         result = {"layer": [linear("layer", 8, seconds)], "overhead": {"gaps": gaps}}
         write(tmp_path / f"switch-pdl-{value}-{turn}" / "kernels.json", result)
+    for value, seconds in (("0", 12e-6), ("1", 10e-6)):
+        record = {"kind": "decode", "count": 32, "context": 1024, "seconds": {"ours": {"median": seconds}}}
+        write(tmp_path / f"switch-prefetch-{value}-1" / "kernels.json", {"attention": [record]})
     step = {"tokens": 8192, "seconds": {"ours": {"median": 0.02}}, "mfu": {"ours": 0.4}, "peak_bytes": {"ours": 2**31}}
     write(tmp_path / "training" / "training.json", {"step": [step]})
     record = {"tokens_per_second": 1e5, "mfu": 0.25, "memory_bytes": 2**32, "loss": 3.0}
@@ -83,6 +86,7 @@ def test_every_result_has_its_line(results):
         "decode 32 1024 10.0 74% 1.10x sdpa cudnn (cudnn)",
         "out 8 yes 6.0 6.0 +2.0 -2.0 -4.0",
         "RRT_PDL 64 2 8 130.0 100.0 1.30x",
+        "RRT_PREFETCH decode 32 1024 12.0 10.0 1.20x",
         "training step ours 409,600 tokens/s, MFU 40.0%, 2.0 GiB",
         "uptraining 1 records 100,000 tokens/s, MFU 25.0%, 4.0 GiB, loss 3.000 to 3.000",
         "smoke write: differs by 1 of the norm",

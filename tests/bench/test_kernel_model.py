@@ -74,9 +74,10 @@ def test_the_first_copy_waits_for_what_comes_before_it():
 
 def test_what_comes_before_the_wait_is_hidden():
     load, used = ("LDG.E R2, desc[UR8][R6.64]", 4, 0, 0), ("IADD3 R4, R2, R3, RZ", 5, 7, 1 << 0)
-    hint, wait = ("CCTL.E.PF2 [R4]", 1, 7, 0), ("ACQBULK", 1, 7, 0)
+    hint, wait = ("UBLKPF.L2 [UR10], UR4", 1, 7, 0), ("ACQBULK", 1, 7, 0)
     found = loop_of(load, used, hint, wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
-    assert (found.copy_cycles, found.entry_cycles, found.prefetches) == (1, 1 + 3, 1)
+    found_page = kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
+    assert (found.copy_cycles, found.entry_cycles, found.hint_cycles) == (1, 1 + 3, found_page + 1)
     # A kernel that copies first, and waits then, does all of that once it has been launched.
     copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
     assert copies_first.copy_cycles == kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
@@ -93,6 +94,13 @@ def test_what_follows_the_wait_behind_the_first_copies_is_timed_with_its_loads()
 def test_vectors_of_biases_are_not_waited_for_where_there_are_none():
     bias, used = ("@P1 LDG.E.128 R4, desc[UR8][R6.64]", 4, 0, 0), ("STG.E.128 desc[UR8][R6.64], R4", 9, 7, 1 << 0)
     assert loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), bias, used, EXIT).exit_cycles == 9 + 5
+
+
+def test_after_the_last_bytes_have_come_a_part_of_a_turn_is_left():
+    wait, values = ("DEPBAR.LE SB0, 0x1", 2, 7, 0), ("HMMA.16816.F32.BF16 R16, R8, R10, R16", 7, 7, 0)
+    found = loop_of(ENTRY, wait, *LOOP, wait, values, ("@!P0 BRA 0x10", 5, 7, 0), EXIT)
+    assert found.last_cycles == 2 + 7 + 5 < found.cycles
+    assert loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), EXIT).last_cycles == 0
 
 
 def test_a_kernel_that_only_adds_begins_where_it_has_waited():
@@ -161,7 +169,24 @@ def tables():
 @pytest.fixture
 def kernel():
     code = kernel_instructions.KernelCode(
-        "sm_90a", 0, 0, 0, 0, 0, 100, 100, 500, 8, 4, 4, 0, 0, 0, 0, "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>"
+        "sm_90a",
+        0,
+        0,
+        0,
+        0,
+        0,
+        100,
+        100,
+        500,
+        0,
+        8,
+        4,
+        4,
+        0,
+        0,
+        0,
+        0,
+        "loop_lora::row_kernel<BFloat16, 8, 2, 4, false>",
     )
     return Compiled(code, kernel_resources.Kernel("sm_90a", code.name, 64, 64 << 10, 128))
 
@@ -265,15 +290,45 @@ def test_an_early_product_brings_the_x_of_its_rings_first(tables, m):
     assert begin == pytest.approx(475 / H200.hertz + x_bytes / H200.cache)
 
 
-def test_hints_are_credited_with_a_sector_of_a_line(tables):
-    spec = AttentionSpec(8, 1, 256, [], [], [], 256, 32, torch.bfloat16, torch.device("cpu"), 0, 0)
-    without = {key: replace(each, prefetches=0) for key, each in tables.code.items()}
-    times = [
-        predict_attention(H200, each, spec, "decode", 32, 1024, 1).seconds
-        for each in (replace(tables, code=without), tables)
-    ]
-    keys = 32 * 8 * 4 * 16 * 256 * 2  # of the first turn of four warps of each of 256 blocks
-    assert times[0] - times[1] == pytest.approx(keys / 4 / H200.copy)
+GEMMA_HEADS = AttentionSpec(8, 1, 256, [], [], [], 256, 32, torch.bfloat16, torch.device("cpu"), 0, 0)
+
+
+def decode_seconds(tables, count, context, **changed):
+    """Predict decode on an H200 with the code of all kernels changed."""
+    code = {key: replace(each, **changed) for key, each in tables.code.items()}
+    return predict_attention(H200, replace(tables, code=code), GEMMA_HEADS, "decode", count, context, 1).seconds
+
+
+def test_hints_keep_memory_busy_from_the_end_of_the_decode_before(tables):
+    code = tables.find(H200, "kv_cache::decode_kernel", head_dim=256).code
+    terms = predict_attention(H200, tables, GEMMA_HEADS, "decode", 32, 1024, 1).terms
+    # Of few rows they bring every first turn; of many, as much as fits into the time until the wait is over.
+    few = decode_seconds(tables, 12, 1024, hint_cycles=0) - decode_seconds(tables, 12, 1024)
+    assert few == pytest.approx(12 * 8 * 4 * 16 * 2 * 256 * 2 / H200.copy)
+    later = (code.hint_cycles - code.copy_cycles) / H200.hertz
+    gained = decode_seconds(tables, 32, 1024, hint_cycles=0) - decode_seconds(tables, 32, 1024)
+    assert gained == pytest.approx(terms["combine"] + terms["gap"] - later)
+    # Where nothing is combined the wait is over before a slow hint, which then holds up its block.
+    slow = decode_seconds(tables, 32, 128, hint_cycles=4000) - decode_seconds(tables, 32, 128, hint_cycles=0)
+    assert slow == pytest.approx(4000 / H200.hertz - H200.trigger)
+
+
+def test_combining_that_finds_no_room_beside_the_decode_starts_the_next_one_later(tables):
+    combine, decode = (tables.find(H200, f"kv_cache::{name}_kernel", head_dim=256) for name in ("combine", "decode"))
+    assert combine.resources.blocks_beside(decode.resources) * 132 >= 32 * 8  # of 32 rows, eight heads
+    large = {
+        key: replace(each, registers=64) if "combine" in key[1] else each for key, each in tables.resources.items()
+    }
+    spec = (GEMMA_HEADS, "decode", 32, 1024, 1)
+    late = predict_attention(H200, replace(tables, resources=large), *spec).seconds
+    assert late - predict_attention(H200, tables, *spec).seconds == pytest.approx(H200.launch)
+
+
+def test_after_the_last_values_only_they_are_left_to_add(tables):
+    kernel = tables.find(H200, "kv_cache::decode_kernel", head_dim=256)
+    code, turn = kernel.code, launch_times(H200, kernel, Work(2 * 132, 1, 1.0, 1.0)).last_turn
+    whole = decode_seconds(tables, 32, 4096, last_cycles=code.cycles)
+    assert whole - decode_seconds(tables, 32, 4096) == pytest.approx(turn * (1 - code.last_cycles / code.cycles))
 
 
 def arguments(**changed):

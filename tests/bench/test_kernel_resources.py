@@ -59,6 +59,21 @@ def test_a_multiprocessor_holds_what_its_limits_allow(arch, registers, shared, t
     assert Kernel(arch, "k", registers, shared, threads).blocks == blocks
 
 
+@pytest.mark.parametrize(
+    "registers, shared, threads, blocks",
+    [
+        (56, 0, 128, 2),  # of 16384 - 2 * 200 * 32 registers of a scheduler
+        (64, 0, 128, 1),
+        (58, 0, 32, 4),  # a warp on each scheduler
+        (32, 8 << 10, 128, 1),  # of 228 - 2 * 109 KiB of shared memory
+    ],
+)
+def test_beside_the_blocks_of_a_kernel_others_find_what_these_leave(registers, shared, threads, blocks):
+    decode = Kernel("sm_90a", "decode", 200, 108 << 10, 128)
+    assert decode.blocks == 2
+    assert Kernel("sm_90a", "other", registers, shared, threads).blocks_beside(decode) == blocks
+
+
 def test_a_table_comes_back_as_it_was_written():
     kernels = [ROW, replace(ROW, arch="sm_90a")]
     assert parse_table(format_table(kernels, "13.0")) == ("13.0", kernels)

@@ -51,6 +51,13 @@ RRT_DEVICE void store_global(T* global, T value) {
   *global = value;
 }
 
+// 16 bytes at once: the compiler may cut the store of a struct or a float4 into four.
+RRT_DEVICE void store_floats(float* global, const float (&values)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+               "f"(values[3])
+               : "memory");
+}
+
 // What may be read at any time, since it only says what is worth prefetching: the kernel before may be writing it. Nothing
 // of it stays in the first-level cache, where it would hide what that kernel writes.
 RRT_DEVICE int32_t load_hint(const int32_t* global) {
@@ -59,9 +66,12 @@ RRT_DEVICE int32_t load_hint(const int32_t* global) {
   return value;
 }
 
-// Asks the second-level cache for a line of memory.
-RRT_DEVICE void prefetch_line(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+// Asks the second-level cache for so many bytes; address and size are multiples of 16. On an A100 it does nothing: no
+// kernel starts there before the one before has ended, so that there is nothing to be ahead of.
+RRT_DEVICE void prefetch(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
 }
 
 // An address in shared memory in 32 bits, which kernels may reckon with: making one from a pointer takes instructions.

@@ -311,6 +311,7 @@ Region& region_of(const void* address, int64_t size) {
 
 int32_t load_hint(const int32_t* address) {
   region_of(address, sizeof(*address));
+  if (machine->launch->honest_hints) return *address;
   static uint32_t state = 0;
   state = state * 1664525 + 1013904223;
   switch (state >> 30) {
@@ -321,7 +322,10 @@ int32_t load_hint(const int32_t* address) {
   }
 }
 
-void prefetch_line(const void* address) { ++region_of(address, 1).lines_prefetched; }
+void prefetch(const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0) violate("a prefetch is not of whole vectors");
+  region_of(address, bytes).bytes_prefetched += bytes;
+}
 
 void copy_async(void* shared, const void* global, int64_t size, bool valid) {
   Machine& m = *machine;

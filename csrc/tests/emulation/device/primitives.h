@@ -10,7 +10,7 @@
 //   bounds      shared memory beyond what was asked for; global memory outside the registered regions
 //   deadlocks   a barrier or warp-wide operation that not every thread reaches
 //
-// load_hint lies most of the time: a result that depends on it is wrong.
+// load_hint lies most of the time, unless `honest_hints`: a result that depends on it is wrong.
 //
 // A violation ends the launch with a report; bytes read from and written to each registered region are counted.
 #pragma once
@@ -45,7 +45,7 @@ struct Region {
   bool dependent = false;   // written by the kernel before: not to be read before dependency_wait
   int64_t bytes_read = 0;   // by load_global and copy_async, every time
   int64_t bytes_written = 0;
-  int64_t lines_prefetched = 0;
+  int64_t bytes_prefetched = 0;
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
@@ -76,6 +76,7 @@ struct Launch {
   uint64_t seed;
   std::vector<Region> regions;
   Sabotage sabotage = Sabotage::kNone;
+  bool honest_hints = false;
 };
 
 // Runs `body` in every thread of every block, blocks one after the other.
@@ -88,7 +89,7 @@ char* shared_memory();
 void touch_shared(const void* address, int64_t size, bool write);
 void touch_global(const void* address, int64_t size, bool write);
 int32_t load_hint(const int32_t* address);
-void prefetch_line(const void* address);
+void prefetch(const void* address, int bytes);
 void copy_async(void* shared, const void* global, int64_t size, bool valid);
 void copy_commit();
 void copy_wait(int groups);
@@ -134,8 +135,13 @@ void store_global(T* global, T value) {
   *global = value;
 }
 
+inline void store_floats(float* global, const float (&values)[4]) {
+  emulation::touch_global(global, sizeof(values), true);
+  for (int i = 0; i < 4; ++i) global[i] = values[i];
+}
+
 inline int32_t load_hint(const int32_t* global) { return emulation::load_hint(global); }
-inline void prefetch_line(const void* global) { emulation::prefetch_line(global); }
+inline void prefetch(const void* global, int bytes) { emulation::prefetch(global, bytes); }
 
 using SharedAddress = uint32_t;
 inline SharedAddress shared_address(const void* shared) {
