@@ -12,7 +12,7 @@ namespace {
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrainWork = 1 << 16;
 // Rows (queries x query heads of one key/value head) of a part of the forward: each lays out the keys before it.
-constexpr int64_t kPartRows = 512;
+constexpr int64_t kPartRows = 1024;
 
 const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 

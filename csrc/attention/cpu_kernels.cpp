@@ -238,7 +238,24 @@ template <class D>
 void store_transposed(const typename D::Acc* from, int64_t from_stride, const typename D::Vec* factors, int64_t count,
                       int64_t head_dim, int64_t stride, typename D::Storage* to) {
   for (int64_t row = 0; row < count; row += kLanes<D>) {
-    for (int64_t i = 0; i < head_dim; i += kLanes<D>) {
+    int64_t i = 0;
+    if constexpr (kPair<D> == 2) {
+      // Of pairs there are half as many to transpose.
+      for (; i + kUnitLanes<D> <= head_dim; i += kUnitLanes<D>) {
+        typename Operands<D>::Vec block[kLanes<D>];
+        for (int u = 0; u < kLanes<D>; ++u) {
+          const typename D::Acc* pair = from + (i + 2 * u) * from_stride + row;
+          const auto factor = factors[row / kLanes<D>];
+          block[u] = Operands<D>::narrow_pairs(load<typename D::Vec>(pair) * factor,
+                                               load<typename D::Vec>(pair + from_stride) * factor);
+        }
+        transpose(block);
+        for (int64_t r = 0; r < smaller(kLanes<D>, count - row); ++r) {
+          std::memcpy(to + (row + r) * stride + i, &block[r], sizeof(block[r]));
+        }
+      }
+    }
+    for (; i < head_dim; i += kLanes<D>) {
       typename D::Vec block[kLanes<D>];
       for (int u = 0; u < kLanes<D>; ++u) {
         block[u] = load<typename D::Vec>(from + (i + u) * from_stride + row) * factors[row / kLanes<D>];
@@ -292,7 +309,7 @@ struct Forward {
   static constexpr int R = RRT_VECTOR_BYTES == 64 ? (C < 4 ? 8 : 4) : (C < 4 ? 4 : 2);
   static_assert(kKeyBlock<D> % R == 0 && kPadDim % R == 0);
 
-  // Keys of one tile, one after the other.
+  // Keys one after the other; of one tile, if products run on tiles.
   struct Run {
     int64_t key, count;
   };
@@ -334,7 +351,7 @@ struct Forward {
         num_runs = num_keys = 0;
         is_first = false;
       }
-      if (num_runs > 0 && key % kTile != 0 && runs[num_runs - 1].key + runs[num_runs - 1].count == key) {
+      if (num_runs > 0 && !(kOnTiles<D> && key % kTile == 0) && runs[num_runs - 1].key + runs[num_runs - 1].count == key) {
         runs[num_runs - 1].count += kKeyBlock<D>;
       } else {
         runs[num_runs++] = {key, kKeyBlock<D>};
@@ -365,16 +382,13 @@ struct Forward {
       const auto* p = at<Unit>(scratch.probabilities);
       for (const Run* run = runs; run < runs + num_runs; p += run->count / kPair<D> * kStride, ++run) {
         const Blocks<D> probabilities{p, kStride};
-        multiply_rows<D, kMaxRows, true>(values_at(*run), kPairStride, probabilities, run->count, at<Acc>(scratch.out),
-                                         kStride, dim, kStride);
+        const auto* v = at<Unit>(scratch.values, run->key / kTile * (dim * kPairStride) + run->key % kTile / kPair<D>);
+        multiply_rows<D, kMaxRows, true>(v, kPairStride, probabilities, run->count, at<Acc>(scratch.out), kStride, dim,
+                                         kStride);
       }
     } else {
       for (int64_t row = 0; row < dim; row += R) add_values(runs, num_runs, row, is_first);
     }
-  }
-
-  const Unit* values_at(const Run& run) const {
-    return at<Unit>(scratch.values, run.key / kTile * (dim * kPairStride) + run.key % kTile / kPair<D>);
   }
 
   // Scores of R keys; `max` follows.
@@ -390,9 +404,10 @@ struct Forward {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) acc[r][c] = Vec{};
       }
-      const Unit* k = at<Unit>(scratch.keys, key / kTile * (dim / kPair<D> * kTile) + key % kTile);
+      const int64_t units = dim / kPair<D>;
+      const Unit* k = at<Unit>(scratch.keys, key * units);
       const Unit* q = at<Unit>(scratch.q);
-      for (int64_t unit = 0; unit < dim / kPair<D>; ++unit, k += kTile, q += kStride) multiply<1>(k, q, acc);
+      for (int64_t unit = 0; unit < units; ++unit, ++k, q += kStride) multiply(k, units, q, acc);
     }
     const auto scale = static_cast<Acc>(shape.scale);
     const bool all_seen = key + R - 1 <= begin && sight.keeps_block(key / kKeyBlock<D>, begin + kQueries - 1);
@@ -426,15 +441,15 @@ struct Forward {
     }
   }
 
-  // acc[r] += a[r * STRIDE] * a row of the right operand.
-  template <int64_t STRIDE>
-  static inline __attribute__((always_inline)) void multiply(const Unit* a, const Unit* b, Vec (&acc)[R][C]) {
+  // acc[r] += a[r * stride] * a row of the right operand.
+  static inline __attribute__((always_inline)) void multiply(const Unit* a, int64_t stride, const Unit* b,
+                                                             Vec (&acc)[R][C]) {
     typename Op::Vec bv[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) bv[c] = load<typename Op::Vec>(b + c * kLanes<D>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const auto av = Op::broadcast(a[r * STRIDE]);
+      const auto av = Op::broadcast(a[r * stride]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) Op::multiply_add(acc[r][c], av, bv[c]);
     }
@@ -487,10 +502,8 @@ struct Forward {
     }
     const Unit* p = at<Unit>(scratch.probabilities);
     for (const Run* run = runs; run < runs + num_runs; ++run) {
-      const Unit* v = values_at(*run) + row * kPairStride;
-      for (int64_t unit = 0; unit < run->count / kPair<D>; ++unit, ++v, p += kStride) {
-        multiply<kPairStride>(v, p, acc);
-      }
+      const Unit* v = at<Unit>(scratch.values, run->key / kPair<D> * dim + row);
+      for (int64_t unit = 0; unit < run->count / kPair<D>; ++unit, v += dim, p += kStride) multiply(v, 1, p, acc);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -546,12 +559,12 @@ void forward(const ForwardParams& params, int64_t batch, int64_t kv_head, int64_
   sight.find_blocks(shape, scratch.block_sight);
   for (int64_t j = 0; j < tiles_of(end); ++j) {
     if (!sight.reaches(j, first)) continue;
+    stager.rows(k, j * kTile, shape.length, keys + j * size);
     if constexpr (kOnTiles<D>) {
-      stager.rows(k, j * kTile, shape.length, keys + j * size);
+      stager.column_pairs(v, j * kTile, shape.length, values + j * size);
     } else {
-      stager.columns(k, j * kTile, shape.length, keys + j * size);
+      stager.row_pairs(v, j * kTile, shape.length, values + j * size);
     }
-    stager.column_pairs(v, j * kTile, shape.length, values + j * size);
   }
   // Up to four heads at a time, in nearly equal parts.
   const int64_t group = shape.num_heads / shape.num_kv_heads, parts = ceil_div(group, 4);

@@ -18,8 +18,8 @@ static inline int64_t padded_dim(const Shape& shape) { return round_up(shape.hea
 // take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each. The
 // columns of the forward's matrices are queries of several heads, at most kTile.
 struct ForwardScratch {
-  void* keys;           // tiles of [dim, kTile], or where products run on tiles (AMX) [kTile, dim]
-  void* values;         // tiles of [dim, kTile]
+  void* keys;           // tiles of [kTile, dim]
+  void* values;         // tiles of [kTile, dim], or where products run on tiles (AMX) [dim, kTile]
   void* q;              // [dim, columns]
   void* scores;         // [kSegment keys, columns]
   void* probabilities;  // the same
