@@ -217,9 +217,13 @@ inline void write(typename D::Vec value, typename D::Storage* to, int64_t left) 
 template <class D>
 inline typename D::Vec rounded(typename D::Vec value) {
   const auto narrow = narrowed<D>(value);
-  typename D::Storage stored[kLanes<D>];
-  std::memcpy(stored, &narrow, sizeof(stored));
-  return D::widen(stored);
+  if constexpr (std::is_same_v<D, BFloat16>) {
+    return D::widen(narrow);
+  } else {
+    typename D::Storage stored[kLanes<D>];
+    std::memcpy(stored, &narrow, sizeof(stored));
+    return D::widen(stored);
+  }
 }
 
 // The right operand of a product, laid out by units: [units of k, stride].
@@ -432,9 +436,10 @@ inline F64 exp_negative(F64 x) {
 // e^x for x <= 100 (or NaN), to about 2e-7 and the rounding of x; 0 below e^-104. It takes half of the instructions,
 // and is for what is computed from bfloat16.
 inline F32 exp_short(F32 x) {
-  // Of its operands vmaxps returns the second if one is NaN.
-  const __m512 power = _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)(x * 1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // With masks because the plain ones make GCC 12 warn of its own header. Of its operands vmaxps returns the second if
+  // one is NaN.
+  const __m512 power = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-160.0f), (__m512)(x * 1.44269504f));
+  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const F32 r = (F32)power - (F32)n;
   // 2^r for |r| <= 1/2, with the least largest error of those that are 1 at 0.
   F32 p = r * 0.00132647273f + 0.00967151299f;
@@ -442,7 +447,7 @@ inline F32 exp_short(F32 x) {
   p = p * r + 0.240222424f;
   p = p * r + 0.693147004f;
   p = p * r + 1.0f;
-  return (F32)_mm512_scalef_ps((__m512)p, n);
+  return (F32)_mm512_maskz_scalef_ps(0xffff, (__m512)p, n);
 }
 #endif
 

@@ -340,7 +340,7 @@ struct Forward {
       std::memcpy(at<Acc>(scratch.max, c * kLanes<D>), &lowest, sizeof(lowest));
       std::memcpy(at<Acc>(scratch.sum, c * kLanes<D>), &zero, sizeof(zero));
     }
-    Run runs[kSegment / kKeyBlock<D>];
+    Run runs[kSegment / kKeyBlock<D>] = {};
     int num_runs = 0;
     int64_t num_keys = 0;
     bool is_first = true;
