@@ -422,7 +422,8 @@ struct Forward {
         for (int i = 0; i < kLanes<D>; ++i) query[i] = static_cast<Index>(v * kLanes<D> + i);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const auto from = static_cast<Index>(key + r - begin), until = sight.until_of(key + r) - static_cast<Index>(begin);
+          const auto first = static_cast<Index>(begin), from = static_cast<Index>(key + r) - first;
+          const Index until = sight.until_of(key + r) - first;
           for (int h = 0; h < HEADS; ++h) {
             Vec& value = acc[r][h * VECTORS + v];
             value = query < from ? Vec{} + kUnseen<Acc> : value;
