@@ -287,7 +287,7 @@ inline F64 log_sum(F64 x) {
   return x;
 }
 
-// The softmax of VECTORS vectors of consecutive queries, of each of HEADS heads that read the same keys, over the blocks
+// The attention of VECTORS vectors of consecutive queries, of each of HEADS heads with the same keys, to the blocks
 // of keys that any of these queries sees. A column is a query of a head; columns are a head's queries, then the next
 // head's.
 template <class D, int HEADS, int VECTORS>
@@ -351,8 +351,9 @@ struct Forward {
         num_runs = num_keys = 0;
         is_first = false;
       }
-      if (num_runs > 0 && !(kOnTiles<D> && key % kTile == 0) && runs[num_runs - 1].key + runs[num_runs - 1].count == key) {
-        runs[num_runs - 1].count += kKeyBlock<D>;
+      Run* last = num_runs > 0 ? &runs[num_runs - 1] : nullptr;
+      if (last != nullptr && last->key + last->count == key && !(kOnTiles<D> && key % kTile == 0)) {
+        last->count += kKeyBlock<D>;
       } else {
         runs[num_runs++] = {key, kKeyBlock<D>};
       }
