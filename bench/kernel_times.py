@@ -52,8 +52,8 @@ WARP_CYCLES_OF_SHARED = 4
 HMMA_FLOPS = 2 * 16 * 8 * 16
 TURN_SLOTS = 16
 """Slots of a turn of a warp of decode attention (likewise)."""
-COMBINED_FIRST, FEW_PIECES, MANY_PIECES = 8, 16, 32
-"""Pieces that combining loads in its first trip, and in later ones: many from twice the few on (likewise)."""
+FEW_PIECES, MANY_PIECES = 8, 32
+"""Pieces that combining loads in a trip, the first always few; many where there may be more than that (likewise)."""
 
 
 @dataclass(frozen=True)
@@ -558,9 +558,9 @@ def predict_attention(
     gap, combine_seconds = device.trigger if kind == "decode" else device.gap, 0.0
     early = gap  # from the end of the decode before to the end of this one's wait, while its blocks are there
     if pieces > 1:
-        at_once = MANY_PIECES if pieces > 2 * FEW_PIECES else FEW_PIECES
+        at_once = MANY_PIECES if pieces > MANY_PIECES else FEW_PIECES
         combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim, at_once=at_once)
-        later_trips = math.ceil(pieces / at_once) if pieces > COMBINED_FIRST else 0
+        later_trips = math.ceil(pieces / at_once) - (at_once == FEW_PIECES)  # a trip of many begins with the first
         combined = Work(count * spec.num_heads, later_trips, pieces * 4 * (dim + PARTIAL_ENDS), 0)
         combine_seconds = device.trigger + launch_times(device, combine, combined).total
         if combine.code.triggers_early:

@@ -266,10 +266,10 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
 template <int HEAD_DIM>
 constexpr int kCombineThreads = round_up<32>(HEAD_DIM / 2);
 
-// How many pieces combine_body may load in one trip: many of them take registers that its blocks don't find while
-// decode's run, and only pay where tables have room for contexts of many trips.
-constexpr int kFewPieces = 16, kManyPieces = 32;
-constexpr bool combines_many(int pieces) { return pieces > 2 * kFewPieces; }
+// How many pieces combine_body may load in one trip. Many take registers that its blocks don't find while decode's run,
+// so they only pay where the tables have room for contexts of many trips (beyond 8192 slots).
+constexpr int kFewPieces = 8, kManyPieces = 32;
+constexpr bool combines_many(int pieces) { return pieces > kManyPieces; }
 
 // Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a context that is one
 // piece is final already. The first batch comes together with the context's length, whether it has so many pieces or
