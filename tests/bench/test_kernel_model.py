@@ -56,6 +56,12 @@ LOOP = [
 EXIT = ("EXIT", 5, 7, 0)
 
 
+def test_a_loop_without_mmas_takes_the_way_that_makes_use_of_its_loads():
+    skipped = [("@P0 BRA 0x40", 5, 7, 0), ("SHFL.IDX PT, R3, R2, R1, 0x1f", 9, 1, 1)]
+    found = loop_of(ENTRY, ("LDG.E.64 R2, [R4.64]", 3, 0, 0), *skipped, ("@!P1 BRA 0x10", 5, 7, 0), EXIT)
+    assert (found.ldg, found.instructions, found.stalls) == (1, 4, 3 + 5 + 9 + 5)
+
+
 def test_a_loop_counts_its_instructions_stalls_and_waits():
     found = loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), EXIT)
     assert (found.arch, found.instructions, found.stalls) == ("sm_90a", 4, 18)
@@ -314,7 +320,8 @@ def test_hints_keep_memory_busy_from_the_end_of_the_decode_before(tables):
 
 
 def test_combining_that_finds_no_room_beside_the_decode_starts_the_next_one_later(tables):
-    combine, decode = (tables.find(H200, f"kv_cache::{name}_kernel", head_dim=256) for name in ("combine", "decode"))
+    decode = tables.find(H200, "kv_cache::decode_kernel", head_dim=256)
+    combine = tables.find(H200, "kv_cache::combine_kernel", head_dim=256, at_once=8)
     assert combine.resources.blocks_beside(decode.resources) * 132 >= 32 * 8  # of 32 rows, eight heads
     large = {
         key: replace(each, registers=64) if "combine" in key[1] else each for key, each in tables.resources.items()
