@@ -297,7 +297,9 @@ def _hot_path(graph: FlowGraph, latency: LoadLatency) -> tuple[set[int], int, li
                 continue
             # What is in loops of its own happens between turns.
             rare = set().union(*(other for other, _, _ in loops if other < nodes))
-            path = graph.best_path([head], partial(eq, end), {"HMMA": 1, "LDGSTS": 1, "LDG": 1}, nodes, rare)
+            # Without mmas, a way that loads may leave out what it does with that: combining, which shuffles then.
+            used = {"HMMA": 1, "LDGSTS": 1, "LDG": 1} | ({} if "HMMA" in wanted else {"SHFL": 1})
+            path = graph.best_path([head], partial(eq, end), used, nodes, rare)
             if useful := sum(one.name in wanted for one in path):
                 ways.append((cycles_of(path, loads_from, 2) / useful, head, nodes, path))
         if ways:

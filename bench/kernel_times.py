@@ -50,8 +50,10 @@ LATENCY = 0.7e-6
 WARP_CYCLES_OF_SHARED = 4
 """Of shared memory for 16 bytes per lane: 512 bytes at 128 a cycle (datasheet)."""
 HMMA_FLOPS = 2 * 16 * 8 * 16
-TURN_SLOTS, COMBINED_AT_ONCE = 16, 8
-"""Slots of a turn of a warp of decode attention, and pieces that its combining loads in one trip (likewise)."""
+TURN_SLOTS = 16
+"""Slots of a turn of a warp of decode attention (likewise)."""
+FEW_PIECES, MANY_PIECES = 8, 32
+"""Pieces that combining loads in a trip, the first always few; many where there may be more than that (likewise)."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ ARGUMENTS = {
     "loop_lora::prefill_kernel": "token_warps out_warps token_tiles out_groups stages",
     "kv_cache::decode_kernel": "head_dim stages",
     "kv_cache::prefill_kernel": "head_dim warps row_tiles slots stages",
-    "kv_cache::combine_kernel": "head_dim",
+    "kv_cache::combine_kernel": "head_dim at_once",
 }
 """Names of the template arguments after the dtype."""
 
@@ -535,6 +537,7 @@ def predict_attention(
 ) -> Prediction:
     """Predict loop_kv_attention of `count` rows, or loop_kv_prefill of as many sequences with a chunk each."""
     dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
+    head_tiles = math.ceil(group / 16)  # of decode
     kernel = tables.find(device, f"kv_cache::{kind}_kernel", head_dim=dim)
     row_tiles = kernel.arguments.get("row_tiles", 1)
     # For 16 slots and 16 rows it takes dim / 8 mmas of q k, and as many of p v.
@@ -544,7 +547,7 @@ def predict_attention(
     piece_slots = SHORT_PIECE if context <= MAX_SHORT_CONTEXT else LONG_PIECE
     pieces = math.ceil(context / piece_slots) if kind == "decode" else 1
     if kind == "decode":
-        blocks = count * spec.num_kv_heads * math.ceil(group / 16) * pieces
+        blocks = count * spec.num_kv_heads * head_tiles * pieces
         seen = min(context, piece_slots)
         work = Work(blocks, math.ceil(seen / kernel.warps / slots), seen * slot_bytes, memory_bytes)
     else:
@@ -555,19 +558,20 @@ def predict_attention(
     gap, combine_seconds = device.trigger if kind == "decode" else device.gap, 0.0
     early = gap  # from the end of the decode before to the end of this one's wait, while its blocks are there
     if pieces > 1:
-        combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim)
-        combined = Work(
-            count * spec.num_heads, math.ceil(pieces / COMBINED_AT_ONCE) - 1, pieces * 4 * (dim + PARTIAL_ENDS), 0
-        )
+        at_once = MANY_PIECES if pieces > MANY_PIECES else FEW_PIECES
+        combine = tables.find(device, "kv_cache::combine_kernel", head_dim=dim, at_once=at_once)
+        later_trips = math.ceil(pieces / at_once) - (at_once == FEW_PIECES)  # a trip of many begins with the first
+        combined = Work(count * spec.num_heads, later_trips, pieces * 4 * (dim + PARTIAL_ENDS), 0)
         combine_seconds = device.trigger + launch_times(device, combine, combined).total
-        if not combine.code.triggers_early:
-            gap = device.gap
-        early = combine_seconds + gap
-        # If all its blocks wait beside the decode's, the next decode is launched by then, and its blocks find room as
-        # soon as those before end. Else combining begins then, and the next decode is launched a while later.
-        room = combine.resources.blocks_beside(kernel.resources) * device.multiprocessors
-        if combined.blocks > room:
-            early -= device.launch
+        if combine.code.triggers_early:
+            early = combine_seconds + gap
+            # If all its blocks wait beside the decode's, the next decode is launched by then, and its blocks find room
+            # as soon as those before end. Else combining begins then, and the next decode is launched a while later.
+            room = combine.resources.blocks_beside(kernel.resources) * device.multiprocessors
+            if combined.blocks > room:
+                early -= device.launch
+        else:
+            gap, early = device.gap, 0.0
     times = launch_times(device, kernel, work)
     if kind == "decode":
         # The last bytes are values: the turn's scores have been weighed while they came.
@@ -575,7 +579,7 @@ def predict_attention(
     if kernel.code.hint_cycles and device.has_dependent_launch:
         # Memory works from the hints of the first wave's blocks on; copies would come so much later, after the wait.
         blocks = min(work.blocks, device.multiprocessors * kernel.resources.blocks)
-        first_turns = blocks * kernel.warps * TURN_SLOTS * slot_bytes
+        first_turns = blocks / head_tiles * min(seen, kernel.warps * TURN_SLOTS) * slot_bytes
         hint = kernel.code.hint_cycles / device.hertz
         ahead = min(first_turns / device.copy, max(0.0, early - hint + kernel.code.copy_cycles / device.hertz))
         limits = {**times.limits, "memory": max(0.0, times.limits["memory"] - ahead)}

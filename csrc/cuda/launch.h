@@ -76,9 +76,9 @@ struct KernelFacts {
 };
 
 // Lets `kernel`, all of whose launches have so many threads and so much dynamic shared memory, have that on the current
-// device, and asks that of the memory that it and the
-// first-level cache divide between them, shared memory get all it can (unless RRT_CARVEOUT=0): a multiprocessor runs no
-// kernels side by side that want it divided differently, as those chained by dependent launch should run.
+// device. Of the memory that shared memory and the first-level cache divide between them, shared memory is to get all
+// it can (unless RRT_CARVEOUT=0): a multiprocessor runs no kernels side by side that want it divided differently, as
+// those chained by dependent launch should run.
 inline cudaError_t prepare(const void* kernel, int threads, int shared_bytes, KernelFacts& facts) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, KernelFacts> prepared;
@@ -117,13 +117,11 @@ inline cudaError_t prepare(const void* kernel, int threads, int shared_bytes, Ke
   return cudaSuccess;
 }
 
-// `dependent`: may start before the kernel before it has ended, which its dependency_wait makes up for.
+// Launches what prepare has told of. `dependent`: may start before the kernel before it has ended, which its
+// dependency_wait makes up for; false where the kernel has none.
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
-                   cudaStream_t stream) {
-  KernelFacts facts;
-  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), threads, shared_bytes, facts);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_prepared(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes,
+                            bool dependent, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -133,8 +131,18 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int thread
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = dependent && facts.waits ? 1 : 0;
+  config.numAttrs = dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// `dependent`: as above, where the kernel has a dependency_wait.
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int shared_bytes, bool dependent,
+                   cudaStream_t stream) {
+  KernelFacts facts;
+  const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), threads, shared_bytes, facts);
+  if (error != cudaSuccess) return error;
+  return launch_prepared(kernel, args, grid, threads, shared_bytes, dependent && facts.waits, stream);
 }
 
 inline const char* error_text(cudaError_t error) {

@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) prefill_kernel(const __grid_con
   prefill_attention_body<Half, HEAD_DIM, WARPS, ROW_TILES, SLOTS, STAGES>(args);
 }
 
-template <class Half, int HEAD_DIM>
+template <class Half, int HEAD_DIM, int AT_ONCE>
 __global__ void __launch_bounds__(kCombineThreads<HEAD_DIM>)
     combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
-  combine_body<Half, HEAD_DIM>(args);
+  combine_body<Half, HEAD_DIM, AT_ONCE>(args);
 }
 
 template <class Number>
@@ -45,20 +45,20 @@ template <class Half, class Shared>
 cudaError_t launch_decode(const CudaAttentionArgs& attention, cudaStream_t stream) {
   static_assert(Shared::kBytes <= kMaxSharedBytes, "an A100 has no more");
   const auto kernel = decode_kernel<Half, Shared::kHeadDim, Shared::kStages>;
-  CudaAttentionArgs args = attention;
   static const bool prefetches = cuda::is_switched_on("RRT_PREFETCH");
-  if (prefetches && cuda::has_dependent_launch()) {
-    cuda::KernelFacts facts;
-    const cudaError_t error = cuda::prepare(reinterpret_cast<const void*>(kernel), kThreads, Shared::kBytes, facts);
-    if (error != cudaSuccess) return error;
-    args.first_wave = facts.resident_blocks;
-  }
+  cuda::KernelFacts facts;
+  cudaError_t error = cuda::prepare(reinterpret_cast<const void*>(kernel), kThreads, Shared::kBytes, facts);
+  if (error != cudaSuccess) return error;
+  const bool dependent = cuda::has_dependent_launch() && facts.waits;
+  CudaAttentionArgs args = attention;
+  args.first_wave = prefetches && dependent ? facts.resident_blocks : 0;
   const dim3 grid(args.num_queries, args.num_kv_heads * args.head_tiles.value, args.pieces);
-  const cudaError_t error =
-      launch(kernel, args, grid, kThreads, Shared::kBytes, cuda::has_dependent_launch(), stream);
+  error = cuda::launch_prepared(kernel, args, grid, kThreads, Shared::kBytes, dependent, stream);
   if (error != cudaSuccess || args.pieces == 1) return error;
-  return launch(combine_kernel<Half, Shared::kHeadDim>, args, dim3(args.num_queries, args.num_heads),
-                kCombineThreads<Shared::kHeadDim>, 0, cuda::has_dependent_launch(), stream);
+  const auto combine = combines_many(args.pieces) ? combine_kernel<Half, Shared::kHeadDim, kManyPieces>
+                                                  : combine_kernel<Half, Shared::kHeadDim, kFewPieces>;
+  return launch(combine, args, dim3(args.num_queries, args.num_heads), kCombineThreads<Shared::kHeadDim>, 0,
+                cuda::has_dependent_launch(), stream);
 }
 
 template <class Half, class Shared>

@@ -94,7 +94,8 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
   const int thread = device::thread_index(), warp = thread / 32, lane = thread % 32;
   const int kv_head = args.head_tiles.divide(block.y), first = args.head_tiles.remainder(block.y) * kMmaRows;
   const int in_layer = block.x + args.num_queries * block.y;
-  if (in_layer + args.num_queries * args.num_kv_heads * args.head_tiles.value * block.z < args.first_wave) {
+  const int blocks_before = args.num_queries * args.num_kv_heads * args.head_tiles.value * block.z;
+  if (first == 0 && in_layer + blocks_before < args.first_wave) {  // of several tiles of heads, the first
     prefetch_first_turn<Storage, HEAD_DIM>(args, block.x, block.z, kv_head, warp * kMmaSlots);
   }
   // Of the piece, that this lane looks up: of the warp's first turn or its second.
@@ -265,12 +266,19 @@ RRT_DEVICE void decode_attention_body(const CudaAttentionArgs& args) {
 template <int HEAD_DIM>
 constexpr int kCombineThreads = round_up<32>(HEAD_DIM / 2);
 
+// How many pieces combine_body may load in one trip. Many take registers that its blocks don't find while decode's run,
+// so they only pay where the tables have room for contexts of many trips (beyond 8192 slots).
+constexpr int kFewPieces = 8, kManyPieces = 32;
+constexpr bool combines_many(int pieces) { return pieces > kManyPieces; }
+
 // Thread block (x: row; y: head). Merges the pieces of a long context in order; the result of a context that is one
-// piece is final already. The first pieces come together with the context's length, whether it has so many or not.
-template <class Half, int HEAD_DIM>
+// piece is final already. The first batch comes together with the context's length, whether it has so many pieces or
+// not; then AT_ONCE pieces a trip, which changes no bit.
+template <class Half, int HEAD_DIM, int AT_ONCE>
 RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   using Storage = typename Half::Storage;
-  constexpr int kBatch = 8;  // pieces that are on their way at once
+  constexpr int kBatch = 8;  // pieces with which sums are rescaled once
+  static_assert(AT_ONCE % kBatch == 0 && AT_ONCE <= 32, "each lane has the ends of a piece");
   const device::Index block = device::block_index();
   const int thread = device::thread_index(), column = 2 * thread < HEAD_DIM ? 2 * thread : 0;
   const int64_t head = static_cast<int64_t>(block.x) * args.num_heads + block.y;
@@ -278,17 +286,20 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   device::launch_dependents();
   device::dependency_wait();
   const int length = device::load_global(args.context_lens + block.x);
-  FloatPair sums[kBatch], ends[kBatch];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int piece = first + j < args.pieces ? first + j : first;
-      const float* from = partial + piece * (HEAD_DIM + kPartialEnds);
-      sums[j] = device::load_global(reinterpret_cast<const FloatPair*>(from + column));
-      ends[j] = device::load_global(reinterpret_cast<const FloatPair*>(from + HEAD_DIM));
-    }
+  FloatPair sums[AT_ONCE], ends;  // ends: of piece `first` + lane
+  const auto load_pair = [&](int piece, int at) {
+    return device::load_global(reinterpret_cast<const FloatPair*>(partial + piece * (HEAD_DIM + kPartialEnds) + at));
   };
-  load(0);
+  const auto load_ends = [&](int first, int limit) {
+    const int piece = first + thread % AT_ONCE;
+    ends = load_pair(piece < limit ? piece : first, HEAD_DIM);
+  };
+  const auto load_batch = [&](int first, int batch, int limit) {
+#pragma unroll
+    for (int j = batch; j < batch + kBatch; ++j) sums[j] = load_pair(first + j < limit ? first + j : first, column);
+  };
+  load_ends(0, args.pieces);
+  load_batch(0, 0, args.pieces);
   const int pieces = num_pieces(clamp_context(args, length));
 
   FloatPair sum{0, 0};
@@ -296,23 +307,37 @@ RRT_DEVICE void combine_body(const CudaAttentionArgs& args) {
   // Whatever the number of pieces, the first are taken, lest the compiler put their loads behind that of the length.
   int first = 0;
   do {
-    if (first > 0) load(first);
-    float next = largest;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) next = first + j < pieces ? fmaxf(next, ends[j].low) : next;
-    const float shrink = device::exp2(largest - next);
-    largest = next;
-    weights *= shrink;
-    sum = {sum.low * shrink, sum.high * shrink};
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= pieces) continue;
-      const float factor = device::exp2(ends[j].low - largest);
-      weights += factor * ends[j].high;
-      sum.low += factor * sums[j].low;
-      sum.high += factor * sums[j].high;
+    if (first > 0) {
+      load_ends(first, pieces);
+      load_batch(first, 0, pieces);
     }
-    first += kBatch;
+    if (first + kBatch < pieces) {
+#pragma unroll
+      for (int batch = kBatch; batch < AT_ONCE; batch += kBatch) load_batch(first, batch, pieces);
+    }
+#pragma unroll
+    for (int batch = 0; batch < AT_ONCE; batch += kBatch) {
+      if (batch > 0 && first + batch >= pieces) break;
+      FloatPair end[kBatch];
+      float next = largest;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        end[j] = {device::shuffle_from(ends.low, batch + j), device::shuffle_from(ends.high, batch + j)};
+        next = first + batch + j < pieces ? fmaxf(next, end[j].low) : next;
+      }
+      const float shrink = device::exp2(largest - next);
+      largest = next;
+      weights *= shrink;
+      sum = {sum.low * shrink, sum.high * shrink};
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + batch + j >= pieces) continue;
+        const float factor = device::exp2(end[j].low - largest);
+        weights = fmaf(factor, end[j].high, weights);
+        sum = {fmaf(factor, sums[batch + j].low, sum.low), fmaf(factor, sums[batch + j].high, sum.high)};
+      }
+    }
+    first += AT_ONCE;
   } while (first < pieces);
   if (pieces <= 1 || 2 * thread >= HEAD_DIM) return;
   const float unit = 1 / weights;

@@ -72,7 +72,9 @@ void print_kv_cache() {
     for_each_type(DecodeInstances{}, [&](auto instance) {
       using Shared = decltype(instance);
       print("kv_cache::decode_kernel", join(half, Shared::kHeadDim, Shared::kStages), kThreads, Shared::kBytes);
-      print("kv_cache::combine_kernel", join(half, Shared::kHeadDim), kCombineThreads<Shared::kHeadDim>, 0);
+      for (const int at_once : {kFewPieces, kManyPieces}) {
+        print("kv_cache::combine_kernel", join(half, Shared::kHeadDim, at_once), kCombineThreads<Shared::kHeadDim>, 0);
+      }
     });
     for_each_type(PrefillInstances{}, [&](auto instance) {
       using Shared = decltype(instance);

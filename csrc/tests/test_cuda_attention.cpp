@@ -7,6 +7,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kv_cache/cuda_decode_attention.h"
@@ -201,12 +202,12 @@ struct Problem {
   }
 };
 
-template <int HEAD_DIM, class Half>
+template <int HEAD_DIM, int AT_ONCE, class Half>
 emulation::Report combine(Problem<Half>& problem, uint64_t seed, emulation::Sabotage sabotage) {
   const CudaAttentionArgs args = problem.args();
   return emulation::run({{args.num_queries, args.num_heads, 1}, kCombineThreads<HEAD_DIM>, 0, seed,
                          problem.regions(true), sabotage},
-                        [&] { combine_body<Half, HEAD_DIM>(args); });
+                        [&] { combine_body<Half, HEAD_DIM, AT_ONCE>(args); });
 }
 
 template <class Number>
@@ -227,7 +228,8 @@ emulation::Report attend(Problem<Half>& problem, uint64_t seed = 1,
        problem.honest_hints},
       [&] { decode_attention_body<Half, Decode::kHeadDim, Decode::kStages>(args); });
   if (!report.violation.empty() || args.pieces == 1) return report;
-  emulation::Report merged = combine<Decode::kHeadDim>(problem, seed, sabotage);
+  EXPECT(!combines_many(args.pieces), "no test is of so many");
+  emulation::Report merged = combine<Decode::kHeadDim, kFewPieces>(problem, seed, sabotage);
   EXPECT(merged.early_dependents || !merged.violation.empty(), "combine lets the next kernel start late");
   merged.regions = report.regions;
   return merged;
@@ -256,6 +258,7 @@ void test_decode(const std::string& label, double tolerance) {
       {{1, 1, 1}, {33, 0, 17}, 8, 2, kHeadDim, 16, kHeadDim},
       {{1, 1}, {300, 64}, 4, 4, kHeadDim, 32, kHeadDim / 4 / 2 * 2},
       {{1}, {70}, 20, 1, kHeadDim, 7, 0},             // two tiles of query heads, pages of any size
+      {{1}, {300}, 40, 2, kHeadDim, 16, 0},           // the same of two key/value heads, in pieces
       {{1, 1}, {255, 257}, 9, 3, kHeadDim, 48, 16},   // contexts that end before and after a piece does
       {{1, 1}, {2048, 2081}, 2, 2, kHeadDim, 64, 0},  // the longest of short pieces, and one of long ones
   };
@@ -276,7 +279,7 @@ void test_decode(const std::string& label, double tolerance) {
       const int64_t bytes = slots * shape.num_kv_heads * kHeadDim * 2 * ceil_div(group, 16);
       EXPECT(report.bytes_read("k") == bytes && report.bytes_read("v") == bytes, "%s", name);
       // By hints, of which the emulation makes most wrong.
-      if (shape.contexts[0] > 200) EXPECT(report.region("k").bytes_prefetched > 0, "%s", name);
+      if (shape.contexts[0] > 200) EXPECT(!report.region("k").prefetched.empty(), "%s", name);
     }
   }
 }
@@ -386,26 +389,113 @@ using device::BFloat16;
 using SmallDecode = DecodeShared<64, 4>;
 using SmallPrefill = PrefillShared<64, 4, 2, 64, 4>;
 
-// Before it waits, a block of the first wave asks for its share of what all heads have at the first turn's slots, once.
+// Before it waits, a block of the first wave asks for its share of what all heads have at the first turn's slots: all
+// of them together for all of that, each byte once. With pages of 24 slots, what lies on the second of two is left out.
 void test_hints_cover_the_first_turn_once() {
-  for (const int page_size : {16, 24}) {
-    Problem<BFloat16> problem({{1, 1}, {2048, 61}, 8, 4, 64, page_size, 0}, true, 5);
+  const struct {
+    int num_heads, num_kv_heads, page_size, context;
+  } cases[] = {{8, 4, 16, 2048}, {8, 4, 24, 2048}, {8, 4, 16, 2081}, {40, 2, 16, 300}};
+  for (const auto& each : cases) {
+    Problem<BFloat16> problem({{1, 1}, {each.context, 61}, each.num_heads, each.num_kv_heads, 64, each.page_size, 0},
+                              true, 5);
     problem.honest_hints = true;
-    const int slot_bytes = 4 * 64 * 2, blocks_of_layer = 2 * 4;
-    const auto prefetched = [&](int blocks) {
-      problem.first_wave = blocks;
+    constexpr int kVector = 16;
+    const int blocks_of_piece = 2 * each.num_kv_heads * ceil_div(each.num_heads / each.num_kv_heads, kMmaRows);
+    for (const int hinted_pieces : {0, 1, 2, INT32_MAX / 16}) {
+      problem.first_wave = hinted_pieces * blocks_of_piece;
       const emulation::Report report = attend<BFloat16, SmallDecode>(problem);
       EXPECT(report.violation.empty(), "%s", report.violation.c_str());
-      const emulation::Region &k = report.region("k"), &v = report.region("v");
-      EXPECT(k.bytes_prefetched == v.bytes_prefetched, "page size %d", page_size);
-      return k.bytes_prefetched / slot_bytes;
-    };
-    // Of a block's four warps; with pages of 24 slots, what lies on the second of two pages is left out.
-    const int first = page_size == 16 ? 64 : 16 + 8 + 16 + 16, second = page_size == 16 ? 61 : 16 + 8 + 16 + 13;
-    EXPECT(prefetched(0) == 0, "page size %d", page_size);
-    EXPECT(prefetched(blocks_of_layer) == first + second, "page size %d: %d slots", page_size,
-           static_cast<int>(prefetched(blocks_of_layer)));
-    if (page_size == 16) EXPECT(prefetched(INT32_MAX) == 16 * 64 + 61, "every piece");
+      std::vector<int> expected(problem.k_cache.size() * 2 / kVector);
+      for (size_t row = 0; row < 2; ++row) {
+        const int context = problem.shape.contexts[row], piece = piece_slots(context);
+        for (int slot = 0; slot < context; ++slot) {
+          const int first_of_turn = slot / kMmaSlots * kMmaSlots;
+          if (slot / piece >= hinted_pieces || slot % piece >= kTurnSlots) continue;
+          if (slot / each.page_size != first_of_turn / each.page_size) continue;
+          const int64_t begin = problem.at(row, slot) * 2 / kVector;
+          for (int i = 0; i < each.num_kv_heads * 64 * 2 / kVector; ++i) ++expected[begin + i];
+        }
+      }
+      for (const char* name : {"k", "v"}) {
+        std::vector<int> times(expected.size());
+        for (const auto& [begin, end] : report.region(name).prefetched) {
+          for (int64_t at = begin; at < end; at += kVector) ++times[at / kVector];
+        }
+        EXPECT(times == expected, "%s, %d heads, pages of %d slots, context %d, %d pieces", name, each.num_heads,
+               each.page_size, each.context, hinted_pieces);
+      }
+    }
+  }
+}
+
+// Pieces are merged as a sum over all of them would be, with the same bits however many are loaded at once, alone and
+// beside longer contexts.
+void test_combine_merges_in_order() {
+  constexpr int kHeads = 2, kHeadDim = 80, kStride = kHeadDim + kPartialEnds;
+  const std::vector<int> contexts = {17000, 100, 0, 300, 1024, 1025, 2049, 4096, 4200, 8192, 8193, 8700, 10240, 10300};
+  const Shape shape{std::vector<int>(contexts.size(), 1), contexts, kHeads, 1, kHeadDim, 256, 0};
+  Problem<BFloat16> whole(shape, true, 4);
+  std::mt19937_64 random(6);
+  std::normal_distribution<float> normal;
+  const int width = kHeads * kHeadDim;
+  for (size_t row = 0; row < contexts.size(); ++row) {
+    const int pieces = num_pieces(contexts[row]);
+    for (int head = 0; pieces > 1 && head < kHeads; ++head) {
+      for (int piece = 0; piece < pieces; ++piece) {
+        float* to = whole.partial.data() + ((row * kHeads + head) * whole.pieces + piece) * kStride;
+        for (int i = 0; i < kHeadDim; ++i) to[i] = normal(random);
+        to[kHeadDim] = 4 * normal(random);
+        to[kHeadDim + 1] = 1 + std::fabs(normal(random));
+      }
+    }
+  }
+  const auto merge = [&](Problem<BFloat16>& problem, auto at_once) {
+    constexpr int kAtOnce = decltype(at_once)::value;
+    const emulation::Report report = combine<kHeadDim, kAtOnce>(problem, 1, emulation::Sabotage::kNone);
+    EXPECT(report.violation.empty(), "%s", report.violation.c_str());
+    return problem.out;
+  };
+  using Few = std::integral_constant<int, kFewPieces>;
+  using Many = std::integral_constant<int, kManyPieces>;
+  const auto out = merge(whole, Few{});
+  EXPECT(std::memcmp(merge(whole, Many{}).data(), out.data(), out.size() * 2) == 0, "many at once");
+  for (size_t row = 0; row < contexts.size(); ++row) {
+    const int pieces = num_pieces(contexts[row]);
+    for (int head = 0; head < kHeads; ++head) {
+      const float* partial = whole.partial.data() + (row * kHeads + head) * whole.pieces * kStride;
+      double largest = -INFINITY, weights = 0;
+      for (int piece = 0; piece < pieces; ++piece) {
+        largest = std::max<double>(largest, partial[piece * kStride + kHeadDim]);
+      }
+      std::vector<double> sums(kHeadDim);
+      for (int piece = 0; piece < pieces; ++piece) {
+        const float* from = partial + piece * kStride;
+        const double factor = std::exp2(from[kHeadDim] - largest);
+        weights += factor * from[kHeadDim + 1];
+        for (int i = 0; i < kHeadDim; ++i) sums[i] += factor * from[i];
+      }
+      for (int i = 0; i < kHeadDim; ++i) {
+        const float found = BFloat16::widen(out[(row * kHeads + head) * kHeadDim + i]);
+        // What is one piece has been written by decode.
+        EXPECT(pieces > 1 ? std::fabs(found - sums[i] / weights) < 0.01 : std::isnan(found), "context %d: %g, %g",
+               contexts[row], found, sums[i] / weights);
+      }
+    }
+    if (pieces <= 1) continue;
+    Problem<BFloat16> alone = whole;
+    alone.shape.chunks = {1};
+    alone.shape.contexts = {contexts[row]};
+    alone.num_queries = 1;
+    alone.max_pages = ceil_div(contexts[row], 256);
+    alone.pieces = static_cast<int>(most_pieces(alone.max_pages * 256));
+    alone.partial.assign(int64_t{kHeads} * alone.pieces * kStride, NAN);
+    for (int head = 0; head < kHeads; ++head) {
+      const auto from = whole.partial.begin() + (row * kHeads + head) * whole.pieces * kStride;
+      std::copy(from, from + pieces * kStride, alone.partial.begin() + head * alone.pieces * kStride);
+    }
+    alone.out.assign(width, BFloat16::narrow(NAN));
+    const auto own = combines_many(alone.pieces) ? merge(alone, Many{}) : merge(alone, Few{});
+    EXPECT(std::memcmp(own.data(), out.data() + row * width, width * 2) == 0, "context %d alone", contexts[row]);
   }
 }
 
@@ -522,7 +612,7 @@ void test_faults_are_noticed() {
   }
   Problem<BFloat16> problem({{1}, {520}, 8, 1, 64, 16, 0}, true, 3);
   attend<BFloat16, SmallDecode>(problem);
-  for (const std::string& violation : {combine<64>(problem, 1, Sabotage::kSkipDependencyWait).violation,
+  for (const std::string& violation : {combine<64, kFewPieces>(problem, 1, Sabotage::kSkipDependencyWait).violation,
                                        attend_plainly(problem, Sabotage::kSkipDependencyWait).violation}) {
     EXPECT(violation.find("before dependency_wait") != std::string::npos, "found '%s'", violation.c_str());
   }
@@ -543,13 +633,20 @@ void test_a_context_longer_than_its_table_makes_nan() {
   }
 }
 
+// In any of a warp's turns, of which two share a look-up: the first two of a short piece, all four of a long one.
 void test_a_page_that_is_not_there_makes_nan() {
-  Problem<BFloat16> problem({{1, 1}, {40, 40}, 8, 1, 64, 16, 0}, true, 3);
-  problem.tables[1] = problem.num_pages;
-  const emulation::Report report = attend<BFloat16, SmallDecode>(problem);
-  EXPECT(report.violation.empty(), "%s", report.violation.c_str());
-  for (int i = 0; i < 2 * 8 * 64; ++i) {
-    EXPECT(std::isnan(BFloat16::widen(problem.out[i])) == (i < 8 * 64), "element %d", i);
+  const struct {
+    int context, slot;
+  } cases[] = {{40, 16}, {128, 64}, {128, 112}, {2100, 48}, {2100, 64}, {2100, 128}, {2100, 192}, {2100, 240}};
+  for (const auto& each : cases) {
+    Problem<BFloat16> problem({{1, 1}, {each.context, 40}, 8, 1, 64, 16, 0}, true, 3);
+    problem.tables[each.slot / 16] = problem.num_pages;
+    const emulation::Report report = attend<BFloat16, SmallDecode>(problem);
+    EXPECT(report.violation.empty(), "%s", report.violation.c_str());
+    for (int i = 0; i < 2 * 8 * 64; ++i) {
+      EXPECT(std::isnan(BFloat16::widen(problem.out[i])) == (i < 8 * 64), "context %d, slot %d, element %d",
+             each.context, each.slot, i);
+    }
   }
 }
 
@@ -589,6 +686,7 @@ int main() {
   test_write<device::Float32>("fp32 write");
   test_write<BFloat16>("bf16 write");
   test_hints_cover_the_first_turn_once();
+  test_combine_merges_in_order();
   test_decode_rows_are_independent();
   test_prefill_rows_are_independent();
   test_faults_are_noticed();

@@ -56,6 +56,12 @@ LOOP = [
 EXIT = ("EXIT", 5, 7, 0)
 
 
+def test_a_loop_without_mmas_takes_the_way_that_makes_use_of_its_loads():
+    skipped = [("@P0 BRA 0x40", 5, 7, 0), ("SHFL.IDX PT, R3, R2, R1, 0x1f", 9, 1, 1)]
+    found = loop_of(ENTRY, ("LDG.E.64 R2, [R4.64]", 3, 0, 0), *skipped, ("@!P1 BRA 0x10", 5, 7, 0), EXIT)
+    assert (found.ldg, found.instructions, found.stalls) == (1, 4, 3 + 5 + 9 + 5)
+
+
 def test_a_loop_counts_its_instructions_stalls_and_waits():
     found = loop_of(ENTRY, *LOOP, ("@!P0 BRA 0x10", 5, 7, 0), EXIT)
     assert (found.arch, found.instructions, found.stalls) == ("sm_90a", 4, 18)
@@ -314,7 +320,8 @@ def test_hints_keep_memory_busy_from_the_end_of_the_decode_before(tables):
 
 
 def test_combining_that_finds_no_room_beside_the_decode_starts_the_next_one_later(tables):
-    combine, decode = (tables.find(H200, f"kv_cache::{name}_kernel", head_dim=256) for name in ("combine", "decode"))
+    decode = tables.find(H200, "kv_cache::decode_kernel", head_dim=256)
+    combine = tables.find(H200, "kv_cache::combine_kernel", head_dim=256, at_once=8)
     assert combine.resources.blocks_beside(decode.resources) * 132 >= 32 * 8  # of 32 rows, eight heads
     large = {
         key: replace(each, registers=64) if "combine" in key[1] else each for key, each in tables.resources.items()
@@ -322,6 +329,36 @@ def test_combining_that_finds_no_room_beside_the_decode_starts_the_next_one_late
     spec = (GEMMA_HEADS, "decode", 32, 1024, 1)
     late = predict_attention(H200, replace(tables, resources=large), *spec).seconds
     assert late - predict_attention(H200, tables, *spec).seconds == pytest.approx(H200.launch)
+
+
+def test_combining_that_starts_late_leaves_hints_no_time(tables):
+    late = [decode_seconds(tables, 32, 1024, triggers_early=0, hint_cycles=cycles) for cycles in (4000, 0)]
+    assert late[0] - late[1] == pytest.approx(4000 / H200.hertz)
+
+
+@pytest.mark.parametrize(("heads", "context", "share"), [(8, 64, 1), (8, 32, 0.5), (20, 64, 0.5)])
+def test_hints_ask_for_what_a_first_turn_has_once(tables, heads, context, share):
+    device, spec = replace(H200, trigger=9e-6), replace(GEMMA_HEADS, num_heads=heads)
+    code = {key: replace(each, hint_cycles=0) for key, each in tables.code.items()}
+    seconds = [
+        predict_attention(device, each, spec, "decode", 1000, context, 1).seconds
+        for each in (replace(tables, code=code), tables)
+    ]
+    blocks = 132 * tables.find(H200, "kv_cache::decode_kernel", head_dim=256).resources.blocks
+    assert seconds[0] - seconds[1] == pytest.approx(share * blocks * 64 * 2 * 256 * 2 / H200.copy)
+
+
+@pytest.mark.parametrize(
+    ("context", "trips"), [(1024, 0), (1025, 1), (2048, 1), (4097, 2), (8192, 3), (8193, 2), (65536, 8)]
+)
+def test_combining_takes_one_trip_for_eight_pieces_and_then_one_for_each_8_or_32(tables, context, trips):
+    slow = {key: replace(each, cycles=100_000) if "combine" in key[1] else each for key, each in tables.code.items()}
+    none = {key: replace(each, cycles=0) if "combine" in key[1] else each for key, each in tables.code.items()}
+    combine = [
+        predict_attention(H200, replace(tables, code=code), GEMMA_HEADS, "decode", 1, context, 1).terms["combine"]
+        for code in (slow, none)
+    ]
+    assert combine[0] - combine[1] == pytest.approx(trips * 100_000 / H200.hertz, rel=0.02)
 
 
 def test_after_the_last_values_only_they_are_left_to_add(tables):

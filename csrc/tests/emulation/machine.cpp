@@ -324,7 +324,9 @@ int32_t load_hint(const int32_t* address) {
 
 void prefetch(const void* address, int bytes) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0) violate("a prefetch is not of whole vectors");
-  region_of(address, bytes).bytes_prefetched += bytes;
+  Region& region = region_of(address, bytes);
+  const int64_t begin = static_cast<const char*>(address) - region.begin;
+  region.prefetched.emplace_back(begin, begin + bytes);
 }
 
 void copy_async(void* shared, const void* global, int64_t size, bool valid) {
