@@ -44,9 +44,10 @@ STEP_COLUMNS, TURN_COLUMNS = 32, 64
 """Columns of W, or ranks of B_l, of which a part has whole numbers, and a turn at most."""
 MAX_BYTES_IN_VAIN = 2 << 20
 """Of A_l, by shrink (csrc/loop_lora/cuda_tiles.h)."""
-WARP_HINTS, HINT_BYTES = 16, 128 << 10
-"""Of W, that a warp of shrink gives, and bytes that a multiprocessor asks for by them (likewise). Assumed: that it asks
-for a line of 128 bytes in 2.7 cycles at least; copies ask for one in two or less."""
+WARP_HINTS, HINT_BYTES, SMALL_WEIGHT = 16, 128 << 10, 16 << 20
+"""Of W: hints of a warp of shrink, bytes that a multiprocessor asks for by them, and bytes of a W that stays in the
+second-level cache (likewise). Assumed: that it asks for a line of 128 bytes in 2.7 cycles at least; copies ask for one in
+two or less."""
 HINT_CYCLES, FILLING_CYCLES = 42, 45
 """That a warp takes to give a hint, and to ask for a turn of A_l that its ring has room for; as compiled."""
 
@@ -445,15 +446,20 @@ def predict_hints(
         return Hints(0, device.trigger, device.trigger, 0.0)
     tokens, by_rows = product.arguments["tokens"], "::row_kernel" in product.code.name
     outputs = 16 * (product.arguments["warp_tiles"] * product.warps if by_rows else 1)
-    runs = slices if by_rows else PARTS
+    has_whole_rows = BYTES_PER_ELEMENT * n * k <= SMALL_WEIGHT
+    runs = 1 if has_whole_rows else slices if by_rows else PARTS
+    longest = k if has_whole_rows else (k // runs - STEP_COLUMNS) // TURN_COLUMNS * TURN_COLUMNS
     tiles = device.multiprocessors * product.resources.blocks // (math.ceil(m / tokens) * slices)
-    rows = min(n, tiles * outputs)
-    step = math.ceil(rows / min(rows, shrink.blocks * kernel.warps * WARP_HINTS // runs))
-    wanted = (device.trigger + device.launch) * device.copy
-    issued = min(wanted, min(shrink.blocks, device.multiprocessors) * HINT_BYTES)
-    hints = math.ceil(rows / step) * runs
-    columns = max(0, min(int(issued / (BYTES_PER_ELEMENT * hints)), k // runs - STEP_COLUMNS)) // 64 * 64
-    seconds = WARP_HINTS * HINT_CYCLES / device.hertz if columns else 0.0
+    rows, warps = min(n, tiles * outputs), shrink.blocks * kernel.warps
+    most = min((device.trigger + device.launch) * device.copy, min(shrink.blocks, device.multiprocessors) * HINT_BYTES)
+    hinted_rows = min(rows, warps * WARP_HINTS // runs)
+    if has_whole_rows:
+        hinted_rows = min(hinted_rows, int(most / (BYTES_PER_ELEMENT * k)))
+    hints = math.ceil(rows / math.ceil(rows / hinted_rows)) * runs
+    columns = longest
+    if not has_whole_rows:
+        columns = min(longest, int(most / (BYTES_PER_ELEMENT * hints)) // TURN_COLUMNS * TURN_COLUMNS)
+    seconds = math.ceil(hints / warps) * HINT_CYCLES / device.hertz
     turns = math.ceil(k / PARTS / TURN_COLUMNS)
     first = (kernel.code.hint_cycles + FILLING_CYCLES * (min(turns, kernel.arguments["stages"] - 1) - 1)) / device.hertz
     if prefetches_shrink(kernel, ranks, k, loops):
@@ -522,21 +528,26 @@ def predict_linear(
         rest = max(times.stream_with(filled), times.begin + stream - device.trigger - waited - x_seconds)
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
         # Late: they run side by side, until a block needs T, or where it finds no room before shrink's blocks end.
-        # Memory works from shrink's hints on.
         hints = predict_hints(device, product, slices, n, k, m, loops, ranks, shrink)
-        gap = hints.wait_seconds + device.launch
-        until_product = gap + product.code.copy_cycles / device.hertz - hints.first_seconds
-        ahead = min(hints.num_bytes / device.copy, max(0.0, until_product))
-        stream = replace(times, limits={**times.limits, "memory": max(0.0, memory - ahead)}).stream
-        needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
-        late = {"gap": gap, "begin": times.begin, "stream": stream}
-        late["shrink"] = max(0.0, shrink.seconds + hints.after_wait - needed)
+
+        def late_order(hints: Hints) -> dict[str, float]:
+            # Memory works from the hints on.
+            gap = hints.wait_seconds + device.launch
+            until_product = gap + product.code.copy_cycles / device.hertz - hints.first_seconds
+            ahead = min(hints.num_bytes / device.copy, max(0.0, until_product))
+            stream = replace(times, limits={**times.limits, "memory": max(0.0, memory - ahead)}).stream
+            needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
+            waited = max(0.0, shrink.seconds + hints.after_wait - needed)
+            return {"gap": gap, "begin": times.begin, "stream": stream, "shrink": waited}
+
+        without = Hints(0, 0.0, device.trigger, 0.0)
+        late = min((late_order(without), late_order(hints)), key=lambda order: sum(order.values()))
         if first_wave > room:
             alone = max(
                 work.turns * product.code.cycles / device.hertz,
                 work.block_bytes / product.bytes_under_way * LATENCY + times.last_turn,
             )
-            late["shrink"] = max(late["shrink"], shrink.first_seconds - device.launch + alone - stream)
+            late["shrink"] = max(late["shrink"], shrink.first_seconds - device.launch + alone - late["stream"])
         terms |= min((early, late) if rank > 0 else (early,), key=lambda order: sum(order.values()))
     elif rank > 0:
         terms["shrink"] = shrink.seconds + device.gap

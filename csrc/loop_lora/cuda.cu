@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kSharedOfMultiprocessor = 164 << 10;  // an A100's
 constexpr int kReservedShared = 1 << 10;            // taken by every thread block beside what it asks for
-static_assert(kWarpHints == kHintsOfWarp, "the choice is made for these hints");
 
 template <class Half, int TOKENS, int PARTS, int STAGES, bool SHRINK>
 __global__ void __launch_bounds__(32 * PARTS, 2) column_kernel(const __grid_constant__ DecodeArgs args) {
@@ -210,6 +209,7 @@ void choose_order(const Params& p, const Tiling& tiling, ShrinkKernel kernel, De
       forced_order >= 0 ? forced_order == 1 : should_start_early(shrink, tiling, gpu, p.n, p.k, p.m);
   static const bool with_hints = cuda::is_switched_on("RRT_PREFETCH");
   if (args.starts_early || !with_hints || !cuda::has_dependent_launch()) return;
+  if (!should_give_hints(shrink, tiling, gpu, p.n, p.k, p.m)) return;
   const WeightHints hints = choose_hints(tiling, gpu, p.n, p.k, p.m, shrink);
   args.hint_rows = static_cast<int>(hints.rows);
   args.hint_row_step = static_cast<int>(hints.row_step);

@@ -62,7 +62,7 @@ struct DecodeArgs {
   int parts_per_block;  // of the row kernel: kParts / slices
   bool starts_early;    // the product, whose x may still be written when it starts
   bool prefetches;      // shrink, of A_l for every loop, before it knows which of them there are
-  // Of W, by shrink: `hint_columns` columns, a multiple of 64, of every hint_row_step-th of the first hint_rows rows (0:
+  // Of W, by shrink: `hint_columns` columns, whole vectors, of every hint_row_step-th of the first hint_rows rows (0:
   // none), from the begin of every hint_parts-th part on.
   int hint_rows, hint_row_step, hint_parts, hint_columns;
   int num_segments;
@@ -77,7 +77,6 @@ constexpr int kTurnSteps = 2;       // k-steps of a turn
 constexpr int kVectorElements = 8;  // of 16 bits each, in 16 bytes
 constexpr int kMaxLoops = 32;       // bits of a loop mask
 constexpr int kAddThreads = 256;    // of the kernels that add parts' sums
-constexpr int kWarpHints = 16;      // that a warp of shrink gives, one a lane
 
 // Where the tile of a thread block lies.
 struct DecodeTile {

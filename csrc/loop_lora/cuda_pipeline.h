@@ -264,15 +264,16 @@ RRT_DEVICE uint32_t find_tokens_of_loop(const DecodeArgs& args, const DecodeTile
 }
 
 // Of shrink, in the late order: asks the second-level cache for some of W, which memory brings until the product is
-// launched. Each of the warps' first kWarpHints lanes gives a hint, as long as there are rows. WARPS: of a thread block.
-template <class Storage, int ROWS, int TOKENS, int WARPS>
+// launched. A lane gives one hint at most, since those of a warp take turns. WARPS: of a thread block; GROUPS: grid's z.
+template <class Storage, int ROWS, int TOKENS, int WARPS, int GROUPS>
 RRT_DEVICE void prefetch_weight(const DecodeArgs& args) {
   const device::Index block = device::block_index();
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
   const int tiles = ceil_div<ROWS>(args.total_rank) * ceil_div<TOKENS>(args.m);
-  const int warps_before = ((block.z * args.num_loops + block.y) * tiles + block.x) * WARPS + warp;
-  const int part = (warps_before * kWarpHints + lane) * args.hint_parts, row = part / kParts * args.hint_row_step;
-  if (lane >= kWarpHints || row >= args.hint_rows) return;
+  const int of_all = ((block.z * args.num_loops + block.y) * tiles + block.x) * WARPS + warp;
+  const int part = (lane * GROUPS * args.num_loops * tiles * WARPS + of_all) * args.hint_parts;
+  const int row = part / kParts * args.hint_row_step;
+  if (row >= args.hint_rows) return;
   const int column = first_step_of(part % kParts, ceil_div<kStepColumns>(args.k)) * kStepColumns;
   const auto* from = static_cast<const Storage*>(args.weight) + static_cast<int64_t>(row) * args.k + column;
   device::prefetch(from, args.hint_columns * static_cast<int>(sizeof(Storage)));

@@ -364,7 +364,7 @@ void test_hints(const char* name, int warps, int blocks) {
       give_hints(args, runs, row_step);
       const emulation::Report report = ShrinkKernel::run(problem, args, 1, emulation::Sabotage::kNone);
       EXPECT(report.violation.empty(), "%s: %s", name, report.violation.c_str());
-      int left = warps * blocks * kWarpHints;
+      int left = 32 * warps * blocks;
       for (int row = 0; row < shape.n; ++row) {
         const int hints = row % row_step == 0 ? std::min(runs, left) : 0;
         left -= hints;
