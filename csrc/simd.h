@@ -59,8 +59,14 @@ struct BFloat16 {
   using Storage = uint16_t;
   using Acc = float;
   using Vec = F32;
-  static Vec widen(const Storage* from) {
-    return bit_cast<Vec>(__builtin_convertvector(load<U16>(from), U32) << 16);
+  static Vec widen(const Storage* from) { return widen(load<U16>(from)); }
+  static Vec widen(U16 values) {
+#if RRT_VECTOR_BYTES == 64
+    // (as below)
+    return bit_cast<Vec>((U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values) << 16);
+#else
+    return bit_cast<Vec>(__builtin_convertvector(values, U32) << 16);
+#endif
   }
   static Storage narrow(Acc value) {
     if (value != value) return 0x7fc0;

@@ -124,6 +124,13 @@ struct Operands<BFloat16> {
     acc = (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
   static U16 narrow(F32 value) { return bit_cast<U16>(_mm512_cvtneps_pbh((__m512)value)); }
+  // Pairs of a lane of each.
+  static Vec narrow_pairs(F32 first, F32 second) {
+    const U16Full order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+    return (Vec)_mm512_permutexvar_epi16((__m512i)order, halves);
+  }
 #else
   // Beside emulated tiles.
   static void multiply_add(F32& acc, Vec a, Vec b) {
@@ -134,6 +141,9 @@ struct Operands<BFloat16> {
     U16 narrow;
     for (int i = 0; i < kNumLanes<F32>; ++i) narrow[i] = BFloat16::narrow(value[i]);
     return narrow;
+  }
+  static Vec narrow_pairs(F32 first, F32 second) {
+    return __builtin_convertvector(narrow(first), Vec) | __builtin_convertvector(narrow(second), Vec) << 16;
   }
 #endif
   static Unit narrow_unit(const float* from) {
@@ -207,9 +217,13 @@ inline void write(typename D::Vec value, typename D::Storage* to, int64_t left) 
 template <class D>
 inline typename D::Vec rounded(typename D::Vec value) {
   const auto narrow = narrowed<D>(value);
-  typename D::Storage stored[kLanes<D>];
-  std::memcpy(stored, &narrow, sizeof(stored));
-  return D::widen(stored);
+  if constexpr (std::is_same_v<D, BFloat16>) {
+    return D::widen(narrow);
+  } else {
+    typename D::Storage stored[kLanes<D>];
+    std::memcpy(stored, &narrow, sizeof(stored));
+    return D::widen(stored);
+  }
 }
 
 // The right operand of a product, laid out by units: [units of k, stride].
@@ -418,9 +432,50 @@ inline F64 exp_negative(F64 x) {
   return x;
 }
 
+#ifdef __AVX512BF16__
+// e^x for x <= 100 (or NaN), to about 2e-7 and the rounding of x; 0 below e^-104. It takes half of the instructions,
+// and is for what is computed from bfloat16.
+inline F32 exp_short(F32 x) {
+  // With masks because the plain ones make GCC 12 warn of its own header. Of its operands vmaxps returns the second if
+  // one is NaN.
+  const __m512 power = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-160.0f), (__m512)(x * 1.44269504f));
+  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F32 r = (F32)power - (F32)n;
+  // 2^r for |r| <= 1/2, with the least largest error of those that are 1 at 0.
+  F32 p = r * 0.00132647273f + 0.00967151299f;
+  p = p * r + 0.0555073358f;
+  p = p * r + 0.240222424f;
+  p = p * r + 0.693147004f;
+  p = p * r + 1.0f;
+  return (F32)_mm512_maskz_scalef_ps(0xffff, (__m512)p, n);
+}
+#endif
+
+// e^x for x <= 0 of numbers that are computed from the dtype.
+template <class D>
+inline typename D::Vec exp_for(typename D::Vec x) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<D, BFloat16>) return exp_short(x);
+#endif
+  return exp_negative(x);
+}
+
 template <class D>
 inline typename D::Acc exp_one(typename D::Acc x) {
   return exp_negative(typename D::Vec{} + x)[0];
+}
+
+// Whether any lane of a comparison holds.
+template <class V>
+inline bool any(V comparison) {
+#if RRT_VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask((__m512i)comparison, (__m512i)comparison) != 0;
+#else
+  uint64_t words[sizeof(V) / sizeof(uint64_t)], all = 0;
+  std::memcpy(words, &comparison, sizeof(words));
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+#endif
 }
 
 template <class Acc>

@@ -12,7 +12,7 @@ namespace {
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrainWork = 1 << 16;
 // Rows (queries x query heads of one key/value head) of a part of the forward: each lays out the keys before it.
-constexpr int64_t kPartRows = 512;
+constexpr int64_t kPartRows = 1024;
 
 const CpuKernels& kernels_for_this_cpu() { return choose_kernels<CpuKernels>(RRT_TILE_KERNELS); }
 
@@ -21,7 +21,7 @@ class ForwardMemory {
  public:
   explicit ForwardMemory(const Shape& shape) {
     const int64_t dim = padded_dim(shape), tile = dim * kTile, tiles = tiles_of(shape.length);
-    constexpr int64_t kPair = kTile * kTile;  // of a tile of keys and one of queries
+    constexpr int64_t kPair = kSegment * kTile;  // of a segment of keys and the columns
     arena_.fill([&] {
       scratch_.keys = arena_.take<Acc>(tiles * tile);
       scratch_.values = arena_.take<Acc>(tiles * tile);
@@ -32,6 +32,7 @@ class ForwardMemory {
       scratch_.sum = arena_.take<Acc>(kTile);
       scratch_.out = arena_.take<Acc>(tile);
       scratch_.seen_until = arena_.take<Acc>(tiles * kTile);
+      scratch_.block_sight = arena_.take<Acc>(tiles * kTile);
     });
   }
   const ForwardScratch& scratch() const { return scratch_; }

@@ -7,24 +7,27 @@
 
 namespace rrt::attention {
 
-constexpr int64_t kTile = 64;    // queries, and keys, that are multiplied at a time
-constexpr int64_t kPadDim = 32;  // no kernel's vector has more elements
+constexpr int64_t kTile = 64;  // keys that are laid out at a time; queries, and keys, that the backward multiplies
+constexpr int64_t kSegment = 64;  // keys that the forward's running softmax takes at a time
+constexpr int64_t kPadDim = 32;   // no kernel's vector has more elements
 
 static inline int64_t tiles_of(int64_t length) { return ceil_div(length, kTile); }
 static inline int64_t padded_dim(const Shape& shape) { return round_up(shape.head_dim, kPadDim); }
 
 // One thread's memory, in elements of the accumulation type (double for float64, else float); operands of products
-// take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each.
+// take at most as much, as the instruction set wants them. Matrices of tiles have dim x kTile elements each. The
+// columns of the forward's matrices are queries of several heads, at most kTile.
 struct ForwardScratch {
   void* keys;           // tiles of [kTile, dim]
-  void* values;         // tiles of [dim, kTile]
-  void* q;              // [dim, kTile]
-  void* scores;         // [kTile keys, kTile queries]
+  void* values;         // tiles of [kTile, dim], or where products run on tiles (AMX) [dim, kTile]
+  void* q;              // [dim, columns]
+  void* scores;         // [kSegment keys, columns]
   void* probabilities;  // the same
-  void* max;            // [kTile]
-  void* sum;            // [kTile]
-  void* out;            // [dim, kTile]
+  void* max;            // [columns]
+  void* sum;            // [columns]
+  void* out;            // [dim, columns]
   void* seen_until;     // tiles of [kTile] integers
+  void* block_sight;    // at most as many
 };
 
 struct BackwardScratch {

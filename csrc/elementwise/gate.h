@@ -10,6 +10,10 @@ namespace {
 // 1 / (1 + e^-x), of whose exponential no large argument makes infinity.
 template <class D>
 inline typename D::Vec sigmoid(typename D::Vec x) {
+#ifdef __AVX512BF16__
+  // Beyond 89 the exponential is infinity, and its inverse 0.
+  if constexpr (std::is_same_v<D, BFloat16>) return 1 / (1 + exp_short(x < -100 ? typename D::Vec{} + 100 : -x));
+#endif
   const auto e = exp_negative(x < 0 ? x : -x);
   return (x < 0 ? e : typename D::Vec{} + 1) / (1 + e);
 }

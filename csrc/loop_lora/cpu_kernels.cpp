@@ -162,14 +162,22 @@ void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename
   using Storage = typename D::Storage;
   const Params& p = *work.params;
   const PanelBias<D> gate_bias(p.gate_bias, out, lanes), bias(p.bias, out, lanes);
-  for (int64_t row = 0; row < work.x.rows; ++row) {
-    Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
-    for (int v = 0; v < bias.kVectors && v * kLanes<D> < lanes; ++v) {
-      const int64_t first = row * kPanel + v * kLanes<D>;
-      const Vec gate = rounded<D>(load<Vec>(gates + first) + gate_bias.values[v]);
-      const Vec up = rounded<D>(load<Vec>(sums + first) + bias.values[v]);
-      write<D>(elementwise::gated<D, A>(gate, up), to + v * kLanes<D>, lanes - v * kLanes<D>);
+  const auto store_rows = [&](int64_t width) __attribute__((always_inline)) {
+    for (int64_t row = 0; row < work.x.rows; ++row) {
+      Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
+      for (int v = 0; v < bias.kVectors && v * kLanes<D> < width; ++v) {
+        const int64_t first = row * kPanel + v * kLanes<D>;
+        const Vec gate = rounded<D>(load<Vec>(gates + first) + gate_bias.values[v]);
+        const Vec up = rounded<D>(load<Vec>(sums + first) + bias.values[v]);
+        write<D>(elementwise::gated<D, A>(gate, up), to + v * kLanes<D>, width - v * kLanes<D>);
+      }
     }
+  };
+  // Of a whole panel there is no end to look for.
+  if (lanes == kPanel) {
+    store_rows(kPanel);
+  } else {
+    store_rows(lanes);
   }
 }
 

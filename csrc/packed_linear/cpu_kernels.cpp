@@ -42,15 +42,15 @@ struct RowStatistics {
       panel[v] = load<Vec>(logits + v * kLanes<D>);
       largest = larger(panel[v], largest);
     }
-    const Acc panel_max = reduce_lanes(largest, larger);
-    if (panel_max > max) {
-      sum *= exp_one<D>(max - panel_max);
+    if (any(largest > max)) {  // as it is of few panels
+      const Acc panel_max = reduce_lanes(largest, larger);
+      sum *= exp_for<D>(Vec{} + (max - panel_max));
       max = panel_max;
       int64_t lane = 0;
       while (lane < kPanel - 1 && logits[lane] != panel_max) ++lane;
       argmax = first_output + lane;
     }
-    for (int v = 0; v < kVectors; ++v) sum += exp_negative(panel[v] - max);
+    for (int v = 0; v < kVectors; ++v) sum += exp_for<D>(panel[v] - max);
   }
 };
 

@@ -65,6 +65,8 @@ CASES = [
     Case(2, 2, 6, 3, 20),
     Case(1, 600, 2, 1, 33),
     Case(1, 200, 2, 2, 1),
+    Case(2, 100, 10, 2, 24),
+    Case(1, 70, 7, 1, 40),
 ]
 
 
@@ -175,11 +177,11 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype) ->
 
 
 @pytest.mark.isa
-@pairwise(beginning=[0, 1, 40, 64, 100], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
+@pairwise(beginning=[0, 1, 40, 64, 100], heads=[4, 6, 10], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
 def test_texts_in_a_row_see_what_they_share_and_themselves(
-    beginning: int, dtype: torch.dtype, attention: Attention
+    beginning: int, heads: int, dtype: torch.dtype, attention: Attention
 ) -> None:
-    tensors = inputs(Case(2, 290, 4, 2, 20), dtype)
+    tensors = inputs(Case(2, 290, heads, 2, 20), dtype)
     seen_until = torch.full((2, 290), 290, dtype=torch.int32)
     # Texts of 35 after a beginning; and of any lengths, two of which share 20 after what they share with a third.
     seen_until[0, beginning:] = beginning + (torch.arange(290 - beginning) // 35 + 1) * 35

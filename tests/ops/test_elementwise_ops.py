@@ -272,11 +272,14 @@ def test_tensors_without_elements_are_accepted(functions: dict[str, Function]) -
 
 @pytest.mark.isa
 @BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
-def test_an_activation_far_from_zero_is_zero_or_its_argument(activation: str, functions: dict[str, Function]) -> None:
-    far = torch.tensor([-1e12, -1e4, -100.0, 100.0, 1e4, 1e12])
-    out, gate_grad, up_grad = results(functions["gate"], [far, torch.ones(6)], [activation])
-    grad = normal(6, seed=7).float()
+def test_an_activation_far_from_zero_is_zero_or_its_argument(
+    activation: str, dtype: torch.dtype, functions: dict[str, Function]
+) -> None:
+    far = torch.tensor([-1e12, -1e4, -100.0, 100.0, 1e4, 1e12], dtype=dtype)
+    out, gate_grad, up_grad = results(functions["gate"], [far, torch.ones(6, dtype=dtype)], [activation])
+    grad = normal(6, seed=7).to(dtype)
     torch.testing.assert_close(out, far.clamp(min=0), rtol=1e-6, atol=1e-30)
     torch.testing.assert_close(up_grad, grad * far.clamp(min=0), rtol=1e-6, atol=1e-30)
     assert gate_grad[:3].abs().max() < 1e-30
