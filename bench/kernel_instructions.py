@@ -111,8 +111,8 @@ class KernelCode:
         last_cycles: of `cycles`, those after the iteration's last wait for copies; 0 if it has none.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
-        hint_cycles: from the first instruction to the first that asks the second-level cache for bytes, with one turn of
-            the copies that come before; 0 if none does.
+        hint_cycles: from the first instruction to the first that asks the second-level cache for bytes, with one turn
+            of the copies that come before; 0 if none does.
     """
 
     arch: str

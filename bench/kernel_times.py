@@ -46,8 +46,8 @@ MAX_BYTES_IN_VAIN = 2 << 20
 """Of A_l, by shrink (csrc/loop_lora/cuda_tiles.h)."""
 WARP_HINTS, HINT_BYTES, SMALL_WEIGHT = 16, 128 << 10, 16 << 20
 """Of W: hints of a warp of shrink, bytes that a multiprocessor asks for by them, and bytes of a W that stays in the
-second-level cache (likewise). Assumed: that it asks for a line of 128 bytes in 2.7 cycles at least; copies ask for one in
-two or less."""
+second-level cache (likewise). Assumed: that it asks for a line of 128 bytes in 2.7 cycles at least; copies ask for one
+in two or less."""
 HINT_CYCLES, FILLING_CYCLES = 42, 45
 """That a warp takes to give a hint, and to ask for a turn of A_l that its ring has room for; as compiled."""
 

@@ -86,7 +86,11 @@ def test_what_comes_before_the_wait_is_hidden():
 
 
 def test_hints_come_behind_copies_and_before_the_wait():
-    wait, copy, hint = ("ACQBULK", 1, 7, 0), ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0), ("UBLKPF.L2 [UR8], UR4", 8, 7, 0)
+    wait, copy, hint = (
+        ("ACQBULK", 1, 7, 0),
+        ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0),
+        ("UBLKPF.L2 [UR8], UR4", 8, 7, 0),
+    )
     # A way around the wait, which comes first where the loops are read before; and one around the copy.
     ways = (("@P0 BRA 0x20", 5, 7, 0), wait, ("@P1 BRA 0x40", 5, 7, 0), copy, hint, wait)
     found = loop_of(*ways, *LOOP, ("@!P0 BRA 0x60", 5, 7, 0), EXIT)
@@ -249,7 +253,7 @@ def test_where_one_block_fits_each_wave_ends_before_the_next_begins(kernel):
     assert launch_times(H200, kernel, Work(6 * 132, 1, 1e3, 1e9)).between == 0
 
 
-NO_HINTS = kernel_instructions.KernelCode("sm_90a", *[0] * 15, "loop_lora::column_kernel<>")
+NO_HINTS = kernel_instructions.KernelCode("sm_90a", *[0] * 16, "loop_lora::column_kernel<>")
 
 
 def shrink_of(shared_bytes, blocks):
