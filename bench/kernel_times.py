@@ -48,7 +48,7 @@ WARP_HINTS, HINT_BYTES, SMALL_WEIGHT = 16, 128 << 10, 16 << 20
 """Of W: hints of a warp of shrink, bytes that a multiprocessor asks for by them, and bytes of a W that stays in the
 second-level cache (likewise). Assumed: that it asks for a line of 128 bytes in 2.7 cycles at least; copies ask for one
 in two or less."""
-HINT_CYCLES, FILLING_CYCLES = 42, 45
+HINT_CYCLES, FILLING_CYCLES = 42, 56
 """That a warp takes to give a hint, and to ask for a turn of A_l that its ring has room for; as compiled."""
 
 LATENCY = 0.7e-6

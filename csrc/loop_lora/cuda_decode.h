@@ -27,7 +27,8 @@
 //   early   Shrink lets it start at once. It fills its ring with W, perhaps while the operator before still runs, waits
 //           until T is there, reads x, and streams the rest.
 //   late    Shrink waits first, and then lets what follows start. So x and the loops are there for the product, which
-//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way.
+//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way. Before it
+//           waits, shrink asks the second-level cache for some of W.
 #pragma once
 
 #include <cmath>

@@ -264,7 +264,7 @@ RRT_DEVICE uint32_t find_tokens_of_loop(const DecodeArgs& args, const DecodeTile
 }
 
 // Of shrink, in the late order: asks the second-level cache for some of W, which memory brings until the product is
-// launched. A lane gives one hint at most, since those of a warp take turns. WARPS: of a thread block; GROUPS: grid's z.
+// launched. A lane gives one hint at most, since those of a warp take turns. WARPS: of a block; GROUPS: the grid's z.
 template <class Storage, int ROWS, int TOKENS, int WARPS, int GROUPS>
 RRT_DEVICE void prefetch_weight(const DecodeArgs& args) {
   const device::Index block = device::block_index();
@@ -279,9 +279,9 @@ RRT_DEVICE void prefetch_weight(const DecodeArgs& args) {
   device::prefetch(from, args.hint_columns * static_cast<int>(sizeof(Storage)));
 }
 
-// Of shrink: fills the ring, gives hints, waits, and lets what follows start if it has not; false if no token of the tile
-// is of `loop`. Where nothing is fetched before the wait, that is known before A_l is asked for. `load_loops` loads what
-// else is needed of the loops, in the same trip to memory.
+// Of shrink: fills the ring, gives hints, waits, and lets what follows start if it has not; false if no token of the
+// tile is of `loop`. Where nothing is fetched before the wait, that is known before A_l is asked for. `load_loops` loads
+// what else is needed of the loops, in the same trip to memory.
 template <class Turns, class LoadLoops, class Prefetch>
 RRT_DEVICE bool start_shrink(Turns& turns, const DecodeArgs& args, const DecodeTile& tile, int loop,
                              LoadLoops load_loops, Prefetch prefetch) {

@@ -127,7 +127,7 @@ constexpr double kTrigger = 0.5, kLaunch = 1.0;    // from an end to what waits;
 constexpr double kShrinkBegin = 0.65;              // from the wait's end to the first turn, if A_l has been fetched
 constexpr double kShrinkLoops = 0.45;              // the loops' trip, if A_l is fetched only then
 constexpr int64_t kMaxBytesInVain = 2 << 20;       // which memory brings in the time between two kernels
-constexpr double kFirstHint = 0.25, kRingTurn = 0.025, kHint = 0.023;  // of shrink: until it has filled its ring, and each
+constexpr double kFirstHint = 0.25, kRingTurn = 0.03, kHint = 0.023;  // of shrink: a turn of its ring, and each hint
 constexpr int64_t kMostHints = 16;                 // of a warp
 constexpr int64_t kHintBytes = 128 << 10;          // that a multiprocessor asks for by hints until the product comes
 constexpr int64_t kSmallWeight = 16 << 20;         // W that stays in the second-level cache
@@ -247,9 +247,9 @@ struct WeightHints {
   int64_t bytes() const { return 2 * count() * columns; }
 };
 
-// As many bytes as memory brings from the end of the kernel before shrink to the product's launch: of rows that the first
-// wave of thread blocks has, from where each block, or warp of the column kernel, begins. Of a small W whole rows, which
-// take fewer hints.
+// As many bytes as memory brings from the end of the kernel before shrink to the product's launch: of rows that the
+// first wave of thread blocks has, from where each block, or warp of the column kernel, begins. Of a small W whole rows,
+// which take fewer hints.
 inline WeightHints choose_hints(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
                                 const ShrinkEstimate& shrink) {
   const bool columns = tiling.kernel == DecodeKernel::kColumns, whole_rows = 2 * n * k <= kSmallWeight;
@@ -259,8 +259,9 @@ inline WeightHints choose_hints(const Tiling& tiling, const Gpu& gpu, int64_t n,
   const int64_t tiles = int64_t{gpu.multiprocessors} * blocks_side_by_side(gpu, block) /
                         (ceil_div(m, block.tokens) * tiling.slices);
   const int64_t rows = std::min(n, tiles * block.rows);
-  const int64_t bytes = std::min(static_cast<int64_t>((kTrigger + kLaunch) * rates_of(gpu).memory * gpu.multiprocessors),
-                                 std::min<int64_t>(shrink.blocks, gpu.multiprocessors) * kHintBytes);
+  const double brought = (kTrigger + kLaunch) * rates_of(gpu).memory * gpu.multiprocessors;
+  const int64_t asked = std::min<int64_t>(shrink.blocks, gpu.multiprocessors) * kHintBytes;
+  const int64_t bytes = std::min(static_cast<int64_t>(brought), asked);
   int64_t hinted_rows = std::min(rows, shrink.warps * kMostHints / runs);
   if (whole_rows) hinted_rows = std::min(hinted_rows, bytes / (2 * k));
   if (!is_hopper(gpu) || hinted_rows == 0 || longest <= 0) return {};

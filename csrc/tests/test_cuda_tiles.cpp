@@ -155,8 +155,8 @@ void test_shrink_fetches_before_it_knows_the_loops_where_little_can_be_in_vain()
   CHECK(!should_prefetch(ShrinkKernel::kSplitColumns, 512, 2, 16384, 8));
 }
 
-// Of W, as much as memory brings until the product comes, by no more hints than a warp should give; nothing where W is not
-// what is waited for, or no kernel starts early.
+// Of W, as much as memory brings until the product comes, by no more hints than a warp should give; nothing where W is
+// not what is waited for, or no kernel starts early.
 void test_hints_are_of_what_the_product_reads_first() {
   const auto shrink_of = [](const Gpu& gpu, int64_t rank, int64_t k, int64_t m) {
     return estimate_shrink(choose_shrink(gpu, rank, 2, k, m), gpu, rank, 2, k, m, 64);
@@ -175,7 +175,8 @@ void test_hints_are_of_what_the_product_reads_first() {
   CHECK(choose_hints(sliced, kH100, 2048, 16384, 32, {5, 4e6, 64}).rows == 0);  // without thread blocks
   CHECK(choose_hints(columns, kH100, 64, 256, 1, shrink_of(kH100, 8, 256, 1)).bytes() <= 2 * 64 * 256);
   // A second wave of thread blocks would find the cache as it is without hints.
-  CHECK(choose_hints({DecodeKernel::kRows, 1}, kH100, 256000, 2048, 8, shrink_of(kH100, 64, 2048, 8)).rows == 3 * 132 * 128);
+  const Tiling wide{DecodeKernel::kRows, 1};
+  CHECK(choose_hints(wide, kH100, 256000, 2048, 8, shrink_of(kH100, 64, 2048, 8)).rows == 3 * 132 * 128);
 }
 
 void test_sums_of_parts_stay_small() {
