@@ -111,7 +111,8 @@ class KernelCode:
         last_cycles: of `cycles`, those after the iteration's last wait for copies; 0 if it has none.
         lds: loads from shared memory, LDS and LDSM.
         triggers_early: the dependent kernel may start before this one has waited for the one before.
-        hint_cycles: from the first instruction to the first that asks the second-level cache for bytes; 0 if none does.
+        hint_cycles: from the first instruction to the first that asks the second-level cache for bytes, with one turn
+            of the copies that come before; 0 if none does.
     """
 
     arch: str
@@ -348,8 +349,10 @@ def analyse(arch: str, name: str, code: list[Instruction]) -> KernelCode:
         ldg=counts["LDG"],
         bar=counts["BAR"],
         triggers_early=int(any(one.name == "PREEXIT" for one in code[:wait])),
-        # The table's entries that it looks for are loads.
-        hint_cycles=cycles_of(graph.best_path([0], hints.__contains__, {"LDG": 1}), latency.memory),
+        # The table's entries that it looks for are loads, and what it asks for before are copies; it does not wait.
+        hint_cycles=cycles_of(
+            graph.best_path([0], hints.__contains__, {"LDG": 1, "LDGSTS": 1, "ACQBULK": -1000}), latency.memory
+        ),
         name=name,
     )
 

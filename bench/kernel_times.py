@@ -44,6 +44,12 @@ STEP_COLUMNS, TURN_COLUMNS = 32, 64
 """Columns of W, or ranks of B_l, of which a part has whole numbers, and a turn at most."""
 MAX_BYTES_IN_VAIN = 2 << 20
 """Of A_l, by shrink (csrc/loop_lora/cuda_tiles.h)."""
+WARP_HINTS, HINT_BYTES, SMALL_WEIGHT = 16, 128 << 10, 16 << 20
+"""Of W: hints of a warp of shrink, bytes that a multiprocessor asks for by them, and bytes of a W that stays in the
+second-level cache (likewise). Assumed: that it asks for a line of 128 bytes in 2.7 cycles at least; copies ask for one
+in two or less."""
+HINT_CYCLES, FILLING_CYCLES = 42, 56
+"""That a warp takes to give a hint, and to ask for a turn of A_l that its ring has room for; as compiled."""
 
 LATENCY = 0.7e-6
 """Seconds from a request to its bytes while memory is busy. Assumed: 650 idle cycles (gpu-benches), and queues."""
@@ -417,6 +423,54 @@ def share_before_rank(outputs: int, slices: int, rank: int) -> float:
     return slices / PARTS if slices > 1 else (PARTS + 1 - parts_with_rank) / PARTS
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What shrink asks the second-level cache for in the late order, while the product is being launched.
+
+    Attributes:
+        num_bytes: of W.
+        first_seconds: from the end of the kernel before until they are asked for.
+        wait_seconds: likewise, until shrink has waited; or it gave hints after that, for `after_wait` seconds.
+    """
+
+    num_bytes: int
+    first_seconds: float
+    wait_seconds: float
+    after_wait: float
+
+
+def predict_hints(
+    device: Device, product: Compiled, slices: int, n: int, k: int, m: int, loops: int, ranks: int, shrink: Shrink
+) -> Hints:
+    """Predict shrink's hints, as csrc/loop_lora/cuda_tiles.h chooses them."""
+    kernel = shrink.kernel
+    if kernel is None or not kernel.code.hint_cycles:
+        return Hints(0, device.trigger, device.trigger, 0.0)
+    tokens, by_rows = product.arguments["tokens"], "::row_kernel" in product.code.name
+    outputs = 16 * (product.arguments["warp_tiles"] * product.warps if by_rows else 1)
+    has_whole_rows = BYTES_PER_ELEMENT * n * k <= SMALL_WEIGHT
+    runs = 1 if has_whole_rows else slices if by_rows else PARTS
+    longest = k if has_whole_rows else (k // runs - STEP_COLUMNS) // TURN_COLUMNS * TURN_COLUMNS
+    tiles = device.multiprocessors * product.resources.blocks // (math.ceil(m / tokens) * slices)
+    rows, warps = min(n, tiles * outputs), shrink.blocks * kernel.warps
+    most = min((device.trigger + device.launch) * device.copy, min(shrink.blocks, device.multiprocessors) * HINT_BYTES)
+    hinted_rows = min(rows, warps * WARP_HINTS // runs)
+    if has_whole_rows:
+        hinted_rows = min(hinted_rows, int(most / (BYTES_PER_ELEMENT * k)))
+    hints = math.ceil(rows / math.ceil(rows / hinted_rows)) * runs
+    columns = longest
+    if not has_whole_rows:
+        columns = min(longest, int(most / (BYTES_PER_ELEMENT * hints)) // TURN_COLUMNS * TURN_COLUMNS)
+    seconds = math.ceil(hints / warps) * HINT_CYCLES / device.hertz
+    turns = math.ceil(k / PARTS / TURN_COLUMNS)
+    first = (kernel.code.hint_cycles + FILLING_CYCLES * (min(turns, kernel.arguments["stages"] - 1) - 1)) / device.hertz
+    if prefetches_shrink(kernel, ranks, k, loops):
+        wait = max(device.trigger, first + seconds)
+        return Hints(BYTES_PER_ELEMENT * hints * columns, first, wait, 0.0)
+    first += device.trigger + kernel_instructions.LOAD_LATENCIES[device.arch].far / device.hertz
+    return Hints(BYTES_PER_ELEMENT * hints * columns, first, device.trigger, seconds)
+
+
 def product_instances(device: Device, tables: Tables) -> dict[int, list[Compiled]]:
     """Map a tile's outputs to the instances of the decode product that have it."""
     found: dict[int, list[Compiled]] = {}
@@ -476,15 +530,26 @@ def predict_linear(
         rest = max(times.stream_with(filled), times.begin + stream - device.trigger - waited - x_seconds)
         early = {"gap": device.trigger, "begin": x_seconds, "stream": rest, "shrink": waited}
         # Late: they run side by side, until a block needs T, or where it finds no room before shrink's blocks end.
-        needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
-        late = {"gap": device.trigger + device.launch, "begin": times.begin, "stream": stream}
-        late["shrink"] = max(0.0, shrink.seconds - needed)
+        hints = predict_hints(device, product, slices, n, k, m, loops, ranks, shrink)
+
+        def late_order(hints: Hints) -> dict[str, float]:
+            # Memory works from the hints on.
+            gap = hints.wait_seconds + device.launch
+            until_product = gap + product.code.copy_cycles / device.hertz - hints.first_seconds
+            ahead = min(hints.num_bytes / device.copy, max(0.0, until_product))
+            stream = replace(times, limits={**times.limits, "memory": max(0.0, memory - ahead)}).stream
+            needed = times.begin + stream * share_before_rank(outputs, slices, max(projection.ranks(rank)))
+            waited = max(0.0, shrink.seconds + hints.after_wait - needed)
+            return {"gap": gap, "begin": times.begin, "stream": stream, "shrink": waited}
+
+        without = Hints(0, 0.0, device.trigger, 0.0)
+        late = min((late_order(without), late_order(hints)), key=lambda order: sum(order.values()))
         if first_wave > room:
             alone = max(
                 work.turns * product.code.cycles / device.hertz,
                 work.block_bytes / product.bytes_under_way * LATENCY + times.last_turn,
             )
-            late["shrink"] = max(late["shrink"], shrink.first_seconds - device.launch + alone - stream)
+            late["shrink"] = max(late["shrink"], shrink.first_seconds - device.launch + alone - late["stream"])
         terms |= min((early, late) if rank > 0 else (early,), key=lambda order: sum(order.values()))
     elif rank > 0:
         terms["shrink"] = shrink.seconds + device.gap

@@ -197,16 +197,24 @@ ShrinkKernel shrink_kernel_of(const Params& p) {
 
 int forced_order = -1;
 
-// Whether the product may start before shrink has waited (cuda_decode.h).
-bool starts_early(const Params& p, const Tiling& tiling, ShrinkKernel kernel) {
-  if (p.total_rank == 0 || p.num_loops == 0) return true;
-  if (forced_order >= 0) return forced_order == 1;
+// Whether the product may start before shrink has waited (cuda_decode.h); if not, shrink gives hints.
+void choose_order(const Params& p, const Tiling& tiling, ShrinkKernel kernel, DecodeArgs& args) {
+  args.starts_early = true;
+  if (p.total_rank == 0 || p.num_loops == 0) return;
   const Gpu gpu = current_gpu();
-  ShrinkEstimate shrink{};
-  shrink.microseconds = estimated_microseconds(kernel, gpu, p.total_rank, p.num_loops, p.k, p.m);
-  shrink.a_bytes = 2.0 * static_cast<double>(p.num_loops * p.total_rank * p.k);
-  for (const Segment& segment : p.segments) shrink.rank = std::max<int64_t>(shrink.rank, segment.rank);
-  return should_start_early(shrink, tiling, gpu, p.n, p.k, p.m);
+  int64_t rank = 0;
+  for (const Segment& segment : p.segments) rank = std::max<int64_t>(rank, segment.rank);
+  const ShrinkEstimate shrink = estimate_shrink(kernel, gpu, p.total_rank, p.num_loops, p.k, p.m, rank);
+  args.starts_early =
+      forced_order >= 0 ? forced_order == 1 : should_start_early(shrink, tiling, gpu, p.n, p.k, p.m);
+  static const bool with_hints = cuda::is_switched_on("RRT_PREFETCH");
+  if (args.starts_early || !with_hints || !cuda::has_dependent_launch()) return;
+  if (!should_give_hints(shrink, tiling, gpu, p.n, p.k, p.m)) return;
+  const WeightHints hints = choose_hints(tiling, gpu, p.n, p.k, p.m, shrink);
+  args.hint_rows = static_cast<int>(hints.rows);
+  args.hint_row_step = static_cast<int>(hints.row_step);
+  args.hint_parts = static_cast<int>(hints.parts);
+  args.hint_columns = static_cast<int>(hints.columns);
 }
 
 int64_t padded_rows(const Params& p) { return round_up(p.m, 8); }
@@ -267,7 +275,7 @@ const char* run_cuda(const CudaParams& call, int device, void* raw_stream) {
   args.total_rank = static_cast<int>(p.total_rank);
   args.b_stride = static_cast<int>(p.b_stride);
   args.padded_m = static_cast<int>(padded_rows(p));
-  args.starts_early = decode && starts_early(p, tiling, shrink);
+  if (decode) choose_order(p, tiling, shrink, args);
   args.prefetches = decode && should_prefetch(shrink, p.total_rank, p.num_loops, p.k, p.m);
   args.parts_per_block = decode ? kParts / tiling.slices : 0;
   args.num_segments = static_cast<int>(p.segments.size());

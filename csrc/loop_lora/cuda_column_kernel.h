@@ -89,7 +89,8 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
       load_loops();
       if constexpr (PARTS < kParts) of_loop = find_tokens_of_loop<kTokenTiles>(args, tile, block.y);
     };
-    if (!start_shrink(turns, args, tile, block.y, load_all_loops)) {
+    const auto prefetch = [&] { prefetch_weight<Storage, kColumnTileRows, TOKENS, PARTS, kParts / PARTS>(args); };
+    if (!start_shrink(turns, args, tile, block.y, load_all_loops, prefetch)) {
       // The product may have these tokens in a tile with some of this loop.
       for (int i = device::thread_index(); PARTS == kParts && i < tile.tokens * rows; i += kThreads) {
         store_shrunk<Half>(args, block.y, tile.token_begin + i / rows, tile.row_begin + i % rows, 0.0f);
@@ -97,7 +98,7 @@ RRT_DEVICE void column_body(const DecodeArgs& args) {
       return;
     }
   } else {
-    turns.start(!args.starts_early);
+    turns.start(!args.starts_early, [] { device::dependency_wait(); });
   }
   typename Turns::Sums sums = {};
 #pragma unroll 1

@@ -27,7 +27,8 @@
 //   early   Shrink lets it start at once. It fills its ring with W, perhaps while the operator before still runs, waits
 //           until T is there, reads x, and streams the rest.
 //   late    Shrink waits first, and then lets what follows start. So x and the loops are there for the product, which
-//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way.
+//           streams W beside shrink, and waits before it reads T or writes. A long shrink is hidden this way. Before it
+//           waits, shrink asks the second-level cache for some of W.
 #pragma once
 
 #include <cmath>
@@ -62,6 +63,9 @@ struct DecodeArgs {
   int parts_per_block;  // of the row kernel: kParts / slices
   bool starts_early;    // the product, whose x may still be written when it starts
   bool prefetches;      // shrink, of A_l for every loop, before it knows which of them there are
+  // Of W, by shrink: `hint_columns` columns, whole vectors, of every hint_row_step-th of the first hint_rows rows (0:
+  // none), from the begin of every hint_parts-th part on.
+  int hint_rows, hint_row_step, hint_parts, hint_columns;
   int num_segments;
   int segment_out[kMaxSegments];   // first output row of each; a multiple of a tile's rows
   int segment_rank[kMaxSegments];  // first rank of each, a multiple of 8

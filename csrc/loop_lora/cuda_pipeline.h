@@ -50,9 +50,10 @@ struct Pipeline {
   }
 
   // Fills the ring. W is a parameter, which the kernels before this one don't write; x may be what they write, so
-  // unless it is ready it is read once they have ended. If it is, it comes with W, in the order in which the turns need
-  // it.
-  RRT_DEVICE void start(bool x_is_ready) {
+  // unless it is ready it is read once they have ended, for which `wait` waits. If it is, it comes with W, in the order
+  // in which the turns need it.
+  template <class Wait>
+  RRT_DEVICE void start(bool x_is_ready, Wait wait) {
     const int turns = full + partial, early = turns < STAGES - 1 ? turns : STAGES - 1;
     const Storage* x_turn = x_from;
     const int columns = columns_left;
@@ -72,7 +73,7 @@ struct Pipeline {
       device::copy_commit();
     }
     if (!x_is_ready) {
-      device::dependency_wait();
+      wait();
 #pragma unroll 1
       for (int turn = 0; turn < early; ++turn) {
         copy_x(turn);
@@ -262,21 +263,45 @@ RRT_DEVICE uint32_t find_tokens_of_loop(const DecodeArgs& args, const DecodeTile
   return bits;
 }
 
-// Of shrink: fills the ring, waits, and lets what follows start if it has not; false if no token of the tile is of
-// `loop`. Where nothing is fetched before the wait, that is known before A_l is asked for. `load_loops` loads what else
-// is needed of the loops, in the same trip to memory.
-template <class Turns, class LoadLoops>
+// Of shrink, in the late order: asks the second-level cache for some of W, which memory brings until the product is
+// launched. A lane gives one hint at most, since those of a warp take turns. WARPS: of a block; GROUPS: the grid's z.
+template <class Storage, int ROWS, int TOKENS, int WARPS, int GROUPS>
+RRT_DEVICE void prefetch_weight(const DecodeArgs& args) {
+  const device::Index block = device::block_index();
+  const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
+  const int tiles = ceil_div<ROWS>(args.total_rank) * ceil_div<TOKENS>(args.m);
+  const int of_all = ((block.z * args.num_loops + block.y) * tiles + block.x) * WARPS + warp;
+  const int part = (lane * GROUPS * args.num_loops * tiles * WARPS + of_all) * args.hint_parts;
+  const int row = part / kParts * args.hint_row_step;
+  if (row >= args.hint_rows) return;
+  const int column = first_step_of(part % kParts, ceil_div<kStepColumns>(args.k)) * kStepColumns;
+  const auto* from = static_cast<const Storage*>(args.weight) + static_cast<int64_t>(row) * args.k + column;
+  device::prefetch(from, args.hint_columns * static_cast<int>(sizeof(Storage)));
+}
+
+// Of shrink: fills the ring, gives hints, waits, and lets what follows start if it has not; false if no token of the
+// tile is of `loop`. Where nothing is fetched before the wait, that is known before A_l is asked for. `load_loops` loads
+// what else is needed of the loops, in the same trip to memory.
+template <class Turns, class LoadLoops, class Prefetch>
 RRT_DEVICE bool start_shrink(Turns& turns, const DecodeArgs& args, const DecodeTile& tile, int loop,
-                             LoadLoops load_loops) {
-  const auto has_loop = [&] {
+                             LoadLoops load_loops, Prefetch prefetch) {
+  const auto wait = [&] {
     device::dependency_wait();
     if (!args.starts_early) device::launch_dependents();
+  };
+  const auto has_loop = [&] {
     load_loops();
     const LanesLoops loops = load_lanes_loops(args, tile);
     return device::any_lane(loops.first == loop || loops.second == loop);
   };
-  if (!args.prefetches && !has_loop()) return false;
-  turns.start(false);
+  if (!args.prefetches) {
+    wait();
+    if (!has_loop()) return false;
+  }
+  turns.start(false, [&] {
+    prefetch();
+    wait();
+  });
   if (!args.prefetches || has_loop()) return true;
   device::copy_wait<0>();
   return false;

@@ -57,9 +57,10 @@ RRT_DEVICE void row_body(const DecodeArgs& args) {
   uint32_t of_loop = 0;  // bit: of the lane's tokens, it is of shrink's loop
   if constexpr (SHRINK) {
     const auto load_loops = [&] { of_loop = find_tokens_of_loop<kTokenTiles>(args, tile, block.y); };
-    if (!start_shrink(turns, args, tile, block.y, load_loops)) return;
+    const auto prefetch = [&] { prefetch_weight<Storage, Turns::kRows, TOKENS, kRowThreads / 32, kParts>(args); };
+    if (!start_shrink(turns, args, tile, block.y, load_loops, prefetch)) return;
   } else {
-    turns.start(!args.starts_early);
+    turns.start(!args.starts_early, [] { device::dependency_wait(); });
   }
 
   typename Turns::Sums sums, total = {};

@@ -127,6 +127,10 @@ constexpr double kTrigger = 0.5, kLaunch = 1.0;    // from an end to what waits;
 constexpr double kShrinkBegin = 0.65;              // from the wait's end to the first turn, if A_l has been fetched
 constexpr double kShrinkLoops = 0.45;              // the loops' trip, if A_l is fetched only then
 constexpr int64_t kMaxBytesInVain = 2 << 20;       // which memory brings in the time between two kernels
+constexpr double kFirstHint = 0.25, kRingTurn = 0.03, kHint = 0.023;  // of shrink: a turn of its ring, and each hint
+constexpr int64_t kMostHints = 16;                 // of a warp
+constexpr int64_t kHintBytes = 128 << 10;          // that a multiprocessor asks for by hints until the product comes
+constexpr int64_t kSmallWeight = 16 << 20;         // W that stays in the second-level cache
 
 // Of a launch whose rings may have been filled with W before x is there.
 struct StreamEstimate {
@@ -216,21 +220,66 @@ inline double share_before_rank(const Tiling& tiling, int64_t rank) {
 }
 
 // What a product waits for: shrink takes so many microseconds, after it has waited itself, and reads `a_bytes`; `rank`
-// is the largest of a segment.
+// is the largest of a segment. Of its hints: thread blocks, all their warps, and how many turns these fetch before.
 struct ShrinkEstimate {
   double microseconds, a_bytes;
-  int64_t rank;
+  int64_t rank, blocks = 0, warps = 0, turns = 0;
 };
 
+inline ShrinkEstimate estimate_shrink(ShrinkKernel kernel, const Gpu& gpu, int64_t total_rank, int64_t num_loops,
+                                      int64_t k, int64_t m, int64_t rank) {
+  const Block block = block_of(kernel, m);
+  const int64_t blocks = ceil_div(total_rank, block.rows) * num_loops * ceil_div(m, block.tokens) *
+                         (kernel == ShrinkKernel::kColumns ? 1 : 8);
+  return {estimated_microseconds(kernel, gpu, total_rank, num_loops, k, m),
+          2.0 * static_cast<double>(num_loops * total_rank * k),
+          rank,
+          blocks,
+          blocks * block.warps,
+          std::min<int64_t>(block.stages - 1, ceil_div(k, int64_t{8 * 64}))};
+}
+
+// Of W, what shrink asks the second-level cache for in the late order: `columns` of every row_step-th of the first `rows`
+// rows (0: nothing), from the begin of every parts-th part on.
+struct WeightHints {
+  int64_t rows = 0, row_step = 1, parts = 8, columns = 0;
+  int64_t count() const { return ceil_div(rows, row_step) * (8 / parts); }
+  int64_t bytes() const { return 2 * count() * columns; }
+};
+
+// As many bytes as memory brings from the end of the kernel before shrink to the product's launch: of rows that the
+// first wave of thread blocks has, from where each block, or warp of the column kernel, begins. Of a small W whole rows,
+// which take fewer hints.
+inline WeightHints choose_hints(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
+                                const ShrinkEstimate& shrink) {
+  const bool columns = tiling.kernel == DecodeKernel::kColumns, whole_rows = 2 * n * k <= kSmallWeight;
+  const Block block = block_of(tiling.kernel, tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens));
+  const int64_t runs = whole_rows ? 1 : columns ? 8 : tiling.slices;
+  const int64_t longest = whole_rows ? k : (k / runs - 32) / 64 * 64;  // a run may be 31 columns shorter than others
+  const int64_t tiles = int64_t{gpu.multiprocessors} * blocks_side_by_side(gpu, block) /
+                        (ceil_div(m, block.tokens) * tiling.slices);
+  const int64_t rows = std::min(n, tiles * block.rows);
+  const double brought = (kTrigger + kLaunch) * rates_of(gpu).memory * gpu.multiprocessors;
+  const int64_t asked = std::min<int64_t>(shrink.blocks, gpu.multiprocessors) * kHintBytes;
+  const int64_t bytes = std::min(static_cast<int64_t>(brought), asked);
+  int64_t hinted_rows = std::min(rows, shrink.warps * kMostHints / runs);
+  if (whole_rows) hinted_rows = std::min(hinted_rows, bytes / (2 * k));
+  if (!is_hopper(gpu) || hinted_rows == 0 || longest <= 0) return {};
+  WeightHints hints{rows, ceil_div(rows, hinted_rows), 8 / runs, longest};
+  if (!whole_rows) hints.columns = std::min(longest, bytes / (2 * hints.count()) / 64 * 64);
+  return hints.columns > 0 ? hints : WeightHints{};
+}
+
 struct OrderEstimates {
-  double early, late;
+  double early, late, hinted;
 };
 
 // Microseconds of a product in the two orders (cuda_decode.h), from the end of the kernel before shrink on.
 //   early  all of shrink is waited for, and x brought then; but the ring has filled meanwhile, and what is in it has
 //          only to be multiplied;
 //   late   shrink's wait must end before the product's launch and first bytes; then A_l shares memory with W, and what
-//          is left of shrink is waited for at B_l.
+//          is left of shrink is waited for at B_l;
+//   hinted the same, but memory brings what shrink's hints ask for until the product comes, which may be later.
 inline OrderEstimates estimate_orders(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
                                       const ShrinkEstimate& shrink) {
   const bool columns = tiling.kernel == DecodeKernel::kColumns;
@@ -248,26 +297,39 @@ inline OrderEstimates estimate_orders(const Tiling& tiling, const Gpu& gpu, int6
   const double end = kEnd + (tiling.slices > 1 ? estimate_adding(gpu, m, n) : 0);
   const double waited = shrink.microseconds > 0 ? shrink.microseconds + kTrigger : 0;
   const double rest = std::max(alone.filled, kBegin + beside.whole - kTrigger - waited - alone.x);
-  const double left = shrink.microseconds - kBegin - share_before_rank(tiling, shrink.rank) * beside.whole;
-  return {kTrigger + waited + alone.x + rest + end,
-          kTrigger + kLaunch + kBegin + beside.whole + std::max(0.0, left) + end};
+  const auto late = [&](double hinted_bytes) {
+    const double streamed = stream(weight_bytes + shrink.a_bytes - hinted_bytes).whole;
+    const double left = shrink.microseconds - kBegin - share_before_rank(tiling, shrink.rank) * streamed;
+    return kTrigger + kLaunch + kBegin + streamed + std::max(0.0, left) + end;
+  };
+  const WeightHints hints = choose_hints(tiling, gpu, n, k, m, shrink);
+  const double each = shrink.warps > 0 ? static_cast<double>(ceil_div(hints.count(), shrink.warps)) : 0;
+  const double given = kFirstHint + kRingTurn * static_cast<double>(shrink.turns) + kHint * each;
+  return {kTrigger + waited + alone.x + rest + end, late(0),
+          late(static_cast<double>(hints.bytes())) + std::max(0.0, given - kTrigger)};
 }
 
 // Whether the product should start before shrink has waited.
 inline bool should_start_early(const ShrinkEstimate& shrink, const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k,
                                int64_t m) {
   const OrderEstimates orders = estimate_orders(tiling, gpu, n, k, m, shrink);
-  return orders.early < orders.late;
+  return orders.early < std::min(orders.late, orders.hinted);
 }
 
-// Of a product with a LoRA of rank 64 for two loops: measured tilings don't depend on the LoRA either.
-inline double estimated_microseconds(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m) {
-  constexpr int64_t kRank = 64, kLoops = 2;
-  const ShrinkKernel kernel = choose_shrink(gpu, kRank, kLoops, k, m);
-  const double a_bytes = 2.0 * kLoops * kRank * static_cast<double>(k);
-  const ShrinkEstimate shrink{estimated_microseconds(kernel, gpu, kRank, kLoops, k, m), a_bytes, kRank};
+// Whether shrink should give hints if the product does not start early.
+inline bool should_give_hints(const ShrinkEstimate& shrink, const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k,
+                              int64_t m) {
   const OrderEstimates orders = estimate_orders(tiling, gpu, n, k, m, shrink);
-  return is_hopper(gpu) ? std::min(orders.early, orders.late) : orders.late;
+  return orders.hinted < orders.late;
+}
+
+// Of a product with two LoRAs of rank 64 for two loops: measured tilings don't depend on the LoRA either.
+inline double estimated_microseconds(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m) {
+  constexpr int64_t kRank = 64, kTotalRank = 2 * kRank, kLoops = 2;
+  const ShrinkKernel kernel = choose_shrink(gpu, kTotalRank, kLoops, k, m);
+  const ShrinkEstimate shrink = estimate_shrink(kernel, gpu, kTotalRank, kLoops, k, m, kRank);
+  const OrderEstimates orders = estimate_orders(tiling, gpu, n, k, m, shrink);
+  return is_hopper(gpu) ? std::min({orders.early, orders.late, orders.hinted}) : orders.late;
 }
 
 // `rows_fit` and `rows64_fit` say whether the row kernel takes the layer with tiles of 128 and 64 outputs.

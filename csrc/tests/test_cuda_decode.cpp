@@ -45,6 +45,7 @@ struct Problem {
   std::vector<Storage> x, weight, bias, lora_a, lora_b, shrunk, y;
   std::vector<typename Half::Acc> plain_shrunk;
   std::vector<float> shrink_sums, part_sums;
+  bool split_weight = false;  // into a region for each row
 
   Problem(const Shape& s, uint64_t seed) : shape(s), padded_m(round_up(s.m, 8)) {
     for (int rank : s.segment_rank) {
@@ -116,16 +117,23 @@ struct Problem {
     const bool before_shrink = early || stage == Stage::kShrink;
     const bool shrink = stage == Stage::kShrink, product = stage == Stage::kProduct;
     const bool add_shrunk = stage == Stage::kAddShrunk, add_parts = stage == Stage::kAddParts;
-    return {region("x", x, false, before_shrink),
-            region("loops", loops, false, before_shrink),
-            region("weight", weight, false),
-            region("bias", bias, false, before_shrink),
-            region("lora_a", lora_a, false),
-            region("lora_b", lora_b, false, before_shrink),
-            region("shrunk", shrunk, shrink || add_shrunk, product),
-            region("shrink_sums", shrink_sums, shrink, add_shrunk),
-            region("part_sums", part_sums, product, add_parts),
-            region("y", y, product || add_parts)};
+    std::vector<emulation::Region> all = {region("x", x, false, before_shrink),
+                                          region("loops", loops, false, before_shrink),
+                                          region("weight", weight, false),
+                                          region("bias", bias, false, before_shrink),
+                                          region("lora_a", lora_a, false),
+                                          region("lora_b", lora_b, false, before_shrink),
+                                          region("shrunk", shrunk, shrink || add_shrunk, product),
+                                          region("shrink_sums", shrink_sums, shrink, add_shrunk),
+                                          region("part_sums", part_sums, product, add_parts),
+                                          region("y", y, product || add_parts)};
+    const int64_t row_bytes = shape.k * static_cast<int64_t>(sizeof(Storage));
+    for (int row = 0; split_weight && row < shape.n; ++row) {
+      all[2].size = 0;
+      const auto* begin = reinterpret_cast<const char*>(weight.data()) + row * row_bytes;
+      all.push_back({"weight" + std::to_string(row), begin, row_bytes});
+    }
+    return all;
   }
 
   // The definition in double, from T rounded as the kernel rounds it.
@@ -237,6 +245,14 @@ struct Rows {
   static constexpr int kSlices = SLICES, kRows = I::kRows, kTokens = I::kTokens;
 };
 
+// In every row_step-th row, as long hints at the begin of each run as the matrix has room for.
+void give_hints(DecodeArgs& args, int runs, int row_step) {
+  args.hint_columns = (args.k / runs - 31) / kVectorElements * kVectorElements;
+  args.hint_rows = args.hint_columns > 0 ? args.n : 0;
+  args.hint_row_step = row_step;
+  args.hint_parts = kParts / runs;
+}
+
 using WholeShrink = Shrink<ColumnInstance<8, kParts, 4>>;
 using SplitShrink = Shrink<ColumnInstance<8, 1, 16>>;
 
@@ -248,6 +264,7 @@ Outcome launch(Problem<Half>& problem, uint64_t seed = 1, bool early = true,
   args.parts_per_block = kParts / Kernel::kSlices;
   args.starts_early = early;
   args.prefetches = prefetches;
+  if (!early) give_hints(args, Kernel::kRows == kColumnTileRows ? kParts : Kernel::kSlices, 3);
   Outcome outcome;
   if (args.total_rank > 0) {
     outcome.shrink = ShrinkKernel::run(problem, args, seed, sabotage);
@@ -330,6 +347,32 @@ void test_plain(const char* name, double tolerance) {
     EXPECT(report.bytes_read("weight") == size * token_tiles * shape.n * shape.k, "%s", name);
     EXPECT(report.bytes_read("lora_b") == size * shape.m * b_elements, "%s", name);
     EXPECT(report.bytes_written("y") == size * shape.m * shape.n, "%s", name);
+  }
+}
+
+// Hints are of the rows that were chosen, each once, as long as there are lanes for them; whatever loops there are.
+template <class ShrinkKernel>
+void test_hints(const char* name, int warps, int blocks) {
+  using Half = device::BFloat16;
+  const Shape shape{9, 272, 1032, 3, {272}, {72}, false, 1};
+  for (int runs : {1, 2, 8}) {
+    for (int row_step : {1, 5}) {
+      Problem<Half> problem(shape, 3);
+      problem.split_weight = true;
+      DecodeArgs args = problem.args();
+      args.prefetches = true;
+      give_hints(args, runs, row_step);
+      const emulation::Report report = ShrinkKernel::run(problem, args, 1, emulation::Sabotage::kNone);
+      EXPECT(report.violation.empty(), "%s: %s", name, report.violation.c_str());
+      int left = 32 * warps * blocks;
+      for (int row = 0; row < shape.n; ++row) {
+        const int hints = row % row_step == 0 ? std::min(runs, left) : 0;
+        left -= hints;
+        const int64_t found = report.region("weight" + std::to_string(row)).bytes_prefetched;
+        EXPECT(found == int64_t{hints} * args.hint_columns * 2, "%s, %d runs, row %d of step %d: %d bytes", name, runs,
+               row, row_step, static_cast<int>(found));
+      }
+    }
   }
 }
 
@@ -560,6 +603,9 @@ int main() {
   test_faults_are_noticed<Sliced>({{Sabotage::kSkipDependencyWait, "before dependency_wait"}});
   test_faults_are_noticed<Columns8>(faults);
   test_faults_are_noticed<Columns8>({{Sabotage::kSkipWarpBarrier, "race"}});
+  test_hints<Shrink<ColumnInstance<16, kParts, 3>>>("hints of columns", kParts, 5 * 3);
+  test_hints<SplitShrink>("hints of split columns", 1, 5 * 2 * 3 * kParts);
+  test_hints<RowShrink<RowInstance<32, 1, 6>>>("hints of rows", kRowThreads / 32, 2 * 3 * kParts);
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;
 }

@@ -155,6 +155,30 @@ void test_shrink_fetches_before_it_knows_the_loops_where_little_can_be_in_vain()
   CHECK(!should_prefetch(ShrinkKernel::kSplitColumns, 512, 2, 16384, 8));
 }
 
+// Of W, as much as memory brings until the product comes, by no more hints than a warp should give; nothing where W is
+// not what is waited for, or no kernel starts early.
+void test_hints_are_of_what_the_product_reads_first() {
+  const auto shrink_of = [](const Gpu& gpu, int64_t rank, int64_t k, int64_t m) {
+    return estimate_shrink(choose_shrink(gpu, rank, 2, k, m), gpu, rank, 2, k, m, 64);
+  };
+  const Tiling sliced{DecodeKernel::kRows64, 4}, columns{DecodeKernel::kColumns, 1};
+  const ShrinkEstimate of_down = shrink_of(kH100, 64, 16384, 32), of_out = shrink_of(kH100, 64, 2048, 32);
+  const WeightHints down = choose_hints(sliced, kH100, 2048, 16384, 32, of_down);
+  CHECK(down.rows == 2048 && down.parts == 2 && down.columns % 64 == 0);
+  CHECK(down.bytes() > 6e6 && down.bytes() < 1.5 * 32.6e3 * 132);
+  CHECK(down.count() <= 16 * of_down.warps);
+  CHECK(should_give_hints(of_down, sliced, kH100, 2048, 16384, 32));
+  const WeightHints out = choose_hints(columns, kH100, 2048, 2048, 32, of_out);  // whole rows, by 16 thread blocks
+  CHECK(out.parts == 8 && out.columns == 2048 && out.bytes() <= of_out.blocks * (128 << 10));
+  CHECK(!should_give_hints(of_out, columns, kH100, 2048, 2048, 32));  // x is waited for
+  CHECK(choose_hints(sliced, kA100, 2048, 16384, 32, shrink_of(kA100, 64, 16384, 32)).rows == 0);
+  CHECK(choose_hints(sliced, kH100, 2048, 16384, 32, {5, 4e6, 64}).rows == 0);  // without thread blocks
+  CHECK(choose_hints(columns, kH100, 64, 256, 1, shrink_of(kH100, 8, 256, 1)).bytes() <= 2 * 64 * 256);
+  // A second wave of thread blocks would find the cache as it is without hints.
+  const Tiling wide{DecodeKernel::kRows, 1};
+  CHECK(choose_hints(wide, kH100, 256000, 2048, 8, shrink_of(kH100, 64, 2048, 8)).rows == 3 * 132 * 128);
+}
+
 void test_sums_of_parts_stay_small() {
   for (int64_t m : {65, 1024, 8192, 100000}) {
     for (int64_t n : {256, 2048, 32768}) {
@@ -178,5 +202,5 @@ int main() {
                          test_thread_blocks_share_a_multiprocessor_as_their_memory_lets_them,
                          test_waves_of_single_thread_blocks_do_not_overlap,
                          test_shrink_fetches_before_it_knows_the_loops_where_little_can_be_in_vain,
-                         test_sums_of_parts_stay_small);
+                         test_hints_are_of_what_the_product_reads_first, test_sums_of_parts_stay_small);
 }

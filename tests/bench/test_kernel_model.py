@@ -15,7 +15,9 @@ from bench.kernel_instructions import analyse, find_disassembler, parse_sass
 from bench.kernel_model import PRESETS, ROWS
 from bench.kernel_times import (
     DEVICES,
+    FILLING_CYCLES,
     H200,
+    HINT_CYCLES,
     LATENCY,
     Compiled,
     Shrink,
@@ -87,6 +89,18 @@ def test_what_comes_before_the_wait_is_hidden():
     # A kernel that copies first, and waits then, does all of that once it has been launched.
     copies_first = loop_of(load, used, LOOP[0], wait, *LOOP, ("@!P0 BRA 0x40", 5, 7, 0), EXIT)
     assert copies_first.copy_cycles == kernel_instructions.LOAD_LATENCIES["sm_90a"].memory + 5
+
+
+def test_hints_come_behind_copies_and_before_the_wait():
+    wait, copy, hint = (
+        ("ACQBULK", 1, 7, 0),
+        ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 3, 7, 0),
+        ("UBLKPF.L2 [UR8], UR4", 8, 7, 0),
+    )
+    # A way around the wait, which comes first where the loops are read before; and one around the copy.
+    ways = (("@P0 BRA 0x20", 5, 7, 0), wait, ("@P1 BRA 0x40", 5, 7, 0), copy, hint, wait)
+    found = loop_of(*ways, *LOOP, ("@!P0 BRA 0x60", 5, 7, 0), EXIT)
+    assert found.hint_cycles == 5 + 5 + 3 + 8
 
 
 def test_what_follows_the_wait_behind_the_first_copies_is_timed_with_its_loads():
@@ -245,9 +259,12 @@ def test_where_one_block_fits_each_wave_ends_before_the_next_begins(kernel):
     assert launch_times(H200, kernel, Work(6 * 132, 1, 1e3, 1e9)).between == 0
 
 
+NO_HINTS = kernel_instructions.KernelCode("sm_90a", *[0] * 16, "loop_lora::column_kernel<>")
+
+
 def shrink_of(shared_bytes, blocks):
     resources = kernel_resources.Kernel("sm_90a", "loop_lora::column_kernel<>", 64, shared_bytes, 256)
-    return Shrink(1e-6, Compiled(None, resources), blocks, 1e-6)
+    return Shrink(1e-6, Compiled(NO_HINTS, resources), blocks, 1e-6)
 
 
 def test_product_blocks_find_less_room_beside_shrink(tables):
@@ -285,6 +302,31 @@ def test_shrink_is_shorter_where_it_fetches_before_it_waits(tables, monkeypatch,
     monkeypatch.setattr(kernel_times, "MAX_BYTES_IN_VAIN", -1)
     assert before[0] < seconds(192, 2) - 0.2e-6
     assert before[1] == seconds(1536, 2)  # too much might be of a loop that no row is of
+
+
+def linear_terms(tables, name, tiling, m=32, **changed):
+    """Predict a linear of Gemma's with the code of all kernels changed."""
+    code = {key: replace(each, **changed) for key, each in tables.code.items()}
+    (projection,) = (each for each in projections(preset("gemma-2b")) if each.name == name)
+    return predict_linear(H200, replace(tables, code=code), projection, m, 64, 2, tiling).terms
+
+
+def test_hints_of_shrink_keep_memory_busy_until_a_late_product_comes(tables):
+    with_hints = linear_terms(tables, "down", (64, 4))
+    without = linear_terms(tables, "down", (64, 4), hint_cycles=0)
+    # 128 blocks ask for as many bytes as memory brings from an end to a late launch, or little less.
+    gained = without["stream"] - with_hints["stream"]
+    assert 0.9 * 1.5e-6 < gained <= 1.5e-6
+    # A warp of shrink gives them one after the other, and waits only then.
+    shrink = tables.find(H200, "loop_lora::column_kernel", tokens=16, parts=1, shrink=1).code
+    given = (shrink.hint_cycles + 14 * FILLING_CYCLES + 16 * HINT_CYCLES) / H200.hertz
+    assert with_hints["gap"] == pytest.approx(given + H200.launch)
+    assert without["gap"] == pytest.approx(H200.trigger + H200.launch)
+
+
+def test_hints_are_left_out_where_they_bring_nothing(tables):
+    # The cache brings x meanwhile, for longer than memory brings W.
+    assert linear_terms(tables, "out", (16, 1)) == linear_terms(tables, "out", (16, 1), hint_cycles=0)
 
 
 @pytest.mark.parametrize("m", [1, 64])
