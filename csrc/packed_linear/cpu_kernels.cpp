@@ -42,8 +42,9 @@ struct RowStatistics {
       panel[v] = load<Vec>(logits + v * kLanes<D>);
       largest = larger(panel[v], largest);
     }
-    if (any(largest > max)) {  // as it is of few panels
-      const Acc panel_max = reduce_lanes(largest, larger);
+    // Of few panels. Beside a NaN the reduction may miss the larger one.
+    const Acc panel_max = any(largest > max) ? reduce_lanes(largest, larger) : max;
+    if (panel_max > max) {
       sum *= exp_for<D>(Vec{} + (max - panel_max));
       max = panel_max;
       int64_t lane = 0;

@@ -121,7 +121,8 @@ void results_and_gradients_are_those_of_the_definition() {
 
 void tokens_see_only_their_own_text_where_texts_share_a_row() {
   Random random(3);
-  for (Shape shape : {Shape{{}, 2, 150, 2, 1, 64, 0.15}, Shape{{}, 1, 330, 2, 1, 20, 0.2}}) {
+  for (Shape shape : {Shape{{}, 2, 150, 2, 1, 64, 0.15}, Shape{{}, 1, 330, 2, 1, 20, 0.2}, Shape{{}, 1, 200, 2, 2, 16, 0.2},
+                      Shape{{}, 1, 130, 4, 1, 24, 0.2}}) {
     std::vector<int32_t> seen_until(shape.batch * shape.length);
     for (int64_t b = 0; b < shape.batch; ++b) {
       for (int64_t t = 0; t < shape.length; ++t) {

@@ -21,7 +21,8 @@ struct Shape {
   int64_t x_gap = 0;  // elements between the rows of x
 };
 
-// 200 rows make two blocks; sizes lie around the panels' 32, the chunks' 128 (steps) and the tiles' 5 and 12.
+// 200 rows make two blocks; sizes lie around the panels' 32, the chunks' 288 steps (of two columns
+// in bfloat16) and the tiles' 5 and 12.
 const std::vector<Shape> kShapes = {
     {0, 33, 17, 2, {33}, {3}},
     {1, 1, 1, 1, {1}, {1}},
@@ -36,6 +37,10 @@ const std::vector<Shape> kShapes = {
     {17, 40, 40, 2, {40}, {260}},
     {29, 96, 31, 4, {50, 46}, {129, 31}, Bias::kNone, 1},
     {200, 35, 19, 3, {20, 15}, {4, 9}, Bias::kPerLoop},
+    {3, 33, 287, 2, {33}, {289}},
+    {14, 40, 289, 2, {40}, {288}, Bias::kShared},
+    {2, 31, 577, 1, {31}, {577}},
+    {13, 34, 1200, 2, {34}, {5}, Bias::kPerLoop, 1},
 };
 
 struct Problem {

@@ -47,7 +47,8 @@ void statistics_are_those_of_a_softmax() {
   };
   Random random(5);
   for (const Size& size : {Size{0, 5, 3, 0}, Size{1, 1, 1, 0}, Size{3, 33, 0, 0}, Size{7, 1025, 40, 2},
-                           Size{13, 64, 257, 0}, Size{200, 31, 19, 1}}) {
+                           Size{13, 64, 257, 0}, Size{5, 33, 289, 0}, Size{14, 40, 1200, 1},
+                           Size{200, 31, 19, 1}}) {
     for (Dtype dtype : kDtypes) {
       const int before = failures;
       const auto [m, n, k, x_gap] = size;

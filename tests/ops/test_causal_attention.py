@@ -177,7 +177,9 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(dtype: torch.dtype) ->
 
 
 @pytest.mark.isa
-@pairwise(beginning=[0, 1, 40, 64, 100], heads=[4, 6, 10], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",))
+@pairwise(
+    beginning=[0, 1, 40, 64, 100], heads=[2, 4, 6, 8, 10], dtype=DTYPES, attention=IMPLEMENTATIONS, exhaustive=("op",)
+)
 def test_texts_in_a_row_see_what_they_share_and_themselves(
     beginning: int, heads: int, dtype: torch.dtype, attention: Attention
 ) -> None:

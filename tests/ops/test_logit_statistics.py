@@ -103,6 +103,15 @@ def test_nan_and_infinity_stay_in_their_row(bits: int, statistics: Statistics) -
 
 @pytest.mark.isa
 @BOTH
+@pytest.mark.parametrize("place", [32, 40, 47, 48, 49])
+def test_beside_nan_the_largest_is_one_of_the_logits(place: int, statistics: Statistics) -> None:
+    x, weight = torch.ones(1, 1), torch.arange(50.0)[:, None] % 32
+    weight[33], weight[place] = 40.0, torch.nan
+    assert 0 <= int(statistics(x, pack_linear(weight), 50)[1]) < 50
+
+
+@pytest.mark.isa
+@BOTH
 @pytest.mark.parametrize("outputs", [32, 33, 70])
 def test_rows_of_minus_infinity_have_no_sum(outputs: int, statistics: Statistics) -> None:
     x = torch.tensor([[-float("inf")], [1.0]])
@@ -114,7 +123,7 @@ def test_rows_of_minus_infinity_have_no_sum(outputs: int, statistics: Statistics
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(dtype: torch.dtype) -> None:
-    x, weight = inputs(210, 1500, 140, dtype)
+    x, weight = inputs(210, 1500, 590, dtype)
     packed = pack_linear(weight)
     whole = logit_statistics(x, packed, 1500)
     for number in (1, 3):
