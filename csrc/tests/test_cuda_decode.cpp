@@ -368,7 +368,8 @@ void test_hints(const char* name, int warps, int blocks) {
       for (int row = 0; row < shape.n; ++row) {
         const int hints = row % row_step == 0 ? std::min(runs, left) : 0;
         left -= hints;
-        const int64_t found = report.region("weight" + std::to_string(row)).bytes_prefetched;
+        int64_t found = 0;
+        for (const auto& [begin, end] : report.region("weight" + std::to_string(row)).prefetched) found += end - begin;
         EXPECT(found == int64_t{hints} * args.hint_columns * 2, "%s, %d runs, row %d of step %d: %d bytes", name, runs,
                row, row_step, static_cast<int>(found));
       }

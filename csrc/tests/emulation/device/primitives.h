@@ -46,7 +46,7 @@ struct Region {
   bool dependent = false;   // written by the kernel before: not to be read before dependency_wait
   int64_t bytes_read = 0;   // by load_global and copy_async, every time
   int64_t bytes_written = 0;
-  std::vector<std::pair<int64_t, int64_t>> prefetched;  // byte ranges [begin, end) that a hint asked for
+  std::vector<std::pair<int64_t, int64_t>> prefetched = {};  // byte ranges [begin, end) that a hint asked for
 };
 
 // Faults that the emulation commits in the body's place, to show that they are noticed.
