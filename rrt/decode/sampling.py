@@ -103,7 +103,7 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
         best = logits.argmax(-1)
         return best, logits.gather(1, best[:, None]).flatten()
     # In NumPy: PyTorch does not vectorise argmax on CPUs, and what calls cost counts where rows are few.
-    values = (logits if logits.dtype == torch.float64 else logits.float()).numpy()
+    values = (logits if logits.dtype == torch.float64 else logits.float()).detach().numpy()
     indices = values.argmax(1)
     return torch.from_numpy(indices), torch.from_numpy(values[np.arange(len(values)), indices])
 
