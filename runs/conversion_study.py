@@ -13,8 +13,8 @@ makes them again at any time.
 
 It takes many hours, in parts: no step begins that would not end within --minutes, and the same command goes on. Results
 are kept, an interrupted conversion or training goes on where it was, and a checkpoint is deleted once it was measured
-(--keep keeps it). OUT/study.json has the settings of a study; other ones need another --out. A smaller study, of a few
-arms:
+(--keep keeps it). OUT/study.json has the settings of a study; other ones need another --out. OUT/results.json.gz holds
+all results, with which another machine goes on (--results). A smaller study, of a few arms:
 
     python runs/conversion_study.py --base models/smollm2-135m --text text.jsonl --out runs/out/small --seeds 1 \\
         --arms stepwise 'keep-*' average-svd-r32 --tokens 8192 --max-tokens 4096 --calibration-tokens 8192
@@ -62,6 +62,7 @@ from runs.conversion_arms import (
     trainings,
 )
 from runs.conversion_study_report import write_report
+from runs.study_archive import add_results
 from runs.study_steps import STOP_SECONDS, Step, StepLog, describe_time_left, pending_steps, run_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,7 +284,7 @@ def write_model_record(study: Study, name: str, seconds: float | None) -> None:
     write_result(result_path(study.out, name, "model"), result)
 
 
-def write_training_record(step: Step) -> None:
+def write_training_record(step: Step, dtype: str) -> None:
     """Write a training's losses, which its directory, soon deleted, has for every step."""
     assert step.directory is not None and step.record is not None
     lines = (step.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -292,6 +293,7 @@ def write_training_record(step: Step) -> None:
     result = {
         "kind": "training",
         "training_command": read_json(step.makes / "provenance.json")["command"],
+        "dtype": dtype,
         "tokens": [record["tokens"] for record in records],
         "loss": [record["loss"] for record in records],
         "median_tokens_per_second": statistics.median(speeds) if speeds else None,
@@ -319,7 +321,6 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
         "max_tokens": study.max_tokens,
         "fewshot_documents": study.fewshot_documents,
         "calibration_tokens": study.calibration_tokens,
-        "dtype": study.dtype,
     }
     plan: dict[str, Any] = {"arms": [], "tokens": [], "num_seeds": 0, "has_fewshot": False}
     if path.exists():
@@ -390,6 +391,10 @@ def make_parser() -> CommandParser:
     parser.add_argument("--name", help="of the base, in the report (default: its file name)")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints that were measured")
     parser.add_argument("--print", action="store_true", help="print the commands that are left instead of running them")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json.gz of the same study's parts "
+        "elsewhere: what OUT lacks of them is added, and not made again",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only make the report of the results that are there")
     return parser
 
@@ -443,7 +448,7 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
 
     def write_record(step: Step) -> None:
         if step.directory is not None:
-            write_training_record(step)
+            write_training_record(step, study.dtype)
         else:
             write_model_record(study, step.makes.name, log.seconds_of(step))
 
@@ -466,6 +471,7 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
 def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.report:
+        add_results(arguments.out, arguments.results)
         print(f"report: {write_report(arguments.out)}")
         return
     for flag in ("base", "text"):
@@ -477,6 +483,7 @@ def main() -> None:
         for step in pending_steps(study_steps(study)):
             print(f"# {step.name}\n{shlex.join(step.command)}")
         return
+    add_results(arguments.out, arguments.results)
     with locked_directory(study.out):
         open_study(study, arguments.text, arguments.name, num_layers)
         run_study(study, arguments.minutes, arguments.keep)

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from runs.conversion_arms import (
     result_path,
     trainings,
 )
+from runs.study_archive import pack_results
 from runs.study_steps import format_duration
 
 MISSING = "missing"
@@ -119,7 +120,7 @@ def tokens_to_reach(curve: Sequence[tuple[int, float]], target: float) -> tuple[
 
 
 def write_report(out: Path) -> Path:
-    """Write report.md, report.json and the plots into `out`; returns the first.
+    """Write report.md, report.json, the plots and results.json.gz into `out`; returns the first.
 
     Raises:
         UserError: there is no study, or a result is damaged.
@@ -145,6 +146,7 @@ def write_report(out: Path) -> Path:
     atomic_write(out / "report.md", "\n\n".join(parts) + "\n")
     named = [{"title": table.title, "header": list(table.header), "rows": list(table.rows)} for table in tables]
     write_result(out / "report.json", {"kind": "conversion-study", "settings": results.settings, "tables": named})
+    pack_results(out, out / "results.json.gz")
     return out / "report.md"
 
 
@@ -157,8 +159,9 @@ def describe(results: StudyResults) -> str:
         for measure in MEASURES
         if (result := results.get(BASE.name, measure)) is not None
     ]
+    every = {path: read_json(path) for path in sorted(results.out.glob("results/*/*.json"))}
     lines = [
-        f"Base: {study['base']}, {study['num_layers']} layers. Training and measurements in {settings['dtype']}.",
+        f"Base: {study['base']}, {study['num_layers']} layers. Training and measurements in {_dtypes(every)}.",
         f"Text: {study['train_documents']} documents to train and calibrate on (calibration: "
         f"{settings['calibration_tokens']:,} tokens), the {study['heldout_documents']} after them held out. Code: "
         "Python's library, of whose held-out packages excerpts are measured.",
@@ -167,19 +170,30 @@ def describe(results: StudyResults) -> str:
         f"{study['train_context']}, learning rate {study['learning_rate']:g} falling to zero by a cosine, one "
         "for each length. Distilled: half of the loss is cross-entropy, half forward KL from the base.",
     ]
-    every = [read_json(path) for path in sorted(results.out.glob("results/*/*.json"))]
     if every:
         device, cores, torch, code = (
-            ", ".join(sorted({str(result[key]) for result in every}))
+            ", ".join(sorted({str(result[key]) for result in every.values()}))
             for key in ("device", "cores", "torch", "code_version")
         )
-        days = sorted(result["created"][:10] for result in every)
+        days = sorted(result["created"][:10] for result in every.values())
         when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
         lines.append(f"Machine: {device}, {cores} cores, torch {torch}; code {code}; {when}.")
     wrapper = textwrap.TextWrapper(
         LINE_WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(map(wrapper.fill, lines))
+
+
+def _dtypes(results: Mapping[Path, Mapping[str, Any]]) -> str:
+    """Return the dtype, or of several ones all, with the models that are not in the one of most."""
+    models: dict[str, set[str]] = {}
+    for path, result in results.items():
+        if "dtype" in result:
+            models.setdefault(result["dtype"], set()).add(path.parent.name)
+    if not models:
+        return MISSING
+    first, *others = sorted(models, key=lambda dtype: -len(models[dtype]))
+    return "".join([first, *(f"; in {dtype}: {', '.join(sorted(models[dtype]))}" for dtype in others)])
 
 
 # Right after conversion

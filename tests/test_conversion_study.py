@@ -1,5 +1,6 @@
 """The conversion study: its parts of the text, its steps through interruptions, and its report, without a model."""
 
+import gzip
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from runs.conversion_arms import DECISIVE, MEASURES, TASKS, all_arms, choose_arm
 from runs.conversion_study import Study, split_texts, write_texts
 from runs.conversion_study import study_steps as list_steps
 from runs.conversion_study_report import tokens_to_reach, write_report
+from runs.study_archive import add_results
 from runs.study_steps import Outcome, Step, StepLog, run_steps
 from tests.util.commands import run_main, run_program
 from tests.util.models import make_hf_model
@@ -376,7 +378,7 @@ def test_an_interruption_ends_the_command_that_runs(tmp_path: Path, monkeypatch:
 
 
 def write_study_file(out: Path, arms: Sequence[str] | None = None, tokens: Sequence[int] = (102_400, 204_800)) -> None:
-    settings = {"calibration_tokens": 32768, "dtype": "bfloat16", "fewshot_documents": 200}
+    settings = {"calibration_tokens": 32768, "fewshot_documents": 200}
     content = {
         "base": "SmolLM2",
         "num_layers": 30,
@@ -529,6 +531,67 @@ def test_a_damaged_result_and_a_folder_without_a_study_are_one_line(results: Pat
         write_report(results)
     with pytest.raises(UserError, match=r"study\.json: no such file"):
         write_report(tmp_path)
+
+
+def test_a_study_goes_on_elsewhere_with_the_results_of_its_archive(
+    results: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = write_report(results).read_text()
+    packed = (results / "results.json.gz").read_bytes()
+    write_report(results)
+    assert (results / "results.json.gz").read_bytes() == packed
+
+    other = tmp_path / "other"
+    flags = ["--out", other, "--report", "--results", results / "results.json.gz"]
+    done = run_program(conversion_study.main, flags, capsys, monkeypatch)
+    added = len(list(results.glob("results/*/*.json")))
+    assert done.code == 0 and f"results.json.gz: {added} results added" in done.out
+    assert (other / "report.md").read_text() == report
+    assert (other / "results.json.gz").read_bytes() == packed
+
+    # What is there is kept, what is missing is added, and the plans of both are to be made.
+    write_perplexity(other, "base", "code-512", 2.0)
+    result_path(other, "base", "natural-512").unlink()
+    write_study_file(other, arms=["base", "joint-r32"], tokens=(409_600,))
+    assert "1 results added" in run_program(conversion_study.main, flags, capsys, monkeypatch).out
+    assert cells((other / "report.md").read_text(), "Right after conversion", "base")[4:7] == ["30.40", "30.40", "2.00"]
+    plan = json.loads((other / "study.json").read_text())["plan"]
+    assert (plan["arms"], plan["tokens"]) == ([arm.name for arm in ARMS], [102_400, 204_800, 409_600])
+
+
+def test_an_archive_of_another_study_or_none_at_all_is_one_line_and_adds_nothing(results: Path, tmp_path: Path) -> None:
+    write_report(results)
+    archive, other = results / "results.json.gz", tmp_path / "other"
+    write_study_file(other)
+    study = json.loads((other / "study.json").read_text())
+    study["settings"]["calibration_tokens"] = 8192
+    (other / "study.json").write_text(json.dumps(study))
+    with pytest.raises(UserError, match="setting 'calibration_tokens': found 32768; expected 8192, as in"):
+        add_results(other, [archive])
+    packed = archive.read_bytes()
+    content = json.loads(gzip.decompress(packed))
+    bad = tmp_path / "bad.json.gz"
+    for damaged, message in {
+        packed[:-9]: "expected a results.json.gz of a study",
+        b"{}": "expected a results.json.gz of a study",
+        packed[:40] + b"x" * 40: "expected a results.json.gz of a study",
+        gzip.compress(b'{"kind": "fewshot"}'): "field 'kind': found 'fewshot'; expected 'conversion-study-results'",
+        gzip.compress(json.dumps({**content, "study": {}}).encode()): "field 'num_layers' is missing",
+        gzip.compress(json.dumps({**content, "results": {"../x": {"model": {}}}}).encode()): "found a result .*x/model",
+    }.items():
+        bad.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            add_results(tmp_path / "new", [bad])
+    with pytest.raises(UserError, match="nowhere"):
+        add_results(tmp_path / "new", [tmp_path / "nowhere"])
+    assert not list((tmp_path / "new").iterdir()) and not (other / "results").exists()
+
+
+def test_report_says_which_models_are_in_another_dtype(results: Path) -> None:
+    assert "measurements in missing." in write_report(results).read_text()
+    for model, dtype in {"base": "bfloat16", "calibrated-r64": "bfloat16", "average-svd-r64": "float32"}.items():
+        write_one(result_path(results, model, "code-512"), {"loss": 3.0, "tokens": 45678, "dtype": dtype})
+    assert "in bfloat16; in float32: average-svd-r64." in " ".join(write_report(results).read_text().split())
 
 
 # Command

@@ -1,0 +1,81 @@
+"""All results of a conversion study in one small file, with which another machine goes on or makes the report."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.tables import expect_whole_result
+from rrt.common.files import atomic_file, locked_directory, read_json, write_json
+from rrt.errors import UserError
+from runs.conversion_arms import all_arms, result_path
+
+KIND = "conversion-study-results"
+
+
+def pack_results(out: Path, archive: Path) -> None:
+    """Write study.json and the results of the study in `out`; the same results make the same bytes."""
+    results: dict[str, dict[str, Any]] = {}
+    for path in sorted(out.glob("results/*/*.json")):
+        results.setdefault(path.parent.name, {})[path.stem] = read_json(path)
+    content = {"kind": KIND, "study": read_json(out / "study.json"), "results": results}
+    with atomic_file(archive) as file:
+        file.write(gzip.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode(), mtime=0))
+
+
+def add_results(out: Path, archives: Sequence[Path]) -> None:
+    """Add those results of archives that the study in `out` lacks, which may not have begun, and say how many.
+
+    Raises:
+        UserError: a file cannot be read, is no archive, or is of a study with other settings; `out` is in use.
+    """
+    for archive in archives:
+        with locked_directory(out):
+            print(f"{archive}: {_add(out, archive)} results added")
+
+
+def _add(out: Path, archive: Path) -> int:
+    try:
+        content = json.loads(gzip.decompress(archive.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"--results: {archive}: {error}; expected a results.json.gz of a study") from None
+    with expect_whole_result(archive, KIND):
+        if content["kind"] != KIND:
+            raise UserError(f"--results: {archive}: field 'kind': found {content['kind']!r}; expected {KIND!r}")
+        theirs, results = content["study"], content["results"]
+        path = out / "study.json"
+        if path.exists():
+            study = read_json(path)
+            for key, expected in study["settings"].items():
+                if theirs["settings"][key] != expected:
+                    raise UserError(
+                        f"--results: {archive}: setting '{key}': found {theirs['settings'][key]!r}; expected "
+                        f"{expected!r}, as in {path}: results of one study only"
+                    )
+        else:
+            study = theirs
+        study["plan"] = _merge_plans(study["num_layers"], study["plan"], theirs["plan"])
+        all_results = {
+            result_path(out, model, name): values for model, named in results.items() for name, values in named.items()
+        }
+        for result in all_results:
+            if result.parents[2] != out:
+                raise UserError(f"--results: {archive}: found a result {result}; expected it in {out / 'results'}")
+    missing = {result: values for result, values in all_results.items() if not result.exists()}
+    for result, values in missing.items():
+        result.parent.mkdir(parents=True, exist_ok=True)
+        write_json(result, values)
+    write_json(path, study)
+    return len(missing)
+
+
+def _merge_plans(num_layers: int, plan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    planned = {*plan["arms"], *other["arms"]}
+    return {
+        "arms": [arm.name for arm in all_arms(num_layers) if arm.name in planned],
+        "tokens": sorted({*plan["tokens"], *other["tokens"]}),
+        "num_seeds": max(plan["num_seeds"], other["num_seeds"]),
+        "has_fewshot": plan["has_fewshot"] or other["has_fewshot"],
+    }
