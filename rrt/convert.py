@@ -278,6 +278,13 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         "needed (default: half of what is free)",
     )
     parser.add_argument(
+        "--calibration-statistics",
+        type=Path,
+        metavar="DIR",
+        help="keep the base's statistics there, for further conversions with the same text and metric, of other ranks, "
+        "loops or kinds (default: they are deleted at the end)",
+    )
+    parser.add_argument(
         "--no-refit", action="store_true", help="leave the LoRAs as the joint fit has them: for measurements"
     )
     parser.add_argument(
@@ -307,6 +314,7 @@ def _calibration_options(arguments: argparse.Namespace) -> CalibrationOptions | 
         not arguments.no_align,
         None if memory is None else int(memory * 2**30),
         arguments.device,
+        arguments.calibration_statistics,
     )
 
 

@@ -30,7 +30,7 @@ import json
 import os
 import random
 import shlex
-import statistics
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,10 +44,8 @@ from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, locked_directory, read_json, sha256_file, write_json
 from rrt.common.machine import cpu_info
 from rrt.common.provenance import fingerprint
-from rrt.common.results import write_result
 from rrt.data.corpus import INPUT_HELP, documents, find_files
 from rrt.errors import UserError
-from rrt.model.sizes import model_sizes
 from runs.conversion_arms import (
     BASE,
     MEASURES,
@@ -62,7 +60,7 @@ from runs.conversion_arms import (
     trainings,
 )
 from runs.conversion_study_report import write_report
-from runs.study_archive import add_results
+from runs.study_results import add_results, write_model_record, write_training_record
 from runs.study_steps import STOP_SECONDS, Step, StepLog, describe_time_left, pending_steps, run_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +106,10 @@ class Study:
     def calibration_text(self, draw: int) -> Path:
         """Return the shards of a draw; the first one is in the order of the training text."""
         return self.data / (f"draw{draw}" if draw else "natural")
+
+    def statistics(self, draw: int) -> Path:
+        """Return where all conversions on a draw keep the base's statistics."""
+        return self.out / "statistics" / f"draw{draw}"
 
 
 # The text
@@ -185,6 +187,7 @@ def _conversion_steps(study: Study, arm: Arm, draw: int) -> Iterator[Step]:
         if arm.needs_text:
             text = study.calibration_text(draw)
             command += ("--calibration", text, "--calibration-tokens", study.calibration_tokens)
+            command += ("--calibration-statistics", study.statistics(draw))
             command += ("--device", study.device) if study.device != "auto" else ()
             needs = (text,)
         kind = f"conversion{', calibrated' if arm.needs_text else ''}"
@@ -260,45 +263,12 @@ def _is_script(word: object) -> bool:
     return isinstance(word, str) and word.endswith(".py")
 
 
-# Records
-
-
-def write_model_record(study: Study, name: str, seconds: float | None) -> None:
-    """Write a model's sizes, and the seconds of its conversion."""
-    source = open_source(study.checkpoint(name))
-    sizes = model_sizes(source.model, source.recursion, source.dtype)
-    result = {
-        "kind": "conversion",
-        "model": name,
-        **{field: getattr(sizes, field) for field in ("total_params", "non_embedding_params", "lora_params")},
-        "num_loops": source.recursion.num_loops,
-        "conversion_seconds": seconds,
-    }
-    provenance = source.directory / "provenance.json"
-    if name != BASE.name and provenance.is_file():
-        made = read_json(provenance)
-        result["conversion_command"] = made["command"]
-        result["calibration"] = {
-            key: value for key, value in (made.get("calibration") or {}).items() if key.endswith("stream_error")
-        }
-    write_result(result_path(study.out, name, "model"), result)
-
-
-def write_training_record(step: Step, dtype: str) -> None:
-    """Write a training's losses, which its directory, soon deleted, has for every step."""
-    assert step.directory is not None and step.record is not None
-    lines = (step.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-    result = {
-        "kind": "training",
-        "training_command": read_json(step.makes / "provenance.json")["command"],
-        "dtype": dtype,
-        "tokens": [record["tokens"] for record in records],
-        "loss": [record["loss"] for record in records],
-        "median_tokens_per_second": statistics.median(speeds) if speeds else None,
-    }
-    write_result(step.record, result)
+def delete_unneeded_statistics(study: Study, left: Sequence[Step]) -> None:
+    """Delete the statistics of draws on which no step that is left calibrates."""
+    needed = {word for step in left for word in step.command}
+    for directory in study.statistics(0).parent.glob("*"):
+        if str(directory) not in needed:
+            shutil.rmtree(directory)
 
 
 # The command
@@ -444,19 +414,20 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
     """
     log = StepLog(study.out / "steps.jsonl")
     if not result_path(study.out, BASE.name, "model").exists():
-        write_model_record(study, BASE.name, None)
+        write_model_record(study.out, BASE.name, study.base, None)
 
     def write_record(step: Step) -> None:
         if step.directory is not None:
             write_training_record(step, study.dtype)
         else:
-            write_model_record(study, step.makes.name, log.seconds_of(step))
+            write_model_record(study.out, step.makes.name, step.makes, log.seconds_of(step))
 
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     steps = study_steps(study)
     outcome = run_steps(steps, log, seconds=60 * minutes, env=env, write_record=write_record, keep=keep)
     print(f"\nreport: {write_report(study.out)}")
+    delete_unneeded_statistics(study, outcome.left)
     if outcome.left:
         left = describe_time_left(outcome.left, log)
         print(f"{len(outcome.left)} of {len(steps)} steps are left, {left}; the same command goes on:")

@@ -27,7 +27,7 @@ from runs.conversion_arms import (
     result_path,
     trainings,
 )
-from runs.study_archive import pack_results
+from runs.study_results import pack_results
 from runs.study_steps import format_duration
 
 MISSING = "missing"

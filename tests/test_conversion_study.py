@@ -27,7 +27,7 @@ from runs.conversion_arms import DECISIVE, MEASURES, TASKS, all_arms, choose_arm
 from runs.conversion_study import Study, split_texts, write_texts
 from runs.conversion_study import study_steps as list_steps
 from runs.conversion_study_report import tokens_to_reach, write_report
-from runs.study_archive import add_results
+from runs.study_results import add_results
 from runs.study_steps import Outcome, Step, StepLog, run_steps
 from tests.util.commands import run_main, run_program
 from tests.util.models import make_hf_model
@@ -282,6 +282,29 @@ def test_a_lost_record_of_a_checkpoint_that_is_there_is_written_without_its_comm
     (out / "checkpoints" / "stepwise").mkdir(parents=True)
     world.run()
     assert "convert stepwise" not in world.begun and result_path(out, "stepwise", "model").exists()
+
+
+def test_conversions_on_a_draw_share_statistics_which_are_deleted_when_none_is_left(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "out")
+    shared: dict[str, set[str]] = {}
+    for step in list_steps(study):
+        if "--calibration-statistics" in step.command:
+            directory = step.command[step.command.index("--calibration-statistics") + 1]
+            shared.setdefault(directory, set()).add(step.name)
+    first, *others = (str(study.statistics(draw)) for draw in range(3))
+    # Two loops of rank 64 with and without refit, three loops, and low rank only.
+    assert len(shared[first]) == 4 and [shared[each] for each in others] == [
+        {"convert calibrated-r64-draw1"},
+        {"convert calibrated-r64-draw2"},
+    ]
+    for directory in (first, *others):
+        Path(directory).mkdir(parents=True)
+    left = [step for step in list_steps(study) if step.name == "convert calibrated-r64-draw2"]
+    conversion_study.delete_unneeded_statistics(study, left)
+    assert [path.name for path in study.statistics(0).parent.iterdir()] == ["draw2"]
+    conversion_study.delete_unneeded_statistics(study, [])
+    conversion_study.delete_unneeded_statistics(make_study(tmp_path / "new"), [])
+    assert not list(study.statistics(0).parent.iterdir())
 
 
 def test_no_step_begins_that_would_not_end_in_time_but_one_always_does(

@@ -8,8 +8,9 @@ on after it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
+from rrt.common.files import locked_directory
 from rrt.errors import UserError
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, LinearStatistics, TextPass
 from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
@@ -43,6 +45,8 @@ class Calibration:
         memory: bytes that statistics of all depths may take; where they take more, those of each depth are computed
             again when they are needed.
         device: of all passes and fits.
+        statistics: directory of statistics that other conversions with this base, text and metric share; they are kept
+            there whatever `memory` is.
     """
 
     rows: Tensor
@@ -51,6 +55,7 @@ class Calibration:
     align: bool = True
     memory: int = 2**32
     device: torch.device = torch.device("cpu")
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class CalibratedBlock:
     Args:
         source: the base, vanilla, with folded norms.
         dtype: of the fitted tensors.
+        workspace: of the conversion's steps.
+        statistics: workspace of the base's statistics; it may be the same one.
     """
 
     def __init__(
@@ -108,9 +115,10 @@ class CalibratedBlock:
         calibration: Calibration,
         dtype: torch.dtype,
         workspace: Workspace,
+        statistics: Workspace,
     ) -> None:
         self._source, self._recursion, self._dtype = source, recursion, dtype
-        self._calibration, self._workspace = calibration, workspace
+        self._calibration, self._workspace, self._statistics = calibration, workspace, statistics
         self._layers_per_loop = recursion.layers_per_loop(source.model)
         self._places = recursion.places(source.model)
         self._text = TextPass(source, calibration.rows, calibration.device)
@@ -156,7 +164,8 @@ class CalibratedBlock:
     ) -> Iterator[tuple[BaseStatistics, Callable[[str, int], None]]]:
         """Yield the base's statistics, and a function that moves the bar on; `further` steps are still to come."""
         num_layers = self._source.model.num_layers
-        keep = self._statistics_bytes() <= self._calibration.memory
+        is_shared = self._calibration.statistics is not None
+        keep = is_shared or self._statistics_bytes() <= self._calibration.memory
         costs = _costs(self._calibration, keep)
         # Without a terminal the bar would fill a log file.
         with tqdm(
@@ -170,10 +179,11 @@ class CalibratedBlock:
                 bar.set_description(f"{name} {depth + 1}/{num_layers}", refresh=False)
                 bar.update(costs[name])
 
-            statistics = BaseStatistics(self._text, self._calibration.metric, self._workspace, keep=keep, step=step)
-            statistics.forward()
-            if self._calibration.metric != "activations":
-                statistics.backward()
+            statistics = BaseStatistics(self._text, self._calibration.metric, self._statistics, keep=keep, step=step)
+            with locked_directory(self._statistics.directory) if is_shared else nullcontext():
+                statistics.forward()
+                if self._calibration.metric != "activations":
+                    statistics.backward()
             yield statistics, step
 
     def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,9 +407,10 @@ class CalibratedFolding(Folding):
         seed: int,
         calibration: Calibration,
         workspace: Workspace,
+        statistics: Workspace,
     ) -> None:
         super().__init__(source, recursion, dtype, seed)
-        self._block = CalibratedBlock(self.source, recursion, calibration, dtype, workspace)
+        self._block = CalibratedBlock(self.source, recursion, calibration, dtype, workspace, statistics)
 
     def measure_gains(self, *, progress: bool = False) -> dict[str, list[float]]:
         """Compute what each unit of rank saves, by matrix, as `distribute_budget` takes it."""

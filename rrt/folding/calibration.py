@@ -148,6 +148,7 @@ class BaseStatistics:
 
     Args:
         source: the base, vanilla, with folded norms.
+        workspace: may have the statistics of all depths from an earlier conversion.
         keep: keep all depths' statistics, rather than compute them again when `depth` is called.
     """
 
@@ -165,9 +166,19 @@ class BaseStatistics:
         narrow = products_dtype(text.device) == torch.bfloat16
         self._kept_dtype = torch.bfloat16 if narrow else torch.float32
 
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the workspace has everything that both passes are for."""
+        names = (f"statistics-{depth:03d}" for depth in range(self._num_layers))
+        return self._keep and self._metric != "activations" and all(map(self._workspace.has, names))
+
     @torch.no_grad()
     def forward(self) -> None:
         """Run the base, keeping each layer's input and the last one's output."""
+        if self._is_complete:
+            for depth in range(self._num_layers):
+                self._step("forward", depth)
+            return
         first = next((d for d in reversed(range(self._num_layers + 1)) if self._workspace.has(f"state-{d:03d}")), None)
         states = self._text.embed() if first is None else self._load("state", first)
         if first is None:
@@ -187,16 +198,20 @@ class BaseStatistics:
 
     def backward(self) -> None:
         """Go back from the loss, keeping the gradient of each layer's output, and statistics if they are to be kept."""
-        if not self._workspace.has(f"gradient-{self._num_layers:03d}"):
+        if not self._is_complete and not self._workspace.has(f"gradient-{self._num_layers:03d}"):
             gradient = self._text.loss_gradient(self._load("state", self._num_layers))
             self._save("gradient", self._num_layers, gradient)
         for depth in reversed(range(self._num_layers)):
-            if not self._workspace.has(f"gradient-{depth:03d}"):
+            if not self._is_complete and not self._workspace.has(f"gradient-{depth:03d}"):
                 statistics, gradient = self._run(depth, with_statistics=self._keep)
                 if self._keep:
                     self._workspace.save(f"statistics-{depth:03d}", _packed(statistics))
                 self._save("gradient", depth, gradient)
             self._step("backward", depth)
+        if self._is_complete:
+            for depth in range(self._num_layers + 1):
+                self._workspace.drop(f"state-{depth:03d}")
+                self._workspace.drop(f"gradient-{depth:03d}")
 
     def depth(self, depth: int) -> dict[str, LinearStatistics]:
         """Return the statistics of each linear at a depth."""

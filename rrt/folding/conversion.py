@@ -27,7 +27,7 @@ from rrt.errors import UserError
 from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
 from rrt.folding.calibration import CalibrationMetric
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
-from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
+from rrt.folding.fold import Folding, MatrixReport, VectorReport, folds_norms, kept_depths
 from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
 from rrt.folding.workspace import Workspace
@@ -49,6 +49,8 @@ class CalibrationOptions(CalibrationText):
         memory: bytes that statistics of all depths may take, which are else computed twice; default half of what is
             free, in memory and on the disk of the output.
         device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where available.
+        statistics: directory in which the base's statistics are kept for further conversions with the same text and
+            metric; they take no account of `memory` then.
     """
 
     metric: CalibrationMetric = "both"
@@ -56,6 +58,7 @@ class CalibrationOptions(CalibrationText):
     align: bool = True
     memory: int | None = None
     device: str = "auto"
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -211,12 +214,15 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
 def _run_calibrated(
     conversion: PreparedConversion, calibration: Calibration, start: float, progress: bool
 ) -> ConversionReport:
-    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, calibration))
+    workspace = statistics = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, calibration))
     try:
-        folding = _calibrated_folding(conversion, conversion.recursion, calibration, workspace)
+        if calibration.statistics is not None:
+            settings = _statistics_settings(conversion, calibration)
+            statistics = Workspace(calibration.statistics, _hashed(settings), is_shared=True)
+        folding = _calibrated_folding(conversion, conversion.recursion, calibration, workspace, statistics)
         if conversion.recursion.lora_rank.is_budget:
             recursion = _with_budget_distributed(conversion, folding.measure_gains(progress=progress))
-            folding = _calibrated_folding(conversion, recursion, calibration, workspace)
+            folding = _calibrated_folding(conversion, recursion, calibration, workspace, statistics)
         calibrated = folding.calibrate(progress=progress)
     except UserError as error:
         if not isinstance(error, NoSpaceError):
@@ -238,24 +244,41 @@ def _with_budget_distributed(conversion: PreparedConversion, gains: dict[str, li
 
 
 def _calibrated_folding(
-    conversion: PreparedConversion, recursion: RecursiveConfig, calibration: Calibration, workspace: Workspace
+    conversion: PreparedConversion,
+    recursion: RecursiveConfig,
+    calibration: Calibration,
+    workspace: Workspace,
+    statistics: Workspace,
 ) -> CalibratedFolding:
-    return CalibratedFolding(conversion.source, recursion, conversion.dtype, conversion.seed, calibration, workspace)
+    source, dtype, seed = conversion.source, conversion.dtype, conversion.seed
+    return CalibratedFolding(source, recursion, dtype, seed, calibration, workspace, statistics)
 
 
 def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> str:
     """Hash all that the steps of a calibrated conversion depend on."""
     settings = {
-        "code": code_version(),
-        "base": fingerprint(conversion.source.directory),
-        "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
-        "context": calibration.rows.shape[1] - 1,
+        **_statistics_settings(conversion, calibration),
         "recursion": to_mapping(conversion.recursion),
         "dtype": str(conversion.dtype),
-        "metric": calibration.metric,
         "refit": calibration.refit,
         "align": calibration.align,
     }
+    return _hashed(settings)
+
+
+def _statistics_settings(conversion: PreparedConversion, calibration: Calibration) -> dict[str, object]:
+    """List what the base's statistics depend on."""
+    return {
+        "code": code_version(),
+        "base": fingerprint(conversion.source.directory),
+        "has_folded_norms": folds_norms(conversion.recursion),
+        "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
+        "context": calibration.rows.shape[1] - 1,
+        "metric": calibration.metric,
+    }
+
+
+def _hashed(settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -365,7 +388,7 @@ def _open_calibration(
     memory = options.memory
     if memory is None:
         memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
-    return Calibration(rows, options.metric, options.refit, options.align, memory, device)
+    return Calibration(rows, options.metric, options.refit, options.align, memory, device, options.statistics)
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:

@@ -18,16 +18,22 @@ class Workspace:
     """Named sets of tensors in a directory, each there whole or not at all.
 
     Args:
-        directory: made if it is absent, emptied if it holds the steps of another conversion.
+        directory: made if it is absent.
         fingerprint: everything that the steps depend on, hashed.
+        is_shared: refuse a directory that holds other steps, which is else emptied.
     """
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
+    def __init__(self, directory: Path, fingerprint: str, *, is_shared: bool = False) -> None:
         self.directory = directory
         path = directory / _FINGERPRINT_FILE
         if directory.exists() and not path.is_file() and any(directory.iterdir()):
             raise UserError(f"{directory}: is not of a conversion; expected no such directory: move it away")
         if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
+            if is_shared:
+                raise UserError(
+                    f"{directory}: holds statistics of another base, text, metric or version of the code; expected "
+                    "those of this conversion: name another directory, or delete it"
+                )
             self._clear()
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, {"fingerprint": fingerprint})

@@ -13,16 +13,23 @@ from bench.output import OUT, add_json_flag, check_json_flag, save_result
 from rrt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_FILE_LINES, MAX_ALL_LINES = 500, 5_000
+MAX_FILE_LINES, MAX_ALL_LINES, MAX_ARCHIVE_BYTES = 500, 5_000, 100_000
 
 
 def find_oversized(root: Path, names: list[str]) -> list[str]:
-    """Complaints about tracked files of bench/results and runs that are too long, one by one and together."""
+    """Complaints about tracked files of bench/results and runs that are too long, one by one and together.
+
+    Raw results are compact archives of a topic.
+    """
     results = [name for name in names if name.startswith(("bench/results/", "runs/"))]
+    archives = [name for name in results if name.startswith("bench/results/") and name.endswith(".json.gz")]
+    sizes = {name: (root / name).stat().st_size for name in archives}
+    results = [name for name in results if name not in archives]
     lines = {name: (root / name).read_bytes().count(b"\n") for name in results}
     limits = {name: tabulate.MAX_LINES if name.startswith("bench/results/") else MAX_FILE_LINES for name in results}
     found = [f"{name}: {lines[name]} lines" for name in results if lines[name] > limits[name]]
     found += [f"{name}: raw results" for name in results if name.startswith("bench/results/") and name[-3:] != ".md"]
+    found += [f"{name}: {size} bytes" for name, size in sizes.items() if size > MAX_ARCHIVE_BYTES]
     if sum(lines.values()) > MAX_ALL_LINES:
         found.append(f"{sum(lines.values())} lines in all")
     return found
@@ -43,11 +50,15 @@ def test_results_that_are_too_large_are_found(tmp_path):
     for name, lines in {**sizes, "eval/e.py": 9_000}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x\n" * lines)
-    found = find_oversized(tmp_path, [*sizes, "eval/e.py"])
+    archives = {"bench/results/d.json.gz": MAX_ARCHIVE_BYTES, "bench/results/e.json.gz": MAX_ARCHIVE_BYTES + 1}
+    for name, size in archives.items():
+        (tmp_path / name).write_bytes(b"\n" * size)
+    found = find_oversized(tmp_path, [*sizes, *archives, "eval/e.py"])
     assert found == [
         "bench/results/b.md: 81 lines",
         "runs/d.json: 501 lines",
         "bench/results/c.json: raw results",
+        "bench/results/e.json.gz: 100001 bytes",
         "5163 lines in all",
     ]
     assert find_oversized(tmp_path, ["bench/results/a.md", "runs/0.txt", "eval/e.py"]) == []

@@ -13,7 +13,7 @@ from rrt.common.files import locked_directory
 from rrt.convert import main
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from rrt.folding import calibrated
+from rrt.folding import calibrated, calibration
 from rrt.folding.conversion import CalibrationOptions, convert
 from rrt.folding.workspace import Workspace
 from rrt.model.config import LoraRanks, RecursiveConfig
@@ -222,6 +222,56 @@ def test_steps_of_another_text_are_not_taken(bases, text, tmp_path, monkeypatch)
     calibrate(bases["llama"], tmp_path / "fresh", text, options={"context": 32})
     found, fresh = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fresh"))
     assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize("metric", ["both", "activations"])
+def test_statistics_are_shared_by_conversions_of_other_ranks_and_loops(bases, metric, text, tmp_path, monkeypatch):
+    shared, passes = tmp_path / "statistics", []
+    kinds = {"r4": {}, "r2": {"rank": 2}, "b3": {"num_loops": 3}, "low": {"lora_init": "low-rank-only", "rank": 8}}
+    for name, kind in kinds.items():
+        calibrate(bases["qwen2"], tmp_path / f"{name}-alone", text, options={"metric": metric}, **kind)
+    load_layer = calibration.load_layer
+    monkeypatch.setattr(calibration, "load_layer", lambda *args: passes.append(args[1]) or load_layer(*args))
+    for name, kind in kinds.items():
+        calibrate(bases["qwen2"], tmp_path / name, text, options={"metric": metric, "statistics": shared}, **kind)
+        alone, found = (load_file(tmp_path / each / "model.safetensors") for each in (f"{name}-alone", name))
+        assert all(torch.equal(tensor, found[key]) for key, tensor in alone.items()), name
+        assert not (tmp_path / f"{name}.calibration").exists()
+    # The base's passes over the text, and nothing after them that is not of the conversions themselves.
+    assert passes == [*range(6), *(reversed(range(6)) if metric == "both" else (0, 3, 1, 4, 2, 5))]
+    kept = {path.stem.rpartition("-")[0] for path in shared.glob("*.safetensors")}
+    assert kept == ({"statistics"} if metric == "both" else {"statistics", "state"})
+
+
+def test_interrupted_statistics_go_on_in_another_conversion(bases, text, tmp_path, monkeypatch):
+    options, passes = {"statistics": tmp_path / "statistics"}, []
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.TextPass, "loss_gradient", lambda *_: (_ for _ in ()).throw(Interrupted()))
+        with pytest.raises(Interrupted):
+            calibrate(bases["llama"], tmp_path / "out", text, options=options)
+    load_layer = calibration.load_layer
+    monkeypatch.setattr(calibration, "load_layer", lambda *args: passes.append(args[1]) or load_layer(*args))
+    calibrate(bases["llama"], tmp_path / "other", text, rank=2, options=options)
+    assert passes == [5, 4, 3, 2, 1, 0]
+
+
+def test_statistics_of_another_text_and_another_folder_are_refused_and_kept(bases, text, tmp_path):
+    options = {"statistics": tmp_path / "statistics"}
+    calibrate(bases["llama"], tmp_path / "out", text, options=options)
+    before = {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()}
+    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric or version"):
+        calibrate(bases["llama"], tmp_path / "other", text, options={**options, "context": 32})
+    assert {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    with pytest.raises(UserError, match=r"mine: is not of a conversion"):
+        calibrate(bases["llama"], tmp_path / "other", text, options={"statistics": tmp_path / "mine"})
+    with (
+        locked_directory(tmp_path / "statistics"),
+        pytest.raises(UserError, match=r"statistics: another process writes here"),
+    ):
+        calibrate(bases["llama"], tmp_path / "other", text, options=options)
+    assert {path.name for path in tmp_path.iterdir()} == {"statistics", "mine", "out"}
 
 
 def test_a_second_conversion_to_the_same_place_is_refused(bases, text, tmp_path):

@@ -1,18 +1,61 @@
-"""All results of a conversion study in one small file, with which another machine goes on or makes the report."""
+"""Results of a conversion study: its conversions and trainings, and all in one file with which it goes on elsewhere."""
 
 import gzip
 import json
+import statistics
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.tables import expect_whole_result
+from rrt.checkpoint.source import open_source
 from rrt.common.files import atomic_file, locked_directory, read_json, write_json
+from rrt.common.results import write_result
 from rrt.errors import UserError
-from runs.conversion_arms import all_arms, result_path
+from rrt.model.sizes import model_sizes
+from runs.conversion_arms import BASE, all_arms, result_path
+from runs.study_steps import Step
 
 KIND = "conversion-study-results"
+
+
+def write_model_record(out: Path, name: str, checkpoint: Path, seconds: float | None) -> None:
+    """Write a model's sizes, and the seconds of its conversion."""
+    source = open_source(checkpoint)
+    sizes = model_sizes(source.model, source.recursion, source.dtype)
+    result = {
+        "kind": "conversion",
+        "model": name,
+        **{field: getattr(sizes, field) for field in ("total_params", "non_embedding_params", "lora_params")},
+        "num_loops": source.recursion.num_loops,
+        "conversion_seconds": seconds,
+    }
+    provenance = source.directory / "provenance.json"
+    if name != BASE.name and provenance.is_file():
+        made = read_json(provenance)
+        result["conversion_command"] = made["command"]
+        result["calibration"] = {
+            key: value for key, value in (made.get("calibration") or {}).items() if key.endswith("stream_error")
+        }
+    write_result(result_path(out, name, "model"), result)
+
+
+def write_training_record(step: Step, dtype: str) -> None:
+    """Write a training's losses, which its directory, soon deleted, has for every step."""
+    assert step.directory is not None and step.record is not None
+    lines = (step.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    result = {
+        "kind": "training",
+        "training_command": read_json(step.makes / "provenance.json")["command"],
+        "dtype": dtype,
+        "tokens": [record["tokens"] for record in records],
+        "loss": [record["loss"] for record in records],
+        "median_tokens_per_second": statistics.median(speeds) if speeds else None,
+    }
+    write_result(step.record, result)
 
 
 def pack_results(out: Path, archive: Path) -> None:
