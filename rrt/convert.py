@@ -275,7 +275,7 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GIB",
         help="memory that statistics of all layers may take; if they take more, they are computed as often as they are "
-        "needed (default: half of what is free)",
+        "needed (default: half of what is free; without effect beside --calibration-statistics)",
     )
     parser.add_argument(
         "--calibration-statistics",

@@ -43,7 +43,7 @@ from rrt.checkpoint.source import open_source
 from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, locked_directory, read_json, sha256_file, write_json
 from rrt.common.machine import cpu_info
-from rrt.common.provenance import fingerprint
+from rrt.common.provenance import code_version, fingerprint
 from rrt.data.corpus import INPUT_HELP, documents, find_files
 from rrt.errors import UserError
 from runs.conversion_arms import (
@@ -60,7 +60,7 @@ from runs.conversion_arms import (
     trainings,
 )
 from runs.conversion_study_report import write_report
-from runs.study_results import add_results, write_model_record, write_training_record
+from runs.study_results import add_results, merge_plans, study_file, write_model_record, write_training_record
 from runs.study_steps import STOP_SECONDS, Step, StepLog, describe_time_left, pending_steps, run_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,8 +108,8 @@ class Study:
         return self.data / (f"draw{draw}" if draw else "natural")
 
     def statistics(self, draw: int) -> Path:
-        """Return where all conversions on a draw keep the base's statistics."""
-        return self.out / "statistics" / f"draw{draw}"
+        """Return where all conversions on a draw keep the base's statistics, which other code does not take."""
+        return self.out / "statistics" / f"draw{draw}-{code_version()}"
 
 
 # The text
@@ -266,7 +266,7 @@ def _is_script(word: object) -> bool:
 def delete_unneeded_statistics(study: Study, left: Sequence[Step]) -> None:
     """Delete the statistics of draws on which no step that is left calibrates."""
     needed = {word for step in left for word in step.command}
-    for directory in study.statistics(0).parent.glob("*"):
+    for directory in study.statistics(0).parent.glob("draw*"):
         if str(directory) not in needed:
             shutil.rmtree(directory)
 
@@ -280,9 +280,7 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
     Raises:
         UserError: results that are there were made with other settings, or OUT is something else.
     """
-    path = study.out / "study.json"
-    if not path.exists() and study.out.is_dir() and any(study.out.iterdir()):
-        raise UserError(f"{study.out}: not empty and not an earlier study; expected a directory to create")
+    path = study_file(study.out)
     texts = list(documents(list(inputs)))
     train, heldout = split_texts(texts)
     settings = {
@@ -291,24 +289,24 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
         "max_tokens": study.max_tokens,
         "fewshot_documents": study.fewshot_documents,
         "calibration_tokens": study.calibration_tokens,
+        "dtype": study.dtype,
     }
-    plan: dict[str, Any] = {"arms": [], "tokens": [], "num_seeds": 0, "has_fewshot": False}
+    plan: dict[str, Any] = {
+        "arms": [arm.name for arm in study.arms],
+        "tokens": list(study.tokens),
+        "num_seeds": study.num_seeds,
+        "has_fewshot": study.tasks is not None,
+    }
     if path.exists():
         before = read_json(path)
-        for key, expected in before["settings"].items():
-            if settings[key] != expected:
+        for key, now in settings.items():
+            # A study that began with --results has no dtype yet.
+            if (found := before["settings"].get(key, now)) != now:
                 raise UserError(
-                    f"{path}: field '{key}': found {expected!r}, and now {settings[key]!r}; expected the same settings "
-                    "in all parts of a study: name another --out"
+                    f"{path}: field '{key}': found {found!r}, and now {now!r}; expected the same settings in all parts "
+                    "of a study: name another --out"
                 )
-        plan, name = before["plan"], name or before["base"]
-    names = [*plan["arms"], *(arm.name for arm in study.arms)]
-    plan = {
-        "arms": [arm.name for arm in all_arms(num_layers) if arm.name in names],
-        "tokens": sorted({*plan["tokens"], *study.tokens}),
-        "num_seeds": max(plan["num_seeds"], study.num_seeds),
-        "has_fewshot": plan["has_fewshot"] or study.tasks is not None,
-    }
+        plan, name = merge_plans(num_layers, before["plan"], plan), name or before["base"]
     base = name or (study.base.name if study.base.is_dir() else study.base.stem)
     content = {"base": base, "num_layers": num_layers, "settings": settings, "plan": plan}
     content |= {"train_documents": len(train), "heldout_documents": len(heldout)}
@@ -425,6 +423,7 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     steps = study_steps(study)
+    delete_unneeded_statistics(study, steps)
     outcome = run_steps(steps, log, seconds=60 * minutes, env=env, write_record=write_record, keep=keep)
     print(f"\nreport: {write_report(study.out)}")
     delete_unneeded_statistics(study, outcome.left)
@@ -451,6 +450,8 @@ def main() -> None:
     num_layers = open_source(arguments.base).model.num_layers
     study = make_study(arguments, num_layers)
     if arguments.print:
+        if arguments.results:
+            raise UserError("--print: found --results beside it; expected it alone, as it writes nothing")
         for step in pending_steps(study_steps(study)):
             print(f"# {step.name}\n{shlex.join(step.command)}")
         return

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import statistics
 import zlib
 from collections.abc import Sequence
@@ -58,6 +59,18 @@ def write_training_record(step: Step, dtype: str) -> None:
     write_result(step.record, result)
 
 
+def study_file(out: Path) -> Path:
+    """Return the path of a study's settings and plan in `out`, which may not have begun.
+
+    Raises:
+        UserError: `out` is something else.
+    """
+    path = out / "study.json"
+    if not path.exists() and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty and not an earlier study; expected a directory to create")
+    return path
+
+
 def pack_results(out: Path, archive: Path) -> None:
     """Write study.json and the results of the study in `out`; the same results make the same bytes."""
     results: dict[str, dict[str, Any]] = {}
@@ -83,38 +96,38 @@ def _add(out: Path, archive: Path) -> int:
     try:
         content = json.loads(gzip.decompress(archive.read_bytes()))
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"--results: {archive}: {error}; expected a results.json.gz of a study") from None
+        found = getattr(error, "strerror", None) or error
+        raise UserError(f"--results: {archive}: found {found}; expected a results.json.gz of a study") from None
     with expect_whole_result(archive, KIND):
         if content["kind"] != KIND:
             raise UserError(f"--results: {archive}: field 'kind': found {content['kind']!r}; expected {KIND!r}")
         theirs, results = content["study"], content["results"]
-        path = out / "study.json"
-        if path.exists():
-            study = read_json(path)
-            for key, expected in study["settings"].items():
-                if theirs["settings"][key] != expected:
-                    raise UserError(
-                        f"--results: {archive}: setting '{key}': found {theirs['settings'][key]!r}; expected "
-                        f"{expected!r}, as in {path}: results of one study only"
-                    )
-        else:
-            study = theirs
-        study["plan"] = _merge_plans(study["num_layers"], study["plan"], theirs["plan"])
-        all_results = {
-            result_path(out, model, name): values for model, named in results.items() for name, values in named.items()
-        }
-        for result in all_results:
-            if result.parents[2] != out:
-                raise UserError(f"--results: {archive}: found a result {result}; expected it in {out / 'results'}")
-    missing = {result: values for result, values in all_results.items() if not result.exists()}
+        path = study_file(out)
+        # Each result has its own, and a part of a study that of its machine.
+        theirs["settings"].pop("dtype", None)
+        study = read_json(path) if path.exists() else theirs
+        for key, found in theirs["settings"].items():
+            if found != study["settings"][key]:
+                raise UserError(
+                    f"--results: {archive}: setting '{key}': found {found!r}; expected {study['settings'][key]!r}, as "
+                    f"in {path}: results of one study only"
+                )
+        study["plan"] = merge_plans(study["num_layers"], study["plan"], theirs["plan"])
+        named = [(model, name, values) for model, measures in results.items() for name, values in measures.items()]
+        for word in {word for model, name, _ in named for word in (model, name)}:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", word):
+                raise UserError(f"--results: {archive}: found a result named {word!r}; expected an arm and a measure")
+    missing = {result_path(out, model, name): values for model, name, values in named}
+    missing = {result: values for result, values in missing.items() if not result.exists()}
+    write_json(path, study)
     for result, values in missing.items():
         result.parent.mkdir(parents=True, exist_ok=True)
         write_json(result, values)
-    write_json(path, study)
     return len(missing)
 
 
-def _merge_plans(num_layers: int, plan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def merge_plans(num_layers: int, plan: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Merge what two parts of a study are to make."""
     planned = {*plan["arms"], *other["arms"]}
     return {
         "arms": [arm.name for arm in all_arms(num_layers) if arm.name in planned],

@@ -301,10 +301,12 @@ def test_conversions_on_a_draw_share_statistics_which_are_deleted_when_none_is_l
         Path(directory).mkdir(parents=True)
     left = [step for step in list_steps(study) if step.name == "convert calibrated-r64-draw2"]
     conversion_study.delete_unneeded_statistics(study, left)
-    assert [path.name for path in study.statistics(0).parent.iterdir()] == ["draw2"]
-    conversion_study.delete_unneeded_statistics(study, [])
-    conversion_study.delete_unneeded_statistics(make_study(tmp_path / "new"), [])
-    assert not list(study.statistics(0).parent.iterdir())
+    assert list(study.statistics(0).parent.iterdir()) == [study.statistics(2)]
+    mine = study.statistics(0).parent / "mine"
+    mine.touch()
+    for empty in (study, make_study(tmp_path / "new")):
+        conversion_study.delete_unneeded_statistics(empty, [])
+    assert list(study.statistics(0).parent.iterdir()) == [mine]
 
 
 def test_no_step_begins_that_would_not_end_in_time_but_one_always_does(
@@ -582,6 +584,24 @@ def test_a_study_goes_on_elsewhere_with_the_results_of_its_archive(
     assert (plan["arms"], plan["tokens"]) == ([arm.name for arm in ARMS], [102_400, 204_800, 409_600])
 
 
+def test_a_part_on_another_machine_may_have_another_dtype_but_keeps_its_own(
+    command: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_steps, "_run", lambda *_: False)
+
+    def run(*flags: Any) -> Any:
+        flags = ("--minutes", 0, "--arms", "keep-2", "--tokens", 4096, *flags)
+        return run_program(conversion_study.main, [*command, *flags], capsys, monkeypatch)
+
+    run("--dtype", "bfloat16")
+    archive = (command[-1] / "results.json.gz").rename(tmp_path / "results.json.gz")
+    shutil.rmtree(command[-1])
+    assert "results added" in run("--results", archive, "--dtype", "float32").out
+    assert "field 'dtype': found 'float32', and now 'bfloat16'" in run("--dtype", "bfloat16").err
+    assert "not made, as said above" in run("--dtype", "float32").err
+    assert "--print: found --results beside it" in run("--results", archive, "--print").err
+
+
 def test_an_archive_of_another_study_or_none_at_all_is_one_line_and_adds_nothing(results: Path, tmp_path: Path) -> None:
     write_report(results)
     archive, other = results / "results.json.gz", tmp_path / "other"
@@ -599,8 +619,11 @@ def test_an_archive_of_another_study_or_none_at_all_is_one_line_and_adds_nothing
         b"{}": "expected a results.json.gz of a study",
         packed[:40] + b"x" * 40: "expected a results.json.gz of a study",
         gzip.compress(b'{"kind": "fewshot"}'): "field 'kind': found 'fewshot'; expected 'conversion-study-results'",
-        gzip.compress(json.dumps({**content, "study": {}}).encode()): "field 'num_layers' is missing",
-        gzip.compress(json.dumps({**content, "results": {"../x": {"model": {}}}}).encode()): "found a result .*x/model",
+        gzip.compress(json.dumps({**content, "study": {}}).encode()): "field 'settings' is missing",
+        gzip.compress(json.dumps({**content, "results": {"../x": {"model": {}}}}).encode()): "named '../x'",
+        gzip.compress(
+            json.dumps({**content, "results": {"..": {"model": {}}}}).encode()
+        ): "named '..'; expected an arm",
     }.items():
         bad.write_bytes(damaged)
         with pytest.raises(UserError, match=message):
@@ -608,6 +631,9 @@ def test_an_archive_of_another_study_or_none_at_all_is_one_line_and_adds_nothing
     with pytest.raises(UserError, match="nowhere"):
         add_results(tmp_path / "new", [tmp_path / "nowhere"])
     assert not list((tmp_path / "new").iterdir()) and not (other / "results").exists()
+    (tmp_path / "new" / "notes").touch()
+    with pytest.raises(UserError, match="new: not empty and not an earlier study"):
+        add_results(tmp_path / "new", [archive])
 
 
 def test_report_says_which_models_are_in_another_dtype(results: Path) -> None:
@@ -687,9 +713,12 @@ def test_settings_of_a_study_stay_the_same_and_its_plan_grows(
         return run_program(conversion_study.main, [*command, "--minutes", 0, *flags], capsys, monkeypatch)
 
     monkeypatch.setattr(study_steps, "_run", lambda *_: False)
+    old = out / "statistics" / "draw0-of-other-code"
     assert "not made, as said above: held-out code;" in run("--arms", "keep-2", "--tokens", 4096).err
+    old.mkdir(parents=True)
     assert "calibrated" not in (out / "report.md").read_text()
     run("--arms", "calibrated-r64", "--tokens", 8192, "--seeds", 2, "--name", "Tiny")
+    assert not old.exists()
     plan = json.loads((out / "study.json").read_text())
     assert plan["plan"] == {
         "arms": ["base", "keep-2", "calibrated-r64"],

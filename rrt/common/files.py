@@ -64,7 +64,7 @@ def locked_directory(path: Path) -> Iterator[None]:
 
 
 def _is_locked(path: Path) -> UserError:
-    return UserError(f"{path}: another process writes here; wait for it or name another --out")
+    return UserError(f"{path}: another process writes here; wait for it, or name another directory")
 
 
 @contextmanager

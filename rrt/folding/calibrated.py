@@ -8,7 +8,7 @@ on after it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
-from rrt.common.files import locked_directory
 from rrt.errors import UserError
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, LinearStatistics, TextPass
 from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
@@ -164,8 +163,7 @@ class CalibratedBlock:
     ) -> Iterator[tuple[BaseStatistics, Callable[[str, int], None]]]:
         """Yield the base's statistics, and a function that moves the bar on; `further` steps are still to come."""
         num_layers = self._source.model.num_layers
-        is_shared = self._calibration.statistics is not None
-        keep = is_shared or self._statistics_bytes() <= self._calibration.memory
+        keep = self._calibration.statistics is not None or self._statistics_bytes() <= self._calibration.memory
         costs = _costs(self._calibration, keep)
         # Without a terminal the bar would fill a log file.
         with tqdm(
@@ -180,10 +178,9 @@ class CalibratedBlock:
                 bar.update(costs[name])
 
             statistics = BaseStatistics(self._text, self._calibration.metric, self._statistics, keep=keep, step=step)
-            with locked_directory(self._statistics.directory) if is_shared else nullcontext():
-                statistics.forward()
-                if self._calibration.metric != "activations":
-                    statistics.backward()
+            statistics.forward()
+            if self._calibration.metric != "activations":
+                statistics.backward()
             yield statistics, step
 
     def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor, Tensor]:

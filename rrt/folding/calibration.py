@@ -170,7 +170,7 @@ class BaseStatistics:
     def _is_complete(self) -> bool:
         """Whether the workspace has everything that both passes are for."""
         names = (f"statistics-{depth:03d}" for depth in range(self._num_layers))
-        return self._keep and self._metric != "activations" and all(map(self._workspace.has, names))
+        return self._metric != "activations" and all(map(self._workspace.has, names))
 
     @torch.no_grad()
     def forward(self) -> None:

@@ -9,6 +9,7 @@ import json
 import time
 import typing
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
-from rrt.folding.calibration import CalibrationMetric
+from rrt.folding.calibration import CalibrationMetric, products_dtype
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
-from rrt.folding.fold import Folding, MatrixReport, VectorReport, folds_norms, kept_depths
+from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
 from rrt.folding.rank_budget import distribute_budget
 from rrt.folding.views import KeptLayers
 from rrt.folding.workspace import Workspace
@@ -207,18 +208,22 @@ def run_conversion(conversion: PreparedConversion, *, progress: bool = False) ->
             recursion = _with_budget_distributed(conversion, gains)
             folding = Folding(conversion.source, recursion, conversion.dtype, conversion.seed)
         return _write(conversion, folding, None, start, progress)
-    with locked_directory(workspace_directory(conversion.out)):
-        return _run_calibrated(conversion, conversion.calibration, start, progress)
+    calibration, shared = conversion.calibration, None
+    with ExitStack() as locks:
+        if calibration.statistics is not None:
+            locks.enter_context(locked_directory(calibration.statistics))
+            settings = _statistics_settings(conversion, calibration)
+            shared = Workspace(calibration.statistics, _hashed(settings), is_shared=True)
+        locks.enter_context(locked_directory(workspace_directory(conversion.out)))
+        return _run_calibrated(conversion, calibration, shared, start, progress)
 
 
 def _run_calibrated(
-    conversion: PreparedConversion, calibration: Calibration, start: float, progress: bool
+    conversion: PreparedConversion, calibration: Calibration, shared: Workspace | None, start: float, progress: bool
 ) -> ConversionReport:
-    workspace = statistics = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, calibration))
+    workspace = Workspace(workspace_directory(conversion.out), _fingerprint(conversion, calibration))
+    statistics = shared or workspace
     try:
-        if calibration.statistics is not None:
-            settings = _statistics_settings(conversion, calibration)
-            statistics = Workspace(calibration.statistics, _hashed(settings), is_shared=True)
         folding = _calibrated_folding(conversion, conversion.recursion, calibration, workspace, statistics)
         if conversion.recursion.lora_rank.is_budget:
             recursion = _with_budget_distributed(conversion, folding.measure_gains(progress=progress))
@@ -271,10 +276,10 @@ def _statistics_settings(conversion: PreparedConversion, calibration: Calibratio
     return {
         "code": code_version(),
         "base": fingerprint(conversion.source.directory),
-        "has_folded_norms": folds_norms(conversion.recursion),
         "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
         "context": calibration.rows.shape[1] - 1,
         "metric": calibration.metric,
+        "products": str(products_dtype(calibration.device)),
     }
 
 
@@ -388,7 +393,19 @@ def _open_calibration(
     memory = options.memory
     if memory is None:
         memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
+    if options.statistics is not None:
+        _check_statistics_directory(options.statistics, out)
     return Calibration(rows, options.metric, options.refit, options.align, memory, device, options.statistics)
+
+
+def _check_statistics_directory(path: Path, out: Path) -> None:
+    """Raise `UserError` if statistics cannot outlive a conversion to `out` there."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--calibration-statistics: found {path}, a file; expected a directory")
+    inside = path.resolve()
+    for kept in (out, workspace_directory(out)):
+        if kept.resolve() in (inside, *inside.parents):
+            raise UserError(f"--calibration-statistics: found {path}; expected a directory apart from {kept}")
 
 
 def _depths_to_keep(model: ModelConfig, init: Init, keep_layers: int) -> tuple[int, ...]:

@@ -100,14 +100,16 @@ def fit_tied(
     wide = [weight.double() for weight in weights]
     forms = _forms(wide, metrics)
     fit = _Fit(wide, forms, min(rank, *wide[0].shape), generator or torch.Generator().manual_seed(0))
+    bound: float | None
     if all(torch.equal(weight, wide[0]) for weight in wide):
         objectives, bound = [0.0], 0.0
-    else:
-        fit.forms = _with_common_outputs(forms)
+    elif _share_a_side(forms):
         objectives, bound = _fit_sharing_a_side(fit, sweeps)
-        if not _share_a_side(forms):
-            fit.forms = forms
-            objectives, bound = _alternate(fit, sweeps), None
+    else:
+        fit.measure_in(_with_common_outputs(forms))
+        _fit_sharing_a_side(fit, sweeps, is_start=True)
+        fit.measure_in(forms)
+        objectives, bound = _alternate(fit, sweeps), None
     return TiedFit(
         fit.weight,
         torch.stack([lora_a for lora_a, _ in fit.loras]),
@@ -341,11 +343,19 @@ class _Fit:
 
     def __init__(self, weights: list[Tensor], forms: list[_Form], rank: int, generator: torch.Generator) -> None:
         self.weights, self.forms, self.rank, self.generator = weights, forms, rank, generator
+        self._errors: list[float] | None = None
         self.weight, self.remainders = weights[0], list(weights)
         nothing = weights[0].new_zeros(weights[0].shape[0], rank)
         self.loras: list[_Lora] = [(random_unit_rows(rank, weights[0], generator), nothing) for _ in weights]
 
+    def measure_in(self, forms: list[_Form]) -> None:
+        self.forms, self._errors = forms, None
+
+    def set_weight(self, weight: Tensor) -> None:
+        self.weight, self._errors = weight, None
+
     def set_lora(self, loop: int, lora: _Lora) -> None:
+        self._errors = None
         self.loras[loop] = lora
         self.remainders[loop] = torch.addmm(self.weights[loop], lora[1], lora[0], alpha=-1.0)
 
@@ -355,16 +365,20 @@ class _Fit:
 
     def fit_weight(self, total: _Form) -> None:
         """Fit W' to given LoRAs; `total` is the sum of the forms."""
-        self.weight = _mean(self.remainders, total, self.forms)
+        self.set_weight(_mean(self.remainders, total, self.forms))
 
     def errors(self) -> list[float]:
-        return [
-            form.square(remainder - self.weight) for form, remainder in zip(self.forms, self.remainders, strict=True)
-        ]
+        if self._errors is None:
+            pairs = zip(self.forms, self.remainders, strict=True)
+            self._errors = [form.square(remainder - self.weight) for form, remainder in pairs]
+        return self._errors
 
 
-def _fit_sharing_a_side(fit: _Fit, sweeps: int) -> tuple[list[float], float]:
+def _fit_sharing_a_side(fit: _Fit, sweeps: int, *, is_start: bool = False) -> tuple[list[float], float]:
     """Fit in forms that share a side, by the closed form for two loops, by elimination for more.
+
+    Args:
+        is_start: of a fit in other forms, so that nobody asks for the objectives and their bound.
 
     Returns:
         The objective at the start and after each sweep, and its bound.
@@ -376,13 +390,13 @@ def _fit_sharing_a_side(fit: _Fit, sweeps: int) -> tuple[list[float], float]:
         for loop, lora in enumerate(_fit_difference(difference, fit.rank, _parallel(*forms), fit.generator)):
             fit.set_lora(loop, lora)
         fit.fit_weight(total)
-        objective = sum(fit.errors())
+        objective = 0.0 if is_start else sum(fit.errors())
         return [objective], objective
 
     fit.fit_weight(total)
     for loop in loops:
         fit.fit_lora(loop, fit.weight, forms[loop])
-    objectives = [sum(fit.errors())]
+    objectives = [] if is_start else [sum(fit.errors())]
     others = [[other for other in loops if other != loop] for loop in loops]
     sums = [_sum([forms[other] for other in rest]) for rest in others]
     eliminated = [_parallel(form, rest) for form, rest in zip(forms, sums, strict=True)]
@@ -391,8 +405,9 @@ def _fit_sharing_a_side(fit: _Fit, sweeps: int) -> tuple[list[float], float]:
             mean = _mean([fit.remainders[other] for other in rest], sums[loop], [forms[other] for other in rest])
             fit.fit_lora(loop, mean, eliminated[loop])
         fit.fit_weight(total)
-        objectives.append(sum(fit.errors()))
-    return objectives, _bound(fit.weights, fit.rank, forms)
+        if not is_start:
+            objectives.append(sum(fit.errors()))
+    return objectives, 0.0 if is_start else _bound(fit.weights, fit.rank, forms)
 
 
 def _fit_difference(difference: Tensor, rank: int, form: _Form, generator: torch.Generator) -> list[_Lora]:
@@ -416,7 +431,7 @@ def _alternate(fit: _Fit, sweeps: int) -> list[float]:
     objectives = [sum(fit.errors())]
     scale = _Form(1.0, _mean_side(fit.forms, "inputs"), _mean_side(fit.forms, "outputs"))
     for _ in range(sweeps):
-        fit.weight = _descend(fit.weight, fit.remainders, fit.forms, scale)
+        fit.set_weight(_descend(fit.weight, fit.remainders, fit.forms, scale))
         for loop, form in enumerate(fit.forms):
             fit.fit_lora(loop, fit.weight, form)
         objectives.append(sum(fit.errors()))

@@ -243,6 +243,38 @@ def test_statistics_are_shared_by_conversions_of_other_ranks_and_loops(bases, me
     assert kept == ({"statistics"} if metric == "both" else {"statistics", "state"})
 
 
+def test_statistics_that_were_kept_are_not_computed_again_where_memory_is_short_now(bases, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.SideBySide, "advance", lambda *_: (_ for _ in ()).throw(Interrupted()))
+        with pytest.raises(Interrupted):
+            calibrate(bases["llama"], tmp_path / "out", text)
+    monkeypatch.setattr(calibration, "load_layer", lambda *_: pytest.fail("the base runs again"))
+    calibrate(bases["llama"], tmp_path / "out", text, options={"memory": 0})
+
+
+def test_a_refused_folder_of_statistics_leaves_the_steps_of_an_interrupted_conversion(
+    bases, text, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.SideBySide, "advance", lambda *_: (_ for _ in ()).throw(Interrupted()))
+        with pytest.raises(Interrupted):
+            calibrate(bases["llama"], tmp_path / "out", text)
+    steps = {path.name for path in (tmp_path / "out.calibration").iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    with pytest.raises(UserError, match=r"mine: is not of a conversion"):
+        calibrate(bases["llama"], tmp_path / "out", text, options={"statistics": tmp_path / "mine"})
+    assert {path.name for path in (tmp_path / "out.calibration").iterdir()} == steps
+
+
+@pytest.mark.parametrize("place", ["out", "out/statistics", "out.calibration", "base/config.json"])
+def test_statistics_in_the_output_or_a_file_are_refused_at_once(bases, place, text, tmp_path):
+    statistics = bases["llama"] / "config.json" if place.startswith("base") else tmp_path / place
+    with pytest.raises(UserError, match=r"--calibration-statistics: found .*; expected a directory"):
+        calibrate(bases["llama"], tmp_path / "out", text, options={"statistics": statistics})
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_statistics_go_on_in_another_conversion(bases, text, tmp_path, monkeypatch):
     options, passes = {"statistics": tmp_path / "statistics"}, []
     with monkeypatch.context() as patch:
