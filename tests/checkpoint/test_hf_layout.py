@@ -458,6 +458,12 @@ def test_minus_one_means_no_such_token():
     assert (config.pad_token_id, config.bos_token_id) == (None, None)
 
 
+def test_weights_that_transformers_read_from_a_gguf_are_plain_weights(caplog):
+    trace = {"dequantize": False, "gguf_file": "model.Q4_1.gguf", "quant_method": "gguf"}
+    assert read(TINYLLAMA | {"quantization_config": trace}) == read(TINYLLAMA)
+    assert "'quantization_config'" in caplog.text
+
+
 def test_unknown_fields_are_ignored_with_one_warning_that_lists_them(caplog):
     extra = {
         "unsloth_version": "2024.9",
