@@ -191,7 +191,8 @@ void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename
 
 // sums = panel `out` of a weight [n, k] times every row of the block; finish(tile) is called when a tile is done.
 template <class D, class Finish>
-void multiply_weight(const CpuWork& work, const void* weight, int64_t out, typename D::Acc* sums, const Finish& finish) {
+void multiply_weight(const CpuWork& work, const void* weight, int64_t out, typename D::Acc* sums,
+                     const Finish& finish) {
   const Params& p = *work.params;
   clear<D>(sums, work.x.rows * kPanel);
   const auto* w = static_cast<const typename D::Storage*>(weight);

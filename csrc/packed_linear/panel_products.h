@@ -115,9 +115,9 @@ __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, i
   constexpr int kVectors = ROWS * kPanelVectors <= kMaxAccumulators ? kPanelVectors : 2;
   constexpr int kWidth = kVectors * kLanes<D>;
   constexpr int64_t kPasses = kPanel / kWidth;
-  static_assert(kPanel % kWidth == 0);
-  // A chunk of weights and a tile of rows are more than the first-level cache holds. Whether a step has slots for hints of
-  // what is in the second, beside its multiply-adds: AVX2 reads two operands for three of them.
+  static_assert(kPanel % kWidth == 0 && ROWS <= kReadBehind);
+  // A chunk of weights and a tile of rows are more than the first-level cache holds. Whether a step has slots for hints
+  // of what is in the second, beside its multiply-adds: AVX2 reads two operands for three of them.
   constexpr bool kHasSlots = ROWS * kVectors >= 16;
   constexpr int64_t kAhead = 4;  // steps
   // The next tile, or the next chunk of the first; behind the last of all is kReadBehind.
@@ -331,8 +331,8 @@ class Panel {
     return buffer_;
   }
   // As much as the chunk of what follows it, for the first of `products` products with it that each prefetch a part: if
-  // the first brought all of it, memory would rest during the others. Nothing from behind the weights: where no memory is,
-  // a prefetch costs a walk through the page tables each time, and a product with one per step takes twice as long.
+  // the first brought all of it, memory would rest during the others. Nothing from behind the weights: where no memory
+  // is, a prefetch walks through the page tables each time, and a product with one per step takes twice as long.
   Prefetch next(int64_t index, const Storage* chunk, int64_t products = 1) const {
     const Storage* from = chunk + steps(index) * kStepSize<D>;
     if (!packed_ || end_ - from < from - chunk) return {reinterpret_cast<const char*>(chunk), 0};
