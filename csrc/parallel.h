@@ -43,7 +43,7 @@ class KeptMemory {
     constexpr int64_t kAlign = 64;
     if (bytes > size_) {
       size_ = 0;  // should the allocation fail
-      memory_.reset(new char[bytes + kAlign]);
+      memory_.reset(new char[bytes + kAlign]());  // pages that were never written would slow prefetches from them
       size_ = bytes;
     }
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());

@@ -50,17 +50,16 @@ void shrink(const CpuWork& work, int64_t begin, int64_t end) {
     const RowPiece* last = work.pieces + work.loop_starts[task / panels + 1];
     const int64_t row_begin = first->begin, row_end = (last - 1)->begin + (last - 1)->rows;
     const int64_t rank_begin = (p.first_rank_panel + task % panels) * kPanel;
-    const auto* a =
-        static_cast<const typename D::Storage*>(p.lora_a) + first->loop * matrix_size<D>(p, p.total_rank, p.k);
-    Panel<D> panel(p.packed, a, rank_begin, p.total_rank, p.k, p.k);
+    const auto* a = static_cast<const typename D::Storage*>(p.lora_a);
+    const int64_t size = matrix_size<D>(p, p.total_rank, p.k);
+    Panel<D> panel(p.packed, a + first->loop * size, rank_begin, p.total_rank, p.k, p.k, a + p.num_loops * size);
     clear<D>(sums, (row_end - row_begin) * kPanel);
     for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_panel<D>(piece->rows, w, panel.steps(chunk),
                           operands_at<D>(work.x.operands, work.x.rows, chunk, piece->begin),
-                          sums + (piece->begin - row_begin) * kPanel, next_chunk<D>(w, panel.steps(chunk)),
-                          work.x.rows);
+                          sums + (piece->begin - row_begin) * kPanel, panel.next(chunk, w));
       }
     }
     for (int64_t s = 0; s < work.num_segments; ++s) {
@@ -101,14 +100,14 @@ void add_lora(const CpuWork& work, int64_t out, int64_t segment_index, int64_t l
   for (int64_t i = 0; i < work.num_loops; ++i) {
     const RowPiece* first = work.pieces + work.loop_starts[i];
     const RowPiece* last = work.pieces + work.loop_starts[i + 1];
-    const auto* b =
-        static_cast<const typename D::Storage*>(p.lora_b) + first->loop * matrix_size<D>(p, p.n, p.b_stride);
-    Panel<D> panel(p.packed, b, out, p.n, p.b_stride, segment.rank);
+    const auto* b = static_cast<const typename D::Storage*>(p.lora_b);
+    const int64_t size = matrix_size<D>(p, p.n, p.b_stride);
+    Panel<D> panel(p.packed, b + first->loop * size, out, p.n, p.b_stride, segment.rank, b + p.num_loops * size);
     for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
       const typename D::Storage* w = panel.chunk(chunk);
       for (const RowPiece* piece = first; piece < last; ++piece) {
         multiply_panel<D>(piece->rows, w, panel.steps(chunk), shrunk_at<D>(work, segment_index, chunk, piece->begin),
-                          to + piece->begin * kPanel, next_chunk<D>(w, panel.steps(chunk)), work.x.rows);
+                          to + piece->begin * kPanel, panel.next(chunk, w));
       }
     }
   }
@@ -135,35 +134,44 @@ struct PanelBias {
   }
 };
 
+// y = sums + bias for the block's pieces [begin, end).
 template <class D>
-void store(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* sums) {
+void store(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* sums, int64_t begin, int64_t end) {
   using Storage = typename D::Storage;
   const Params& p = *work.params;
-  for (int64_t i = 0; i < work.loop_starts[work.num_loops]; ++i) {
-    const RowPiece& piece = work.pieces[i];
-    const auto* loop_bias = static_cast<const Storage*>(p.bias);
-    if (loop_bias != nullptr) loop_bias += piece.loop * p.bias_loop_stride;
-    const PanelBias<D> bias(loop_bias, out, lanes);
-    for (int64_t row = piece.begin; row < piece.begin + piece.rows; ++row) {
-      const typename D::Acc* from = sums + row * kPanel;
-      Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
-      for (int v = 0; v < bias.kVectors && v * kLanes<D> < lanes; ++v) {
-        const auto sum = load<typename D::Vec>(from + v * kLanes<D>) + bias.values[v];
-        write<D>(sum, to + v * kLanes<D>, lanes - v * kLanes<D>);
+  const auto store_pieces = [&](int64_t width) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowPiece& piece = work.pieces[i];
+      const auto* loop_bias = static_cast<const Storage*>(p.bias);
+      if (loop_bias != nullptr) loop_bias += piece.loop * p.bias_loop_stride;
+      const PanelBias<D> bias(loop_bias, out, lanes);
+      for (int64_t row = piece.begin; row < piece.begin + piece.rows; ++row) {
+        const typename D::Acc* from = sums + row * kPanel;
+        Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
+        for (int v = 0; v < bias.kVectors && v * kLanes<D> < width; ++v) {
+          const auto sum = load<typename D::Vec>(from + v * kLanes<D>) + bias.values[v];
+          write<D>(sum, to + v * kLanes<D>, width - v * kLanes<D>);
+        }
       }
     }
+  };
+  // Of a whole panel there is no end to look for.
+  if (lanes == kPanel) {
+    store_pieces(kPanel);
+  } else {
+    store_pieces(lanes);
   }
 }
 
 template <class D, elementwise::Activation A>
 void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename D::Acc* gates,
-                 const typename D::Acc* sums) {
+                 const typename D::Acc* sums, const RowTile& tile) {
   using Vec = typename D::Vec;
   using Storage = typename D::Storage;
   const Params& p = *work.params;
   const PanelBias<D> gate_bias(p.gate_bias, out, lanes), bias(p.bias, out, lanes);
   const auto store_rows = [&](int64_t width) __attribute__((always_inline)) {
-    for (int64_t row = 0; row < work.x.rows; ++row) {
+    for (int64_t row = tile.begin; row < tile.begin + tile.rows; ++row) {
       Storage* to = static_cast<Storage*>(p.y) + work.x.order[row] * p.n + out;
       for (int v = 0; v < bias.kVectors && v * kLanes<D> < width; ++v) {
         const int64_t first = row * kPanel + v * kLanes<D>;
@@ -173,7 +181,7 @@ void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename
       }
     }
   };
-  // Of a whole panel there is no end to look for.
+  // As in store.
   if (lanes == kPanel) {
     store_rows(kPanel);
   } else {
@@ -181,18 +189,22 @@ void store_gated(const CpuWork& work, int64_t out, int64_t lanes, const typename
   }
 }
 
-// sums = panel `out` of a weight [n, k] times every row of the block.
-template <class D>
-void multiply_weight(const CpuWork& work, const void* weight, int64_t out, typename D::Acc* sums) {
+// sums = panel `out` of a weight [n, k] times every row of the block; finish(tile) is called when a tile is done.
+template <class D, class Finish>
+void multiply_weight(const CpuWork& work, const void* weight, int64_t out, typename D::Acc* sums,
+                     const Finish& finish) {
   const Params& p = *work.params;
   clear<D>(sums, work.x.rows * kPanel);
-  Panel<D> panel(p.packed, static_cast<const typename D::Storage*>(weight), out, p.n, p.k, p.k);
-  multiply_block<D>(panel, work.x, sums, [&](const RowTile& tile) {
-    // Where the results go: the store would wait for these lines, one per row and far apart.
+  const auto* w = static_cast<const typename D::Storage*>(weight);
+  Panel<D> panel(p.packed, w, out, p.n, p.k, p.k, w + matrix_size<D>(p, p.n, p.k));
+  // The store would wait for these lines, two or so per row and far apart.
+  const auto prefetch_results = [&](const RowTile& tile) {
     for (int64_t row = tile.begin; row < tile.begin + tile.rows; ++row) {
-      __builtin_prefetch(static_cast<typename D::Storage*>(p.y) + work.x.order[row] * p.n + out, 1);
+      const auto* to = static_cast<const typename D::Storage*>(p.y) + work.x.order[row] * p.n + out;
+      for (int64_t i = 0; i < kPanel; i += 64 / sizeof(*to)) __builtin_prefetch(to + i, 1);
     }
-  });
+  };
+  multiply_block<D>(panel, work.x, sums, prefetch_results, finish);
 }
 
 template <class D>
@@ -204,9 +216,10 @@ void expand_gated(const CpuWork& work, int64_t begin, int64_t end) {
   const auto store = p.activation == Activation::kSilu ? store_gated<D, Activation::kSilu>
                                                        : store_gated<D, Activation::kGeluTanh>;
   for (int64_t out = begin * kPanel; out < smaller(end * kPanel, p.n); out += kPanel) {
-    multiply_weight<D>(work, p.gate_weight, out, gates);
-    multiply_weight<D>(work, p.weight, out, sums);
-    store(work, out, smaller(kPanel, p.n - out), gates, sums);
+    multiply_weight<D>(work, p.gate_weight, out, gates, [](const RowTile&) {});
+    multiply_weight<D>(work, p.weight, out, sums, [&](const RowTile& tile) {
+      store(work, out, smaller(kPanel, p.n - out), gates, sums, tile);
+    });
   }
 }
 
@@ -217,10 +230,19 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
   if (p.gate_weight != nullptr) return expand_gated<D>(work, begin, end);
   [[maybe_unused]] TileRegisters<D> registers;
   alignas(64) typename D::Acc sums[kMaxBlockRows * kPanel];
+  const int64_t num_pieces = work.loop_starts[work.num_loops];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t out = (p.first_panel + task) * kPanel;
     const int64_t lanes = smaller(kPanel, p.n - out);
-    multiply_weight<D>(work, p.weight, out, sums);
+    // Without LoRA a tile's results are stored while the next tile is multiplied.
+    int64_t piece = 0;
+    multiply_weight<D>(work, p.weight, out, sums, [&](const RowTile& tile) {
+      if (p.total_rank > 0) return;
+      const int64_t first = piece;
+      while (piece < num_pieces && work.pieces[piece].begin < tile.begin + tile.rows) ++piece;
+      store<D>(work, out, lanes, sums, first, piece);
+    });
+    if (p.total_rank == 0) continue;
     for (int64_t s = 0; s < work.num_segments; ++s) {
       const Segment& segment = work.segments[s];
       const int64_t lane_begin = segment.out_begin > out ? segment.out_begin - out : 0;
@@ -231,7 +253,7 @@ void expand(const CpuWork& work, int64_t begin, int64_t end) {
         add_lora<D>(work, out, s, lane_begin, lane_end, sums);
       }
     }
-    store<D>(work, out, lanes, sums);
+    store<D>(work, out, lanes, sums, 0, num_pieces);
   }
 }
 

@@ -61,6 +61,8 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
   using Acc = typename D::Acc;
   const int64_t num_rows = work.x.rows;
   [[maybe_unused]] TileRegisters<D> registers;
+  const auto* weight = static_cast<const typename D::Storage*>(work.weight);
+  const auto* weight_end = weight + num_panels(work.n) * kPanel * round_up(work.x.k, kStepColumns<D>);
   alignas(64) Acc sums[kMaxBlockRows * kPanel];
   RowStatistics<D> rows[kMaxBlockRows];
   for (int64_t part = begin; part < end; ++part) {
@@ -69,8 +71,8 @@ void statistics(const StatisticsWork& work, int64_t begin, int64_t end) {
     const int64_t last = smaller((part + 1) * kPartPanels, num_panels(work.n));
     for (int64_t out = first; out < last * kPanel; out += kPanel) {
       clear<D>(sums, num_rows * kPanel);
-      Panel<D> panel(true, static_cast<const typename D::Storage*>(work.weight), out, work.n, work.x.k, work.x.k);
-      multiply_block<D>(panel, work.x, sums, [](const RowTile&) {});
+      Panel<D> panel(true, weight, out, work.n, work.x.k, work.x.k, weight_end);
+      multiply_block<D>(panel, work.x, sums, [](const RowTile&) {}, [](const RowTile&) {});
       for (int64_t row = 0; row < num_rows; ++row) {
         for (int64_t lane = work.n - out; lane < kPanel; ++lane) sums[row * kPanel + lane] = kUnseen<Acc>;
         rows[row].add(sums + row * kPanel, out);

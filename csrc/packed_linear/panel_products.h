@@ -92,7 +92,9 @@ constexpr int64_t kOperandColumns = kStepColumns<D> * (kOnTiles<D> ? kTileSteps 
 template <class D>
 constexpr int64_t kTileRows = kOnTiles<D> ? kMaxBlockRows : RRT_TILE_ROWS;
 template <class D>
-constexpr int64_t kStepBytes = kPanel * kStepColumns<D> * sizeof(typename D::Storage);
+constexpr int64_t kStepSize = kPanel * kStepColumns<D>;
+template <class D>
+constexpr int64_t kStepBytes = kStepSize<D> * sizeof(typename D::Storage);
 
 // Weights to bring into the cache during a product, `stride` bytes per step: the hardware's own prefetching ends at
 // every page.
@@ -107,14 +109,19 @@ struct Prefetch {
 // inlined: the loop needs all registers.
 template <class D, int ROWS>
 __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
-                                                 typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
+                                                 typename D::Acc* c, Prefetch prefetch) {
   using P = PanelProduct<D>;
   constexpr int kPanelVectors = kPanel / kLanes<D>;
   constexpr int kVectors = ROWS * kPanelVectors <= kMaxAccumulators ? kPanelVectors : 2;
   constexpr int kWidth = kVectors * kLanes<D>;
   constexpr int64_t kPasses = kPanel / kWidth;
-  static_assert(kPanel % kWidth == 0);
-  const char* next_x = reinterpret_cast<const char*>(x + x_rows * kChunk);
+  static_assert(kPanel % kWidth == 0 && ROWS <= kReadBehind);
+  // A chunk of weights and a tile of rows are more than the first-level cache holds. Whether a step has slots for hints
+  // of what is in the second, beside its multiply-adds: AVX2 reads two operands for three of them.
+  constexpr bool kHasSlots = ROWS * kVectors >= 16;
+  constexpr int64_t kAhead = 4;  // steps
+  // The next tile, or the next chunk of the first; behind the last of all is kReadBehind.
+  const char* next_x = reinterpret_cast<const char*>(x + ROWS * kChunk);
   const int64_t stride = prefetch.stride / kPasses;
   for (int64_t pass = 0; pass < kPasses; ++pass) {
     typename D::Vec acc[ROWS][kVectors] = {};
@@ -123,8 +130,15 @@ __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, i
     for (int64_t step = 0; step < steps; ++step) {
       __builtin_prefetch(next_w + step * stride, 0, 2);
       if (stride > 64) __builtin_prefetch(next_w + step * stride + 64, 0, 2);
-      if (pass == 0) __builtin_prefetch(next_x + step * ROWS * sizeof(PanelUnit<D>));
-      P::template multiply<ROWS, kVectors>(from + step * kPanel * P::kStep, x + step, acc);
+      if (kPasses == 1 || (kHasSlots && pass == 0)) __builtin_prefetch(next_x + step * ROWS * sizeof(PanelUnit<D>));
+      const typename D::Storage* weights = from + step * kStepSize<D>;
+      if constexpr (kHasSlots) {
+#pragma GCC unroll 8
+        for (int line = 0; line < kWidth * P::kStep; line += 64 / sizeof(*w)) {
+          __builtin_prefetch(weights + kAhead * kStepSize<D> + line);
+        }
+      }
+      P::template multiply<ROWS, kVectors>(weights, x + step, acc);
     }
     for (int r = 0; r < ROWS; ++r) {
       for (int v = 0; v < kVectors; ++v) {
@@ -139,12 +153,12 @@ __attribute__((noinline)) void multiply_panel_by(const typename D::Storage* w, i
 // The same for a number of rows up to RRT_TILE_ROWS that is known at run time.
 template <class D, int ROWS = RRT_TILE_ROWS>
 inline void multiply_few_rows(int64_t rows, const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
-                              typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
+                              typename D::Acc* c, Prefetch prefetch) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      multiply_panel_by<D, ROWS>(w, steps, x, c, prefetch, x_rows);
+      multiply_panel_by<D, ROWS>(w, steps, x, c, prefetch);
     } else {
-      multiply_few_rows<D, ROWS - 1>(rows, w, steps, x, c, prefetch, x_rows);
+      multiply_few_rows<D, ROWS - 1>(rows, w, steps, x, c, prefetch);
     }
   }
 }
@@ -219,20 +233,12 @@ inline void multiply_panel_on_tiles(int64_t rows, const uint16_t* w, int64_t ste
 // The same for a number of rows up to kTileRows that is known at run time.
 template <class D>
 inline void multiply_panel(int64_t rows, const typename D::Storage* w, int64_t steps, const PanelUnit<D>* x,
-                           typename D::Acc* c, Prefetch prefetch, int64_t x_rows) {
+                           typename D::Acc* c, Prefetch prefetch) {
   if constexpr (kOnTiles<D>) {
     multiply_panel_on_tiles(rows, w, steps, x, c, prefetch);
   } else {
-    multiply_few_rows<D>(rows, w, steps, x, c, prefetch, x_rows);
+    multiply_few_rows<D>(rows, w, steps, x, c, prefetch);
   }
-}
-
-// The next chunk of the stream of weights, of which the `share`th of `shares` products with this one prefetches its
-// part: if the first brought all of it, memory would rest during the others.
-template <class D>
-inline Prefetch next_chunk(const typename D::Storage* w, int64_t steps, int64_t share = 0, int64_t shares = 1) {
-  const int64_t bytes = steps * kStepBytes<D>;
-  return {reinterpret_cast<const char*>(w) + bytes + share * bytes / shares, kStepBytes<D> / shares};
 }
 
 // to[column][row] = from[row][column] for `columns` columns (rows missing up to kPanel are zeros) of elements of
@@ -302,26 +308,35 @@ template <class D>
 class Panel {
  public:
   using Storage = typename D::Storage;
-  static constexpr int64_t kStepSize = kPanel * kStepColumns<D>;
 
-  // `columns` are read; a packed panel has the steps of all `stride` columns.
-  Panel(bool packed, const Storage* matrix, int64_t first, int64_t n, int64_t stride, int64_t columns)
-      : packed_(packed), stride_(stride), rows_(n - first < kPanel ? n - first : kPanel), columns_(columns) {
+  // `columns` are read; a packed panel has the steps of all `stride` columns. The memory of weights ends at `end`.
+  Panel(bool packed, const Storage* matrix, int64_t first, int64_t n, int64_t stride, int64_t columns,
+        const Storage* end)
+      : packed_(packed), stride_(stride), rows_(n - first < kPanel ? n - first : kPanel), columns_(columns), end_(end) {
     from_ = matrix + (packed ? first * round_up(stride, kStepColumns<D>) : first * stride);
   }
 
-  int64_t chunks() const { return num_chunks(total_steps()); }
+  // At least one, of no steps if there are no columns.
+  int64_t chunks() const { return columns_ == 0 ? 1 : num_chunks(total_steps()); }
   int64_t steps(int64_t chunk) const {
     const int64_t rest = total_steps() - chunk * kChunk;
     return rest < kChunk ? rest : kChunk;
   }
   const Storage* chunk(int64_t index) {
-    if (packed_) return from_ + index * kChunk * kStepSize;
+    if (packed_) return from_ + index * kChunk * kStepSize<D>;
     const int64_t first = index * kChunkColumns<D>;
     const int64_t rest = columns_ - first;
     const int64_t size = rest < kChunkColumns<D> ? rest : kChunkColumns<D>;
     pack_columns<D>(from_ + first, stride_, rows_, size, buffer_);
     return buffer_;
+  }
+  // As much as the chunk of what follows it, for the first of `products` products with it that each prefetch a part: if
+  // the first brought all of it, memory would rest during the others. Nothing from behind the weights: where no memory
+  // is, a prefetch walks through the page tables each time, and a product with one per step takes twice as long.
+  Prefetch next(int64_t index, const Storage* chunk, int64_t products = 1) const {
+    const Storage* from = chunk + steps(index) * kStepSize<D>;
+    if (!packed_ || end_ - from < from - chunk) return {reinterpret_cast<const char*>(chunk), 0};
+    return {reinterpret_cast<const char*>(from), kStepBytes<D> / products};
   }
 
  private:
@@ -332,7 +347,8 @@ class Panel {
   int64_t stride_;
   int64_t rows_;
   int64_t columns_;
-  alignas(64) Storage buffer_[kChunk * kStepSize];
+  const Storage* end_;
+  alignas(64) Storage buffer_[kChunk * kStepSize<D>];
 };
 
 // Where `row` of a block of `rows` begins in chunk `chunk` of operands [chunks, rows, kChunk].
@@ -375,18 +391,22 @@ inline void clear(typename D::Acc* c, int64_t size) {
   std::memset(c, 0, size * sizeof(*c));
 }
 
-// sums [rows, kPanel] += a panel of weights times every row of the block, tile by tile. Before the last product with a
-// tile, last_of(tile) is called.
-template <class D, class LastOf>
-void multiply_block(Panel<D>& panel, const RowOperands& block, typename D::Acc* sums, const LastOf& last_of) {
+// sums [rows, kPanel] += a panel of weights times every row of the block, tile by tile. Before and after the last
+// product with a tile, prepare(tile) and finish(tile) are called.
+template <class D, class Prepare, class Finish>
+void multiply_block(Panel<D>& panel, const RowOperands& block, typename D::Acc* sums, const Prepare& prepare,
+                    const Finish& finish) {
   for (int64_t chunk = 0; chunk < panel.chunks(); ++chunk) {
     const typename D::Storage* w = panel.chunk(chunk);
-    for (int64_t i = 0; i < block.num_tiles; ++i) {
+    const int64_t steps = panel.steps(chunk);
+    const bool is_last = chunk + 1 == panel.chunks();
+    Prefetch prefetch = panel.next(chunk, w, block.num_tiles);
+    for (int64_t i = 0; i < block.num_tiles; ++i, prefetch.from += steps * prefetch.stride) {
       const RowTile& tile = block.tiles[i];
-      if (chunk + 1 == panel.chunks()) last_of(tile);
-      multiply_panel<D>(tile.rows, w, panel.steps(chunk),
-                        operands_at<D>(block.operands, block.rows, chunk, tile.begin), sums + tile.begin * kPanel,
-                        next_chunk<D>(w, panel.steps(chunk), i, block.num_tiles), block.rows);
+      if (is_last) prepare(tile);
+      multiply_panel<D>(tile.rows, w, steps, operands_at<D>(block.operands, block.rows, chunk, tile.begin),
+                        sums + tile.begin * kPanel, prefetch);
+      if (is_last) finish(tile);
     }
   }
 }

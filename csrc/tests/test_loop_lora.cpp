@@ -28,6 +28,7 @@ const std::vector<Shape> kShapes = {
     {1, 1, 1, 1, {1}, {1}},
     {1, 0, 5, 1, {0}, {2}},
     {2, 5, 0, 2, {5}, {3}, Bias::kShared},
+    {2, 5, 0, 1, {5}, {0}, Bias::kShared},
     {3, 31, 127, 1, {31}, {0}, Bias::kShared},
     {4, 33, 64, 3, {33}, {33}, Bias::kPerLoop, 1},
     {5, 32, 128, 2, {32}, {32}, Bias::kNone, 3},
