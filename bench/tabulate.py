@@ -5,7 +5,7 @@
 
 RESULT.json comes from --json of a benchmark or an evaluation, or is the demo's report.json. The page has the command,
 code version, machine and date of each result, and the tables that its benchmark prints; of bench/kernels.py a summary.
-Pages are named MONTH_MACHINE_SUBJECT.md and have at most 80 lines. Raw results are not committed, but for a compact archive.
+Pages are named MONTH_MACHINE_SUBJECT.md and have at most 80 lines. Raw results are committed as small archives alone.
 """
 
 import argparse

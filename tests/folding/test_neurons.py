@@ -151,7 +151,8 @@ def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family,
     losses = {}
     for align in (True, False):
         chosen = Calibration(rows, metric, refit=refit, align=align)
-        block = CalibratedBlock(source, recursion, chosen, torch.float64, Workspace(tmp_path / f"{align}", f"{align}"))
+        workspace = Workspace(tmp_path / f"{align}", f"{align}")
+        block = CalibratedBlock(source, recursion, chosen, torch.float64, workspace, workspace)
         report = block.run()
         losses[align] = {
             linear.name.rpartition("layers.")[2]: sum(linear.metric_loss) + sum(linear.output_loss)
