@@ -7,7 +7,8 @@ matrix of the block in the metric found (:mod:`rrt.folding.tying`), feed-forward
 on after it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -203,9 +204,23 @@ class CalibratedBlock:
         """Fit the linears of a shared layer jointly over its depths."""
         if self._workspace.has(f"fit-{layer:03d}"):
             return
-        source, measured = self._aligned(layer, statistics)
+        measured = self._measured_depths(layer, statistics)
+        others = [name for name in self._ranks[layer] if name not in NEURON_LINEARS]
+        # Matching neurons takes one thread, and as long as these fits.
+        with ThreadPoolExecutor(1) as executor:
+            aligning = executor.submit(self._aligned, layer, measured)
+            tensors = self._fit_linears(layer, others, self._source, measured)
+            source, measured = aligning.result()
+        names = [name for name in self._ranks[layer] if name in NEURON_LINEARS]
+        self._workspace.save(f"fit-{layer:03d}", tensors | self._fit_linears(layer, names, source, measured))
+
+    def _fit_linears(
+        self, layer: int, names: Iterable[str], source: Source, measured: list[dict[str, LinearStatistics]]
+    ) -> dict[str, Tensor]:
+        """Fit linears of a shared layer to those of `source`, with their statistics at its depths."""
         tensors: dict[str, Tensor] = {}
-        for name, rank in self._ranks[layer].items():
+        for name in names:
+            rank = self._ranks[layer][name]
             weights = self._weights(source, layer, name)
             metrics = [linears[name].metric for linears in measured]
             if self._recursion.low_rank_only and rank:
@@ -228,13 +243,13 @@ class CalibratedBlock:
                     )
             shares = [error / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
             tensors[f"{name}.metric_loss"] = torch.tensor(shares, dtype=torch.float64)
-        self._workspace.save(f"fit-{layer:03d}", tensors)
+        return tensors
 
     def _layer_gains(self, layer: int, statistics: BaseStatistics) -> dict[str, list[float]]:
         """Compute the gains of one shared layer's matrices, unless an earlier run has."""
         step = f"gains-{layer:03d}"
         if not self._workspace.has(step):
-            source, measured = self._aligned(layer, statistics)
+            source, measured = self._aligned(layer, self._measured_depths(layer, statistics))
             found = {}
             for name in self._ranks[layer]:
                 weights = self._weights(source, layer, name)
@@ -251,10 +266,15 @@ class CalibratedBlock:
             for depth in self._depths(layer)
         ]
 
-    def _aligned(self, layer: int, statistics: BaseStatistics) -> tuple[Source, list[dict[str, LinearStatistics]]]:
+    def _measured_depths(self, layer: int, statistics: BaseStatistics) -> list[dict[str, LinearStatistics]]:
+        """Return the statistics of a shared layer's depths."""
+        return [statistics.depth(depth) for depth in self._depths(layer)]
+
+    def _aligned(
+        self, layer: int, measured: list[dict[str, LinearStatistics]]
+    ) -> tuple[Source, list[dict[str, LinearStatistics]]]:
         """Align the neurons of a shared layer's depths: return the base and the depths' statistics with them so."""
         depths = self._depths(layer)
-        measured = [statistics.depth(depth) for depth in depths]
         if self._calibration.align and len(depths) > 1 and not self._workspace.has(f"orders-{layer:03d}"):
             first, *others = (
                 self._neuron_linears(layer, depth, linears) for depth, linears in zip(depths, measured, strict=True)

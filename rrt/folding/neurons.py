@@ -14,6 +14,7 @@ matching is an assignment problem. Of three and more depths each is matched to t
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ NEURON_LINEARS = (*_READERS, _WRITER)
 
 _GROUP = 2048
 """An assignment takes time in the third power: more neurons are matched in random groups of so many, in twice as many
-rounds as there are groups. The result then is no longer the cheapest."""
+rounds as there are groups. The result then is no longer the cheapest. An assignment runs on one thread, and those of a
+round beside each other."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,17 @@ def match_neurons(
     pairs = [_Pair.of(name, reference[name], other[name]) for name in NEURON_LINEARS if name in reference]
     order = torch.arange(pairs[0].num_neurons)
     num_groups = -(-len(order) // _GROUP)
-    for _ in range(2 * num_groups if num_groups > 1 else 1):
-        for group in torch.randperm(len(order), generator=generator).split(_GROUP):
-            costs = torch.stack([pair.costs(group, order[group]) for pair in pairs]).sum(0)
-            _, columns = linear_sum_assignment(costs.cpu().numpy())
-            order[group] = order[group][torch.from_numpy(columns)]
+
+    def match_group(group: Tensor) -> Tensor:
+        costs = torch.stack([pair.costs(group, order[group]) for pair in pairs]).sum(0)
+        _, columns = linear_sum_assignment(costs.cpu().numpy())
+        return order[group][torch.from_numpy(columns)]
+
+    with ThreadPoolExecutor(min(num_groups, torch.get_num_threads())) as executor:
+        for _ in range(2 * num_groups if num_groups > 1 else 1):
+            groups = torch.randperm(len(order), generator=generator).split(_GROUP)
+            matched = list(executor.map(match_group, groups))
+            order[torch.cat(groups)] = torch.cat(matched)
     return order
 
 
