@@ -170,7 +170,10 @@ def analyse(arguments: argparse.Namespace, accuracy: dict[int, float]) -> dict[s
     pairs, loss = totals.pair_agreement / tokens, totals.loss / tokens
     fit, held_back = (found.samples(slice(start, None, 2)) for start in (0, 1))
     if arguments.calibrate and not held_back.num_tokens:
-        raise UserError(f"{arguments.data}: found {len(found.lengths)} sample(s); expected at least 2 to calibrate")
+        count = len(found.lengths)
+        raise UserError(
+            f"{arguments.data}: found {count} sample(s), one per document; expected at least 2 to calibrate"
+        )
     agreements = arguments.calibrate or ((0.9, 0.95, 0.99) if held_back.num_tokens else ())
     calibrations = [calibrate(fit, held_back, wanted) for wanted in agreements]
     if arguments.calibrate:
@@ -228,7 +231,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for row in result["calibrations"]
     ]
     oracle = f"With oracle exits a token takes {result['oracle']['mean_loops']:.4f} of {result['num_loops']} loops."
-    return [
+    shown = [
         Table(
             f"{result['samples']:,} samples, {result['tokens']:,} tokens; exit of all tokens after a loop",
             ["loop", "perplexity", "agrees with last", "oracle exits", "few-shot"],
@@ -236,8 +239,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
             (),
             notes=[oracle],
         ),
-        Table("Thresholds", ["wanted agreement", "thresholds", "measured", "loops/token"], calibrations, ()),
     ]
+    if calibrations:
+        shown.append(
+            Table("Thresholds", ["wanted agreement", "thresholds", "measured", "loops/token"], calibrations, ())
+        )
+    return shown
 
 
 @report_error_once

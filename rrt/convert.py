@@ -7,6 +7,7 @@ Without ``--calibration`` no data is needed, and the result is much further from
 """
 
 import argparse
+import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,17 @@ from rrt.model.flags import (
 )
 from rrt.model.sizes import Sizes, rank_table
 
+CALIBRATION_FLAGS = (
+    "--calibration-tokens",
+    "--calibration-context",
+    "--calibration-metric",
+    "--calibration-memory",
+    "--calibration-statistics",
+    "--no-refit",
+    "--no-align",
+)
+"""Flags that say how a calibration text is used, and mean nothing without one."""
+
 
 def describe(conversion: PreparedConversion) -> str:
     """Describe what the command is about to do."""
@@ -57,7 +69,7 @@ def describe(conversion: PreparedConversion) -> str:
     init = f"{recursion.init} (norms: {recursion.norm_init})" if averages_norms else recursion.init
     return "\n".join(
         (
-            f"base  {base}: {model.family}, {model.num_layers} layers, {_size(conversion.before)}",
+            f"base  {base}: {model.family}, {conversion.before.model.num_layers} layers, {_size(conversion.before)}",
             f"new   {conversion.out}: {loops}, {_size(conversion.after)}",
             f"init  {lora if recursion.low_rank_only else f'{init}; {lora}'}; {norms}; seed {conversion.seed}",
             *_describe_calibration(conversion),
@@ -299,12 +311,18 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration_options(arguments: argparse.Namespace) -> CalibrationOptions | None:
+def _calibration_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> CalibrationOptions | None:
     if not arguments.calibration:
         if arguments.lora_init == "calibrated":
             raise UserError("--calibration: missing; expected text or token shards with --lora-init calibrated")
+        for flag in CALIBRATION_FLAGS:
+            name = flag.removeprefix("--").replace("-", "_")
+            if getattr(arguments, name) != parser.get_default(name):
+                raise UserError(f"{flag}: found without --calibration; expected beside the text that it is about")
         return None
     memory = arguments.calibration_memory
+    if memory is not None and not 0 <= memory < math.inf:
+        raise UserError(f"--calibration-memory: found {memory}; expected 0 or more, in GiB")
     return CalibrationOptions(
         tuple(arguments.calibration),
         arguments.calibration_tokens,
@@ -358,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=chosen_dtype(arguments),
         seed=arguments.seed,
         overwrite=arguments.overwrite,
-        calibration=_calibration_options(arguments),
+        calibration=_calibration_options(parser, arguments),
     )
     print(describe(conversion), flush=True)
     report = run_conversion(conversion, progress=True)

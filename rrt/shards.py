@@ -23,7 +23,10 @@ def show_text(path: Path, start: int, count: int, tokenizer: Tokenizer) -> str:
     """
     if path.is_dir():
         raise UserError(f"{path}: found a directory; expected one of its .bin files, such as train-00000.bin")
-    shards = open_shards(path.parent, path.name.rpartition("-")[0])
+    split = path.name.rpartition("-")[0]
+    if not split:
+        raise UserError(f"{path}: not the name of a shard; expected one such as train-00000.bin")
+    shards = open_shards(path.parent, split)
     shards.check_tokenizer(tokenizer)
     shard = next((shard for shard in shards.shards if shard.path == path), None)
     if shard is None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from rrt.common.cli import human_count
 from rrt.common.dtypes import parse_dtype
 from rrt.common.files import read_json
+from rrt.common.machine import multiplies_bfloat16
 from rrt.data.tokenizer import check_vocab
 from rrt.errors import UserError
 from rrt.model.meta import meta_model
@@ -319,6 +320,8 @@ class Trainer:
             )
         for notice in initial.notices:
             self._print(f"notice: {notice}")
+        if self.processes.device.type == "cpu" and run.dtype == "bf16" and not multiplies_bfloat16():
+            self._print("notice: this CPU has no instructions for bf16: --run.dtype fp32 is likely faster")
         self._print(
             f"{initial.stage}: {describe_model(initial.model, initial.recursion)}\n"
             f"{self.samples.describe(samples)}"

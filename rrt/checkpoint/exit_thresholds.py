@@ -56,6 +56,8 @@ def load_exit_thresholds(checkpoint: str | Path, agreement: float) -> tuple[floa
             or an agreement that was not.
     """
     path = Path(checkpoint) / FILE_NAME
+    if not path.exists():
+        raise UserError(f"{path}: no such file; python eval/exits.py --calibrate {agreement:g} writes it")
     value = read_json(path)
     if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
         found = f"{value.get('format')!r} version {value.get('version')!r}"

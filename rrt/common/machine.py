@@ -49,3 +49,8 @@ def cpu_info() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "flags": [flag for flag in _CPU_FLAGS if flag in flags],
     }
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions that multiply bfloat16; others emulate them."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_info()["flags"])

@@ -290,7 +290,7 @@ def _bos_rule(files: TokenizerFiles, backend: Backend, bos_id: int | None) -> tu
         others.append(f"{files.family} models mostly begin {'with' if expected else 'without'} one")
     if others:
         log.warning(
-            "%s: texts begin %s BOS, as in transformers, though %s (--bos decides otherwise)",
+            "%s: texts begin %s BOS, as in transformers, though %s (--bos, where a command has it, decides otherwise)",
             files.directory / source, "with" if adds else "without", " and ".join(others),
         )  # fmt: skip
     return adds, bos_id

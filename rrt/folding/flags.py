@@ -24,7 +24,7 @@ def add_calibration_text_flags(
         type=int,
         default=default.num_tokens,
         metavar="N",
-        help=f"tokens of the text to use (default: {default.num_tokens})",
+        help=f"tokens of the text to use, rounded up to whole rows (default: {default.num_tokens})",
     )
     parser.add_argument(
         "--calibration-context",

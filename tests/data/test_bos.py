@@ -106,7 +106,8 @@ def test_a_disagreement_is_told_once_and_agreement_not_at_all(
     load_tokenizer(directory)
     assert caplog.messages == [
         f"{directory}/tokenizer.json: texts begin without BOS, as in transformers, though add_bos_token in "
-        "tokenizer_config.json is true and llama models mostly begin with one (--bos decides otherwise)"
+        "tokenizer_config.json is true and llama models mostly begin with one (--bos, where a command has it, decides "
+        "otherwise)"
     ]
 
 

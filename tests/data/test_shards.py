@@ -190,5 +190,7 @@ def test_the_command_shows_the_text_of_any_tokens_by_document(
             show(start, count)
     with pytest.raises(UserError, match=r"train-00001.bin: not one of the shards in .*meta.json"):
         main([str(path.with_name("train-00001.bin")), "--tokenizer", str(tmp_path / "tokenizer")])
+    with pytest.raises(UserError, match=r"train.bin: not the name of a shard; expected one such as train-00000.bin"):
+        main([str(path.with_name("train.bin")), "--tokenizer", str(tmp_path / "tokenizer")])
     with pytest.raises(UserError, match=r"data: found a directory; expected one of its .bin files"):
         main([str(path.parent), "--tokenizer", str(tmp_path / "tokenizer")])

@@ -197,12 +197,22 @@ def test_bad_input_is_one_clear_line(checkpoint, data, tmp_path):
         ((checkpoint, data, tmp_path / "out", "--samples", 3), "field 'samples': found 2; expected 3"),
         ((checkpoint, data, tmp_path / "new", "--samples", 0), "--samples: found 0"),
         ((checkpoint, data, tmp_path / "new", "--calibrate", 95), "--calibrate: found 95"),
-        ((checkpoint, one, tmp_path / "one", "--calibrate", 0.9), "expected at least 2 to calibrate"),
+        (
+            (checkpoint, one, tmp_path / "one", "--calibrate", 0.9),
+            "found 1 sample(s), one per document; expected at least 2",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError) as error:
             run(*arguments)
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_sample_has_no_table_of_thresholds(checkpoint, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("one document")
+    run(checkpoint, tmp_path / "one.txt", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "1 samples" in printed and "Thresholds" not in printed
 
 
 def made_up(rng, num_loops, num_tokens, values=1000):

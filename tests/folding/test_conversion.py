@@ -677,6 +677,13 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
         "already exists and is not empty": ["--out", tmp_path / "recursive"],
         "file: is a file": ["--out", tmp_path / "file"],
         "holds the checkpoint that is read": ["--out", base, "--overwrite"],
+        "--no-refit: found without --calibration": ["--lora-rank", 2, "--no-refit"],
+        "--calibration-tokens: found without --calibration": ["--lora-rank", 2, "--calibration-tokens", 64],
+        "--calibration-memory: found nan; expected 0 or more, in GiB": [
+            *("--lora-rank", 2, "--calibration", base, "--calibration-memory", "nan")
+        ],
+        "--calibration-memory: found -1.0": ["--calibration", base, "--calibration-memory", -1],
+        "--calibration-memory: found inf": ["--calibration", base, "--calibration-memory", "inf"],
     }
     for message, flags in cases.items():
         argv = ["--base", base, "--out", tmp_path / "out", "--num-loops", 2, *flags]
@@ -854,6 +861,7 @@ def test_kept_layers_are_a_vanilla_model_of_the_layers_that_the_init_chooses(bas
         assert (
             code == 0
             and f"layers {', '.join(map(str, kept))} of the base's 6" in stdout
+            and f"base  {bases['gpt_neox']}: gpt_neox, 6 layers" in stdout
             and "lost by tying" not in stdout
         )
         source = open_source(out)

@@ -210,6 +210,20 @@ def test_bf16_trains(flags: Flags, tmp_path: Path) -> None:
     assert rrt.load_model(tmp_path / "bf16" / "final").embed.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_a_cpu_without_bf16_instructions_is_told_once(
+    flags: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_instructions: bool,
+) -> None:
+    monkeypatch.setattr("train.trainer.multiplies_bfloat16", lambda: has_instructions)
+    for dtype in ("bf16", "fp32"):
+        train_here(flags(tmp_path / dtype, run__dtype=dtype))
+    assert capsys.readouterr().out.count("this CPU has no instructions for bf16") == (not has_instructions)
+
+
 def test_a_run_mixes_corpora_from_where_it_is_told_to(
     flags: Flags, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
