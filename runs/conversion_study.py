@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rrt.checkpoint.source import open_source
 from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, locked_directory, read_json, sha256_file, write_json
-from rrt.common.machine import cpu_info
+from rrt.common.machine import multiplies_bfloat16
 from rrt.common.provenance import code_version, fingerprint
 from rrt.data.corpus import INPUT_HELP, documents, find_files
 from rrt.errors import UserError
@@ -317,7 +317,7 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
 
 def default_dtype(device: str) -> str:
     """Return bfloat16 where it is multiplied in hardware, else float32."""
-    return "bfloat16" if device.startswith("cuda") or "avx512_bf16" in cpu_info()["flags"] else "float32"
+    return "bfloat16" if device.startswith("cuda") or multiplies_bfloat16() else "float32"
 
 
 def make_parser() -> CommandParser:
