@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rrt.checkpoint.source import Source
@@ -59,6 +58,8 @@ def match_neurons(
     Args:
         reference, other: those of `NEURON_LINEARS` that the layers have.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second, which every start of a training would wait
+
     pairs = [_Pair.of(name, reference[name], other[name]) for name in NEURON_LINEARS if name in reference]
     order = torch.arange(pairs[0].num_neurons)
     num_groups = -(-len(order) // _GROUP)
