@@ -164,7 +164,7 @@ def _random_model(kind: str, config: "transformers.PretrainedConfig", seed: int)
     import transformers
 
     torch.manual_seed(seed)
-    model: "transformers.PreTrainedModel" = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model: transformers.PreTrainedModel = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.08 if parameter.dim() > 1 else 0.3))
