@@ -286,7 +286,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     min_rounds = 2 if arguments.quick else 3
     timer = Timer(device, seconds, min_rounds)
-    rates = Rates(Timer(device, seconds, min_rounds), dtype, probe_bytes)
+    rates = Rates(Timer(device, seconds, min_rounds), dtype, probe_bytes, is_quick=arguments.quick)
     result: dict[str, Any] = {
         "shapes": name,
         "dtype": dtype_name(dtype),

@@ -184,6 +184,9 @@ class Rates:
     `probe` is called several times in a run, as a machine's speed changes. A way's rate is its median in one probe;
     the best probe counts, then the best way. `timer` is not that of the cases, which falls back to events for good if
     one of them cannot be captured in a CUDA graph.
+
+    Attributes:
+        is_quick: on a CPU, leave out the largest product, which takes most of a probe.
     """
 
     timer: Timer
@@ -191,6 +194,7 @@ class Rates:
     buffer_bytes: int
     read: dict[str, float] = field(default_factory=dict)
     matmul: dict[str, float] = field(default_factory=dict)
+    is_quick: bool = False
 
     def probe(self) -> None:
         for rates, ways in ((self.read, self._reads()), (self.matmul, self._matmuls())):
@@ -221,7 +225,8 @@ class Rates:
     def _matmuls(self) -> dict[str, tuple[Variant, int]]:
         """List products of square matrices, each with its FLOPs. Random numbers: ones would take less power."""
         device, ways = self.timer.device, {}
-        for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
+        sizes = (4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+        for size in sizes[:2] if self.is_quick else sizes:
             x = torch.randn(size, size, device=device, dtype=self.dtype)
             ways[f"F.linear of {size} rows, [{size}, {size}]"] = (_product(x, x), 2 * size**3)
         return ways

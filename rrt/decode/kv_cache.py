@@ -286,7 +286,11 @@ class PagedCache:
         return sequence
 
     def _handle(self, sequence: int, loop: int) -> int:
-        return int(self._handles_of([sequence], [loop])[0])
+        """Look up one handle; the scheduler needs many in every pass, and arrays of one number would take longer."""
+        handle = 0
+        if 0 <= sequence < len(self._handles) and 0 <= loop < self.num_loops:
+            handle = int(self._handles[sequence, loop])
+        return handle or int(self._handles_of([sequence], [loop])[0])  # which says what is wrong
 
     def _handles_of(self, sequences: ArrayLike, loops: ArrayLike) -> NDArray[np.int64]:
         """Look up the page table's handles int64 [M]."""

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rrt.checkpoint.source import Source
@@ -61,6 +60,8 @@ def match_neurons(
     Args:
         reference, other: those of `NEURON_LINEARS` that the layers have.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second, which every start of a training would wait
+
     pairs = [_Pair.of(name, reference[name], other[name]) for name in NEURON_LINEARS if name in reference]
     order = torch.arange(pairs[0].num_neurons)
     num_groups = -(-len(order) // _GROUP)

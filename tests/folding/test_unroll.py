@@ -38,12 +38,6 @@ RECURSIVE = {
 }
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    return {family: make_hf_model(root / family, family) for family in ALL_FAMILIES}
-
-
 def random_checkpoint(base, out, recursion, dtype=torch.float32):
     """Write a checkpoint whose every parameter is random, as after training: LoRA B and norms included."""
     config = open_source(base).model

@@ -6,6 +6,7 @@ and the loop, so that a row can check each entry that it reads.
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -71,7 +72,8 @@ class RememberingModel:
             before += [row.token for row in owners[owner].rows if len(before) <= row.position < position]
             assert loop == 0 and len(before) == position
             states.append((*before, source))
-        keys = self.cache.k[0].flatten(0, 1)[:, 0, 0]
+        # A view, as NumPy's: reading one number of a tensor takes far longer.
+        keys = self.cache.k[0].flatten(0, 1)[:, 0, 0].numpy()
         written = [plan.decode.slot_mapping, *(prefill.slot_mapping for prefill in plan.prefills)]
         for slot, state, (_, position, loop) in zip(torch.cat(written).tolist(), states, spans, strict=True):
             assert len(state) == position + 1
@@ -84,12 +86,13 @@ class RememberingModel:
         return [self.choose(states[head.slot], head) for head in work.heads]
 
     def check_read(self, sequence, owner, state, position, loop, keys):
-        slots = self.cache.slots_of(owner, loop, position)
-        for place, slot in enumerate(slots):
+        expected = []
+        for place in range(position):
             held, step = loop, place + 1 - len(sequence.request.prompt)
             if self.skipped_kv == "share" and step > 0:
                 held = min(loop, self.exit_loop(state[: place + 1]))
-            assert keys[slot] == entry(state[: place + 1], held), (place, position, loop)
+            expected.append(entry(state[: place + 1], held))
+        assert keys[self.cache.slots_of(owner, loop, position)].tolist() == expected, (position, loop)
 
     def choose(self, state, head):
         right = next_token(state)
@@ -109,15 +112,15 @@ class ReadableCache(PagedCache):
     def slots_of(self, sequence, loop, position):
         """Slots of the positions before `position`."""
         [pages] = self._table.block_tables([self._handle(sequence, loop)])
-        size = self.page_size
-        return [int(pages[place // size]) * size + place % size for place in range(position)]
+        places, size = np.arange(position), self.page_size
+        return pages[places // size] * size + places % size
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("kind", ["never", "verify", "auto", "lossy"])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_schedule_reads_what_it_should_and_leaks_no_page(data):
-    num_loops = data.draw(st.sampled_from([1, 2, 3, 4]), "loops")
-    kind = data.draw(st.sampled_from(["never", "verify", "auto", "lossy"]), "policy") if num_loops > 1 else "never"
+def test_any_schedule_reads_what_it_should_and_leaks_no_page(kind, data):
+    num_loops = data.draw(st.integers(1 if kind == "never" else 2, 4), "loops")
     skipped_kv = data.draw(st.sampled_from(["propagate", "share", "defer"]), "skipped_kv")
     page_size = data.draw(st.integers(1, 5), "page size")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), "seed"))

@@ -1,12 +1,15 @@
 """Tiny random Hugging Face checkpoints of all families, for tests of everything that reads them."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from rrt.model.config import LoraRanks
+
+# Elsewhere where it is used: processes that run a test's function need not wait for it.
+if TYPE_CHECKING:
+    import transformers
 
 MIXED_RANKS = LoraRanks(
     out=2,
@@ -120,8 +123,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_variant(name: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+def make_variant(name: str, seed: int = 0, **overrides: Any) -> "transformers.PreTrainedModel":
     """Make a random transformers model of a variant; norms, biases and logits are far from their initial values."""
+    import transformers
+
     kind, options = VARIANTS[name]
     sizes = dict(
         vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=1024
@@ -145,6 +150,8 @@ def make_hf_model(
     Norms and biases are far from their initial values, so that a tensor which is dropped or mixed up shows.
     `overrides` are fields of the transformers configuration.
     """
+    import transformers
+
     sizes = dict(vocab_size=151, hidden_size=32, intermediate_size=80, max_position_embeddings=512)
     options = {**sizes, **_OPTIONS[family], **overrides}
     config = getattr(transformers, f"{_KINDS[family]}Config")(num_hidden_layers=num_layers, **options)
@@ -153,7 +160,9 @@ def make_hf_model(
     return Path(directory)
 
 
-def _random_model(kind: str, config: transformers.PretrainedConfig, seed: int) -> transformers.PreTrainedModel:
+def _random_model(kind: str, config: "transformers.PretrainedConfig", seed: int) -> "transformers.PreTrainedModel":
+    import transformers
+
     torch.manual_seed(seed)
     model: transformers.PreTrainedModel = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
