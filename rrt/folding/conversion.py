@@ -21,7 +21,7 @@ from rrt.checkpoint.source import Source, open_source
 from rrt.common.files import NoSpaceError, check_output, free_bytes, locked_directory
 from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
-from rrt.common.provenance import code_version, fingerprint, make_provenance
+from rrt.common.provenance import code_fingerprint, fingerprint, make_provenance
 from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
@@ -274,7 +274,7 @@ def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> st
 def _statistics_settings(conversion: PreparedConversion, calibration: Calibration) -> dict[str, object]:
     """List what the base's statistics depend on."""
     return {
-        "code": code_version(),
+        "code": code_fingerprint(),
         "base": fingerprint(conversion.source.directory),
         "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
         "context": calibration.rows.shape[1] - 1,
