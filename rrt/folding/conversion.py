@@ -27,6 +27,7 @@ from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
 from rrt.folding.calibration import CalibrationMetric, products_dtype
+from rrt.folding.calibration_space import check_space
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
 from rrt.folding.rank_budget import distribute_budget
@@ -144,7 +145,10 @@ def prepare_conversion(
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    chosen = None if calibration is None else _open_calibration(calibration, source.model, tokenizer, out)
+    chosen = None
+    if calibration is not None:
+        chosen = _open_calibration(calibration, source.model, tokenizer, out)
+        check_space(source.model, after, chosen, out, workspace_directory(out))
     return PreparedConversion(
         source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices), chosen
     )
