@@ -43,7 +43,7 @@ from rrt.checkpoint.source import open_source
 from rrt.common.cli import CommandParser, run_command
 from rrt.common.files import atomic_write, locked_directory, read_json, sha256_file, write_json
 from rrt.common.machine import multiplies_bfloat16
-from rrt.common.provenance import code_version, fingerprint
+from rrt.common.provenance import code_fingerprint, fingerprint
 from rrt.data.corpus import INPUT_HELP, documents, find_files
 from rrt.errors import UserError
 from runs.conversion_arms import (
@@ -109,7 +109,7 @@ class Study:
 
     def statistics(self, draw: int) -> Path:
         """Return where all conversions on a draw keep the base's statistics, which other code does not take."""
-        return self.out / "statistics" / f"draw{draw}-{code_version()}"
+        return self.out / "statistics" / f"draw{draw}-{code_fingerprint()[:12]}"
 
 
 # The text

@@ -1,5 +1,6 @@
 """Provenance of a checkpoint: its parent and hash, the command and the code version that made it."""
 
+import functools
 import hashlib
 import os
 import shlex
@@ -41,6 +42,20 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return __version__
     return f"{__version__}+{commit}"
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Compute the SHA-256 over the names and bytes of the package's sources, as they are when it is first asked for.
+
+    Unlike `code_version` it tells two states of a checkout apart that is being edited, and is the same after a commit
+    that changes none of them.
+    """
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def make_provenance(stage: str, parent: Path | None, **details: Any) -> dict[str, Any]:

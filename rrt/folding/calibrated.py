@@ -28,7 +28,7 @@ from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
 from rrt.folding.tying import Metric, fit_lora, fit_tied, metric_norms, singular_gains
 from rrt.folding.views import read_finite
 from rrt.folding.workspace import Workspace
-from rrt.model.config import RecursiveConfig
+from rrt.model.config import ModelConfig, RecursiveConfig
 from rrt.model.loop_linear import loop_linears, merge_lora
 from rrt.model.meta import meta_model
 
@@ -56,6 +56,22 @@ class Calibration:
     memory: int = 2**32
     device: torch.device = torch.device("cpu")
     statistics: Path | None = None
+
+
+def keeps_statistics(model: ModelConfig, calibration: Calibration) -> bool:
+    """Decide whether the statistics of all depths of a base are kept."""
+    return calibration.statistics is not None or statistics_bytes(model, calibration) <= calibration.memory
+
+
+def statistics_bytes(model: ModelConfig, calibration: Calibration) -> int:
+    """Count the bytes of the statistics of all depths of a base."""
+    both = calibration.metric == "both"
+    layer = meta_model(model, RecursiveConfig()).stack.layers[0]
+    numbers = sum(
+        linear.in_features**2 + both * linear.out_features**2 + calibration.rows[:, 1:].numel()
+        for _, linear in loop_linears(layer)
+    )
+    return torch.float32.itemsize * numbers * model.num_layers
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,7 @@ class CalibratedBlock:
     ) -> Iterator[tuple[BaseStatistics, Callable[[str, int], None]]]:
         """Yield the base's statistics, and a function that moves the bar on; `further` steps are still to come."""
         num_layers = self._source.model.num_layers
-        keep = self._calibration.statistics is not None or self._statistics_bytes() <= self._calibration.memory
+        keep = keeps_statistics(self._source.model, self._calibration)
         costs = _costs(self._calibration, keep)
         # Without a terminal the bar would fill a log file.
         with tqdm(
@@ -374,16 +390,6 @@ class CalibratedBlock:
                 )
         stream, first_tokens = zip(*(depth["stream.errors"].tolist() for depth in depths), strict=True)
         return CalibrationReport(self._calibration.rows[:, 1:].numel(), tuple(linears), stream, first_tokens)
-
-    def _statistics_bytes(self) -> int:
-        """Count the bytes of all depths' statistics."""
-        both = self._calibration.metric == "both"
-        layer = meta_model(self._source.model, RecursiveConfig()).stack.layers[0]
-        numbers = sum(
-            linear.in_features**2 + both * linear.out_features**2 + self._calibration.rows[:, 1:].numel()
-            for _, linear in loop_linears(layer)
-        )
-        return 4 * numbers * self._source.model.num_layers
 
 
 def _result(linears: dict[str, AdaptedLinear], errors: DepthErrors) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Statistics of a base over a calibration text: where each linear's inputs lie, and which errors the loss feels.
 
 For a linear that maps x_t to y_t at token t, g_t is the gradient of the text's loss by y_t. An error E of its weight
-changes the loss, to second order and with the tokens taken as independent, by about ``tr(G E C E^T)`` with
+changes the loss, to first order, by ``g_t^T E x_t`` at a token; the mean square of this, with x and g taken as
+independent, is proportional to ``tr(G E C E^T)`` with
 
     both         C = sum |g_t|^2 x_t x_t^T,  G = sum |x_t|^2 g_t g_t^T
     inputs       C likewise, G the identity
@@ -259,7 +260,8 @@ class BaseStatistics:
                     layer(states[batch], 0, self._text.context)
                 weights = torch.ones(states[batch].shape[:2], device=self._text.device)
                 weights[:, 0] = FIRST_TOKEN_WEIGHT
-                relative = weights / after[batch].square().sum(2)
+                energies = after[batch].square().sum(2)
+                relative = torch.where(energies == 0.0, 0.0, weights / energies)  # no error of zeros is relative
                 for name, kept in sums.items():
                     kept.add_inputs(_tokens(record[name][0]), (relative if name in _UNBOUNDED else weights).flatten())
         return {name: kept.statistics() for name, kept in sums.items()}

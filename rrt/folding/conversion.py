@@ -21,12 +21,13 @@ from rrt.checkpoint.source import Source, open_source
 from rrt.common.files import NoSpaceError, check_output, free_bytes, locked_directory
 from rrt.common.machine import free_memory_bytes
 from rrt.common.processes import pick_device
-from rrt.common.provenance import code_version, fingerprint, make_provenance
+from rrt.common.provenance import code_fingerprint, fingerprint, make_provenance
 from rrt.common.schema import to_mapping
 from rrt.data.tokenizer import Tokenizer, tokenizer_of
 from rrt.errors import UserError
 from rrt.folding.calibrated import CalibratedFolding, Calibration, CalibrationReport
 from rrt.folding.calibration import CalibrationMetric, products_dtype
+from rrt.folding.calibration_space import check_space
 from rrt.folding.calibration_text import CalibrationText, calibration_rows
 from rrt.folding.fold import Folding, MatrixReport, VectorReport, kept_depths
 from rrt.folding.rank_budget import distribute_budget
@@ -144,7 +145,10 @@ def prepare_conversion(
     tokenizer = tokenizer_of(base, source.model.vocab_size)
     if tokenizer is None:
         notices.append(f"{base} has no tokenizer (tokenizer.model or tokenizer.json); the checkpoint will have none")
-    chosen = None if calibration is None else _open_calibration(calibration, source.model, tokenizer, out)
+    chosen = None
+    if calibration is not None:
+        chosen = _open_calibration(calibration, source.model, tokenizer, out)
+        check_space(source.model, after, chosen, out, workspace_directory(out))
     return PreparedConversion(
         source, out, recursion, dtype, seed, overwrite, before, after, tokenizer, tuple(notices), chosen
     )
@@ -274,7 +278,7 @@ def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> st
 def _statistics_settings(conversion: PreparedConversion, calibration: Calibration) -> dict[str, object]:
     """List what the base's statistics depend on."""
     return {
-        "code": code_version(),
+        "code": code_fingerprint(),
         "base": fingerprint(conversion.source.directory),
         "rows": hashlib.sha256(calibration.rows.numpy().tobytes()).hexdigest(),
         "context": calibration.rows.shape[1] - 1,

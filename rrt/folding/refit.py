@@ -6,10 +6,10 @@ per token, and in the metric of the outputs' gradients, as the statistics of :mo
 For the linears that write to the residual stream the target is the base's stream after them minus the converted one
 before them, so that what the stream has drifted is paid back at every depth.
 
-Of one linear the objective is ``sum of w_t ||y_t - (W' + B A) x_t||_G^2 + ridge ||B A - B_0 A_0||^2`` with the LoRA
-B_0 A_0 from before, than which the new one is never worse; a ridge towards it rather than towards zero keeps what the
-calibration text says nothing about. It counts as `PRIOR_TOKENS` tokens: a few with large gradients own the sums, and
-without it the LoRAs learn the noise of those (SmolLM2-135M, two loops, rank 64, 16,384 tokens, held-out perplexity:
+Of one linear the objective is ``sum of w_t ||y_t - (W' + B A) x_t||_G^2 + ridge ||B A - B_0 A_0||_G^2`` with the
+LoRA B_0 A_0 from before, than which the new one is never worse; a ridge towards it rather than towards zero keeps what
+the calibration text says nothing about. It counts as `PRIOR_TOKENS` tokens: a few with large gradients own the sums,
+and without it the LoRAs learn the noise of those (SmolLM2-135M, two loops, rank 64, 16,384 tokens, held-out perplexity:
 154 before the refit, 176 after one with a ridge of 0.001 of the inputs' mean square, 131 with 0.05).
 
 Shapes: n rows of T tokens, D model width, N out and K in of a linear, R its rank.

@@ -28,8 +28,9 @@ class Workspace:
         path = directory / _FINGERPRINT_FILE
         if directory.exists() and not path.is_file() and any(directory.iterdir()):
             raise UserError(f"{directory}: is not of a conversion; expected no such directory: move it away")
-        if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
-            if is_shared:
+        before = read_json(path).get("fingerprint") if path.is_file() else None
+        if path.is_file() and before != fingerprint:
+            if is_shared and before is not None:
                 raise UserError(
                     f"{directory}: holds statistics of another base, text, metric or version of the code; expected "
                     "those of this conversion: name another directory, or delete it"
@@ -69,6 +70,8 @@ class Workspace:
         shutil.rmtree(self.directory)
 
     def _clear(self) -> None:
+        # Of no conversion from now on: what an interruption leaves lacks steps that later ones rest on.
+        write_json(self.directory / _FINGERPRINT_FILE, {"fingerprint": None})
         for path in self.directory.iterdir():
             if path.name != _FINGERPRINT_FILE:
                 path.unlink()

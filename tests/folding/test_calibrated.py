@@ -13,7 +13,7 @@ from rrt.common.files import locked_directory
 from rrt.convert import main
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from rrt.folding import calibrated, calibration
+from rrt.folding import calibrated, calibration, conversion
 from rrt.folding.conversion import CalibrationOptions, convert
 from rrt.folding.workspace import Workspace
 from rrt.model.config import LoraRanks, RecursiveConfig
@@ -304,6 +304,14 @@ def test_statistics_of_another_text_and_another_folder_are_refused_and_kept(base
     ):
         calibrate(bases["llama"], tmp_path / "other", text, options=options)
     assert {path.name for path in tmp_path.iterdir()} == {"statistics", "mine", "out"}
+
+
+def test_statistics_of_changed_code_are_refused(bases, text, tmp_path, monkeypatch):
+    options = {"statistics": tmp_path / "statistics"}
+    calibrate(bases["llama"], tmp_path / "out", text, options=options)
+    monkeypatch.setattr(conversion, "code_fingerprint", lambda: "after an edit")
+    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric or version"):
+        calibrate(bases["llama"], tmp_path / "other", text, options=options)
 
 
 def test_a_second_conversion_to_the_same_place_is_refused(bases, text, tmp_path):

@@ -95,6 +95,28 @@ def test_activation_metric_minds_the_first_token_and_the_length_of_the_stream(ba
         assert statistics.metric.outputs is None
 
 
+class ZeroEmbedding(FoldedNorms):
+    """A base one token of which has an embedding of zeros."""
+
+    def __init__(self, source, token):
+        super().__init__(source)
+        self.token = token
+
+    def get(self, name):
+        tensor = super().get(name)
+        if name == "embed":
+            tensor = tensor.clone()
+            tensor[self.token] = 0.0
+        return tensor
+
+
+def test_a_stream_of_zeros_does_not_spoil_the_activation_metric(bases, tmp_path, exact_products):
+    source = ZeroEmbedding(bases["llama"]._source, int(ROWS[0, 0]))
+    for (_, name), statistics in measure(source, tmp_path / "work", metric="activations").items():
+        assert statistics.metric.inputs.isfinite().all()
+        assert (statistics.token_weights[0] == 0.0) == (name in ("attn.out", "mlp.down"))
+
+
 def test_rows_are_taken_in_batches(bases, tmp_path, monkeypatch, exact_products):
     whole = measure(bases["llama"], tmp_path / "whole")
     monkeypatch.setattr(calibration, "_BATCH_TOKENS", 48)

@@ -1,5 +1,7 @@
 """Finished steps beside an output: whole or absent, kept for the same conversion only."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,3 +69,24 @@ def test_the_fingerprint_goes_last(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         workspace.remove()
     assert not Workspace(tmp_path / "work", "a").has("step")
+
+
+@pytest.mark.parametrize("end", ["removed", "other conversion"])
+def test_steps_that_were_half_deleted_are_not_taken_up_again(end, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "work", "a")
+    for name in ("orders", "fit", "refit"):
+        workspace.save(name, {"x": torch.zeros(1)})
+    unlink, deleted = Path.unlink, []
+
+    def interrupted(path, **_):
+        if deleted:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            workspace.remove() if end == "removed" else Workspace(tmp_path / "work", "b")
+    again = Workspace(tmp_path / "work", "a")
+    assert not any(again.has(name) for name in ("orders", "fit", "refit"))
