@@ -84,8 +84,8 @@ int64_t max(const std::vector<int64_t>& values) {
 }
 
 // x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: if only x does
-// not allow that, it is copied (clone alone may make columns of rows that overlap). So the kernel, and with it the order
-// of sums, is chosen by the layer and not by x.
+// not allow that, it is copied (clone alone may make columns of rows that overlap). So the kernel, and with it the
+// order of sums, is chosen by the layer and not by x.
 Tensor with_dense_rows(const Tensor& x, Dtype dtype) {
   const int64_t m = x.size(0), k = x.size(1);
   const Tensor dense = with_dense_last_dim(x);
