@@ -146,7 +146,9 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int thread
 }
 
 inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or torch would find it after its next launch
+  return cudaGetErrorString(error);
 }
 
 inline unsigned num_tiles(int64_t size, int64_t tile) { return static_cast<unsigned>(ceil_div(size, tile)); }

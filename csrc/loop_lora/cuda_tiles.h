@@ -252,6 +252,7 @@ struct WeightHints {
 // which take fewer hints.
 inline WeightHints choose_hints(const Tiling& tiling, const Gpu& gpu, int64_t n, int64_t k, int64_t m,
                                 const ShrinkEstimate& shrink) {
+  if (m == 0 || k == 0) return {};
   const bool columns = tiling.kernel == DecodeKernel::kColumns, whole_rows = 2 * n * k <= kSmallWeight;
   const Block block = block_of(tiling.kernel, tile_tokens(m, columns ? kMaxColumnTokens : kMaxTokens));
   const int64_t runs = whole_rows ? 1 : columns ? 8 : tiling.slices;

@@ -84,14 +84,15 @@ int64_t max(const std::vector<int64_t>& values) {
 }
 
 // x [M, K] with the elements of a row adjacent. CUDA's matrix kernels read 16 bytes at a time: if only x does
-// not allow that, it is copied. So the kernel, and with it the order of sums, is chosen by the layer and not by x.
+// not allow that, it is copied (clone alone may make columns of rows that overlap). So the kernel, and with it the
+// order of sums, is chosen by the layer and not by x.
 Tensor with_dense_rows(const Tensor& x, Dtype dtype) {
   const int64_t m = x.size(0), k = x.size(1);
   const Tensor dense = with_dense_last_dim(x);
   if (x.is_cpu() || bytes_of(dtype) != 2 || k % 8 != 0) return dense;
   const bool vectors =
       reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 && (m <= 1 || dense.stride(0) % 8 == 0);
-  return vectors ? dense : torch::stable::clone(dense);
+  return vectors ? dense : torch::stable::contiguous(torch::stable::clone(dense));
 }
 
 // A call whose arguments have been checked, but for the loops' values, and the tensors that it points into.

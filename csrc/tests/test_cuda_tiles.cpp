@@ -1,4 +1,6 @@
 // The choice of decode kernel and tile on CUDA.
+#include <utility>
+
 #include "check.h"
 #include "loop_lora/cuda_tiles.h"
 
@@ -179,6 +181,17 @@ void test_hints_are_of_what_the_product_reads_first() {
   CHECK(choose_hints(wide, kH100, 256000, 2048, 8, shrink_of(kH100, 64, 2048, 8)).rows == 3 * 132 * 128);
 }
 
+// The operator asks before it finds that there is nothing to compute.
+void test_without_rows_or_columns_there_is_a_choice_too() {
+  for (const Gpu& gpu : {kH100, kA100}) {
+    for (const auto& [k, m] : {std::pair<int64_t, int64_t>{2048, 0}, {0, 8}, {0, 0}}) {
+      CHECK(estimated(gpu, 2048, k, m).slices >= 1);
+      const ShrinkEstimate shrink = estimate_shrink(choose_shrink(gpu, 64, 2, k, m), gpu, 64, 2, k, m, 64);
+      CHECK(choose_hints({DecodeKernel::kColumns, 1}, gpu, 2048, k, m, shrink).rows == 0);
+    }
+  }
+}
+
 void test_sums_of_parts_stay_small() {
   for (int64_t m : {65, 1024, 8192, 100000}) {
     for (int64_t n : {256, 2048, 32768}) {
@@ -202,5 +215,6 @@ int main() {
                          test_thread_blocks_share_a_multiprocessor_as_their_memory_lets_them,
                          test_waves_of_single_thread_blocks_do_not_overlap,
                          test_shrink_fetches_before_it_knows_the_loops_where_little_can_be_in_vain,
-                         test_hints_are_of_what_the_product_reads_first, test_sums_of_parts_stay_small);
+                         test_hints_are_of_what_the_product_reads_first,
+                         test_without_rows_or_columns_there_is_a_choice_too, test_sums_of_parts_stay_small);
 }

@@ -30,6 +30,8 @@ DECODE_CASES = [
     )
 ]
 
+NOTHING_TO_MULTIPLY = [Case(0, 64, 32, 8, bias=True), Case(3, 0, 32, 8, bias=True)]
+
 
 def poisoned_call(inputs: dict[str, Any]) -> Tensor:
     """Call the operator with output and scratch in memory that held NaN."""
@@ -46,7 +48,7 @@ def test_matches_the_definition(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+@pytest.mark.parametrize("case", [*DECODE_CASES, *NOTHING_TO_MULTIPLY], ids=str)
 def test_the_tensor_core_kernel_matches_the_definition(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     assert_matches_oracle(poisoned_call(inputs), inputs)
@@ -75,6 +77,13 @@ def test_strides_and_address_of_x_change_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(loop_lora_linear(**{**inputs, "x": other}), expected)
         first = {**inputs, "x": other[:1], "loops": inputs["loops"][:1]}
         assert torch.equal(loop_lora_linear(**first), expected[:1])
+
+
+def test_rows_that_overlap_are_copied_into_rows() -> None:
+    inputs = on_gpu(make_inputs(Case(2, 64, 32, 8), torch.bfloat16))
+    inputs["x"] = inputs["x"].flatten().unfold(0, 64, 1)[:2]  # of which clone makes columns
+    dense = inputs["x"].contiguous()
+    assert torch.equal(loop_lora_linear(**inputs), loop_lora_linear(**{**inputs, "x": dense}))
 
 
 @pytest.mark.parametrize("m", [1, 16, 31, 64, 130])
