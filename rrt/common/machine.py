@@ -32,14 +32,18 @@ def _cgroup_free_bytes(group: Path) -> int:
     return int((group / "memory.max").read_text()) - used
 
 
+def _first_cpu() -> dict[str, str]:
+    """Read what the system tells of the first CPU, names in lower case; nothing where it tells nothing."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return {}
+    lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    return {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def cpu_info() -> dict[str, Any]:
     """Return the CPU's model, cores, threads and the instruction sets that matter here."""
-    fields: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip().lower()] = value.strip()
+    fields = _first_cpu()
     flags = set(fields.get("flags", fields.get("features", "")).split())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -54,3 +58,8 @@ def cpu_info() -> dict[str, Any]:
 def multiplies_bfloat16() -> bool:
     """Return whether the CPU has instructions that multiply bfloat16; others emulate them."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_info()["flags"])
+
+
+def is_intel_cpu() -> bool:
+    """Return whether Intel made the CPU, for which its library MKL has its best products."""
+    return _first_cpu().get("vendor_id") == "GenuineIntel"

@@ -13,3 +13,14 @@ def test_memory_that_a_container_may_still_take_counts_the_cache_of_files_as_fre
     ):
         (tmp_path / name).write_text(content)
     assert machine._cgroup_free_bytes(tmp_path) == 1000 - 700 + 250
+
+
+def test_intels_cpus_are_known_by_their_vendor_alone(monkeypatch):
+    for fields, expected in (
+        ({"vendor_id": "GenuineIntel"}, True),
+        ({"vendor_id": "AuthenticAMD", "model name": "of Intel"}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(machine, "_first_cpu", lambda fields=fields: fields)
+        assert machine.is_intel_cpu() is expected
+        assert machine.cpu_info()["flags"] == [] and not machine.multiplies_bfloat16()

@@ -112,3 +112,18 @@ def test_a_merged_weight_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPat
     with packed.in_use():
         found = recursion(IDS)
     torch.testing.assert_close(found, recursion(IDS), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_fast_mkl", [False, True])
+def test_linears_that_pytorch_multiplies_faster_stay_as_they_are(
+    has_fast_mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rrt.decode.packed_weights._HAS_FAST_MKL", has_fast_mkl)
+    packed = {
+        (kind, dtype): PackedLinears(make_model("tinyllama-1.1b", KINDS[kind], dtype).stack, EVERYTHING).num_bytes > 0
+        for kind in ("recursive", "relaxed")
+        for dtype in (torch.float32, torch.float64)
+    }
+    assert packed.pop(("recursive", torch.float32)) is not has_fast_mkl
+    assert all(packed.values())
