@@ -222,7 +222,7 @@ class CalibratedBlock:
             return
         measured = self._measured_depths(layer, statistics)
         others = [name for name in self._ranks[layer] if name not in NEURON_LINEARS]
-        # Matching neurons takes one thread, and as long as these fits.
+        # Matching neurons takes one thread: the fits that do not depend on it run beside it.
         with ThreadPoolExecutor(1) as executor:
             aligning = executor.submit(self._aligned, layer, measured)
             tensors = self._fit_linears(layer, others, self._source, measured)
