@@ -222,11 +222,12 @@ class CalibratedBlock:
             return
         measured = self._measured_depths(layer, statistics)
         others = [name for name in self._ranks[layer] if name not in NEURON_LINEARS]
-        # Matching neurons takes one thread: the fits that do not depend on it run beside it.
+        # Matching neurons takes one thread, and the fits that do not depend on it run beside it. Of a large base it
+        # takes minutes: it stays in this thread, where signals interrupt it.
         with ThreadPoolExecutor(1) as executor:
-            aligning = executor.submit(self._aligned, layer, measured)
-            tensors = self._fit_linears(layer, others, self._source, measured)
-            source, measured = aligning.result()
+            fitting = executor.submit(self._fit_linears, layer, others, self._source, measured)
+            source, measured = self._aligned(layer, measured)
+            tensors = fitting.result()
         names = [name for name in self._ranks[layer] if name in NEURON_LINEARS]
         self._workspace.save(f"fit-{layer:03d}", tensors | self._fit_linears(layer, names, source, measured))
 
