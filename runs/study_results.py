@@ -72,13 +72,28 @@ def study_file(out: Path) -> Path:
 
 
 def pack_results(out: Path, archive: Path) -> None:
-    """Write study.json and the results of the study in `out`; the same results make the same bytes."""
+    """Write study.json and the results of the study in `out`; the same results make the same bytes.
+
+    Files are named without the directories of this machine: those in `out` from there on, as ``OUT/results/...``.
+    """
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(out.glob("results/*/*.json")):
-        results.setdefault(path.parent.name, {})[path.stem] = read_json(path)
+        results.setdefault(path.parent.name, {})[path.stem] = _shorten_paths(read_json(path), out)
     content = {"kind": KIND, "study": read_json(out / "study.json"), "results": results}
     with atomic_file(archive) as file:
         file.write(gzip.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode(), mtime=0))
+
+
+def _shorten_paths(value: Any, out: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _shorten_paths(child, out) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_shorten_paths(child, out) for child in value]
+    if not isinstance(value, str):
+        return value
+    for directory in (out, out.absolute()):
+        value = re.sub(rf"(?<![\w./-]){re.escape(str(directory))}(?![\w.-])", "OUT", value)
+    return re.sub(r"(?<![\w./-])/(?:[^\s/]+/)+", "", value)
 
 
 def add_results(out: Path, archives: Sequence[Path]) -> None:

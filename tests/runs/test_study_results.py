@@ -12,7 +12,7 @@ from rrt.errors import UserError
 from runs import conversion_study, study_steps
 from runs.conversion_arms import result_path
 from runs.conversion_study_report import write_report
-from runs.study_results import add_results
+from runs.study_results import add_results, pack_results
 from tests.util.commands import run_program
 from tests.util.studies import ARMS, cells, write_perplexity, write_study_file
 
@@ -41,6 +41,23 @@ def test_a_study_goes_on_elsewhere_with_the_results_of_its_archive(
     assert cells((other / "report.md").read_text(), "Right after conversion", "base")[4:7] == ["30.40", "30.40", "2.00"]
     plan = json.loads((other / "study.json").read_text())["plan"]
     assert (plan["arms"], plan["tokens"]) == ([arm.name for arm in ARMS], [102_400, 204_800, 409_600])
+
+
+def test_an_archive_names_no_directories_of_the_machine(results: Path) -> None:
+    path = result_path(results, "base", "natural-512")
+    found = json.loads(path.read_text())
+    found["checkpoint"] = f"{results}/checkpoints/base"
+    found["command"] = (
+        f"perplexity.py --checkpoint {results}/checkpoints/base --data /home/me/text.jsonl --out={results}"
+    )
+    found["model"] = "org/name"
+    path.write_text(json.dumps(found))
+    pack_results(results, results / "packed.gz")
+    packed = json.loads(gzip.decompress((results / "packed.gz").read_bytes()))["results"]["base"]["natural-512"]
+    assert packed["checkpoint"] == "OUT/checkpoints/base"
+    assert packed["command"] == "perplexity.py --checkpoint OUT/checkpoints/base --data text.jsonl --out=OUT"
+    assert packed["model"] == "org/name"
+    assert packed["loss"] == found["loss"]
 
 
 def test_a_part_on_another_machine_may_have_another_dtype_but_keeps_its_own(
