@@ -18,18 +18,19 @@ HELDOUT=$OUT/heldout.jsonl
 CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
-# Without bf16 instructions training is slower, and gets a quarter of the tokens, in half as many steps of half the size.
+# Without bf16 instructions all is slower: an eighth of the tokens, in half as many steps, by one process, as in so small
+# steps what two processes exchange takes longer than what they compute.
 if [ "$DTYPE" = bf16 ]; then
-    TOKENS=16384 BATCH_TOKENS=1024 MICRO_BATCH=4 CALIBRATION_TOKENS=8192 EVAL_TOKENS=
+    TOKENS=16384 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=2 THREADS=1 CALIBRATION_TOKENS=8192 EVAL_TOKENS=
 else
-    TOKENS=4096 BATCH_TOKENS=512 MICRO_BATCH=2 CALIBRATION_TOKENS=4096 EVAL_TOKENS=4096
+    TOKENS=2048 BATCH_TOKENS=256 MICRO_BATCH=1 PROCESSES=1 THREADS=2 CALIBRATION_TOKENS=4096 EVAL_TOKENS=2048
 fi
 TOKENS=${DEMO_TOKENS:-$TOKENS}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
 LORA_RANK=${DEMO_LORA_RANK:-64}
 CALIBRATION_TOKENS=${DEMO_CALIBRATION_TOKENS:-$CALIBRATION_TOKENS}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-$EVAL_TOKENS}
-SEQ_LEN=256 PROCESSES=${DEMO_PROCESSES:-2} THREADS=${DEMO_THREADS:-1}
+SEQ_LEN=256 PROCESSES=${DEMO_PROCESSES:-$PROCESSES} THREADS=${DEMO_THREADS:-$THREADS}
 SETTINGS=(--optim.warmup_steps 4 --guard.loss_spike inf --run.log_every 8)
 PROMPT=${DEMO_PROMPT:-$'def read_lines(path):\n    """'}
 
@@ -41,6 +42,7 @@ if [ -z "${DEMO_BASE:-}" ]; then
     }
 fi
 begin
+trap 'jobs -p | xargs -r kill' EXIT
 fold() { # name, flags; one thread, as the SVDs are of matrices too small for more
     OMP_NUM_THREADS=1 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/$1" "${@:2}"
 }
@@ -57,12 +59,12 @@ python runs/demo_excerpts.py "$HELDOUT"
 python train/prepare_data.py --input python-stdlib --tokenizer "$DEMO_BASE" --out "$OUT/data"
 measure base "$DEMO_BASE"
 
-step "recursive: half of the layers, evenly spaced, run twice"
+step "recursive: half of the layers, evenly spaced, run twice; relaxed: and a LoRA of rank $LORA_RANK per depth"
+fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK" --lora-init svd &
 fold recursive --num-loops 2
 step "baseline: the same layers, run once"
 fold kept --keep-layers "$KEPT_LAYERS"
-step "relaxed: the same layers run twice, and a LoRA of rank $LORA_RANK per depth from the SVD"
-fold relaxed --num-loops 2 --init stepwise --lora-rank "$LORA_RANK" --lora-init svd
+wait $!
 
 step "calibrated: weights and LoRAs of the same sizes, fitted on $CALIBRATION_TOKENS tokens"
 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/calibrated" --num-loops 2 --lora-rank "$LORA_RANK" \
@@ -75,11 +77,14 @@ uptrain relaxed 5e-4 --run.lora merged
 uptrain calibrated 2e-4 --run.lora merged
 
 step "text from the base and the folded models"
-for name in base relaxed calibrated; do
-    model=$([ "$name" = base ] && echo "$DEMO_BASE" || echo "$OUT/$name-uptrained/final")
-    python -m rrt.generate --checkpoint "$model" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" \
-        --dtype float32 > "$OUT/sample-$name.txt"
-done
+sample() { # name, checkpoint
+    python -m rrt.generate --checkpoint "$2" --prompt "$PROMPT" --max-new-tokens "${DEMO_NEW_TOKENS:-64}" \
+        --dtype float32 > "$OUT/sample-$1.txt"
+}
+sample base "$DEMO_BASE" &
+sample relaxed "$OUT/relaxed-uptrained/final"
+wait $!
+sample calibrated "$OUT/calibrated-uptrained/final"
 
 step "report"
 python eval/report.py "$OUT/base.json" "$OUT"/{kept,recursive,relaxed,calibrated}-{before,after}.json \

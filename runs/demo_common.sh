@@ -17,7 +17,9 @@ begin() { # empties OUT, which must be an earlier demo's or not exist
 }
 step() { printf '\n=== %s (%d s)\n' "$1" $((SECONDS - began)); }
 train() { # command, output directory, tokens, learning rate, further flags
-    OMP_NUM_THREADS=$THREADS torchrun --nproc-per-node "$PROCESSES" "train/$1.py" --data.path "$OUT/data" \
+    local launch=(python)
+    [ "$PROCESSES" = 1 ] || launch=(torchrun --nproc-per-node "$PROCESSES")
+    OMP_NUM_THREADS=$THREADS "${launch[@]}" "train/$1.py" --data.path "$OUT/data" \
         --data.seq_len "$SEQ_LEN" --run.out "$OUT/$2" --run.tokens "$3" --optim.lr "$4" \
         --run.batch_tokens "$BATCH_TOKENS" --run.micro_batch $((MICRO_BATCH / PROCESSES)) --run.device "$DEVICE" \
         --run.dtype "$DTYPE" --run.save_every 0 "${SETTINGS[@]}" "${@:5}"

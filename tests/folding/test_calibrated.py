@@ -14,7 +14,7 @@ from rrt.convert import main
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
 from rrt.folding import calibrated, calibration, conversion
-from rrt.folding.conversion import CalibrationOptions, convert
+from rrt.folding.conversion import CalibrationOptions, convert, prepare_conversion
 from rrt.folding.workspace import Workspace
 from rrt.model.config import LoraRanks, RecursiveConfig
 from tests.util.commands import run_main
@@ -340,6 +340,23 @@ def test_the_command_prints_and_stores_a_report(bases, text, tmp_path, capsys, m
         assert len(linear["metric_loss"]) == len(linear["output_loss"]) == len(linear["first_token_loss"]) == 2
         assert all(0 < loss < 1 for loss in linear["metric_loss"])
     assert len(provenance["matrices"]) == 3 * 6
+
+
+def test_a_text_with_fewer_than_two_tokens_for_an_input_is_noticed(bases, text, tmp_path):
+    recursion = RecursiveConfig(
+        num_loops=2, init="average", lora_rank=LoraRanks.uniform(4), lora_init="calibrated", norm_init="folded"
+    )
+
+    def notices(num_tokens):
+        options = CalibrationOptions((str(text),), num_tokens, 16, device="cpu")
+        prepared = prepare_conversion(bases["llama"], tmp_path / "out", recursion, calibration=options)
+        assert prepared.source.model.intermediate_size == 80
+        return [notice for notice in prepared.notices if "tokens" in notice]
+
+    assert notices(160) == []
+    assert notices(144) == [
+        "144 calibration tokens are few for linears of 80 inputs; expected 160 or more (--calibration-tokens)"
+    ]
 
 
 @pytest.mark.parametrize(
