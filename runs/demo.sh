@@ -21,9 +21,11 @@ DTYPE=${DEMO_DTYPE:-$(best_dtype)}
 # Without bf16 instructions all is slower: an eighth of the tokens, in half as many steps, by one process, as in so small
 # steps what two processes exchange takes longer than what they compute.
 if [ "$DTYPE" = bf16 ]; then
-    TOKENS=16384 BATCH_TOKENS=1024 MICRO_BATCH=4 PROCESSES=2 THREADS=1 CALIBRATION_TOKENS=8192 EVAL_TOKENS=
+    TOKENS=16384 BATCH_TOKENS=1024 MICRO_BATCH=4 CALIBRATED_LR=2e-4
+    PROCESSES=2 THREADS=1 CALIBRATION_TOKENS=8192 EVAL_TOKENS=
 else
-    TOKENS=2048 BATCH_TOKENS=256 MICRO_BATCH=1 PROCESSES=1 THREADS=2 CALIBRATION_TOKENS=4096 EVAL_TOKENS=2048
+    TOKENS=2048 BATCH_TOKENS=256 MICRO_BATCH=1 CALIBRATED_LR=5e-5
+    PROCESSES=1 THREADS=2 CALIBRATION_TOKENS=4096 EVAL_TOKENS=2048
 fi
 TOKENS=${DEMO_TOKENS:-$TOKENS}
 KEPT_LAYERS=${DEMO_KEPT_LAYERS:-15}
@@ -48,10 +50,11 @@ fold() { # name, flags; one thread, as the SVDs are of matrices too small for mo
 }
 uptrain() { # name, learning rate, further flags
     step "uptraining: $1, $TOKENS tokens"
-    measure "$1-before" "$OUT/$1"
     train uptrain "$1-uptrained" "$TOKENS" "$2" --checkpoint.path "$OUT/$1" --distill.teacher "$DEMO_BASE" \
         --distill.weight 0.9 "${@:3}"
-    measure "$1-after" "$OUT/$1-uptrained/final"
+    wait "$beside" # one at a time: memory
+    measure "$1-after" "$OUT/$1-uptrained/final" &
+    beside=$!
 }
 
 step "corpus: the standard library of this Python, and excerpts of its held-out packages"
@@ -66,15 +69,21 @@ step "baseline: the same layers, run once"
 fold kept --keep-layers "$KEPT_LAYERS"
 wait $!
 
-step "calibrated: weights and LoRAs of the same sizes, fitted on $CALIBRATION_TOKENS tokens"
+step "calibrated: the same sizes, fitted on $CALIBRATION_TOKENS tokens; beside it the others are measured"
+for name in recursive kept relaxed; do measure "$name-before" "$OUT/$name"; done &
+beside=$!
 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/calibrated" --num-loops 2 --lora-rank "$LORA_RANK" \
     --calibration "$OUT/data" --calibration-tokens "$CALIBRATION_TOKENS" --calibration-context "$SEQ_LEN" \
     --device "$DEVICE"
+wait "$beside"
+measure calibrated-before "$OUT/calibrated" &
+beside=$!
 
 uptrain recursive 5e-4
 uptrain kept 5e-4
 uptrain relaxed 5e-4 --run.lora merged
-uptrain calibrated 2e-4 --run.lora merged
+uptrain calibrated "$CALIBRATED_LR" --run.lora merged
+wait "$beside"
 
 step "text from the base and the folded models"
 sample() { # name, checkpoint
