@@ -18,8 +18,8 @@ HELDOUT=$OUT/heldout.jsonl
 CACHE=${DEMO_CACHE:-.cache/smollm2-135m}
 DEVICE=${DEMO_DEVICE:-cpu}
 DTYPE=${DEMO_DTYPE:-$(best_dtype)}
-# Without bf16 instructions all is slower: an eighth of the tokens, in half as many steps, by one process, as in so small
-# steps what two processes exchange takes longer than what they compute.
+# Without bf16 instructions all is slower: an eighth of the tokens to train on, in half as many steps, by one process, which
+# is faster there than two, and a lower learning rate for the calibrated model (docs/RESULTS.md).
 if [ "$DTYPE" = bf16 ]; then
     TOKENS=16384 BATCH_TOKENS=1024 MICRO_BATCH=4 CALIBRATED_LR=2e-4
     PROCESSES=2 THREADS=1 CALIBRATION_TOKENS=8192 EVAL_TOKENS=
@@ -33,6 +33,10 @@ LORA_RANK=${DEMO_LORA_RANK:-64}
 CALIBRATION_TOKENS=${DEMO_CALIBRATION_TOKENS:-$CALIBRATION_TOKENS}
 EVAL_TOKENS=${DEMO_EVAL_TOKENS:-$EVAL_TOKENS}
 SEQ_LEN=256 PROCESSES=${DEMO_PROCESSES:-$PROCESSES} THREADS=${DEMO_THREADS:-$THREADS}
+if [ $((MICRO_BATCH % PROCESSES)) != 0 ]; then
+    echo "error: DEMO_PROCESSES: found $PROCESSES; expected a divisor of the $MICRO_BATCH sequences of a micro-batch" >&2
+    exit 2
+fi
 SETTINGS=(--optim.warmup_steps 4 --guard.loss_spike inf --run.log_every 8)
 PROMPT=${DEMO_PROMPT:-$'def read_lines(path):\n    """'}
 
@@ -44,7 +48,7 @@ if [ -z "${DEMO_BASE:-}" ]; then
     }
 fi
 begin
-trap 'jobs -p | xargs -r kill' EXIT
+trap 'jobs -pr | xargs -r -n1 pkill -P || :' EXIT # what runs beside a step that failed
 fold() { # name, flags; one thread, as the SVDs are of matrices too small for more
     OMP_NUM_THREADS=1 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/$1" "${@:2}"
 }

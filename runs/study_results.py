@@ -74,7 +74,7 @@ def study_file(out: Path) -> Path:
 def pack_results(out: Path, archive: Path) -> None:
     """Write study.json and the results of the study in `out`; the same results make the same bytes.
 
-    Files are named without the directories of this machine: those in `out` from there on, as ``OUT/results/...``.
+    Absolute paths are cut to the file's name, and paths in `out` go from there on, as ``OUT/results/...``.
     """
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(out.glob("results/*/*.json")):
@@ -91,9 +91,9 @@ def _shorten_paths(value: Any, out: Path) -> Any:
         return [_shorten_paths(child, out) for child in value]
     if not isinstance(value, str):
         return value
-    for directory in (out, out.absolute()):
-        value = re.sub(rf"(?<![\w./-]){re.escape(str(directory))}(?![\w.-])", "OUT", value)
-    return re.sub(r"(?<![\w./-])/(?:[^\s/]+/)+", "", value)
+    value = re.sub(rf"(?<![\w./-]){re.escape(str(out.absolute()))}(?![\w.-])", "OUT", value)
+    value = re.sub(rf"(?<![\w./-]){re.escape(str(out))}(?=/)", "OUT", value)
+    return re.sub(r"""(?<![\w./-])/(?:[^\s/,:"']+/)+""", "", value)
 
 
 def add_results(out: Path, archives: Sequence[Path]) -> None:

@@ -40,7 +40,7 @@ from rrt.model.sizes import Sizes, model_sizes, without_sharing
 from rrt.model.transformer import Layer
 
 _TOKENS_PER_INPUT = 2
-"""SmolLM2-135M in two loops, rank 64: 1.3 tokens an input end at perplexity 10,442 before training, 2.7 at 74."""
+"""SmolLM2-135M in two loops, rank 64: with 1.3 tokens an input perplexity 10,442 before training, with 2.7 62.2."""
 
 
 @dataclass(frozen=True)

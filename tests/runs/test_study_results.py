@@ -51,12 +51,14 @@ def test_an_archive_names_no_directories_of_the_machine(results: Path) -> None:
         f"perplexity.py --checkpoint {results}/checkpoints/base --data /home/me/text.jsonl --out={results}"
     )
     found["model"] = "org/name"
+    found["note"] = '["/h/a.jsonl","/h/b.jsonl"]'
     path.write_text(json.dumps(found))
     pack_results(results, results / "packed.gz")
     packed = json.loads(gzip.decompress((results / "packed.gz").read_bytes()))["results"]["base"]["natural-512"]
     assert packed["checkpoint"] == "OUT/checkpoints/base"
     assert packed["command"] == "perplexity.py --checkpoint OUT/checkpoints/base --data text.jsonl --out=OUT"
     assert packed["model"] == "org/name"
+    assert packed["note"] == '["a.jsonl","b.jsonl"]'
     assert packed["loss"] == found["loss"]
 
 
