@@ -52,11 +52,18 @@ trap 'jobs -pr | xargs -r -n1 pkill -P || :' EXIT # what runs beside a step that
 fold() { # name, flags; one thread, as the SVDs are of matrices too small for more
     OMP_NUM_THREADS=1 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/$1" "${@:2}"
 }
+finish_beside() { # waits for what was started last beside the steps, if anything
+    if [ -n "$beside" ]; then
+        wait "$beside"
+        beside=
+    fi
+}
 uptrain() { # name, learning rate, further flags
+    [ "$PROCESSES" = 1 ] || finish_beside # memory
     step "uptraining: $1, $TOKENS tokens"
     train uptrain "$1-uptrained" "$TOKENS" "$2" --checkpoint.path "$OUT/$1" --distill.teacher "$DEMO_BASE" \
         --distill.weight 0.9 "${@:3}"
-    wait "$beside" # one at a time: memory
+    finish_beside
     measure "$1-after" "$OUT/$1-uptrained/final" &
     beside=$!
 }
@@ -79,7 +86,7 @@ beside=$!
 python -m rrt.convert --base "$DEMO_BASE" --out "$OUT/calibrated" --num-loops 2 --lora-rank "$LORA_RANK" \
     --calibration "$OUT/data" --calibration-tokens "$CALIBRATION_TOKENS" --calibration-context "$SEQ_LEN" \
     --device "$DEVICE"
-wait "$beside"
+finish_beside
 measure calibrated-before "$OUT/calibrated" &
 beside=$!
 
@@ -87,7 +94,7 @@ uptrain recursive 5e-4
 uptrain kept 5e-4
 uptrain relaxed 5e-4 --run.lora merged
 uptrain calibrated "$CALIBRATED_LR" --run.lora merged
-wait "$beside"
+finish_beside
 
 step "text from the base and the folded models"
 sample() { # name, checkpoint
