@@ -46,6 +46,7 @@ CALIBRATION_FLAGS = (
     "--calibration-statistics",
     "--no-refit",
     "--no-align",
+    "--device",
 )
 """Flags that say how a calibration text is used, and mean nothing without one."""
 
@@ -286,8 +287,9 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         "--calibration-memory",
         type=float,
         metavar="GIB",
-        help="memory that statistics of all layers may take; if they take more, they are computed as often as they are "
-        "needed (default: half of what is free; without effect beside --calibration-statistics)",
+        help="space of files beside --out that statistics of all layers may take; if they take more, they are computed "
+        "as often as they are needed (default: half of what memory and disk have free; without effect beside "
+        "--calibration-statistics)",
     )
     parser.add_argument(
         "--calibration-statistics",
@@ -339,6 +341,12 @@ def _calibration_options(parser: argparse.ArgumentParser, arguments: argparse.Na
 def _recursive_config(arguments: argparse.Namespace, num_loops: int | None) -> RecursiveConfig:
     if num_loops is None:
         raise UserError("--num-loops: missing; expected the number of loops over the shared block")
+    if arguments.lora_init == "low-rank-only":
+        for flag, default in (("init", "auto"), ("sharing", "cycle")):
+            if (found := getattr(arguments, flag)) != default:
+                raise UserError(
+                    f"--{flag}: found {found} beside --lora-init low-rank-only; expected none: nothing is shared"
+                )
     ranks = lora_ranks(arguments)
     best: Init = "average" if ranks or arguments.prefix_length else "stepwise"
     init = best if arguments.init == "auto" else arguments.init
@@ -367,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.keep_layers is not None:
         if num_loops is not None:
             raise UserError(f"--keep-layers: found beside --num-loops {num_loops}; expected one of the two")
+        if arguments.calibration:
+            raise UserError("--keep-layers: found beside --calibration; expected no text: layers are kept as they are")
         num_loops = 1
     conversion = prepare_conversion(
         arguments.base,

@@ -33,7 +33,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,14 @@ def open_study(study: Study, inputs: Sequence[str], name: str | None, num_layers
     write_texts(study, texts, max(len(draws(arm, study.num_seeds)) for arm in study.arms))
 
 
+def whole_study(study: Study) -> Study:
+    """Return what all parts of a study are to make, of which `study` is one."""
+    content = read_json(study_file(study.out))
+    plan = content["plan"]
+    arms = tuple(arm for arm in all_arms(content["num_layers"]) if arm.name in plan["arms"])
+    return replace(study, arms=arms, tokens=tuple(plan["tokens"]), num_seeds=plan["num_seeds"])
+
+
 def default_dtype(device: str) -> str:
     """Return bfloat16 where it is multiplied in hardware, else float32."""
     return "bfloat16" if device.startswith("cuda") or multiplies_bfloat16() else "float32"
@@ -394,7 +402,8 @@ def make_study(arguments: argparse.Namespace, num_layers: int) -> Study:
         arguments.data_dir,
         tuple(choose_arms(all_arms(num_layers), arguments.arms)),
         tokens,
-        arguments.seeds,
+        # Without a training there is one model of each arm.
+        arguments.seeds if tokens else 1,
         arguments.max_tokens,
         arguments.documents,
         arguments.calibration_tokens,
@@ -422,11 +431,11 @@ def run_study(study: Study, minutes: float, keep: bool) -> None:
 
     # The commands run where this one does, so that relative paths mean the same; rrt need not be installed.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    steps = study_steps(study)
-    delete_unneeded_statistics(study, steps)
+    steps, planned = study_steps(study), study_steps(whole_study(study))
+    delete_unneeded_statistics(study, planned)
     outcome = run_steps(steps, log, seconds=60 * minutes, env=env, write_record=write_record, keep=keep)
     print(f"\nreport: {write_report(study.out)}")
-    delete_unneeded_statistics(study, outcome.left)
+    delete_unneeded_statistics(study, pending_steps(planned))
     if outcome.left:
         left = describe_time_left(outcome.left, log)
         print(f"{len(outcome.left)} of {len(steps)} steps are left, {left}; the same command goes on:")

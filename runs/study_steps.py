@@ -155,7 +155,8 @@ def run_steps(
                 print(f"failed: {step.name}; what needs it is left, and the other steps go on", flush=True)
                 failed.append(step)
                 continue
-        if step.record is not None:
+        # A checkpoint may be made again, for results that are missing: its record stays the first one's.
+        if step.record is not None and not step.record.exists():
             write_record(step)
     return Outcome(tuple(failed), tuple(pending_steps(steps)))
 

@@ -38,8 +38,16 @@ class NoSpaceError(UserError):
 
 def free_bytes(path: Path) -> int:
     """Return the bytes free on the disk of `path`, which need not exist."""
-    existing = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Tell whether two paths, which need not exist, are on the same disk."""
+    return _existing(first).stat().st_dev == _existing(second).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    return next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
 
 
 @contextmanager

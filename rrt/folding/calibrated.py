@@ -22,7 +22,7 @@ from rrt.checkpoint.source import Source
 from rrt.common.dtypes import dtype_name
 from rrt.errors import UserError
 from rrt.folding.calibration import BaseStatistics, CalibrationMetric, LinearStatistics, TextPass
-from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report
+from rrt.folding.fold import Folding, TiedLinear, energy_lost, matrix_report, seeded_generator
 from rrt.folding.neurons import NEURON_LINEARS, NeuronLinear, ReorderedNeurons, match_neurons, reorder_statistics
 from rrt.folding.refit import AdaptedLinear, DepthErrors, ErrorSums, SideBySide
 from rrt.folding.tying import Metric, fit_lora, fit_tied, metric_norms, singular_gains
@@ -120,6 +120,7 @@ class CalibratedBlock:
     Args:
         source: the base, vanilla, with folded norms.
         dtype: of the fitted tensors.
+        seed: of everything random.
         workspace: of the conversion's steps.
         statistics: workspace of the base's statistics; it may be the same one.
     """
@@ -130,10 +131,11 @@ class CalibratedBlock:
         recursion: RecursiveConfig,
         calibration: Calibration,
         dtype: torch.dtype,
+        seed: int,
         workspace: Workspace,
         statistics: Workspace,
     ) -> None:
-        self._source, self._recursion, self._dtype = source, recursion, dtype
+        self._source, self._recursion, self._dtype, self._seed = source, recursion, dtype, seed
         self._calibration, self._workspace, self._statistics = calibration, workspace, statistics
         self._layers_per_loop = recursion.layers_per_loop(source.model)
         self._places = recursion.places(source.model)
@@ -240,14 +242,15 @@ class CalibratedBlock:
             rank = self._ranks[layer][name]
             weights = self._weights(source, layer, name)
             metrics = [linears[name].metric for linears in measured]
+            generator = seeded_generator(self._seed, f"stack.layers.{layer}.{name}.lora")
             if self._recursion.low_rank_only and rank:
                 (weight,), (metric,) = weights, metrics
-                lora_a, lora_b = fit_lora(weight, rank, metric)
+                lora_a, lora_b = fit_lora(weight, rank, metric, generator)
                 parts = {"weight": torch.zeros_like(weight), "lora_a": lora_a[None], "lora_b": lora_b[None]}
                 errors, norms = metric_norms([weight - lora_b @ lora_a], metrics), metric_norms(weights, metrics)
             else:
                 # With three sweeps over two loops the fits take 2.5 times as long, for 1 % of perplexity.
-                fit = fit_tied(weights, rank, metrics, sweeps=1 if len(weights) == 2 else 3)
+                fit = fit_tied(weights, rank, metrics, 1 if len(weights) == 2 else 3, generator)
                 parts = {"weight": fit.weight, "lora_a": fit.lora_a, "lora_b": fit.lora_b}
                 errors, norms = fit.errors, fit.norms
             for part, tensor in parts.items():
@@ -296,7 +299,7 @@ class CalibratedBlock:
             first, *others = (
                 self._neuron_linears(layer, depth, linears) for depth, linears in zip(depths, measured, strict=True)
             )
-            generator = torch.Generator().manual_seed(layer)
+            generator = seeded_generator(self._seed, f"neurons.{layer}")
             orders = [match_neurons(first, other, generator) for other in others]
             self._workspace.save(
                 f"orders-{layer:03d}", {str(depth): order for depth, order in zip(depths[1:], orders, strict=True)}
@@ -434,7 +437,7 @@ class CalibratedFolding(Folding):
         statistics: Workspace,
     ) -> None:
         super().__init__(source, recursion, dtype, seed)
-        self._block = CalibratedBlock(self.source, recursion, calibration, dtype, workspace, statistics)
+        self._block = CalibratedBlock(self.source, recursion, calibration, dtype, seed, workspace, statistics)
 
     def measure_gains(self, *, progress: bool = False) -> dict[str, list[float]]:
         """Compute what each unit of rank saves, by matrix, as `distribute_budget` takes it."""

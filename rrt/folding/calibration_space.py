@@ -1,11 +1,12 @@
 """Disk space that a calibrated conversion takes, checked before it starts: a large base needs tens of gigabytes."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from rrt.common.cli import human_bytes
-from rrt.common.files import free_bytes
+from rrt.common.files import free_bytes, on_one_disk
 from rrt.errors import UserError
 from rrt.folding.calibrated import Calibration, keeps_statistics, statistics_bytes
 from rrt.folding.calibration import products_dtype
@@ -33,17 +34,20 @@ def check_space(model: ModelConfig, after: Sizes, calibration: Calibration, out:
     is_dropped = statistics > 0 and calibration.metric != "activations"
     if is_dropped and len(list(kept_in.glob("statistics-*.safetensors"))) == model.num_layers:
         streams = 0
-    if calibration.statistics is not None:
-        remedy = "another --calibration-statistics, or a smaller --calibration-tokens"
-        _check(kept_in, streams + statistics, kept_in, remedy)
-        _check(out, steps, workspace, "--out on another disk")
-    else:
-        needed = statistics + (max(streams, steps) if is_dropped else streams + steps)
-        _check(out, needed, workspace, "--out on another disk, or a smaller --calibration-tokens")
+    together = statistics + (max(streams, steps) if is_dropped else streams + steps)
+    if calibration.statistics is None:
+        _check(out, together, {workspace}, "--out on another disk, or a smaller --calibration-tokens")
+        return
+    remedy = "another --calibration-statistics, or a smaller --calibration-tokens"
+    _check(kept_in, streams + statistics, {kept_in}, remedy)
+    _check(out, steps, {workspace}, "--out on another disk")
+    if on_one_disk(kept_in, out):
+        _check(out, together, {kept_in, workspace}, "--out on another disk than --calibration-statistics")
 
 
-def _check(place: Path, needed: int, used_again: Path, remedy: str) -> None:
-    free = free_bytes(place) + sum(file.stat().st_size for file in used_again.glob("*.safetensors"))
+def _check(place: Path, needed: int, used_again: Collection[Path], remedy: str) -> None:
+    files = (file for directory in used_again for file in directory.glob("*.safetensors"))
+    free = free_bytes(place) + sum(file.stat().st_size for file in files)
     if free < needed:
         raise UserError(
             f"{place}: found {human_bytes(free)} free on its disk; expected {human_bytes(needed)}, which the "

@@ -275,6 +275,7 @@ def _fingerprint(conversion: PreparedConversion, calibration: Calibration) -> st
         "dtype": str(conversion.dtype),
         "refit": calibration.refit,
         "align": calibration.align,
+        "seed": conversion.seed,
     }
     return _hashed(settings)
 
@@ -400,7 +401,9 @@ def _open_calibration(
     rows = calibration_rows(options, tokenizer, model.context_length)
     memory = options.memory
     if memory is None:
-        memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out)) // 2
+        # What an interrupted conversion has left counts as free: it goes on as it began.
+        kept = sum(file.stat().st_size for file in workspace_directory(out).glob("*.safetensors"))
+        memory = min(free_memory_bytes(torch.device("cpu")), free_bytes(out) + kept) // 2
     if options.statistics is not None:
         _check_statistics_directory(options.statistics, out)
     return Calibration(rows, options.metric, options.refit, options.align, memory, device, options.statistics)

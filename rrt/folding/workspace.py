@@ -1,5 +1,7 @@
 """Finished steps of a long conversion, kept beside its output so that an interrupted one goes on."""
 
+import errno
+import re
 import shutil
 from pathlib import Path
 
@@ -32,8 +34,8 @@ class Workspace:
         if path.is_file() and before != fingerprint:
             if is_shared and before is not None:
                 raise UserError(
-                    f"{directory}: holds statistics of another base, text, metric or version of the code; expected "
-                    "those of this conversion: name another directory, or delete it"
+                    f"{directory}: holds statistics of another base, text, metric, kind of device or version of the "
+                    "code; expected those of this conversion: name another directory, or delete it"
                 )
             self._clear()
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,8 +53,9 @@ class Workspace:
         with explain_no_space(path, sum(tensor.nbytes for tensor in contiguous.values())):
             try:
                 save_file(contiguous, partial)
-            except SafetensorError as error:  # a full disk, in the library's own words
-                raise OSError(28, str(error)) from None
+            except SafetensorError as error:  # the operating system's, in the library's own words
+                found = re.search(r"\(os error (\d+)\)", str(error))
+                raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from None
             fsync(partial)
         partial.rename(path)
 

@@ -48,11 +48,11 @@ def lora_ranks(arguments: argparse.Namespace) -> LoraRanks:
     budget = getattr(arguments, "rank_budget", None)
     if budget is not None:
         for flag in ("lora_rank", *(f"lora_rank_{group}" for group in _LINEARS_OF_GROUP)):
-            if getattr(arguments, flag):
+            rank = getattr(arguments, flag)
+            # Without a flag --lora-rank is 0, and a group has the rank of --lora-rank.
+            if rank != (0 if flag == "lora_rank" else None):
                 name = flag.replace("_", "-")
-                raise UserError(
-                    f"--rank-budget: found {budget} beside --{name} {getattr(arguments, flag)}; expected one of the two"
-                )
+                raise UserError(f"--rank-budget: found {budget} beside --{name} {rank}; expected one of the two")
         if budget < 1:
             raise UserError(f"--rank-budget: found {budget}; expected at least 1, rank 1 for each matrix")
         return LoraRanks.uniform(budget, is_budget=True)

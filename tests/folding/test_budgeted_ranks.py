@@ -88,6 +88,7 @@ def test_budgets_that_make_no_sense_are_refused(bases, tmp_path, capsys, monkeyp
     cases = {
         "--rank-budget: found 4 beside --lora-rank 3; expected one of the two": ["--lora-rank", 3],
         "--rank-budget: found 4 beside --lora-rank-ffn 3; expected one of the two": ["--lora-rank-ffn", 3],
+        "--rank-budget: found 4 beside --lora-rank-kv 0; expected one of the two": ["--lora-rank-kv", 0],
         "--rank-budget: found 0; expected at least 1, rank 1 for each matrix": ["--rank-budget", 0],
         "LoRA rank budget q 20, kv 16, out 20, ffn 20: this saves no parameters: ": ["--rank-budget", 20],
         "LoRA rank budget 4: this saves no parameters: ": ["--num-loops", 1],

@@ -13,7 +13,7 @@ from rrt.common.files import locked_directory
 from rrt.convert import main
 from rrt.data.tokenizer import load_tokenizer
 from rrt.errors import UserError
-from rrt.folding import calibrated, calibration, conversion
+from rrt.folding import calibrated, calibration, conversion, neurons
 from rrt.folding.conversion import CalibrationOptions, convert, prepare_conversion
 from rrt.folding.workspace import Workspace
 from rrt.model.config import LoraRanks, RecursiveConfig
@@ -43,7 +43,9 @@ def bases(tmp_path_factory):
     return made
 
 
-def calibrate(base, out, text, *, num_loops=2, rank=4, options=None, dtype=None, lora_init="calibrated", **recursion):
+def calibrate(
+    base, out, text, *, num_loops=2, rank=4, options=None, dtype=None, lora_init="calibrated", seed=0, **recursion
+):
     ranks = rank if isinstance(rank, LoraRanks) else LoraRanks.uniform(rank)
     chosen = {"num_tokens": 192, "context": 24, "device": "cpu", **(options or {})}
     return convert(
@@ -51,6 +53,7 @@ def calibrate(base, out, text, *, num_loops=2, rank=4, options=None, dtype=None,
         out,
         RecursiveConfig(num_loops=num_loops, init="average", lora_rank=ranks, lora_init=lora_init, **recursion),
         dtype=dtype,
+        seed=seed,
         calibration=CalibrationOptions((str(text),), **chosen),
     )
 
@@ -287,11 +290,22 @@ def test_interrupted_statistics_go_on_in_another_conversion(bases, text, tmp_pat
     assert passes == [5, 4, 3, 2, 1, 0]
 
 
+def test_the_seed_decides_which_of_many_neurons_are_compared(bases, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(neurons, "_GROUP", 8)
+    options = {"statistics": tmp_path / "statistics", "refit": False}
+    found = []
+    for out, seed in (("first", 0), ("second", 1), ("again", 1)):
+        calibrate(bases["llama"], tmp_path / out, text, options=options, seed=seed)
+        found.append(load_file(tmp_path / out / "model.safetensors"))
+    name = "stack.layers.0.mlp.up.weight"
+    assert torch.equal(found[1][name], found[2][name]) and not torch.equal(found[0][name], found[1][name])
+
+
 def test_statistics_of_another_text_and_another_folder_are_refused_and_kept(bases, text, tmp_path):
     options = {"statistics": tmp_path / "statistics"}
     calibrate(bases["llama"], tmp_path / "out", text, options=options)
     before = {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()}
-    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric or version"):
+    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric, kind of device or version"):
         calibrate(bases["llama"], tmp_path / "other", text, options={**options, "context": 32})
     assert {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()} == before
     (tmp_path / "mine").mkdir()
@@ -310,7 +324,7 @@ def test_statistics_of_changed_code_are_refused(bases, text, tmp_path, monkeypat
     options = {"statistics": tmp_path / "statistics"}
     calibrate(bases["llama"], tmp_path / "out", text, options=options)
     monkeypatch.setattr(conversion, "code_fingerprint", lambda: "after an edit")
-    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric or version"):
+    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric, kind of device or version"):
         calibrate(bases["llama"], tmp_path / "other", text, options=options)
 
 

@@ -89,6 +89,29 @@ def test_what_an_interrupted_conversion_left_counts_as_free(base, text, tmp_path
     prepare_conversion(**given)
 
 
+def test_an_interrupted_conversion_goes_on_with_the_memory_that_it_began_with(base, text, tmp_path, monkeypatch):
+    given = arguments(base, tmp_path / "out", text)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            convert(**given)
+    left = sum(path.stat().st_size for path in (tmp_path / "out.calibration").glob("*.safetensors"))
+    assert left > 0
+    monkeypatch.setattr(conversion, "free_bytes", lambda path: 1000)
+    assert prepare_conversion(**given).calibration.memory == (1000 + left) // 2
+
+
+def test_statistics_on_the_disk_of_the_output_are_counted_together(base, text, tmp_path, monkeypatch):
+    separate = arguments(base, tmp_path / "out", text, metric="activations", statistics=tmp_path / "statistics")
+    together = estimate(monkeypatch, separate)
+    assert together == estimate(monkeypatch, arguments(base, tmp_path / "out", text, metric="activations"))
+    free(monkeypatch, together - 1)
+    with pytest.raises(UserError, match=r"out: found .* on another disk than --calibration-statistics"):
+        prepare_conversion(**separate)
+    monkeypatch.setattr(calibration_space, "on_one_disk", lambda *_: False)
+    prepare_conversion(**separate)
+
+
 def test_statistics_that_are_there_take_no_space(base, text, tmp_path, monkeypatch):
     statistics = tmp_path / "statistics"
     convert(**arguments(base, tmp_path / "first", text, statistics=statistics))

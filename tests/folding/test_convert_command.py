@@ -79,6 +79,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(bases, tmp_path, capsys
         "holds the checkpoint that is read": ["--out", base, "--overwrite"],
         "--no-refit: found without --calibration": ["--lora-rank", 2, "--no-refit"],
         "--calibration-tokens: found without --calibration": ["--lora-rank", 2, "--calibration-tokens", 64],
+        "--device: found without --calibration": ["--lora-rank", 2, "--device", "cpu"],
         "--calibration-memory: found nan; expected 0 or more, in GiB": [
             *("--lora-rank", 2, "--calibration", base, "--calibration-memory", "nan")
         ],

@@ -37,6 +37,7 @@ def test_keeping_layers_refuses_what_it_does_not_make(bases, tmp_path, capsys, m
         "--keep-layers: found beside --num-loops 2": ["--keep-layers", 3, "--num-loops", 2],
         "keep_layers: found 7; expected 1 to 6": ["--keep-layers", 7],
         "keep_layers: found 0; expected 1 to 6": ["--keep-layers", 0],
+        "--keep-layers: found beside --calibration": ["--keep-layers", 3, "--calibration", bases["llama"]],
         "field 'init': found 'average'; expected 'stepwise'": ["--keep-layers", 3, "--init", "average"],
         "field 'lora_rank': found 4; expected 0 with keep_layers": ["--keep-layers", 3, "--lora-rank", 4],
         "field 'untie_norms': found True; expected False with keep_layers": ["--keep-layers", 3, "--untie-norms"],

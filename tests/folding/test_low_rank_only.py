@@ -82,4 +82,7 @@ def test_command_reports_what_low_rank_loses(bases, tmp_path, capsys, monkeypatc
     argv = ["--base", bases["llama"], "--out", tmp_path / "out", "--num-loops", 2, "--lora-init", "low-rank-only"]
     code, stdout, _ = run_main(main, argv, capsys, monkeypatch)
     assert code == 0 and "nothing shared; norms folded" in stdout and "6 layers" in stdout
+    for flag in (["--init", "lower"], ["--sharing", "sequence"]):
+        code, _, stderr = run_main(main, [*argv, "--overwrite", *flag], capsys, monkeypatch)
+        assert code == 2 and f"{flag[0]}: found {flag[1]} beside --lora-init low-rank-only" in stderr
     assert "lost by low rank" in stdout and "of all ||W||^2 low rank loses " in stdout and "->" not in stdout

@@ -1,6 +1,7 @@
 """Order of feed-forward neurons: matchings against brute force, reordered models, and what aligned depths lose."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,11 +29,13 @@ def random_metric(generator, *widths):
 
 
 def random_linears(generator, num_neurons, width, rank=0):
+    """Make linears of unlike units, without which other neurons than theirs would be matched."""
+    units = dict(zip(NAMES, (1.0, 30.0, 0.03), strict=True))
     linears = {}
     for name in NAMES:
         shape = (width, num_neurons) if name == "mlp.down" else (num_neurons, width)
         weight = torch.randn(shape, dtype=torch.float64, generator=generator)
-        linears[name] = NeuronLinear(weight, random_metric(generator, shape[1], shape[0]), rank)
+        linears[name] = NeuronLinear(weight, random_metric(generator, shape[1], shape[0]), rank, units[name])
     return linears
 
 
@@ -41,7 +44,7 @@ def shared_cost(name, pair, i, j, rank):
     sizes, vectors, importances, spaces = [], [], [], []
     for linear, neuron in zip(pair, (i, j), strict=True):
         inputs, outputs = linear.metric.inputs, linear.metric.outputs
-        size = float((inputs.diagonal().mean() * outputs.diagonal().mean()).sqrt())
+        size = float((inputs.diagonal().mean() * outputs.diagonal().mean()).sqrt()) / linear.unit
         own, space = (inputs, outputs) if name == "mlp.down" else (outputs, inputs)
         vectors.append((linear.weight.T if name == "mlp.down" else linear.weight)[neuron])
         importances.append(size * float(own[neuron, neuron] / own.diagonal().mean()))
@@ -56,7 +59,7 @@ def shared_cost(name, pair, i, j, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_cheapest_of_all_matchings_is_found(rank):
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(rank + 4)
     reference, other = (random_linears(generator, 5, 4, rank) for _ in range(2))
     costs = [
         [sum(shared_cost(name, (reference[name], other[name]), i, j, rank) for name in NAMES) for j in range(5)]
@@ -65,6 +68,8 @@ def test_the_cheapest_of_all_matchings_is_found(rank):
     best = min(itertools.permutations(range(5)), key=lambda order: sum(costs[i][j] for i, j in enumerate(order)))
     found = match_neurons(reference, other, generator).tolist()
     assert found == list(best) and found != list(range(5))
+    alike = [{name: replace(x, unit=1.0) for name, x in pair.items()} for pair in (reference, other)]
+    assert match_neurons(*alike, generator).tolist() != found
 
 
 def test_most_of_more_neurons_than_a_group_are_matched_in_rounds(monkeypatch):
@@ -152,7 +157,7 @@ def test_layers_that_are_others_with_their_neurons_shuffled_lose_nothing(family,
     for align in (True, False):
         chosen = Calibration(rows, metric, refit=refit, align=align)
         workspace = Workspace(tmp_path / f"{align}", f"{align}")
-        block = CalibratedBlock(source, recursion, chosen, torch.float64, workspace, workspace)
+        block = CalibratedBlock(source, recursion, chosen, torch.float64, 0, workspace, workspace)
         report = block.run()
         losses[align] = {
             linear.name.rpartition("layers.")[2]: sum(linear.metric_loss) + sum(linear.output_loss)

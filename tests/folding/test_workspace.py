@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from rrt.common.files import NoSpaceError
 from rrt.errors import UserError
 from rrt.folding.workspace import Workspace
 
@@ -39,6 +41,26 @@ def test_an_interrupted_save_leaves_no_step(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         workspace.save("step", {"x": torch.zeros(1)})
     assert not Workspace(tmp_path / "work", "a").has("step")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ("No space left on device (os error 28)", NoSpaceError, "step.safetensors: no space left on the disk"),
+        ("Permission denied (os error 13)", PermissionError, "Permission denied"),
+        ("of no known number", OSError, "of no known number"),
+    ],
+)
+def test_a_failed_save_says_what_failed(words, error, message, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "work", "a")
+
+    def failing(*_):
+        raise SafetensorError(f"Error while serializing: IoError: {words}")
+
+    monkeypatch.setattr("rrt.folding.workspace.save_file", failing)
+    with pytest.raises(error, match=message):
+        workspace.save("step", {"x": torch.zeros(1)})
+    assert not workspace.has("step")
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):

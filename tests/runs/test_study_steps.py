@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from runs import conversion_study, study_steps
 from runs.conversion_arms import choose_arms, result_path
 from runs.conversion_study import study_steps as list_steps
 from runs.study_steps import Outcome, Step, StepLog, run_steps
-from tests.util.studies import ARMS, make_study
+from tests.util.studies import ARMS, make_study, write_study_file
 
 
 class StandIn:
@@ -125,6 +126,8 @@ def test_a_checkpoint_is_made_again_only_for_results_that_are_missing(
     world.begun.clear()
     result_path(out, "joint-r64", "code-512").unlink()
     result_path(out, "low-rank-only-r64-4096-plain-seed0", "natural-512").unlink()
+    record = result_path(out, "joint-r64", "model")
+    record.write_text('{"conversion_seconds": 1.0}')
     world.run()
     trained = "low-rank-only-r64-4096-plain-seed0"
     assert world.begun == [
@@ -134,6 +137,7 @@ def test_a_checkpoint_is_made_again_only_for_results_that_are_missing(
         f"train {trained}",
         f"natural-512 of {trained}",
     ]
+    assert record.read_text() == '{"conversion_seconds": 1.0}'
 
 
 def test_a_lost_record_of_a_checkpoint_that_is_there_is_written_without_its_command(
@@ -170,6 +174,23 @@ def test_conversions_on_a_draw_share_statistics_which_are_deleted_when_none_is_l
     for empty in (study, make_study(tmp_path / "new")):
         conversion_study.delete_unneeded_statistics(empty, [])
     assert list(study.statistics(0).parent.iterdir()) == [mine]
+
+
+def test_a_part_with_other_arms_leaves_statistics_that_the_study_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_study(tmp_path / "out")
+    part = replace(whole, arms=tuple(choose_arms(ARMS, ["joint-r64"])), tokens=(), num_seeds=1)
+    write_study_file(whole.out, [arm.name for arm in whole.arms], whole.tokens)
+    assert conversion_study.whole_study(part) == whole
+    monkeypatch.setattr(conversion_study, "run_steps", lambda *_, **__: Outcome((), ()))
+    monkeypatch.setattr(conversion_study, "write_report", lambda out: out / "report.md")
+    monkeypatch.setattr(conversion_study, "write_model_record", lambda *_: None)
+    whole.statistics(1).mkdir(parents=True)
+    stale = whole.statistics(0).with_name("draw0-of-other-code")
+    stale.mkdir()
+    conversion_study.run_study(part, 60.0, keep=False)
+    assert whole.statistics(1).is_dir() and not stale.exists()
 
 
 def test_no_step_begins_that_would_not_end_in_time_but_one_always_does(
