@@ -64,7 +64,7 @@ class TextStream:
         piece = certain[len(self._returned) :]
         self._returned = certain
         if certain == text and len(self._window) > _LONGEST_WINDOW:
-            self._cut_window(text)
+            self._cut_window(text, len(tokens))
         return piece
 
     def finish(self) -> str:
@@ -74,12 +74,15 @@ class TextStream:
         self._window, self._returned = [], ""
         return rest
 
-    def _cut_window(self, text: str) -> None:
+    def _cut_window(self, text: str, num_new: int) -> None:
         kept = self._window[-_KEPT_TOKENS:]
         kept_text = self._tokenizer.decode(kept)
         # Empty, it would be a text's beginning, where later tokens may lose a space.
         if kept_text and text.endswith(kept_text):
             self._window, self._returned = kept, kept_text
+        elif not kept_text and self._tokenizer.decode(self._window[:-num_new]) == text:
+            # Special tokens have no text: of many in a row, the window keeps the first ones.
+            del self._window[-num_new:]
 
 
 def _common_prefix(a: str, b: str) -> str:

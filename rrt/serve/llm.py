@@ -18,6 +18,7 @@ from rrt.common.processes import pick_device
 from rrt.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from rrt.decode.decoder import Decoder
 from rrt.decode.kv_cache import PagedCache
+from rrt.decode.sampling import TopTokens
 from rrt.errors import UserError
 from rrt.serve.engine import Engine
 from rrt.serve.exits import ExitPolicy
@@ -32,10 +33,11 @@ class Completion:
     """The continuation of one prompt.
 
     Attributes:
-        text: new text, up to a stop string or the token that ended it.
+        text: new text as it stands after the prompt, up to a stop string or the token that ended it.
         tokens: all new tokens, that one included.
         exit_loops, agreed_loops: of each token, as `NewToken` has them.
         logprobs: of the tokens, if asked for.
+        top_logprobs: of each token's most probable rivals, if asked for.
     """
 
     text: str = ""
@@ -43,6 +45,7 @@ class Completion:
     exit_loops: list[int] = field(default_factory=list)
     agreed_loops: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopTokens] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
@@ -104,7 +107,8 @@ class LLM:
 
         Args:
             prompts: texts, which are encoded as the tokenizer does by default, or token ids.
-            params: of all prompts, or of each. A token of the tokenizer's `stop_ids` ends a text too.
+            params: of all prompts, or of each. A token of the tokenizer's `stop_ids` ends a text too. A prompt that is
+                given many times has the same text each time, by its seed; `n` makes different ones.
 
         Returns:
             A completion of each prompt; where `n` asks for more, they follow one another.
@@ -130,7 +134,7 @@ class LLM:
                 for seed in range(each.seed, each.seed + each.n):
                     one = replace(each, seed=seed, n=1, stop_ids=stop_ids)
                     request_id = self.engine.add(tokens, one)
-                    completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, one)
+                    completions[request_id], texts[request_id] = Completion(), RequestText(self.tokenizer, one, tokens)
             while any(completion.finish_reason is None for completion in completions.values()):
                 for new in self.engine.step():
                     if completions[new.request_id].finish_reason is None:
@@ -146,6 +150,8 @@ class LLM:
         completion.agreed_loops.append(new.agreed_loop)
         if new.logprob is not None:
             completion.logprobs.append(new.logprob)
+        if new.top_logprobs:
+            completion.top_logprobs.append(new.top_logprobs)
         completion.text += text.push(new)
         completion.finish_reason = "stop" if text.has_stopped else new.finish_reason
         if text.has_stopped:

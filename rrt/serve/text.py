@@ -1,7 +1,12 @@
 """The text of one request as its tokens come."""
 
+from collections.abc import Sequence
+
 from rrt.decode.text_stream import Decodes, StopStrings, TextStream
 from rrt.serve.requests import NewToken, SamplingParams
+
+_TOKENS_BEFORE = 16
+"""Of a prompt, that decide how the new text begins."""
 
 
 class RequestText:
@@ -9,11 +14,14 @@ class RequestText:
 
     Args:
         params: of the request.
+        prompt: tokens that the new text is to stand after, so that it has its leading space; none where it is a text by
+            itself, as an answer in a chat.
     """
 
-    def __init__(self, tokenizer: Decodes, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Decodes, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self._stop_ids = params.stop_ids
         self._stream, self._stops = TextStream(tokenizer), StopStrings(params.stop)
+        self._stream.push(prompt[-_TOKENS_BEFORE:])
         self.num_decoded = 0
         """Characters of the new text so far, with those that a stop string could still cut off."""
 

@@ -99,6 +99,13 @@ def test_only_the_last_tokens_are_decoded_again(tokenizers):
     ids = tokenizer.encode("import json\n\nclass Decoder:\n    pass\n" * 30)
     assert "".join(stream_pieces(Counting(), ids)) == tokenizer.decode(ids)
     assert len(ids) > 400 and max(decoded) <= 20
+    # Special tokens, as a model repeats that may not end, have no text.
+    decoded.clear()
+    special = tokenizer.encode("")[:1] or [next(iter(tokenizer.stop_ids))]
+    assert tokenizer.decode(special) == ""
+    ids = [*ids[:30], *special * 100, *ids[30:60]]
+    assert "".join(stream_pieces(Counting(), ids)) == tokenizer.decode(ids)
+    assert max(decoded) <= 20
 
 
 def split_anywhere(text, chance):

@@ -305,7 +305,7 @@ def test_statistics_of_another_text_and_another_folder_are_refused_and_kept(base
     options = {"statistics": tmp_path / "statistics"}
     calibrate(bases["llama"], tmp_path / "out", text, options=options)
     before = {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()}
-    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric, kind of device or version"):
+    with pytest.raises(UserError, match="holds statistics of another base, text, metric, kind of device or version"):
         calibrate(bases["llama"], tmp_path / "other", text, options={**options, "context": 32})
     assert {path: path.read_bytes() for path in (tmp_path / "statistics").iterdir()} == before
     (tmp_path / "mine").mkdir()
@@ -324,7 +324,7 @@ def test_statistics_of_changed_code_are_refused(bases, text, tmp_path, monkeypat
     options = {"statistics": tmp_path / "statistics"}
     calibrate(bases["llama"], tmp_path / "out", text, options=options)
     monkeypatch.setattr(conversion, "code_fingerprint", lambda: "after an edit")
-    with pytest.raises(UserError, match=r"statistics: holds statistics of another base, text, metric, kind of device or version"):
+    with pytest.raises(UserError, match="holds statistics of another base, text, metric, kind of device or version"):
         calibrate(bases["llama"], tmp_path / "other", text, options=options)
 
 

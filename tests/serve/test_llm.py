@@ -15,7 +15,7 @@ from rrt.errors import UserError
 from rrt.serve.exits import Verify
 from rrt.serve.requests import SamplingParams
 from tests.util.models import make_hf_model
-from tests.util.tokenizers import make_bpe_tokenizer
+from tests.util.tokenizers import make_bpe_tokenizer, make_sentencepiece_tokenizer
 
 PROMPTS = ["def main(", "import os\n", "class A:"]
 
@@ -46,10 +46,27 @@ def test_completions_are_those_of_plain_generation(base, expected):
         assert completion.text == tokenizer.decode(shown)
         assert completion.finish_reason == ("stop" if ends else "length")
         assert len(completion.logprobs) == len(completion.exit_loops) == len(completion.tokens)
+    with_top = llm.generate(PROMPTS[:1], rrt.SamplingParams(max_new_tokens=12, logprobs=True, top_logprobs=2))[0]
+    assert [top[0][0] for top in with_top.top_logprobs] == tokens[0]
+    assert [top[0][1] for top in with_top.top_logprobs] == pytest.approx(with_top.logprobs)
     # The same again, from token ids.
     again = llm.generate([tokenizer.encode(text) for text in PROMPTS], SamplingParams(max_new_tokens=12))
     assert [completion.text for completion in again] == [completion.text for completion in completions]
     assert again[0].logprobs == []
+
+
+def test_a_completion_has_the_space_that_stands_between_it_and_its_prompt(tmp_path):
+    base = make_hf_model(tmp_path / "llama", "llama", vocab_size=420)
+    make_sentencepiece_tokenizer(base, "llama")
+    llm = rrt.LLM(base, device="cpu", cache_bytes=2**22)
+    params = SamplingParams(max_new_tokens=8, temperature=9.0, n=20)
+    completions = llm.generate(PROMPTS, params)
+    texts = [text for text in PROMPTS for _ in range(20)]
+    for prompt, completion in zip(texts, completions, strict=True):
+        ended = completion.tokens[-1] in llm.tokenizer.stop_ids
+        tokens = completion.tokens[:-1] if ended else completion.tokens
+        assert prompt + completion.text == llm.tokenizer.decode([*llm.tokenizer.encode(prompt), *tokens])
+    assert any(completion.text.startswith(" ") for completion in completions)
 
 
 def test_a_stop_string_ends_its_text_alone(base):

@@ -187,7 +187,7 @@ class _App:
 
     def _model_card(self) -> dict[str, Any]:
         card = {"id": self._service.model_name, "object": "model", "created": self._created, "owned_by": "rrt"}
-        return {**card, "max_model_len": self._worker.decoder.max_positions}
+        return {**card, "max_model_len": min(self._worker.most_positions, self._service.limits.tokens)}
 
     async def _models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._model_card()]})

@@ -110,17 +110,17 @@ class TextPaths:
         prompts = await self._encode(spec.prompt)
         num_top = spec.num_top_of_prompt
         self._check_lengths(prompts, spec.max_new_tokens, spec.num_choices)
-        seed = random.getrandbits(63) if spec.seed is None else spec.seed
-        params = [
-            spec.params(
-                max(spec.max_new_tokens, 1),
-                self._service.tokenizer.stop_ids,
-                _nth_seed(seed, choice),
-                spec.logprobs,
-            )
-            for choice in range(spec.num_choices)
-        ]
-        texts = [Text(prompt, each if spec.max_new_tokens else None, num_top) for prompt in prompts for each in params]
+        texts: list[Text] = []
+        for prompt in prompts:
+            seed = random.getrandbits(63) if spec.seed is None else spec.seed
+            for choice in range(spec.num_choices):
+                params = spec.params(
+                    max(spec.max_new_tokens, 1),
+                    self._service.tokenizer.stop_ids,
+                    _nth_seed(seed, choice),
+                    spec.logprobs,
+                )
+                texts.append(Text(prompt, params if spec.max_new_tokens else None, num_top))
         shown: list[str | None] = [None] * len(prompts)
         if spec.echo:
             decode = self._service.tokenizer.decode
@@ -165,7 +165,7 @@ class TextPaths:
         stop_ids = self._service.tokenizer.stop_ids
         num_top = (spec.top_logprobs or 0) if spec.logprobs else None
         texts = [
-            Text(prompt, spec.params(max_new_tokens, stop_ids, _nth_seed(seed, choice), num_top))
+            Text(prompt, spec.params(max_new_tokens, stop_ids, _nth_seed(seed, choice), num_top), is_answer=True)
             for choice in range(spec.num_choices)
         ]
         choices = [ChatChoice(self._names, index, bool(spec.logprobs)) for index in range(len(texts))]

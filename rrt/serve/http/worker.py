@@ -37,6 +37,8 @@ from rrt.serve.text import RequestText
 log = logging.getLogger(__name__)
 
 ENDED = "the server ends: send the request to another one"
+_MOST_FAILED_PASSES = 3
+"""Passes that fail one after the other, whatever their requests, before the thread ends."""
 
 
 class CountingCache(PagedCache):
@@ -89,11 +91,13 @@ class Text:
         prompt: token ids.
         params: None: nothing is generated.
         num_top: report the prompt's own log-probabilities, with so many of the most probable tokens; None: do not.
+        is_answer: the new text is one by itself; else it goes on from the prompt's.
     """
 
     prompt: Sequence[int]
     params: SamplingParams | None
     num_top: int | None = None
+    is_answer: bool = False
     is_open: bool = field(default=True, init=False)
 
 
@@ -173,6 +177,8 @@ class Worker:
         self._to_score: deque[tuple[Call, list[int]]] = deque()
         self._outbox: list[tuple[Call, int, Event]] = []
         self._counted = 0, 0
+        self._failed_passes = 0
+        """In a row."""
 
     # The event loop's side
 
@@ -353,7 +359,7 @@ class Worker:
             self._outbox.append((call, index, Delta("", (), (), "length")))
             return
         try:
-            progress = _Progress(call, index, RequestText(self._tokenizer, text.params))
+            progress = _Progress(call, index, self._text_of(text, text.params))
             self._running[self._engine.add(text.prompt, text.params)] = progress
         except UserError as error:
             self._outbox.append((call, index, Failure(str(error), 400)))
@@ -393,7 +399,10 @@ class Worker:
         reason: FinishReason = "stop" if token in params.stop_ids else "length"
         new = NewToken(-1, token, last, last, logprob, reason, scores.next_top[: params.top_logprobs])
         self._count([new])
-        self._advance(_Progress(call, index, RequestText(self._tokenizer, params)), new)
+        self._advance(_Progress(call, index, self._text_of(call.texts[index], params)), new)
+
+    def _text_of(self, text: Text, params: SamplingParams) -> RequestText:
+        return RequestText(self._tokenizer, params, () if text.is_answer else text.prompt)
 
     def _step(self) -> None:
         rows, head_rows = self._cache.num_rows, self.decoder.num_head_rows
@@ -411,6 +420,9 @@ class Worker:
                 self._engine.cancel(request_id)
                 self._fail(progress.call, progress.index)
             self._running.clear()
+            self._failed_passes += 1
+            if self._failed_passes == _MOST_FAILED_PASSES:
+                raise  # nothing works any more, as after some errors of a GPU: others are to have the requests
             return
         finally:
             self._metrics.passes.inc()
@@ -419,6 +431,7 @@ class Worker:
             counted, self._counted = self._counted, (self._engine.num_preemptions, self._engine.num_reused)
             self._metrics.preemptions.inc(self._counted[0] - counted[0])
             self._metrics.reused_tokens.inc(self._counted[1] - counted[1])
+        self._failed_passes = 0
         self._count(new_tokens)
         for new in new_tokens:
             progress = self._running.get(new.request_id)

@@ -7,6 +7,7 @@ import torch
 
 import rrt
 from rrt.checkpoint.source import load_model
+from rrt.data.tokenizer import load_tokenizer
 from rrt.serve.exits import Verify
 from rrt.serve.http.answers import CompletionChoice, TokenNames
 from rrt.serve.http.metrics import Metrics
@@ -14,6 +15,9 @@ from rrt.serve.http.scores import PromptScores, score_prompt
 from rrt.serve.http.worker import Call, Delta, Text, Worker, _Progress
 from rrt.serve.requests import NewToken
 from rrt.serve.text import RequestText
+from tests.util.models import make_hf_model
+from tests.util.servers import serving
+from tests.util.tokenizers import make_sentencepiece_tokenizer
 
 PROMPTS = ["def main(", "import os\n", "class A:"]
 
@@ -82,6 +86,28 @@ def test_choices_have_seeds_that_follow_one_another(server, llm):
     # Without a seed two requests differ.
     texts = {server.complete(prompt=PROMPTS[0], max_tokens=16).json["choices"][0]["text"] for _ in range(3)}
     assert len(texts) > 1
+    # And within one, prompts differ without a seed alone.
+    for seed, count in (({}, 3), ({"seed": 5}, 1)):
+        choices = server.complete(prompt=PROMPTS[:1] * 3, max_tokens=16, **seed).json["choices"]
+        assert len({choice["text"] for choice in choices}) == count
+
+
+def test_a_completion_goes_on_from_its_prompt_with_the_space_between(tmp_path):
+    base = make_hf_model(tmp_path / "llama", "llama", vocab_size=420)
+    make_sentencepiece_tokenizer(base, "llama")
+    tokenizer = load_tokenizer(base)
+    prompt = [*tokenizer.encode("import json"), *tokenizer.encode("def main", bos=False)]
+    with serving(base) as served:
+        # Any token may come.
+        body = {"max_tokens": 40, "temperature": 9.0, "seed": 3, "ignore_eos": True}
+        for stream in (False, True):
+            answer = served.complete(prompt=prompt, echo=True, stream=stream, **body)
+            choices = [event["choices"][0] for event in answer.events] if stream else answer.json["choices"]
+            tokens = [token for choice in choices for token in choice["rrt"]["tokens"]]
+            assert "".join(choice["text"] for choice in choices) == tokenizer.decode([*prompt, *tokens])
+    spaced = [token for token in range(420) if tokenizer.decode([*prompt, token]).endswith(" a")]
+    text = RequestText(tokenizer, rrt.SamplingParams(), prompt)
+    assert spaced and text.push(NewToken(0, spaced[0], 0, 0)) == " a"
 
 
 def test_a_stop_string_and_an_end_token_end_a_text(server, llm):
@@ -268,6 +294,18 @@ def test_models_and_health(server):
     assert server.get("/v1/models/tiny").json == card
     assert server.get("/v1/models/other/name").status == 404
     assert server.get("/health").json == {"status": "ok"}
+
+
+def test_the_longest_text_is_what_the_cache_and_a_request_may_have(checkpoint):
+    for limits in ({"cache_bytes": 2**17}, {"max_tokens_per_request": 100}):
+        with serving(checkpoint, **limits) as served:
+            (card,) = served.get("/v1/models").json["data"]
+            most = card["max_model_len"]
+            assert 0 < most < 512
+            body = {"prompt": [1] * (most - 4), "temperature": 0}
+            assert served.complete(**body, max_tokens=4).status == 200
+            # The last new token is never read, and needs no room in the cache.
+            assert served.complete(**body, max_tokens=6).status == 400
 
 
 def test_metrics_count_tokens_passes_rows_and_exits(server):

@@ -167,6 +167,18 @@ def test_a_pass_that_fails_ends_those_in_flight_and_the_server_goes_on(server, e
     server.wait_until_idle()
 
 
+def test_an_engine_whose_passes_all_fail_is_not_healthy(checkpoint):
+    with serving(checkpoint) as served:
+        decoder = served.service.worker.decoder
+        decoder.embed = lambda tokens: (_ for _ in ()).throw(RuntimeError("a fault that stays"))
+        for _ in range(2):
+            assert served.complete(prompt=[1, 2], max_tokens=4).status == 500
+            assert served.get("/health").status == 200
+        assert served.complete(prompt=[1, 2], max_tokens=4).status == 503
+        assert served.get("/health").status == 503
+        assert served.complete(prompt=[1, 2], max_tokens=4).status == 503
+
+
 def test_a_prompt_whose_scoring_fails_ends_its_request_alone(server, monkeypatch):
     model = server.service.worker.decoder.model
     monkeypatch.setattr(model, "logits", lambda states: torch.full((len(states), 420), torch.nan))
